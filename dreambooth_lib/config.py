@@ -1,0 +1,213 @@
+"""What a run is asked to do: frozen, validated dataclasses, to and from TOML and dicts."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: The default identifier: one token for CLIP's tokenizer and for the embedded base's.
+DEFAULT_IDENTIFIER = "ohwx"
+
+#: Defaults that depend on the base; every other base takes the paper's for Stable Diffusion.
+_BASE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "toybox": {"learning_rate": 1e-4, "steps": 400, "batch_size": 2, "class_pictures": 48},
+    "": {"learning_rate": 5e-6, "steps": 1000, "batch_size": 1, "class_pictures": 200},
+}
+
+_CHOICES = {
+    "mixed_precision": ("auto", "no", "fp16", "bf16"),
+    "optimizer": ("auto", "adamw", "adamw8bit"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "crop": ("center", "random"),
+}
+_AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
+                 "checkpoints_kept", "prior_inference_steps")  # fmt: skip
+_NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay", "seed",
+                 "prior_guidance_scale")  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A field that cannot be right; the message names it and says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject: its pictures, its rare identifier and the class noun that says what it is.
+
+    The prompts are the paper's (arXiv 2208.12242, section 3.1): ``a [identifier] [class noun]``
+    for the subject and ``a [class noun]`` for the class.
+    """
+
+    pictures: str  #: a folder or a zip of pictures
+    class_noun: str  #: what the subject is, in the base's words: "dog", "teapot"
+    identifier: str = DEFAULT_IDENTIFIER  #: a rare single token of the base's tokenizer
+    name: str = ""  #: for tables and folders; the pictures' folder name if left empty
+    kind: str = ""  #: "live" or "object", where a data set says so
+
+    def __post_init__(self) -> None:
+        for field in ("class_noun", "identifier"):
+            if not getattr(self, field).strip():
+                raise ConfigError(f"subject.{field} is empty; give a word such as 'dog'.")
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.pictures).stem)
+
+    @property
+    def token(self) -> str:
+        """What stands for the subject in a prompt: identifier and class noun."""
+        return f"{self.identifier} {self.class_noun}"
+
+    @property
+    def instance_prompt(self) -> str:
+        return f"a {self.token}"
+
+    @property
+    def class_prompt(self) -> str:
+        return f"a {self.class_noun}"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run does; two equal configs make equal runs on one machine.
+
+    Fields left at ``None`` take the base's defaults (see ``docs`` of each). Raises
+    :class:`ConfigError` for a value that is out of range or contradicts another.
+    """
+
+    subject: Subject
+    base: str = "toybox"  #: "toybox", a hub id, a folder in diffusers' layout, or a run's folder
+    revision: str | None = None  #: the hub revision of the base
+    variant: str | None = None  #: the hub variant of the base's files, such as "fp16"
+
+    # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
+    prior_weight: float = 1.0  #: lambda of the prior preservation loss; 0 trains without it
+    min_snr_gamma: float | None = None  #: min-SNR weights (arXiv 2303.09556); 5 is its default
+    prompt_dropout: float = 0.0  #: share of prompts replaced by "", to keep guidance working
+
+    # Prior: the class pictures that the frozen base makes
+    class_pictures: int | None = None  #: how many; None is 48 for toybox, 200 otherwise
+    class_folder: str | None = None  #: a folder of the user's own class pictures instead
+    prior_inference_steps: int = 25
+    prior_guidance_scale: float = 4.0
+
+    # Training
+    steps: int | None = None  #: optimizer updates; None is 400 for toybox, 1000 otherwise
+    batch_size: int | None = None  #: instance pictures an update, and as many class pictures,
+    #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
+    gradient_accumulation: int = 1  #: micro-batches an update is split into
+    learning_rate: float | None = None  #: None is 1e-4 for toybox, 5e-6 (the paper's) otherwise
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    dropout: float = 0.0  #: of the denoiser's own dropout layers
+    ema_decay: float | None = None  #: keep an average of the weights; 0.999 suits 1000 steps
+    train_text_encoder: bool = False
+    mixed_precision: str = "auto"  #: "auto": bf16 where the GPU has it, else fp16; "no" on a CPU
+    gradient_checkpointing: bool = False  #: about 20% slower for much less memory
+
+    # Pictures
+    resolution: int | None = None  #: pixels a side; None is the base's own
+    crop: str = "center"
+    flip: bool = False  #: mirror pictures at random; not for a subject with writing on it
+
+    seed: int = 0
+    checkpoint_every: int = 100  #: updates between checkpoints; the last step always has one
+    checkpoints_kept: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.subject, Subject):
+            raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
+        for name, value in (_BASE_DEFAULTS.get(self.base) or _BASE_DEFAULTS[""]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                options = ", ".join(f"'{c}'" for c in choices)
+                raise ConfigError(f"{name} is '{getattr(self, name)}'; it can be {options}.")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("prompt_dropout", "dropout", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1.")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0.")
+        if self.prior_weight > 0 and self.class_pictures == 0 and self.class_folder is None:
+            raise ConfigError(
+                f"prior_weight is {self.prior_weight} but class_pictures is 0; ask for class "
+                "pictures, give a class_folder, or set prior_weight to 0."
+            )
+        if self.batch_size % self.gradient_accumulation:
+            raise ConfigError(
+                f"batch_size {self.batch_size} does not split into gradient_accumulation "
+                f"{self.gradient_accumulation} equal micro-batches; make it a multiple."
+            )
+        if self.resolution is not None and self.resolution % 8:
+            raise ConfigError(f"resolution is {self.resolution}; it must be a multiple of 8.")
+
+    def replace(self, **changes: Any) -> "TrainConfig":
+        """This config with some fields changed, validated anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict without the fields that are None, as TOML and JSON want it."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return fields | {"subject": {k: v for k, v in fields["subject"].items() if v}}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
+        """The reverse of :meth:`to_dict`. Raises :class:`ConfigError` for unknown fields."""
+        fields = dict(fields)
+        subject = fields.pop("subject", None)
+        if not isinstance(subject, dict):
+            raise ConfigError("the config has no [subject] table with pictures and class_noun.")
+        return cls(subject=_build(Subject, subject, "subject."), **_known(cls, fields, ""))
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "TrainConfig":
+        """Read a TOML file; ``subject.pictures`` is taken relative to the file's folder."""
+        path = Path(path)
+        try:
+            fields = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"there is no config file {path}; check the path.") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}; mend that line.") from None
+        for table, key in ((fields.get("subject", {}), "pictures"), (fields, "class_folder")):
+            if isinstance(table, dict) and key in table:
+                table[key] = str((path.parent / table[key]).resolve())
+        return cls.from_dict(fields)
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(self.to_dict())
+
+
+def _build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
+    known = _known(cls, fields, prefix)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in known:
+            raise ConfigError(f"{prefix}{field.name} is missing; the config must name it.")
+    return cls(**known)
+
+
+def _known(cls: Any, fields: dict[str, Any], prefix: str) -> dict[str, Any]:
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    for name, value in fields.items():
+        if name not in types:
+            raise ConfigError(f"unknown field '{prefix}{name}'; known are {', '.join(types)}.")
+        if isinstance(value, int) and not isinstance(value, bool) and types[name] in (
+            float, float | None,
+        ):  # fmt: skip
+            fields = fields | {name: float(value)}
+        elif not isinstance(value, types[name]):  # type: ignore[arg-type]
+            wanted = getattr(types[name], "__name__", str(types[name]))
+            raise ConfigError(f"{prefix}{name} is {value!r}; it must be of type {wanted}.")
+    return fields

@@ -1,0 +1,79 @@
+"""Train the AutoencoderKL: 64x64x3 pictures to 8x8x32 latents of zero mean and unit variance."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from tools.toybox.training import fit
+from tools.toybox.world import World
+
+LATENT_CHANNELS = 32
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def new_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 128),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def loss_of(model: AutoencoderKL, pictures: torch.Tensor, generator: torch.Generator):
+    """Absolute and squared error, the same of the edges, and a small KL term."""
+    posterior = model.encode(pictures).latent_dist
+    error = model.decode(posterior.sample(generator)).sample - pictures
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 4 * error.square().mean() + edges + 2e-7 * posterior.kl().mean()
+
+
+def train(world: World, folder: Path, steps: int, batch: int = 12) -> AutoencoderKL:
+    torch.manual_seed(0)
+    model = new_autoencoder().to(memory_format=torch.channels_last)
+
+    def loss_at(step: int) -> torch.Tensor:
+        pictures, _ = world.batch(batch, np.random.default_rng((1, step)))
+        return loss_of(model, to_tensor(pictures), torch.Generator().manual_seed(step))
+
+    fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.995)
+    standardize(model, world)
+    return model
+
+
+@torch.no_grad()
+def standardize(model: AutoencoderKL, world: World) -> None:
+    """Fold each latent channel's mean and deviation into the 1x1 convolutions beside it."""
+    pictures, _ = world.batch(512, np.random.default_rng(2))
+    latents = torch.cat([model.encode(to_tensor(p)).latent_dist.mean for p in np.split(pictures, 8)])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    into, out = model.quant_conv, model.post_quant_conv
+    out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
+    out.weight *= std[None, :, None, None]
+    channels = len(mean)  # the first half gives means, the second log-variances
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderKL, world: World, count: int = 512, seed: int = 3) -> float:
+    """Mean PSNR in dB of reconstructed composites that the training did not draw."""
+    pictures, _ = world.batch(count, np.random.default_rng((4, seed)))
+    values = []
+    for part in np.split(pictures, 8):
+        x = to_tensor(part)
+        y = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        values.append(10 * torch.log10(4 / (x - y).square().mean((1, 2, 3))))
+    return torch.cat(values).mean().item()
