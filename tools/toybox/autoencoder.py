@@ -39,7 +39,7 @@ def loss_of(model: AutoencoderKL, pictures: torch.Tensor, generator: torch.Gener
     return error.abs().mean() + 4 * error.square().mean() + edges + 2e-7 * posterior.kl().mean()
 
 
-def train(world: World, folder: Path, steps: int, batch: int = 12) -> AutoencoderKL:
+def train(world: World, folder: Path, steps: int, batch: int = 4) -> AutoencoderKL:
     torch.manual_seed(0)
     model = new_autoencoder().to(memory_format=torch.channels_last)
 
@@ -47,7 +47,7 @@ def train(world: World, folder: Path, steps: int, batch: int = 12) -> Autoencode
         pictures, _ = world.batch(batch, np.random.default_rng((1, step)))
         return loss_of(model, to_tensor(pictures), torch.Generator().manual_seed(step))
 
-    fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.995)
+    fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.997)
     standardize(model, world)
     return model
 

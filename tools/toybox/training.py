@@ -37,7 +37,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak_lr, betas=betas, weight_decay=0.0, fused=True
     )
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
     start = 0
     if (folder / "state.json").exists():
         saved = load_state(folder)
@@ -45,6 +45,8 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         average, start = saved["average"], saved["step"]
         print(f"{folder.name}: going on at step {start} of {steps}", flush=True)
+
+    averaged = [average[name] for name, _ in model.named_parameters()]
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -63,9 +65,7 @@ def fit(
         optimizer.zero_grad()
         decay = min(ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if value.is_floating_point():
-                    average[name].lerp_(value, 1 - decay)
+            torch._foreach_lerp_(averaged, list(model.parameters()), 1 - decay)
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
             raise FloatingPointError(f"{folder.name}: the loss is {recent[-1]} at step {step}.")
@@ -79,5 +79,5 @@ def fit(
             save(step + 1)
             saved_at = now
     save(steps)
-    model.load_state_dict(average)
+    model.load_state_dict(average, strict=False)  # buffers never change
     return model.eval()

@@ -1,0 +1,105 @@
+"""``python -m dreambooth_lib``: demo, figures, train, resume, sample.
+
+    python -m dreambooth_lib demo
+    accelerate launch -m dreambooth_lib train config.toml --out runs/my-dog
+    python -m dreambooth_lib sample runs/my-dog "a {} dog on the beach" --seeds 0 1 2 3
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from dreambooth_lib import runs
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.runs import Run
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m dreambooth_lib", description=__doc__.split(":")[0])
+    commands = main.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="personalise the embedded base for a bundled subject")
+    demo.add_argument("--subject", help="a bundled subject's name; the first if left out")
+    demo.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    figures = commands.add_parser("figures", help="measure all bundled subjects, with and without the prior")
+    figures.add_argument("--seeds", type=int, nargs="+", default=[0])
+    figures.add_argument("--out", type=Path, default=Path("outputs/figures"))
+    train = commands.add_parser("train", help="train what a TOML file describes")
+    train.add_argument("config", type=Path)
+    train.add_argument("--out", type=Path, help="the run's folder; runs/<config's name> if left out")
+    resume = commands.add_parser("resume", help="go on with a run")
+    resume.add_argument("run", type=Path)
+    sample = commands.add_parser("sample", help="draw pictures from a finished run")
+    sample.add_argument("run", type=Path)
+    sample.add_argument("prompts", nargs="+", help="{} stands for the identifier")
+    sample.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    sample.add_argument("--out", type=Path, help="a folder; RUN/samples if left out")
+    return main
+
+
+def run_demo(subject_name: str | None, out: Path) -> None:
+    from dreambooth_lib import demo
+
+    subjects = {subject.name: subject for subject in demo.bundled_subjects()}
+    name = subject_name or next(iter(subjects))
+    if name not in subjects:
+        raise SystemExit(f"there is no bundled subject '{name}'; choose {', '.join(subjects)}.")
+    shutil.rmtree(out / "run", ignore_errors=True)
+    row = demo.personalise(TrainConfig(subject=subjects[name]), out / "run", out)
+    print(demo.describe(row))
+    for file in ("contact_sheet.png", "loss.png", "metrics.json"):
+        print(out / file)
+
+
+def run_training(run: Run) -> None:
+    from dreambooth_lib.training import train
+
+    for step in train(run):
+        prior = "" if step.prior_loss is None else f" prior {step.prior_loss:.4f}"
+        print(f"step {step.step}/{run.config.steps} instance {step.instance_loss:.4f}{prior}")
+    print(run.pipeline)
+
+
+def run_train(config: Path, out: Path | None) -> None:
+    from accelerate import PartialState
+
+    state = PartialState()
+    wanted, folder = TrainConfig.from_toml(config), out or Path("runs") / config.stem
+    if state.is_main_process:
+        runs.start(wanted, folder)
+    state.wait_for_everyone()
+    run_training(runs.resume(folder))
+
+
+def run_sample(run: Path, prompts: list[str], seeds: list[int], out: Path | None) -> None:
+    from dreambooth_lib.sampling import sample
+
+    folder = out or run / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, made in enumerate(sample(runs.resume(run), prompts, seeds)):
+        path = folder / f"{number // len(seeds):02d}-seed{made.seed}.png"
+        made.image.save(path)
+        print(path)
+
+
+def main() -> None:
+    given = parser().parse_args()
+    try:
+        if given.command == "demo":
+            run_demo(given.subject, given.out)
+        elif given.command == "figures":
+            from dreambooth_lib import demo
+
+            shutil.rmtree(given.out / "runs", ignore_errors=True)
+            demo.figures(given.out, given.seeds)
+        elif given.command == "train":
+            run_train(given.config, given.out)
+        elif given.command == "resume":
+            run_training(runs.resume(given.run))
+        else:
+            run_sample(given.run, given.prompts, given.seeds, given.out)
+    except ValueError as error:  # what the user can mend is a ValueError with one sentence
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

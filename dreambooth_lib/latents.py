@@ -1,0 +1,50 @@
+"""Pictures encoded once: a cache of latent posteriors that is sampled anew at each step."""
+
+import torch
+
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.data import Photo, to_tensor
+from dreambooth_lib.families.base import Family, Posterior
+
+BATCH = 8  # pictures encoded at a time
+
+
+class LatentCache:
+    """Pictures as latents. ``sample`` draws from each posterior, so caching changes no statistic.
+
+    A mirrored picture has a posterior of its own. With random crops every draw is encoded afresh,
+    since no two are the same picture.
+    """
+
+    def __init__(self, photos: list[Photo], family: Family, config: TrainConfig, resolution: int):
+        self.photos, self.family, self.resolution = photos, family, resolution
+        self.crop, self.flip = config.crop, config.flip
+        self.posteriors: list[Posterior] = []
+        if self.crop == "center":
+            self.posteriors = [self._encode(mirror) for mirror in ([False, True][: 1 + self.flip])]
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def _encode(self, mirror: bool) -> Posterior:
+        pixels = [to_tensor(p.image, self.resolution, "center", mirror) for p in self.photos]
+        parts = [
+            self.family.encode_images(torch.stack(pixels[start : start + BATCH]))
+            for start in range(0, len(pixels), BATCH)
+        ]
+        return Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def sample(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
+        """Latents [len(index), C, h, w] of the pictures at ``index``, on the family's device."""
+        mirrored = torch.rand(len(index), generator=generator) < (0.5 if self.flip else 0.0)
+        if self.posteriors:
+            chosen = [self.posteriors[m] for m in mirrored.long().tolist()]
+            mean = torch.stack([p.mean[i] for p, i in zip(chosen, index, strict=True)])
+            std = torch.stack([p.std[i] for p, i in zip(chosen, index, strict=True)])
+        else:
+            pixels = [
+                to_tensor(self.photos[i].image, self.resolution, self.crop, bool(m), generator)
+                for i, m in zip(index, mirrored, strict=True)
+            ]
+            mean, std = self.family.encode_images(torch.stack(pixels))
+        return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)

@@ -1,0 +1,78 @@
+"""Forward processes: what a denoiser is shown, what it must predict, and the weight of its error.
+
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t of the base's own noise schedule.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Noised(NamedTuple):
+    """A noised batch; rows belong together."""
+
+    x_t: torch.Tensor  # [B, C, H, W] what the denoiser sees
+    t: torch.Tensor  # [B] int64 timesteps
+    target: torch.Tensor  # [B, C, H, W] what it must predict
+    weight: torch.Tensor  # [B] w_t, the weight of each row's error
+
+
+@dataclass(frozen=True)
+class DiscreteNoise:
+    """The discrete variance-preserving process of Stable Diffusion, predicting epsilon or v.
+
+    ``alphas_cumprod`` is abar_t, float32 [T]. v = sqrt(abar) eps - sqrt(1 - abar) x_0
+    (arXiv 2202.00512, appendix D). ``min_snr_gamma`` None gives every row weight 1.
+    """
+
+    alphas_cumprod: torch.Tensor
+    prediction_type: str = "epsilon"
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"the base's scheduler has prediction_type '{self.prediction_type}'; "
+                "only 'epsilon' and 'v_prediction' can be trained."
+            )
+
+    @classmethod
+    def of_scheduler(cls, scheduler: Any, min_snr_gamma: float | None = None) -> "DiscreteNoise":
+        """The process that a diffusers scheduler of any kind was configured for."""
+        from diffusers import DDPMScheduler
+
+        schedule = DDPMScheduler.from_config(scheduler.config)
+        prediction_type = schedule.config.prediction_type
+        return cls(schedule.alphas_cumprod.float(), prediction_type, min_snr_gamma)
+
+    def sample_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """int64 [count], uniform over all timesteps, independent for every row."""
+        return torch.randint(0, len(self.alphas_cumprod), (count,), generator=generator)
+
+    def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised:
+        """Noise x_0 [B, C, H, W] with ``noise`` of the same shape to timesteps t [B]."""
+        abar = self.alphas_cumprod.to(x_0.device)[t]
+        snr = abar / (1 - abar)
+        signal, sigma = (c.sqrt().view(-1, 1, 1, 1) for c in (abar, 1 - abar))
+        x_t = signal * x_0 + sigma * noise
+        target = noise if self.prediction_type == "epsilon" else signal * noise - sigma * x_0
+        if self.min_snr_gamma is None:
+            weight = torch.ones_like(snr)
+        else:
+            weight = min_snr_weights(snr, self.min_snr_gamma, self.prediction_type)
+        return Noised(x_t, t, target, weight)
+
+
+def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """Min-SNR-gamma weights (arXiv 2303.09556) of rows with signal-to-noise ratios ``snr`` [B].
+
+    min(snr, gamma) / snr on epsilon's error, min(snr, gamma) / (snr + 1) on v's: both are
+    min(snr, gamma) on the error of x_0.
+    """
+    clipped = snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
+        return torch.where(snr > 0, clipped / snr.clamp(min=1e-20), torch.ones_like(snr))
+    if prediction_type == "v_prediction":
+        return clipped / (snr + 1)
+    raise ValueError(f"no min-SNR weights for prediction_type '{prediction_type}'.")

@@ -1,0 +1,62 @@
+"""Optimizers: 8-bit AdamW from bitsandbytes on a GPU, torch's fused AdamW on a CPU."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_lib.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OptimizerUnavailable(RuntimeError):
+    """bitsandbytes is missing or cannot load; the message says what to do."""
+
+
+def choose(config: TrainConfig, device_type: str) -> str:
+    """The optimizer's name that ``config.optimizer`` means on ``device_type``.
+
+    "auto" is 8-bit AdamW on a GPU. On a CPU bitsandbytes works too, but a step there takes about
+    ten times as long as torch's fused AdamW, so "auto" is the latter.
+    """
+    if config.optimizer != "auto":
+        return config.optimizer
+    return "adamw" if device_type == "cpu" else "adamw8bit"
+
+
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable["torch.nn.Parameter"], device_type: str
+) -> "torch.optim.Optimizer":
+    """AdamW over ``parameters`` with the config's learning rate and weight decay.
+
+    Raises :class:`OptimizerUnavailable` where 8-bit AdamW is asked for and cannot load; nothing
+    else is ever taken in its place.
+    """
+    import torch
+
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if choose(config, device_type) == "adamw":
+        return torch.optim.AdamW(list(parameters), fused=True, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # a broken native library raises whatever its loader raises
+        raise OptimizerUnavailable(
+            f"8-bit AdamW is not available because bitsandbytes does not load ({error}); "
+            "run 'pip install -U bitsandbytes' or set optimizer to 'adamw'."
+        ) from error
+    return AdamW8bit(list(parameters), **settings)
+
+
+def make_schedule(config: TrainConfig, optimizer: "torch.optim.Optimizer") -> Any:
+    """The learning-rate schedule over optimizer updates, warm-up included."""
+    from diffusers.optimization import get_scheduler
+
+    name = config.lr_schedule
+    if name == "constant" and config.warmup_steps:
+        name = "constant_with_warmup"
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.steps,
+    )

@@ -1,0 +1,274 @@
+"""Pages and figures to judge a run by eye: the contact sheet, loss curves, a plain grid."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: One row of a contact sheet: the prompt, the base's pictures, the tuned model's.
+Row = tuple[str, list[Image.Image], list[Image.Image]]
+
+# All in pixels.
+_ENLARGE_TO = 128  # smaller pictures grow by the largest whole factor that stays within
+_REDUCE_TO = 160  # larger ones shrink to it
+_MARGIN = 32  # around a page, and between its parts
+_MIDDLE = 48  # between the base's half and the tuned model's
+_GAP = 8  # between pictures
+_TITLE, _HEADING, _TEXT, _LABEL = 26, 18, 16, 13  # font sizes
+
+_INK, _FAINT, _RULE = "#1a1a1a", "#6b6b6b", "#d0d0d0"
+
+
+def contact_sheet(
+    path: str | Path | None,
+    *,
+    title: str,
+    reference: list[Image.Image],
+    rows: list[Row],
+    class_before: list[Image.Image],
+    class_after: list[Image.Image],
+    class_prompt: str = "",
+) -> Image.Image:
+    """One page: the subject, then base beside tuned for every prompt, then the class.
+
+    Each row is ``(prompt, base pictures, tuned pictures)`` with one seed a column; all rows have
+    equally many pictures. ``class_before`` and ``class_after`` pair up in the same way and may
+    both be empty. Cells have one size, 128 to 160 pixels for usual pictures: smaller ones are
+    enlarged by a whole factor, larger ones reduced, and none is cropped. With a ``path`` the page
+    is also written there as a PNG, whole or not at all. Gives the RGB page. Raises ``ValueError``
+    for missing pictures and unequal counts.
+    """
+    _check(reference, "reference")
+    _check_rows(rows, "rows", ("base", "tuned"))
+    if class_before or class_after:
+        _check_rows([("", class_before, class_after)], "class", ("before", "after"))
+    generated = [p for _, base, tuned in rows for p in (*base, *tuned)]
+    page = _Page(len(rows[0][1]), _cell_side(generated + class_before + class_after))
+
+    page.text(title, _TITLE, bold=True)
+    page.text("reference pictures", _HEADING, bold=True, above=16)
+    page.pictures(reference, page.left, 2 * page.columns)
+    page.halves("base", "tuned", "each column has one seed")
+    for index, (prompt, base, tuned) in enumerate(rows):
+        page.text(prompt, _TEXT, above=20 if index else 12)
+        page.pair(base, tuned)
+    if class_before:
+        noun = f": {class_prompt}" if class_prompt else ""
+        page.text(f"class pictures{noun}", _HEADING, bold=True, above=_MARGIN)
+        page.halves("before", "after", "each place has one seed", above=4)
+        page.y += 10
+        page.pair(class_before, class_after)
+    sheet = page.render()
+    if path is not None:
+        buffer = io.BytesIO()
+        sheet.save(buffer, format="PNG")
+        _write(path, buffer)
+    return sheet
+
+
+def grid(pictures: list[Image.Image], columns: int, labels: list[str] | None = None) -> Image.Image:
+    """Pictures row by row on a white RGB picture, with an optional label under each.
+
+    Cells are sized as in :func:`contact_sheet`; fewer pictures than ``columns`` make a narrower
+    grid. Raises ``ValueError`` for no pictures, fewer than one column, or another number of labels.
+    """
+    _check(pictures, "pictures")
+    if columns < 1:
+        raise ValueError(f"columns is {columns}; it must be 1 or more.")
+    if labels is not None and len(labels) != len(pictures):
+        raise ValueError(
+            f"there are {len(labels)} labels for {len(pictures)} pictures; give one a picture."
+        )
+    columns, side = min(columns, len(pictures)), _cell_side(pictures)
+    font = _font(_LABEL)
+    lines = [_wrap(label, font, side) for label in labels or []]
+    below = max((len(wrapped) for wrapped in lines), default=0) * _line(_LABEL)
+    rows = -(-len(pictures) // columns)
+    size = (columns * (side + _GAP) + _GAP, rows * (side + below + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(pictures):
+        x = _GAP + index % columns * (side + _GAP)
+        y = _GAP + index // columns * (side + below + _GAP)
+        _paste(sheet, picture, x, y, side)
+        for number, line in enumerate(lines[index] if labels else []):
+            place = (x + side / 2, y + side + 2 + number * _line(_LABEL))
+            draw.text(place, line, fill=_INK, font=font, anchor="ma")
+    return sheet
+
+
+def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure":
+    """Subject and prior loss over the steps: every logged value faint, its running mean strong.
+
+    ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors, the
+    prior's before its weight); the prior's panel is left out where all its values are None. The
+    mean runs over the last twentieth of the rows, at least 5. A matplotlib Figure that no
+    pyplot state knows of; with a ``path`` also written there as a PNG. Raises ``ValueError`` for
+    an empty log or a row without these keys.
+    """
+    from matplotlib.figure import Figure
+
+    if not log:
+        raise ValueError("the log has no rows; train for a step or more before plotting.")
+    for index, row in enumerate(log):
+        if not {"step", "instance_loss"} <= row.keys():
+            raise ValueError(f"row {index} of the log lacks 'step' or 'instance_loss'; log both.")
+    series = [("subject loss", "instance_loss", "tab:blue")]
+    if any(row.get("prior_loss") is not None for row in log):
+        series.append(("prior loss", "prior_loss", "tab:orange"))
+    figure = Figure(figsize=(8, 2.6 * len(series) + 0.6), dpi=110, layout="constrained")
+    panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
+    window = max(5, len(log) // 20)
+    for axes, (name, key, colour) in zip(panels, series, strict=True):
+        points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
+        _curve(axes, name, points, colour, window)
+    panels[-1].set_xlabel("step (optimizer updates)")
+    if path is not None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        _write(path, buffer)
+    return figure
+
+
+def _curve(
+    axes: "Axes", name: str, points: list[tuple[int, float]], colour: str, window: int
+) -> None:
+    steps, values = zip(*points, strict=True)
+    mean = [np.mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
+    label = f"running mean of {window} logged values"
+    axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4, label="logged value")
+    axes.plot(steps, mean, color=colour, linewidth=2, label=label)
+    axes.set_title(name, loc="left")
+    axes.set_ylabel("mean squared error")
+    axes.set_ylim(bottom=0)
+    axes.grid(color=_RULE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+
+
+class _Page:
+    """Collects texts and pictures downwards from ``y``; draws them once the height is known."""
+
+    def __init__(self, columns: int, side: int) -> None:
+        self.columns, self.side, self.y = columns, side, _MARGIN
+        self.half = columns * (side + _GAP) - _GAP
+        self.left, self.right = _MARGIN, _MARGIN + self.half + _MIDDLE
+        self.width = self.right + self.half + _MARGIN
+        self._texts: list[tuple[float, int, str, Any, str, str]] = []
+        self._pictures: list[tuple[Image.Image, int, int]] = []
+        self._rules: list[tuple[int, int]] = []
+
+    def text(self, text: str, size: int, *, bold: bool = False, above: int = 0) -> None:
+        font = _font(size, bold)
+        self.y += above
+        for line in _wrap(text, font, self.width - 2 * _MARGIN):
+            self._texts.append((self.left, self.y, line, font, _INK, "la"))
+            self.y += _line(size)
+        self.y += 4
+
+    def halves(self, left: str, right: str, note: str, above: int = _MARGIN) -> None:
+        """The two halves' headers, each over a rule, and a note at the page's right end."""
+        self.y += above
+        font, small = _font(_HEADING, bold=True), _font(_LABEL)
+        for x, name in ((self.left, left), (self.right, right)):
+            self._texts.append((x, self.y, name, font, _INK, "la"))
+            self._rules.append((x, self.y + _line(_HEADING)))
+        end = self.right + self.half
+        if font.getlength(right) + small.getlength(note) + _GAP <= self.half:
+            self._texts.append((end, self.y + 5, note, small, _FAINT, "ra"))
+        self.y += _line(_HEADING) + 2
+
+    def pair(self, left: list[Image.Image], right: list[Image.Image]) -> None:
+        top = self.y
+        self.pictures(left, self.left, self.columns)
+        self.y = top
+        self.pictures(right, self.right, self.columns)
+
+    def pictures(self, pictures: list[Image.Image], x: int, columns: int) -> None:
+        for index, picture in enumerate(pictures):
+            place = x + index % columns * (self.side + _GAP)
+            self._pictures.append((picture, place, self.y + index // columns * (self.side + _GAP)))
+        self.y += -(-len(pictures) // columns) * (self.side + _GAP) - _GAP
+
+    def render(self) -> Image.Image:
+        sheet = Image.new("RGB", (self.width, self.y + _MARGIN), "white")
+        draw = ImageDraw.Draw(sheet)
+        for x, y in self._rules:
+            draw.line((x, y, x + self.half - 1, y), fill=_RULE, width=1)
+        for x, y, text, font, colour, anchor in self._texts:
+            draw.text((x, y), text, fill=colour, font=font, anchor=anchor)
+        for picture, x, y in self._pictures:
+            _paste(sheet, picture, x, y, self.side)
+        return sheet
+
+
+def _cell_side(pictures: list[Image.Image]) -> int:
+    longest = max(max(picture.size) for picture in pictures)
+    return _REDUCE_TO if longest > _REDUCE_TO else longest * max(1, _ENLARGE_TO // longest)
+
+
+def _paste(sheet: Image.Image, picture: Image.Image, x: int, y: int, side: int) -> None:
+    """Put a whole picture in the middle of the cell of ``side`` pixels at ``x, y``."""
+    factor = side / max(picture.size)
+    factor = int(factor) if factor >= 1 else factor
+    size = tuple(max(1, round(length * factor)) for length in picture.size)
+    resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    sheet.paste(resized, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
+
+
+def _font(size: int, bold: bool = False) -> Any:
+    """Matplotlib's own DejaVu Sans, since a machine may have no fonts at all."""
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf", name), size)
+
+
+def _wrap(text: str, font: Any, width: float) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        while len(word) > 1 and font.getlength(word) > width:
+            word = word[:-2] + "…"
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return lines
+
+
+def _line(size: int) -> int:
+    return round(size * 1.4)
+
+
+def _write(path: str | Path, buffer: io.BytesIO) -> None:
+    from dreambooth_lib.state import replace_file
+
+    replace_file(path, buffer.getvalue())
+
+
+def _check(pictures: Sequence[Any], name: str) -> None:
+    if not pictures:
+        raise ValueError(f"{name} has no pictures; give one or more.")
+    for index, picture in enumerate(pictures):
+        if not isinstance(picture, Image.Image):
+            raise ValueError(f"{name}[{index}] is {picture!r}; give a PIL picture in its place.")
+
+
+def _check_rows(rows: list[Row], place: str, names: tuple[str, str]) -> None:
+    """All halves of all rows have equally many pictures, and one or more."""
+    if not rows:
+        raise ValueError("rows is empty; give a prompt with its base and tuned pictures.")
+    for index, (_, *halves) in enumerate(rows):
+        for name, pictures in zip(names, halves, strict=True):
+            _check(pictures, f"{place}[{index}] {name}")
+            if len(pictures) != len(rows[0][1]):
+                raise ValueError(
+                    f"{place}[{index}] {name} has {len(pictures)} pictures and {place}[0] "
+                    f"{names[0]} {len(rows[0][1])}; give the same seeds everywhere."
+                )

@@ -1,0 +1,91 @@
+"""Class pictures for prior preservation: sampled from the frozen base, seeded, topped up.
+
+A set lies in a folder named by a digest of what made it: ``manifest.json`` says what that was.
+Change the base, the prompt or the sampler, and another folder is made; sets are never mixed.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_lib import families
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.sampling import draw
+
+if TYPE_CHECKING:
+    from dreambooth_lib.families.base import Family
+
+BATCH = 8  # pictures sampled at a time
+
+
+def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
+    """Everything that a class picture depends on, besides its number."""
+    scheduler = family.pipeline.scheduler
+    return {
+        "base": config.base,
+        "weights": _digest_of_weights(config),
+        "prompt": config.subject.class_prompt,
+        "sampler": type(scheduler).__name__,
+        "sampler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+        "inference_steps": config.prior_inference_steps,
+        "guidance_scale": config.prior_guidance_scale,
+        "resolution": family.resolution,
+        "seeds": f"{config.seed} + picture number",
+    }
+
+
+def class_pictures(
+    config: TrainConfig, family: "Family", folder: Path, rank: int = 0, processes: int = 1
+) -> Iterator[Path]:
+    """Yield the paths of ``config.class_pictures`` PNG files, making those that are missing.
+
+    ``folder`` holds the sets of all runs. Of several processes each makes its own share and yields
+    only those; all are there once every process is through.
+    """
+    from dreambooth_lib.state import replace_file
+
+    place = set_folder(config, family, folder)
+    made_by = _text(manifest(config, family))
+    if rank == 0 and not (place / "manifest.json").exists():
+        replace_file(place / "manifest.json", made_by.encode())
+    mine = range(config.class_pictures or 0)[rank::processes]
+    paths = {number: place / f"{number:05d}.png" for number in mine}
+    missing = [number for number in mine if not paths[number].exists()]
+    yield from (path for number, path in paths.items() if number not in missing)
+    for start in range(0, len(missing), BATCH):
+        numbers = missing[start : start + BATCH]
+        wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
+        images = draw(family, wanted, config.prior_inference_steps, config.prior_guidance_scale)
+        for number, image in zip(numbers, images, strict=True):
+            png = io.BytesIO()
+            image.save(png, "PNG")
+            replace_file(paths[number], png.getvalue())
+            yield paths[number]
+
+
+def set_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:
+    """Where in ``folder`` the set lies that this config and base make."""
+    text = _text(manifest(config, family))
+    return folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text(made_by: dict[str, Any]) -> str:
+    return json.dumps(made_by, indent=2, sort_keys=True, default=str)
+
+
+def _digest_of_weights(config: TrainConfig) -> str:
+    """The base's content: a digest of a local denoiser's file, or the hub's commit."""
+    path = Path(families.locate(config.base))
+    if not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(str(path), "model_index.json", revision=config.revision)
+        return Path(cached).parent.name if isinstance(cached, str) else str(config.revision)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("[!.]*/*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

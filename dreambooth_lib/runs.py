@@ -1,0 +1,116 @@
+"""A run's folder: its config, its log, its checkpoints and the pipeline it ends with.
+
+    RUN/config.toml
+    RUN/log.jsonl               one row an update
+    RUN/checkpoints/000100/     weights, optimizer, schedule (see state.py)
+    RUN/pipeline/               the tuned pipeline in diffusers' layout
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth_lib.config import TrainConfig
+
+
+class RunError(ValueError):
+    """A run's folder that is not there, not empty or not readable."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk; made by :func:`start` or :func:`resume`."""
+
+    folder: Path
+    config: TrainConfig
+
+    @property
+    def pipeline(self) -> Path:
+        """Where the tuned pipeline is once the run has finished."""
+        return self.folder / "pipeline"
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every logged update, oldest first; a last line cut by a kill is left out."""
+        rows = []
+        path = self.folder / "log.jsonl"
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+        return rows
+
+    def append_log(self, row: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drop what was logged after ``step``: the updates that a resumed run makes again."""
+        from dreambooth_lib.state import replace_file
+
+        rows = [row for row in self.log() if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        replace_file(self.folder / "log.jsonl", text.encode())
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Whole checkpoints by step, oldest first."""
+        folder = self.folder / "checkpoints"
+        found = [p for p in folder.glob("[0-9]*") if p.is_dir()] if folder.exists() else []
+        return {int(p.name): p for p in sorted(found, key=lambda p: int(p.name))}
+
+    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Write the state of ``step``, then drop the oldest ones beyond those to keep."""
+        from dreambooth_lib.state import save_state
+
+        save_state(self.folder / "checkpoints" / f"{step:06d}", state)
+        for path in list(self.checkpoints().values())[: -self.config.checkpoints_kept]:
+            shutil.rmtree(path)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The newest checkpoint's state, or None where the run has none yet."""
+        from dreambooth_lib.state import load_state
+
+        found = list(self.checkpoints().values())
+        return load_state(found[-1]) if found else None
+
+
+def start(config: TrainConfig, folder: str | Path) -> Run:
+    """Make a run's folder. Raises :class:`RunError` where the folder holds something already."""
+    from dreambooth_lib.state import replace_file
+
+    folder = Path(folder)
+    if (folder / "config.toml").exists():
+        raise RunError(
+            f"{folder} holds a run already; go on with it by resume('{folder}'), "
+            "or choose another folder."
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty; choose a new folder for the run.")
+    # A run must find its pictures whatever folder it is resumed from.
+    subject = dataclasses.replace(config.subject, pictures=_absolute(config.subject.pictures))
+    own = config.class_folder and _absolute(config.class_folder)
+    config = config.replace(subject=subject, class_folder=own)
+    replace_file(folder / "config.toml", config.to_toml().encode())
+    return Run(folder, config)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def resume(folder: str | Path, **changes: Any) -> Run:
+    """Open a run to go on with, or to sample from; ``changes`` to its config are kept.
+
+    Raises :class:`RunError` where the folder is not a run.
+    """
+    folder = Path(folder)
+    if not (folder / "config.toml").exists():
+        raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
+    config = TrainConfig.from_toml(folder / "config.toml")
+    if changes:
+        from dreambooth_lib.state import replace_file
+
+        config = config.replace(**changes)
+        replace_file(folder / "config.toml", config.to_toml().encode())
+    return Run(folder, config)

@@ -1,0 +1,104 @@
+"""Seeded pictures from a base or a run, through its own diffusers pipeline."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dreambooth_lib import families
+from dreambooth_lib.config import Subject
+from dreambooth_lib.runs import Run, RunError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dreambooth_lib.families.base import Family
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and what made it."""
+
+    prompt: str
+    seed: int
+    image: "Image.Image"
+
+
+def fill(prompt: str, subject: Subject | None) -> str:
+    """The prompt with the subject in it: ``a {} dog on the beach`` takes the identifier."""
+    if "{}" not in prompt:
+        return prompt
+    if subject is None:
+        raise ValueError(
+            f"the prompt '{prompt}' has a place for an identifier but the base has no subject; "
+            "sample from a run, or write the prompt out."
+        )
+    return prompt.replace("{}", subject.identifier)
+
+
+def sample(
+    source: "Run | Family | str",
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int = 25,
+    guidance_scale: float = 4.0,
+    negative_prompt: str = "",
+    batch_size: int = 8,
+) -> list[Sample]:
+    """Every prompt with every seed, prompts outermost.
+
+    ``source`` is a finished run, a loaded family, or a base as in ``TrainConfig.base``. Each
+    picture's noise comes from its seed alone, whatever the batch size; the same seed is the same
+    noise in base and tuned model. Raises :class:`RunError` for a run that has not finished.
+    """
+    subject = source.config.subject if isinstance(source, Run) else None
+    family = _load(source)
+    wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
+    samples = []
+    for start in range(0, len(wanted), batch_size):
+        part = wanted[start : start + batch_size]
+        images = draw(family, part, steps, guidance_scale, negative_prompt)
+        samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
+    return samples
+
+
+def draw(
+    family: "Family",
+    wanted: list[tuple[str, int]],
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str = "",
+) -> list["Image.Image"]:
+    """One batch of (prompt, seed) pairs; training mode is put back as it was."""
+    import torch
+
+    modules = [family.denoiser, *family.text_encoders]
+    was_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    family.pipeline.set_progress_bar_config(disable=True)
+    try:
+        with torch.inference_mode():
+            return family.pipeline(
+                prompt=[prompt for prompt, _ in wanted],
+                negative_prompt=[negative_prompt] * len(wanted),
+                generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+            ).images
+    finally:
+        for module, training in zip(modules, was_training, strict=True):
+            module.train(training)
+
+
+def _load(source: "Run | Family | str") -> "Family":
+    import torch
+
+    if not isinstance(source, Run | str):
+        return source
+    if isinstance(source, Run) and not (source.pipeline / "model_index.json").exists():
+        raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
+    family = families.load(str(source.folder) if isinstance(source, Run) else source)
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        family.pipeline.to("cuda", torch.bfloat16 if bf16 else torch.float16)
+    return family

@@ -1,0 +1,325 @@
+"""The training loop: a generator that yields a :class:`Step` after each optimizer update.
+
+Everything random is drawn from (seed, step), never from a generator that lives on: a resumed run,
+a run on two processes and a run in two micro-batches all see the same pictures, timesteps and
+noise as the run that was never stopped, on one process, in one piece.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from dreambooth_lib import families
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.data import read_pictures, shuffled
+from dreambooth_lib.families.base import Cond, Family, rows
+from dreambooth_lib.latents import LatentCache
+from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
+from dreambooth_lib.optim import choose, make_optimizer, make_schedule
+from dreambooth_lib.prior import class_pictures, set_folder
+from dreambooth_lib.runs import Run
+
+if TYPE_CHECKING:
+    from dreambooth_lib.families.base import ForwardProcess
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update, in plain numbers; losses are those of the whole batch before the update."""
+
+    step: int  #: updates made so far, 1 after the first
+    loss: float
+    instance_loss: float
+    prior_loss: float | None
+    lr: float
+    seconds: float
+    memory_mb: float | None  #: peak GPU memory so far; None on a CPU
+
+
+class Trainable(torch.nn.Module):
+    """What is trained, as one module: the denoiser, and the text encoders where they train."""
+
+    def __init__(self, family: Family, with_text: bool):
+        super().__init__()
+        self.denoiser = family.denoiser
+        self.text_encoders = torch.nn.ModuleList(family.text_encoders if with_text else [])
+        self._family = [family]  # in a list, so that its modules are not registered twice
+
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None, prompts: list[str]
+    ) -> torch.Tensor:
+        (family,) = self._family
+        return family.predict(x_t, t, family.encode_prompts(prompts) if cond is None else cond)
+
+
+def train(run: Run) -> Iterator[Step]:
+    """Train a run from its newest checkpoint to ``config.steps``, then save its pipeline.
+
+    The caller owns the loop: leaving it (``break``, an exception, interrupting a notebook's cell)
+    saves a checkpoint first, and ``train(resume(folder))`` goes on from there. Raises
+    :class:`NonFiniteLoss`, and what reading the pictures and loading the base raise.
+    """
+    trainer = Trainer(run)
+    try:
+        while trainer.step < run.config.steps:
+            step = trainer.update()
+            if step is not None:
+                yield step
+        trainer.save_pipeline()
+    except GeneratorExit:
+        trainer.save_checkpoint()
+        raise
+    except KeyboardInterrupt:
+        trainer.save_checkpoint()
+        raise
+
+
+def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
+    """A CPU generator for one purpose of one step."""
+    from numpy.random import SeedSequence
+
+    (state,) = SeedSequence([seed, step, purpose]).generate_state(1, "uint64")
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def native_precision(mixed_precision: str, device: torch.device) -> str:
+    """What "auto" means on a device: bf16 where it is native, else fp16; "no" on a CPU."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+class Trainer:
+    """One process's live objects of a run; :func:`train` drives it."""
+
+    def __init__(self, run: Run):
+        config = run.config
+        self.run, self.config, self.step = run, config, 0
+        device = Accelerator().device
+        precision = native_precision(config.mixed_precision, device)
+        self.accelerator = accelerator = Accelerator(mixed_precision=precision)
+        shares = accelerator.num_processes * config.gradient_accumulation
+        if config.batch_size % shares:
+            raise ValueError(
+                f"batch_size {config.batch_size} does not split into {shares} equal parts "
+                f"({accelerator.num_processes} processes x gradient_accumulation "
+                f"{config.gradient_accumulation}); make it a multiple."
+            )
+        family = families.load(config.base, config.revision, config.variant)
+        self.family = family
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        text_trains = config.train_text_encoder
+        for module in family.frozen + ([] if text_trains else family.text_encoders):
+            module.requires_grad_(False).to(accelerator.device, half)
+        family.pipeline.to(accelerator.device)
+        self.process = family.forward_process(config.min_snr_gamma)
+        self.resolution = config.resolution or family.resolution
+        self._read_data()
+        trainable = Trainable(family, text_trains)
+        self._prepare(trainable)
+        saved = run.load_checkpoint()
+        if saved is not None:
+            self._restore(saved)
+        if accelerator.is_main_process:
+            run.cut_log(self.step)
+
+    def _read_data(self) -> None:
+        config, family, accelerator = self.config, self.family, self.accelerator
+        photos = read_pictures(config.subject.pictures)
+        self.instance = LatentCache(photos, family, config, self.resolution)
+        prompts = [photo.caption or config.subject.instance_prompt for photo in photos]
+        self.classes = None
+        if config.prior_weight > 0:
+            pictures = self._class_pictures()
+            self.classes = LatentCache(pictures, family, config, self.resolution)
+            prompts += [photo.caption or config.subject.class_prompt for photo in pictures]
+        self.prompts = prompts
+        self.cond = None
+        if not config.train_text_encoder:
+            distinct = sorted({*prompts, ""})
+            self.cond_row = {prompt: row for row, prompt in enumerate(distinct)}
+            with torch.no_grad():
+                self.cond = family.encode_prompts(distinct)
+        accelerator.wait_for_everyone()
+
+    def _class_pictures(self) -> list[Any]:
+        config, accelerator = self.config, self.accelerator
+        if config.class_folder is not None:
+            return read_pictures(config.class_folder)
+        folder = self.run.folder.parent / "class_pictures"
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        with accelerator.autocast():
+            for _ in class_pictures(config, self.family, folder, rank, processes):
+                pass
+        accelerator.wait_for_everyone()
+        return read_pictures(set_folder(config, self.family, folder))[: config.class_pictures]
+
+    def _prepare(self, trainable: Trainable) -> None:
+        config, accelerator = self.config, self.accelerator
+        trainable.float().requires_grad_(True).train()
+        if config.gradient_checkpointing:
+            self.family.denoiser.enable_gradient_checkpointing()
+            for encoder in trainable.text_encoders:
+                encoder.gradient_checkpointing_enable()
+        for module in self.family.denoiser.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = config.dropout
+        self.parameters = list(trainable.parameters())
+        device_type = accelerator.device.type
+        optimizer = make_optimizer(config, self.parameters, device_type)
+        if config.optimizer == "auto" and accelerator.is_main_process:
+            accelerator.print(f"optimizer: {choose(config, device_type)} (auto, {device_type})")
+        self.model, self.optimizer = accelerator.prepare(trainable, optimizer)
+        self.schedule = make_schedule(config, optimizer)
+        self.ema = None
+        if config.ema_decay is not None:
+            from diffusers.training_utils import EMAModel
+
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+
+    def update(self) -> Step | None:
+        """One optimizer update; None where fp16 loss scaling skipped it, to be made again."""
+        config, accelerator = self.config, self.accelerator
+        started = time.perf_counter()
+        if config.dropout > 0:
+            torch.manual_seed(seeded(config.seed, self.step, 3).initial_seed())
+        batch = self._batch()
+        parts = self._shares(len(batch["prompts"]))
+        losses = []
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with _synced(accelerator, self.model, last):
+                loss = self._loss(batch, part)
+                accelerator.backward(loss.total / len(parts))
+            losses.append(loss)
+        values = self._mean(losses)
+        if not all(math.isfinite(value) for value in values if value is not None):
+            raise NonFiniteLoss(
+                f"the loss is {values[0]} at step {self.step + 1} of {self.run.folder}; the last "
+                "good checkpoint is kept: lower learning_rate, or use mixed_precision 'no'."
+            )
+        accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        lr = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if accelerator.optimizer_step_was_skipped:
+            return None
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.step += 1
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+        step = Step(self.step, *values, lr, time.perf_counter() - started, memory)
+        if accelerator.is_main_process:
+            self.run.append_log(asdict(step))
+        if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+            self.save_checkpoint()
+        return step
+
+    def _batch(self) -> dict[str, Any]:
+        """The whole update's batch, instance rows first, the same in every process."""
+        config, size = self.config, self.config.batch_size
+        generator = seeded(config.seed, self.step, 0)
+        latents, prompts = [], []
+        offset = 0
+        for stream, cache in enumerate((self.instance, self.classes)):
+            if cache is None:
+                continue
+            # Each kind cycles through all of its pictures in an order of its own.
+            index = shuffled(len(cache), 2 * config.seed + stream, self.step * size, size)
+            latents.append(cache.sample(index, generator))
+            prompts += [self.prompts[offset + i] for i in index]
+            offset += len(cache)
+        x_0 = torch.cat(latents)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        t = self.process.sample_timesteps(len(x_0), generator).to(x_0.device)
+        dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
+        prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
+        is_prior = torch.arange(len(x_0), device=x_0.device) >= size
+        return {"noised": self.process(x_0, noise, t), "prompts": prompts, "is_prior": is_prior}
+
+    def _shares(self, count: int) -> list[list[int]]:
+        """This process's micro-batches as rows of the whole batch, both kinds in each."""
+        size, accumulation = self.config.batch_size, self.config.gradient_accumulation
+        shares = self.accelerator.num_processes * accumulation
+        first = self.accelerator.process_index * accumulation
+        return [
+            [start + i for start in range(0, count, size) for i in range(share, size, shares)]
+            for share in range(first, first + accumulation)
+        ]
+
+    def _loss(self, batch: dict[str, Any], part: list[int]) -> Loss:
+        x_t, t, target, weight = (value[part] for value in batch["noised"])
+        prompts = [batch["prompts"][i] for i in part]
+        cond = None
+        if self.cond is not None:
+            cond = rows(self.cond, [self.cond_row[prompt] for prompt in prompts])
+        with self.accelerator.autocast():
+            prediction = self.model(x_t, t, cond, prompts)
+        errors = per_sample_errors(prediction, target)
+        return dreambooth_loss(errors, batch["is_prior"][part], self.config.prior_weight, weight)
+
+    def _mean(self, losses: list[Loss]) -> list[float | None]:
+        """Total, instance and prior loss over all micro-batches and processes."""
+        kinds = [kind for kind in zip(*losses, strict=True) if kind[0] is not None]
+        means = torch.stack([torch.stack(kind).mean().detach() for kind in kinds])
+        values: list[float | None] = self.accelerator.reduce(means, "mean").tolist()
+        return values + [None] * (3 - len(values))
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this moment, unless it lies there already."""
+        accelerator = self.accelerator
+        if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
+            state = {
+                "step": self.step,
+                "model": accelerator.unwrap_model(self.model).state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            }
+            if self.ema is not None:
+                state["ema"] = self.ema.state_dict()
+            if accelerator.scaler is not None:
+                state["scaler"] = accelerator.scaler.state_dict()
+            self.run.save_checkpoint(self.step, state)
+        accelerator.wait_for_everyone()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.step = saved["step"]
+        self.accelerator.unwrap_model(self.model).load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None and "scaler" in saved:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+
+    def save_pipeline(self) -> None:
+        """Write the tuned pipeline in diffusers' layout, with the averaged weights if there are."""
+        from dreambooth_lib.state import replacing_folder
+
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+        self.accelerator.unwrap_model(self.model).eval()
+        if self.accelerator.is_main_process:
+            with replacing_folder(self.run.pipeline) as partial:
+                self.family.pipeline.save_pretrained(partial, safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+
+
+def _synced(accelerator: Accelerator, model: torch.nn.Module, sync: bool) -> Any:
+    """Gradients cross processes with the last micro-batch only."""
+    from contextlib import nullcontext
+
+    return nullcontext() if sync else accelerator.no_sync(model)

@@ -1,0 +1,143 @@
+"""Train the judge: a small CLIPModel that tells captions, classes and single drawings apart."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from tools.toybox.tokenizer import MAX_LENGTH
+from tools.toybox.training import fit
+from tools.toybox.world import CLASSES, Picture, World, caption, random_caption
+
+MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+
+
+def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
+    shared = {"hidden_act": "gelu", "num_attention_heads": 4}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 160,
+        "intermediate_size": 640,
+        "num_hidden_layers": 4,
+        "image_size": 64,
+        "patch_size": 8,
+    }
+    config = CLIPConfig(
+        text_config=shared | text, vision_config=shared | vision, projection_dim=128
+    )
+    return CLIPModel(config)
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    side = {"height": 64, "width": 64}
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size=side, image_mean=MEAN, image_std=STD
+    )
+
+
+def normalized(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W], as the judge's image processor does it."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return (pixels - MEAN[0]) / STD[0]
+
+
+def embed_images(model: CLIPModel, pictures: np.ndarray) -> torch.Tensor:
+    pooled = model.vision_model(pixel_values=normalized(pictures)).pooler_output
+    return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+
+
+def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    tokens = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True,
+                       return_tensors="pt")  # fmt: skip
+    pooled = model.text_model(input_ids=tokens.input_ids).pooler_output
+    return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
+
+
+def pairs(world: World, rng: np.random.Generator, classes: int) -> tuple[list[Picture], ...]:
+    """Two drawings of each of some classes, each drawing twice, on scenes of its own."""
+    first, second = [], []
+    for class_noun in rng.choice(list(CLASSES), classes, replace=False):
+        for drawing in rng.permutation(len(world.drawings[class_noun]))[:2]:
+            a, b = world.random_picture(rng), world.random_picture(rng)
+            first.append(Picture(str(class_noun), int(drawing), a.colour, a.scene))
+            second.append(Picture(str(class_noun), int(drawing), a.colour, b.scene))
+    return first, second
+
+
+def train(
+    world: World, tokenizer: CLIPTokenizer, folder: Path, steps: int, classes: int = 16
+) -> CLIPModel:
+    """CLIP's loss on picture and caption, and the same loss on two pictures of one drawing."""
+    torch.manual_seed(0)
+    model = new_judge(tokenizer)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = np.random.default_rng((7, step))
+        first, second = pairs(world, rng, classes)
+        shown = first + second
+        pixels = np.stack([world.compose(p, rng) for p in shown])
+        jitter = rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, (len(pixels), 1, 1, 3))
+        pixels = (pixels + jitter).clip(0, 255).astype(np.uint8)
+        images = embed_images(model, pixels)
+        texts = embed_texts(model, tokenizer, [random_caption(p, rng) for p in shown])
+        scale = model.logit_scale.exp().clamp(max=100)
+        # Two pictures may have one caption: each is then as right as the other.
+        key = [(p.class_noun, p.colour, p.scene) for p in shown]
+        same = torch.tensor([[a == b for b in key] for a in key]).float()
+        same = same / same.sum(1, keepdim=True)
+        logits = scale * images @ texts.T
+        contrast = torch.nn.functional.cross_entropy
+        match = (contrast(logits, same) + contrast(logits.T, same)) / 2
+        one, other = images.chunk(2)
+        labels = torch.arange(len(one))
+        drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
+        return match + 0.5 * drawing
+
+    return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
+
+
+@torch.no_grad()
+def retrieval(
+    model: CLIPModel, tokenizer: CLIPTokenizer, world: World, rounds: int = 16, seed: int = 0
+) -> float:
+    """Share of unseen composites whose own caption is the nearest among 64 different ones."""
+    right = 0
+    for index in range(rounds):
+        rng = np.random.default_rng((8, seed, index))
+        shown: dict[tuple, Picture] = {}
+        while len(shown) < 64:
+            picture = world.random_picture(rng)
+            shown[picture.class_noun, picture.colour, picture.scene] = picture
+        pictures = list(shown.values())
+        texts = [caption(p.class_noun, p.colour, p.scene) for p in pictures]
+        images = embed_images(model, np.stack([world.compose(p, rng) for p in pictures]))
+        nearest = (images @ embed_texts(model, tokenizer, texts).T).argmax(1)
+        right += (nearest == torch.arange(64)).sum().item()
+    return right / (64 * rounds)
+
+
+@torch.no_grad()
+def triplets(model: CLIPModel, world: World, rounds: int = 16, seed: int = 0) -> float:
+    """Share of triplets in which two pictures of one drawing are nearer than two of one class."""
+    right = total = 0
+    for index in range(rounds):
+        rng = np.random.default_rng((9, seed, index))
+        first, second = pairs(world, rng, 32)
+        one, other = (
+            embed_images(model, np.stack([world.compose(p, rng) for p in part]))
+            for part in (first, second)
+        )
+        for i in range(0, len(one), 2):  # rows i and i + 1 are two drawings of one class
+            right += ((one[i] @ other[i]) > (one[i] @ other[i + 1])).item()
+            total += 1
+    return right / total
