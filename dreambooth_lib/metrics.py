@@ -35,43 +35,48 @@ class Encoder:
       (arXiv 2104.14294), pictures prepared as DINO's own evaluation does: shorter side to 256/224
       of the model's side by bicubic, centre crop, ImageNet's mean and deviation.
 
-    Runs in float32 on ``device``; results are on the CPU. PIL prepares the pictures, so numbers do
-    not depend on torchvision. Raises ``ValueError`` for a model of another kind and ``OSError``
-    for one that cannot be read.
+    Runs in float32 on ``device``; results are on the CPU. PIL prepares the pictures, torchvision or
+    not. Raises ``ValueError`` for a model of another kind, ``OSError`` for one it cannot read.
     """
 
     model_id: str  #: to name beside every number
     reads_texts: bool  #: whether :meth:`texts` works: True for CLIP, False for DINO
 
     def __init__(self, model_id: str | Path, device: "str | torch.device" = "cpu") -> None:
-        self.model_id = str(model_id)
-        self.device = device
+        from transformers import AutoConfig
+
+        self.model_id, self.device = str(model_id), device
         try:
-            self._load()
-        except OSError as error:
+            config = AutoConfig.from_pretrained(self.model_id)
+            self.reads_texts = config.model_type == "clip"
+            if config.model_type in ("clip", "vit"):
+                self._load(config)
+        except (OSError, ValueError) as error:
             raise OSError(
                 f"the encoder '{self.model_id}' cannot be read; give a hub id, or a folder with a "
                 "model, its preprocessor_config.json and its tokenizer."
             ) from error
-
-    def _load(self) -> None:
-        from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ViTModel
-
-        config = AutoConfig.from_pretrained(self.model_id)
         if config.model_type not in ("clip", "vit"):
             raise ValueError(
                 f"the encoder '{self.model_id}' is of type '{config.model_type}'; give a CLIP such "
                 "as openai/clip-vit-base-patch32 or a DINO such as facebook/dino-vits16."
             )
-        self.reads_texts = config.model_type == "clip"
-        processor = _image_processor()
+
+    def _load(self, config: Any) -> None:
+        import transformers
+
+        # The PIL one has a name of its own in transformers 5; in 4 it is the plain one.
+        own = hasattr(transformers, "CLIPImageProcessorPil")
+        processor = getattr(transformers, "CLIPImageProcessor" + ("Pil" if own else ""))
         model: Any
         if self.reads_texts:
-            model = CLIPModel.from_pretrained(self.model_id)
-            self._tokenizer = CLIPTokenizer.from_pretrained(self.model_id)
+            model = transformers.CLIPModel.from_pretrained(self.model_id)
+            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(self.model_id)
+            if len(self._tokenizer) < 5:  # transformers 5 makes an empty one up for a lost file
+                raise ValueError("there is no tokenizer beside the model; put its files there.")
             self._processor = processor.from_pretrained(self.model_id)
         else:
-            model = ViTModel.from_pretrained(self.model_id, add_pooling_layer=False)
+            model = transformers.ViTModel.from_pretrained(self.model_id, add_pooling_layer=False)
             self._processor = processor(
                 size={"shortest_edge": round(config.image_size * 256 / 224)},
                 crop_size={"height": config.image_size, "width": config.image_size},
@@ -86,9 +91,7 @@ class Encoder:
         return self._embed(pictures, self._picture_features, "pictures")
 
     def texts(self, prompts: list[str]) -> "torch.Tensor":
-        """Embed prompts, cut at the context: float32 ``[N, D]``, unit rows; ``ValueError`` for
-        none or by a DINO.
-        """
+        """Embed prompts: float32 ``[N, D]``, unit rows; ``ValueError`` for none or by a DINO."""
         if not self.reads_texts:
             raise ValueError(
                 f"the encoder '{self.model_id}' is a DINO and embeds pictures only; use a CLIP "
@@ -147,17 +150,16 @@ def reference_fidelity(reference: "torch.Tensor") -> float:
 def prompt_adherence(pictures: "torch.Tensor", texts: "torch.Tensor") -> float:
     """CLIP-T (arXiv 2208.12242, section 4.2): mean cosine of each picture with its own prompt.
 
-    ``pictures [N, D]``, ``texts [N, D]`` row by row; in [-1, 1], higher follows the prompt better.
-    Raises ``ValueError`` if the counts differ.
+    ``pictures [N, D]``, ``texts [N, D]`` row by row; in [-1, 1]. ``ValueError`` if counts differ.
     """
-    return _mean_matching(pictures, texts, "pictures", "texts")
+    pictures, texts = _units(pictures, texts, "pictures", "texts", by_row=True)
+    return float((pictures * texts).sum(-1).mean())
 
 
 def diversity(pictures: "torch.Tensor") -> float:
     """How much pictures of one prompt differ: mean ``1 - cosine`` over pairs without self-pairs.
 
-    ``pictures [N, D]``; in [0, 2], 0 when all are alike. The role of DIV (arXiv 2208.12242,
-    section 4.3), which takes LPIPS instead. Raises ``ValueError`` if N < 2.
+    ``pictures [N, D]``; in [0, 2], 0 when all are alike. Raises ``ValueError`` if N < 2.
     """
     return 1 - _mean_among(pictures, "pictures")
 
@@ -165,19 +167,15 @@ def diversity(pictures: "torch.Tensor") -> float:
 def prior_drift(base: "torch.Tensor", tuned: "torch.Tensor") -> float:
     """How far training moved the class: mean ``1 - cosine`` of pictures of one prompt and seed.
 
-    ``base [N, D]``, ``tuned [N, D]`` row by row; in [0, 2], 0 when the class is as it was. It
-    answers PRES's question (arXiv 2208.12242, section 4.3) against the base instead of the
-    subject. Raises ``ValueError`` if the counts differ.
+    ``base [N, D]``, ``tuned [N, D]`` row by row; in [0, 2], 0 when the class is as it was. PRES's
+    question, asked of the base instead of the subject. ``ValueError`` if counts differ.
     """
-    return 1 - _mean_matching(base, tuned, "base", "tuned")
+    base, tuned = _units(base, tuned, "base", "tuned", by_row=True)
+    return float(1 - (base * tuned).sum(-1).mean())
 
 
 def strip_identifier(prompt: str, identifier: str) -> str:
-    """``prompt`` without ``identifier`` as a whole word, case kept, runs of spaces made one.
-
-    CLIP has never seen the identifier, so CLIP-T asks about "a dog in snow" for
-    "a ohwx dog in snow".
-    """
+    """``prompt`` without ``identifier`` as a whole word in that case, runs of spaces made one."""
     word = rf"(?<![\w-]){re.escape(identifier)}(?![\w-])"
     return " ".join((re.sub(word, " ", prompt) if identifier else prompt).split())
 
@@ -196,9 +194,8 @@ def evaluate(
     ``prompts[i]`` made ``generated[i]``; the identifier is stripped before the text encoder.
     ``class_pictures`` are the tuned model's pictures of one class prompt, and
     ``base_class_pictures`` the base's with the same seeds, in the same order. Gives
-    ``subject_fidelity``, ``prompt_adherence`` (left out for an encoder that reads no texts),
-    ``class_diversity`` and, with ``base_class_pictures``, ``prior_drift``. Raises ``ValueError``
-    if a list is empty, counts do not match, or there are fewer than two class pictures.
+    ``subject_fidelity``, ``prompt_adherence`` (not by a DINO), ``class_diversity`` and, with the
+    base's, ``prior_drift``. ``ValueError`` for no pictures, unequal counts, one class picture.
     """
     if len(prompts) != len(generated):
         raise ValueError(
@@ -216,24 +213,12 @@ def evaluate(
     return scores
 
 
-def _image_processor() -> Any:
-    """The PIL image processor: a class of its own in transformers 5, the plain one in 4."""
-    import transformers
-
-    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-
-
 def _mean_among(embeddings: "torch.Tensor", name: str) -> float:
     rows = _unit(embeddings, name)
     count, total = len(rows), rows.sum(0)
     if count < 2:
         raise ValueError(f"there is only one row of {name} embeddings; give two or more to pair.")
     return float((total @ total - count) / (count * (count - 1)))  # all pairs less self-pairs
-
-
-def _mean_matching(one: "torch.Tensor", other: "torch.Tensor", name: str, other_name: str) -> float:
-    one, other = _units(one, other, name, other_name, by_row=True)
-    return float((one * other).sum(-1).mean())
 
 
 def _units(
@@ -253,15 +238,13 @@ def _unit(embeddings: "torch.Tensor", name: str) -> "torch.Tensor":
     """Rows of length 1 in float64: ``[N, D]``, N >= 1, finite and not zero."""
     if embeddings.ndim != 2 or embeddings.shape[0] == 0:
         raise ValueError(
-            f"the {name} embeddings have shape {list(embeddings.shape)}; give one row or more, "
-            "as Encoder.images and Encoder.texts do."
+            f"the {name} embeddings have shape {list(embeddings.shape)}; give one row or more."
         )
     rows = embeddings.detach().cpu().double()
     length = rows.norm(dim=-1, keepdim=True)
     wrong = (~(length.isfinite() & (length > 0))).flatten().nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
-            f"row {wrong[0]} of the {name} embeddings is zero or not finite; look at that picture "
-            "or prompt and leave it out."
+            f"row {wrong[0]} of the {name} embeddings is zero or not finite; leave it out."
         )
     return rows / length

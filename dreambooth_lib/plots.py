@@ -1,7 +1,7 @@
 """Pages and figures to judge a run by eye: the contact sheet, loss curves, a plain grid."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: One row of a contact sheet: the prompt, the base's pictures, the tuned model's.
-Row = tuple[str, list[Image.Image], list[Image.Image]]
-
 # All in pixels.
 _ENLARGE_TO = 128  # smaller pictures grow by the largest whole factor that stays within
 _REDUCE_TO = 160  # larger ones shrink to it
@@ -23,7 +20,7 @@ _MIDDLE = 48  # between the base's half and the tuned model's
 _GAP = 8  # between pictures
 _TITLE, _HEADING, _TEXT, _LABEL = 26, 18, 16, 13  # font sizes
 
-_INK, _FAINT, _RULE = "#1a1a1a", "#6b6b6b", "#d0d0d0"
+_INK, _RULE = "#1a1a1a", "#d0d0d0"
 
 
 def contact_sheet(
@@ -31,7 +28,7 @@ def contact_sheet(
     *,
     title: str,
     reference: list[Image.Image],
-    rows: list[Row],
+    rows: list[tuple[str, list[Image.Image], list[Image.Image]]],
     class_before: list[Image.Image],
     class_after: list[Image.Image],
     class_prompt: str = "",
@@ -40,10 +37,9 @@ def contact_sheet(
 
     Each row is ``(prompt, base pictures, tuned pictures)`` with one seed a column; all rows have
     equally many pictures. ``class_before`` and ``class_after`` pair up in the same way and may
-    both be empty. Cells have one size, 128 to 160 pixels for usual pictures: smaller ones are
-    enlarged by a whole factor, larger ones reduced, and none is cropped. With a ``path`` the page
-    is also written there as a PNG, whole or not at all. Gives the RGB page. Raises ``ValueError``
-    for missing pictures and unequal counts.
+    both be empty. Cells have one size: pictures below 128 pixels are enlarged by a whole factor,
+    above 160 reduced, and none is cropped. With a ``path`` the RGB page is also written there as a
+    PNG, whole or not at all. Raises ``ValueError`` for missing pictures and unequal counts.
     """
     _check(reference, "reference")
     _check_rows(rows, "rows", ("base", "tuned"))
@@ -54,22 +50,19 @@ def contact_sheet(
 
     page.text(title, _TITLE, bold=True)
     page.text("reference pictures", _HEADING, bold=True, above=16)
-    page.pictures(reference, page.left, 2 * page.columns)
-    page.halves("base", "tuned", "each column has one seed")
+    page.pictures(2 * page.columns, reference)
+    page.halves("base", "tuned")
     for index, (prompt, base, tuned) in enumerate(rows):
-        page.text(prompt, _TEXT, above=20 if index else 12)
-        page.pair(base, tuned)
+        page.text(prompt, _TEXT, above=20 if index else 0)
+        page.pictures(page.columns, base, tuned)
     if class_before:
-        noun = f": {class_prompt}" if class_prompt else ""
-        page.text(f"class pictures{noun}", _HEADING, bold=True, above=_MARGIN)
-        page.halves("before", "after", "each place has one seed", above=4)
-        page.y += 10
-        page.pair(class_before, class_after)
+        caption = f"class pictures: {class_prompt}".removesuffix(": ")
+        page.text(caption, _HEADING, bold=True, above=_MARGIN)
+        page.halves("before", "after", above=4)
+        page.pictures(page.columns, class_before, class_after)
+    page.text("Pictures in the same place left and right have the same seed.", _LABEL, above=16)
     sheet = page.render()
-    if path is not None:
-        buffer = io.BytesIO()
-        sheet.save(buffer, format="PNG")
-        _write(path, buffer)
+    _write_png(path, sheet.save)
     return sheet
 
 
@@ -83,42 +76,38 @@ def grid(pictures: list[Image.Image], columns: int, labels: list[str] | None = N
     if columns < 1:
         raise ValueError(f"columns is {columns}; it must be 1 or more.")
     if labels is not None and len(labels) != len(pictures):
-        raise ValueError(
-            f"there are {len(labels)} labels for {len(pictures)} pictures; give one a picture."
-        )
+        raise ValueError(f"labels has {len(labels)} for {len(pictures)} pictures; give one each.")
     columns, side = min(columns, len(pictures)), _cell_side(pictures)
     font = _font(_LABEL)
-    lines = [_wrap(label, font, side) for label in labels or []]
-    below = max((len(wrapped) for wrapped in lines), default=0) * _line(_LABEL)
-    rows = -(-len(pictures) // columns)
-    size = (columns * (side + _GAP) + _GAP, rows * (side + below + _GAP) + _GAP)
+    texts = ["\n".join(_wrap(label, font, side)) for label in labels or []]
+    below = max((text.count("\n") + 1 for text in texts), default=0) * _line(_LABEL)
+    wide, high = side + _GAP, side + below + _GAP
+    size = (columns * wide + _GAP, -(-len(pictures) // columns) * high + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(pictures):
-        x = _GAP + index % columns * (side + _GAP)
-        y = _GAP + index // columns * (side + below + _GAP)
+        x, y = _GAP + index % columns * wide, _GAP + index // columns * high
         _paste(sheet, picture, x, y, side)
-        for number, line in enumerate(lines[index] if labels else []):
-            place = (x + side / 2, y + side + 2 + number * _line(_LABEL))
-            draw.text(place, line, fill=_INK, font=font, anchor="ma")
+        if texts:
+            place = (x + side / 2, y + side + 2)
+            draw.text(place, texts[index], _INK, font, anchor="ma", align="center")
     return sheet
 
 
 def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure":
     """Subject and prior loss over the steps: every logged value faint, its running mean strong.
 
-    ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors, the
-    prior's before its weight); the prior's panel is left out where all its values are None. The
-    mean runs over the last twentieth of the rows, at least 5. A matplotlib Figure that no
-    pyplot state knows of; with a ``path`` also written there as a PNG. Raises ``ValueError`` for
-    an empty log or a row without these keys.
+    ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors); without
+    any prior loss its panel is left out. The mean runs over a twentieth of the rows, at least 5.
+    Gives a matplotlib Figure apart from pyplot's state, with a ``path`` also written as a PNG.
+    Raises ``ValueError`` for an empty log or a row without a step or subject loss.
     """
     from matplotlib.figure import Figure
 
     if not log:
         raise ValueError("the log has no rows; train for a step or more before plotting.")
     for index, row in enumerate(log):
-        if not {"step", "instance_loss"} <= row.keys():
+        if row.get("step") is None or row.get("instance_loss") is None:
             raise ValueError(f"row {index} of the log lacks 'step' or 'instance_loss'; log both.")
     series = [("subject loss", "instance_loss", "tab:blue")]
     if any(row.get("prior_loss") is not None for row in log):
@@ -130,24 +119,18 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
         points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
         _curve(axes, name, points, colour, window)
     panels[-1].set_xlabel("step (optimizer updates)")
-    if path is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        _write(path, buffer)
+    _write_png(path, figure.savefig)
     return figure
 
 
-def _curve(
-    axes: "Axes", name: str, points: list[tuple[int, float]], colour: str, window: int
-) -> None:
+def _curve(axes: "Axes", name: str, points: list[Any], colour: str, window: int) -> None:
     steps, values = zip(*points, strict=True)
     mean = [np.mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
     label = f"running mean of {window} logged values"
     axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4, label="logged value")
     axes.plot(steps, mean, color=colour, linewidth=2, label=label)
     axes.set_title(name, loc="left")
-    axes.set_ylabel("mean squared error")
-    axes.set_ylim(bottom=0)
+    axes.set(ylabel="mean squared error", ylim=(0, None))
     axes.grid(color=_RULE, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
@@ -161,49 +144,39 @@ class _Page:
         self.half = columns * (side + _GAP) - _GAP
         self.left, self.right = _MARGIN, _MARGIN + self.half + _MIDDLE
         self.width = self.right + self.half + _MARGIN
-        self._texts: list[tuple[float, int, str, Any, str, str]] = []
+        self._drawings: list[tuple[Any, ...]] = []  # a method of ImageDraw, its arguments
         self._pictures: list[tuple[Image.Image, int, int]] = []
-        self._rules: list[tuple[int, int]] = []
 
     def text(self, text: str, size: int, *, bold: bool = False, above: int = 0) -> None:
         font = _font(size, bold)
         self.y += above
         for line in _wrap(text, font, self.width - 2 * _MARGIN):
-            self._texts.append((self.left, self.y, line, font, _INK, "la"))
+            self._drawings.append(("text", (self.left, self.y), line, _INK, font))
             self.y += _line(size)
         self.y += 4
 
-    def halves(self, left: str, right: str, note: str, above: int = _MARGIN) -> None:
-        """The two halves' headers, each over a rule, and a note at the page's right end."""
+    def halves(self, left: str, right: str, above: int = _MARGIN) -> None:
+        """The two halves' headers, each over a rule."""
         self.y += above
-        font, small = _font(_HEADING, bold=True), _font(_LABEL)
         for x, name in ((self.left, left), (self.right, right)):
-            self._texts.append((x, self.y, name, font, _INK, "la"))
-            self._rules.append((x, self.y + _line(_HEADING)))
-        end = self.right + self.half
-        if font.getlength(right) + small.getlength(note) + _GAP <= self.half:
-            self._texts.append((end, self.y + 5, note, small, _FAINT, "ra"))
-        self.y += _line(_HEADING) + 2
+            font, low = _font(_HEADING, bold=True), self.y + _line(_HEADING)
+            self._drawings.append(("text", (x, self.y), name, _INK, font))
+            self._drawings.append(("line", (x, low, x + self.half - 1, low), _RULE))
+        self.y += _line(_HEADING) + 14
 
-    def pair(self, left: list[Image.Image], right: list[Image.Image]) -> None:
-        top = self.y
-        self.pictures(left, self.left, self.columns)
-        self.y = top
-        self.pictures(right, self.right, self.columns)
-
-    def pictures(self, pictures: list[Image.Image], x: int, columns: int) -> None:
-        for index, picture in enumerate(pictures):
-            place = x + index % columns * (self.side + _GAP)
-            self._pictures.append((picture, place, self.y + index // columns * (self.side + _GAP)))
-        self.y += -(-len(pictures) // columns) * (self.side + _GAP) - _GAP
+    def pictures(self, columns: int, *halves: list[Image.Image]) -> None:
+        for x, half in zip((self.left, self.right), halves, strict=False):
+            for index, picture in enumerate(half):
+                row, column = divmod(index, columns)
+                place = (x + column * (self.side + _GAP), self.y + row * (self.side + _GAP))
+                self._pictures.append((picture, *place))
+        self.y += -(-len(halves[0]) // columns) * (self.side + _GAP) - _GAP
 
     def render(self) -> Image.Image:
         sheet = Image.new("RGB", (self.width, self.y + _MARGIN), "white")
         draw = ImageDraw.Draw(sheet)
-        for x, y in self._rules:
-            draw.line((x, y, x + self.half - 1, y), fill=_RULE, width=1)
-        for x, y, text, font, colour, anchor in self._texts:
-            draw.text((x, y), text, fill=colour, font=font, anchor=anchor)
+        for method, *arguments in self._drawings:
+            getattr(draw, method)(*arguments)
         for picture, x, y in self._pictures:
             _paste(sheet, picture, x, y, self.side)
         return sheet
@@ -246,10 +219,13 @@ def _line(size: int) -> int:
     return round(size * 1.4)
 
 
-def _write(path: str | Path, buffer: io.BytesIO) -> None:
-    from dreambooth_lib.state import replace_file
+def _write_png(path: str | Path | None, save: Callable[..., Any]) -> None:
+    if path is not None:
+        from dreambooth_lib.state import replace_file
 
-    replace_file(path, buffer.getvalue())
+        buffer = io.BytesIO()
+        save(buffer, format="png")
+        replace_file(path, buffer.getvalue())
 
 
 def _check(pictures: Sequence[Any], name: str) -> None:
@@ -260,7 +236,7 @@ def _check(pictures: Sequence[Any], name: str) -> None:
             raise ValueError(f"{name}[{index}] is {picture!r}; give a PIL picture in its place.")
 
 
-def _check_rows(rows: list[Row], place: str, names: tuple[str, str]) -> None:
+def _check_rows(rows: list[Any], place: str, names: tuple[str, str]) -> None:
     """All halves of all rows have equally many pictures, and one or more."""
     if not rows:
         raise ValueError("rows is empty; give a prompt with its base and tuned pictures.")

@@ -29,6 +29,9 @@ class StableDiffusion:
             requires_safety_checker=False,
             **options,
         )
+        # Files may hold half precision, and what a missing dtype means differs between versions.
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.float()
         return cls(pipeline)
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:

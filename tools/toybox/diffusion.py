@@ -56,6 +56,7 @@ def new_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         timestep_spacing="trailing",
     )
 
