@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreambooth_lib.config import ConfigError, Subject, TrainConfig
-    from dreambooth_lib.data import check_identifier, check_pictures, load_dataset, load_subject
-    from dreambooth_lib.data import rare_identifiers, read_pictures
+    from dreambooth_lib.data import (
+        check_identifier,
+        check_pictures,
+        load_dataset,
+        load_subject,
+        rare_identifiers,
+        read_pictures,
+    )
     from dreambooth_lib.runs import Run, resume, start
     from dreambooth_lib.sampling import Sample, sample
     from dreambooth_lib.training import Step, train

@@ -1,8 +1,8 @@
 """``python -m dreambooth_lib``: demo, figures, train, resume, sample.
 
-    python -m dreambooth_lib demo
-    accelerate launch -m dreambooth_lib train config.toml --out runs/my-dog
-    python -m dreambooth_lib sample runs/my-dog "a {} dog on the beach" --seeds 0 1 2 3
+python -m dreambooth_lib demo
+accelerate launch -m dreambooth_lib train config.toml --out runs/my-dog
+python -m dreambooth_lib sample runs/my-dog "a {} dog on the beach" --seeds 0 1 2 3
 """
 
 import argparse
@@ -15,17 +15,23 @@ from dreambooth_lib.runs import Run
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="python -m dreambooth_lib", description=__doc__.split(":")[0])
+    main = argparse.ArgumentParser(
+        prog="python -m dreambooth_lib", description=__doc__.split(":")[0]
+    )
     commands = main.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="personalise the embedded base for a bundled subject")
     demo.add_argument("--subject", help="a bundled subject's name; the first if left out")
     demo.add_argument("--out", type=Path, default=Path("outputs/demo"))
-    figures = commands.add_parser("figures", help="measure all bundled subjects, with and without the prior")
+    figures = commands.add_parser(
+        "figures", help="measure all bundled subjects, with and without the prior"
+    )
     figures.add_argument("--seeds", type=int, nargs="+", default=[0])
     figures.add_argument("--out", type=Path, default=Path("outputs/figures"))
     train = commands.add_parser("train", help="train what a TOML file describes")
     train.add_argument("config", type=Path)
-    train.add_argument("--out", type=Path, help="the run's folder; runs/<config's name> if left out")
+    train.add_argument(
+        "--out", type=Path, help="the run's folder; runs/<config's name> if left out"
+    )
     resume = commands.add_parser("resume", help="go on with a run")
     resume.add_argument("run", type=Path)
     sample = commands.add_parser("sample", help="draw pictures from a finished run")

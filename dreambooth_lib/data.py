@@ -148,7 +148,7 @@ def _photos(path: Path, files: dict[str, Callable[[], bytes]]) -> list[Photo]:
         except DataError:
             raise
         # Decoders and unpackers raise nearly anything for a damaged file.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise DataError(
                 f"'{name}' in {path} cannot be read ({str(error) or type(error).__name__}); "
                 "replace or remove it."

@@ -41,7 +41,9 @@ def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> d
     subject, began = config.subject, time.perf_counter()
     base = families.load(config.base, config.revision, config.variant)
     if config.prior_weight > 0 and config.class_folder is None:
-        for made, _ in enumerate(prior.class_pictures(config, base, folder.parent / "class_pictures")):
+        for made, _ in enumerate(
+            prior.class_pictures(config, base, folder.parent / "class_pictures")
+        ):
             _progress("class pictures", made + 1, config.class_pictures)
     prior_done = time.perf_counter()
     run = runs.start(config, folder)
@@ -52,7 +54,10 @@ def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> d
     prompts = [p.replace("{noun}", subject.class_noun) for p in PROMPTS]
     asked = [p.replace("{}", subject.identifier) for p in prompts]
     pictures = {
-        name: (sample(family, asked, list(SEEDS)), sample(family, [subject.class_prompt], list(CLASS_SEEDS)))
+        name: (
+            sample(family, asked, list(SEEDS)),
+            sample(family, [subject.class_prompt], list(CLASS_SEEDS)),
+        )
         for name, family in (("base", base), ("tuned", tuned))
     }
     sample_done = time.perf_counter()
@@ -91,12 +96,13 @@ def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> d
         before, after = ([s.image for s in pictures[name][0]] for name in ("base", "tuned"))
         plots.contact_sheet(
             out / "contact_sheet.png",
-            title=f"{subject.name}: \"{subject.instance_prompt}\", {config.steps} steps",
+            title=f'{subject.name}: "{subject.instance_prompt}", {config.steps} steps',
             reference=reference,
             rows=[
                 (prompt, before[i * of : (i + 1) * of], after[i * of : (i + 1) * of])
                 for i, prompt in enumerate(asked)
             ],
+            class_prompt=subject.class_prompt,
             class_before=class_before[:8],
             class_after=[s.image for s in pictures["tuned"][1]][:8],
         )
@@ -118,7 +124,9 @@ def figures(out: Path, seeds: Sequence[int] = (0,), base: str = "toybox") -> lis
                 )
                 name = f"{subject.name}-lambda{prior_weight:g}-seed{seed}"
                 rows.append(personalise(config, out / "runs" / name, out / name))
-                replace_file(out / "metrics.json", json.dumps({"subjects": rows}, indent=2).encode())
+                replace_file(
+                    out / "metrics.json", json.dumps({"subjects": rows}, indent=2).encode()
+                )
                 print(describe(rows[-1]), flush=True)
     return rows
 

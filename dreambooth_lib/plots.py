@@ -191,7 +191,7 @@ def _paste(sheet: Image.Image, picture: Image.Image, x: int, y: int, side: int) 
     """Put a whole picture in the middle of the cell of ``side`` pixels at ``x, y``."""
     factor = side / max(picture.size)
     factor = int(factor) if factor >= 1 else factor
-    size = tuple(max(1, round(length * factor)) for length in picture.size)
+    size = [max(1, round(length * factor)) for length in picture.size]
     resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     sheet.paste(resized, (x + (side - size[0]) // 2, y + (side - size[1]) // 2))
 

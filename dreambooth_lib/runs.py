@@ -1,9 +1,9 @@
 """A run's folder: its config, its log, its checkpoints and the pipeline it ends with.
 
-    RUN/config.toml
-    RUN/log.jsonl               one row an update
-    RUN/checkpoints/000100/     weights, optimizer, schedule (see state.py)
-    RUN/pipeline/               the tuned pipeline in diffusers' layout
+RUN/config.toml
+RUN/log.jsonl               one row an update
+RUN/checkpoints/000100/     weights, optimizer, schedule (see state.py)
+RUN/pipeline/               the tuned pipeline in diffusers' layout
 """
 
 import dataclasses

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth_lib import families
-from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.data import read_pictures, shuffled
 from dreambooth_lib.families.base import Cond, Family, rows
 from dreambooth_lib.latents import LatentCache
@@ -25,7 +24,7 @@ from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
 
 if TYPE_CHECKING:
-    from dreambooth_lib.families.base import ForwardProcess
+    pass
 
 
 class NonFiniteLoss(FloatingPointError):

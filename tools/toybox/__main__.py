@@ -26,8 +26,8 @@ from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer
 from tools.toybox.world import CLASSES, COLOURS, SCENES, World
 
 #: Optimizer updates of each training, for the shipped weights.
-STEPS = {"autoencoder": 6000, "judge": 1500, "diffusion": 3600}
-BANK = 24_000  # composites encoded once for the diffusion training
+STEPS = {"autoencoder": 3900, "judge": 1500, "diffusion": 2400, "decoder": 6000}
+BANK = 16_000  # composites encoded once for the diffusion training
 
 
 def build(work: Path, target: Path, steps: dict[str, int], bank: int, only: str | None) -> None:
@@ -47,6 +47,10 @@ def build(work: Path, target: Path, steps: dict[str, int], bank: int, only: str 
         )
         pipeline.to(torch.float16).save_pretrained(target)
         write_readme(target)
+    if only in (None, "decoder"):
+        vae = AutoencoderKL.from_pretrained(work / "vae")
+        autoencoder.refine(vae, world, work / "decoder", steps["decoder"])
+        vae.half().save_pretrained(target / "vae")
 
 
 def report(work: Path, target: Path, seed: int) -> dict[str, float]:

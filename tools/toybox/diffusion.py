@@ -81,7 +81,7 @@ def train(
     folder: Path,
     steps: int,
     bank: int = 24_000,
-    batch: int = 32,
+    batch: int = 24,
 ) -> StableDiffusionPipeline:
     latents, pictures = encode_bank(vae, world, bank, seed=0)
     print(f"bank: {len(latents)} latents", flush=True)

@@ -73,7 +73,9 @@ def fit(
         if now - printed_at > 30 or step == steps - 1:
             mean = sum(recent) / len(recent)
             rate = len(recent) / (now - printed_at)
-            print(f"{folder.name}: step {step + 1}/{steps} loss {mean:.4f} {rate:.2f}/s", flush=True)
+            print(
+                f"{folder.name}: step {step + 1}/{steps} loss {mean:.4f} {rate:.2f}/s", flush=True
+            )
             recent, printed_at = [], now
         if now - saved_at > save_every_s:
             save(step + 1)

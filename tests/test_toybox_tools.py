@@ -1,0 +1,129 @@
+"""What builds the embedded base, on a drawing made here: no network."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("resvg_py")
+
+from tools.toybox import autoencoder, drawings, world
+from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer, world_words
+from tools.toybox.training import fit, learning_rate
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect x="2" y="3" width="6" height="4" fill="#00ff00"/></svg>'  # noqa: E501
+
+
+def test_a_drawing_is_cropped_to_its_own_extent():
+    picture = drawings.render(SVG, 60)
+    assert picture.size == (60, 40)
+    assert picture.getpixel((30, 20)) == (0, 255, 0, 255)
+
+
+def test_aliases_are_followed_and_missing_drawings_are_none(tmp_path):
+    icons = {"icons": {"a": {"body": "<path/>"}}, "aliases": {"b": {"parent": "a"}}, "width": 9}
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps(icons))
+    assert 'viewBox="0 0 9 16"><path/>' in drawings.svg(path, "b")
+    assert drawings.svg(path, "c") is None
+
+
+@pytest.mark.parametrize("colour", world.COLOURS)
+def test_recolouring_gives_a_white_drawing_the_colour_and_keeps_alpha(colour):
+    white = np.full((4, 4, 4), 255, np.uint8)
+    white[0, :, 3] = 0
+    tinted = world.recolour(white, colour)
+    assert np.array_equal(tinted[..., 3], white[..., 3])
+    r, g, b = tinted[2, 2, :3].astype(int)
+    strongest = {"red": r, "green": g, "blue": b}.get(colour)
+    if strongest is not None:
+        assert strongest == max(r, g, b) and strongest > min(r, g, b) + 20
+    if colour == "gray":
+        assert r == g == b
+
+
+def test_scenes_differ_and_are_drawn_at_any_size():
+    pictures = [
+        np.asarray(world.draw_scene(scene, np.random.default_rng(0), 32)).astype(float)
+        for scene in world.SCENES
+    ]
+    for i, one in enumerate(pictures):
+        assert one.shape == (32, 32, 3)
+        assert all(np.abs(one - other).mean() > 5 for other in pictures[:i])
+    with pytest.raises(ValueError, match="unknown scene 'moon'"):
+        world.draw_scene("moon", np.random.default_rng(0), 32)
+
+
+def test_captions_name_what_is_shown():
+    assert world.caption("dog", "purple", "beach") == "a purple dog on the beach"
+    picture = world.Picture("dog", 0, None, "snow")
+    drawn = {world.random_caption(picture, np.random.default_rng(i)) for i in range(60)}
+    assert {"a dog in the snow", "a dog", "a photo of a dog in the snow"} <= drawn
+
+
+def test_every_word_and_identifier_is_one_token_and_no_caption_has_an_identifier(tmp_path):
+    tokenizer = save_tokenizer(tmp_path)
+    for word in [*world_words(), *IDENTIFIERS]:
+        assert tokenizer.tokenize(word) == [word + "</w>"]
+    assert not set(IDENTIFIERS) & set(world_words())
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+    def train(folder, stop_at=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+
+        def loss_at(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+        return fit(model, loss_at, steps=10, peak_lr=0.1, folder=folder, save_every_s=0.0)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", stop_at=6)
+    assert torch.equal(train(tmp_path / "stopped").weight, whole.weight)
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    rates = [learning_rate(step, 1000, 1e-3, warmup=100) for step in range(1000)]
+    assert rates[0] == pytest.approx(1e-5) and rates[99] == pytest.approx(1e-3)
+    assert max(rates) == pytest.approx(1e-3) and rates[-1] < 2.1e-5
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+
+
+@torch.no_grad()
+def test_standardizing_changes_no_reconstruction_and_makes_unit_latents():
+    class Noise:
+        def batch(self, count, rng):
+            return rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8), None
+
+    torch.manual_seed(0)
+    model = autoencoder.new_autoencoder().eval()
+    pixels = autoencoder.to_tensor(Noise().batch(512, np.random.default_rng(2))[0])[:64]
+    before = model.decode(model.encode(pixels).latent_dist.mean).sample
+    std_before = model.encode(pixels).latent_dist.std
+    autoencoder.standardize(model, Noise())
+    posterior = model.encode(pixels).latent_dist
+    after = model.decode(posterior.mean).sample
+    torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)
+    assert posterior.mean.std((0, 2, 3)).sub(1).abs().max() < 0.1
+    assert not torch.allclose(posterior.std, std_before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="the drawings come from npm packages")
+def test_the_first_minutes_of_a_rebuild(tmp_path):
+    from tools.toybox.__main__ import STEPS, build, report
+
+    steps = dict.fromkeys(STEPS, 2)
+    build(tmp_path / "work", tmp_path / "target", steps, bank=128, only=None)
+    figures = report(tmp_path / "work", tmp_path / "target", seed=0)
+    assert figures["autoencoder_psnr_db"] > 3
+    assert 0 <= figures["judge_triplets"] <= 1
+    assert Image.open("outputs/toybox_grid.png").size[0] >= 512
