@@ -17,14 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreambooth_lib.config import ConfigError, Subject, TrainConfig
-    from dreambooth_lib.data import (
-        check_identifier,
-        check_pictures,
-        load_dataset,
-        load_subject,
-        rare_identifiers,
-        read_pictures,
-    )
+    from dreambooth_lib.data import check_pictures, load_dataset, load_subject
+    from dreambooth_lib.identifiers import check_identifier, rare_identifiers
+    from dreambooth_lib.pictures import read_pictures
     from dreambooth_lib.runs import Run, resume, start
     from dreambooth_lib.sampling import Sample, sample
     from dreambooth_lib.training import Step, train
@@ -33,12 +28,12 @@ _HOME = {
     "ConfigError": "config",
     "Subject": "config",
     "TrainConfig": "config",
-    "check_identifier": "data",
     "check_pictures": "data",
     "load_dataset": "data",
     "load_subject": "data",
-    "rare_identifiers": "data",
-    "read_pictures": "data",
+    "check_identifier": "identifiers",
+    "rare_identifiers": "identifiers",
+    "read_pictures": "pictures",
     "Run": "runs",
     "resume": "runs",
     "start": "runs",

@@ -15,6 +15,9 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"learning_rate": 5e-6, "steps": 1000, "batch_size": 1, "class_pictures": 200},
 }
 
+#: Stands for such a default until ``__post_init__`` puts the number in.
+_BY_BASE: Any = None
+
 _CHOICES = {
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
     "optimizer": ("auto", "adamw", "adamw8bit"),
@@ -85,17 +88,17 @@ class TrainConfig:
     prompt_dropout: float = 0.0  #: share of prompts replaced by "", to keep guidance working
 
     # Prior: the class pictures that the frozen base makes
-    class_pictures: int | None = None  #: how many; None is 48 for toybox, 200 otherwise
+    class_pictures: int = _BY_BASE  #: how many; None is 48 for toybox, 200 otherwise
     class_folder: str | None = None  #: a folder of the user's own class pictures instead
     prior_inference_steps: int = 25
-    prior_guidance_scale: float = 4.0
+    prior_guidance_scale: float = 5.0
 
     # Training
-    steps: int | None = None  #: optimizer updates; None is 400 for toybox, 1000 otherwise
-    batch_size: int | None = None  #: instance pictures an update, and as many class pictures,
+    steps: int = _BY_BASE  #: optimizer updates; None is 400 for toybox, 1000 otherwise
+    batch_size: int = _BY_BASE  #: instance pictures an update, and as many class pictures,
     #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
     gradient_accumulation: int = 1  #: micro-batches an update is split into
-    learning_rate: float | None = None  #: None is 1e-4 for toybox, 5e-6 (the paper's) otherwise
+    learning_rate: float = _BY_BASE  #: None is 1e-4 for toybox, 5e-6 (the paper's) otherwise
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU

@@ -13,7 +13,8 @@ from typing import Any
 
 from dreambooth_lib import families, metrics, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.data import load_dataset, read_pictures
+from dreambooth_lib.data import load_dataset
+from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.sampling import sample
 from dreambooth_lib.training import train
 

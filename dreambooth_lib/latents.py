@@ -3,8 +3,9 @@
 import torch
 
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.data import Photo, to_tensor
+from dreambooth_lib.data import to_tensor
 from dreambooth_lib.families.base import Family, Posterior
+from dreambooth_lib.pictures import Photo
 
 BATCH = 8  # pictures encoded at a time
 

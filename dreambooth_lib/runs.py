@@ -87,10 +87,12 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
         )
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; choose a new folder for the run.")
-    # A run must find its pictures whatever folder it is resumed from.
+    # A run must find its pictures and its base whatever folder it is resumed from.
     subject = dataclasses.replace(config.subject, pictures=_absolute(config.subject.pictures))
     own = config.class_folder and _absolute(config.class_folder)
-    config = config.replace(subject=subject, class_folder=own)
+    local = config.base != "toybox" and Path(config.base).exists()
+    base = _absolute(config.base) if local else config.base
+    config = config.replace(subject=subject, class_folder=own, base=base)
     replace_file(folder / "config.toml", config.to_toml().encode())
     return Run(folder, config)
 

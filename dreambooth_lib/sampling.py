@@ -40,7 +40,7 @@ def sample(
     seeds: list[int],
     *,
     steps: int = 25,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 5.0,
     negative_prompt: str = "",
     batch_size: int = 8,
 ) -> list[Sample]:

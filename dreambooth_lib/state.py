@@ -35,6 +35,7 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
 def load_state(folder: str | Path) -> dict[str, Any]:
     """Read what :func:`save_state` wrote; tensors come back on the CPU in their own dtypes."""
     folder = Path(folder)
+    replacing_folder(folder).recover()
     tensors = load_file(folder / "tensors.safetensors")
     return _join(json.loads((folder / "state.json").read_text()), tensors)
 
@@ -50,7 +51,13 @@ class replacing_folder:
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         self.old = self.folder.with_name(f".{self.folder.name}.old")
 
+    def recover(self) -> None:
+        """Put the older folder back where a kill came between the two renames."""
+        if self.old.exists() and not self.folder.exists():
+            self.old.rename(self.folder)
+
     def __enter__(self) -> Path:
+        self.recover()
         for leftover in (self.partial, self.old):
             shutil.rmtree(leftover, ignore_errors=True)
         self.partial.mkdir(parents=True)

@@ -12,14 +12,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 
 from dreambooth_lib import families
-from dreambooth_lib.data import read_pictures, shuffled
+from dreambooth_lib.data import shuffled
 from dreambooth_lib.families.base import Cond, Family, rows
 from dreambooth_lib.latents import LatentCache
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.optim import choose, make_optimizer, make_schedule
+from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
 
@@ -78,7 +80,8 @@ def train(run: Run) -> Iterator[Step]:
         trainer.save_checkpoint()
         raise
     except KeyboardInterrupt:
-        trainer.save_checkpoint()
+        if trainer.whole:
+            trainer.save_checkpoint()
         raise
 
 
@@ -105,8 +108,10 @@ class Trainer:
     def __init__(self, run: Run):
         config = run.config
         self.run, self.config, self.step = run, config, 0
-        device = Accelerator().device
-        precision = native_precision(config.mixed_precision, device)
+        self.whole = True  #: false while an update is written into some of the state only
+        precision = native_precision(config.mixed_precision, PartialState().device)
+        if is_initialized() and AcceleratorState().mixed_precision != precision:
+            AcceleratorState._reset_state()  # an earlier run's, in this process
         self.accelerator = accelerator = Accelerator(mixed_precision=precision)
         shares = accelerator.num_processes * config.gradient_accumulation
         if config.batch_size % shares:
@@ -116,8 +121,9 @@ class Trainer:
                 f"{config.gradient_accumulation}); make it a multiple."
             )
         family = families.load(config.base, config.revision, config.variant)
-        self.family = family
+        self.family: Family = family
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        self.half = half
         text_trains = config.train_text_encoder
         for module in family.frozen + ([] if text_trains else family.text_encoders):
             module.requires_grad_(False).to(accelerator.device, half)
@@ -169,8 +175,9 @@ class Trainer:
         trainable.float().requires_grad_(True).train()
         if config.gradient_checkpointing:
             self.family.denoiser.enable_gradient_checkpointing()
-            for encoder in trainable.text_encoders:
-                encoder.gradient_checkpointing_enable()
+            if config.train_text_encoder:
+                for encoder in self.family.text_encoders:
+                    encoder.gradient_checkpointing_enable()
         for module in self.family.denoiser.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = config.dropout
@@ -181,7 +188,7 @@ class Trainer:
             accelerator.print(f"optimizer: {choose(config, device_type)} (auto, {device_type})")
         self.model, self.optimizer = accelerator.prepare(trainable, optimizer)
         self.schedule = make_schedule(config, optimizer)
-        self.ema = None
+        self.ema: Any = None
         if config.ema_decay is not None:
             from diffusers.training_utils import EMAModel
 
@@ -203,28 +210,38 @@ class Trainer:
                 accelerator.backward(loss.total / len(parts))
             losses.append(loss)
         values = self._mean(losses)
-        if not all(math.isfinite(value) for value in values if value is not None):
-            raise NonFiniteLoss(
-                f"the loss is {values[0]} at step {self.step + 1} of {self.run.folder}; the last "
-                "good checkpoint is kept: lower learning_rate, or use mixed_precision 'no'."
-            )
-        accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self._check_finite("loss", values)
+        norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        if accelerator.scaler is None:  # with a scaler, an infinite gradient skips the update
+            self._check_finite("gradient's norm", [float(norm)])
         lr = self.schedule.get_last_lr()[0]
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         if accelerator.optimizer_step_was_skipped:
+            self.whole = True
             return None
         self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
         self.step += 1
         memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-        step = Step(self.step, *values, lr, time.perf_counter() - started, memory)
+        total, instance, prior = values
+        seconds = time.perf_counter() - started
+        step = Step(self.step, total, instance, prior, lr, seconds, memory)
         if accelerator.is_main_process:
             self.run.append_log(asdict(step))
+        self.whole = True
         if self.step % config.checkpoint_every == 0 or self.step == config.steps:
             self.save_checkpoint()
         return step
+
+    def _check_finite(self, what: str, values: list[float | None]) -> None:
+        if not all(math.isfinite(value) for value in values if value is not None):
+            raise NonFiniteLoss(
+                f"the {what} is {values[0]} at step {self.step + 1} of {self.run.folder}; the last "
+                "good checkpoint is kept: lower learning_rate, or use mixed_precision 'no'."
+            )
 
     def _batch(self) -> dict[str, Any]:
         """The whole update's batch, instance rows first, the same in every process."""
@@ -269,12 +286,12 @@ class Trainer:
         errors = per_sample_errors(prediction, target)
         return dreambooth_loss(errors, batch["is_prior"][part], self.config.prior_weight, weight)
 
-    def _mean(self, losses: list[Loss]) -> list[float | None]:
+    def _mean(self, losses: list[Loss]) -> tuple[float, float, float | None]:
         """Total, instance and prior loss over all micro-batches and processes."""
         kinds = [kind for kind in zip(*losses, strict=True) if kind[0] is not None]
         means = torch.stack([torch.stack(kind).mean().detach() for kind in kinds])
-        values: list[float | None] = self.accelerator.reduce(means, "mean").tolist()
-        return values + [None] * (3 - len(values))
+        total, instance, *prior = self.accelerator.reduce(means, "mean").tolist()
+        return total, instance, prior[0] if prior else None
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this moment, unless it lies there already."""
@@ -298,6 +315,14 @@ class Trainer:
         self.accelerator.unwrap_model(self.model).load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+        # The config may have been changed since: its rate counts, not the one that was saved.
+        self.schedule.base_lrs = [self.config.learning_rate] * len(self.schedule.base_lrs)
+        rates = [rate * by(self.step) for rate, by in
+                 zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)]  # fmt: skip
+        self.schedule._last_lr = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"], group["initial_lr"] = rate, self.config.learning_rate
+            group["weight_decay"] = self.config.weight_decay
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
             self.ema.to(self.accelerator.device)
@@ -312,8 +337,14 @@ class Trainer:
             self.ema.copy_to(self.parameters)
         self.accelerator.unwrap_model(self.model).eval()
         if self.accelerator.is_main_process:
+            family = self.family
+            if self.half is not torch.float32:  # its frozen parts are rounded: take the base's
+                config = self.config
+                family = families.load(config.base, config.revision, config.variant)
+                trained = self.accelerator.unwrap_model(self.model).state_dict()
+                Trainable(family, config.train_text_encoder).load_state_dict(trained)
             with replacing_folder(self.run.pipeline) as partial:
-                self.family.pipeline.save_pretrained(partial, safe_serialization=True)
+                family.pipeline.save_pretrained(partial, safe_serialization=True)
         self.accelerator.wait_for_everyone()
 
 

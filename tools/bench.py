@@ -60,7 +60,9 @@ def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
 
 def import_seconds() -> float:
     """The median time of ``import dreambooth_lib`` in processes of their own."""
-    code = "import time; t = time.perf_counter(); import dreambooth_lib; print(time.perf_counter() - t)"
+    code = (
+        "from time import perf_counter as now; t = now(); import dreambooth_lib; print(now() - t)"
+    )
     command = [sys.executable, "-c", code]
     return median(float(subprocess.check_output(command)) for _ in range(5))
 

@@ -29,9 +29,9 @@ class Family(Protocol):
     """One loaded base. The six things that differ between families are its members."""
 
     pipeline: Any  #: the diffusers pipeline that all parts belong to
-    denoiser: torch.nn.Module
-    text_encoders: list[torch.nn.Module]
-    frozen: list[torch.nn.Module]  #: what never trains, such as the autoencoder
+    denoiser: Any  #: a diffusers model
+    text_encoders: list[Any]  #: transformers models
+    frozen: list[Any]  #: what never trains, such as the autoencoder
     resolution: int  #: pixels a side that the base was made for
     lora_targets: list[str]
 

@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and every base in their layout."""
 
+from typing import Any
+
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -8,15 +10,14 @@ from dreambooth_lib.noise import DiscreteNoise
 
 
 class StableDiffusion:
-    """Adapter of a ``StableDiffusionPipeline``; see :class:`dreambooth_lib.families.base.Family`."""
+    """Adapter of a ``StableDiffusionPipeline``; its members are those of ``base.Family``."""
 
-    lora_targets = ["to_k", "to_q", "to_v", "to_out.0"]
-
-    def __init__(self, pipeline: StableDiffusionPipeline):
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline  # a StableDiffusionPipeline
         self.denoiser = pipeline.unet
         self.text_encoders = [pipeline.text_encoder]
         self.frozen = [pipeline.vae]
+        self.lora_targets = ["to_k", "to_q", "to_v", "to_out.0"]
         self.resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
     @classmethod

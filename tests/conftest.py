@@ -1,0 +1,151 @@
+"""Tiny random bases on disk in diffusers' layout, small photos, and configs of a few steps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dreambooth_lib.config import Subject, TrainConfig
+
+WORDS = ("a", "dog", "cat", "ohwx", "on", "the", "beach", "in", "snow", "photo", "of", "red")
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_LENGTH = 12  # tokens, start and end included
+WIDTH = 16  # of the text encoder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A real CLIPTokenizer to which each of WORDS is one token, merged from its last letter."""
+    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in keep] + [chr(256 + i) for i in range(256 - len(keep))]
+    vocabulary = letters + [letter + "</w>" for letter in letters]
+    merges = []
+    for word in WORDS:
+        ending = word[-1] + "</w>"
+        for letter in reversed(word[:-1]):
+            if letter + ending not in vocabulary:
+                merges.append(f"{letter} {ending}")
+                vocabulary.append(letter + ending)
+            ending = letter + ending
+    vocabulary += [START, END]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def save_base(folder: Path, prediction_type: str, seed: int = 0, **unet: Any) -> str:
+    """Write a random Stable Diffusion pipeline of 16 x 16 pictures; returns its path."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    save_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder.with_name(f"{folder.name}-tokenizer"))
+    torch.manual_seed(seed)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+            scaling_factor=0.7,
+        ),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=WIDTH,
+            norm_num_groups=4,
+            **unet,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return str(folder)
+
+
+def save_photos(folder: Path, count: int = 4) -> str:
+    """Distinct pictures of a coloured shape each; returns the folder's path."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        ground, colour = (tuple(int(v) for v in rng.integers(256, size=3)) for _ in range(2))
+        image = Image.new("RGB", (24, 20), ground)
+        left, top = (int(v) for v in rng.integers(1, 8, size=2))
+        draw = ImageDraw.Draw(image)
+        (draw.ellipse if number % 2 else draw.rectangle)((left, top, left + 9, top + 9), colour)
+        image.save(folder / f"{number}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base that predicts epsilon, as Stable Diffusion 1 does."""
+    return save_base(tmp_path_factory.mktemp("bases") / "sd1", "epsilon", attention_head_dim=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base that predicts v with linear projections and heads by level, as version 2 does."""
+    heads = {"attention_head_dim": [2, 4], "use_linear_projection": True}
+    return save_base(tmp_path_factory.mktemp("bases") / "sd2", "v_prediction", seed=1, **heads)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_photos(tmp_path_factory.mktemp("photos") / "rex")
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., TrainConfig]:
+    def make(base: str, photos: str, **changes: Any) -> TrainConfig:
+        fields: dict[str, Any] = {
+            "steps": 4,
+            "batch_size": 2,
+            "class_pictures": 4,
+            "prior_inference_steps": 2,
+            "learning_rate": 1e-3,
+        }
+        return TrainConfig(subject=Subject(photos, "dog"), base=base, **(fields | changes))
+
+    return make

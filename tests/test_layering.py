@@ -1,0 +1,215 @@
+"""Who may import whom, what importing costs, and what no module may do: read from the sources."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import dreambooth_lib
+
+PACKAGE = "dreambooth_lib"
+ROOT = Path(dreambooth_lib.__file__).parent
+
+#: What each module may import of the library, lazily too; imports for type checkers are free.
+ALLOWED = {
+    "config": (),
+    "state": (),
+    "pictures": ("config",),
+    "identifiers": (),
+    "data": ("config", "pictures"),
+    "noise": (),
+    "losses": ("noise",),
+    "families.base": ("noise",),
+    "families.stable_diffusion": ("noise", "families.base"),
+    "families": ("families.base", "families.stable_diffusion"),
+    "latents": ("config", "data", "pictures", "families.base"),
+    "optim": ("config",),
+    "runs": ("config", "state"),
+    "sampling": ("config", "families", "families.base", "runs"),
+    "prior": ("config", "families", "families.base", "sampling", "state"),
+    "metrics": (),
+    "plots": ("state", "runs"),
+    "training": ("config", "data", "pictures", "latents", "losses", "families", "families.base",
+                 "optim", "prior", "runs", "state"),
+}  # fmt: skip
+#: What may import everything; of these, ``__main__`` alone may be what imports them.
+TOP = ("demo", "__main__")
+
+PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+
+
+def module_name(path: Path) -> str:
+    """"families.base" for families/base.py; the package itself is "__init__"."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+SOURCES = {
+    module_name(path): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if "bundled" not in path.relative_to(ROOT).parts
+}
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, without what only type checkers execute."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for statement in child.orelse:
+                yield from nodes(statement)
+        else:
+            yield from nodes(child)
+
+
+def imported(source: str, module: str) -> set[str]:
+    """The library's modules that ``module`` imports, "__init__" for the package itself."""
+    found = set()
+    for node in nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                package = [PACKAGE, *module.split(".")]
+                if module in SOURCES and SOURCES[module].name != "__init__.py":
+                    package.pop()
+                origin = ".".join([*package[: len(package) - node.level + 1], *filter(None, [origin])])
+            for alias in node.names:
+                inner = f"{origin}.{alias.name}"
+                found.add(inner if inner.removeprefix(f"{PACKAGE}.") in SOURCES else origin)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    inside = {name for name in found if name == PACKAGE or name.startswith(f"{PACKAGE}.")}
+    return {name.removeprefix(PACKAGE).removeprefix(".") or "__init__" for name in inside}
+
+
+def forbidden(source: str) -> set[str]:
+    """What the source uses of pickle, torch's own files and code from a model's repository."""
+    found, torches = set(), {"torch"}
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found |= {a.name for a in names if a.name.split(".")[0] in PICKLES}
+                torches |= {a.asname for a in names if a.name == "torch" and a.asname}
+            case ast.ImportFrom(module=str(origin), names=names):
+                if origin.split(".")[0] in PICKLES:
+                    found.add(origin)
+                for name in {a.name for a in names}:
+                    if (origin == "torch" and name in ("load", "save")) or (
+                        origin.split(".")[0] == "torch" and name == "serialization"
+                    ):
+                        found.add(f"{origin}.{name}")
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(value=ast.Name(id=owner), attr="load" | "save" as attribute):
+                found |= {f"torch.{attribute}"} if owner in torches else set()
+            case ast.Attribute(value=ast.Name(id=owner), attr="serialization"):
+                found |= {"torch.serialization"} if owner in torches else set()
+            case ast.keyword(arg="trust_remote_code" | "allow_pickle" as word):
+                found.add(word)
+            case ast.Name(id="trust_remote_code") | ast.Constant(value="trust_remote_code"):
+                found.add("trust_remote_code")
+    return found
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_module_imports_only_what_it_may(module: str) -> None:
+    if module in TOP:
+        return
+    allowed = {"__init__": ()} | ALLOWED
+    assert module in allowed, (
+        f"{module} is not in ALLOWED; add it there with the modules that it may import."
+    )
+    extra = imported(SOURCES[module].read_text(), module) - set(allowed[module]) - {module}
+    assert not extra, (
+        f"{module} imports {', '.join(sorted(extra))}; move what it needs to a module that it may "
+        "import, or pass it in. To allow the import, add it to ALLOWED."
+    )
+
+
+def test_table_is_of_modules_and_has_no_cycle() -> None:
+    assert set(ALLOWED) <= set(SOURCES), "a module of ALLOWED is gone; remove it."
+    # A package and its modules know each other: it loads them only when it is asked for a base.
+    graph = {m: set(may) - {"families.stable_diffusion"} for m, may in ALLOWED.items()}
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_only_main_imports_the_top() -> None:
+    assert "__main__" not in imported(SOURCES["demo"].read_text(), "demo")
+    assert not any(set(TOP) & set(may) for may in ALLOWED.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import dreambooth_lib.runs", {"runs"}),
+        ("import dreambooth_lib as db", {"__init__"}),
+        ("from dreambooth_lib import runs, families", {"runs", "families"}),
+        ("from dreambooth_lib import train", {"__init__"}),
+        ("from dreambooth_lib.families import base, load", {"families", "families.base"}),
+        ("def f():\n    from dreambooth_lib.state import load_state", {"state"}),
+        ("from .base import rows", {"families.base"}),
+        ("from .. import noise", {"noise"}),
+        ("from ..runs import Run", {"runs"}),
+        ("import importlib\nimportlib.import_module('dreambooth_lib.demo')", {"demo"}),
+        ("if TYPE_CHECKING:\n    from dreambooth_lib import runs\nelse:\n    import torch", set()),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    from dreambooth_lib import runs", {"runs"}),
+        ("import dreambooth_library, torch", set()),
+    ],
+)
+def test_imports_are_found(source: str, expected: set[str]) -> None:
+    assert imported(source, "families.stable_diffusion") == expected
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_pickle_and_no_remote_code(module: str) -> None:
+    assert forbidden(SOURCES[module].read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import pickle", {"pickle"}),
+        ("def f():\n    from pickle import loads", {"pickle"}),
+        ("import torch\ntorch.save({}, 'x')", {"torch.save"}),
+        ("import torch as t\nread = t.load", {"torch.load"}),
+        ("from torch import load as read", {"torch.load"}),
+        ("from torch import serialization", {"torch.serialization"}),
+        ("f(x, trust_remote_code=False)", {"trust_remote_code"}),
+        ("f(**{'trust_remote_code': True})", {"trust_remote_code"}),
+        ("np.load(path, allow_pickle=True)", {"allow_pickle"}),
+        ('"""No pickle, no torch.load."""\nload(path)\nimage.save(path)', set()),
+        ("from safetensors.torch import load_file, save_file", set()),
+    ],
+)
+def test_forbidden_things_are_found(source: str, expected: set[str]) -> None:
+    assert forbidden(source) == expected
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = (
+        "import sys, dreambooth_lib; heavy = {'torch', 'transformers', 'diffusers', 'matplotlib'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_the_package_are_where_it_says() -> None:
+    for name in dreambooth_lib.__all__:
+        module = importlib.import_module(f"{PACKAGE}.{dreambooth_lib._HOME[name]}")
+        assert getattr(dreambooth_lib, name).__module__ == module.__name__
+    typed = {
+        (alias.name, node.module)
+        for node in ast.walk(ast.parse(SOURCES["__init__"].read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}.")
+        for alias in node.names
+    }
+    assert typed == {(name, f"{PACKAGE}.{home}") for name, home in dreambooth_lib._HOME.items()}
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = dreambooth_lib.no_such_name

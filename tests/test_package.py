@@ -1,0 +1,116 @@
+"""Versions that are asked for, and the package as it is installed elsewhere."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+COLAB_FREEZE = os.environ.get("DREAMBOOTH_TEST_COLAB_FREEZE", "")
+CORE = {"torch", "diffusers", "transformers", "accelerate", "numpy", "pillow", "ipywidgets"}
+
+
+def requirements(lines: Iterable[str]) -> dict[str, Requirement]:
+    bare = (line.split("#")[0].strip() for line in lines)
+    parsed = [Requirement(line) for line in bare if line]
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def required() -> dict[str, Requirement]:
+    return requirements((ROOT / "requirements.txt").read_text().splitlines())
+
+
+def pins(path: Path) -> dict[str, Version]:
+    """What ``pip freeze`` wrote; packages installed from an address have no version there."""
+    found = re.findall(r"^([\w.-]+)==([^\s;#]+)", path.read_text(), flags=re.MULTILINE)
+    return {canonicalize_name(name): Version(version) for name, version in found}
+
+
+def unmet(wanted: dict[str, Requirement], versions: dict[str, Version]) -> list[str]:
+    return [
+        f"{requirement}, but it is {versions[name]}"
+        for name, requirement in wanted.items()
+        if name in versions and not requirement.specifier.contains(versions[name], prereleases=True)
+    ]
+
+
+@pytest.mark.skipif(not COLAB_FREEZE, reason="DREAMBOOTH_TEST_COLAB_FREEZE is not set")
+def test_colab_has_what_is_required() -> None:
+    """So that installing there moves nothing that is preinstalled."""
+    colab = pins(Path(COLAB_FREEZE))
+    assert colab.keys() >= CORE
+    assert unmet(required(), colab) == []
+
+
+def test_every_requirement_has_a_lower_bound() -> None:
+    assert required().keys() >= CORE
+    for requirement in required().values():
+        assert [s.operator for s in requirement.specifier] == [">="], f"{requirement}"
+
+
+def test_constraints_satisfy_the_requirements() -> None:
+    constraints = pins(ROOT / "constraints.txt")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    test = requirements(project["optional-dependencies"]["test"])
+    assert unmet(required() | test, constraints) == []
+    assert (required() | test).keys() <= constraints.keys()
+
+
+def test_unmet_is_found() -> None:
+    wanted = requirements(["a_b>=2.0  # why", "", "# c", "d>=1"])
+    assert unmet(wanted, {"a-b": Version("2.0+cu128"), "d": Version("1")}) == []
+    assert unmet(wanted, {"a-b": Version("1.9")}) == ["a_b>=2.0, but it is 1.9"]
+
+
+@pytest.mark.slow
+def test_installed_package_brings_its_data(tmp_path: Path) -> None:
+    checkout, target, elsewhere = (tmp_path / n for n in ("checkout", "target", "elsewhere"))
+    # A copy, since building leaves files behind in the checkout, and would take up old ones.
+    checkout.mkdir()
+    elsewhere.mkdir()
+    for name in ("dreambooth_lib", "data"):
+        shutil.copytree(
+            ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "bundled")
+        )
+    for name in ("pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, checkout)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+    if importlib.util.find_spec("setuptools"):
+        import setuptools
+
+        if Version(setuptools.__version__) >= Version("77"):
+            install.append("--no-build-isolation")
+    subprocess.run([*install, checkout], check=True, cwd=elsewhere)
+    shutil.rmtree(checkout)
+    code = (
+        "from dreambooth_lib.data import load_dataset\n"
+        "from dreambooth_lib.families import BUNDLED\n"
+        "from dreambooth_lib.pictures import read_pictures\n"
+        "assert (BUNDLED / 'subjects').is_dir(), BUNDLED\n"
+        "for subject in load_dataset(BUNDLED / 'subjects'):\n"
+        "    print(BUNDLED, subject.name, len(read_pictures(subject.pictures)), sep='|')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True, cwd=elsewhere, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(rows) == 3
+    assert {Path(folder) for folder, _, _ in rows} == {target / "dreambooth_lib" / "bundled"}
+    assert all(int(count) >= 4 for _, _, count in rows)
+    for file in (ROOT / "data").rglob("*"):
+        installed = target / "dreambooth_lib" / "bundled" / file.relative_to(ROOT / "data")
+        assert installed.exists(), f"{file.name} is not in the package"
+    assert (target / "dreambooth_lib" / "py.typed").exists()

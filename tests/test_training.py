@@ -1,0 +1,510 @@
+"""Training on tiny random bases: what is learnt, saved, resumed, and the same in any split."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreambooth_lib import families, runs, training
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.runs import Run
+from dreambooth_lib.training import NonFiniteLoss, Step, Trainer, train
+
+Make = Callable[..., TrainConfig]
+
+
+def curve(steps: list[Step]) -> list[tuple[float, float, float | None, float]]:
+    """What must be equal in two equal runs: all of a step but its time and memory."""
+    return [(s.loss, s.instance_loss, s.prior_loss, s.lr) for s in steps]
+
+
+def weights(folder: str | Path, part: str = "unet") -> dict[str, torch.Tensor]:
+    (file,) = (Path(folder) / part).glob("*.safetensors")
+    return load_file(file)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.fixture
+def started(tmp_path: Path, photos: str, make_config: Make) -> Callable[..., Run]:
+    """Start a run in a folder of its own; the runs of one test share their class pictures."""
+
+    def start(name: str, base: str, **changes: Any) -> Run:
+        return runs.start(make_config(base, photos, **changes), tmp_path / name)
+
+    return start
+
+
+@pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd2"])
+def test_both_prediction_types_train_and_save_by_the_same_code(
+    base: str, started: Callable[..., Run], request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(base)
+    run = started("run", path)
+    steps = list(train(run))
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert all(s.loss > 0 and s.seconds > 0 and s.lr == 1e-3 for s in steps)
+    for step in steps:
+        assert step.loss == pytest.approx(step.instance_loss + step.prior_loss, rel=1e-6)
+    before, after = weights(path), weights(run.pipeline)
+    assert before.keys() == after.keys()
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    assert len(changed) > 0.9 * len(before)
+    for frozen in ("vae", "text_encoder"):
+        assert same(weights(path, frozen), weights(run.pipeline, frozen))
+    assert list(run.checkpoints()) == [4]
+    logged = [{k: v for k, v in row.items()} for row in run.log()]
+    assert [row["loss"] for row in logged] == [step.loss for step in steps]
+
+
+def test_the_loss_falls_where_one_picture_is_learnt(
+    tmp_path: Path, tiny_sd1: str, photos: str, make_config: Make
+) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    Image.open(Path(photos) / "0.png").save(alone / "0.png")
+    config = make_config(
+        tiny_sd1, str(alone), steps=80, batch_size=8, prior_weight=0.0, learning_rate=1e-2
+    )
+    losses = [step.loss for step in train(runs.start(config, tmp_path / "run"))]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+def test_without_prior_weight_there_is_no_prior_loss_and_no_class_picture(
+    tmp_path: Path, tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    steps = list(train(started("run", tiny_sd1, prior_weight=0.0, class_pictures=0)))
+    assert all(step.prior_loss is None and step.loss == step.instance_loss for step in steps)
+    assert not (tmp_path / "class_pictures").exists()
+
+
+def test_prior_weight_scales_the_prior_part_of_the_loss(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    (step,) = train(started("run", tiny_sd1, prior_weight=0.25, steps=1))
+    assert step.loss == pytest.approx(step.instance_loss + 0.25 * step.prior_loss, rel=1e-6)
+
+
+def test_every_photo_and_every_class_picture_is_used(
+    tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[int, list[int]] = {}
+    sample = training.LatentCache.sample
+
+    def spy(cache: Any, index: list[int], generator: torch.Generator) -> torch.Tensor:
+        used.setdefault(id(cache), []).extend(index)
+        return sample(cache, index, generator)
+
+    monkeypatch.setattr(training.LatentCache, "sample", spy)
+    list(train(started("run", tiny_sd1, class_pictures=6, steps=6)))
+    photos_used, class_used = used.values()
+    assert sorted(photos_used) == sorted([0, 1, 2, 3] * 3)
+    assert sorted(class_used) == sorted([0, 1, 2, 3, 4, 5] * 2)
+
+
+def test_accumulated_micro_batches_give_the_same_curve_and_steps_count_updates(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    whole = list(train(started("whole", tiny_sd1, batch_size=4, steps=5)))
+    split = list(train(started("split", tiny_sd1, batch_size=4, steps=5, gradient_accumulation=2)))
+    assert [step.step for step in split] == [1, 2, 3, 4, 5]
+    for one, other in zip(whole, split, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.prior_loss == pytest.approx(other.prior_loss, rel=1e-4)
+
+
+RESUMABLE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "text encoder": {"train_text_encoder": True, "prompt_dropout": 0.3},
+    "ema": {"ema_decay": 0.9},
+    "schedule": {"lr_schedule": "cosine", "warmup_steps": 2},
+    "dropout": {"dropout": 0.2},
+    "crop and flip": {"crop": "random", "flip": True},
+    "8-bit": {"optimizer": "adamw8bit"},
+    "bf16": {"mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_a_run_left_early_resumes_bit_for_bit(
+    name: str, tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    changes = RESUMABLE[name] | {"steps": 5, "batch_size": 1, "gradient_accumulation": 1}
+    whole_run = started("whole", tiny_sd1, **changes)
+    whole = list(train(whole_run))
+    run = started("left", tiny_sd1, **changes)
+    first = []
+    for step in train(run):
+        first.append(step)
+        if step.step == 2:
+            break
+    assert list(run.checkpoints()) == [2]
+    rest = list(train(runs.resume(run.folder)))
+    assert [step.step for step in rest] == [3, 4, 5]
+    assert curve(first + rest) == curve(whole)
+    for part in ("unet", "text_encoder", "vae"):
+        assert same(weights(whole_run.pipeline, part), weights(run.pipeline, part)), part
+    one, other = whole_run.load_checkpoint(), run.load_checkpoint()
+    assert one is not None and other is not None
+    equal_states(one, other)
+
+
+def equal_states(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            equal_states(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            equal_states(*pair, f"{path}/{number}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def test_the_eight_bit_optimizer_keeps_and_restores_eight_bit_states(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, optimizer="adamw8bit", steps=2)
+    list(train(run))
+    saved = run.load_checkpoint()
+    assert saved is not None
+
+    def dtypes(value: Any) -> set[torch.dtype]:
+        if isinstance(value, torch.Tensor):
+            return {value.dtype}
+        values = value.values() if isinstance(value, dict) else ()
+        return set().union(*(dtypes(v) for v in values))
+
+    assert torch.uint8 in dtypes(saved["optimizer"]["state"])
+
+
+def test_an_exception_in_the_callers_loop_saves_a_checkpoint(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1)
+
+    def caller() -> None:
+        for step in train(run):
+            if step.step == 3:
+                raise RuntimeError("the caller's own")
+
+    with pytest.raises(RuntimeError):
+        caller()
+    assert list(run.checkpoints()) == [3]
+
+
+@pytest.mark.parametrize("moment", ["pre", "post"])
+def test_an_interrupt_around_the_optimizers_step_leaves_a_run_that_resumes_bit_for_bit(
+    moment: str, tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    whole_run = started("whole", tiny_sd1, checkpoint_every=1)
+    whole = list(train(whole_run))
+    run = started("interrupted", tiny_sd1, checkpoint_every=2)
+    stepper = train(run)
+    first = list(islice(stepper, 3))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    register = getattr(torch.optim.optimizer, f"register_optimizer_step_{moment}_hook")
+    hook = register(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(stepper)
+    finally:
+        hook.remove()
+    saved = max(run.checkpoints())
+    rest = list(train(runs.resume(run.folder)))
+    assert [step.step for step in rest] == list(range(saved + 1, 5))
+    assert curve(first[:saved] + rest) == curve(whole)
+    assert same(weights(whole_run.pipeline), weights(run.pipeline))
+
+
+def test_training_the_text_encoder_changes_and_saves_it(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, train_text_encoder=True)
+    list(train(run))
+    assert not same(weights(tiny_sd1, "text_encoder"), weights(run.pipeline, "text_encoder"))
+    assert same(weights(tiny_sd1, "vae"), weights(run.pipeline, "vae"))
+
+
+def test_the_averaged_weights_are_saved_in_place_of_the_last_ones(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, ema_decay=0.5, steps=3, checkpoint_every=1, checkpoints_kept=9)
+    list(train(run))
+    name = "conv_in.weight"
+    by_step = [weights(tiny_sd1)[name]] + [
+        training_state(run, step)[f"denoiser.{name}"] for step in (1, 2, 3)
+    ]
+    # diffusers' decay of update k is min(decay, (1 + k) / (10 + k)), counted from 0 at the second.
+    average = by_step[0]
+    for k, value in enumerate(by_step[1:]):
+        decay = 0.0 if k == 0 else min(0.5, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * value
+    saved = weights(run.pipeline)[name]
+    assert torch.allclose(saved, average, atol=1e-6)
+    assert not torch.allclose(saved, by_step[-1], atol=1e-5)
+
+
+def training_state(run: Run, step: int) -> dict[str, torch.Tensor]:
+    from dreambooth_lib.state import load_state
+
+    return load_state(run.checkpoints()[step])["model"]
+
+
+def test_bf16_trains_weights_kept_in_float32(tiny_sd1: str, started: Callable[..., Run]) -> None:
+    run = started("run", tiny_sd1, mixed_precision="bf16")
+    half = list(train(run))
+    full = list(train(started("full", tiny_sd1, mixed_precision="no")))
+    for one, other in zip(half, full, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=0.05)
+    assert curve(half) != curve(full)
+    assert {v.dtype for v in weights(run.pipeline).values()} == {torch.float32}
+    after, before = weights(run.pipeline), weights(tiny_sd1)
+    rounded = after["conv_in.weight"].bfloat16().float()
+    assert not torch.equal(after["conv_in.weight"], rounded)
+    assert not torch.equal(after["conv_in.weight"], before["conv_in.weight"])
+
+
+def test_a_run_in_half_precision_saves_the_bases_frozen_parts_unrounded(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, mixed_precision="bf16", steps=1)
+    list(train(run))
+    for part in ("vae", "text_encoder"):
+        assert same(weights(tiny_sd1, part), weights(run.pipeline, part)), part
+
+
+def test_gradient_checkpointing_gives_the_same_losses(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    both = [
+        list(train(started(str(on), tiny_sd1, gradient_checkpointing=on, train_text_encoder=True)))
+        for on in (False, True)
+    ]
+    for one, other in zip(*both, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"flip": True}, {"crop": "random"}, {"min_snr_gamma": 5.0}])
+def test_each_of_these_settings_changes_the_losses(
+    changes: dict[str, Any], tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    plain = curve(list(train(started("plain", tiny_sd1))))
+    changed = curve(list(train(started("changed", tiny_sd1, **changes))))
+    assert changed != plain
+    assert all(0 < loss < 1e3 for loss, *_ in changed)
+
+
+def seen_prompts(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every prompt that a run's updates were conditioned on."""
+    seen: list[str] = []
+    forward = training.Trainable.forward
+
+    def spy(module: Any, x_t: Any, t: Any, cond: Any, prompts: list[str]) -> torch.Tensor:
+        seen.extend(prompts)
+        return forward(module, x_t, t, cond, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainable, "forward", spy)
+        list(train(run))
+    return seen
+
+
+def test_prompts_are_the_papers_unless_a_photo_has_a_caption(
+    tmp_path: Path,
+    tiny_sd1: str,
+    photos: str,
+    make_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for number in range(2):
+        Image.open(Path(photos) / f"{number}.png").save(own / f"{number}.png")
+    (own / "1.txt").write_text("a ohwx dog in snow")
+    config = make_config(tiny_sd1, str(own), steps=2)
+    seen = seen_prompts(runs.start(config, tmp_path / "run"), monkeypatch)
+    assert sorted(seen) == sorted(["a ohwx dog", "a ohwx dog in snow", "a dog", "a dog"] * 2)
+
+
+def test_prompt_dropout_empties_about_its_share_of_prompts(
+    tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started("run", tiny_sd1, steps=10, batch_size=8, prompt_dropout=0.4)
+    seen = seen_prompts(run, monkeypatch)
+    assert len(seen) == 160
+    assert 0.25 < seen.count("") / 160 < 0.55
+    assert {"a ohwx dog", "a dog", ""} == set(seen)
+
+
+def test_a_caption_changes_the_conditioning_and_so_the_loss(
+    tmp_path: Path, tiny_sd1: str, photos: str, make_config: Make
+) -> None:
+    losses = []
+    for name in ("plain", "captioned"):
+        own = tmp_path / name / "photos"
+        own.mkdir(parents=True)
+        Image.open(Path(photos) / "0.png").save(own / "0.png")
+        if name == "captioned":
+            (own / "0.txt").write_text("red cat beach")
+        config = make_config(tiny_sd1, str(own), steps=1, prior_weight=0.0)
+        losses += [step.loss for step in train(runs.start(config, tmp_path / name / "run"))]
+    assert losses[0] != losses[1]
+
+
+def test_a_non_finite_loss_raises_and_keeps_the_last_good_checkpoint(
+    tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started("run", tiny_sd1, checkpoint_every=2, steps=6)
+    stepper = train(run)
+    first = list(islice(stepper, 3))
+    errors = training.per_sample_errors
+    monkeypatch.setattr(
+        training, "per_sample_errors", lambda *given: errors(*given) * float("nan")
+    )
+    with pytest.raises(NonFiniteLoss, match="step 4.*learning_rate"):
+        next(stepper)
+    assert list(run.checkpoints()) == [2]
+    assert len(first) == 3 and len(run.log()) == 3
+    monkeypatch.undo()
+    rest = list(train(runs.resume(run.folder)))
+    assert [step.step for step in rest] == [3, 4, 5, 6]
+    assert rest[0].loss == first[2].loss
+    assert [row["step"] for row in run.log()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_non_finite_gradient_is_never_written_into_weights_or_checkpoints(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, checkpoint_every=1, steps=6)
+    trainer = Trainer(run)
+    trainer.update()
+    trainer.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteLoss):
+        trainer.update()
+    assert list(run.checkpoints()) == [1]
+    assert all(torch.isfinite(value).all() for value in training_state(run, 1).values())
+    assert all(torch.isfinite(value).all() for value in trainer.parameters)
+
+
+def test_a_learning_rate_changed_on_resuming_is_used(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, lr_schedule="linear", steps=4)
+    next(islice(train(run), 1, None))
+    rest = list(train(runs.resume(run.folder, learning_rate=1e-4, weight_decay=0.5, steps=8)))
+    assert [step.lr for step in rest] == pytest.approx([1e-4 * (8 - k) / 8 for k in range(2, 8)])
+    saved = run.load_checkpoint()
+    assert saved is not None
+    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_a_finished_run_trained_again_makes_no_update_and_keeps_its_pipeline(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, steps=2)
+    list(train(run))
+    before = weights(run.pipeline)
+    assert list(train(runs.resume(run.folder))) == []
+    assert same(before, weights(run.pipeline))
+    assert [row["step"] for row in run.log()] == [1, 2]
+
+
+def test_a_run_left_at_its_last_step_saves_its_pipeline_when_resumed(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, steps=2)
+    for step in train(run):
+        if step.step == 2:
+            break
+    assert not run.pipeline.exists()
+    assert list(train(runs.resume(run.folder))) == []
+    assert not same(weights(tiny_sd1), weights(run.pipeline))
+
+
+def test_steps_hold_plain_numbers(tiny_sd1: str, started: Callable[..., Run]) -> None:
+    (step,) = train(started("run", tiny_sd1, steps=1))
+    for value in (step.loss, step.instance_loss, step.prior_loss, step.lr, step.seconds):
+        assert type(value) is float
+    assert type(step.step) is int
+    assert step.memory_mb is None or type(step.memory_mb) is float
+
+
+def test_the_same_seed_makes_the_same_run_and_another_seed_another(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    first, again, other = (
+        curve(list(train(started(name, tiny_sd1, seed=seed))))
+        for name, seed in (("first", 3), ("again", 3), ("other", 4))
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_batch_that_does_not_split_over_processes_is_refused(
+    tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started("run", tiny_sd1, batch_size=3)
+    monkeypatch.setattr(training.Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match=r"batch_size 3 .*2 processes"):
+        next(train(run))
+
+
+def test_a_run_serves_as_the_base_of_another(tiny_sd1: str, started: Callable[..., Run]) -> None:
+    first = started("first", tiny_sd1, steps=1)
+    list(train(first))
+    family = families.load(str(first.folder))
+    assert same(family.denoiser.state_dict(), weights(first.pipeline))
+    second = started("second", str(first.folder), steps=1)
+    list(train(second))
+    assert not same(weights(first.pipeline), weights(second.pipeline))
+
+
+PLAIN_DIFFUSERS = """
+import sys
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+image = pipeline("a ohwx dog", num_inference_steps=2).images[0]
+assert "dreambooth_lib" not in sys.modules
+print(image.size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_runs_pipeline_draws_in_plain_diffusers_without_this_library(
+    precision: str, tmp_path: Path, tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, steps=1, mixed_precision=precision)
+    list(train(run))
+    command = [sys.executable, "-c", PLAIN_DIFFUSERS, str(run.pipeline)]
+    # Another folder and no PYTHONPATH, so that nothing of this checkout can be imported.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    made = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == "(16, 16)"
