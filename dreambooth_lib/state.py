@@ -96,6 +96,8 @@ def _flush(path: Path) -> None:
 
 def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
+        while path in tensors:  # as {"a/b": x, "a": {"b": y}} would have it
+            path += "'"
         tensors[path] = value.detach().cpu().clone().contiguous()
         return {_TENSOR: path}
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ noise as the run that was never stopped, on one process, in one piece.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +236,7 @@ class Trainer:
             self.save_checkpoint()
         return step
 
-    def _check_finite(self, what: str, values: list[float | None]) -> None:
+    def _check_finite(self, what: str, values: Sequence[float | None]) -> None:
         if not all(math.isfinite(value) for value in values if value is not None):
             raise NonFiniteLoss(
                 f"the {what} is {values[0]} at step {self.step + 1} of {self.run.folder}; the last "

@@ -75,13 +75,11 @@ def test_unmet_is_found() -> None:
 @pytest.mark.slow
 def test_installed_package_brings_its_data(tmp_path: Path) -> None:
     checkout, target, elsewhere = (tmp_path / n for n in ("checkout", "target", "elsewhere"))
-    # A copy, since building leaves files behind in the checkout, and would take up old ones.
+    # A copy, since building leaves files behind in the checkout, and takes up older ones.
     checkout.mkdir()
     elsewhere.mkdir()
     for name in ("dreambooth_lib", "data"):
-        shutil.copytree(
-            ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "bundled")
-        )
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, checkout)

@@ -16,6 +16,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from dreambooth_lib import families, runs, training
 from dreambooth_lib.config import TrainConfig
@@ -68,8 +72,7 @@ def test_both_prediction_types_train_and_save_by_the_same_code(
     for frozen in ("vae", "text_encoder"):
         assert same(weights(path, frozen), weights(run.pipeline, frozen))
     assert list(run.checkpoints()) == [4]
-    logged = [{k: v for k, v in row.items()} for row in run.log()]
-    assert [row["loss"] for row in logged] == [step.loss for step in steps]
+    assert [row["loss"] for row in run.log()] == [step.loss for step in steps]
 
 
 def test_the_loss_falls_where_one_picture_is_learnt(
@@ -79,10 +82,10 @@ def test_the_loss_falls_where_one_picture_is_learnt(
     alone.mkdir()
     Image.open(Path(photos) / "0.png").save(alone / "0.png")
     config = make_config(
-        tiny_sd1, str(alone), steps=80, batch_size=8, prior_weight=0.0, learning_rate=1e-2
+        tiny_sd1, str(alone), steps=40, batch_size=8, prior_weight=0.0, learning_rate=1e-2
     )
     losses = [step.loss for step in train(runs.start(config, tmp_path / "run"))]
-    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 def test_without_prior_weight_there_is_no_prior_loss_and_no_class_picture(
@@ -212,7 +215,13 @@ def test_an_exception_in_the_callers_loop_saves_a_checkpoint(
     assert list(run.checkpoints()) == [3]
 
 
-@pytest.mark.parametrize("moment", ["pre", "post"])
+OPTIMIZER_HOOKS = {
+    "before": register_optimizer_step_pre_hook,
+    "after": register_optimizer_step_post_hook,
+}
+
+
+@pytest.mark.parametrize("moment", OPTIMIZER_HOOKS)
 def test_an_interrupt_around_the_optimizers_step_leaves_a_run_that_resumes_bit_for_bit(
     moment: str, tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
@@ -225,8 +234,7 @@ def test_an_interrupt_around_the_optimizers_step_leaves_a_run_that_resumes_bit_f
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    register = getattr(torch.optim.optimizer, f"register_optimizer_step_{moment}_hook")
-    hook = register(interrupt)
+    hook = OPTIMIZER_HOOKS[moment](interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             next(stepper)
@@ -307,7 +315,7 @@ def test_gradient_checkpointing_gives_the_same_losses(
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"flip": True}, {"crop": "random"}, {"min_snr_gamma": 5.0}])
+@pytest.mark.parametrize("changes", [{"flip": True}, {"crop": "random"}, {"min_snr_gamma": 0.1}])
 def test_each_of_these_settings_changes_the_losses(
     changes: dict[str, Any], tiny_sd1: str, started: Callable[..., Run]
 ) -> None:

@@ -1,0 +1,111 @@
+"""The whole job on the embedded base: what it writes, and what it must reach."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dreambooth_lib import demo, families
+from dreambooth_lib.__main__ import main
+from dreambooth_lib.config import TrainConfig
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """One bundled subject at the default settings."""
+    out = tmp_path_factory.mktemp("demo")
+    config = TrainConfig(subject=demo.bundled_subjects()[0])
+    return out, demo.personalise(config, out / "run", out)
+
+
+def test_the_demo_writes_its_pictures_and_figures(tuned):
+    out, row = tuned
+    assert Image.open(out / "contact_sheet.png").size[0] > 800
+    assert Image.open(out / "loss.png").size[0] > 400
+    (saved,) = json.loads((out / "metrics.json").read_text())["subjects"]
+    assert saved == row
+    assert set(row["seconds"]) == {"prior", "train", "sample", "total"}
+    assert {"name", "seeds", "steps", "peak_memory_mb", "reference_fidelity"} <= set(row)
+    for name in ("base", "tuned"):
+        measures = {"subject_fidelity", "prompt_adherence", "class_diversity", "prior_drift"}
+        assert set(row[name]) == measures
+    assert row["base"]["prior_drift"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_subject_is_learnt_and_the_class_is_kept(tuned):
+    _, row = tuned
+    base, after = row["base"], row["tuned"]
+    half_way = (base["subject_fidelity"] + row["reference_fidelity"]) / 2
+    assert after["subject_fidelity"] >= half_way
+    assert after["prompt_adherence"] >= 0.9 * base["prompt_adherence"]
+    assert after["class_diversity"] >= 0.9 * base["class_diversity"]
+
+
+def test_a_finished_run_is_the_base_of_another_and_draws_from_the_shell(tuned, tmp_path):
+    out, _ = tuned
+    subject = demo.bundled_subjects()[1]
+    config = f"""base = "{out / "run"}"
+steps = 2
+batch_size = 1
+learning_rate = 1e-4
+class_pictures = 2
+prior_inference_steps = 2
+
+[subject]
+pictures = "{subject.pictures}"
+class_noun = "{subject.class_noun}"
+identifier = "hta"
+"""
+    (tmp_path / "second.toml").write_text(config)
+    run = tmp_path / "second"
+    shell("train", str(tmp_path / "second.toml"), "--out", str(run))
+    shell("sample", str(run), "a {} turtle on the beach", "--seeds", "7")
+    (picture,) = (run / "samples").glob("*.png")
+    assert Image.open(picture).size == (64, 64)
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="error: there is no config file"):
+        shell("train", str(tmp_path / "none.toml"))
+    with pytest.raises(SystemExit, match="error: .* is not a run"):
+        shell("resume", str(tmp_path))
+    with pytest.raises(SystemExit, match="no bundled subject 'unicorn'"):
+        shell("demo", "--subject", "unicorn", "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.skipif(
+    "DREAMBOOTH_TEST_DREAMBENCH" not in os.environ, reason="needs the DreamBooth dataset"
+)
+def test_real_photographs_go_the_same_way(tmp_path):
+    folder = Path(os.environ["DREAMBOOTH_TEST_DREAMBENCH"])
+    subjects = {subject.name: subject for subject in demo.load_dataset(folder)}
+    config = TrainConfig(
+        subject=subjects["dog"], steps=4, class_pictures=4, prior_inference_steps=4
+    )
+    row = demo.personalise(config, tmp_path / "run", tmp_path)
+    assert row["class_noun"] == "dog" and row["steps"] == 4
+    assert (tmp_path / "contact_sheet.png").exists()
+
+
+def test_the_embedded_base_loads_as_a_plain_diffusers_pipeline_within_its_size():
+    from diffusers import StableDiffusionPipeline
+
+    folder = families.BUNDLED / "toybox"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline.text_encoder).__name__ == "CLIPTextModel"
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 48e6
+
+
+def shell(*words: str) -> None:
+    """Run ``python -m dreambooth_lib`` in this process."""
+    import sys
+
+    before, sys.argv = sys.argv, ["dreambooth_lib", *words]
+    try:
+        main()
+    finally:
+        sys.argv = before

@@ -1,0 +1,151 @@
+"""A run's folder: starting, resuming, the log, and checkpoints kept and dropped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dreambooth_lib import runs
+from dreambooth_lib.config import ConfigError, TrainConfig
+from dreambooth_lib.runs import Run, RunError
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def run(tmp_path: Path, photos: str, make_config: Make) -> Run:
+    return runs.start(make_config("toybox", photos, checkpoints_kept=2), tmp_path / "run")
+
+
+def test_a_started_run_opens_again_with_the_same_config(run: Run) -> None:
+    assert runs.resume(run.folder) == run
+    assert run.log() == [] and run.checkpoints() == {} and run.load_checkpoint() is None
+
+
+def test_a_folder_that_holds_a_run_is_not_started_again(run: Run) -> None:
+    before = (run.folder / "config.toml").read_text()
+    with pytest.raises(RunError, match=r"holds a run already.*resume\("):
+        runs.start(run.config.replace(steps=9), run.folder)
+    assert (run.folder / "config.toml").read_text() == before
+
+
+def test_a_folder_that_holds_other_files_is_refused_and_left_alone(
+    tmp_path: Path, photos: str, make_config: Make
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    with pytest.raises(RunError, match="not empty"):
+        runs.start(make_config("toybox", photos), tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_folder_takes_a_run(tmp_path: Path, photos: str, make_config: Make) -> None:
+    (tmp_path / "empty").mkdir()
+    run = runs.start(make_config("toybox", photos), tmp_path / "empty")
+    assert runs.resume(tmp_path / "empty") == run
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_what_is_not_a_run_is_not_resumed(made: bool, tmp_path: Path) -> None:
+    if made:
+        (tmp_path / "folder").mkdir()
+    with pytest.raises(RunError, match=r"not a run.*config\.toml"):
+        runs.resume(tmp_path / "folder")
+
+
+def test_changes_on_resuming_are_kept(run: Run) -> None:
+    changed = runs.resume(run.folder, steps=99, learning_rate=1e-5)
+    assert (changed.config.steps, changed.config.learning_rate) == (99, 1e-5)
+    assert runs.resume(run.folder) == changed
+
+
+def test_a_change_that_cannot_be_right_is_refused_and_not_kept(run: Run) -> None:
+    with pytest.raises(ConfigError, match="steps"):
+        runs.resume(run.folder, steps=0)
+    assert runs.resume(run.folder) == run
+
+
+def test_relative_paths_are_kept_for_whatever_folder_the_run_is_resumed_from(
+    tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("photos", "class", "base"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    runs.start(make_config("base", "photos", class_folder="class"), "run")
+    monkeypatch.chdir("/")
+    config = runs.resume(tmp_path / "run").config
+    assert config.subject.pictures == str(tmp_path / "photos")
+    assert config.class_folder == str(tmp_path / "class")
+    assert config.base == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("base", ["toybox", "owner/name"])
+def test_names_of_bases_are_not_taken_for_paths(
+    base: str, tmp_path: Path, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toybox").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert runs.start(make_config(base, photos), "run").config.base == base
+
+
+def test_the_log_comes_back_row_by_row(run: Run) -> None:
+    rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": 5e-324, "prior_loss": None}]
+    for row in rows:
+        run.append_log(row)
+    assert run.log() == rows
+
+
+def test_a_row_cut_by_a_kill_is_left_out_and_later_ones_are_whole(run: Run) -> None:
+    run.append_log({"step": 1})
+    with (run.folder / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert run.log() == [{"step": 1}]
+    run.cut_log(1)
+    run.append_log({"step": 2})
+    assert run.log() == [{"step": 1}, {"step": 2}]
+
+
+def test_cutting_the_log_drops_exactly_the_later_rows(run: Run) -> None:
+    for step in range(1, 6):
+        run.append_log({"step": step})
+    run.cut_log(3)
+    assert [row["step"] for row in run.log()] == [1, 2, 3]
+    lines = (run.folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    run.cut_log(0)
+    assert run.log() == []
+
+
+def test_the_newest_checkpoints_are_kept_and_the_newest_is_loaded(run: Run) -> None:
+    for step in (8, 9, 10, 11):
+        run.save_checkpoint(step, {"step": step})
+    assert list(run.checkpoints()) == [10, 11]
+    assert run.load_checkpoint() == {"step": 11}
+
+
+def test_checkpoints_are_ordered_by_number_beyond_six_digits(run: Run) -> None:
+    for step in (999_999, 1_000_000):
+        run.save_checkpoint(step, {"step": step})
+    assert run.load_checkpoint() == {"step": 1_000_000}
+
+
+def test_a_checkpoint_cut_by_a_kill_is_not_seen(run: Run) -> None:
+    run.save_checkpoint(2, {"step": 2})
+    partial = run.folder / "checkpoints" / ".000004.partial"
+    partial.mkdir()
+    (partial / "tensors.safetensors").write_bytes(b"half")
+    assert list(run.checkpoints()) == [2]
+    assert run.load_checkpoint() == {"step": 2}
+    run.save_checkpoint(4, {"step": 4})
+    assert not partial.exists()
+    assert run.load_checkpoint() == {"step": 4}
+
+
+def test_a_failing_write_keeps_all_older_checkpoints(run: Run) -> None:
+    for step in (1, 2):
+        run.save_checkpoint(step, {"step": step})
+    with pytest.raises(TypeError):
+        run.save_checkpoint(3, {"step": object()})
+    assert list(run.checkpoints()) == [1, 2]
+    assert run.load_checkpoint() == {"step": 2}

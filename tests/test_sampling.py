@@ -1,0 +1,171 @@
+"""Pictures from bases and runs: by seed alone, for the run's subject, leaving models as found."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dreambooth_lib import families, runs
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.families.base import Family
+from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.sampling import Sample, fill, sample
+from dreambooth_lib.training import train
+
+Make = Callable[..., TrainConfig]
+QUICK: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def family(tiny_sd1: str) -> Family:
+    return families.load(tiny_sd1)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_sd1: str, photos: str, make_config: Make, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    config = make_config(tiny_sd1, photos, steps=2, prior_weight=0.0)
+    run = runs.start(config, tmp_path_factory.mktemp("runs") / "run")
+    list(train(run))
+    return run
+
+
+def pixels(samples: list[Sample]) -> np.ndarray:
+    return np.stack([np.asarray(made.image).astype(int) for made in samples])
+
+
+def test_every_prompt_is_drawn_with_every_seed_prompts_outermost(family: Family) -> None:
+    made = sample(family, ["a dog", "a cat"], [5, 6, 7], **QUICK)
+    assert [(s.prompt, s.seed) for s in made] == [
+        (prompt, seed) for prompt in ("a dog", "a cat") for seed in (5, 6, 7)
+    ]
+    assert {s.image.size for s in made} == {(16, 16)}
+
+
+def test_a_seeds_picture_is_the_same_in_batches_of_any_size(family: Family) -> None:
+    whole, pairs, single = (
+        pixels(sample(family, ["a dog"], [0, 1, 2], batch_size=size, **QUICK)) for size in (8, 2, 1)
+    )
+    assert np.abs(whole - pairs).max() <= 1
+    assert np.abs(whole - single).max() <= 1
+    assert np.abs(whole[0] - whole[1]).max() > 10
+
+
+def test_the_same_call_draws_the_same_pictures_whatever_ran_before(family: Family) -> None:
+    first = pixels(sample(family, ["a dog"], [3], **QUICK))
+    torch.manual_seed(11)
+    sample(family, ["a cat"], [8], **QUICK)
+    assert np.array_equal(first, pixels(sample(family, ["a dog"], [3], **QUICK)))
+
+
+def test_prompt_guidance_and_negative_prompt_each_change_the_picture(family: Family) -> None:
+    plain = pixels(sample(family, ["a dog"], [0], steps=2, guidance_scale=3.0))
+    for changed in (
+        sample(family, ["a cat"], [0], steps=2, guidance_scale=3.0),
+        sample(family, ["a dog"], [0], steps=2, guidance_scale=60.0),
+        sample(family, ["a dog"], [0], steps=2, guidance_scale=3.0, negative_prompt="red snow"),
+        sample(family, ["a dog"], [0], steps=4, guidance_scale=3.0),
+    ):
+        assert not np.array_equal(plain, pixels(changed))
+
+
+def test_the_place_in_a_prompt_takes_the_runs_identifier(finished: Run) -> None:
+    (made,) = sample(finished, ["a {} dog on the beach"], [0], **QUICK)
+    assert made.prompt == "a ohwx dog on the beach"
+    (written_out,) = sample(finished, ["a ohwx dog on the beach"], [0], **QUICK)
+    assert np.array_equal(pixels([made]), pixels([written_out]))
+
+
+def test_fill_takes_the_subjects_own_identifier_and_leaves_other_prompts_alone() -> None:
+    subject = Subject("photos", "dog", identifier="zwx")
+    assert fill("a {} dog and a {} dog", subject) == "a zwx dog and a zwx dog"
+    assert fill("a dog", subject) == fill("a dog", None) == "a dog"
+
+
+def test_a_base_has_no_identifier_for_the_place_in_a_prompt(family: Family) -> None:
+    with pytest.raises(ValueError, match=r"'a \{\} dog'.*no subject"):
+        sample(family, ["a {} dog"], [0], **QUICK)
+
+
+def test_a_base_is_drawn_from_by_its_path(family: Family, tiny_sd1: str) -> None:
+    by_path, loaded = (sample(source, ["a dog"], [0], **QUICK) for source in (tiny_sd1, family))
+    assert np.array_equal(pixels(by_path), pixels(loaded))
+
+
+def test_a_run_that_has_not_finished_is_refused_by_name(
+    tmp_path: Path, tiny_sd1: str, photos: str, make_config: Make
+) -> None:
+    config = make_config(tiny_sd1, photos, prior_weight=0.0)
+    run = runs.start(config, tmp_path / "half-way")
+    with pytest.raises(RunError, match=r"half-way has not finished"):
+        sample(run, ["a dog"], [0])
+    next(iter(train(run)))
+    with pytest.raises(RunError, match=r"half-way has not finished"):
+        sample(run, ["a dog"], [0])
+
+
+def first_latents(source: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The noise that the sampler of a source starts from."""
+    from diffusers import UNet2DConditionModel
+
+    seen: list[torch.Tensor] = []
+    forward = UNet2DConditionModel.forward
+
+    def spy(unet: Any, latents: torch.Tensor, *given: Any, **named: Any) -> Any:
+        seen.append(latents.clone())
+        return forward(unet, latents, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "forward", spy)
+        sample(source, ["a dog"], [0, 1], **QUICK)
+    return seen[0]
+
+
+def test_base_and_run_start_from_the_same_noise_and_end_differently(
+    finished: Run, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = (first_latents(source, monkeypatch) for source in (family, finished))
+    assert torch.equal(base, tuned)
+    assert not torch.equal(base[0], base[1])
+    before, after = (sample(s, ["a dog"], [0], **QUICK) for s in (family, finished))
+    assert not np.array_equal(pixels(before), pixels(after))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_module_is_put_back_into_the_mode_it_was_in(
+    fails: bool, tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = families.load(tiny_sd1)
+    (encoder,) = family.text_encoders
+    family.denoiser.train()
+    encoder.eval()
+    modes: list[tuple[bool, bool]] = []
+    forward = type(family.denoiser).forward
+
+    def spy(*given: Any, **named: Any) -> Any:
+        modes.append((family.denoiser.training, encoder.training))
+        if fails:
+            raise RuntimeError("out of memory")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(type(family.denoiser), "forward", spy)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample(family, ["a dog"], [0], **QUICK)
+    else:
+        sample(family, ["a dog"], [0], **QUICK)
+    assert set(modes) == {(False, False)}
+    assert family.denoiser.training and not encoder.training
+
+
+def test_drawing_leaves_weights_trainable(tiny_sd1: str) -> None:
+    family = families.load(tiny_sd1)
+    sample(family, ["a dog"], [0], **QUICK)
+    cond = family.encode_prompts(["a dog"])
+    prediction = family.predict(torch.randn(1, 4, 8, 8), torch.tensor([5]), cond)
+    prediction.sum().backward()
+    assert all(p.grad is not None for p in family.denoiser.parameters())
