@@ -84,7 +84,7 @@ def test_saved_values_are_those_at_the_moment_of_saving(tmp_path: Path) -> None:
 
 
 def test_mixed_keys_are_refused_by_their_place_and_write_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="/outer/inner.*int and str"):
+    with pytest.raises(ValueError, match=r"/outer/inner.*int and str"):
         save_state(tmp_path / "s", {"outer": {"inner": {0: 1, "a": 2}}})
     assert list(tmp_path.iterdir()) == []
 

@@ -2,8 +2,8 @@
 
 import json
 import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import (
@@ -389,10 +388,8 @@ def test_a_non_finite_loss_raises_and_keeps_the_last_good_checkpoint(
     stepper = train(run)
     first = list(islice(stepper, 3))
     errors = training.per_sample_errors
-    monkeypatch.setattr(
-        training, "per_sample_errors", lambda *given: errors(*given) * float("nan")
-    )
-    with pytest.raises(NonFiniteLoss, match="step 4.*learning_rate"):
+    monkeypatch.setattr(training, "per_sample_errors", lambda *given: errors(*given) * float("nan"))
+    with pytest.raises(NonFiniteLoss, match=r"step 4.*learning_rate"):
         next(stepper)
     assert list(run.checkpoints()) == [2]
     assert len(first) == 3 and len(run.log()) == 3
@@ -516,3 +513,208 @@ def test_a_runs_pipeline_draws_in_plain_diffusers_without_this_library(
     )
     assert made.returncode == 0, made.stderr
     assert made.stdout.strip() == "(16, 16)"
+
+
+#: Runs the command line in forks of one process that has imported everything, and kills them.
+KILLER = '''
+import json, os, random, runpy, shutil, signal, sys, time
+from pathlib import Path
+
+import accelerate, bitsandbytes, diffusers, torch, transformers
+from dreambooth_lib import runs, state, training
+
+config, folder, reference = sys.argv[1:]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_a_class_picture():
+    real = state.replace_file
+
+    def killing(path, data):
+        if path.name == "00002.png":
+            path.with_name(".00002.png.partial").write_bytes(data[:20])
+            die()
+        real(path, data)
+
+    state.replace_file = killing
+
+
+def in_a_log_row():
+    def killing(run, row):
+        with (run.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row)[:15])
+        die()
+
+    runs.Run.append_log = killing
+
+
+def in_the_tensors():
+    real = state.save_file
+
+    def killing(tensors, path):
+        real(tensors, path)
+        if "000004" in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    state.save_file = killing
+
+
+def before_the_rename():
+    real = Path.rename
+
+    def killing(path, target):
+        if path.name == ".000004.partial":
+            die()
+        return real(path, target)
+
+    Path.rename = killing
+
+
+def in_dropping_a_checkpoint():
+    real = shutil.rmtree
+
+    def killing(path, *given, **named):
+        if Path(path).name == "000002":
+            next(Path(path).iterdir()).unlink()
+            die()
+        return real(path, *given, **named)
+
+    shutil.rmtree = killing
+
+
+def at_any_time():
+    """Tells the parent that updates begin; it kills soon after."""
+    real = training.Trainer.update
+
+    def telling(trainer):
+        os.write(pipe[1], b"x")
+        return real(trainer)
+
+    training.Trainer.update = telling
+
+
+def in_the_pipeline():
+    real = diffusers.StableDiffusionPipeline.save_pretrained
+
+    def killing(pipeline, path, **named):
+        real(pipeline, path, **named)
+        shutil.rmtree(Path(path) / "vae")
+        die()
+
+    diffusers.StableDiffusionPipeline.save_pretrained = killing
+
+
+def attempt(moment, *command):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(pipe[0])
+            if moment is not None:
+                moment()
+            sys.argv = ["dreambooth_lib", *command]
+            runpy.run_module("dreambooth_lib", run_name="__main__")
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if moment is at_any_time:
+        os.read(pipe[0], 1)
+        delay = random.uniform(0, 0.2)
+        print("killed after", delay, flush=True)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    name = getattr(moment, "__name__", "none")
+    _, status = os.waitpid(child, 0)
+    print("attempt", name, os.WTERMSIG(status), os.WEXITSTATUS(status), flush=True)
+
+
+pipe = os.pipe()
+attempt(None, "train", config, "--out", reference)
+attempt(in_a_class_picture, "train", config, "--out", folder)
+for moment in (in_a_log_row, in_the_tensors, before_the_rename, in_dropping_a_checkpoint):
+    attempt(moment, "resume", folder)
+for _ in range(2):
+    attempt(at_any_time, "resume", folder)
+attempt(in_the_pipeline, "resume", folder)
+'''
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The log's rows without what differs from one machine's hour to the next."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_mb")} for row in rows]
+
+
+def one_thread() -> dict[str, str]:
+    return dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
+    tmp_path: Path, tiny_sd1: str, photos: str, make_config: Make
+) -> None:
+    config = make_config(
+        tiny_sd1, photos, steps=12, checkpoint_every=2, ema_decay=0.9, lr_schedule="cosine"
+    )
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    # In folders of their own, so that the class pictures are made twice too.
+    killed, reference = tmp_path / "killed" / "run", tmp_path / "reference" / "run"
+    given = [str(tmp_path / "config.toml"), str(killed), str(reference)]
+    made = subprocess.run(
+        [sys.executable, "-c", KILLER, *given],
+        env=one_thread(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    attempts = [line.split()[1:] for line in made.stdout.splitlines() if line[:8] == "attempt "]
+    kill = str(int(signal.SIGKILL))
+    assert made.returncode == 0, made.stderr
+    assert [signalled for _, signalled, _ in attempts] == ["0"] + [kill] * 8, made.stdout
+    assert attempts[0][2] == "0"
+    assert not (killed / "pipeline").exists()
+    resume = [sys.executable, "-m", "dreambooth_lib", "resume", str(killed)]
+    subprocess.run(resume, env=one_thread(), check=True, capture_output=True)
+    assert [row["step"] for row in logged(killed)] == list(range(1, 13))
+    assert logged(killed) == logged(reference), made.stdout
+    for part in ("unet", "vae", "text_encoder"):
+        assert same(weights(killed / "pipeline", part), weights(reference / "pipeline", part))
+    left = [path.name for path in killed.rglob(".*")] + [
+        path.name for path in (killed / "checkpoints").iterdir()
+    ]
+    assert sorted(left) == ["000010", "000012"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_curve_and_weights_as_one(
+    tmp_path: Path, tiny_sd1: str, photos: str, make_config: Make
+) -> None:
+    config = make_config(tiny_sd1, photos, steps=6, train_text_encoder=True)
+    one = runs.start(config, tmp_path / "one" / "run")
+    list(train(one))
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(port), "-m", "dreambooth_lib", "train"]
+    launch += [str(tmp_path / "config.toml"), "--out", str(tmp_path / "two" / "run")]
+    made = subprocess.run(launch, env=one_thread(), capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    two = runs.resume(tmp_path / "two" / "run")
+    assert [row["step"] for row in two.log()] == [1, 2, 3, 4, 5, 6]
+    for row, other in zip(one.log(), two.log(), strict=True):
+        for name in ("loss", "instance_loss", "prior_loss", "lr"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3), (row["step"], name)
+    for part in ("unet", "text_encoder"):
+        ours, theirs = weights(one.pipeline, part), weights(two.pipeline, part)
+        before = weights(tiny_sd1, part)
+        moved = sum(float((ours[k] - before[k]).abs().sum()) for k in ours)
+        apart = sum(float((ours[k] - theirs[k]).abs().sum()) for k in ours)
+        assert moved > 0 and apart < 0.05 * moved

@@ -1,0 +1,229 @@
+"""Configs: round trips, defaults by base, and messages that name the field that is wrong."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreambooth_lib.config import ConfigError, Subject, TrainConfig
+
+DOG = Subject("photos", "dog")
+
+#: A value for every field that differs from its default.
+ALL_FIELDS: dict[str, Any] = {
+    "base": "owner/model",
+    "revision": "main",
+    "variant": "fp16",
+    "prior_weight": 0.5,
+    "min_snr_gamma": 5.0,
+    "prompt_dropout": 0.1,
+    "class_pictures": 7,
+    "class_folder": "/class",
+    "prior_inference_steps": 9,
+    "prior_guidance_scale": 2.5,
+    "steps": 11,
+    "batch_size": 6,
+    "gradient_accumulation": 3,
+    "learning_rate": 2e-6,
+    "lr_schedule": "cosine",
+    "warmup_steps": 5,
+    "optimizer": "adamw8bit",
+    "weight_decay": 0.02,
+    "max_grad_norm": 0.5,
+    "dropout": 0.2,
+    "ema_decay": 0.99,
+    "train_text_encoder": True,
+    "mixed_precision": "bf16",
+    "gradient_checkpointing": True,
+    "resolution": 256,
+    "crop": "random",
+    "flip": True,
+    "seed": 12,
+    "checkpoint_every": 13,
+    "checkpoints_kept": 4,
+}
+
+
+def full() -> TrainConfig:
+    subject = Subject('/p/"odd" é', "back pack", "zwx", "bag", "object")
+    return TrainConfig(subject=subject, **ALL_FIELDS)
+
+
+def test_the_full_config_sets_every_field() -> None:
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"subject"}
+    assert ALL_FIELDS.keys() == names
+    default = TrainConfig(subject=DOG)
+    assert all(getattr(default, name) != value for name, value in ALL_FIELDS.items())
+
+
+@pytest.mark.parametrize("make", [full, lambda: TrainConfig(subject=DOG)], ids=["full", "default"])
+def test_a_config_comes_back_from_dict_and_toml(
+    make: Callable[[], TrainConfig], tmp_path: Path
+) -> None:
+    config = make()
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    absolute = config.replace(
+        subject=dataclasses.replace(config.subject, pictures=str(tmp_path / "p"), name="n")
+    )
+    (tmp_path / "config.toml").write_text(absolute.to_toml())
+    assert TrainConfig.from_toml(tmp_path / "config.toml") == absolute
+
+
+def test_a_dict_given_is_not_changed() -> None:
+    fields = full().to_dict()
+    before = {**fields, "subject": dict(fields["subject"])}
+    TrainConfig.from_dict(fields)
+    assert fields == before
+
+
+def test_fields_left_out_take_the_bases_defaults_and_given_ones_stay() -> None:
+    toybox, other = TrainConfig(subject=DOG), TrainConfig(subject=DOG, base="owner/model")
+    assert (other.steps, other.batch_size, other.class_pictures) == (1000, 1, 200)
+    assert other.learning_rate == 5e-6
+    assert toybox.batch_size > 1 and toybox.class_pictures < 200
+    assert toybox.learning_rate > other.learning_rate
+    given = TrainConfig(subject=DOG, steps=3, batch_size=5, class_pictures=0, prior_weight=0.0)
+    assert (given.steps, given.batch_size, given.class_pictures) == (3, 5, 0)
+
+
+def test_pictures_and_class_folder_are_relative_to_the_toml_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    file = tmp_path / "deep" / "config.toml"
+    file.write_text(
+        'class_folder = "../class"\n[subject]\npictures = "../photos"\nclass_noun = "dog"\n'
+    )
+    config = TrainConfig.from_toml(file)
+    assert config.subject.pictures == str(tmp_path / "photos")
+    assert config.class_folder == str(tmp_path / "class")
+    absolute = tmp_path / "elsewhere"
+    file.write_text(f'[subject]\npictures = "{absolute}"\nclass_noun = "dog"\n')
+    assert TrainConfig.from_toml(file).subject.pictures == str(absolute)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'.*'bf16'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'.*'adamw'"),
+        ({"lr_schedule": "step"}, "lr_schedule is 'step'.*'cosine'"),
+        ({"crop": "left"}, "crop is 'left'.*'center'"),
+        ({"steps": 0}, "steps is 0.*1 or more"),
+        ({"batch_size": 0}, "batch_size is 0.*1 or more"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation is 0.*1 or more"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0.*1 or more"),
+        ({"checkpoints_kept": 0}, "checkpoints_kept is 0.*1 or more"),
+        ({"prior_inference_steps": 0}, "prior_inference_steps is 0.*1 or more"),
+        ({"prior_weight": -1.0}, "prior_weight is -1.0.*0 or more"),
+        ({"class_pictures": -1}, "class_pictures is -1.*0 or more"),
+        ({"warmup_steps": -1}, "warmup_steps is -1.*0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1.*0 or more"),
+        ({"seed": -1}, "seed is -1.*0 or more"),
+        ({"prior_guidance_scale": -1.0}, "prior_guidance_scale is -1.0.*0 or more"),
+        ({"prompt_dropout": 1.0}, "prompt_dropout is 1.0.*below 1"),
+        ({"dropout": -0.1}, "dropout is -0.1.*at least 0"),
+        ({"ema_decay": 1.5}, "ema_decay is 1.5.*below 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0.*above 0"),
+        ({"class_pictures": 0}, "prior_weight is 1.0 but class_pictures is 0.*class_folder"),
+        (
+            {"batch_size": 3, "gradient_accumulation": 2},
+            "batch_size 3 does not split into gradient_accumulation 2.*multiple",
+        ),
+        ({"resolution": 100}, "resolution is 100.*multiple of 8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_value_that_cannot_be_right_is_named_with_what_to_write(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(subject=DOG, **changes)
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(subject=DOG).replace(**changes)
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict({"subject": {"pictures": "p", "class_noun": "dog"}, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_pictures": 0, "class_folder": "mine"},
+        {"class_pictures": 0, "prior_weight": 0.0},
+        {"batch_size": 4, "gradient_accumulation": 2},
+        {"ema_decay": 0.0, "prompt_dropout": 0.99},
+    ],
+)
+def test_values_at_the_edge_of_what_can_be_right_are_taken(changes: dict[str, Any]) -> None:
+    config = TrainConfig(subject=DOG, **changes)
+    assert {name: getattr(config, name) for name in changes} == changes
+
+
+@pytest.mark.parametrize("field", ["class_noun", "identifier"])
+def test_a_subject_without_words_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"subject\.{field} is empty"):
+        Subject(**({"pictures": "p", "class_noun": "dog"} | {field: "  "}))
+
+
+def test_a_config_without_a_subject_is_refused() -> None:
+    with pytest.raises(ConfigError, match="subject is missing"):
+        TrainConfig(subject="photos")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"no \[subject\] table"):
+        TrainConfig.from_dict({"steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stepz": 3}, "unknown field 'stepz'.*steps"),
+        ({"steps": "3"}, "steps is '3'.*type int"),
+        ({"steps": 3.5}, "steps is 3.5.*type int"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'.*type float"),
+        ({"flip": 1}, "flip is 1.*type bool"),
+        ({"base": ["a"]}, "base is .*type str"),
+        ({"class_folder": 3}, "class_folder is 3.*str"),
+        ({"ema_decay": "no"}, "ema_decay is 'no'.*float"),
+    ],
+)
+def test_an_unknown_field_or_wrong_type_in_a_config_is_named(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict({"subject": {"pictures": "p", "class_noun": "dog"}, **fields})
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ({"pictures": "p"}, "subject.class_noun is missing"),
+        ({"class_noun": "dog"}, "subject.pictures is missing"),
+        ({"pictures": "p", "class_noun": "dog", "klass": "x"}, "unknown field 'subject.klass'"),
+        ({"pictures": "p", "class_noun": 3}, "subject.class_noun is 3.*type str"),
+    ],
+)
+def test_a_wrong_subject_table_is_named(subject: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict({"subject": subject})
+
+
+def test_whole_numbers_serve_where_fractions_are_meant() -> None:
+    fields = {"subject": {"pictures": "p", "class_noun": "dog"}}
+    config = TrainConfig.from_dict({**fields, "prior_weight": 2, "min_snr_gamma": 5})
+    assert type(config.prior_weight) is float and type(config.min_snr_gamma) is float
+    assert (config.prior_weight, config.min_snr_gamma) == (2.0, 5.0)
+
+
+def test_a_missing_or_broken_toml_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config file .*nothing\.toml"):
+        TrainConfig.from_toml(tmp_path / "nothing.toml")
+    (tmp_path / "broken.toml").write_text("steps = \n")
+    with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML"):
+        TrainConfig.from_toml(tmp_path / "broken.toml")
+
+
+def test_the_prompts_are_the_papers() -> None:
+    subject = Subject("photos/rex", "dog", identifier="zwx")
+    assert subject.instance_prompt == "a zwx dog"
+    assert subject.class_prompt == "a dog"
+    assert subject.token == "zwx dog"
+    assert subject.name == "rex"
