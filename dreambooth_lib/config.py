@@ -1,6 +1,7 @@
 """What a run is asked to do: frozen, validated dataclasses, to and from TOML and dicts."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,10 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 options = ", ".join(f"'{c}'" for c in choices)
                 raise ConfigError(f"{name} is '{getattr(self, name)}'; it can be {options}.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} is {value}; it must be a finite number.")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
@@ -139,8 +144,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1.")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0.")
+        for name in ("learning_rate", "max_grad_norm", "min_snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}; it must be above 0.")
         if self.prior_weight > 0 and self.class_pictures == 0 and self.class_folder is None:
             raise ConfigError(
                 f"prior_weight is {self.prior_weight} but class_pictures is 0; ask for class "
@@ -151,8 +158,10 @@ class TrainConfig:
                 f"batch_size {self.batch_size} does not split into gradient_accumulation "
                 f"{self.gradient_accumulation} equal micro-batches; make it a multiple."
             )
-        if self.resolution is not None and self.resolution % 8:
-            raise ConfigError(f"resolution is {self.resolution}; it must be a multiple of 8.")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise ConfigError(
+                f"resolution is {self.resolution}; it must be a multiple of 8, and 8 or more."
+            )
 
     def replace(self, **changes: Any) -> "TrainConfig":
         """This config with some fields changed, validated anew."""
@@ -174,7 +183,7 @@ class TrainConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "TrainConfig":
-        """Read a TOML file; ``subject.pictures`` is taken relative to the file's folder."""
+        """Read a TOML file; paths in it are taken relative to the file's folder."""
         path = Path(path)
         try:
             fields = tomllib.loads(path.read_text())
@@ -185,6 +194,9 @@ class TrainConfig:
         for table, key in ((fields.get("subject", {}), "pictures"), (fields, "class_folder")):
             if isinstance(table, dict) and key in table:
                 table[key] = str((path.parent / table[key]).resolve())
+        base = path.parent / str(fields.get("base", "toybox"))
+        if base.name != "toybox" and base.exists():
+            fields["base"] = str(base.resolve())
         return cls.from_dict(fields)
 
     def to_toml(self) -> str:
@@ -202,15 +214,15 @@ def _build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
 
 
 def _known(cls: Any, fields: dict[str, Any], prefix: str) -> dict[str, Any]:
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in fields.items():
         if name not in types:
             raise ConfigError(f"unknown field '{prefix}{name}'; known are {', '.join(types)}.")
-        if isinstance(value, int) and not isinstance(value, bool) and types[name] in (
-            float, float | None,
-        ):  # fmt: skip
+        wanted = types[name]
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if number and wanted in (float, float | None):
             fields = fields | {name: float(value)}
-        elif not isinstance(value, types[name]):  # type: ignore[arg-type]
-            wanted = getattr(types[name], "__name__", str(types[name]))
-            raise ConfigError(f"{prefix}{name} is {value!r}; it must be of type {wanted}.")
+        elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            wanted_name = getattr(wanted, "__name__", str(wanted))
+            raise ConfigError(f"{prefix}{name} is {value!r}; it must be of type {wanted_name}.")
     return fields

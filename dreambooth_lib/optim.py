@@ -47,8 +47,8 @@ def make_optimizer(
     return AdamW8bit(list(parameters), **settings)
 
 
-def make_schedule(config: TrainConfig, optimizer: "torch.optim.Optimizer") -> Any:
-    """The learning-rate schedule over optimizer updates, warm-up included."""
+def make_schedule(config: TrainConfig, optimizer: "torch.optim.Optimizer", step: int = 0) -> Any:
+    """The learning-rate schedule over optimizer updates, warm-up included, from ``step`` on."""
     from diffusers.optimization import get_scheduler
 
     name = config.lr_schedule
@@ -59,4 +59,5 @@ def make_schedule(config: TrainConfig, optimizer: "torch.optim.Optimizer") -> An
         optimizer,
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.steps,
+        last_epoch=step - 1,
     )

@@ -2,7 +2,7 @@
 
 RUN/config.toml
 RUN/log.jsonl               one row an update
-RUN/checkpoints/000100/     weights, optimizer, schedule (see state.py)
+RUN/checkpoints/000100/     weights, optimizer state (see state.py)
 RUN/pipeline/               the tuned pipeline in diffusers' layout
 """
 

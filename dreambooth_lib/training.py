@@ -6,6 +6,7 @@ noise as the run that was never stopped, on one process, in one piece.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -138,6 +139,8 @@ class Trainer:
             self._restore(saved)
         if accelerator.is_main_process:
             run.cut_log(self.step)
+            if self.step < config.steps:  # an earlier, shorter end must not be drawn from
+                shutil.rmtree(run.pipeline, ignore_errors=True)
 
     def _read_data(self) -> None:
         config, family, accelerator = self.config, self.family, self.accelerator
@@ -301,7 +304,6 @@ class Trainer:
                 "step": self.step,
                 "model": accelerator.unwrap_model(self.model).state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
             }
             if self.ema is not None:
                 state["ema"] = self.ema.state_dict()
@@ -314,16 +316,13 @@ class Trainer:
         self.step = saved["step"]
         self.accelerator.unwrap_model(self.model).load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
-        # The config may have been changed since: its rate counts, not the one that was saved.
-        self.schedule.base_lrs = [self.config.learning_rate] * len(self.schedule.base_lrs)
-        rates = [rate * by(self.step) for rate, by in
-                 zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)]  # fmt: skip
-        self.schedule._last_lr = rates
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"], group["initial_lr"] = rate, self.config.learning_rate
-            group["weight_decay"] = self.config.weight_decay
-        if self.ema is not None:
+        # The config may have been changed since: its rate and decay count, not the saved ones.
+        optimizer, config = self.optimizer.optimizer, self.config
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = config.learning_rate
+            group["weight_decay"] = config.weight_decay
+        self.schedule = make_schedule(config, optimizer, self.step)
+        if self.ema is not None and "ema" in saved:
             self.ema.load_state_dict(saved["ema"])
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler is not None and "scaler" in saved:

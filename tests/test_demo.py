@@ -69,11 +69,11 @@ identifier = "hta"
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="error: there is no config file"):
+    with pytest.raises(SystemExit, match=r"error: there is no config file"):
         shell("train", str(tmp_path / "none.toml"))
-    with pytest.raises(SystemExit, match="error: .* is not a run"):
+    with pytest.raises(SystemExit, match=r"error: .* is not a run"):
         shell("resume", str(tmp_path))
-    with pytest.raises(SystemExit, match="no bundled subject 'unicorn'"):
+    with pytest.raises(SystemExit, match=r"no bundled subject 'unicorn'; choose"):
         shell("demo", "--subject", "unicorn", "--out", str(tmp_path / "out"))
 
 
