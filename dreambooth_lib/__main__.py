@@ -87,8 +87,22 @@ def run_sample(run: Path, prompts: list[str], seeds: list[int], out: Path | None
         print(path)
 
 
+def quiet() -> None:
+    """Leave the loading bars and notices of the libraries out of what a person reads."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+
+
 def main() -> None:
     given = parser().parse_args()
+    quiet()
     try:
         if given.command == "demo":
             run_demo(given.subject, given.out)

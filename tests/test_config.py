@@ -102,6 +102,15 @@ def test_pictures_and_class_folder_are_relative_to_the_toml_file(tmp_path: Path)
     assert TrainConfig.from_toml(file).subject.pictures == str(absolute)
 
 
+def test_a_base_folder_beside_the_toml_file_is_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "config.toml"
+    table = '[subject]\npictures = "photos"\nclass_noun = "dog"\n'
+    for written, read in (("mine", str(tmp_path / "mine")), ("org/name", "org/name")):
+        file.write_text(f'base = "{written}"\n{table}')
+        assert TrainConfig.from_toml(file).base == read
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -131,6 +140,11 @@ def test_pictures_and_class_folder_are_relative_to_the_toml_file(tmp_path: Path)
             "batch_size 3 does not split into gradient_accumulation 2.*multiple",
         ),
         ({"resolution": 100}, "resolution is 100.*multiple of 8"),
+        ({"resolution": 0}, "resolution is 0.*8 or more"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0.*above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0.*above 0"),
+        ({"prior_weight": float("nan")}, "prior_weight is nan.*finite"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf.*finite"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -180,6 +194,7 @@ def test_a_config_without_a_subject_is_refused() -> None:
         ({"steps": 3.5}, "steps is 3.5.*type int"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'.*type float"),
         ({"flip": 1}, "flip is 1.*type bool"),
+        ({"steps": True}, "steps is True.*type int"),
         ({"base": ["a"]}, "base is .*type str"),
         ({"class_folder": 3}, "class_folder is 3.*str"),
         ({"ema_decay": "no"}, "ema_decay is 'no'.*float"),

@@ -515,6 +515,18 @@ def test_a_runs_pipeline_draws_in_plain_diffusers_without_this_library(
     assert made.stdout.strip() == "(16, 16)"
 
 
+def test_a_finished_run_that_trains_on_has_no_pipeline_until_its_new_end(
+    tiny_sd1: str, photos: str, tmp_path: Path, make_config: Callable[..., TrainConfig]
+) -> None:
+    run = runs.start(make_config(tiny_sd1, photos, steps=2), tmp_path / "run")
+    list(train(run))
+    longer = train(runs.resume(run.folder, steps=4))
+    assert next(longer).step == 3
+    assert not run.pipeline.exists()
+    assert [step.step for step in longer] == [4]
+    assert (run.pipeline / "model_index.json").exists()
+
+
 #: Runs the command line in forks of one process that has imported everything, and kills them.
 KILLER = '''
 import json, os, random, runpy, shutil, signal, sys, time
