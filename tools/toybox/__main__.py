@@ -26,7 +26,7 @@ from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer
 from tools.toybox.world import CLASSES, COLOURS, SCENES, World
 
 #: Optimizer updates of each training, for the shipped weights.
-STEPS = {"autoencoder": 3900, "judge": 650, "diffusion": 2000, "decoder": 4000}
+STEPS = {"autoencoder": 3900, "judge": 650, "diffusion": 2000, "decoder": 3200}
 BANK = 16_000  # composites encoded once for the diffusion training
 
 
