@@ -122,7 +122,9 @@ def test_the_first_minutes_of_a_rebuild(tmp_path):
     from tools.toybox.__main__ import STEPS, build, report
 
     steps = dict.fromkeys(STEPS, 2)
-    build(tmp_path / "work", tmp_path / "target", steps, bank=128, only=None)
+    build(tmp_path / "work", tmp_path / "target", steps, bank=128)
+    shutil.rmtree(tmp_path / "work" / "diffusion")
+    build(tmp_path / "work", tmp_path / "target", steps, 128, only="diffusion", further=True)
     figures = report(tmp_path / "work", tmp_path / "target", seed=0)
     assert figures["autoencoder_psnr_db"] > 3
     assert 0 <= figures["judge_triplets"] <= 1

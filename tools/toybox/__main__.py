@@ -30,7 +30,15 @@ STEPS = {"autoencoder": 3900, "judge": 650, "diffusion": 2000, "decoder": 3200}
 BANK = 16_000  # composites encoded once for the diffusion training
 
 
-def build(work: Path, target: Path, steps: dict[str, int], bank: int, only: str | None) -> None:
+def build(
+    work: Path,
+    target: Path,
+    steps: dict[str, int],
+    bank: int,
+    only: str | None = None,
+    further: bool = False,
+) -> None:
+    """Train what ``only`` names, or everything; ``further`` goes on from the shipped U-Net."""
     world = World(work / "drawings")
     tokenizer = save_tokenizer(work / "tokenizer")
     if only in (None, "autoencoder") and not (work / "vae").exists():
@@ -41,11 +49,12 @@ def build(work: Path, target: Path, steps: dict[str, int], bank: int, only: str 
         for part in (model.half(), tokenizer, judge.image_processor()):
             part.save_pretrained(target / "judge")
     if only in (None, "diffusion"):
-        vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-        pipeline = diffusion.train(
-            world, vae, tokenizer, work / "diffusion", steps["diffusion"], bank
-        )
+        vae = AutoencoderKL.from_pretrained(target / "vae" if further else work / "vae")
+        shipped = target if further else None
+        count = steps["diffusion"]
+        pipeline = diffusion.train(world, vae.float().eval(), tokenizer, work, count, bank, shipped)
         pipeline.to(torch.float16).save_pretrained(target)
+        save_tokenizer(target / "tokenizer")  # the older files of CLIP's layout beside the new one
         write_readme(target)
     if only in (None, "decoder"):
         vae = AutoencoderKL.from_pretrained(work / "vae")
@@ -129,6 +138,9 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=Path("data/toybox"))
     parser.add_argument("--only", choices=tuple(STEPS), help="one training only")
     parser.add_argument("--steps", type=int, help="updates of each training; to try the way")
+    parser.add_argument(
+        "--further", action="store_true", help="train on from the shipped U-Net (--only diffusion)"
+    )
     parser.add_argument("--bank", type=int, default=BANK)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the report")
     given = parser.parse_args()
@@ -139,7 +151,7 @@ def main() -> None:
         print(json.dumps(report(given.work, given.target, given.seed), indent=2))
     else:
         steps = STEPS if given.steps is None else dict.fromkeys(STEPS, given.steps)
-        build(given.work, given.target, steps, given.bank, given.only)
+        build(given.work, given.target, steps, given.bank, given.only, given.further)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Train the U-Net and its text encoder on a bank of encoded composites."""
 
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreambooth_lib.losses import dreambooth_loss, per_sample_errors
 from dreambooth_lib.noise import DiscreteNoise
+from dreambooth_lib.state import load_state, save_state
 from tools.toybox.autoencoder import LATENT_CHANNELS, to_tensor
 from tools.toybox.tokenizer import MAX_LENGTH
 from tools.toybox.training import fit
@@ -74,19 +76,36 @@ def encode_bank(
     return torch.cat(latents), pictures
 
 
+def saved_bank(
+    vae: AutoencoderKL, world: World, count: int, folder: Path
+) -> tuple[torch.Tensor, list[Picture]]:
+    """The bank of an earlier, stopped training in ``folder``, or a new one that is kept there."""
+    if not (folder / "state.json").exists():
+        latents, pictures = encode_bank(vae, world, count, seed=0)
+        save_state(folder, {"latents": latents, "pictures": [astuple(p) for p in pictures]})
+    saved = load_state(folder)
+    return saved["latents"], [Picture(*fields) for fields in saved["pictures"]]
+
+
 def train(
     world: World,
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
-    folder: Path,
+    work: Path,
     steps: int,
-    bank: int = 24_000,
+    bank: int,
+    further: Path | None = None,
     batch: int = 24,
 ) -> StableDiffusionPipeline:
-    latents, pictures = encode_bank(vae, world, bank, seed=0)
+    """Train from nothing, or further from the weights of the pipeline in the folder ``further``."""
+    latents, pictures = saved_bank(vae, world, bank, work / "bank")
     print(f"bank: {len(latents)} latents", flush=True)
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"text": new_text_encoder(tokenizer), "unet": new_unet()})
+    if further is not None:
+        shipped = StableDiffusionPipeline.from_pretrained(further)
+        model["text"].load_state_dict(shipped.text_encoder.float().state_dict())
+        model["unet"].load_state_dict(shipped.unet.float().state_dict())
     add_noise = DiscreteNoise.of_scheduler(new_scheduler(), min_snr_gamma=5.0)
 
     def loss_at(step: int) -> torch.Tensor:
@@ -106,7 +125,7 @@ def train(
         errors = per_sample_errors(prediction, noised.target)
         return dreambooth_loss(errors, torch.zeros(batch, dtype=bool), 0.0, noised.weight).total
 
-    fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
+    fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=work / "diffusion")
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=model["text"],
