@@ -10,24 +10,20 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 
 from dreambooth_lib import families
-from dreambooth_lib.data import shuffled
-from dreambooth_lib.families.base import Cond, Family, rows
-from dreambooth_lib.latents import LatentCache
+from dreambooth_lib.batches import Batch, Batches, seeded
+from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.optim import choose, make_optimizer, make_schedule
-from dreambooth_lib.pictures import read_pictures
+from dreambooth_lib.pictures import Photo, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
-
-if TYPE_CHECKING:
-    pass
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -86,14 +82,6 @@ def train(run: Run) -> Iterator[Step]:
         raise
 
 
-def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
-    """A CPU generator for one purpose of one step."""
-    from numpy.random import SeedSequence
-
-    (state,) = SeedSequence([seed, step, purpose]).generate_state(1, "uint64")
-    return torch.Generator().manual_seed(int(state) >> 1)
-
-
 def native_precision(mixed_precision: str, device: torch.device) -> str:
     """What "auto" means on a device: bf16 where it is native, else fp16; "no" on a CPU."""
     if mixed_precision != "auto":
@@ -129,9 +117,10 @@ class Trainer:
         for module in family.frozen + ([] if text_trains else family.text_encoders):
             module.requires_grad_(False).to(accelerator.device, half)
         family.pipeline.to(accelerator.device)
-        self.process = family.forward_process(config.min_snr_gamma)
-        self.resolution = config.resolution or family.resolution
-        self._read_data()
+        instance = read_pictures(config.subject.pictures)
+        classes = self._class_pictures() if config.prior_weight > 0 else []
+        self.batches = Batches(config, family, instance, classes)
+        accelerator.wait_for_everyone()
         trainable = Trainable(family, text_trains)
         self._prepare(trainable)
         saved = run.load_checkpoint()
@@ -142,26 +131,7 @@ class Trainer:
             if self.step < config.steps:  # an earlier, shorter end must not be drawn from
                 shutil.rmtree(run.pipeline, ignore_errors=True)
 
-    def _read_data(self) -> None:
-        config, family, accelerator = self.config, self.family, self.accelerator
-        photos = read_pictures(config.subject.pictures)
-        self.instance = LatentCache(photos, family, config, self.resolution)
-        prompts = [photo.caption or config.subject.instance_prompt for photo in photos]
-        self.classes = None
-        if config.prior_weight > 0:
-            pictures = self._class_pictures()
-            self.classes = LatentCache(pictures, family, config, self.resolution)
-            prompts += [photo.caption or config.subject.class_prompt for photo in pictures]
-        self.prompts = prompts
-        self.cond = None
-        if not config.train_text_encoder:
-            distinct = sorted({*prompts, ""})
-            self.cond_row = {prompt: row for row, prompt in enumerate(distinct)}
-            with torch.no_grad():
-                self.cond = family.encode_prompts(distinct)
-        accelerator.wait_for_everyone()
-
-    def _class_pictures(self) -> list[Any]:
+    def _class_pictures(self) -> list[Photo]:
         config, accelerator = self.config, self.accelerator
         if config.class_folder is not None:
             return read_pictures(config.class_folder)
@@ -203,14 +173,15 @@ class Trainer:
         started = time.perf_counter()
         if config.dropout > 0:
             torch.manual_seed(seeded(config.seed, self.step, 3).initial_seed())
-        batch = self._batch()
-        parts = self._shares(len(batch["prompts"]))
+        batch = self.batches.at(self.step)
+        parts = config.gradient_accumulation
         losses = []
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            with _synced(accelerator, self.model, last):
-                loss = self._loss(batch, part)
-                accelerator.backward(loss.total / len(parts))
+        for part in range(parts):
+            share = accelerator.process_index * parts + part
+            with _synced(accelerator, self.model, part == parts - 1):
+                shares = accelerator.num_processes * parts
+                loss = self._loss(self.batches.split(batch, share, shares))
+                accelerator.backward(loss.total / parts)
             losses.append(loss)
         values = self._mean(losses)
         self._check_finite("loss", values)
@@ -246,48 +217,12 @@ class Trainer:
                 "good checkpoint is kept: lower learning_rate, or use mixed_precision 'no'."
             )
 
-    def _batch(self) -> dict[str, Any]:
-        """The whole update's batch, instance rows first, the same in every process."""
-        config, size = self.config, self.config.batch_size
-        generator = seeded(config.seed, self.step, 0)
-        latents, prompts = [], []
-        offset = 0
-        for stream, cache in enumerate((self.instance, self.classes)):
-            if cache is None:
-                continue
-            # Each kind cycles through all of its pictures in an order of its own.
-            index = shuffled(len(cache), 2 * config.seed + stream, self.step * size, size)
-            latents.append(cache.sample(index, generator))
-            prompts += [self.prompts[offset + i] for i in index]
-            offset += len(cache)
-        x_0 = torch.cat(latents)
-        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-        t = self.process.sample_timesteps(len(x_0), generator).to(x_0.device)
-        dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
-        prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
-        is_prior = torch.arange(len(x_0), device=x_0.device) >= size
-        return {"noised": self.process(x_0, noise, t), "prompts": prompts, "is_prior": is_prior}
-
-    def _shares(self, count: int) -> list[list[int]]:
-        """This process's micro-batches as rows of the whole batch, both kinds in each."""
-        size, accumulation = self.config.batch_size, self.config.gradient_accumulation
-        shares = self.accelerator.num_processes * accumulation
-        first = self.accelerator.process_index * accumulation
-        return [
-            [start + i for start in range(0, count, size) for i in range(share, size, shares)]
-            for share in range(first, first + accumulation)
-        ]
-
-    def _loss(self, batch: dict[str, Any], part: list[int]) -> Loss:
-        x_t, t, target, weight = (value[part] for value in batch["noised"])
-        prompts = [batch["prompts"][i] for i in part]
-        cond = None
-        if self.cond is not None:
-            cond = rows(self.cond, [self.cond_row[prompt] for prompt in prompts])
+    def _loss(self, batch: Batch) -> Loss:
+        x_t, t, target, weight = batch.noised
         with self.accelerator.autocast():
-            prediction = self.model(x_t, t, cond, prompts)
+            prediction = self.model(x_t, t, batch.cond, batch.prompts)
         errors = per_sample_errors(prediction, target)
-        return dreambooth_loss(errors, batch["is_prior"][part], self.config.prior_weight, weight)
+        return dreambooth_loss(errors, batch.is_prior, self.config.prior_weight, weight)
 
     def _mean(self, losses: list[Loss]) -> tuple[float, float, float | None]:
         """Total, instance and prior loss over all micro-batches and processes."""

@@ -36,8 +36,9 @@ ALLOWED = {
     "prior": ("config", "families", "families.base", "sampling", "state"),
     "metrics": (),
     "plots": ("state", "runs"),
-    "training": ("config", "data", "pictures", "latents", "losses", "families", "families.base",
-                 "optim", "prior", "runs", "state"),
+    "batches": ("config", "data", "pictures", "latents", "noise", "families.base"),
+    "training": ("config", "batches", "pictures", "losses", "families", "families.base", "optim",
+                 "prior", "runs", "state"),
 }  # fmt: skip
 #: What may import everything; of these, ``__main__`` alone may be what imports them.
 TOP = ("demo", "__main__")

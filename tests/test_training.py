@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from dreambooth_lib import families, runs, training
+from dreambooth_lib import families, latents, runs, training
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run
 from dreambooth_lib.training import NonFiniteLoss, Step, Trainer, train
@@ -106,13 +106,13 @@ def test_every_photo_and_every_class_picture_is_used(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[int, list[int]] = {}
-    sample = training.LatentCache.sample
+    sample = latents.LatentCache.sample
 
     def spy(cache: Any, index: list[int], generator: torch.Generator) -> torch.Tensor:
         used.setdefault(id(cache), []).extend(index)
         return sample(cache, index, generator)
 
-    monkeypatch.setattr(training.LatentCache, "sample", spy)
+    monkeypatch.setattr(latents.LatentCache, "sample", spy)
     list(train(started("run", tiny_sd1, class_pictures=6, steps=6)))
     photos_used, class_used = used.values()
     assert sorted(photos_used) == sorted([0, 1, 2, 3] * 3)

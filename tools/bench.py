@@ -27,7 +27,7 @@ def unet_seconds(trainer: Trainer) -> float:
     unet = trainer.family.denoiser
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_t, t = torch.randn(rows, channels, side, side), torch.randint(0, 1000, (rows,))
-    context = trainer.cond["encoder_hidden_states"][:1].expand(rows, -1, -1)
+    context = trainer.batches.cond["encoder_hidden_states"][:1].expand(rows, -1, -1)
     began = time.perf_counter()
     unet(x_t, t, context).sample.square().mean().backward()
     seconds = time.perf_counter() - began

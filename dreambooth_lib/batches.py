@@ -1,0 +1,93 @@
+"""What each update sees: instance and class pictures, noised, with their prompts.
+
+Every draw is a function of (seed, step), never of a generator that lives on.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.data import shuffled
+from dreambooth_lib.families.base import Cond, Family, rows
+from dreambooth_lib.latents import LatentCache
+from dreambooth_lib.noise import Noised
+from dreambooth_lib.pictures import Photo
+
+
+class Batch(NamedTuple):
+    """Rows that belong together; ``cond`` is None while the text encoders train."""
+
+    noised: Noised
+    is_prior: torch.Tensor  # bool [B], true for class pictures
+    prompts: list[str]
+    cond: Cond | None
+
+
+def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
+    """A CPU generator for one purpose of one step."""
+    from numpy.random import SeedSequence
+
+    (state,) = SeedSequence([seed, step, purpose]).generate_state(1, "uint64")
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+class Batches:
+    """All pictures as cached latents and all prompts as cached conditioning.
+
+    ``classes`` is empty without a prior. Pictures without a caption have the paper's prompts.
+    """
+
+    def __init__(
+        self, config: TrainConfig, family: Family, instance: list[Photo], classes: list[Photo]
+    ):
+        self.config, self.size = config, config.batch_size
+        self.process = family.forward_process(config.min_snr_gamma)
+        resolution = config.resolution or family.resolution
+        subject = config.subject
+        #: For each kind, instance first: its latents and its prompts, picture by picture.
+        self.kinds = [
+            (LatentCache(photos, family, config, resolution), [p.caption or prompt for p in photos])
+            for photos, prompt in (
+                (instance, subject.instance_prompt), (classes, subject.class_prompt)
+            )
+            if photos
+        ]  # fmt: skip
+        self.cond: Cond | None = None
+        if not config.train_text_encoder:
+            distinct = sorted({prompt for _, prompts in self.kinds for prompt in prompts} | {""})
+            self.cond_row = {prompt: row for row, prompt in enumerate(distinct)}
+            with torch.no_grad():
+                self.cond = family.encode_prompts(distinct)
+
+    def at(self, step: int) -> Batch:
+        """One update's whole batch, instance rows first, the same in every process."""
+        config, generator = self.config, seeded(self.config.seed, step, 0)
+        latents, prompts = [], []
+        for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
+            # Each kind cycles through all of its pictures in an order of its own.
+            seed = 2 * config.seed + stream
+            index = shuffled(len(cache), seed, step * self.size, self.size)
+            latents.append(cache.sample(index, generator))
+            prompts += [prompts_of_kind[i] for i in index]
+        x_0 = torch.cat(latents)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        t = self.process.sample_timesteps(len(x_0), generator).to(x_0.device)
+        dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
+        prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
+        is_prior = torch.arange(len(x_0), device=x_0.device) >= self.size
+        return Batch(self.process(x_0, noise, t), is_prior, prompts, self._conditioning(prompts))
+
+    def split(self, batch: Batch, share: int, shares: int) -> Batch:
+        """One of ``shares`` equal parts of a batch, both kinds in it alike."""
+        starts = range(0, len(batch.prompts), self.size)
+        part = [start + i for start in starts for i in range(share, self.size, shares)]
+        prompts = [batch.prompts[i] for i in part]
+        noised = Noised(*(value[part] for value in batch.noised))
+        cond = None if batch.cond is None else rows(batch.cond, part)
+        return Batch(noised, batch.is_prior[part], prompts, cond)
+
+    def _conditioning(self, prompts: list[str]) -> Cond | None:
+        if self.cond is None:
+            return None
+        return rows(self.cond, [self.cond_row[prompt] for prompt in prompts])
