@@ -12,7 +12,7 @@ pytest.importorskip("resvg_py")
 
 from tools.toybox import autoencoder, drawings, world
 from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer, world_words
-from tools.toybox.training import fit, learning_rate
+from tools.toybox.training import Muon, fit, learning_rate
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect x="2" y="3" width="6" height="4" fill="#00ff00"/></svg>'  # noqa: E501
 
@@ -74,12 +74,12 @@ def test_every_word_and_identifier_is_one_token_and_no_caption_has_an_identifier
 def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     def train(folder, stop_at=None):
         torch.manual_seed(0)
-        model = torch.nn.Linear(3, 1)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Linear(20, 1))
 
         def loss_at(step):
             if step == stop_at:
                 raise KeyboardInterrupt
-            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step))
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
         return fit(model, loss_at, steps=10, peak_lr=0.1, folder=folder, save_every_s=0.0)
@@ -87,14 +87,39 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     whole = train(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", stop_at=6)
-    assert torch.equal(train(tmp_path / "stopped").weight, whole.weight)
+    for value, expected in zip(
+        train(tmp_path / "stopped").parameters(), whole.parameters(), strict=True
+    ):
+        assert torch.equal(value, expected)
 
 
-def test_the_learning_rate_warms_up_and_decays():
-    rates = [learning_rate(step, 1000, 1e-3, warmup=100) for step in range(1000)]
-    assert rates[0] == pytest.approx(1e-5) and rates[99] == pytest.approx(1e-3)
-    assert max(rates) == pytest.approx(1e-3) and rates[-1] < 2.1e-5
+def test_the_learning_rate_warms_up_stays_and_decays():
+    rates = [learning_rate(step, 1000, 1e-3, warmup=100, cooldown=0.3) for step in range(1000)]
+    assert rates[0] == pytest.approx(1e-5) and rates[98] < 1e-3
+    assert rates[99:700] == [1e-3] * 601
+    assert rates[850] == pytest.approx(0.5e-3) and rates[-1] == pytest.approx(2e-5)
     assert rates[100:] == sorted(rates[100:], reverse=True)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 40), (32, 16, 3, 3)])
+def test_muon_steps_along_the_singular_vectors_of_its_momentum(shape):
+    """Against torch.linalg.svd: the same singular vectors, every singular value near 1."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = Muon([weight], lr=0.5)
+    momentum = torch.zeros(shape)
+    for _ in range(2):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(shape)
+        momentum = 0.95 * momentum + 0.05 * weight.grad
+        expected = (0.05 * weight.grad + 0.95 * momentum).flatten(1)
+        optimizer.step()
+        taken = (before - weight.detach()).flatten(1)
+    u, _, vh = torch.linalg.svd(expected, full_matrices=False)
+    scale = 0.5 * max(1.0, expected.shape[0] / expected.shape[1]) ** 0.5
+    stretched = u.T @ taken @ vh.T / scale
+    assert (stretched - torch.diag(stretched.diag())).abs().max() < 0.02
+    assert stretched.diag().min() > 0.6 and stretched.diag().max() < 1.3
 
 
 @torch.no_grad()
