@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("resvg_py")
 
-from tools.toybox import autoencoder, drawings, world
+from tools.toybox import autoencoder, classifier, drawings, world
 from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer, world_words
 from tools.toybox.training import Muon, fit, learning_rate
 
@@ -141,16 +142,34 @@ def test_standardizing_changes_no_reconstruction_and_makes_unit_latents():
     assert not torch.allclose(posterior.std, std_before)
 
 
+def test_the_classifier_counts_right_answers():
+    wanted = [world.Picture("dog", 0, None, "beach"), world.Picture("cat", 0, "red", "beach")]
+
+    class Answers:
+        """Says dog, beach, no colour to every picture."""
+
+        def __call__(self, pixels):
+            logits = torch.zeros(len(pixels), 48 + 10 + 9)
+            logits[:, [0, 48, 48 + 10 + 8]] = 1
+            return SimpleNamespace(logits=logits)
+
+    pictures = np.zeros((2, 64, 64, 3), np.uint8)
+    shares = classifier.shares(Answers(), pictures, wanted)
+    assert shares == {"class": 0.5, "scene": 1.0, "colour": 0.5}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="the drawings come from npm packages")
-def test_the_first_minutes_of_a_rebuild(tmp_path):
-    from tools.toybox.__main__ import STEPS, build, report
+def test_the_first_minutes_of_a_rebuild(tmp_path, monkeypatch):
+    from tools.toybox.__main__ import STEPS, build
+    from tools.toybox.report import report, write_readme
 
-    steps = dict.fromkeys(STEPS, 2)
-    build(tmp_path / "work", tmp_path / "target", steps, bank=128)
-    shutil.rmtree(tmp_path / "work" / "diffusion")
-    build(tmp_path / "work", tmp_path / "target", steps, 128, only="diffusion", further=True)
-    figures = report(tmp_path / "work", tmp_path / "target", seed=0)
+    work, target = tmp_path / "work", tmp_path / "target"
+    build(work, target, dict.fromkeys(STEPS, 2), bank=128)
+    monkeypatch.chdir(tmp_path)
+    figures = report(work, target, seed=0, rounds=1)
     assert figures["autoencoder_psnr_db"] > 3
-    assert 0 <= figures["judge_triplets"] <= 1
+    assert all(0 <= v <= 1 for k, v in figures.items() if k.startswith(("judge", "generated")))
     assert Image.open("outputs/toybox_grid.png").size[0] >= 512
+    write_readme(target, figures, seed=0)
+    assert "| judge triplets |" in (target / "README.md").read_text()

@@ -35,12 +35,9 @@ def loss_of(model: AutoencoderKL, pictures: torch.Tensor, generator: torch.Gener
     """Absolute and squared error, the same of the edges, and a small KL term."""
     posterior = model.encode(pictures).latent_dist
     error = model.decode(posterior.sample(generator)).sample - pictures
-    return reconstruction_loss(error) + 2e-7 * posterior.kl().mean()
-
-
-def reconstruction_loss(error: torch.Tensor) -> torch.Tensor:
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + 4 * error.square().mean() + edges
+    reconstruction = error.abs().mean() + 4 * error.square().mean() + edges
+    return reconstruction + 2e-7 * posterior.kl().mean()
 
 
 def train(world: World, folder: Path, steps: int, batch: int = 4) -> AutoencoderKL:
@@ -54,24 +51,6 @@ def train(world: World, folder: Path, steps: int, batch: int = 4) -> Autoencoder
     fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.997)
     standardize(model, world)
     return model
-
-
-def refine(model: AutoencoderKL, world: World, folder: Path, steps: int, batch: int = 4) -> None:
-    """Train the decoder further while the encoder, and so every latent, stays as it is.
-
-    This can run beside the diffusion training, which needs the latents only.
-    """
-    model.encoder.requires_grad_(False)
-    decoding = torch.nn.ModuleList([model.decoder, model.post_quant_conv])
-
-    def loss_at(step: int) -> torch.Tensor:
-        pictures, _ = world.batch(batch, np.random.default_rng((11, step)))
-        pixels = to_tensor(pictures)
-        with torch.no_grad():
-            latents = model.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(step))
-        return reconstruction_loss(model.decode(latents).sample - pixels)
-
-    fit(decoding, loss_at, steps=steps, peak_lr=1e-3, folder=folder, ema_decay=0.997)
 
 
 @torch.no_grad()

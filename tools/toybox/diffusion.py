@@ -94,18 +94,12 @@ def train(
     work: Path,
     steps: int,
     bank: int,
-    further: Path | None = None,
     batch: int = 24,
 ) -> StableDiffusionPipeline:
-    """Train from nothing, or further from the weights of the pipeline in the folder ``further``."""
     latents, pictures = saved_bank(vae, world, bank, work / "bank")
     print(f"bank: {len(latents)} latents", flush=True)
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"text": new_text_encoder(tokenizer), "unet": new_unet()})
-    if further is not None:
-        shipped = StableDiffusionPipeline.from_pretrained(further)
-        model["text"].load_state_dict(shipped.text_encoder.float().state_dict())
-        model["unet"].load_state_dict(shipped.unet.float().state_dict())
     add_noise = DiscreteNoise.of_scheduler(new_scheduler(), min_snr_gamma=5.0)
 
     def loss_at(step: int) -> torch.Tensor:

@@ -47,9 +47,11 @@ def orthogonalized(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     wide = wide / (wide.norm() + 1e-7)
     gram = wide @ wide.T
     whole = identity = torch.eye(len(gram))
-    for _ in range(iterations):
+    for iteration in range(iterations):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        whole, gram = factor @ whole, factor @ gram @ factor
+        whole = factor @ whole if iteration else factor
+        if iteration < iterations - 1:
+            gram = factor @ gram @ factor
     wide = whole @ wide
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
@@ -141,7 +143,7 @@ def fit(
             save(step + 1)
             saved_at = now
     save(steps)
-    model.load_state_dict(average, strict=False)  # buffers never change
+    model.load_state_dict(average, strict=False)  # buffers stay as trained
     return model.eval()
 
 
