@@ -100,7 +100,7 @@ def train(
     print(f"bank: {len(latents)} latents", flush=True)
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"text": new_text_encoder(tokenizer), "unet": new_unet()})
-    add_noise = DiscreteNoise.of_scheduler(new_scheduler(), min_snr_gamma=5.0)
+    add_noise = DiscreteNoise.of_scheduler(new_scheduler())
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng((6, step))
@@ -119,7 +119,7 @@ def train(
         errors = per_sample_errors(prediction, noised.target)
         return dreambooth_loss(errors, torch.zeros(batch, dtype=bool), 0.0, noised.weight).total
 
-    fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=work / "diffusion")
+    fit(model, loss_at, steps=steps, peak_lr=1e-3, cooldown=0.7, folder=work / "diffusion")
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=model["text"],

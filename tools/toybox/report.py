@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification
 
 from dreambooth_lib import families
+from dreambooth_lib.families.base import Family
 from dreambooth_lib.plots import grid
 from dreambooth_lib.sampling import draw
 from tools.toybox import autoencoder, classifier, drawings, judge
@@ -76,7 +77,7 @@ def wanted(rounds: int, colours: Sequence[str | None] = (None,)) -> list[Picture
 
 
 def pictures_of(
-    family: families.Family, wanted: list[Picture], seed: int, batch: int = 8
+    family: Family, wanted: list[Picture], seed: int, batch: int = 8
 ) -> list[Image.Image]:
     prompts = [caption(p.class_noun, p.colour, p.scene) for p in wanted]
     asked = [(prompt, seed + i) for i, prompt in enumerate(prompts)]

@@ -76,6 +76,7 @@ def fit(
     peak_lr: float,
     folder: Path,
     muon_lr: float = 0.02,
+    cooldown: float = 0.3,
     ema_decay: float = 0.998,
     betas: tuple[float, float] = (0.9, 0.98),
     save_every_s: float = 120.0,
@@ -122,7 +123,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(current, 1.0)
         for optimizer, peak in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
+                group["lr"] = learning_rate(step, steps, peak, cooldown=cooldown)
             optimizer.step()
             optimizer.zero_grad()
         decay = min(ema_decay, (step + 1) / (step + 10))

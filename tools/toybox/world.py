@@ -228,15 +228,18 @@ def draw_scene(scene: str, rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def place(drawing: Image.Image, scene: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Paste the drawing near the middle of the scene: 74-90% of its side, maybe mirrored."""
+    """Paste the drawing in the middle of the scene: 82-86% of its side, maybe mirrored.
+
+    A base of few parameters spends them on shapes when they come at one size and place.
+    """
     size = scene.width
-    scale = rng.uniform(0.74, 0.90) * size / max(drawing.size)
+    scale = rng.uniform(0.82, 0.86) * size / max(drawing.size)
     shape = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
     if rng.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     drawing = drawing.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
-    left = (size - shape[0]) / 2 + rng.uniform(-0.05, 0.05) * size
-    top = (size - shape[1]) / 2 + rng.uniform(-0.03, 0.05) * size
+    left = (size - shape[0]) / 2 + rng.uniform(-0.015, 0.015) * size
+    top = (size - shape[1]) / 2 + rng.uniform(-0.015, 0.015) * size
     picture = scene.copy()
     picture.paste(drawing, (round(left), round(top)), drawing)
     return picture
