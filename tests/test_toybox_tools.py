@@ -142,6 +142,29 @@ def test_standardizing_changes_no_reconstruction_and_makes_unit_latents():
     assert not torch.allclose(posterior.std, std_before)
 
 
+@torch.no_grad()
+def test_channels_that_are_noise_are_silenced_and_the_others_stay():
+    class Noise:
+        def batch(self, count, rng):
+            return rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8), None
+
+    torch.manual_seed(0)
+    model = autoencoder.new_autoencoder().eval()
+    model.quant_conv.bias[32:] = -20.0  # no noise, but for two channels
+    model.quant_conv.bias[[32 + 3, 32 + 9]] = 4.0
+    pixels = autoencoder.to_tensor(Noise().batch(16, np.random.default_rng(0))[0])
+    before = model.encode(pixels).latent_dist
+    collapsed = autoencoder.silence_collapsed(model, Noise())
+    after = model.encode(pixels).latent_dist
+    assert collapsed.nonzero().flatten().tolist() == [3, 9]
+    assert torch.equal(after.mean[:, ~collapsed], before.mean[:, ~collapsed])
+    assert torch.equal(after.std[:, ~collapsed], before.std[:, ~collapsed])
+    assert after.mean[:, collapsed].abs().max() == 0 and after.std[:, collapsed].max() < 1e-4
+    noisy = after.mean.clone()
+    noisy[:, collapsed] = 5.0
+    assert torch.equal(model.decode(noisy).sample, model.decode(after.mean).sample)
+
+
 def test_the_classifier_counts_right_answers():
     wanted = [world.Picture("dog", 0, None, "beach"), world.Picture("cat", 0, "red", "beach")]
 

@@ -50,6 +50,7 @@ def train(world: World, folder: Path, steps: int, batch: int = 4) -> Autoencoder
 
     fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.997)
     standardize(model, world)
+    silence_collapsed(model, world)
     return model
 
 
@@ -68,6 +69,27 @@ def standardize(model: AutoencoderKL, world: World) -> None:
     into.weight[:channels] /= std[:, None, None, None]
     into.bias[:channels] = (into.bias[:channels] - mean) / std
     into.bias[channels:] -= 2 * std.log()
+
+
+@torch.no_grad()
+def silence_collapsed(model: AutoencoderKL, world: World) -> torch.Tensor:
+    """Make 0 of the latent channels that the KL term turned into noise; bool [C], which they are.
+
+    Their means say nothing, yet :func:`standardize` blew them up to the size of the others: a
+    diffusion model would spend itself on them, and a sampled posterior would drown in them.
+    """
+    pictures, _ = world.batch(512, np.random.default_rng(2))
+    posteriors = [model.encode(to_tensor(p)).latent_dist for p in np.split(pictures, 8)]
+    means = torch.cat([p.mean for p in posteriors])
+    noise = torch.cat([p.std for p in posteriors]).mean((0, 2, 3))
+    collapsed = noise > means.std((0, 2, 3))
+    into, out = model.quant_conv, model.post_quant_conv
+    out.bias += out.weight[:, collapsed, 0, 0] @ means.mean((0, 2, 3))[collapsed]
+    out.weight[:, collapsed] = 0
+    rows = torch.cat([collapsed, collapsed])  # means, then log-variances
+    into.weight[rows] = 0
+    into.bias[rows] = torch.tensor([0.0, -20.0]).repeat_interleave(int(collapsed.sum()))
+    return collapsed
 
 
 @torch.no_grad()
