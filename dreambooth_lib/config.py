@@ -12,8 +12,20 @@ DEFAULT_IDENTIFIER = "ohwx"
 
 #: Defaults that depend on the base; every other base takes the paper's for Stable Diffusion.
 _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "toybox": {"learning_rate": 1e-4, "steps": 400, "batch_size": 2, "class_pictures": 48},
-    "": {"learning_rate": 5e-6, "steps": 1000, "batch_size": 1, "class_pictures": 200},
+    "toybox": {
+        "learning_rate": 2e-4,
+        "steps": 400,
+        "batch_size": 2,
+        "class_pictures": 48,
+        "prompt_dropout": 0.1,
+    },
+    "": {
+        "learning_rate": 5e-6,
+        "steps": 1000,
+        "batch_size": 1,
+        "class_pictures": 200,
+        "prompt_dropout": 0.0,
+    },
 }
 
 #: Stands for such a default until ``__post_init__`` puts the number in.
@@ -86,7 +98,8 @@ class TrainConfig:
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda of the prior preservation loss; 0 trains without it
     min_snr_gamma: float | None = None  #: min-SNR weights (arXiv 2303.09556); 5 is its default
-    prompt_dropout: float = 0.0  #: share of prompts replaced by "", to keep guidance working
+    #: share of prompts replaced by "", to keep guidance working; None is 0.1 for toybox, else 0
+    prompt_dropout: float = _BY_BASE
 
     # Prior: the class pictures that the frozen base makes
     class_pictures: int = _BY_BASE  #: how many; None is 48 for toybox, 200 otherwise
@@ -99,7 +112,7 @@ class TrainConfig:
     batch_size: int = _BY_BASE  #: instance pictures an update, and as many class pictures,
     #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
     gradient_accumulation: int = 1  #: micro-batches an update is split into
-    learning_rate: float = _BY_BASE  #: None is 1e-4 for toybox, 5e-6 (the paper's) otherwise
+    learning_rate: float = _BY_BASE  #: None is 2e-4 for toybox, 5e-6 (the paper's) otherwise
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU

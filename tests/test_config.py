@@ -18,7 +18,7 @@ ALL_FIELDS: dict[str, Any] = {
     "variant": "fp16",
     "prior_weight": 0.5,
     "min_snr_gamma": 5.0,
-    "prompt_dropout": 0.1,
+    "prompt_dropout": 0.2,
     "class_pictures": 7,
     "class_folder": "/class",
     "prior_inference_steps": 9,
