@@ -123,12 +123,15 @@ def test_muon_steps_along_the_singular_vectors_of_its_momentum(shape):
     assert stretched.diag().min() > 0.6 and stretched.diag().max() < 1.3
 
 
+class Noise:
+    """A world of random pixels."""
+
+    def batch(self, count, rng):
+        return rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8), None
+
+
 @torch.no_grad()
 def test_standardizing_changes_no_reconstruction_and_makes_unit_latents():
-    class Noise:
-        def batch(self, count, rng):
-            return rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8), None
-
     torch.manual_seed(0)
     model = autoencoder.new_autoencoder().eval()
     pixels = autoencoder.to_tensor(Noise().batch(512, np.random.default_rng(2))[0])[:64]
@@ -144,10 +147,6 @@ def test_standardizing_changes_no_reconstruction_and_makes_unit_latents():
 
 @torch.no_grad()
 def test_channels_that_are_noise_are_silenced_and_the_others_stay():
-    class Noise:
-        def batch(self, count, rng):
-            return rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8), None
-
     torch.manual_seed(0)
     model = autoencoder.new_autoencoder().eval()
     model.quant_conv.bias[32:] = -20.0  # no noise, but for two channels
