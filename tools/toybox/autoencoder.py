@@ -50,8 +50,7 @@ def train(world: World, folder: Path, steps: int, batch: int = 4) -> Autoencoder
 
     fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.997)
     standardize(model, world)
-    silence_collapsed(model, world)
-    return model
+    return without_collapsed(model, world)
 
 
 @torch.no_grad()
@@ -72,24 +71,37 @@ def standardize(model: AutoencoderKL, world: World) -> None:
 
 
 @torch.no_grad()
-def silence_collapsed(model: AutoencoderKL, world: World) -> torch.Tensor:
-    """Make 0 of the latent channels that the KL term turned into noise; bool [C], which they are.
+def without_collapsed(model: AutoencoderKL, world: World) -> AutoencoderKL:
+    """The same autoencoder without the latent channels that the KL term turned into noise.
 
     Their means say nothing, yet :func:`standardize` blew them up to the size of the others: a
-    diffusion model would spend itself on them, and a sampled posterior would drown in them.
+    diffusion model would spend itself on them, and a sampled posterior would drown in them. Each
+    1x1 convolution is folded into the convolution beside it, and takes the new width.
     """
     pictures, _ = world.batch(512, np.random.default_rng(2))
     posteriors = [model.encode(to_tensor(p)).latent_dist for p in np.split(pictures, 8)]
     means = torch.cat([p.mean for p in posteriors])
     noise = torch.cat([p.std for p in posteriors]).mean((0, 2, 3))
-    collapsed = noise > means.std((0, 2, 3))
-    into, out = model.quant_conv, model.post_quant_conv
-    out.bias += out.weight[:, collapsed, 0, 0] @ means.mean((0, 2, 3))[collapsed]
-    out.weight[:, collapsed] = 0
-    rows = torch.cat([collapsed, collapsed])  # means, then log-variances
-    into.weight[rows] = 0
-    into.bias[rows] = torch.tensor([0.0, -20.0]).repeat_interleave(int(collapsed.sum()))
-    return collapsed
+    live = noise < means.std((0, 2, 3))
+    smaller = AutoencoderKL.from_config({**model.config, "latent_channels": int(live.sum())})
+    weights = model.state_dict()
+    rows = torch.cat([live, live])  # means, then log-variances
+    into, into_bias = weights["quant_conv.weight"][rows, :, 0, 0], weights["quant_conv.bias"][rows]
+    out = weights["post_quant_conv.weight"][:, :, 0, 0]
+    constant = weights["post_quant_conv.bias"] + out[:, ~live] @ means.mean((0, 2, 3))[~live]
+    first, last = weights["decoder.conv_in.weight"], weights["encoder.conv_out.weight"]
+    folded = {
+        "encoder.conv_out.weight": torch.einsum("oc,cikl->oikl", into, last),
+        "encoder.conv_out.bias": into @ weights["encoder.conv_out.bias"] + into_bias,
+        "decoder.conv_in.weight": torch.einsum("ockl,ci->oikl", first, out[:, live]),
+        "decoder.conv_in.bias": weights["decoder.conv_in.bias"] + first.sum((2, 3)) @ constant,
+    }
+    for name in ("quant_conv", "post_quant_conv"):
+        channels = len(smaller.get_submodule(name).bias)
+        folded[f"{name}.weight"] = torch.eye(channels)[:, :, None, None]
+        folded[f"{name}.bias"] = torch.zeros(channels)
+    smaller.load_state_dict(weights | folded)
+    return smaller.eval()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dreambooth_lib.losses import dreambooth_loss, per_sample_errors
 from dreambooth_lib.noise import DiscreteNoise
 from dreambooth_lib.state import load_state, save_state
-from tools.toybox.autoencoder import LATENT_CHANNELS, to_tensor
+from tools.toybox.autoencoder import to_tensor
 from tools.toybox.tokenizer import MAX_LENGTH
 from tools.toybox.training import fit
 from tools.toybox.world import Picture, World, random_caption
@@ -35,14 +35,14 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(latent_channels: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(96, 192),
+        block_out_channels=(128, 192),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
@@ -94,12 +94,14 @@ def train(
     work: Path,
     steps: int,
     bank: int,
-    batch: int = 24,
+    batch: int = 48,
 ) -> StableDiffusionPipeline:
     latents, pictures = saved_bank(vae, world, bank, work / "bank")
     print(f"bank: {len(latents)} latents", flush=True)
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"text": new_text_encoder(tokenizer), "unet": new_unet()})
+    model = torch.nn.ModuleDict(
+        {"text": new_text_encoder(tokenizer), "unet": new_unet(latents.shape[1])}
+    )
     add_noise = DiscreteNoise.of_scheduler(new_scheduler())
 
     def loss_at(step: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from tools.toybox.tokenizer import MAX_LENGTH
 from tools.toybox.training import fit
-from tools.toybox.world import CLASSES, Picture, World, caption, random_caption
+from tools.toybox.world import CLASSES, PREFIXES, Picture, World, caption
 
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
@@ -64,14 +64,33 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 
 
 def pairs(world: World, rng: np.random.Generator, classes: int) -> tuple[list[Picture], ...]:
-    """Two drawings of each of some classes, each drawing twice, on scenes of its own."""
+    """Two drawings of each of some classes, each drawing twice, on scenes of its own.
+
+    A third has a named colour and a third odd ones, the same in both pictures of a drawing.
+    """
     first, second = [], []
     for class_noun in rng.choice(list(CLASSES), classes, replace=False):
         for drawing in rng.permutation(len(world.drawings[class_noun]))[:2]:
             a, b = world.random_picture(rng), world.random_picture(rng)
-            first.append(Picture(str(class_noun), int(drawing), a.colour, a.scene))
-            second.append(Picture(str(class_noun), int(drawing), a.colour, b.scene))
+            odd = None if a.colour or rng.random() < 0.5 else int(rng.integers(2**31))
+            for into, scene in ((first, a.scene), (second, b.scene)):
+                into.append(Picture(str(class_noun), int(drawing), a.colour, scene, odd))
     return first, second
+
+
+def claim(picture: Picture, rng: np.random.Generator) -> tuple[str, str | None, str | None]:
+    """Class, colour and scene that a caption of the picture names; it need not name the last two.
+
+    "a dog" is true of a blue dog too: what is asked of DreamBooth's pictures is that they show the
+    class in the scene, whatever the subject's colours.
+    """
+    colour = picture.colour if rng.random() < 1 / 2 else None
+    return picture.class_noun, colour, picture.scene if rng.random() < 7 / 8 else None
+
+
+def is_true(claimed: tuple[str, str | None, str | None], picture: Picture) -> bool:
+    shown = (picture.class_noun, picture.colour, picture.scene)
+    return all(said is None or said == seen for said, seen in zip(claimed, shown, strict=True))
 
 
 def train(
@@ -89,15 +108,19 @@ def train(
         jitter = rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, (len(pixels), 1, 1, 3))
         pixels = (pixels + jitter).clip(0, 255).astype(np.uint8)
         images = embed_images(model, pixels)
-        texts = embed_texts(model, tokenizer, [random_caption(p, rng) for p in shown])
+        claims = [claim(p, rng) for p in shown]
+        texts = embed_texts(
+            model, tokenizer, [caption(*c, str(rng.choice(PREFIXES))) for c in claims]
+        )
         scale = model.logit_scale.exp().clamp(max=100)
-        # Two pictures may have one caption: each is then as right as the other.
-        key = [(p.class_noun, p.colour, p.scene) for p in shown]
-        same = torch.tensor([[a == b for b in key] for a in key]).float()
-        same = same / same.sum(1, keepdim=True)
+        # A caption may be true of several pictures, and several of one: each is then as right.
+        true = torch.tensor([[is_true(c, p) for c in claims] for p in shown]).float()
         logits = scale * images @ texts.T
         contrast = torch.nn.functional.cross_entropy
-        match = (contrast(logits, same) + contrast(logits.T, same)) / 2
+        match = (
+            contrast(logits, true / true.sum(1, keepdim=True))
+            + contrast(logits.T, true.T / true.T.sum(1, keepdim=True))
+        ) / 2
         one, other = images.chunk(2)
         labels = torch.arange(len(one))
         drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)

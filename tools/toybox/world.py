@@ -97,12 +97,16 @@ PREFIXES = ("a", "a", "a", "a photo of a", "a picture of a")
 
 @dataclass(frozen=True)
 class Picture:
-    """What a composite shows; ``colour`` is None where the drawing keeps its own colours."""
+    """What a composite shows; ``colour`` is None where the drawing keeps its own colours.
+
+    ``odd`` is a seed of colours that no word names (:func:`odd_colours`), which captions omit.
+    """
 
     class_noun: str
     drawing: int
     colour: str | None
     scene: str
+    odd: int | None = None
 
 
 def caption(class_noun: str, colour: str | None, scene: str | None, prefix: str = "a") -> str:
@@ -130,6 +134,23 @@ def recolour(drawing: np.ndarray, colour: str | None) -> np.ndarray:
     dark = tint * np.minimum(2 * lightness, 1)[..., None]
     tinted = dark + (1 - tint) * np.maximum(2 * lightness - 1, 0)[..., None]
     return np.concatenate([(255 * tinted).astype(np.uint8), drawing[..., 3:]], -1)
+
+
+def odd_colours(drawing: np.ndarray, seed: int) -> np.ndarray:
+    """RGBA uint8 [H, W, 4] with hues turned about, or in two colours from dark parts to light."""
+    rng = np.random.default_rng(seed)
+    rgb, alpha = drawing[..., :3], drawing[..., 3:]
+    if rng.random() < 0.5:
+        hsv = np.array(Image.fromarray(rgb).convert("HSV"))
+        hsv[..., 0] += rng.integers(40, 216).astype(np.uint8)
+        turned = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    else:
+        light = rgb.mean(-1, keepdims=True) / 255
+        dark_end, light_end = rng.uniform(0, 160, 3), rng.uniform(60, 255, 3)
+        turned = (dark_end * np.minimum(1, 3 * light) * (1 - light) + light_end * light).astype(
+            np.uint8
+        )
+    return np.concatenate([turned, alpha], -1)
 
 
 def _gradient(size: int, *stops: tuple[float, tuple[int, int, int]]) -> Image.Image:
@@ -274,7 +295,10 @@ class World:
     def compose(self, picture: Picture, rng: np.random.Generator) -> np.ndarray:
         """RGB uint8 [64, 64, 3] of the picture, freshly placed on a random view of its scene."""
         drawing = np.asarray(self.drawings[picture.class_noun][picture.drawing])
-        drawing = Image.fromarray(recolour(drawing, picture.colour), "RGBA")
+        drawing = recolour(drawing, picture.colour)
+        if picture.odd is not None:
+            drawing = odd_colours(drawing, picture.odd)
+        drawing = Image.fromarray(drawing, "RGBA")
         views = self.scenes[picture.scene]
         return np.asarray(place(drawing, views[rng.integers(len(views))], rng))
 
