@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("resvg_py")
 
-from tools.toybox import autoencoder, classifier, drawings, world
+from tools.toybox import autoencoder, classifier, drawings, judge, world
 from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer, world_words
 from tools.toybox.training import Muon, fit, learning_rate
 
@@ -146,22 +146,50 @@ def test_standardizing_changes_no_reconstruction_and_makes_unit_latents():
 
 
 @torch.no_grad()
-def test_channels_that_are_noise_are_silenced_and_the_others_stay():
+def test_channels_that_are_noise_are_cut_out_and_the_others_stay():
     torch.manual_seed(0)
     model = autoencoder.new_autoencoder().eval()
     model.quant_conv.bias[32:] = -20.0  # no noise, but for two channels
     model.quant_conv.bias[[32 + 3, 32 + 9]] = 4.0
-    pixels = autoencoder.to_tensor(Noise().batch(16, np.random.default_rng(0))[0])
-    before = model.encode(pixels).latent_dist
-    collapsed = autoencoder.silence_collapsed(model, Noise())
-    after = model.encode(pixels).latent_dist
-    assert collapsed.nonzero().flatten().tolist() == [3, 9]
-    assert torch.equal(after.mean[:, ~collapsed], before.mean[:, ~collapsed])
-    assert torch.equal(after.std[:, ~collapsed], before.std[:, ~collapsed])
-    assert after.mean[:, collapsed].abs().max() == 0 and after.std[:, collapsed].max() < 1e-4
-    noisy = after.mean.clone()
-    noisy[:, collapsed] = 5.0
-    assert torch.equal(model.decode(noisy).sample, model.decode(after.mean).sample)
+    pixels = autoencoder.to_tensor(Noise().batch(512, np.random.default_rng(2))[0])[:16]
+    smaller = autoencoder.without_collapsed(model, Noise())
+    live = [channel for channel in range(32) if channel not in (3, 9)]
+    before, after = (m.encode(pixels).latent_dist for m in (model, smaller))
+    assert smaller.config.latent_channels == 30
+    torch.testing.assert_close(after.mean, before.mean[:, live], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after.std, before.std[:, live], atol=1e-4, rtol=1e-3)
+    # The lost channels' means are folded in as constants, exactly but for the zeros at the rim.
+    constant = before.mean.clone()
+    everywhere = model.encode(
+        autoencoder.to_tensor(Noise().batch(512, np.random.default_rng(2))[0])
+    ).latent_dist.mean.mean((0, 2, 3))
+    constant[:, [3, 9]] = everywhere[[3, 9], None, None]
+    whole = model.decoder.conv_in(model.post_quant_conv(constant))
+    folded = smaller.decoder.conv_in(smaller.post_quant_conv(after.mean))
+    torch.testing.assert_close(
+        folded[..., 1:-1, 1:-1], whole[..., 1:-1, 1:-1], atol=1e-4, rtol=1e-3
+    )
+
+
+def test_a_caption_is_true_of_what_it_does_not_deny():
+    blue_dog = world.Picture("dog", 0, "blue", "beach")
+    odd_dog = world.Picture("dog", 0, None, "beach", odd=3)
+    assert judge.is_true(("dog", None, None), blue_dog)
+    assert judge.is_true(("dog", "blue", "beach"), blue_dog)
+    assert judge.is_true(("dog", None, "beach"), odd_dog)
+    assert not judge.is_true(("dog", "blue", None), odd_dog)
+    assert not judge.is_true(("cat", None, None), blue_dog)
+    assert not judge.is_true(("dog", None, "snow"), blue_dog)
+
+
+def test_odd_colours_change_the_colours_and_not_the_shape():
+    rng = np.random.default_rng(0)
+    drawing = rng.integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    for seed in range(8):
+        odd = world.odd_colours(drawing, seed)
+        assert np.array_equal(odd[..., 3], drawing[..., 3])
+        assert np.abs(odd[..., :3].astype(int) - drawing[..., :3]).mean() > 10
+        assert np.array_equal(odd, world.odd_colours(drawing, seed))
 
 
 def test_the_classifier_counts_right_answers():
