@@ -66,13 +66,13 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 def pairs(world: World, rng: np.random.Generator, classes: int) -> tuple[list[Picture], ...]:
     """Two drawings of each of some classes, each drawing twice, on scenes of its own.
 
-    A third has a named colour and half an odd look, the same in both pictures of a drawing.
+    A third has a named colour and a third odd ones, the same in both pictures of a drawing.
     """
     first, second = [], []
     for class_noun in rng.choice(list(CLASSES), classes, replace=False):
         for drawing in rng.permutation(len(world.drawings[class_noun]))[:2]:
             a, b = world.random_picture(rng), world.random_picture(rng)
-            odd = None if a.colour or rng.random() < 1 / 4 else int(rng.integers(2**31))
+            odd = None if a.colour or rng.random() < 0.5 else int(rng.integers(2**31))
             for into, scene in ((first, a.scene), (second, b.scene)):
                 into.append(Picture(str(class_noun), int(drawing), a.colour, scene, odd))
     return first, second

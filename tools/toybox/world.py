@@ -99,7 +99,7 @@ PREFIXES = ("a", "a", "a", "a photo of a", "a picture of a")
 class Picture:
     """What a composite shows; ``colour`` is None where the drawing keeps its own colours.
 
-    ``odd`` is a seed of a look that no word names (:func:`odd_look`), which captions omit.
+    ``odd`` is a seed of colours that no word names (:func:`odd_colours`), which captions omit.
     """
 
     class_noun: str
@@ -136,29 +136,21 @@ def recolour(drawing: np.ndarray, colour: str | None) -> np.ndarray:
     return np.concatenate([(255 * tinted).astype(np.uint8), drawing[..., 3:]], -1)
 
 
-def odd_look(drawing: np.ndarray, seed: int) -> np.ndarray:
-    """RGBA uint8 of the drawing as another hand might have drawn and coloured it.
-
-    Hues turned about, or two colours from dark parts to light; half of them outlined; stretched.
-    """
+def odd_colours(drawing: np.ndarray, seed: int) -> np.ndarray:
+    """RGBA uint8 [H, W, 4] with hues turned about, or in two colours from dark parts to light."""
     rng = np.random.default_rng(seed)
     rgb, alpha = drawing[..., :3], drawing[..., 3:]
     if rng.random() < 0.5:
         hsv = np.array(Image.fromarray(rgb).convert("HSV"))
         hsv[..., 0] += rng.integers(40, 216).astype(np.uint8)
-        rgb = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+        turned = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
     else:
         light = rgb.mean(-1, keepdims=True) / 255
-        low, high = rng.uniform(0, 160, 3), rng.uniform(60, 255, 3)
-        rgb = (low * np.minimum(1, 3 * light) * (1 - light) + high * light).astype(np.uint8)
-    odd = Image.fromarray(np.concatenate([rgb, alpha], -1), "RGBA")
-    if rng.random() < 0.5:
-        grown = odd.getchannel("A").filter(ImageFilter.MaxFilter(2 * int(rng.integers(1, 3)) + 1))
-        line = Image.new("RGBA", odd.size, (*(int(c) for c in rng.integers(0, 90, 3)), 255))
-        line.putalpha(grown)
-        odd = Image.alpha_composite(line, odd)
-    sides = (odd.width * rng.uniform(0.8, 1.0), odd.height * rng.uniform(0.8, 1.0))
-    return np.asarray(odd.resize((round(sides[0]), round(sides[1])), Image.Resampling.BICUBIC))
+        dark_end, light_end = rng.uniform(0, 160, 3), rng.uniform(60, 255, 3)
+        turned = (dark_end * np.minimum(1, 3 * light) * (1 - light) + light_end * light).astype(
+            np.uint8
+        )
+    return np.concatenate([turned, alpha], -1)
 
 
 def _gradient(size: int, *stops: tuple[float, tuple[int, int, int]]) -> Image.Image:
@@ -305,7 +297,7 @@ class World:
         drawing = np.asarray(self.drawings[picture.class_noun][picture.drawing])
         drawing = recolour(drawing, picture.colour)
         if picture.odd is not None:
-            drawing = odd_look(drawing, picture.odd)
+            drawing = odd_colours(drawing, picture.odd)
         drawing = Image.fromarray(drawing, "RGBA")
         views = self.scenes[picture.scene]
         return np.asarray(place(drawing, views[rng.integers(len(views))], rng))
