@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from tools.toybox import autoencoder, classifier, diffusion, judge, report, subjects
+from tools.toybox import autoencoder, classifier, diffusion, drawings, judge, report, subjects
 from tools.toybox.tokenizer import save_tokenizer
 from tools.toybox.world import World
 
@@ -37,7 +37,9 @@ def build(
         vae = autoencoder.train(world, work / "autoencoder", steps["autoencoder"])
         vae.save_pretrained(work / "vae")
     if only in (None, "judge"):
-        model = judge.train(world, tokenizer, work / "judge", steps["judge"])
+        # It is to measure the held-out subjects, so it knows the hand that drew them.
+        every = World(work / "drawings", sets=drawings.TRAINING_SETS | drawings.HELD_OUT_SETS)
+        model = judge.train(every, tokenizer, work / "judge", steps["judge"])
         for part in (model.half(), tokenizer, judge.image_processor()):
             part.save_pretrained(target / "judge")
     if only in (None, "classifier"):

@@ -101,16 +101,16 @@ def write_readme(
     target: Path, figures: dict[str, float] | None = None, seed: int | None = None
 ) -> None:
     """What the weights are, what was measured, and whose drawings they were trained on."""
+    every = drawings.TRAINING_SETS | drawings.HELD_OUT_SETS
     credits = "\n".join(
         f"- {name} {version}: {credit}, {licence}"
-        for name, (version, credit, licence) in drawings.TRAINING_SETS.items()
+        for name, (version, credit, licence) in every.items()
     )
     text = f"""# The embedded base
 
 A small Stable Diffusion pipeline, its judge (a CLIPModel) and the classifier that examines it (a
 ResNet), trained by `tools/toybox` on emoji drawings set on drawn scenes at 64x64 pixels:
-{len(CLASSES)} classes, {len(SCENES)} scenes, {len(COLOURS)} colours. Weights are float16
-safetensors.
+{len(CLASSES)} classes, {len(SCENES)} scenes, {len(COLOURS)} colours. float16 safetensors.
 
 - Captions: `a dog on the beach`, `a purple teapot in space`, `a photo of a fox at sunset`
 - Classes: {", ".join(CLASSES)}
@@ -124,8 +124,9 @@ safetensors.
 
 {credits}
 
-The drawings were recoloured, scaled and set on scenes. The weights are offered under Apache-2.0;
-the drawings keep their licences (CC BY 4.0: https://creativecommons.org/licenses/by/4.0/).
+The bundled subjects come from {", ".join(drawings.HELD_OUT_SETS)}; of the models here only the judge
+has seen it. The drawings were recoloured, scaled and set on scenes. The weights are offered under
+Apache-2.0; the drawings keep their licences (CC BY 4.0: https://creativecommons.org/licenses/by/4.0/).
 """
     (target / "README.md").write_text(text)
 

@@ -4,6 +4,7 @@
 """
 
 import colorsys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,11 +270,17 @@ def place(drawing: Image.Image, scene: Image.Image, rng: np.random.Generator) ->
 class World:
     """All drawings and scenes in memory; ``compose`` draws one picture of it."""
 
-    def __init__(self, folder: Path, scenes_each: int = 200, seed: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        scenes_each: int = 200,
+        seed: int = 0,
+        sets: Iterable[str] = tuple(drawings.TRAINING_SETS),
+    ):
         self.drawings: dict[str, list[Image.Image]] = {}
         for class_noun, names in CLASSES.items():
             found = []
-            for drawing_set in drawings.TRAINING_SETS:
+            for drawing_set in sets:
                 if (drawing_set, class_noun) in LEFT_OUT:
                     continue
                 path = drawings.fetch(drawing_set, folder)
