@@ -124,9 +124,10 @@ ResNet), trained by `tools/toybox` on emoji drawings set on drawn scenes at 64x6
 
 {credits}
 
-The bundled subjects come from {", ".join(drawings.HELD_OUT_SETS)}; of the models here only the judge
-has seen it. The drawings were recoloured, scaled and set on scenes. The weights are offered under
-Apache-2.0; the drawings keep their licences (CC BY 4.0: https://creativecommons.org/licenses/by/4.0/).
+The bundled subjects come from {", ".join(drawings.HELD_OUT_SETS)}; of the models here only the
+judge has seen it. The drawings were recoloured, scaled and set on scenes. The weights are offered
+under Apache-2.0; the drawings keep their licences (CC BY 4.0:
+https://creativecommons.org/licenses/by/4.0/).
 """
     (target / "README.md").write_text(text)
 
