@@ -81,8 +81,8 @@ def without_collapsed(model: AutoencoderKL, world: World) -> AutoencoderKL:
     pictures, _ = world.batch(512, np.random.default_rng(2))
     posteriors = [model.encode(to_tensor(p)).latent_dist for p in np.split(pictures, 8)]
     means = torch.cat([p.mean for p in posteriors])
-    noise = torch.cat([p.std for p in posteriors]).mean((0, 2, 3))
-    live = noise < means.std((0, 2, 3))
+    noise = torch.cat([p.std for p in posteriors]).mean((0, 2, 3)) / means.std((0, 2, 3))
+    live = noise <= noise.min().clamp(min=1.0)  # at least one, however early the training ended
     smaller = AutoencoderKL.from_config({**model.config, "latent_channels": int(live.sum())})
     weights = model.state_dict()
     rows = torch.cat([live, live])  # means, then log-variances
