@@ -17,6 +17,7 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 400,
         "batch_size": 2,
         "class_pictures": 48,
+        "prior_guidance_scale": 1.0,
         "prompt_dropout": 0.1,
     },
     "": {
@@ -24,6 +25,7 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 1000,
         "batch_size": 1,
         "class_pictures": 200,
+        "prior_guidance_scale": 5.0,
         "prompt_dropout": 0.0,
     },
 }
@@ -105,7 +107,9 @@ class TrainConfig:
     class_pictures: int = _BY_BASE  #: how many; None is 48 for toybox, 200 otherwise
     class_folder: str | None = None  #: a folder of the user's own class pictures instead
     prior_inference_steps: int = 25
-    prior_guidance_scale: float = 5.0
+    #: None is 1 for toybox, 5 otherwise. At 1 the class pictures are what the base itself believes,
+    #: so that training on them leaves it as it was; guided ones are better drawn but more alike.
+    prior_guidance_scale: float = _BY_BASE
 
     # Training
     steps: int = _BY_BASE  #: optimizer updates; None is 400 for toybox, 1000 otherwise
