@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tools.toybox.tokenizer import MAX_LENGTH
@@ -66,13 +67,13 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 def pairs(world: World, rng: np.random.Generator, classes: int) -> tuple[list[Picture], ...]:
     """Two drawings of each of some classes, each drawing twice, on scenes of its own.
 
-    A third has a named colour and a third odd ones, the same in both pictures of a drawing.
+    A third has a named colour and four in nine odd ones, the same in both pictures of a drawing.
     """
     first, second = [], []
     for class_noun in rng.choice(list(CLASSES), classes, replace=False):
         for drawing in rng.permutation(len(world.drawings[class_noun]))[:2]:
             a, b = world.random_picture(rng), world.random_picture(rng)
-            odd = None if a.colour or rng.random() < 0.5 else int(rng.integers(2**31))
+            odd = None if a.colour or rng.random() < 1 / 3 else int(rng.integers(2**31))
             for into, scene in ((first, a.scene), (second, b.scene)):
                 into.append(Picture(str(class_noun), int(drawing), a.colour, scene, odd))
     return first, second
@@ -93,6 +94,10 @@ def is_true(claimed: tuple[str, str | None, str | None], picture: Picture) -> bo
     return all(said is None or said == seen for said, seen in zip(claimed, shown, strict=True))
 
 
+def blurred(picture: np.ndarray, radius: float) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+
+
 def train(
     world: World, tokenizer: CLIPTokenizer, folder: Path, steps: int, classes: int = 16
 ) -> CLIPModel:
@@ -104,7 +109,8 @@ def train(
         rng = np.random.default_rng((7, step))
         first, second = pairs(world, rng, classes)
         shown = first + second
-        pixels = np.stack([world.compose(p, rng) for p in shown])
+        # Blurred by up to a pixel, as pictures that a small model draws are.
+        pixels = np.stack([blurred(world.compose(p, rng), rng.uniform(0, 1)) for p in shown])
         jitter = rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, (len(pixels), 1, 1, 3))
         pixels = (pixels + jitter).clip(0, 255).astype(np.uint8)
         images = embed_images(model, pixels)

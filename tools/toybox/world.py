@@ -138,19 +138,27 @@ def recolour(drawing: np.ndarray, colour: str | None) -> np.ndarray:
 
 
 def odd_colours(drawing: np.ndarray, seed: int) -> np.ndarray:
-    """RGBA uint8 [H, W, 4] with hues turned about, or in two colours from dark parts to light."""
+    """RGBA uint8 [H, W, 4] with hues turned about, or with some of its colours put in place of
+    others: of up to six, each stays or becomes any colour, its shades with it.
+    """
     rng = np.random.default_rng(seed)
     rgb, alpha = drawing[..., :3], drawing[..., 3:]
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         hsv = np.array(Image.fromarray(rgb).convert("HSV"))
         hsv[..., 0] += rng.integers(40, 216).astype(np.uint8)
         turned = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
     else:
-        light = rgb.mean(-1, keepdims=True) / 255
-        dark_end, light_end = rng.uniform(0, 160, 3), rng.uniform(60, 255, 3)
-        turned = (dark_end * np.minimum(1, 3 * light) * (1 - light) + light_end * light).astype(
-            np.uint8
-        )
+        seen = Image.fromarray(rgb[alpha[..., 0] > 127][None])
+        palette = seen.quantize(int(rng.integers(2, 7)), kmeans=1)
+        of = np.asarray(Image.fromarray(rgb).quantize(palette=palette, dither=Image.Dither.NONE))
+        means = np.array(palette.getpalette()[: 3 * 256], np.float32).reshape(-1, 3)
+        moved = means.copy()
+        # Outlines stay dark, and at least one other colour changes.
+        change = (rng.random(len(means)) < 0.7) & (means.max(1) > 70)
+        if not change.any():
+            change = means.max(1) > 70
+        moved[change] = rng.uniform(0, 255, (int(change.sum()), 3))
+        turned = (rgb + (moved - means)[of]).clip(0, 255).astype(np.uint8)
     return np.concatenate([turned, alpha], -1)
 
 
@@ -250,15 +258,14 @@ def draw_scene(scene: str, rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def place(drawing: Image.Image, scene: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Paste the drawing in the middle of the scene: 82-86% of its side, maybe mirrored.
+    """Paste the drawing in the middle of the scene, at 82-86% of its side, never mirrored.
 
-    A base of few parameters spends them on shapes when they come at one size and place.
+    A base of few parameters spends them on shapes when they come at one size, place and side: of
+    drawings that are mirrored at random it draws the mean of both.
     """
     size = scene.width
     scale = rng.uniform(0.82, 0.86) * size / max(drawing.size)
     shape = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
-    if rng.random() < 0.5:
-        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     drawing = drawing.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
     left = (size - shape[0]) / 2 + rng.uniform(-0.015, 0.015) * size
     top = (size - shape[1]) / 2 + rng.uniform(-0.015, 0.015) * size
