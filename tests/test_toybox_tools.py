@@ -192,6 +192,25 @@ def test_odd_colours_change_the_colours_and_not_the_shape():
         assert np.array_equal(odd, world.odd_colours(drawing, seed))
 
 
+def test_odd_colours_leave_outlines_dark():
+    drawing = np.full((16, 16, 4), 255, np.uint8)
+    drawing[:, :, :3] = (200, 40, 40)
+    drawing[[0, -1], :, :3] = drawing[:, [0, -1], :3] = (30, 25, 25)
+    for seed in range(16):
+        odd = world.odd_colours(drawing, seed)[..., :3]
+        assert odd[0].max() <= 70, "the outline"
+        assert np.abs(odd[8, 8].astype(int) - (200, 40, 40)).max() > 10, "the rest"
+
+
+def test_drawings_are_never_mirrored():
+    drawing = Image.new("RGBA", (40, 40), (0, 0, 0, 255))
+    drawing.paste((255, 0, 0, 255), (0, 0, 20, 40))
+    for seed in range(16):
+        scene = Image.new("RGB", (64, 64), "white")
+        placed = np.asarray(world.place(drawing, scene, np.random.default_rng(seed)))
+        assert placed[32, 16, 0] > 200 and placed[32, 48, 0] < 50
+
+
 def test_the_classifier_counts_right_answers():
     wanted = [world.Picture("dog", 0, None, "beach"), world.Picture("cat", 0, "red", "beach")]
 

@@ -1,0 +1,161 @@
+"""The paper's evaluation (arXiv 2208.12242, section 4.1): subjects x prompts x 4 pictures x methods.
+
+A data set's folder holds ``prompts_and_classes.txt``: its classes, and the prompts for objects and
+for live subjects. ``draw_all`` makes OUT/protocol.json and OUT/METHOD/SUBJECT/p07-s2.png, picture
+by picture, so that a stopped evaluation goes on where it was; ``OUT/METHOD/SUBJECT/class-s3.png``
+are the class pictures that PRES, DIV and prior drift need.
+"""
+
+import io
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_lib.config import Subject
+from dreambooth_lib.data import load_dataset
+from dreambooth_lib.pictures import DataError
+from dreambooth_lib.runs import Run
+from dreambooth_lib.sampling import draw, load_source
+
+if TYPE_CHECKING:
+    from dreambooth_lib.families.base import Family
+
+#: What draws a subject's pictures: a finished run, a loaded family, or a base's name.
+Method = Callable[[Subject], "Run | Family | str"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is drawn, for each method and subject; two evaluations compare if these are equal."""
+
+    pictures: int = 4  #: of each prompt, seeds 0, 1, ...
+    class_pictures: int = 24  #: of the class prompt, seeds 10000, 10001, ...
+    steps: int = 25
+    guidance_scale: float = 5.0
+    negative_prompt: str = ""
+    batch_size: int = 8
+
+
+CLASS_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set's subjects, and the prompts of each kind: ``a {} {noun} in the jungle``."""
+
+    subjects: list[Subject]
+    prompts: dict[str, list[str]]  #: by ``Subject.kind``: "object", "live"
+
+    def of(self, subject: Subject) -> list[str]:
+        """The prompts of one subject, ``{}`` still standing for the identifier."""
+        return [p.replace("{noun}", subject.class_noun) for p in self.prompts[subject.kind]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of an evaluation; ``prompt`` is None for a class picture."""
+
+    method: str
+    subject: str
+    prompt: int | None
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where it lies in the evaluation's folder."""
+        name = "class" if self.prompt is None else f"p{self.prompt:02d}"
+        return Path(self.method, self.subject, f"{name}-s{self.seed}.png")
+
+
+@dataclass(frozen=True)
+class Progress:
+    done: int  #: pictures of this process's share that lie there
+    total: int
+    seconds_left: float | None  #: None before the first picture
+
+
+def load_benchmark(folder: str | Path) -> Benchmark:
+    """Read a folder in the DreamBooth data set's layout, prompts included.
+
+    Raises :class:`DataError` as :func:`load_dataset` does, and where a kind of subject that the
+    folder has finds no prompts in the file.
+    """
+    subjects = load_dataset(folder)
+    file = Path(subjects[0].pictures).parent / "prompts_and_classes.txt"
+    prompts: dict[str, list[str]] = {}
+    kind = ""
+    for line in file.read_text(encoding="utf-8-sig").splitlines():
+        if heading := re.fullmatch(r"(Object|Live Subject) Prompts", line.strip()):
+            kind = heading[1].split()[0].lower()
+        elif found := re.fullmatch(r"""(['"])(.*\{0\} \{1\}.*)\1\.format\(.*\),?""", line.strip()):
+            prompts.setdefault(kind, []).append(found[2].replace("{0} {1}", "{} {noun}"))
+    for subject in subjects:
+        if subject.kind not in prompts:
+            raise DataError(
+                f"{file} has no prompts for the {subject.kind} subject '{subject.name}'; add them "
+                "under 'Object Prompts' or 'Live Subject Prompts'."
+            )
+    return Benchmark(subjects, prompts)
+
+
+def pictures(benchmark: Benchmark, method: str, subject: Subject, wanted: Protocol) -> list[Picture]:
+    """Every picture of one method and subject, prompts in their order, class pictures last."""
+    of_prompts = [
+        Picture(method, subject.name, prompt, seed)
+        for prompt in range(len(benchmark.of(subject)))
+        for seed in range(wanted.pictures)
+    ]
+    of_class = range(CLASS_SEED, CLASS_SEED + wanted.class_pictures)
+    return of_prompts + [Picture(method, subject.name, None, seed) for seed in of_class]
+
+
+def draw_all(
+    benchmark: Benchmark,
+    methods: Mapping[str, Method],
+    out: str | Path,
+    protocol: Protocol | None = None,
+    rank: int = 0,
+    processes: int = 1,
+) -> Iterator[Progress]:
+    """Draw what is missing of every method and subject; yields after each batch.
+
+    Of several processes each takes its own subjects. Raises ``ValueError`` where ``out`` holds
+    pictures of another protocol: they would not compare.
+    """
+    from dreambooth_lib.state import replace_file
+
+    wanted, out = protocol or Protocol(), Path(out)
+    text = json.dumps(asdict(wanted) | {"prompts": benchmark.prompts}, indent=2)
+    file = out / "protocol.json"
+    if file.exists() and file.read_text() != text:
+        raise ValueError(f"{out} holds pictures of another protocol; choose another folder.")
+    replace_file(file, text.encode())
+    units = [(m, s) for s in benchmark.subjects for m in methods][rank::processes]
+    shares = [pictures(benchmark, method, subject, wanted) for method, subject in units]
+    missing = [[p for p in share if not (out / p.path).exists()] for share in shares]
+    total = sum(map(len, shares))
+    to_do = left = sum(map(len, missing))
+    began = time.monotonic()
+    for (method, subject), share in zip(units, missing, strict=True):
+        family = load_source(methods[method](subject)) if share else None
+        prompts = [p.replace("{}", subject.identifier) for p in benchmark.of(subject)]
+        for start in range(0, len(share), wanted.batch_size):
+            part = share[start : start + wanted.batch_size]
+            asked = [
+                (subject.class_prompt if p.prompt is None else prompts[p.prompt], p.seed)
+                for p in part
+            ]
+            assert family is not None
+            images = draw(family, asked, wanted.steps, wanted.guidance_scale,
+                          wanted.negative_prompt)  # fmt: skip
+            for picture, image in zip(part, images, strict=True):
+                png = io.BytesIO()
+                image.save(png, "PNG")
+                replace_file(out / picture.path, png.getvalue())
+            left -= len(part)
+            pace = (time.monotonic() - began) / (to_do - left)
+            yield Progress(total - left, total, left * pace)
