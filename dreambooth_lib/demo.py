@@ -14,6 +14,7 @@ from typing import Any
 from dreambooth_lib import families, metrics, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
+from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.sampling import sample
 from dreambooth_lib.training import train
@@ -63,7 +64,7 @@ def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> d
     }
     sample_done = time.perf_counter()
     reference = [photo.image for photo in read_pictures(subject.pictures)]
-    encoder = metrics.Encoder(JUDGE)
+    encoder = Encoder(JUDGE)
     row = {
         "name": subject.name,
         "class_noun": subject.class_noun,

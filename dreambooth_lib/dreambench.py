@@ -1,4 +1,4 @@
-"""The paper's evaluation (arXiv 2208.12242, section 4.1): subjects x prompts x 4 pictures x methods.
+"""The paper's evaluation (arXiv 2208.12242, section 4.1): subjects x prompts x pictures x methods.
 
 A data set's folder holds ``prompts_and_classes.txt``: its classes, and the prompts for objects and
 for live subjects. ``draw_all`` makes OUT/protocol.json and OUT/METHOD/SUBJECT/p07-s2.png, picture
@@ -102,7 +102,9 @@ def load_benchmark(folder: str | Path) -> Benchmark:
     return Benchmark(subjects, prompts)
 
 
-def pictures(benchmark: Benchmark, method: str, subject: Subject, wanted: Protocol) -> list[Picture]:
+def pictures(
+    benchmark: Benchmark, method: str, subject: Subject, wanted: Protocol
+) -> list[Picture]:
     """Every picture of one method and subject, prompts in their order, class pictures last."""
     of_prompts = [
         Picture(method, subject.name, prompt, seed)

@@ -51,7 +51,7 @@ def sample(
     noise in base and tuned model. Raises :class:`RunError` for a run that has not finished.
     """
     subject = source.config.subject if isinstance(source, Run) else None
-    family = _load(source)
+    family = load_source(source)
     wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []
     for start in range(0, len(wanted), batch_size):
@@ -90,7 +90,8 @@ def draw(
             module.train(training)
 
 
-def _load(source: "Run | Family | str") -> "Family":
+def load_source(source: "Run | Family | str") -> "Family":
+    """The family that draws, on the GPU if there is one. Raises as :func:`sample` does."""
     import torch
 
     if not isinstance(source, Run | str):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.encoders import Encoder
 
 WORDS = ("a", "dog", "cat", "ohwx", "on", "the", "beach", "in", "snow", "photo", "of", "red")
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -149,3 +151,63 @@ def make_config() -> Callable[..., TrainConfig]:
         return TrainConfig(subject=Subject(photos, "dog"), base=base, **(fields | changes))
 
     return make
+
+
+# What scores pictures: tiny random encoders, and pictures of several shapes for them.
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+          "num_attention_heads": 2}  # fmt: skip
+
+
+def drawings(count: int, seed: int = 0) -> list[Image.Image]:
+    """Random pictures of several shapes, smooth enough for a resize to mean something."""
+    generator = np.random.default_rng(seed)
+    shapes = [(40, 56), (64, 64), (90, 33)]
+    coarse = [generator.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in range(count)]
+    return [Image.fromarray(c).resize(shapes[i % 3]) for i, c in enumerate(coarse)]
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    symbols = [*letters, *(f"{letter}</w>" for letter in letters), "do", "dog</w>"]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    text = _TOWER | {
+        "vocab_size": len(symbols), "max_position_embeddings": 12, "pad_token_id": len(symbols) - 1,
+        "bos_token_id": len(symbols) - 2, "eos_token_id": len(symbols) - 1,
+    }  # fmt: skip
+    vision = _TOWER | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
+    CLIPModel(config).save_pretrained(folder)
+    preprocessing = {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+        "size": {"shortest_edge": 32}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.3, 0.25],
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(1)
+    ViTModel(ViTConfig(**_TOWER, image_size=28, patch_size=7)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder: Path) -> Encoder:
+    return Encoder(clip_folder)
+
+
+@pytest.fixture(scope="session")
+def dino(dino_folder: Path) -> Encoder:
+    return Encoder(dino_folder)
