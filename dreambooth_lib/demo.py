@@ -23,13 +23,14 @@ from dreambooth_lib.training import train
 PROMPTS = ("a {} {noun} on the beach", "a {} {noun} in the snow", "a {} {noun} in the forest",
            "a {} {noun} in space")  # fmt: skip
 JUDGE = families.BUNDLED / "toybox" / "judge"
+BUNDLED_SUBJECTS = families.BUNDLED / "subjects"
 SEEDS = (0, 1, 2, 3)
 CLASS_SEEDS = range(10_000, 10_024)  # pictures that the training has not seen
 
 
 def bundled_subjects() -> list[Subject]:
     """The subjects in ``data/subjects``, pictures of which the embedded base never saw."""
-    return load_dataset(families.BUNDLED / "subjects")
+    return load_dataset(BUNDLED_SUBJECTS)
 
 
 def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ by picture, so that a stopped evaluation goes on where it was; ``OUT/METHOD/SUBJ
 are the class pictures that PRES, DIV and prior drift need.
 """
 
-import io
 import json
 import re
 import time
@@ -75,7 +74,7 @@ class Picture:
 class Progress:
     done: int  #: pictures of this process's share that lie there
     total: int
-    seconds_left: float | None  #: None before the first picture
+    seconds_left: float  #: at the pace so far, if nothing more lies there
 
 
 def load_benchmark(folder: str | Path) -> Benchmark:
@@ -128,7 +127,7 @@ def draw_all(
     Of several processes each takes its own subjects. Raises ``ValueError`` where ``out`` holds
     pictures of another protocol: they would not compare.
     """
-    from dreambooth_lib.state import replace_file
+    from dreambooth_lib.state import replace_file, save_png
 
     wanted, out = protocol or Protocol(), Path(out)
     text = json.dumps(asdict(wanted) | {"prompts": benchmark.prompts}, indent=2)
@@ -138,26 +137,27 @@ def draw_all(
     replace_file(file, text.encode())
     units = [(m, s) for s in benchmark.subjects for m in methods][rank::processes]
     shares = [pictures(benchmark, method, subject, wanted) for method, subject in units]
-    missing = [[p for p in share if not (out / p.path).exists()] for share in shares]
-    total = sum(map(len, shares))
-    to_do = left = sum(map(len, missing))
+    total, done, drawn = sum(map(len, shares)), 0, 0
     began = time.monotonic()
-    for (method, subject), share in zip(units, missing, strict=True):
-        family = load_source(methods[method](subject)) if share else None
+    for (method, subject), share in zip(units, shares, strict=True):
+        family: Family | None = None
         prompts = [p.replace("{}", subject.identifier) for p in benchmark.of(subject)]
+        # A batch is drawn whole or not at all: pictures depend a little on what is drawn with them.
         for start in range(0, len(share), wanted.batch_size):
             part = share[start : start + wanted.batch_size]
+            done += len(part)
+            if all((out / picture.path).exists() for picture in part):
+                continue
+            family = family or load_source(methods[method](subject))
             asked = [
                 (subject.class_prompt if p.prompt is None else prompts[p.prompt], p.seed)
                 for p in part
             ]
-            assert family is not None
-            images = draw(family, asked, wanted.steps, wanted.guidance_scale,
-                          wanted.negative_prompt)  # fmt: skip
+            images = draw(
+                family, asked, wanted.steps, wanted.guidance_scale, wanted.negative_prompt
+            )
             for picture, image in zip(part, images, strict=True):
-                png = io.BytesIO()
-                image.save(png, "PNG")
-                replace_file(out / picture.path, png.getvalue())
-            left -= len(part)
-            pace = (time.monotonic() - began) / (to_do - left)
-            yield Progress(total - left, total, left * pace)
+                save_png(image, out / picture.path)
+            drawn += len(part)
+            pace = (time.monotonic() - began) / drawn
+            yield Progress(done, total, (total - done) * pace)

@@ -5,7 +5,6 @@ Change the base, the prompt or the sampler, and another folder is made; sets are
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +44,7 @@ def class_pictures(
     ``folder`` holds the sets of all runs. Of several processes each makes its own share and yields
     only those; all are there once every process is through.
     """
-    from dreambooth_lib.state import replace_file
+    from dreambooth_lib.state import replace_file, save_png
 
     place = set_folder(config, family, folder)
     made_by = _text(manifest(config, family))
@@ -60,9 +59,7 @@ def class_pictures(
         wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
         images = draw(family, wanted, config.prior_inference_steps, config.prior_guidance_scale)
         for number, image in zip(numbers, images, strict=True):
-            png = io.BytesIO()
-            image.save(png, "PNG")
-            replace_file(paths[number], png.getvalue())
+            save_png(image, paths[number])
             yield paths[number]
 
 

@@ -5,14 +5,18 @@ No pickle: every tensor goes to ``tensors.safetensors`` under its path, everythi
 all, whatever moment the process is killed at.
 """
 
+import io
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
@@ -125,3 +129,10 @@ def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if _INT_KEYS in tree:
         return {int(k): _join(v, tensors) for k, v in tree[_INT_KEYS].items()}
     return {k: _join(v, tensors) for k, v in tree.items()}
+
+
+def save_png(image: "Image.Image", path: str | Path) -> None:
+    """Write a picture as PNG to ``path``, whole or not at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    replace_file(path, buffer.getvalue())

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.toybox import drawings
+from tools.toybox.world import SCENES as WORLD_SCENES
 from tools.toybox.world import draw_scene, place
 
 SET = "streamline-emojis"
@@ -52,4 +53,9 @@ def build(folder: Path) -> None:
     _, credit, licence = drawings.HELD_OUT_SETS[SET]
     rows = [f"{name},{noun},{kind}" for name, (_, noun, kind, _) in SUBJECTS.items()]
     text = HEADER.format(credit=credit, licence=licence) + "\n".join(rows) + "\n"
+    prompts = [f"a {{0}} {{1}} {scene}" for scene in WORLD_SCENES.values()]
+    prompts += ["a red {0} {1}", "a purple {0} {1}"]
+    lines = ",\n".join(f"'{prompt}'.format(unique_token, class_token)" for prompt in prompts)
+    for kind in ("Object", "Live Subject"):
+        text += f"\n{kind} Prompts\n\nprompt_list = [\n{lines}\n]\n"
     (folder / "prompts_and_classes.txt").write_text(text)

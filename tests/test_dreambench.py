@@ -1,0 +1,114 @@
+"""The paper's protocol: its prompts, what is drawn, and going on after a stop."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import save_photos
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from dreambooth_lib import dreambench, families
+from dreambooth_lib.config import Subject
+from dreambooth_lib.demo import BUNDLED_SUBJECTS
+from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all, load_benchmark
+from dreambooth_lib.pictures import DataError
+
+REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
+SHORT = Protocol(pictures=2, class_pictures=3, steps=1, batch_size=4)
+
+
+@pytest.fixture
+def benchmark_of_two(tmp_path: Path) -> Benchmark:
+    subjects = []
+    for name, kind in (("rex", "live"), ("cup", "object")):
+        photos = save_photos(tmp_path / "data" / name)
+        subjects.append(Subject(photos, "dog" if kind == "live" else "cat", name=name, kind=kind))
+    return Benchmark(subjects, {"live": ["a {} {noun}", "a red {} {noun}"], "object": ["a {}"]})
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.skipif(REAL is None, reason="DREAMBOOTH_TEST_DREAMBENCH is not set")
+def test_the_data_sets_own_prompts_are_read() -> None:
+    found = load_benchmark(Path(REAL or ""))
+    assert len(found.subjects) == 8 and {len(p) for p in found.prompts.values()} == {25}
+    by_name = {subject.name: subject for subject in found.subjects}
+    live, still = found.of(by_name["dog"]), found.of(by_name["duck_toy"])
+    assert live[0] == "a {} dog in the jungle" and live[13].endswith(
+        "a black top hat and a monocle"
+    )
+    assert still[12] == "a {} toy with the Eiffel Tower in the background"
+    assert live[:10] == [p.replace("toy", "dog") for p in still[:10]]
+    assert live[-1] == "a cube shaped {} dog"
+
+
+def test_the_bundled_subjects_have_prompts_that_the_base_knows() -> None:
+    found = load_benchmark(BUNDLED_SUBJECTS)
+    tokenizer = CLIPTokenizer.from_pretrained(Path(families.locate("toybox"), "tokenizer"))
+    for subject in found.subjects:
+        assert len(found.of(subject)) == 12
+        for prompt in found.of(subject):
+            words = prompt.replace("{}", subject.identifier).split()
+            assert len(tokenizer.tokenize(" ".join(words))) == len(words)
+
+
+def test_a_kind_without_prompts_is_refused(tmp_path: Path) -> None:
+    save_photos(tmp_path / "cup")
+    table = tmp_path / "prompts_and_classes.txt"
+    table.write_text("Classes\n\nsubject_name,class\ncup,cup\n\nLive Subject Prompts\n'a {0} {1}'")
+    with pytest.raises(DataError, match="no prompts for the object subject 'cup'; add them"):
+        load_benchmark(tmp_path)
+
+
+def test_everything_is_drawn_once_and_goes_on_after_a_stop(
+    benchmark_of_two: Benchmark, tiny_sd1: str, tiny_sd2: str, tmp_path: Path
+) -> None:
+    methods = {"one": lambda subject: tiny_sd1, "two": lambda subject: tiny_sd2}
+    whole = [p for p in draw_all(benchmark_of_two, methods, tmp_path / "whole", SHORT)]
+    assert whole[-1].done == whole[-1].total == 2 * (2 * 2 + 3) + 2 * (2 + 3)
+    assert whole[-1].seconds_left == 0 and len(whole) == 2 * 2 + 2 * 2
+    for path in (tmp_path / "whole").rglob("*.png"):
+        assert Image.open(path).size == (16, 16)
+
+    stopped = draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT)
+    for _ in range(3):
+        next(stopped)
+    stopped.close()
+    (tmp_path / "stopped/one/rex/p01-s0.png").unlink()
+    again = list(draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT))
+    assert len(again) == 6 and again[-1].done == again[-1].total
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert list(draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT)) == []
+
+
+def test_processes_share_the_work(
+    benchmark_of_two: Benchmark, tiny_sd1: str, tmp_path: Path
+) -> None:
+    methods = {"one": lambda subject: tiny_sd1, "two": lambda subject: tiny_sd1}
+    for rank in range(3):
+        list(draw_all(benchmark_of_two, methods, tmp_path / "shared", SHORT, rank, 3))
+    list(draw_all(benchmark_of_two, methods, tmp_path / "alone", SHORT))
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_another_protocol_does_not_mix(
+    benchmark_of_two: Benchmark, tiny_sd1: str, tmp_path: Path
+) -> None:
+    methods = {"one": lambda subject: tiny_sd1}
+    next(draw_all(benchmark_of_two, methods, tmp_path, SHORT))
+    other = Protocol(pictures=2, class_pictures=3, steps=1, batch_size=4, guidance_scale=7.5)
+    with pytest.raises(ValueError, match="another protocol; choose another folder"):
+        next(draw_all(benchmark_of_two, methods, tmp_path, other))
+
+
+def test_pictures_have_one_place_each(benchmark_of_two: Benchmark) -> None:
+    every = [
+        picture
+        for subject in benchmark_of_two.subjects
+        for method in ("one", "two")
+        for picture in dreambench.pictures(benchmark_of_two, method, subject, Protocol())
+    ]
+    assert len({picture.path for picture in every}) == len(every)
