@@ -62,6 +62,25 @@ def prior_drift(base: "torch.Tensor", tuned: "torch.Tensor") -> float:
     return float(1 - (base * tuned).sum(-1).mean())
 
 
+def kid(pictures: "torch.Tensor", base: "torch.Tensor") -> float:
+    """Kernel distance of two sets of pictures (KID, arXiv 1801.01401), on unit embeddings.
+
+    ``pictures [N, D]``, ``base [M, D]``: the unbiased estimate of the squared maximum mean
+    discrepancy by the kernel ``(x . y / D + 1) ** 3``, rows scaled to length ``sqrt(D)`` so that
+    the kernel sees numbers of the size it was made for. About 0, below it by chance, for sets
+    alike. Not comparable with KID on Inception features. ``ValueError`` for fewer than two rows.
+    """
+    one, other = _units(pictures, base, "pictures", "base")
+    if min(len(one), len(other)) < 2:
+        raise ValueError("there is only one row of embeddings; give two or more to compare sets.")
+
+    def among(rows: "torch.Tensor") -> "torch.Tensor":
+        kernel = (rows @ rows.T + 1) ** 3
+        return (kernel.sum() - kernel.trace()) / (len(rows) * (len(rows) - 1))
+
+    return float(among(one) + among(other) - 2 * ((one @ other.T + 1) ** 3).mean())
+
+
 def strip_identifier(prompt: str, identifier: str) -> str:
     """``prompt`` without ``identifier`` as a whole word in that case, runs of spaces made one."""
     word = rf"(?<![\w-]){re.escape(identifier)}(?![\w-])"

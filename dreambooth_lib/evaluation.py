@@ -1,0 +1,196 @@
+"""The paper's measures of an evaluation's pictures, row by row, and their means with intervals.
+
+:func:`score` reads what :func:`dreambooth_lib.dreambench.draw_all` drew. Each row says what it is
+of and by which encoder; published numbers differ by exactly that, and by how the identifier and
+self-pairs are handled: here the identifier is stripped from the prompt before the text encoder, and
+a picture is never paired with itself.
+
+measure               one row a     what it is
+subject_fidelity      picture       CLIP-I or DINO: mean cosine with the subject's photos
+prompt_adherence      picture       CLIP-T: cosine with the prompt (no row by a DINO)
+memorisation          picture       greatest cosine with one of the subject's photos
+prompt_diversity      prompt        DIV's question: mean 1 - cosine of pictures of one prompt
+pres                  subject       PRES: mean cosine of class pictures with the subject's photos
+class_diversity       subject       mean 1 - cosine among class pictures
+prior_drift           subject       mean 1 - cosine of class pictures with the base's, seed by seed
+class_kid             subject       squared MMD of class pictures and the base's (arXiv 1801.01401)
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dreambooth_lib import metrics
+from dreambooth_lib.config import Subject
+from dreambooth_lib.dreambench import Benchmark, Protocol, pictures
+from dreambooth_lib.encoders import Encoder, of_files
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number. ``prompt`` and ``seed`` are None where it is of all of them."""
+
+    method: str
+    subject: str
+    kind: str
+    encoder: str
+    measure: str
+    prompt: str | None
+    seed: int | None
+    value: float
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Unit rows of one encoder for one method and subject, pictures prompt by prompt."""
+
+    photos: "torch.Tensor"  # [M, D]
+    drawn: "torch.Tensor"  # [prompts, seeds, D]
+    texts: "torch.Tensor | None"  # [prompts, D]; None by a DINO
+    of_class: "torch.Tensor"  # [N, D]
+    of_class_before: "torch.Tensor"  # [N, D], the base's
+
+
+#: An evaluator gives (measure, values): [prompts, seeds] values, [prompts] values or one.
+Evaluator = Callable[[Embedded], Iterator[tuple[str, "torch.Tensor | float"]]]
+
+
+def of_the_subject(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]]":
+    cosines = seen.drawn @ seen.photos.T  # [prompts, seeds, M]
+    yield "subject_fidelity", cosines.mean(-1)
+    yield "memorisation", cosines.amax(-1)
+    if seen.texts is not None:
+        yield "prompt_adherence", (seen.drawn * seen.texts[:, None]).sum(-1)
+    if seen.drawn.shape[1] > 1:
+        import torch
+
+        yield "prompt_diversity", torch.tensor([metrics.diversity(rows) for rows in seen.drawn])
+
+
+def of_the_class(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]]":
+    yield "pres", metrics.subject_fidelity(seen.of_class, seen.photos)
+    yield "class_diversity", metrics.diversity(seen.of_class)
+    yield "prior_drift", metrics.prior_drift(seen.of_class_before, seen.of_class)
+    yield "class_kid", metrics.kid(seen.of_class, seen.of_class_before)
+
+
+EVALUATORS: tuple[Evaluator, ...] = (of_the_subject, of_the_class)
+
+
+def score(
+    benchmark: Benchmark,
+    methods: Iterable[str],
+    out: str | Path,
+    encoders: Mapping[str, Encoder],
+    protocol: Protocol | None = None,
+    base: str = "base",
+    evaluators: Iterable[Evaluator] = EVALUATORS,
+) -> Iterator[Row]:
+    """Rows of every subject, method and encoder, of pictures that lie in ``out``.
+
+    ``base`` is the method whose class pictures are those before training. Embeddings are kept in
+    ``out/embeddings``; no more than one subject's are in memory. Raises ``FileNotFoundError`` where
+    a picture was not drawn.
+    """
+    wanted, out = protocol or Protocol(), Path(out)
+    for subject in benchmark.subjects:
+        for method in methods:
+            for name, encoder in encoders.items():
+                seen = _embedded(benchmark, subject, method, base, out, encoder, wanted)
+                for evaluator in evaluators:
+                    for measure, values in evaluator(seen):
+                        fields = (method, subject.name, subject.kind, name, measure)
+                        yield from _rows(fields, values, benchmark.of(subject))
+
+
+def _embedded(
+    benchmark: Benchmark,
+    subject: Subject,
+    method: str,
+    base: str,
+    out: Path,
+    encoder: Encoder,
+    wanted: Protocol,
+) -> Embedded:
+    cache = out / "embeddings"
+
+    def rows(of: str, class_too: bool) -> "torch.Tensor":
+        every = pictures(benchmark, of, subject, wanted)
+        paths = [out / p.path for p in every if (p.prompt is None) == class_too]
+        return of_files(encoder, paths, cache)
+
+    prompts = [metrics.strip_identifier(p.replace("{}", subject.identifier), subject.identifier)
+               for p in benchmark.of(subject)]  # fmt: skip
+    return Embedded(
+        photos=of_photos(encoder, subject),
+        drawn=rows(method, False).unflatten(0, (len(prompts), wanted.pictures)),
+        texts=encoder.texts(prompts) if encoder.reads_texts else None,
+        of_class=rows(method, True),
+        of_class_before=rows(base, True),
+    )
+
+
+def of_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
+    """The subject's own photos, upright: ``[M, D]``."""
+    from dreambooth_lib.pictures import read_pictures
+
+    return encoder.images([photo.image for photo in read_pictures(subject.pictures)])
+
+
+def _rows(
+    fields: tuple[str, ...], values: "torch.Tensor | float", prompts: list[str]
+) -> Iterator[Row]:
+    array = np.asarray(values, np.float64)
+    for place in np.ndindex(array.shape):
+        prompt = prompts[place[0]] if place else None
+        yield Row(*fields, prompt, place[1] if len(place) > 1 else None, float(array[place]))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over subjects, prompts and seeds, and its 95% bootstrap interval."""
+
+    method: str
+    encoder: str
+    measure: str
+    value: float
+    low: float
+    high: float
+    count: int  #: numbers in the mean
+
+
+def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]:
+    """Mean of each method, encoder and measure, with a percentile bootstrap interval.
+
+    Numbers of one subject and prompt are resampled among themselves, so that the interval is over
+    seeds and the subjects and prompts are taken as they are; a measure that has one number a prompt
+    or subject is resampled over those.
+    """
+
+    def group(row: Row) -> tuple[str, str, str]:
+        return row.method, row.encoder, row.measure
+
+    found = []
+    for key, of_key in groupby(sorted(rows, key=group), key=group):
+        cells: dict[tuple[str, str | None], list[float]] = {}
+        for row in of_key:
+            cells.setdefault((row.subject, row.prompt), []).append(row.value)
+        if all(len(values) == 1 for values in cells.values()):
+            cells = {("", None): [value for (value,) in cells.values()]}
+        rng = np.random.default_rng(seed)
+        drawn = np.zeros(samples)
+        count = sum(map(len, cells.values()))
+        for values in cells.values():
+            picks = rng.integers(len(values), size=(samples, len(values)))
+            drawn += np.asarray(values)[picks].sum(1) / count
+        value = sum(sum(values) for values in cells.values()) / count
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        found.append(Mean(*key, value, float(low), float(high), count))
+    return found
