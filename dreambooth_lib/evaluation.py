@@ -145,7 +145,7 @@ def of_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
 
 
 def _rows(
-    fields: tuple[str, ...], values: "torch.Tensor | float", prompts: list[str]
+    fields: tuple[str, str, str, str, str], values: "torch.Tensor | float", prompts: list[str]
 ) -> Iterator[Row]:
     array = np.asarray(values, np.float64)
     for place in np.ndindex(array.shape):

@@ -36,6 +36,7 @@ ALLOWED = {
     "prior": ("config", "families", "families.base", "sampling", "state"),
     "encoders": ("state",),
     "metrics": ("encoders",),
+    "tables": ("evaluation", "state"),
     "evaluation": ("config", "dreambench", "encoders", "metrics", "pictures"),
     "dreambench": ("config", "data", "pictures", "runs", "sampling", "families.base", "state"),
     "plots": ("state", "runs"),

@@ -1,0 +1,75 @@
+"""An evaluation's tables: every row as CSV, means in Markdown beside the paper's own."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from dreambooth_lib.evaluation import Mean, Row
+
+#: Table 1 of arXiv 2208.12242, on 30 subjects: DINO, CLIP-I, CLIP-T.
+PUBLISHED: dict[str, tuple[float, float, float | None]] = {
+    "real pictures": (0.774, 0.885, None),
+    "DreamBooth (Imagen)": (0.696, 0.812, 0.306),
+    "DreamBooth (Stable Diffusion)": (0.668, 0.803, 0.305),
+    "Textual Inversion (Stable Diffusion)": (0.569, 0.780, 0.255),
+}
+
+
+def write_csv(rows: Iterable[Row], path: str | Path) -> None:
+    """Every row with a column a field, an empty cell where it is of all prompts or seeds."""
+    from dreambooth_lib.state import replace_file
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    replace_file(path, text.getvalue().encode())
+
+
+def read_csv(path: str | Path) -> list[Row]:
+    """The reverse of :func:`write_csv`."""
+    with Path(path).open(newline="") as file:
+        return [
+            Row(
+                **line
+                | {
+                    "prompt": line["prompt"] or None,
+                    "seed": int(line["seed"]) if line["seed"] else None,
+                    "value": float(line["value"]),
+                }
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def markdown(means: Sequence[Mean], published: bool = False) -> str:
+    """A table with a row a method and a column a measure and encoder, intervals in brackets.
+
+    ``published`` puts the paper's rows under it; they are by DINO ViT-S/16 and a CLIP that the
+    paper does not name, on 30 subjects: compare them only with the same encoders on those.
+    """
+    columns = list(dict.fromkeys((mean.measure, mean.encoder) for mean in means))
+    found = {(mean.method, mean.measure, mean.encoder): mean for mean in means}
+    heads = ["", *(f"{measure} ({encoder})" for measure, encoder in columns)]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for method in dict.fromkeys(mean.method for mean in means):
+        cells = [_cell(found.get((method, *column))) for column in columns]
+        lines.append(_line([method, *cells]))
+    text = "\n".join(lines) + "\n"
+    if published:
+        heads = ["arXiv 2208.12242, Table 1", "DINO", "CLIP-I", "CLIP-T"]
+        lines = [_line(heads), _line(["---"] * 4)]
+        for name, values in PUBLISHED.items():
+            lines.append(_line([name, *("" if v is None else f"{v:.3f}" for v in values)]))
+        text += "\n" + "\n".join(lines) + "\n"
+    return text
+
+
+def _cell(mean: Mean | None) -> str:
+    return "" if mean is None else f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

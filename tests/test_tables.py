@@ -1,0 +1,34 @@
+"""CSV that comes back as it was, and the Markdown that a report shows."""
+
+from pathlib import Path
+
+from dreambooth_lib.evaluation import Mean, Row
+from dreambooth_lib.tables import markdown, read_csv, write_csv
+
+
+def test_rows_come_back_from_csv_as_they_were(tmp_path: Path) -> None:
+    rows = [
+        Row("base", "rex", "live", "clip", "subject_fidelity", 'a {} dog, "wet"', 3, 0.1 + 0.2),
+        Row("base", "rex", "live", "clip", "prompt_diversity", "a {} dog", None, 1e-9),
+        Row("tuned", "cup", "object", "dino", "pres", None, None, -0.25),
+    ]
+    write_csv(rows, tmp_path / "scores.csv")
+    assert read_csv(tmp_path / "scores.csv") == rows
+
+
+def test_the_table_has_a_row_a_method_and_leaves_missing_measures_empty() -> None:
+    found = [
+        Mean("base", "clip", "prompt_adherence", 0.3, 0.29, 0.31, 12),
+        Mean("base", "dino", "subject_fidelity", 0.4, 0.38, 0.42, 12),
+        Mean("tuned", "dino", "subject_fidelity", 0.66666, 0.65, 0.7, 12),
+    ]
+    assert markdown(found).splitlines() == [
+        "|  | prompt_adherence (clip) | subject_fidelity (dino) |",
+        "| --- | --- | --- |",
+        "| base | 0.300 [0.290, 0.310] | 0.400 [0.380, 0.420] |",
+        "| tuned |  | 0.667 [0.650, 0.700] |",
+    ]
+    beside = markdown(found, published=True)
+    assert beside.startswith(markdown(found))
+    assert "| DreamBooth (Stable Diffusion) | 0.668 | 0.803 | 0.305 |" in beside
+    assert "| real pictures | 0.774 | 0.885 |  |" in beside
