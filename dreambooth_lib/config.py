@@ -13,12 +13,14 @@ DEFAULT_IDENTIFIER = "ohwx"
 #: Defaults that depend on the base; every other base takes the paper's for Stable Diffusion.
 _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox": {
-        "learning_rate": 2e-4,
+        "learning_rate": 3e-4,
         "steps": 400,
         "batch_size": 2,
         "class_pictures": 48,
         "prior_guidance_scale": 1.0,
         "prompt_dropout": 0.1,
+        "ema_decay": 0.98,
+        "guidance_scale": 4.0,
     },
     "": {
         "learning_rate": 5e-6,
@@ -27,6 +29,7 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
         "class_pictures": 200,
         "prior_guidance_scale": 5.0,
         "prompt_dropout": 0.0,
+        "guidance_scale": 5.0,
     },
 }
 
@@ -42,7 +45,12 @@ _CHOICES = {
 _AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
                  "checkpoints_kept", "prior_inference_steps")  # fmt: skip
 _NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay", "seed",
-                 "prior_guidance_scale")  # fmt: skip
+                 "prior_guidance_scale", "guidance_scale")  # fmt: skip
+
+
+def base_defaults(base: str) -> dict[str, Any]:
+    """What the fields of :class:`TrainConfig` that depend on the base are for this one."""
+    return _BASE_DEFAULTS.get(base) or _BASE_DEFAULTS[""]
 
 
 class ConfigError(ValueError):
@@ -116,14 +124,16 @@ class TrainConfig:
     batch_size: int = _BY_BASE  #: instance pictures an update, and as many class pictures,
     #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
     gradient_accumulation: int = 1  #: micro-batches an update is split into
-    learning_rate: float = _BY_BASE  #: None is 2e-4 for toybox, 5e-6 (the paper's) otherwise
+    learning_rate: float = _BY_BASE  #: None is 3e-4 for toybox, 5e-6 (the paper's) otherwise
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     dropout: float = 0.0  #: of the denoiser's own dropout layers
-    ema_decay: float | None = None  #: keep an average of the weights; 0.999 suits 1000 steps
+    #: keep an average of the weights, which the run ends with; None is 0.98 for toybox, else none;
+    #: 0.999 suits 1000 steps
+    ema_decay: float | None = _BY_BASE
     train_text_encoder: bool = False
     mixed_precision: str = "auto"  #: "auto": bf16 where the GPU has it, else fp16; "no" on a CPU
     gradient_checkpointing: bool = False  #: about 20% slower for much less memory
@@ -133,6 +143,8 @@ class TrainConfig:
     crop: str = "center"
     flip: bool = False  #: mirror pictures at random; not for a subject with writing on it
 
+    guidance_scale: float = _BY_BASE  #: of the run's pictures; None is 4 for toybox, 5 otherwise
+
     seed: int = 0
     checkpoint_every: int = 100  #: updates between checkpoints; the last step always has one
     checkpoints_kept: int = 2
@@ -140,7 +152,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
-        for name, value in (_BASE_DEFAULTS.get(self.base) or _BASE_DEFAULTS[""]).items():
+        for name, value in base_defaults(self.base).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name, choices in _CHOICES.items():

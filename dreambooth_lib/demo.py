@@ -56,10 +56,11 @@ def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> d
     tuned = families.load(str(run.pipeline))
     prompts = [p.replace("{noun}", subject.class_noun) for p in PROMPTS]
     asked = [p.replace("{}", subject.identifier) for p in prompts]
+    scale = config.guidance_scale
     pictures = {
         name: (
-            sample(family, asked, list(SEEDS)),
-            sample(family, [subject.class_prompt], list(CLASS_SEEDS)),
+            sample(family, asked, list(SEEDS), guidance_scale=scale),
+            sample(family, [subject.class_prompt], list(CLASS_SEEDS), guidance_scale=scale),
         )
         for name, family in (("base", base), ("tuned", tuned))
     }

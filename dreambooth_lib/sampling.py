@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dreambooth_lib import families
-from dreambooth_lib.config import Subject
+from dreambooth_lib.config import Subject, base_defaults
 from dreambooth_lib.runs import Run, RunError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def sample(
     seeds: list[int],
     *,
     steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     batch_size: int = 8,
 ) -> list[Sample]:
@@ -48,9 +48,13 @@ def sample(
 
     ``source`` is a finished run, a loaded family, or a base as in ``TrainConfig.base``. Each
     picture's noise comes from its seed alone, whatever the batch size; the same seed is the same
-    noise in base and tuned model. Raises :class:`RunError` for a run that has not finished.
+    noise in base and tuned model. Without a ``guidance_scale`` it is the run's or the base's, as
+    ``TrainConfig.guidance_scale`` says. Raises :class:`RunError` for a run that has not finished.
     """
     subject = source.config.subject if isinstance(source, Run) else None
+    if guidance_scale is None:
+        of_base = base_defaults(source if isinstance(source, str) else "")["guidance_scale"]
+        guidance_scale = source.config.guidance_scale if isinstance(source, Run) else of_base
     family = load_source(source)
     wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []

@@ -34,6 +34,7 @@ ALL_FIELDS: dict[str, Any] = {
     "max_grad_norm": 0.5,
     "dropout": 0.2,
     "ema_decay": 0.99,
+    "guidance_scale": 7.5,
     "train_text_encoder": True,
     "mixed_precision": "bf16",
     "gradient_checkpointing": True,
@@ -85,6 +86,8 @@ def test_fields_left_out_take_the_bases_defaults_and_given_ones_stay() -> None:
     assert toybox.batch_size > 1 and toybox.class_pictures < 200
     assert toybox.learning_rate > other.learning_rate
     assert (toybox.prior_guidance_scale, other.prior_guidance_scale) == (1.0, 5.0)
+    assert (toybox.guidance_scale, other.guidance_scale) == (4.0, 5.0)
+    assert (toybox.ema_decay, other.ema_decay) == (0.98, None)
     given = TrainConfig(subject=DOG, steps=3, batch_size=5, class_pictures=0, prior_weight=0.0)
     assert (given.steps, given.batch_size, given.class_pictures) == (3, 5, 0)
 
@@ -131,6 +134,7 @@ def test_a_base_folder_beside_the_toml_file_is_found_from_anywhere(tmp_path: Pat
         ({"weight_decay": -0.1}, "weight_decay is -0.1.*0 or more"),
         ({"seed": -1}, "seed is -1.*0 or more"),
         ({"prior_guidance_scale": -1.0}, "prior_guidance_scale is -1.0.*0 or more"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0.*0 or more"),
         ({"prompt_dropout": 1.0}, "prompt_dropout is 1.0.*below 1"),
         ({"dropout": -0.1}, "dropout is -0.1.*at least 0"),
         ({"ema_decay": 1.5}, "ema_decay is 1.5.*below 1"),

@@ -1,5 +1,6 @@
 """Pictures from bases and runs: by seed alone, for the run's subject, leaving models as found."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ def test_prompt_guidance_and_negative_prompt_each_change_the_picture(family: Fam
         sample(family, ["a dog"], [0], steps=4, guidance_scale=3.0),
     ):
         assert not np.array_equal(plain, pixels(changed))
+
+
+def test_a_run_draws_at_the_guidance_of_its_config(finished: Run) -> None:
+    assert finished.config.guidance_scale == 5.0
+    changed = dataclasses.replace(finished, config=finished.config.replace(guidance_scale=60.0))
+    of_run, other, given = (
+        pixels(sample(source, ["a dog"], [0], steps=2, **more))
+        for source, more in ((finished, {}), (changed, {}), (changed, {"guidance_scale": 5.0}))
+    )
+    assert np.array_equal(of_run, given) and not np.array_equal(of_run, other)
 
 
 def test_the_place_in_a_prompt_takes_the_runs_identifier(finished: Run) -> None:

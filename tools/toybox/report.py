@@ -17,7 +17,7 @@ from tools.toybox import autoencoder, classifier, drawings, judge
 from tools.toybox.tokenizer import IDENTIFIERS
 from tools.toybox.world import CLASSES, COLOURS, SCENES, Picture, World, caption
 
-STEPS, GUIDANCE_SCALE = 25, 5.0  # as dreambooth_lib.sample draws by default
+STEPS, GUIDANCE_SCALE = 25, 4.0  # as dreambooth_lib.sample draws by default
 
 
 def report(work: Path, target: Path, seed: int, rounds: int = 5) -> dict[str, float]:
@@ -77,7 +77,7 @@ def wanted(rounds: int, colours: Sequence[str | None] = (None,)) -> list[Picture
 
 
 def pictures_of(
-    family: Family, wanted: list[Picture], seed: int, batch: int = 8
+    family: Family, wanted: list[Picture], seed: int, batch: int = 32
 ) -> list[Image.Image]:
     prompts = [caption(p.class_noun, p.colour, p.scene) for p in wanted]
     asked = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
