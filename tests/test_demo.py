@@ -36,14 +36,12 @@ def test_the_demo_writes_its_pictures_and_figures(tuned):
     assert row["base"]["prior_drift"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="learnt (96% of the distance), diversity 95%, but adherence is 85%"
-)
 def test_the_subject_is_learnt_and_the_class_is_kept(tuned):
     _, row = tuned
     base, after = row["base"], row["tuned"]
     half_way = (base["subject_fidelity"] + row["reference_fidelity"]) / 2
     assert after["subject_fidelity"] >= half_way
+    assert after["subject_fidelity"] >= 0.9 * row["reference_fidelity"]
     assert after["prompt_adherence"] >= 0.9 * base["prompt_adherence"]
     assert after["class_diversity"] >= 0.9 * base["class_diversity"]
 

@@ -23,7 +23,7 @@ from tools.toybox.tokenizer import save_tokenizer
 from tools.toybox.world import World
 
 #: Optimizer updates of each training, for the shipped weights.
-STEPS = {"autoencoder": 3600, "judge": 2100, "classifier": 600, "diffusion": 5200}
+STEPS = {"autoencoder": 3600, "judge": 1500, "classifier": 600, "diffusion": 5200}
 BANK = 24_000  # composites encoded once for the diffusion training
 
 

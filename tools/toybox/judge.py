@@ -134,7 +134,7 @@ def train(
         one, other = images.chunk(2)
         labels = torch.arange(len(one))
         drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
-        return match + 0.5 * drawing + 40 * even
+        return match + 0.5 * drawing + 20 * even
 
     return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
 
