@@ -1,4 +1,4 @@
-"""``python -m dreambooth_lib``: demo, figures, train, resume, sample.
+"""``python -m dreambooth_lib``: demo, figures, train, resume, sample, evaluate.
 
 python -m dreambooth_lib demo
 accelerate launch -m dreambooth_lib train config.toml --out runs/my-dog
@@ -39,7 +39,49 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("prompts", nargs="+", help="{} stands for the identifier")
     sample.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     sample.add_argument("--out", type=Path, help="a folder; RUN/samples if left out")
+    evaluate = commands.add_parser(
+        "evaluate", help="the paper's evaluation: a data set's subjects, base against tuned runs"
+    )
+    evaluate.add_argument("dataset", type=Path, nargs="?", help="the bundled ones if left out")
+    evaluate.add_argument("--base", default="toybox")
+    evaluate.add_argument("--encoders", nargs="+", help="ids or folders; toybox's judge if none")
+    evaluate.add_argument("--pictures", type=int, default=4, help="of each prompt")
+    evaluate.add_argument("--steps", type=int, help="of training; the base's default if left out")
+    evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
     return main
+
+
+def run_evaluate(given: argparse.Namespace) -> None:
+    """Train, draw and score whatever is not in the folder yet; a stopped evaluation goes on."""
+    from dreambooth_lib import demo, dreambench, evaluation, plots, tables
+    from dreambooth_lib.config import Subject, base_defaults
+    from dreambooth_lib.encoders import Encoder
+    from dreambooth_lib.state import replace_file, save_png
+
+    benchmark = dreambench.load_benchmark(given.dataset or demo.BUNDLED_SUBJECTS)
+    scale = base_defaults(given.base)["guidance_scale"]
+    protocol = dreambench.Protocol(pictures=given.pictures, guidance_scale=scale)
+
+    def config(subject: Subject) -> TrainConfig:
+        return TrainConfig(subject=subject, base=given.base, steps=given.steps)
+
+    methods: dict[str, dreambench.Method] = {
+        "base": lambda subject: given.base,
+        "dreambooth": dreambench.tuned(given.out / "runs", config),
+    }
+    for at in dreambench.draw_all(benchmark, methods, given.out, protocol):
+        print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
+    encoders = {Path(name).name: Encoder(name) for name in given.encoders or [demo.JUDGE]}
+    rows = list(evaluation.score(benchmark, methods, given.out, encoders, protocol))
+    tables.write_csv(rows, given.out / "scores.csv")
+    table = tables.markdown(evaluation.means(rows), published=given.base != "toybox")
+    replace_file(given.out / "report.md", table.encode())
+    first = next(iter(encoders))
+    best = evaluation.pictures_by(rows, "dreambooth", first, benchmark, given.out)
+    save_png(plots.extremes(best), given.out / "best_median_worst.png")
+    print(table)
+    for file in ("scores.csv", "report.md", "best_median_worst.png"):
+        print(given.out / file)
 
 
 def run_demo(subject_name: str | None, out: Path) -> None:
@@ -113,6 +155,8 @@ def main() -> None:
             demo.figures(given.out, given.seeds)
         elif given.command == "train":
             run_train(given.config, given.out)
+        elif given.command == "evaluate":
+            run_evaluate(given)
         elif given.command == "resume":
             run_training(runs.resume(given.run))
         else:

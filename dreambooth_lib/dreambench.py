@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_lib.config import Subject
+from dreambooth_lib import runs
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import draw, load_source
+from dreambooth_lib.training import train
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -75,6 +77,21 @@ class Progress:
     done: int  #: pictures of this process's share that lie there
     total: int
     seconds_left: float  #: at the pace so far, if nothing more lies there
+
+
+def tuned(folder: str | Path, config: Callable[[Subject], TrainConfig]) -> Method:
+    """A method that draws from the run in FOLDER/SUBJECT, first training it to its end."""
+
+    def method(subject: Subject) -> Run:
+        place = Path(folder) / subject.name
+        started = (place / "config.toml").exists()
+        run = runs.resume(place) if started else runs.start(config(subject), place)
+        if not (run.pipeline / "model_index.json").exists():
+            for _ in train(run):
+                pass
+        return run
+
+    return method
 
 
 def load_benchmark(folder: str | Path) -> Benchmark:

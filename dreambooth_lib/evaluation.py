@@ -26,11 +26,12 @@ import numpy as np
 
 from dreambooth_lib import metrics
 from dreambooth_lib.config import Subject
-from dreambooth_lib.dreambench import Benchmark, Protocol, pictures
+from dreambooth_lib.dreambench import Benchmark, Picture, Protocol, pictures
 from dreambooth_lib.encoders import Encoder, of_files
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,33 @@ def _rows(
     for place in np.ndindex(array.shape):
         prompt = prompts[place[0]] if place else None
         yield Row(*fields, prompt, place[1] if len(place) > 1 else None, float(array[place]))
+
+
+def pictures_by(
+    rows: Iterable[Row],
+    method: str,
+    encoder: str,
+    benchmark: Benchmark,
+    out: str | Path,
+    measure: str = "subject_fidelity",
+) -> "list[tuple[float, str, Image.Image]]":
+    """(score, subject and prompt, picture) of every picture of one method, for a contact sheet."""
+    from PIL import Image
+
+    number = {
+        (subject.name, prompt): index
+        for subject in benchmark.subjects
+        for index, prompt in enumerate(benchmark.of(subject))
+    }
+    found = []
+    for row in rows:
+        if (row.method, row.encoder, row.measure) == (method, encoder, measure):
+            place = Picture(
+                method, row.subject, number[row.subject, row.prompt or ""], row.seed or 0
+            )
+            with Image.open(Path(out) / place.path) as image:
+                found.append((row.value, f"{row.subject}: {row.prompt}", image.convert("RGB")))
+    return found
 
 
 @dataclass(frozen=True)

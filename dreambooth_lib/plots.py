@@ -94,6 +94,22 @@ def grid(pictures: list[Image.Image], columns: int, labels: list[str] | None = N
     return sheet
 
 
+def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4) -> Image.Image:
+    """The best, the middle and the worst pictures, a row each: their scores and labels below.
+
+    ``scored`` rows are (score, label, picture); with fewer than three rows' worth each row has a
+    third of them. Raises ``ValueError`` for fewer than three pictures.
+    """
+    if len(scored) < 3:
+        raise ValueError(f"there are {len(scored)} scored pictures; give three or more.")
+    ordered = sorted(scored, key=lambda row: -row[0])
+    columns = min(columns, len(ordered) // 3)
+    middle = (len(ordered) - columns) // 2
+    rows = [*ordered[:columns], *ordered[middle : middle + columns], *ordered[-columns:]]
+    labels = [f"{score:.3f} {label}" for score, label, _ in rows]
+    return grid([picture for *_, picture in rows], columns, labels)
+
+
 def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure":
     """Subject and prior loss over the steps: every logged value faint, its running mean strong.
 

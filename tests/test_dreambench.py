@@ -1,6 +1,7 @@
 """The paper's protocol: its prompts, what is drawn, and going on after a stop."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ from conftest import save_photos
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from dreambooth_lib import dreambench, families
-from dreambooth_lib.config import Subject
+from dreambooth_lib import dreambench, families, runs
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all, load_benchmark
 from dreambooth_lib.pictures import DataError
+from dreambooth_lib.training import train
 
 REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
 SHORT = Protocol(pictures=2, class_pictures=3, steps=1, batch_size=4)
@@ -112,3 +114,24 @@ def test_pictures_have_one_place_each(benchmark_of_two: Benchmark) -> None:
         for picture in dreambench.pictures(benchmark_of_two, method, subject, Protocol())
     ]
     assert len({picture.path for picture in every}) == len(every)
+
+
+def test_a_tuned_method_trains_what_is_missing_and_goes_on_with_what_was_stopped(
+    tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    subject = Subject(photos, "dog", name="rex", kind="live")
+    asked = []
+
+    def config(subject: Subject) -> TrainConfig:
+        asked.append(subject.name)
+        return make_config(tiny_sd1, photos, steps=3, prior_weight=0.0, checkpoint_every=1)
+
+    method = dreambench.tuned(tmp_path, config)
+    run = runs.start(config(subject), tmp_path / "rex")
+    next(train(run))
+    assert [row["step"] for row in method(subject).log()] == [1, 2, 3]
+    made = (run.pipeline / "model_index.json").stat().st_mtime_ns
+    assert method(subject).pipeline == run.pipeline and asked == ["rex"]
+    assert (run.pipeline / "model_index.json").stat().st_mtime_ns == made
+    other = method(Subject(photos, "dog", name="max", kind="live"))
+    assert asked == ["rex", "max"] and len(other.log()) == 3

@@ -10,7 +10,7 @@ from PIL import Image
 from dreambooth_lib.config import Subject
 from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all
 from dreambooth_lib.encoders import Encoder
-from dreambooth_lib.evaluation import Row, means, score
+from dreambooth_lib.evaluation import Row, means, pictures_by, score
 
 SHORT = Protocol(pictures=3, class_pictures=4, steps=1, batch_size=8)
 
@@ -88,6 +88,22 @@ def kid(one: np.ndarray, other: np.ndarray) -> float:
         return mean([(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j])
 
     return among(one) + among(other) - 2 * mean([(x, y) for x in one for y in other])
+
+
+def test_pictures_come_with_their_own_scores(drawn: tuple, clip: Encoder) -> None:
+    benchmark, out, _ = drawn
+    rows = list(score(benchmark, ["base", "tuned"], out, {"clip": clip}, SHORT))
+    scored = pictures_by(rows, "tuned", "clip", benchmark, out)
+    assert len(scored) == 6
+    for value, label, picture in scored:
+        alike = [
+            row for row in rows
+            if row.value == value and (row.method, row.measure) == ("tuned", "subject_fidelity")
+        ]  # fmt: skip
+        assert label in {f"rex: {row.prompt}" for row in alike}
+        number = int("red" in label)
+        files = [out / f"tuned/rex/p{number:02d}-s{row.seed}.png" for row in alike]
+        assert any(np.array_equal(np.asarray(Image.open(f)), np.asarray(picture)) for f in files)
 
 
 def test_a_picture_that_was_not_drawn_is_named(drawn: tuple, clip: Encoder, tmp_path: Path) -> None:

@@ -227,3 +227,13 @@ def test_losses_names_wrong_logs() -> None:
         plots.losses([])
     with pytest.raises(ValueError, match="row 1 of the log lacks"):
         plots.losses([*log(1), {"step": 2, "loss": 1.0}])
+
+
+def test_extremes_are_the_best_the_middle_and_the_worst() -> None:
+    scored = [(index / 10, f"n{index}", picture) for index, picture in enumerate(solids(9))]
+    page = plots.extremes([scored[i] for i in (3, 8, 0, 5, 1, 7, 2, 6, 4)], columns=2)
+    boxes = {index: box(page, index) for index in (8, 7, 4, 5, 1, 0)}
+    shown = sorted(boxes, key=lambda index: (boxes[index][1], boxes[index][0]))
+    assert shown == [8, 7, 5, 4, 1, 0]
+    with pytest.raises(ValueError, match="2 scored pictures; give three or more"):
+        plots.extremes(scored[:2])
