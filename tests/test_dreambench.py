@@ -1,6 +1,9 @@
 """The paper's protocol: its prompts, what is drawn, and going on after a stop."""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all, load_benchmark
 from dreambooth_lib.pictures import DataError
+from dreambooth_lib.tables import read_csv
 from dreambooth_lib.training import train
 
 REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
@@ -135,3 +139,46 @@ def test_a_tuned_method_trains_what_is_missing_and_goes_on_with_what_was_stopped
     assert (run.pipeline / "model_index.json").stat().st_mtime_ns == made
     other = method(Subject(photos, "dog", name="max", kind="live"))
     assert asked == ["rex", "max"] and len(other.log()) == 3
+
+
+AT_FULL_SIZE = """
+import sys
+from dreambooth_lib import dreambench, evaluation, tables
+from dreambooth_lib.encoders import Encoder
+
+data, one, two, clip, dino, out = sys.argv[1:]
+benchmark = dreambench.load_benchmark(data)
+methods = {"base": lambda subject: one, "tuned": lambda subject: two}
+protocol = dreambench.Protocol(steps=1, batch_size=25)
+for _ in dreambench.draw_all(benchmark, methods, out, protocol):
+    pass
+encoders = {"clip": Encoder(clip), "dino": Encoder(dino)}
+rows = list(evaluation.score(benchmark, methods, out, encoders, protocol))
+tables.write_csv(rows, out + "/scores.csv")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="DREAMBOOTH_TEST_DREAMBENCH is not set")
+def test_the_whole_protocol_killed_and_resumed_scores_the_same(
+    tiny_sd1: str, tiny_sd2: str, clip_folder: Path, dino_folder: Path, tmp_path: Path
+) -> None:
+    """8 subjects x 25 prompts x 4 pictures by two methods, with tiny random models."""
+
+    def command(out: Path) -> list[str]:
+        paths = (REAL, tiny_sd1, tiny_sd2, clip_folder, dino_folder, out)
+        return [sys.executable, "-c", AT_FULL_SIZE, *map(str, paths)]
+
+    subprocess.run(command(tmp_path / "whole"), check=True)
+    rows = read_csv(tmp_path / "whole/scores.csv")
+    of_pictures = [r for r in rows if r.measure == "subject_fidelity"]
+    assert len(of_pictures) == 8 * 25 * 4 * 2 * 2
+
+    with subprocess.Popen(command(tmp_path / "killed")) as process:
+        while len(list((tmp_path / "killed").rglob("*.png"))) < 8 * 25 * 4:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.2)
+        process.kill()
+    assert not (tmp_path / "killed/scores.csv").exists()
+    subprocess.run(command(tmp_path / "killed"), check=True)
+    assert read_csv(tmp_path / "killed/scores.csv") == rows
