@@ -3,7 +3,7 @@
     import dreambooth_lib as db
 
     subject = db.load_subject("photos/", class_noun="dog")
-    config = db.TrainConfig(base="toybox", subject=subject, prior_weight=1.0, steps=400)
+    config = db.TrainConfig(base="toybox", subject=subject, prior_weight=1.0, steps=500)
     run = db.start(config, "runs/my-dog")  # or db.resume("runs/my-dog")
     for step in db.train(run):
         print(step.step, step.instance_loss, step.prior_loss)

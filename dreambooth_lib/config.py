@@ -14,13 +14,13 @@ DEFAULT_IDENTIFIER = "ohwx"
 _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox": {
         "learning_rate": 3e-4,
-        "steps": 400,
+        "steps": 500,
         "batch_size": 2,
         "class_pictures": 48,
         "prior_guidance_scale": 1.0,
         "prompt_dropout": 0.1,
         "ema_decay": 0.98,
-        "guidance_scale": 4.0,
+        "guidance_scale": 3.25,
     },
     "": {
         "learning_rate": 5e-6,
@@ -120,7 +120,7 @@ class TrainConfig:
     prior_guidance_scale: float = _BY_BASE
 
     # Training
-    steps: int = _BY_BASE  #: optimizer updates; None is 400 for toybox, 1000 otherwise
+    steps: int = _BY_BASE  #: optimizer updates; None is 500 for toybox, 1000 otherwise
     batch_size: int = _BY_BASE  #: instance pictures an update, and as many class pictures,
     #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
     gradient_accumulation: int = 1  #: micro-batches an update is split into
@@ -143,7 +143,7 @@ class TrainConfig:
     crop: str = "center"
     flip: bool = False  #: mirror pictures at random; not for a subject with writing on it
 
-    guidance_scale: float = _BY_BASE  #: of the run's pictures; None is 4 for toybox, 5 otherwise
+    guidance_scale: float = _BY_BASE  #: of the run's pictures; None is 3.25 for toybox, 5 otherwise
 
     seed: int = 0
     checkpoint_every: int = 100  #: updates between checkpoints; the last step always has one

@@ -6,7 +6,7 @@
     subjects  draw the bundled subjects into data/subjects
 
 Every training saves as it goes under ``build/`` and goes on where it was stopped; the whole takes
-about two hours on two slow CPU cores. Set OMP_NUM_THREADS to share a machine.
+about four hours on two slow CPU cores. Set OMP_NUM_THREADS to share a machine.
 """
 
 import argparse

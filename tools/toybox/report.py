@@ -17,7 +17,7 @@ from tools.toybox import autoencoder, classifier, drawings, judge
 from tools.toybox.tokenizer import IDENTIFIERS
 from tools.toybox.world import CLASSES, COLOURS, SCENES, Picture, World, caption
 
-STEPS, GUIDANCE_SCALE = 25, 4.0  # as dreambooth_lib.sample draws by default
+STEPS, GUIDANCE_SCALE = 25, 3.25  # as dreambooth_lib.sample draws by default
 
 
 def report(work: Path, target: Path, seed: int, rounds: int = 5) -> dict[str, float]:
