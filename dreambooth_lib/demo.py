@@ -14,6 +14,7 @@ from typing import Any
 from dreambooth_lib import families, metrics, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
+from dreambooth_lib.dreambench import CLASS_SEED
 from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.sampling import sample
@@ -25,7 +26,7 @@ PROMPTS = ("a {} {noun} on the beach", "a {} {noun} in the snow", "a {} {noun} i
 JUDGE = families.BUNDLED / "toybox" / "judge"
 BUNDLED_SUBJECTS = families.BUNDLED / "subjects"
 SEEDS = (0, 1, 2, 3)
-CLASS_SEEDS = range(10_000, 10_024)  # pictures that the training has not seen
+CLASS_SEEDS = range(CLASS_SEED, CLASS_SEED + 24)  # pictures that the training has not seen
 
 
 def bundled_subjects() -> list[Subject]:

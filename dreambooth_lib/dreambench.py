@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 Method = Callable[[Subject], "Run | Family | str"]
 
 
+CLASS_SEED = 10_000  #: of the first class picture: no training draws its own from there
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What is drawn, for each method and subject; two evaluations compare if these are equal."""
 
     pictures: int = 4  #: of each prompt, seeds 0, 1, ...
-    class_pictures: int = 24  #: of the class prompt, seeds 10000, 10001, ...
+    class_pictures: int = 24  #: of the class prompt, seeds from CLASS_SEED on
     steps: int = 25
     guidance_scale: float = 5.0
     negative_prompt: str = ""
     batch_size: int = 8
-
-
-CLASS_SEED = 10_000
 
 
 @dataclass(frozen=True)
