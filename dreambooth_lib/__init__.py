@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dreambooth_lib.choice import Choice, best_checkpoint
     from dreambooth_lib.config import ConfigError, Subject, TrainConfig
     from dreambooth_lib.data import check_pictures, load_dataset, load_subject
     from dreambooth_lib.identifiers import check_identifier, rare_identifiers
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from dreambooth_lib.runs import Run, resume, start
     from dreambooth_lib.sampling import Sample, sample
     from dreambooth_lib.training import Step, train
+    from dreambooth_lib.watch import Watched, history
 
 _HOME = {
+    "Choice": "choice",
+    "best_checkpoint": "choice",
     "ConfigError": "config",
     "Subject": "config",
     "TrainConfig": "config",
@@ -41,6 +45,8 @@ _HOME = {
     "sample": "sampling",
     "Step": "training",
     "train": "training",
+    "Watched": "watch",
+    "history": "watch",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

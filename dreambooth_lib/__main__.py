@@ -43,27 +43,40 @@ def parser() -> argparse.ArgumentParser:
         "evaluate", help="the paper's evaluation: a data set's subjects, base against tuned runs"
     )
     evaluate.add_argument("dataset", type=Path, nargs="?", help="the bundled ones if left out")
+    evaluate.add_argument("--download", action="store_true",
+                          help="fetch the DreamBooth data set into that folder first")  # fmt: skip
     evaluate.add_argument("--base", default="toybox")
     evaluate.add_argument("--encoders", nargs="+", help="ids or folders; toybox's judge if none")
     evaluate.add_argument("--pictures", type=int, default=4, help="of each prompt")
     evaluate.add_argument("--steps", type=int, help="of training; the base's default if left out")
+    evaluate.add_argument("--class-pictures", type=int, help="the base's default if left out")
+    evaluate.add_argument("--judge", help="of the looks on the way; the base's if left out")
     evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
     return main
 
 
 def run_evaluate(given: argparse.Namespace) -> None:
     """Train, draw and score whatever is not in the folder yet; a stopped evaluation goes on."""
-    from dreambooth_lib import demo, dreambench, evaluation, plots, tables
+    from dreambooth_lib import demo, dreambench, evaluation, pages, tables
     from dreambooth_lib.config import Subject, base_defaults
     from dreambooth_lib.encoders import Encoder
     from dreambooth_lib.state import replace_file, save_png
 
+    if given.download:
+        dreambench.download(given.dataset or "dreambench")
+        given.dataset = given.dataset or Path("dreambench")
     benchmark = dreambench.load_benchmark(given.dataset or demo.BUNDLED_SUBJECTS)
     scale = base_defaults(given.base)["guidance_scale"]
     protocol = dreambench.Protocol(pictures=given.pictures, guidance_scale=scale)
 
     def config(subject: Subject) -> TrainConfig:
-        return TrainConfig(subject=subject, base=given.base, steps=given.steps)
+        return TrainConfig(
+            subject=subject,
+            base=given.base,
+            steps=given.steps,
+            class_pictures=given.class_pictures,
+            judge=given.judge,
+        )
 
     methods: dict[str, dreambench.Method] = {
         "base": lambda subject: given.base,
@@ -78,7 +91,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
     replace_file(given.out / "report.md", table.encode())
     first = next(iter(encoders))
     best = evaluation.pictures_by(rows, "dreambooth", first, benchmark, given.out)
-    save_png(plots.extremes(best), given.out / "best_median_worst.png")
+    save_png(pages.extremes(best), given.out / "best_median_worst.png")
     print(table)
     for file in ("scores.csv", "report.md", "best_median_worst.png"):
         print(given.out / file)

@@ -3,6 +3,7 @@
 Every draw is a function of (seed, step), never of a generator that lives on.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,10 +37,16 @@ class Batches:
     """All pictures as cached latents and all prompts as cached conditioning.
 
     ``classes`` is empty without a prior. Pictures without a caption have the paper's prompts.
+    ``folder`` keeps the latents for other runs.
     """
 
     def __init__(
-        self, config: TrainConfig, family: Family, instance: list[Photo], classes: list[Photo]
+        self,
+        config: TrainConfig,
+        family: Family,
+        instance: list[Photo],
+        classes: list[Photo],
+        folder: Path | None = None,
     ):
         self.config, self.size = config, config.batch_size
         self.process = family.forward_process(config.min_snr_gamma)
@@ -47,7 +54,7 @@ class Batches:
         subject = config.subject
         #: For each kind, instance first: its latents and its prompts, picture by picture.
         self.kinds = [
-            (LatentCache(photos, family, config, resolution), [p.caption or prompt for p in photos])
+            (LatentCache(photos, family, config, resolution, folder), [p.caption or prompt for p in photos])
             for photos, prompt in (
                 (instance, subject.instance_prompt), (classes, subject.class_prompt)
             )

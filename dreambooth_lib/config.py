@@ -21,6 +21,8 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
         "prompt_dropout": 0.1,
         "ema_decay": 0.98,
         "guidance_scale": 3.25,
+        "watch_every": 100,
+        "judge": "toybox",
     },
     "": {
         "learning_rate": 5e-6,
@@ -30,6 +32,8 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
         "prior_guidance_scale": 5.0,
         "prompt_dropout": 0.0,
         "guidance_scale": 5.0,
+        "watch_every": 250,
+        "judge": "openai/clip-vit-base-patch32",
     },
 }
 
@@ -45,7 +49,7 @@ _CHOICES = {
 _AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
                  "checkpoints_kept", "prior_inference_steps")  # fmt: skip
 _NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay", "seed",
-                 "prior_guidance_scale", "guidance_scale")  # fmt: skip
+                 "prior_guidance_scale", "guidance_scale", "watch_every")  # fmt: skip
 
 
 def base_defaults(base: str) -> dict[str, Any]:
@@ -147,7 +151,15 @@ class TrainConfig:
 
     seed: int = 0
     checkpoint_every: int = 100  #: updates between checkpoints; the last step always has one
-    checkpoints_kept: int = 2
+    checkpoints_kept: int = 2  #: the newest ones; the best is kept besides
+
+    # Watching for overfitting
+    #: updates between looks, each of which draws and scores pictures and saves a checkpoint; 0 is
+    #: never; None is 100 for toybox, 250 otherwise
+    watch_every: int = _BY_BASE
+    hold_out: bool = True  #: keep one of four photos or more out of training, to measure its loss
+    judge: str = _BY_BASE  #: the CLIP that scores, by hub id or folder; "toybox" for its own
+    early_stop: bool = False  #: end when looks get no better, with the best checkpoint's weights
 
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
@@ -182,6 +194,8 @@ class TrainConfig:
                 f"prior_weight is {self.prior_weight} but class_pictures is 0; ask for class "
                 "pictures, give a class_folder, or set prior_weight to 0."
             )
+        if self.early_stop and not self.watch_every:
+            raise ConfigError("early_stop needs looks to judge by; set watch_every above 0.")
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} does not split into gradient_accumulation "

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -51,17 +52,51 @@ def check_pictures(photos: list[Photo], resolution: int = 512) -> list[Finding]:
             names = tuple(photo.name for photo in group)
             text = f"{', '.join(names)} are the same picture; keep one of them."
             findings.append(Finding("duplicate", names, text))
-    prints = [(g[0].name, _print(g[0].image), _print(ImageOps.mirror(g[0].image)))
-              for g in copies.values()]  # fmt: skip
-    for (first, plain, mirrored), (second, other, _) in combinations(prints, 2):
-        same = _is_near(plain, other)
-        if same or _is_near(mirrored, other):
-            how = "nearly the same picture" if same else "nearly mirror images of each other"
-            text = f"{first} and {second} are {how}; keep one of them."
-            findings.append(Finding("near-duplicate", (first, second), text))
+    singles = [group[0] for group in copies.values()]
+    for one, other, mirrored in _near_pairs(singles):
+        how = "nearly mirror images of each other" if mirrored else "nearly the same picture"
+        names = (singles[one].name, singles[other].name)
+        text = f"{names[0]} and {names[1]} are {how}; keep one of them."
+        findings.append(Finding("near-duplicate", names, text))
     for photo in photos:
         findings += _check_picture(photo, resolution)
     return findings
+
+
+def near_groups(photos: list[Photo]) -> list[list[int]]:
+    """The photos' numbers in groups of copies and near-duplicates, in order of their first one.
+
+    As :func:`check_pictures` tells them. What is measured by pairs or by a photo that training did
+    not see must not take two of one group for two pictures.
+    """
+    group = list(range(len(photos)))
+    for one, other, _ in _near_pairs(photos):
+        merged, gone = sorted((group[one], group[other]))
+        group = [merged if number == gone else number for number in group]
+    return [[i for i, of in enumerate(group) if of == first] for first in sorted(set(group))]
+
+
+def hold_out(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
+    """Photos to train on, and one that training never sees (none of fewer than four photos).
+
+    A group of near-duplicates is held out whole: the smallest, of equals the last, and only where
+    three photos or more remain.
+    """
+    if len(photos) < 4:
+        return photos, []
+    held = min(reversed(near_groups(photos)), key=len)
+    if len(photos) - len(held) < 3:
+        return photos, []
+    return [p for i, p in enumerate(photos) if i not in held], [photos[i] for i in held]
+
+
+def _near_pairs(photos: list[Photo]) -> Iterator[tuple[int, int, bool]]:
+    """Numbers of two photos that are nearly one picture, and whether mirrored."""
+    prints = [(_print(p.image), _print(ImageOps.mirror(p.image))) for p in photos]
+    for (one, (plain, mirrored)), (other, (print_, _)) in combinations(enumerate(prints), 2):
+        same = _is_near(plain, print_)
+        if same or _is_near(mirrored, print_):
+            yield one, other, not same
 
 
 def _print(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:

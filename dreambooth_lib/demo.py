@@ -8,25 +8,21 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib import families, metrics, plots, prior, runs
+from dreambooth_lib import families, metrics, pages, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
-from dreambooth_lib.dreambench import CLASS_SEED
 from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.pictures import read_pictures
-from dreambooth_lib.sampling import sample
 from dreambooth_lib.training import train
+from dreambooth_lib.watch import JUDGE, View, look, score
 
-#: Prompts of the pictures that are shown and measured; {} is the identifier.
-PROMPTS = ("a {} {noun} on the beach", "a {} {noun} in the snow", "a {} {noun} in the forest",
-           "a {} {noun} in space")  # fmt: skip
-JUDGE = families.BUNDLED / "toybox" / "judge"
 BUNDLED_SUBJECTS = families.BUNDLED / "subjects"
-SEEDS = (0, 1, 2, 3)
-CLASS_SEEDS = range(CLASS_SEED, CLASS_SEED + 24)  # pictures that the training has not seen
+#: What is shown and measured: pictures that the training has not seen.
+VIEW = View(seeds=4, class_pictures=24, unrelated=0, inference_steps=25)
 
 
 def bundled_subjects() -> list[Subject]:
@@ -55,40 +51,24 @@ def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> d
         _progress("training", step.step, config.steps)
     train_done = time.perf_counter()
     tuned = families.load(str(run.pipeline))
-    prompts = [p.replace("{noun}", subject.class_noun) for p in PROMPTS]
-    asked = [p.replace("{}", subject.identifier) for p in prompts]
-    scale = config.guidance_scale
-    pictures = {
-        name: (
-            sample(family, asked, list(SEEDS), guidance_scale=scale),
-            sample(family, [subject.class_prompt], list(CLASS_SEEDS), guidance_scale=scale),
-        )
-        for name, family in (("base", base), ("tuned", tuned))
-    }
+    view = replace(VIEW, guidance_scale=config.guidance_scale)
+    looks = {name: look(family, subject, view) for name, family in
+             (("base", base), ("tuned", tuned))}  # fmt: skip
     sample_done = time.perf_counter()
     reference = [photo.image for photo in read_pictures(subject.pictures)]
     encoder = Encoder(JUDGE)
-    row = {
+    row: dict[str, Any] = {
         "name": subject.name,
         "class_noun": subject.class_noun,
         "prior_weight": config.prior_weight,
         "training_seed": config.seed,
-        "seeds": list(SEEDS),
+        "seeds": list(range(view.seeds)),
         "steps": config.steps,
         "encoder": Path(encoder.model_id).name,
         "reference_fidelity": metrics.reference_fidelity(encoder.images(reference)),
     }
-    class_before = [s.image for s in pictures["base"][1]]
-    for name, (shown, of_class) in pictures.items():
-        row[name] = metrics.evaluate(
-            encoder,
-            reference,
-            [s.image for s in shown],
-            [s.prompt for s in shown],
-            [s.image for s in of_class],
-            subject.identifier,
-            class_before,
-        )
+    for name, seen in looks.items():
+        row[name] = score(encoder, reference, subject, seen, looks["base"])
     row["seconds"] = {
         "prior": prior_done - began,
         "train": train_done - prior_done,
@@ -97,19 +77,18 @@ def personalise(config: TrainConfig, folder: Path, out: Path | None = None) -> d
     }
     row["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if out is not None:
-        of = len(SEEDS)
-        before, after = ([s.image for s in pictures[name][0]] for name in ("base", "tuned"))
-        plots.contact_sheet(
+        of, before, after = view.seeds, looks["base"], looks["tuned"]
+        pages.contact_sheet(
             out / "contact_sheet.png",
             title=f'{subject.name}: "{subject.instance_prompt}", {config.steps} steps',
             reference=reference,
             rows=[
-                (prompt, before[i * of : (i + 1) * of], after[i * of : (i + 1) * of])
-                for i, prompt in enumerate(asked)
+                (before.prompts[i], before.subject[i : i + of], after.subject[i : i + of])
+                for i in range(0, len(before.prompts), of)
             ],
             class_prompt=subject.class_prompt,
-            class_before=class_before[:8],
-            class_after=[s.image for s in pictures["tuned"][1]][:8],
+            class_before=before.of_class[:8],
+            class_after=after.of_class[:8],
         )
         plots.losses(run.log(), out / "loss.png")
         replace_file(out / "metrics.json", json.dumps({"subjects": [row]}, indent=2).encode())

@@ -8,7 +8,11 @@ are the class pictures that PRES, DIV and prior drift need.
 
 import json
 import re
+import shutil
+import tempfile
 import time
+import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,15 +25,16 @@ from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import draw, load_source
 from dreambooth_lib.training import train
+from dreambooth_lib.watch import CLASS_SEED
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
 
+#: The DreamBooth data set's public repository.
+DATASET = "https://github.com/google/dreambooth/archive/refs/heads/main.zip"
+
 #: What draws a subject's pictures: a finished run, a loaded family, or a base's name.
 Method = Callable[[Subject], "Run | Family | str"]
-
-
-CLASS_SEED = 10_000  #: of the first class picture: no training draws its own from there
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,44 @@ def tuned(folder: str | Path, config: Callable[[Subject], TrainConfig]) -> Metho
         return run
 
     return method
+
+
+def download(folder: str | Path, url: str = DATASET) -> Path:
+    """Fetch the DreamBooth data set into ``folder``, once; gives the folder of its subjects.
+
+    About 130 MB, CC BY 4.0 with some photos under the Unsplash License. The folder appears only
+    when all of it is there. Raises :class:`DataError` where it cannot be had.
+    """
+    from dreambooth_lib.state import replacing_folder
+
+    folder = Path(folder)
+    if not (folder / "prompts_and_classes.txt").exists():
+        try:
+            with replacing_folder(folder) as partial, tempfile.TemporaryFile() as file:
+                with urllib.request.urlopen(url) as answer:
+                    shutil.copyfileobj(answer, file)
+                with zipfile.ZipFile(file) as archive:
+                    _unpack_subjects(archive, partial)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"the data set cannot be had from {url} ({error}); check the network, or fetch "
+                f"github.com/google/dreambooth yourself and give its folder."
+            ) from error
+    return folder
+
+
+def _unpack_subjects(archive: zipfile.ZipFile, folder: Path) -> None:
+    """What lies under ``*/dataset/``, without the repository's own folder names."""
+    for entry in archive.infolist():
+        root, _, name = entry.filename.partition("/dataset/")
+        if not name or entry.is_dir() or "/" in root:
+            continue
+        place = (folder / name).resolve()
+        if not place.is_relative_to(folder.resolve()):
+            raise zipfile.BadZipFile(f"'{entry.filename}' would lie outside the folder")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(entry) as source, place.open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 def load_benchmark(folder: str | Path) -> Benchmark:

@@ -9,11 +9,15 @@ measure               one row a     what it is
 subject_fidelity      picture       CLIP-I or DINO: mean cosine with the subject's photos
 prompt_adherence      picture       CLIP-T: cosine with the prompt (no row by a DINO)
 memorisation          picture       greatest cosine with one of the subject's photos
-prompt_diversity      prompt        DIV's question: mean 1 - cosine of pictures of one prompt
+prompt_diversity      prompt        DIV: mean LPIPS of pictures of one prompt (encoder lpips-alex,
+                                    where that package is installed), and mean 1 - cosine
 pres                  subject       PRES: mean cosine of class pictures with the subject's photos
 class_diversity       subject       mean 1 - cosine among class pictures
 prior_drift           subject       mean 1 - cosine of class pictures with the base's, seed by seed
 class_kid             subject       squared MMD of class pictures and the base's (arXiv 1801.01401)
+
+The method "real pictures" has one row a subject, the subject_fidelity of its photos among
+themselves; neither a photo with itself nor near-duplicates of one another are paired.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +36,9 @@ from dreambooth_lib.encoders import Encoder, of_files
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+
+REAL = "real pictures"  #: the method of the photos themselves
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,11 @@ def score(
     """
     wanted, out = protocol or Protocol(), Path(out)
     for subject in benchmark.subjects:
+        for name, encoder in encoders.items():
+            value = _among_photos(encoder, subject)
+            if value is not None:
+                yield Row(REAL, subject.name, subject.kind, name, "subject_fidelity", None, None,
+                          value)  # fmt: skip
         for method in methods:
             for name, encoder in encoders.items():
                 seen = _embedded(benchmark, subject, method, base, out, encoder, wanted)
@@ -109,6 +121,25 @@ def score(
                     for measure, values in evaluator(seen):
                         fields = (method, subject.name, subject.kind, name, measure)
                         yield from _rows(fields, values, benchmark.of(subject))
+            if metrics.has_lpips() and wanted.pictures > 1:
+                yield from _lpips_rows(benchmark, subject, method, out, wanted)
+
+
+def _lpips_rows(
+    benchmark: Benchmark, subject: Subject, method: str, out: Path, wanted: Protocol
+) -> Iterator[Row]:
+    from PIL import Image
+
+    of_prompts = [p for p in pictures(benchmark, method, subject, wanted) if p.prompt is not None]
+    for prompt, group in groupby(of_prompts, key=lambda picture: picture.prompt):
+        images = []
+        for picture in group:
+            with Image.open(out / picture.path) as image:
+                images.append(image.convert("RGB"))
+        text = benchmark.of(subject)[prompt or 0]
+        value = metrics.lpips_diversity(images)
+        yield Row(method, subject.name, subject.kind, "lpips-alex", "prompt_diversity", text, None,
+                  value)  # fmt: skip
 
 
 def _embedded(
@@ -143,6 +174,20 @@ def of_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     from dreambooth_lib.pictures import read_pictures
 
     return encoder.images([photo.image for photo in read_pictures(subject.pictures)])
+
+
+def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
+    """Mean cosine over pairs of photos of different groups; None where there is no such pair."""
+    from dreambooth_lib.data import near_groups
+    from dreambooth_lib.pictures import read_pictures
+
+    photos, rows = read_pictures(subject.pictures), of_photos(encoder, subject)
+    group = {i: number for number, of in enumerate(near_groups(photos)) for i in of}
+    pairs = [(i, j) for i in group for j in group if i < j and group[i] != group[j]]
+    if not pairs:
+        return None
+    one, other = (rows[list(numbers)].double() for numbers in zip(*pairs, strict=True))
+    return float((one * other).sum(-1).mean())
 
 
 def _rows(

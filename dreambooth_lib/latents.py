@@ -1,5 +1,8 @@
 """Pictures encoded once: a cache of latent posteriors that is sampled anew at each step."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 
 from dreambooth_lib.config import TrainConfig
@@ -14,15 +17,47 @@ class LatentCache:
     """Pictures as latents. ``sample`` draws from each posterior, so caching changes no statistic.
 
     A mirrored picture has a posterior of its own. With random crops every draw is encoded afresh,
-    since no two are the same picture.
+    since no two are the same picture. With a ``folder`` the posteriors are kept there, in a file
+    named by the pictures' and the autoencoder's content, and read by the next run that needs them.
     """
 
-    def __init__(self, photos: list[Photo], family: Family, config: TrainConfig, resolution: int):
+    def __init__(
+        self,
+        photos: list[Photo],
+        family: Family,
+        config: TrainConfig,
+        resolution: int,
+        folder: Path | None = None,
+    ):
         self.photos, self.family, self.resolution = photos, family, resolution
         self.crop, self.flip = config.crop, config.flip
         self.posteriors: list[Posterior] = []
         if self.crop == "center":
-            self.posteriors = [self._encode(mirror) for mirror in ([False, True][: 1 + self.flip])]
+            mirrors = [False, True][: 1 + self.flip]
+            self.posteriors = [self._kept(mirror, folder) for mirror in mirrors]
+
+    def _kept(self, mirror: bool, folder: Path | None) -> Posterior:
+        if folder is None:
+            return self._encode(mirror)
+        from safetensors.torch import load_file, save
+
+        from dreambooth_lib.state import replace_file
+
+        file = folder / f"{self._digest(mirror)}.safetensors"
+        if not file.exists():
+            made = self._encode(mirror)
+            replace_file(file, save({k: v.contiguous() for k, v in made._asdict().items()}))
+        return Posterior(**load_file(file, str(self.family.denoiser.device)))
+
+    def _digest(self, mirror: bool) -> str:
+        digest = hashlib.sha256(f"{self.resolution} {mirror}".encode())
+        for photo in self.photos:
+            digest.update(f"{photo.image.size}".encode() + photo.image.tobytes())
+        for module in self.family.frozen:
+            for weights in module.state_dict().values():
+                # As bytes: NumPy knows no bfloat16.
+                digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.photos)

@@ -8,7 +8,11 @@ encoder (:attr:`Encoder.model_id`) and the same pictures' count and size.
 """
 
 import re
-from typing import TYPE_CHECKING
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dreambooth_lib.encoders import Encoder
 
@@ -50,6 +54,35 @@ def diversity(pictures: "torch.Tensor") -> float:
     ``pictures [N, D]``; in [0, 2], 0 when all are alike. Raises ``ValueError`` if N < 2.
     """
     return 1 - _mean_among(pictures, "pictures")
+
+
+def lpips_diversity(pictures: "list[Image.Image]") -> float:
+    """DIV (arXiv 2208.12242, section 4.3): mean LPIPS (arXiv 1801.03924) over pairs, by AlexNet.
+
+    Pictures are equally large. In [0, 1] or a little above, 0 when all are alike. Needs the
+    ``lpips`` package (:func:`has_lpips`); raises ``ValueError`` for fewer than two pictures.
+    """
+    import torch
+
+    if len(pictures) < 2:
+        raise ValueError("there is only one picture; give two or more to pair.")
+    network = _lpips()
+    arrays = [np.asarray(picture.convert("RGB"), np.float32) for picture in pictures]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    one, other = torch.triu_indices(len(pictures), len(pictures), 1)
+    with torch.inference_mode():
+        return float(network(pixels[one], pixels[other]).mean())
+
+
+def has_lpips() -> bool:
+    return find_spec("lpips") is not None
+
+
+@cache
+def _lpips() -> Any:
+    import lpips
+
+    return lpips.LPIPS(net="alex", verbose=False).eval()
 
 
 def prior_drift(base: "torch.Tensor", tuned: "torch.Tensor") -> float:

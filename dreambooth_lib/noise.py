@@ -50,6 +50,10 @@ class DiscreteNoise:
         """int64 [count], uniform over all timesteps, independent for every row."""
         return torch.randint(0, len(self.alphas_cumprod), (count,), generator=generator)
 
+    def timesteps_at(self, quantiles: torch.Tensor) -> torch.Tensor:
+        """int64 [B]: the timesteps at ``quantiles`` in [0, 1) of those that are trained on."""
+        return (quantiles * len(self.alphas_cumprod)).long()
+
     def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised:
         """Noise x_0 [B, C, H, W] with ``noise`` of the same shape to timesteps t [B]."""
         abar = self.alphas_cumprod.to(x_0.device)[t]

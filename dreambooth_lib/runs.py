@@ -2,6 +2,7 @@
 
 RUN/config.toml
 RUN/log.jsonl               one row an update
+RUN/watch.jsonl, watch/     what was seen on the way (see watch.py)
 RUN/checkpoints/000100/     weights, optimizer state (see state.py)
 RUN/pipeline/               the tuned pipeline in diffusers' layout
 """
@@ -33,25 +34,29 @@ class Run:
         return self.folder / "pipeline"
 
     def log(self) -> list[dict[str, Any]]:
-        """Every logged update, oldest first; a last line cut by a kill is left out."""
+        """Every logged update, oldest first."""
+        return self.rows("log")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of ``name.jsonl``, oldest first; a last line cut by a kill is left out."""
         rows = []
-        path = self.folder / "log.jsonl"
+        path = self.folder / f"{name}.jsonl"
         for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
             if line.endswith("\n"):
                 rows.append(json.loads(line))
         return rows
 
-    def append_log(self, row: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.folder / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def cut_log(self, step: int) -> None:
-        """Drop what was logged after ``step``: the updates that a resumed run makes again."""
+    def cut(self, name: str, step: int) -> None:
+        """Drop what was written after ``step``: the updates that a resumed run makes again."""
         from dreambooth_lib.state import replace_file
 
-        rows = [row for row in self.log() if row["step"] <= step]
+        rows = [row for row in self.rows(name) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        replace_file(self.folder / "log.jsonl", text.encode())
+        replace_file(self.folder / f"{name}.jsonl", text.encode())
 
     def checkpoints(self) -> dict[int, Path]:
         """Whole checkpoints by step, oldest first."""
@@ -59,13 +64,17 @@ class Run:
         found = [p for p in folder.glob("[0-9]*") if p.is_dir()] if folder.exists() else []
         return {int(p.name): p for p in sorted(found, key=lambda p: int(p.name))}
 
-    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state of ``step``, then drop the oldest ones beyond those to keep."""
+    def save_checkpoint(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
+        """Write the state of ``step``, then drop the oldest ones beyond those to keep.
+
+        The ``best`` step's is kept besides.
+        """
         from dreambooth_lib.state import save_state
 
         save_state(self.folder / "checkpoints" / f"{step:06d}", state)
-        for path in list(self.checkpoints().values())[: -self.config.checkpoints_kept]:
-            shutil.rmtree(path)
+        for old, path in list(self.checkpoints().items())[: -self.config.checkpoints_kept]:
+            if old != best:
+                shutil.rmtree(path)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint's state, or None where the run has none yet."""

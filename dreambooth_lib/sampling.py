@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from dreambooth_lib import families
 from dreambooth_lib.config import Subject, base_defaults
 from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.weights import restored
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +40,7 @@ def sample(
     prompts: list[str],
     seeds: list[int],
     *,
+    at: int | None = None,
     steps: int = 25,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
@@ -46,7 +48,7 @@ def sample(
 ) -> list[Sample]:
     """Every prompt with every seed, prompts outermost.
 
-    ``source`` is a finished run, a loaded family, or a base as in ``TrainConfig.base``. Each
+    ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a base as in ``TrainConfig.base``. Each
     picture's noise comes from its seed alone, whatever the batch size; the same seed is the same
     noise in base and tuned model. Without a ``guidance_scale`` it is the run's or the base's, as
     ``TrainConfig.guidance_scale`` says. Raises :class:`RunError` for a run that has not finished.
@@ -55,7 +57,7 @@ def sample(
     if guidance_scale is None:
         of_base = base_defaults(source if isinstance(source, str) else "")["guidance_scale"]
         guidance_scale = source.config.guidance_scale if isinstance(source, Run) else of_base
-    family = load_source(source)
+    family = load_source(source, at)
     wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []
     for start in range(0, len(wanted), batch_size):
@@ -94,15 +96,18 @@ def draw(
             module.train(training)
 
 
-def load_source(source: "Run | Family | str") -> "Family":
+def load_source(source: "Run | Family | str", at: int | None = None) -> "Family":
     """The family that draws, on the GPU if there is one. Raises as :func:`sample` does."""
     import torch
 
     if not isinstance(source, Run | str):
         return source
-    if isinstance(source, Run) and not (source.pipeline / "model_index.json").exists():
+    if isinstance(source, Run) and at is None and not (source.pipeline / "model_index.json").exists():
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
-    family = families.load(str(source.folder) if isinstance(source, Run) else source)
+    if isinstance(source, Run) and at is not None:
+        family = restored(source, at)
+    else:
+        family = families.load(str(source.folder) if isinstance(source, Run) else source)
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         family.pipeline.to("cuda", torch.bfloat16 if bf16 else torch.float16)

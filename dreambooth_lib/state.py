@@ -9,11 +9,13 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,12 +38,18 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
         (partial / "state.json").write_text(json.dumps(tree))
 
 
-def load_state(folder: str | Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote; tensors come back on the CPU in their own dtypes."""
+def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """Read what :func:`save_state` wrote; tensors come back on the CPU in their own dtypes.
+
+    With ``keys`` only those entries are read, as far as they are there.
+    """
     folder = Path(folder)
     replacing_folder(folder).recover()
-    tensors = load_file(folder / "tensors.safetensors")
-    return _join(json.loads((folder / "state.json").read_text()), tensors)
+    tree = json.loads((folder / "state.json").read_text())
+    if keys is not None:
+        tree = {key: value for key, value in tree.items() if key in keys}
+    with safe_open(folder / "tensors.safetensors", "pt") as tensors:
+        return _join(tree, tensors)
 
 
 class replacing_folder:
@@ -83,7 +91,7 @@ class replacing_folder:
 def replace_file(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that the file is whole or, on failure, as it was before."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may write it too
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.write_bytes(data)
     _flush(partial)
@@ -117,13 +125,14 @@ def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     return value
 
 
-def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _join(tree: Any, tensors: Any) -> Any:
+    """The reverse of :func:`_split`; ``tensors`` is an open safetensors file."""
     if isinstance(tree, list):
         return [_join(v, tensors) for v in tree]
     if not isinstance(tree, dict):
         return tree
     if _TENSOR in tree:
-        return tensors[tree[_TENSOR]]
+        return tensors.get_tensor(tree[_TENSOR])
     if _TUPLE in tree:
         return tuple(_join(v, tensors) for v in tree[_TUPLE])
     if _INT_KEYS in tree:

@@ -2,9 +2,10 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from dreambooth_lib.evaluation import Mean, Row
 
@@ -21,11 +22,17 @@ def write_csv(rows: Iterable[Row], path: str | Path) -> None:
     """Every row with a column a field, an empty cell where it is of all prompts or seeds."""
     from dreambooth_lib.state import replace_file
 
+    text = to_csv([asdict(row) for row in rows], [f.name for f in fields(Row)])
+    replace_file(path, text.encode())
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV; the columns are the first row's if not given."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    replace_file(path, text.getvalue().encode())
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_csv(path: str | Path) -> list[Row]:

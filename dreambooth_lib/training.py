@@ -9,7 +9,8 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from accelerate.state import AcceleratorState, is_initialized
 
 from dreambooth_lib import families
 from dreambooth_lib.batches import Batch, Batches, seeded
-from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.choice import best_of, has_peaked
+from dreambooth_lib.data import hold_out
+from dreambooth_lib.families.base import Family
+from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.optim import choose, make_optimizer, make_schedule
 from dreambooth_lib.pictures import Photo, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
+from dreambooth_lib.watch import Watch, Watched, history, judge, share
+from dreambooth_lib.weights import Trainable, copy_weights, put_back
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -41,26 +47,14 @@ class Step:
     lr: float
     seconds: float
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
-
-
-class Trainable(torch.nn.Module):
-    """What is trained, as one module: the denoiser, and the text encoders where they train."""
-
-    def __init__(self, family: Family, with_text: bool):
-        super().__init__()
-        self.denoiser = family.denoiser
-        self.text_encoders = torch.nn.ModuleList(family.text_encoders if with_text else [])
-        self._family = [family]  # in a list, so that its modules are not registered twice
-
-    def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None, prompts: list[str]
-    ) -> torch.Tensor:
-        (family,) = self._family
-        return family.predict(x_t, t, family.encode_prompts(prompts) if cond is None else cond)
+    watched: Watched | None = None  #: what a look after this update found, where one was due
 
 
 def train(run: Run) -> Iterator[Step]:
     """Train a run from its newest checkpoint to ``config.steps``, then save its pipeline.
+
+    With ``config.early_stop`` it ends once looks no longer find it better, and the pipeline has the
+    best checkpoint's weights; without, it has the last step's.
 
     The caller owns the loop: leaving it (``break``, an exception, interrupting a notebook's cell)
     saves a checkpoint first, and ``train(resume(folder))`` goes on from there. Raises
@@ -68,7 +62,8 @@ def train(run: Run) -> Iterator[Step]:
     """
     trainer = Trainer(run)
     try:
-        while trainer.step < run.config.steps:
+        trainer.look()
+        while not trainer.finished():
             step = trainer.update()
             if step is not None:
                 yield step
@@ -119,7 +114,8 @@ class Trainer:
         family.pipeline.to(accelerator.device)
         instance = read_pictures(config.subject.pictures)
         classes = self._class_pictures() if config.prior_weight > 0 else []
-        self.batches = Batches(config, family, instance, classes)
+        instance, classes = self._watch(instance, classes)
+        self.batches = Batches(config, family, instance, classes, run.folder.parent / "latents")
         accelerator.wait_for_everyone()
         trainable = Trainable(family, text_trains)
         self._prepare(trainable)
@@ -127,7 +123,8 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         if accelerator.is_main_process:
-            run.cut_log(self.step)
+            run.cut("log", self.step)
+            run.cut("watch", self.step)
             if self.step < config.steps:  # an earlier, shorter end must not be drawn from
                 shutil.rmtree(run.pipeline, ignore_errors=True)
 
@@ -142,6 +139,24 @@ class Trainer:
                 pass
         accelerator.wait_for_everyone()
         return read_pictures(set_folder(config, self.family, folder))[: config.class_pictures]
+
+    def _watch(
+        self, instance: list[Photo], classes: list[Photo]
+    ) -> tuple[list[Photo], list[Photo]]:
+        """Begin to watch, if the config asks for it; gives what is left to train on."""
+        config = self.config
+        self.watch: Watch | None = None
+        if not config.watch_every:
+            return instance, classes
+        photos = [photo.image for photo in instance]
+        held, spared = [], min(ROWS, len(classes) // 8)
+        if config.hold_out:
+            instance, held = hold_out(instance)
+        kinds = {"subject": held, "class": classes[len(classes) - spared :]}
+        if self.accelerator.is_main_process:
+            rows = HeldOut(config, self.family, kinds)
+            self.watch = Watch(self.run, photos, rows, judge(config, self.accelerator.device))
+        return instance, classes[: len(classes) - spared]
 
     def _prepare(self, trainable: Trainable) -> None:
         config, accelerator = self.config, self.accelerator
@@ -204,11 +219,49 @@ class Trainer:
         seconds = time.perf_counter() - started
         step = Step(self.step, total, instance, prior, lr, seconds, memory)
         if accelerator.is_main_process:
-            self.run.append_log(asdict(step))
+            self.run.append("log", {k: v for k, v in asdict(step).items() if k != "watched"})
         self.whole = True
-        if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+        watched = self.look()
+        if self._look_due() or self._due(config.checkpoint_every):
             self.save_checkpoint()
-        return step
+        return replace(step, watched=watched)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _look_due(self) -> bool:
+        return bool(self.config.watch_every) and self._due(self.config.watch_every)
+
+    def look(self) -> Watched | None:
+        """Look at the model if that is due and was not done before a stop."""
+        found = None
+        if not self._look_due():
+            return None
+        if self.watch is not None and self.step not in {row.step for row in history(self.run)}:
+            with self._averaged(), self.accelerator.autocast():
+                model = self.accelerator.unwrap_model(self.model)
+                found = self.watch.look(self.step, model, self.family)
+        self.accelerator.wait_for_everyone()
+        return found
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The weights that the run would end with now, put back afterwards."""
+        if self.ema is None:
+            yield
+            return
+        own = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            copy_weights(own, self.parameters)
+
+    def finished(self) -> bool:
+        """Whether the last step is made, or no better one is to be expected."""
+        if self.step >= self.config.steps:
+            return True
+        return self.config.early_stop and has_peaked(history(self.run))
 
     def _check_finite(self, what: str, values: Sequence[float | None]) -> None:
         if not all(math.isfinite(value) for value in values if value is not None):
@@ -244,8 +297,12 @@ class Trainer:
                 state["ema"] = self.ema.state_dict()
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
-            self.run.save_checkpoint(self.step, state)
+            self.run.save_checkpoint(self.step, state, self._best())
         accelerator.wait_for_everyone()
+
+    def _best(self) -> int | None:
+        rows = history(self.run)
+        return best_of(rows).step if len(rows) > 1 else None
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = saved["step"]
@@ -267,15 +324,21 @@ class Trainer:
         """Write the tuned pipeline in diffusers' layout, with the averaged weights if there are."""
         from dreambooth_lib.state import replacing_folder
 
-        if self.ema is not None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.config.early_stop:
+            put_back(model, self.run, self._best() or self.step)
+        elif self.ema is not None:
             self.ema.copy_to(self.parameters)
-        self.accelerator.unwrap_model(self.model).eval()
+        model.eval()
+        if self.watch is not None:
+            text = f"watching took {share(self.run):.0%} of the training time"
+            self.accelerator.print(f"{text}; best is {best_of(history(self.run)).reason}")
         if self.accelerator.is_main_process:
             family = self.family
             if self.half is not torch.float32:  # its frozen parts are rounded: take the base's
                 config = self.config
                 family = families.load(config.base, config.revision, config.variant)
-                trained = self.accelerator.unwrap_model(self.model).state_dict()
+                trained = model.state_dict()
                 Trainable(family, config.train_text_encoder).load_state_dict(trained)
             with replacing_folder(self.run.pipeline) as partial:
                 family.pipeline.save_pretrained(partial, safe_serialization=True)

@@ -147,6 +147,7 @@ def make_config() -> Callable[..., TrainConfig]:
             "class_pictures": 4,
             "prior_inference_steps": 2,
             "learning_rate": 1e-3,
+            "watch_every": 0,
         }
         return TrainConfig(subject=Subject(photos, "dog"), base=base, **(fields | changes))
 

@@ -44,6 +44,10 @@ ALL_FIELDS: dict[str, Any] = {
     "seed": 12,
     "checkpoint_every": 13,
     "checkpoints_kept": 4,
+    "watch_every": 7,
+    "hold_out": False,
+    "judge": "some/clip",
+    "early_stop": True,
 }
 
 

@@ -1,10 +1,14 @@
 """The paper's protocol: its prompts, what is drawn, and going on after a stop."""
 
+import io
 import os
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from dreambooth_lib import dreambench, families, runs
+from dreambooth_lib.__main__ import main
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all, load_benchmark
@@ -182,3 +187,94 @@ def test_the_whole_protocol_killed_and_resumed_scores_the_same(
     assert not (tmp_path / "killed/scores.csv").exists()
     subprocess.run(command(tmp_path / "killed"), check=True)
     assert read_csv(tmp_path / "killed/scores.csv") == rows
+
+
+class Server:
+    """Serves one answer to every request, and its address."""
+
+    def __init__(self, body: bytes, status: int = 200) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/main.zip"
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self.url
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def zipped(files: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def test_the_data_set_is_downloaded_whole_and_once(tmp_path: Path) -> None:
+    archive = zipped({
+        "dreambooth-main/README.md": "of the repository",
+        "dreambooth-main/dataset/prompts_and_classes.txt": "table",
+        "dreambooth-main/dataset/dog/00.jpg": "a photo",
+    })  # fmt: skip
+    with Server(archive) as url:
+        folder = dreambench.download(tmp_path / "data" / "dreambench", url)
+    assert contents(folder) == {"prompts_and_classes.txt": b"table", "dog/00.jpg": b"a photo"}
+    assert dreambench.download(folder, "http://127.0.0.1:1/never-asked") == folder
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"no archive", 200),
+        (b"", 404),
+        (zipped({"x/dataset/a": "a", "x/dataset/../../../outside": "b"}), 200),
+    ],
+    ids=["no zip", "not found", "climbs out"],
+)
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, body: bytes, status: int
+) -> None:
+    inner = tmp_path / "a" / "b" / "c"
+    inner.mkdir(parents=True)
+    with Server(body, status) as url, pytest.raises(DataError, match=r"cannot be had from .*fetch"):
+        dreambench.download(inner / "dreambench", url)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert list(inner.iterdir()) == []
+
+
+def test_the_command_evaluates_and_goes_on(
+    tmp_path: Path, tiny_sd1: str, clip_folder: Path, dino_folder: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = tmp_path / "data"
+    save_photos(data / "rex", 3)
+    (data / "prompts_and_classes.txt").write_text(
+        "Classes\n\nsubject_name,class,type\nrex,dog,live\n\n"
+        "Live Subject Prompts\n\n'a {0} {1}'.format(unique_token, class_token),\n"
+    )
+    words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder),
+             str(dino_folder), "--pictures", "3", "--steps", "2", "--class-pictures", "4",
+             "--judge", str(clip_folder), "--out", str(tmp_path / "out")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *words])
+    main()
+    first = capsys.readouterr().out
+    assert "| dreambooth |" in first and "DreamBooth (Imagen)" in first
+    assert (tmp_path / "out" / "best_median_worst.png").exists()
+    rows = read_csv(tmp_path / "out" / "scores.csv")
+    assert {row.method for row in rows} == {"base", "dreambooth", "real pictures"}
+    assert {row.encoder for row in rows} == {clip_folder.name, dino_folder.name}
+    main()
+    second = capsys.readouterr().out
+    assert second.splitlines()[0].startswith("|"), "no picture was drawn again"
+    assert second in first

@@ -1,12 +1,16 @@
 """Scores against plain NumPy on the encoders' own embeddings; intervals against known answers."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from conftest import save_photos
 from PIL import Image
 
+from dreambooth_lib import metrics
 from dreambooth_lib.config import Subject
 from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all
 from dreambooth_lib.encoders import Encoder
@@ -109,7 +113,57 @@ def test_pictures_come_with_their_own_scores(drawn: tuple, clip: Encoder) -> Non
 def test_a_picture_that_was_not_drawn_is_named(drawn: tuple, clip: Encoder, tmp_path: Path) -> None:
     benchmark, _, _ = drawn
     with pytest.raises(FileNotFoundError, match=r"base/rex/p00-s0\.png"):
-        next(score(benchmark, ["base"], tmp_path, {"clip": clip}, SHORT))
+        list(score(benchmark, ["base"], tmp_path, {"clip": clip}, SHORT))
+
+
+def test_real_pictures_are_not_paired_with_their_near_duplicates(
+    drawn: tuple, clip: Encoder, tmp_path: Path
+) -> None:
+    benchmark, out, photos = drawn
+    three = [Image.open(p).convert("RGB") for p in sorted(Path(photos).glob("*.png"))]
+    unlike = clip.images(three).double().numpy()
+    expected = np.mean([unlike[i] @ unlike[j] for i, j in ((0, 1), (0, 2), (1, 2))])
+    (row,) = [r for r in score(benchmark, [], out, {"clip": clip}, SHORT)]
+    assert (row.method, row.measure, row.prompt) == ("real pictures", "subject_fidelity", None)
+    assert row.value == pytest.approx(expected, abs=1e-6)
+
+    copies = tmp_path / "rex"
+    copies.mkdir()
+    for number in (0, 1, 1):
+        three[number].save(copies / f"{len(list(copies.iterdir()))}.png")
+    twice = Benchmark([Subject(str(copies), "dog", name="rex", kind="live")], benchmark.prompts)
+    (row,) = score(twice, [], out, {"clip": clip}, SHORT)
+    assert row.value == pytest.approx(unlike[0] @ unlike[1], abs=1e-6), "not 1 for the copies"
+
+
+def test_div_is_lpips_where_it_is_installed_and_the_row_says_so(
+    drawn: tuple, clip: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LPIPS(torch.nn.Module):  # stands in for the package: takes pairs of pixels in [-1, 1]
+        def __init__(self, net: str, verbose: bool) -> None:
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            assert one.shape[1:] == (3, 16, 16) and one.min() < 0 and one.abs().max() <= 1
+            return (one - other).abs().mean((1, 2, 3), keepdim=True)
+
+    package = ModuleType("lpips")
+    package.LPIPS = LPIPS  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    monkeypatch.setattr(metrics, "has_lpips", lambda: True)
+    metrics._lpips.cache_clear()
+    benchmark, out, _ = drawn
+    rows = [r for r in score(benchmark, ["base"], out, {"clip": clip}, SHORT)
+            if r.encoder == "lpips-alex"]  # fmt: skip
+    metrics._lpips.cache_clear()
+    assert [(r.measure, r.prompt) for r in rows] == [
+        ("prompt_diversity", "a {} dog"), ("prompt_diversity", "a red {} dog in the snow"),
+    ]  # fmt: skip
+    made = [np.asarray(Image.open(out / f"base/rex/p00-s{s}.png").convert("RGB"), float)
+            for s in range(3)]  # fmt: skip
+    expected = np.mean([np.abs(made[i] - made[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))])
+    assert rows[0].value == pytest.approx(expected / 127.5, rel=1e-4)
 
 
 def rows_of(values: dict[tuple[str, str], list[float]], measure: str = "subject_fidelity") -> list:

@@ -1,4 +1,4 @@
-"""Contact sheets and grids by the places of solid colours; loss curves by what they draw."""
+"""Figures by what they draw."""
 
 import warnings
 from pathlib import Path
@@ -9,170 +9,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_lib import plots
-
-Box = tuple[int, int, int, int]
-
-
-def solids(count: int, start: int = 0, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
-    """Pictures of one colour each, none the same and none near the text's greys."""
-    return [Image.new("RGB", size, colour(start + index)) for index in range(count)]
-
-
-def colour(index: int) -> tuple[int, int, int]:
-    return (255, (index * 5) % 256, index % 7)
-
-
-def box(page: Image.Image, index: int) -> Box:
-    """Left, top, right and bottom of one colour, which must fill that whole rectangle."""
-    rows, columns = np.nonzero((np.asarray(page) == colour(index)).all(-1))
-    left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
-    assert len(rows) == (right - left) * (bottom - top), f"colour {index} is covered in part"
-    return int(left), int(top), int(right), int(bottom)
-
-
-def sheet(path: Path | None = None, **changes: Any) -> Image.Image:
-    """Pictures 0-2 of the subject, 3-10 and 11-18 in rows, 19-21 before and 22-24 after."""
-    fields: dict[str, Any] = {
-        "title": "A run",
-        "reference": solids(3, 0),
-        "rows": [("a ohwx dog", solids(4, 3), solids(4, 7)),
-                 ("a ohwx dog in snow", solids(4, 11), solids(4, 15))],
-        "class_before": solids(3, 19),
-        "class_after": solids(3, 22),
-        "class_prompt": "a dog",
-    }  # fmt: skip
-    return plots.contact_sheet(path, **(fields | changes))
-
-
-def test_every_picture_is_whole_enlarged_and_in_its_place() -> None:
-    page = sheet()
-    boxes = [box(page, index) for index in range(25)]
-    assert all((right - left, bottom - top) == (128, 128) for left, top, right, bottom in boxes)
-    tops = [top for _, top, _, _ in boxes]
-    for row in (range(3), range(3, 11), range(11, 19), range(19, 25)):
-        assert len({tops[index] for index in row}) == 1
-    assert tops[0] < tops[3] < tops[11] < tops[19]
-    assert min(left for left, *_ in boxes) > 0 and page.mode == "RGB"
-    assert max(boxes[10][2], boxes[24][2]) < page.width and boxes[24][3] < page.height
-
-
-def test_seeds_line_up_in_columns_with_a_gap_between_base_and_tuned() -> None:
-    page = sheet()
-    for column in range(4):
-        assert box(page, 3 + column)[0] == box(page, 11 + column)[0]  # base
-        assert box(page, 7 + column)[0] == box(page, 15 + column)[0]  # tuned
-    for column in range(3):
-        assert box(page, 19 + column)[0] == box(page, 3 + column)[0]
-        assert box(page, 22 + column)[0] == box(page, 7 + column)[0]
-    lefts = [box(page, index)[0] for index in range(3, 11)]
-    steps = np.diff(lefts)
-    assert len(set(steps[[0, 1, 2, 4, 5, 6]])) == 1 and steps[3] > steps[0] + 30
-
-
-def test_nothing_touches_the_edges_and_texts_keep_off_the_pictures() -> None:
-    long = "a ohwx dog " + "and another thing " * 30 + "x" * 300
-    page = sheet(title="A very long title " * 12, rows=[(long, solids(4, 3), solids(4, 7))])
-    pixels = np.asarray(page)
-    for edge in (pixels[:16], pixels[-16:], pixels[:, :16], pixels[:, -16:]):
-        assert (edge == 255).all()
-    for index in (*range(11), *range(19, 25)):
-        box(page, index)  # a text over it would make a hole
-    assert page.height > sheet(rows=[("a dog", solids(4, 3), solids(4, 7))]).height
-
-
-def test_many_pictures_wrap_into_lines() -> None:
-    page = sheet(reference=solids(9, 25), class_before=solids(6, 34), class_after=solids(6, 40))
-    assert box(page, 33)[0] == box(page, 25)[0] and box(page, 33)[1] > box(page, 32)[1]
-    assert box(page, 38)[0] == box(page, 34)[0] and box(page, 38)[1] == box(page, 44)[1]
-
-
-@pytest.mark.parametrize(
-    ("size", "cell", "shown"),
-    [
-        ((512, 512), 160, (160, 160)),
-        ((512, 256), 160, (160, 80)),
-        ((150, 150), 150, (150, 150)),
-        ((32, 32), 128, (128, 128)),
-    ],
-)
-def test_cells_are_of_one_handy_size(
-    size: tuple[int, int], cell: int, shown: tuple[int, int]
-) -> None:
-    rows = [("a dog", solids(2, 3, size), solids(2, 5, size))]
-    page = sheet(rows=rows, reference=solids(1, 0, (700, 700)), class_before=[], class_after=[])
-    left, top, right, bottom = box(page, 3)
-    assert (right - left, bottom - top) == shown
-    left, top, right, bottom = box(page, 0)
-    assert (right - left, bottom - top) == (cell, cell)
-
-
-def test_class_pictures_may_be_left_out() -> None:
-    assert sheet(class_before=[], class_after=[]).height < sheet().height - 128
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"reference": []}, "reference has no pictures"),
-        ({"reference": [None]}, r"reference\[0\] is None"),
-        ({"rows": []}, "rows is empty"),
-        ({"rows": [("a dog", [], [])]}, r"rows\[0\] base has no pictures"),
-        ({"rows": [("a dog", solids(2), [*solids(1), None])]}, r"rows\[0\] tuned\[1\] is None"),
-        ({"rows": [("a dog", solids(2), solids(3))]}, r"rows\[0\] tuned has 3 .* base 2"),
-        (
-            {"rows": [("a", solids(2), solids(2)), ("b", solids(3), solids(3))]},
-            r"rows\[1\] base has 3",
-        ),
-        ({"class_after": []}, "after has no pictures"),
-        ({"class_after": solids(2)}, "after has 2 pictures .* before 3"),
-    ],
-)
-def test_missing_pictures_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        sheet(tmp_path / "sheet.png", **changes)
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_page_is_written_whole_and_replaces_an_older_one(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "sheet.png"
-    path.parent.mkdir()
-    path.write_text("older")
-    page = sheet(path)
-    with Image.open(path) as written:
-        assert written.format == "PNG"
-        assert np.array_equal(np.asarray(written), np.asarray(page))
-    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
-
-
-def test_grid_places_pictures_row_by_row() -> None:
-    page = plots.grid(solids(5), 3)
-    boxes = [box(page, index) for index in range(5)]
-    assert [b[0] for b in boxes] == [8, 144, 280, 8, 144]
-    assert [b[1] for b in boxes] == [8, 8, 8, 144, 144]
-    assert page.size == (3 * 136 + 8, 2 * 136 + 8)
-    assert plots.grid(solids(2), 5).size == (2 * 136 + 8, 136 + 8)
-
-
-def test_grid_labels_stand_below_the_pictures() -> None:
-    labels = ["seed 0", "a label that needs more than one line", ""]
-    page = plots.grid(solids(3), 2, labels)
-    boxes = [box(page, index) for index in range(3)]
-    below = np.asarray(page.convert("L"))[boxes[0][3] : boxes[2][1]]
-    assert (below[:, boxes[0][0] : boxes[0][2]] < 128).any()
-    assert (below[:, boxes[1][0] : boxes[1][2]] < 128).any()
-    assert (below[:, boxes[0][2] : boxes[1][0]] == 255).all()
-    assert page.height > plots.grid(solids(3), 2).height
-
-
-def test_grid_names_wrong_input() -> None:
-    for call, message in (
-        (lambda: plots.grid([], 2), "pictures has no pictures"),
-        (lambda: plots.grid(solids(2), 0), "columns is 0"),
-        (lambda: plots.grid(solids(2), 2, ["one"]), "labels has 1 for 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+from dreambooth_lib.watch import Watched
 
 
 def log(count: int, prior: bool = True) -> list[dict[str, Any]]:
@@ -229,11 +66,55 @@ def test_losses_names_wrong_logs() -> None:
         plots.losses([*log(1), {"step": 2, "loss": 1.0}])
 
 
-def test_extremes_are_the_best_the_middle_and_the_worst() -> None:
-    scored = [(index / 10, f"n{index}", picture) for index, picture in enumerate(solids(9))]
-    page = plots.extremes([scored[i] for i in (3, 8, 0, 5, 1, 7, 2, 6, 4)], columns=2)
-    boxes = {index: box(page, index) for index in (8, 7, 4, 5, 1, 0)}
-    shown = sorted(boxes, key=lambda index: (boxes[index][1], boxes[index][0]))
-    assert shown == [8, 7, 5, 4, 1, 0]
-    with pytest.raises(ValueError, match="2 scored pictures; give three or more"):
-        plots.extremes(scored[:2])
+def seen(step: int, fidelity: float, drift: float) -> Watched:
+    return Watched(
+        step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=0.5,
+        class_diversity=0.4, prior_drift=drift, unrelated_drift=0.01, seconds=1.0,
+        held_out={"subject": [0.4 - step / 1000, 0.5], "class": [0.3, 0.4]},
+    )  # fmt: skip
+
+
+def test_what_was_watched_is_drawn_with_the_chosen_step_marked() -> None:
+    rows = [seen(0, 0.3, 0.0), seen(100, 0.7, 0.1), seen(200, 0.72, 0.4)]
+    shares, losses = plots.watched(rows).axes
+    by_name = {line.get_label(): list(line.get_ydata()) for line in shares.get_lines()}
+    assert by_name["subject fidelity"] == pytest.approx([0.3 / 0.8, 0.7 / 0.8, 0.72 / 0.8])
+    assert by_name["class kept"] == pytest.approx([1, 0.9, 0.6])
+    assert by_name["best: step 100"] == [0, 1]
+    ratio = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
+    assert ratio["subject"] == pytest.approx([1, 0.8 / 0.9, 0.7 / 0.9])
+    assert ratio["class"] == pytest.approx([1, 1, 1])
+    assert all(axes.get_ylabel() for axes in (shares, losses)) and losses.get_xlabel()
+    with pytest.raises(ValueError, match="no looks"):
+        plots.watched([])
+
+
+CELLS = [
+    {"prior_weight": w, "seed": s, "step": t, "standing": w / 4 + t / 1000 + s / 10,
+     "subject_fidelity": 0.6 + t / 1000, "prior_drift": 0.3 - w / 10}
+    for w in (0.0, 1.0) for s in (0, 1) for t in (100, 200)
+]  # fmt: skip
+
+
+def test_a_heat_map_has_the_mean_over_seeds_in_each_cell_and_the_best_one_marked() -> None:
+    axes, *_ = plots.heat_map(CELLS, "step", "prior_weight").axes
+    (image,) = axes.get_images()
+    assert np.allclose(image.get_array(), [[0.15, 0.25], [0.40, 0.50]])
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["0.150", "0.250", "0.400", "0.500"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "prior_weight")
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0.0", "1.0"]
+
+
+def test_the_front_is_what_nothing_beats_in_fidelity_and_drift() -> None:
+    (axes,) = plots.front(CELLS, by="prior_weight").axes
+    line = next(line for line in axes.get_lines() if line.get_label() == "front")
+    points = [*line.get_xdata(), *line.get_ydata()]
+    assert points == pytest.approx([0.2, 0.8]), "weight 1 at step 200, both seeds alike"
+
+
+def test_studies_are_written(tmp_path: Path) -> None:
+    plots.heat_map(CELLS, "step", "prior_weight", path=tmp_path / "map.png")
+    plots.front(CELLS, by="prior_weight", path=tmp_path / "front.png")
+    for name in ("map.png", "front.png"):
+        assert Image.open(tmp_path / name).width > 400

@@ -92,28 +92,28 @@ def test_names_of_bases_are_not_taken_for_paths(
 def test_the_log_comes_back_row_by_row(run: Run) -> None:
     rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": 5e-324, "prior_loss": None}]
     for row in rows:
-        run.append_log(row)
+        run.append("log", row)
     assert run.log() == rows
 
 
 def test_a_row_cut_by_a_kill_is_left_out_and_later_ones_are_whole(run: Run) -> None:
-    run.append_log({"step": 1})
+    run.append("log", {"step": 1})
     with (run.folder / "log.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert run.log() == [{"step": 1}]
-    run.cut_log(1)
-    run.append_log({"step": 2})
+    run.cut("log", 1)
+    run.append("log", {"step": 2})
     assert run.log() == [{"step": 1}, {"step": 2}]
 
 
 def test_cutting_the_log_drops_exactly_the_later_rows(run: Run) -> None:
     for step in range(1, 6):
-        run.append_log({"step": step})
-    run.cut_log(3)
+        run.append("log", {"step": step})
+    run.cut("log", 3)
     assert [row["step"] for row in run.log()] == [1, 2, 3]
     lines = (run.folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    run.cut_log(0)
+    run.cut("log", 0)
     assert run.log() == []
 
 

@@ -234,7 +234,7 @@ def test_the_first_minutes_of_a_rebuild(tmp_path, monkeypatch):
     from tools.toybox.report import report, write_readme
 
     work, target = tmp_path / "work", tmp_path / "target"
-    build(work, target, dict.fromkeys(STEPS, 2), bank=128)
+    build(work, target, dict.fromkeys(STEPS, 2), bank=128, rounds=1)
     monkeypatch.chdir(tmp_path)
     figures = report(work, target, seed=0, rounds=1)
     assert figures["autoencoder_psnr_db"] > 3

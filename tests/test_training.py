@@ -555,12 +555,12 @@ def in_a_class_picture():
 
 
 def in_a_log_row():
-    def killing(run, row):
-        with (run.folder / "log.jsonl").open("a") as file:
+    def killing(run, name, row):
+        with (run.folder / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row)[:15])
         die()
 
-    runs.Run.append_log = killing
+    runs.Run.append = killing
 
 
 def in_the_tensors():

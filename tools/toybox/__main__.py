@@ -1,6 +1,6 @@
 """Build the embedded base from nothing: ``python -m tools.toybox build``.
 
-    build     fetch the drawings, train autoencoder, judge, classifier and diffusion, write
+    build     fetch the drawings, train autoencoder, classifier, diffusion and judge, write
               data/toybox
     report    print the figures of the shipped weights, on composites and seeds drawn afresh
     subjects  draw the bundled subjects into data/subjects
@@ -15,20 +15,28 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from dreambooth_lib import families
 from tools.toybox import autoencoder, classifier, diffusion, drawings, judge, report, subjects
 from tools.toybox.tokenizer import save_tokenizer
-from tools.toybox.world import World
+from tools.toybox.world import Picture, World
 
 #: Optimizer updates of each training, for the shipped weights.
-STEPS = {"autoencoder": 3600, "judge": 1500, "classifier": 600, "diffusion": 5200}
+STEPS = {"autoencoder": 3600, "classifier": 600, "diffusion": 5200, "judge": 2300}
 BANK = 24_000  # composites encoded once for the diffusion training
+ROUNDS, DRAWN_SEED = 15, 2_000_000  # of every class, the base's pictures that the judge learns from
 
 
 def build(
-    work: Path, target: Path, steps: dict[str, int], bank: int, only: str | None = None
+    work: Path,
+    target: Path,
+    steps: dict[str, int],
+    bank: int,
+    only: str | None = None,
+    rounds: int = ROUNDS,
 ) -> None:
     """Train what ``only`` names, or everything, and write it to ``target``."""
     world = World(work / "drawings")
@@ -36,12 +44,6 @@ def build(
     if only in (None, "autoencoder") and not (work / "vae").exists():
         vae = autoencoder.train(world, work / "autoencoder", steps["autoencoder"])
         vae.save_pretrained(work / "vae")
-    if only in (None, "judge"):
-        # It is to measure the held-out subjects, so it knows the hand that drew them.
-        every = World(work / "drawings", sets=drawings.TRAINING_SETS | drawings.HELD_OUT_SETS)
-        model = judge.train(every, tokenizer, work / "judge", steps["judge"])
-        for part in (model.half(), tokenizer, judge.image_processor()):
-            part.save_pretrained(target / "judge")
     if only in (None, "classifier"):
         examiner = classifier.train(world, work / "classifier", steps["classifier"])
         examiner.half().save_pretrained(target / "classifier")
@@ -51,6 +53,22 @@ def build(
         pipeline.to(torch.float16).save_pretrained(target)
         save_tokenizer(target / "tokenizer")  # the older files of CLIP's layout beside the new one
         report.write_readme(target)
+    if only in (None, "judge"):
+        # It is to measure the held-out subjects, so it knows the hand that drew them.
+        every = World(work / "drawings", sets=drawings.TRAINING_SETS | drawings.HELD_OUT_SETS)
+        drawn = drawn_by_base(target, work / "drawn.npy", rounds)
+        model = judge.train(every, tokenizer, work / "judge", steps["judge"], drawn)
+        for part in (model.half(), tokenizer, judge.image_processor()):
+            part.save_pretrained(target / "judge")
+
+
+def drawn_by_base(target: Path, file: Path, rounds: int) -> tuple[np.ndarray, list[Picture]]:
+    """Pictures by the diffusion model of every class, and what they were to show; drawn once."""
+    shown = report.wanted(rounds)
+    if not file.exists():
+        pictures = report.pictures_of(families.load(str(target)), shown, DRAWN_SEED)
+        np.save(file, report.as_array(pictures))
+    return np.load(file), shown
 
 
 def main() -> None:

@@ -100,18 +100,32 @@ def blurred(picture: np.ndarray, radius: float) -> np.ndarray:
 
 
 def train(
-    world: World, tokenizer: CLIPTokenizer, folder: Path, steps: int, classes: int = 16
+    world: World,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    steps: int,
+    drawn: tuple[np.ndarray, list[Picture]],
+    classes: int = 16,
 ) -> CLIPModel:
-    """CLIP's loss on picture and caption, and the same loss on two pictures of one drawing."""
+    """CLIP's loss on picture and caption, and the same loss on two pictures of one drawing.
+
+    ``drawn`` are pictures by the diffusion model and what they were to show. Its pictures are more
+    typical than any composite, and to a judge that never saw any they fitted their captions better
+    than real pictures can.
+    """
     torch.manual_seed(0)
     model = new_judge(tokenizer)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng((7, step))
         first, second = pairs(world, rng, classes)
-        shown = first + second
+        picked = rng.choice(len(drawn[1]), classes, replace=False)
+        shown = first + second + [drawn[1][i] for i in picked]
         # Blurred by up to a pixel, as pictures that a small model draws are.
-        pixels = np.stack([blurred(world.compose(p, rng), rng.uniform(0, 1)) for p in shown])
+        pixels = np.stack(
+            [blurred(world.compose(p, rng), rng.uniform(0, 1)) for p in first + second]
+            + [drawn[0][i] for i in picked]
+        )
         jitter = rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, (len(pixels), 1, 1, 3))
         pixels = (pixels + jitter).clip(0, 255).astype(np.uint8)
         images = embed_images(model, pixels)
@@ -131,10 +145,10 @@ def train(
         # A true caption scores the same whatever the drawing looks like, so that the adherence of
         # two models' pictures compares.
         even = (((images * texts).sum(-1) - TRUE_COSINE) ** 2).mean()
-        one, other = images.chunk(2)
+        one, other = images[: len(first)], images[len(first) : len(first + second)]
         labels = torch.arange(len(one))
         drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
-        return match + 0.5 * drawing + 20 * even
+        return match + 0.5 * drawing + 40 * even
 
     return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
 

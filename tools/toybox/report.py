@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification
 
 from dreambooth_lib import families
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.plots import grid
+from dreambooth_lib.pages import grid
 from dreambooth_lib.sampling import draw
 from tools.toybox import autoencoder, classifier, drawings, judge
 from tools.toybox.tokenizer import IDENTIFIERS

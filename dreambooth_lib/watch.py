@@ -1,0 +1,196 @@
+"""A model watched while it is tuned: the same pictures every few steps, and how they score.
+
+RUN/watch.jsonl              a row a look, step 0 being the frozen base
+RUN/watch/000100/...png      its pictures: subject-0.png, class-0.png, unrelated-0.png
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_lib import families, metrics
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.encoders import Encoder
+from dreambooth_lib.families.base import Family
+from dreambooth_lib.heldout import HeldOut
+from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.sampling import draw
+from dreambooth_lib.weights import Trainable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: Prompts of the pictures that are scored; {} is the identifier, {noun} the class noun.
+PROMPTS = ("a {} {noun} on the beach", "a {} {noun} in the snow", "a {} {noun} in the forest",
+           "a {} {noun} in space")  # fmt: skip
+UNRELATED = ("a car in the city", "a clock on a wooden table")  # the second for cars
+CLASS_SEED = 10_000  #: of the first class picture: no training draws its own from there
+JUDGE = families.BUNDLED / "toybox" / "judge"
+
+
+@dataclass(frozen=True)
+class View:
+    """What is drawn at each look; looks compare if their views are equal."""
+
+    seeds: int = 1  #: pictures of each of :data:`PROMPTS`, seeds 0, 1, ...
+    class_pictures: int = 6  #: of the class prompt, seeds from CLASS_SEED on
+    unrelated: int = 1
+    inference_steps: int = 12
+    guidance_scale: float = 5.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """One model's pictures; those in the same place of two looks have the same seed."""
+
+    subject: "list[Image.Image]"
+    of_class: "list[Image.Image]"
+    unrelated: "list[Image.Image]"
+    prompts: list[str]  #: of the subject's pictures, one each
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one look found; measures as in :mod:`dreambooth_lib.metrics`."""
+
+    step: int
+    subject_fidelity: float
+    reference_fidelity: float  #: of the photos among themselves: the ceiling; 1 for one photo
+    prompt_adherence: float
+    class_diversity: float
+    prior_drift: float
+    unrelated_drift: float  #: the same of a prompt that has nothing to do with the subject
+    held_out: dict[str, list[float]]  #: loss by timestep bin, see :mod:`dreambooth_lib.heldout`
+    seconds: float  #: what the look cost
+
+
+def judge(config: TrainConfig, device: object = "cpu") -> Encoder:
+    """The encoder that scores a run's pictures. Raises as :class:`Encoder` does."""
+    return Encoder(JUDGE if config.judge == "toybox" else config.judge, device)  # type: ignore
+
+
+def fill_prompt(prompt: str, subject: Subject) -> str:
+    return prompt.replace("{noun}", subject.class_noun).replace("{}", subject.identifier)
+
+
+def look(family: Family, subject: Subject, view: View) -> Look:
+    """Draw a view's pictures."""
+    asked = [fill_prompt(p, subject) for p in PROMPTS for _ in range(view.seeds)]
+    unrelated = UNRELATED[subject.class_noun == "car"]
+    wanted = [(prompt, place % view.seeds) for place, prompt in enumerate(asked)]
+    wanted += [(subject.class_prompt, CLASS_SEED + i) for i in range(view.class_pictures)]
+    wanted += [(unrelated, CLASS_SEED + i) for i in range(view.unrelated)]
+    images = []
+    for start in range(0, len(wanted), 8):
+        part = wanted[start : start + 8]
+        images += draw(family, part, view.inference_steps, view.guidance_scale)
+    ends = (len(asked), len(asked) + view.class_pictures)
+    return Look(images[: ends[0]], images[ends[0] : ends[1]], images[ends[1] :], asked)
+
+
+def score(
+    encoder: Encoder,
+    photos: "list[Image.Image]",
+    subject: Subject,
+    seen: Look,
+    before: Look,
+) -> dict[str, float]:
+    """The measures of :func:`metrics.evaluate`, ``before`` being the frozen base's look."""
+    scores = metrics.evaluate(
+        encoder, photos, seen.subject, seen.prompts, seen.of_class, subject.identifier,
+        before.of_class,
+    )  # fmt: skip
+    if seen.unrelated:
+        one, other = encoder.images(before.unrelated), encoder.images(seen.unrelated)
+        scores["unrelated_drift"] = metrics.prior_drift(one, other)
+    return scores
+
+
+class Watch:
+    """Looks at a run in training, on disk as said above. A run keeps the view that it began with.
+
+    ``photos`` are all of the subject's, those held out of training too.
+    """
+
+    def __init__(self, run: Run, photos: "list[Image.Image]", held_out: HeldOut, encoder: Encoder):
+        from dreambooth_lib.state import replace_file
+
+        self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
+        file = run.folder / "watch" / "view.json"
+        if not file.exists():
+            view = View(guidance_scale=run.config.guidance_scale)
+            replace_file(file, json.dumps(asdict(view)).encode())
+        self.view = View(**json.loads(file.read_text()))
+        self.reference = 1.0
+        if len(photos) > 1:
+            self.reference = metrics.reference_fidelity(encoder.images(photos))
+
+    def look(self, step: int, model: Trainable, family: Family) -> Watched:
+        """Draw and score the model as it is now, and write both down."""
+        began = time.perf_counter()
+        subject = self.run.config.subject
+        training = model.training
+        model.eval()
+        seen = look(family, subject, self.view)
+        losses = self.held_out.losses(model)
+        model.train(training)
+        before = drawn(self.run, 0) if step else seen
+        scores = score(self.encoder, self.photos, subject, seen, before)
+        self._save(step, seen)
+        found = Watched(
+            step=step,
+            reference_fidelity=self.reference,
+            held_out=losses,
+            seconds=time.perf_counter() - began,
+            **scores,
+        )
+        self.run.append("watch", asdict(found))
+        return found
+
+    def _save(self, step: int, seen: Look) -> None:
+        from dreambooth_lib.state import save_png
+
+        kinds = {"subject": seen.subject, "class": seen.of_class, "unrelated": seen.unrelated}
+        for kind, images in kinds.items():
+            for number, image in enumerate(images):
+                save_png(image, folder(self.run, step) / f"{kind}-{number}.png")
+
+
+def folder(run: Run, step: int) -> Path:
+    """Where the pictures of one look lie."""
+    return run.folder / "watch" / f"{step:06d}"
+
+
+def drawn(run: Run, step: int) -> Look:
+    """The pictures of one look, from disk. Raises ``RunError`` where there was none."""
+    from PIL import Image
+
+    place = folder(run, step)
+    if not place.exists():
+        raise RunError(f"{run.folder} was not looked at in step {step}; see watch.history(run).")
+
+    def images(kind: str) -> "list[Image.Image]":
+        count = len(list(place.glob(f"{kind}-*.png")))
+        found = []
+        for number in range(count):
+            with Image.open(place / f"{kind}-{number}.png") as image:
+                found.append(image.convert("RGB"))
+        return found
+
+    subject = run.config.subject
+    pictures = images("subject")
+    each = len(pictures) // len(PROMPTS)
+    prompts = [fill_prompt(p, subject) for p in PROMPTS for _ in range(each)]
+    return Look(pictures, images("class"), images("unrelated"), prompts)
+
+
+def history(run: Run) -> list[Watched]:
+    """Every look so far, the frozen base's first."""
+    return [Watched(**row) for row in run.rows("watch")]
+
+
+def share(run: Run) -> float:
+    """Seconds spent on looks, as a share of those spent on updates."""
+    return sum(row.seconds for row in history(run)) / sum(row["seconds"] for row in run.log())
