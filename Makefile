@@ -15,7 +15,7 @@ test: $(VENV)/ready  ## the whole test suite
 figures: $(VENV)/ready  ## every bundled subject, with and without the prior
 	$(RUN) -m dreambooth_lib figures
 
-bench: $(VENV)/ready  ## seconds a step beside the U-Net alone, into outputs/bench.json
+bench: $(VENV)/ready  ## a step beside the U-Net alone, an evaluation's pace: outputs/bench.json
 	$(RUN) -m tools.bench
 
 base: $(VENV)/ready  ## make data/toybox anew (hours)

@@ -54,12 +54,16 @@ class Batches:
         subject = config.subject
         #: For each kind, instance first: its latents and its prompts, picture by picture.
         self.kinds = [
-            (LatentCache(photos, family, config, resolution, folder), [p.caption or prompt for p in photos])
+            (
+                LatentCache(photos, family, config, resolution, folder),
+                [photo.caption or prompt for photo in photos],
+            )
             for photos, prompt in (
-                (instance, subject.instance_prompt), (classes, subject.class_prompt)
+                (instance, subject.instance_prompt),
+                (classes, subject.class_prompt),
             )
             if photos
-        ]  # fmt: skip
+        ]
         self.cond: Cond | None = None
         if not config.train_text_encoder:
             distinct = sorted({prompt for _, prompts in self.kinds for prompt in prompts} | {""})

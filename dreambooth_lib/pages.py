@@ -1,4 +1,4 @@
-"""Pages of pictures to judge a run by eye: contact sheet, grid, best and worst, a study's matrix."""
+"""Pages of pictures to judge a run by eye: contact sheet, grid, best and worst, a matrix."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -125,9 +125,7 @@ def heat_map(
     return figure
 
 
-def front(
-    rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = None
-) -> "Figure":
+def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = None) -> "Figure":
     """Fidelity against drift, a colour a value of ``by``, and the front that nothing beats."""
     from matplotlib.figure import Figure
 
@@ -177,5 +175,3 @@ def _write_png(path: str | Path | None, save: Callable[..., Any]) -> None:
         buffer = io.BytesIO()
         save(buffer, format="png")
         replace_file(path, buffer.getvalue())
-
-

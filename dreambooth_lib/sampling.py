@@ -48,10 +48,11 @@ def sample(
 ) -> list[Sample]:
     """Every prompt with every seed, prompts outermost.
 
-    ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a base as in ``TrainConfig.base``. Each
-    picture's noise comes from its seed alone, whatever the batch size; the same seed is the same
-    noise in base and tuned model. Without a ``guidance_scale`` it is the run's or the base's, as
-    ``TrainConfig.guidance_scale`` says. Raises :class:`RunError` for a run that has not finished.
+    ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a
+    base as in ``TrainConfig.base``. Each picture's noise comes from its seed alone, whatever the
+    batch size; the same seed is the same noise in base and tuned model. Without a
+    ``guidance_scale`` it is the run's or the base's, as ``TrainConfig.guidance_scale`` says. Raises
+    :class:`RunError` for a run that has not finished.
     """
     subject = source.config.subject if isinstance(source, Run) else None
     if guidance_scale is None:
@@ -102,12 +103,14 @@ def load_source(source: "Run | Family | str", at: int | None = None) -> "Family"
 
     if not isinstance(source, Run | str):
         return source
-    if isinstance(source, Run) and at is None and not (source.pipeline / "model_index.json").exists():
-        raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
-    if isinstance(source, Run) and at is not None:
+    if isinstance(source, str):
+        family = families.load(source)
+    elif at is not None:
         family = restored(source, at)
+    elif (source.pipeline / "model_index.json").exists():
+        family = families.load(str(source.folder))
     else:
-        family = families.load(str(source.folder) if isinstance(source, Run) else source)
+        raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         family.pipeline.to("cuda", torch.bfloat16 if bf16 else torch.float16)

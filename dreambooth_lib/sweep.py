@@ -24,8 +24,8 @@ from dreambooth_lib.watch import View, Watched
 VIEW = View(seeds=4, class_pictures=12, unrelated=1, inference_steps=25)
 #: A table's columns after the settings: standing by the rule of ``choice``, then what it is of.
 MEASURES = ("standing", "subject_fidelity", "reference_fidelity", "prompt_adherence",
-            "base_adherence", "class_diversity", "base_diversity", "prior_drift",
-            "unrelated_drift")  # fmt: skip
+            "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
+            "base_pres", "unrelated_drift")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,20 +143,21 @@ def table(
     for name, config in configs.items():
         if not (Path(folder) / name / "config.toml").exists():
             continue
-        base, *looks = watch.history(runs.resume(Path(folder) / name)) or [None]
+        looks = watch.history(runs.resume(Path(folder) / name))
         of_cell = {"cell": name} | {field: getattr(config, field) for field in varied}
-        for seen in looks:
-            if base is not None and seen.step in steps:
-                rows.append(of_cell | {"step": seen.step} | measures(seen, base))
+        for seen in looks[1:]:
+            if seen.step in steps:
+                rows.append(of_cell | {"step": seen.step} | measures(seen, looks[0]))
     return rows
 
 
 def measures(seen: Watched, base: Watched) -> dict[str, float]:
     """A look's figures beside the base's, in the order of :data:`MEASURES`."""
     values = (
-        choice.standing(choice.shares_of(seen, base)), seen.subject_fidelity, seen.reference_fidelity,
+        choice.standing(choice.shares_of(seen, base)),
+        seen.subject_fidelity, seen.reference_fidelity,
         seen.prompt_adherence, base.prompt_adherence, seen.class_diversity, base.class_diversity,
-        seen.prior_drift, seen.unrelated_drift,
+        seen.prior_drift, seen.pres, base.pres, seen.unrelated_drift,
     )  # fmt: skip
     return dict(zip(MEASURES, values, strict=True))
 

@@ -149,9 +149,8 @@ class Trainer:
         if not config.watch_every:
             return instance, classes
         photos = [photo.image for photo in instance]
-        held, spared = [], min(ROWS, len(classes) // 8)
-        if config.hold_out:
-            instance, held = hold_out(instance)
+        spared = min(ROWS, len(classes) // 8)
+        instance, held = hold_out(instance) if config.hold_out else (instance, [])
         kinds = {"subject": held, "class": classes[len(classes) - spared :]}
         if self.accelerator.is_main_process:
             rows = HeldOut(config, self.family, kinds)

@@ -32,13 +32,17 @@ JUDGE = families.BUNDLED / "toybox" / "judge"
 
 @dataclass(frozen=True)
 class View:
-    """What is drawn at each look; looks compare if their views are equal."""
+    """What is drawn at each look; looks compare if their views are equal.
 
-    seeds: int = 1  #: pictures of each of :data:`PROMPTS`, seeds 0, 1, ...
-    class_pictures: int = 6  #: of the class prompt, seeds from CLASS_SEED on
+    The eight pictures of the default are one batch.
+    """
+
+    seeds: int = 1  #: pictures of each of :data:`PROMPTS`
+    class_pictures: int = 3  #: of the class prompt
     unrelated: int = 1
-    inference_steps: int = 12
+    inference_steps: int = 10
     guidance_scale: float = 5.0
+    first_seed: int = 0  #: of the prompts' pictures; class pictures begin CLASS_SEED after it
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Watched:
     prompt_adherence: float
     class_diversity: float
     prior_drift: float
+    pres: float  #: of class pictures with the photos: how much of the subject leaked (PRES)
     unrelated_drift: float  #: the same of a prompt that has nothing to do with the subject
     held_out: dict[str, list[float]]  #: loss by timestep bin, see :mod:`dreambooth_lib.heldout`
     seconds: float  #: what the look cost
@@ -79,9 +84,10 @@ def look(family: Family, subject: Subject, view: View) -> Look:
     """Draw a view's pictures."""
     asked = [fill_prompt(p, subject) for p in PROMPTS for _ in range(view.seeds)]
     unrelated = UNRELATED[subject.class_noun == "car"]
-    wanted = [(prompt, place % view.seeds) for place, prompt in enumerate(asked)]
-    wanted += [(subject.class_prompt, CLASS_SEED + i) for i in range(view.class_pictures)]
-    wanted += [(unrelated, CLASS_SEED + i) for i in range(view.unrelated)]
+    first, of_class = view.first_seed, view.first_seed + CLASS_SEED
+    wanted = [(prompt, first + place % view.seeds) for place, prompt in enumerate(asked)]
+    wanted += [(subject.class_prompt, of_class + i) for i in range(view.class_pictures)]
+    wanted += [(unrelated, of_class + i) for i in range(view.unrelated)]
     images = []
     for start in range(0, len(wanted), 8):
         part = wanted[start : start + 8]
@@ -97,11 +103,16 @@ def score(
     seen: Look,
     before: Look,
 ) -> dict[str, float]:
-    """The measures of :func:`metrics.evaluate`, ``before`` being the frozen base's look."""
+    """The measures of :func:`metrics.evaluate`, PRES and what an unrelated prompt lost.
+
+    ``before`` is the frozen base's look.
+    """
     scores = metrics.evaluate(
         encoder, photos, seen.subject, seen.prompts, seen.of_class, subject.identifier,
         before.of_class,
     )  # fmt: skip
+    of_class = encoder.images(seen.of_class)
+    scores["pres"] = metrics.subject_fidelity(of_class, encoder.images(photos))
     if seen.unrelated:
         one, other = encoder.images(before.unrelated), encoder.images(seen.unrelated)
         scores["unrelated_drift"] = metrics.prior_drift(one, other)

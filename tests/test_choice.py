@@ -15,7 +15,8 @@ from dreambooth_lib.watch import Watched
 def row(step: int, fidelity: float, adherence: float = 0.5, drift: float = 0.0) -> Watched:
     return Watched(
         step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=adherence,
-        class_diversity=0.5, prior_drift=drift, unrelated_drift=0.0, held_out={}, seconds=1.0,
+        class_diversity=0.5, prior_drift=drift, unrelated_drift=0.0, pres=0.3, held_out={},
+        seconds=1.0,
     )  # fmt: skip
 
 

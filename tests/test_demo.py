@@ -31,7 +31,8 @@ def test_the_demo_writes_its_pictures_and_figures(tuned):
     assert set(row["seconds"]) == {"prior", "train", "sample", "total"}
     assert {"name", "seeds", "steps", "peak_memory_mb", "reference_fidelity"} <= set(row)
     for name in ("base", "tuned"):
-        measures = {"subject_fidelity", "prompt_adherence", "class_diversity", "prior_drift"}
+        measures = {"subject_fidelity", "prompt_adherence", "class_diversity", "prior_drift",
+                    "pres"}  # fmt: skip
         assert set(row[name]) == measures
     assert row["base"]["prior_drift"] == pytest.approx(0, abs=1e-6)
 

@@ -185,8 +185,8 @@ def test_extremes_are_the_best_the_middle_and_the_worst() -> None:
 
 
 def test_a_matrix_has_its_rows_down_and_its_columns_across() -> None:
-    page = pages.matrix(["λ 0", "λ 1"], ["step 100", "step 200"],
-                        [[solids(2, 0), solids(2, 2)], [solids(2, 4), solids(2, 6)]], "study")  # fmt: skip
+    cells = [[solids(2, 0), solids(2, 2)], [solids(2, 4), solids(2, 6)]]
+    page = pages.matrix(["λ 0", "λ 1"], ["step 100", "step 200"], cells, "study")
     boxes = [box(page, index) for index in range(8)]
     assert len({b[1] for b in boxes[:4]}) == 1 and len({b[1] for b in boxes[4:]}) == 1
     assert boxes[0][1] < boxes[4][1], "the second row is below the first"

@@ -69,7 +69,7 @@ def test_losses_names_wrong_logs() -> None:
 def seen(step: int, fidelity: float, drift: float) -> Watched:
     return Watched(
         step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=0.5,
-        class_diversity=0.4, prior_drift=drift, unrelated_drift=0.01, seconds=1.0,
+        class_diversity=0.4, prior_drift=drift, unrelated_drift=0.01, pres=0.3, seconds=1.0,
         held_out={"subject": [0.4 - step / 1000, 0.5], "class": [0.3, 0.4]},
     )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Studies: the grid, the table, going on after a stop, failures, and two dask workers."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

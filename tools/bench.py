@@ -1,22 +1,31 @@
-"""``make bench``: what a training step costs beside the U-Net alone, into ``outputs/bench.json``.
+"""``make bench``: a training step beside the U-Net alone, an evaluation's pace and memory.
 
-Both are timed in turn in one process, so that a slow moment of the machine hits both.
+Into ``outputs/bench.json``. Step and U-Net are timed in turn in one process, so that a slow moment
+of the machine hits both.
 """
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
+from PIL import Image
 
 from dreambooth_lib import runs
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.demo import bundled_subjects
+from dreambooth_lib.demo import BUNDLED_SUBJECTS, bundled_subjects
+from dreambooth_lib.dreambench import Protocol, draw_all, load_benchmark
+from dreambooth_lib.encoders import Encoder, of_files
+from dreambooth_lib.evaluation import score
 from dreambooth_lib.training import Trainer
+from dreambooth_lib.watch import JUDGE
 
 ROUNDS, WARMUP = 30, 3
 
@@ -39,6 +48,7 @@ def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
     config = TrainConfig(
         subject=bundled_subjects()[0], batch_size=batch_size, optimizer=optimizer,
         class_pictures=8, prior_inference_steps=2, steps=10_000, checkpoint_every=10_000,
+        watch_every=0,
     )  # fmt: skip
     trainer = Trainer(runs.start(config, folder / f"{optimizer}-{batch_size}"))
     steps, alone = [], []
@@ -58,6 +68,47 @@ def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
     }
 
 
+def evaluation(folder: Path) -> dict[str, float]:
+    """Pictures a second through the paper's protocol, and what four times as many cost in memory.
+
+    ``drawn``: by the embedded base, 25 steps. ``embedded``: from files, by the judge. ``scored``:
+    from kept embeddings to a table's rows.
+    """
+    bundled = load_benchmark(BUNDLED_SUBJECTS)
+    one = replace(bundled, subjects=bundled.subjects[:1])
+    protocol = Protocol(pictures=2, class_pictures=8)
+    methods = {"base": lambda _: "toybox"}
+    began = time.perf_counter()
+    for at in draw_all(one, methods, folder, protocol):
+        drawn = at.total
+    drawn_in = time.perf_counter() - began
+    encoder = Encoder(JUDGE)
+    rng = np.random.default_rng(0)
+    files = [folder / f"noise{i}.png" for i in range(2048)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
+    began = time.perf_counter()
+    of_files(encoder, files[:512], folder / "kept")
+    embedded_in = time.perf_counter() - began
+    before = peak_mb()
+    of_files(encoder, files, folder / "kept")
+    grown = peak_mb() - before
+    list(score(one, methods, folder, {"judge": encoder}, protocol))
+    began = time.perf_counter()
+    rows = list(score(one, methods, folder, {"judge": encoder}, protocol))
+    assert rows
+    return {
+        "drawn_per_second": drawn / drawn_in,
+        "embedded_per_second": 512 / embedded_in,
+        "scored_per_second": drawn / (time.perf_counter() - began),
+        "mb_more_for_2048_pictures_than_for_512": grown,
+    }
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def import_seconds() -> float:
     """The median time of ``import dreambooth_lib`` in processes of their own."""
     code = (
@@ -71,7 +122,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = [(1, "adamw"), (2, "adamw"), (1, "adamw8bit")]
         training = [measure(size, name, Path(folder)) for size, name in settings]
-    figures = {"import_seconds": import_seconds(), "training": training}
+        of_evaluation = evaluation(Path(folder) / "evaluation")
+    figures = {
+        "import_seconds": import_seconds(),
+        "training": training,
+        "evaluation": of_evaluation,
+    }
     Path("outputs").mkdir(exist_ok=True)
     Path("outputs/bench.json").write_text(json.dumps(figures, indent=2))
     print(json.dumps(figures, indent=2))
