@@ -71,7 +71,8 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(
 
 @pytest.mark.slow
 def test_two_dask_workers_make_the_same_table(config: TrainConfig, tmp_path: Path) -> None:
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     configs = grid(config, prior_weight=[0.0, 0.5, 1.0])
     run(configs, tmp_path / "here")
     with (

@@ -1,0 +1,220 @@
+"""What ``docs/studies`` says, measured: ``python -m tools.studies NAME --out outputs/studies``.
+
+    grid       lambda x steps on each bundled subject: table, heat map, front, contact sheet
+    choice     training far past its best: is the checkpoint that the rule picks the best one?
+    auto       what is picked on a subject left alone, beside the best of its grid
+    ablations  the paper's ablations in miniature, five seeds
+
+Every part goes on where it was stopped. Cells run on ``--workers`` processes of one thread each,
+with ``--dask`` on a local cluster of dask's; the tables are the same.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+from dreambooth_lib import choice, families, pages, plots, runs, watch, weights
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.demo import bundled_subjects
+from dreambooth_lib.pictures import read_pictures
+from dreambooth_lib.state import replace_file, save_png
+from dreambooth_lib.sweep import VIEW, grid, recommend, sweep, table
+from dreambooth_lib.tables import to_csv
+from dreambooth_lib.training import train
+
+LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
+STEPS = (100, 200, 300, 400, 500)
+OTHER_SEEDS = 1000  # the first of pictures that no choice was made by
+SEEDS = 5  # trainings of each ablation
+STUDENT_T = (12.706, 4.303, 3.182, 2.776)  # the 97.5% quantile of 1 to 4 degrees of freedom
+
+
+@contextmanager
+def workers(count: int, dask: bool) -> Iterator[Executor]:
+    if dask:
+        from distributed import Client, LocalCluster
+
+        with (
+            LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client.get_executor()
+    else:
+        # Started anew, since a fork would take torch's threads with it half alive.
+        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as executor:
+            yield executor
+
+
+def run(
+    configs: Mapping[str, TrainConfig], folder: Path, steps: Sequence[int], executor: Executor
+) -> list[dict]:
+    for at in sweep(configs, folder, steps, VIEW, executor, threads=1):
+        print(f"{at.done} of {at.total}: {at.cell} {at.error or ''}", flush=True)
+    return table(configs, folder, steps)
+
+
+def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
+    configs = grid(TrainConfig(subject=subject), prior_weight=LAMBDAS)
+    folder = out / subject.name
+    rows = run(configs, folder, STEPS, executor)
+    plots.heat_map(rows, "step", "prior_weight", path=folder / "heat_map.png")
+    plots.front(rows, "prior_weight", folder / "front.png")
+    cells = [
+        [
+            (seen := watch.drawn(runs.resume(folder / name), step)).subject[:2] + seen.of_class[:1]
+            for step in STEPS
+        ]
+        for name in configs
+    ]
+    rows_named = [f"λ {config.prior_weight:g}" for config in configs.values()]
+    columns = [f"step {step}" for step in STEPS]
+    title = f"{subject.name}: two pictures of the subject and one of the class"
+    save_png(pages.matrix(rows_named, columns, cells, title), folder / "sheet.png")
+    print(recommend(rows).reason)
+    return rows
+
+
+def overtrain(subject: Subject, folder: Path) -> list[dict]:
+    """One run of four times the default steps, every checkpoint scored on seeds of its own."""
+    torch.set_num_threads(1)
+    config = TrainConfig(subject=subject)
+    config = config.replace(steps=4 * config.steps, checkpoints_kept=10_000)
+    started = (folder / "config.toml").exists()
+    one = runs.resume(folder) if started else runs.start(config, folder)
+    if not (one.pipeline / "model_index.json").exists():
+        for _ in train(one):
+            pass
+    view = replace(VIEW, first_seed=OTHER_SEEDS, guidance_scale=config.guidance_scale)
+    photos = [photo.image for photo in read_pictures(subject.pictures)]
+    encoder = watch.judge(config)
+    before = watch.look(families.load(config.base), subject, view)
+    base = watch.score(encoder, photos, subject, before, before)
+    found = []
+    for seen in watch.history(one)[1:]:
+        file = folder / "other_seeds" / f"{seen.step:06d}.json"
+        if not file.exists():
+            drawn = watch.look(weights.restored(one, seen.step), subject, view)
+            scores = watch.score(encoder, photos, subject, drawn, before)
+            replace_file(file, json.dumps(scores).encode())
+        scores = json.loads(file.read_text())
+        shares = choice.shares(
+            scores["subject_fidelity"], seen.reference_fidelity, scores["prompt_adherence"],
+            base["prompt_adherence"], scores["prior_drift"],
+        )  # fmt: skip
+        row = {"subject": subject.name, "step": seen.step, "standing": choice.standing(shares)}
+        found.append(row | scores)
+    return found
+
+
+def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
+    futures = [executor.submit(overtrain, s, out / s.name) for s in subjects]
+    lines = ["| subject | chosen | its standing | best step | its standing | of the best | last |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for subject, future in zip(subjects, futures, strict=True):
+        rows = future.result()
+        one = runs.resume(out / subject.name)
+        replace_file(out / f"{subject.name}.csv", to_csv(rows).encode())
+        plots.watched(watch.history(one), out / f"{subject.name}.png")
+        found = choice.best_checkpoint(one)
+        by_step = {row["step"]: row["standing"] for row in rows}
+        best, last = max(by_step, key=lambda step: by_step[step]), max(by_step)
+        lines.append(
+            f"| {subject.name} | {found.step} | {by_step[found.step]:.3f} | {best} "
+            f"| {by_step[best]:.3f} | {by_step[found.step] / by_step[best]:.1%} "
+            f"| {last}: {by_step[last]:.3f} |"
+        )
+        print(found.reason, flush=True)
+    replace_file(out / "choice.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+
+
+def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
+    """What the paper's ablations vary, one thing each; all five photos are trained on."""
+    plain = TrainConfig(subject=subject, hold_out=False)
+
+    def of_subject(**changes: str) -> TrainConfig:
+        return plain.replace(subject=replace(subject, **changes))
+
+    photos = sorted(Path(subject.pictures).glob("*.png"))
+    fewer = {}
+    for count in (1, 2, 3):
+        place = folder / f"{count}-photos"
+        place.mkdir(parents=True, exist_ok=True)
+        for photo in photos[:count]:
+            shutil.copy(photo, place)
+        fewer[f"{count} photos"] = of_subject(pictures=str(place))
+    return {
+        "default": plain,
+        "no prior": plain.replace(prior_weight=0.0),
+        "8 class pictures": plain.replace(class_pictures=8),
+        "16 class pictures": plain.replace(class_pictures=16),
+        "wrong class noun": of_subject(class_noun="teapot"),
+        "no class noun": plain.replace(
+            subject=replace(subject, identifier="hta", class_noun="ohwx"), prior_weight=0.0
+        ),
+        "common identifier": of_subject(identifier="purple"),
+        **fewer,
+        "text encoder too": plain.replace(train_text_encoder=True),
+    }
+
+
+def study_ablations(subject: Subject, out: Path, executor: Executor) -> None:
+    kinds = ablations(subject, out / "photos")
+    configs = {
+        f"{name.replace(' ', '-')}-seed{seed}": config.replace(seed=seed)
+        for seed in range(SEEDS)
+        for name, config in kinds.items()
+    }
+    end = [kinds["default"].steps]
+    rows = run(configs, out, end, executor)
+    shown = ("subject_fidelity", "prompt_adherence", "class_diversity", "pres", "prior_drift")
+    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in shown)} |",
+             f"|---|{'---|' * len(shown)}"]  # fmt: skip
+    for name in kinds:
+        own = [row for row in rows if row["cell"].rpartition("-")[0] == name.replace(" ", "-")]
+        if own:
+            cells = [interval([row[measure] for row in own]) for measure in shown]
+            lines.append(f"| {name} ({len(own)}) | {' | '.join(cells)} |")
+    replace_file(out / "ablations.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean and its 95% interval by Student's t."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = STUDENT_T[len(values) - 2] * stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=("grid", "choice", "auto", "ablations"))
+    parser.add_argument("--subjects", nargs="+", help="all bundled ones if left out")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dask", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("outputs/studies"))
+    given = parser.parse_args()
+    subjects = [s for s in bundled_subjects() if not given.subjects or s.name in given.subjects]
+    with workers(given.workers, given.dask) as executor:
+        if given.study == "grid":
+            for subject in subjects:
+                study_grid(subject, given.out / "grid", executor)
+        elif given.study == "choice":
+            study_choice(subjects, given.out / "choice", executor)
+        else:
+            study_ablations(subjects[0], given.out / "ablations", executor)
+
+
+if __name__ == "__main__":
+    main()
