@@ -251,3 +251,10 @@ def test_the_prompts_are_the_papers() -> None:
     assert subject.class_prompt == "a dog"
     assert subject.token == "zwx dog"
     assert subject.name == "rex"
+
+
+def test_auto_lets_the_looks_choose_the_step() -> None:
+    config = TrainConfig.auto(DOG, seed=4)
+    assert (config.prior_weight, config.steps, config.early_stop, config.seed) == (1, 750, True, 4)
+    assert TrainConfig.auto(DOG, "some/base").steps == 1500
+    assert TrainConfig.auto(DOG, steps=90).steps == 90

@@ -137,6 +137,46 @@ def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> 
     print("\n".join(lines))
 
 
+def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
+    """``TrainConfig.auto`` on one subject: its standing in the grid's view, its step, its updates."""
+    torch.set_num_threads(1)
+    config = TrainConfig.auto(subject)
+    started = (folder / "config.toml").exists()
+    one = runs.resume(folder) if started else runs.start(config, folder)
+    if not (one.pipeline / "model_index.json").exists():
+        for _ in train(one):
+            pass
+    view = replace(VIEW, guidance_scale=config.guidance_scale)
+    photos = [photo.image for photo in read_pictures(subject.pictures)]
+    looks = [watch.look(families.load(where), subject, view) for where in
+             (config.base, str(one.folder))]  # fmt: skip
+    encoder = watch.judge(config)
+    base, scores = (watch.score(encoder, photos, subject, seen, looks[0]) for seen in looks)
+    shares = choice.shares(
+        scores["subject_fidelity"], watch.history(one)[0].reference_fidelity,
+        scores["prompt_adherence"], base["prompt_adherence"], scores["prior_drift"],
+    )  # fmt: skip
+    return choice.standing(shares), choice.best_checkpoint(one).step, one.log()[-1]["step"]
+
+
+def study_auto(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
+    futures = [executor.submit(left_alone, s, out / "auto" / s.name) for s in subjects]
+    lines = ["| subject | auto | its standing | best of the grid | its standing | of the best "
+             "| updates of the grid's |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for subject, future in zip(subjects, futures, strict=True):
+        rows = study_grid(subject, out / "grid", executor)
+        stands, step, updates = future.result()
+        best = max(rows, key=lambda row: row["standing"])
+        share = updates / (len(LAMBDAS) * max(STEPS))
+        lines.append(
+            f"| {subject.name} | λ 1, step {step} | {stands:.3f} | λ {best['prior_weight']:g}, step "
+            f"{best['step']} | {best['standing']:.3f} | {stands / best['standing']:.1%} "
+            f"| {share:.0%} |"
+        )
+    replace_file(out / "auto" / "auto.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+
+
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     """What the paper's ablations vary, one thing each; all five photos are trained on."""
     plain = TrainConfig(subject=subject, hold_out=False)
@@ -212,6 +252,8 @@ def main() -> None:
                 study_grid(subject, given.out / "grid", executor)
         elif given.study == "choice":
             study_choice(subjects, given.out / "choice", executor)
+        elif given.study == "auto":
+            study_auto(subjects, given.out, executor)
         else:
             study_ablations(subjects[0], given.out / "ablations", executor)
 

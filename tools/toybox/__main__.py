@@ -25,7 +25,7 @@ from tools.toybox.tokenizer import save_tokenizer
 from tools.toybox.world import Picture, World
 
 #: Optimizer updates of each training, for the shipped weights.
-STEPS = {"autoencoder": 3600, "classifier": 600, "diffusion": 5200, "judge": 2300}
+STEPS = {"autoencoder": 3600, "classifier": 600, "diffusion": 5200, "judge": 2800}
 BANK = 24_000  # composites encoded once for the diffusion training
 ROUNDS, DRAWN_SEED = 15, 2_000_000  # of every class, the base's pictures that the judge learns from
 

@@ -144,11 +144,11 @@ def train(
         ) / 2
         # A true caption scores the same whatever the drawing looks like, so that the adherence of
         # two models' pictures compares.
-        even = (((images * texts).sum(-1) - TRUE_COSINE) ** 2).mean()
+        even = ((images @ texts.T - TRUE_COSINE)[true > 0] ** 2).mean()
         one, other = images[: len(first)], images[len(first) : len(first + second)]
         labels = torch.arange(len(one))
         drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
-        return match + 0.5 * drawing + 40 * even
+        return match + 0.5 * drawing + 400 * even
 
     return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
 
