@@ -38,6 +38,15 @@ SEEDS = 5  # trainings of each ablation
 STUDENT_T = (12.706, 4.303, 3.182, 2.776)  # the 97.5% quantile of 1 to 4 degrees of freedom
 
 
+def plain(subject: Subject) -> TrainConfig:
+    """What every study varies."""
+    return TrainConfig(subject=subject)
+
+
+def auto(subject: Subject) -> TrainConfig:
+    return TrainConfig.auto(subject)
+
+
 @contextmanager
 def workers(count: int, dask: bool) -> Iterator[Executor]:
     if dask:
@@ -63,7 +72,7 @@ def run(
 
 
 def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
-    configs = grid(TrainConfig(subject=subject), prior_weight=LAMBDAS)
+    configs = grid(plain(subject), prior_weight=LAMBDAS)
     folder = out / subject.name
     rows = run(configs, folder, STEPS, executor)
     plots.heat_map(rows, "step", "prior_weight", path=folder / "heat_map.png")
@@ -86,7 +95,7 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
 def overtrain(subject: Subject, folder: Path) -> list[dict]:
     """One run of four times the default steps, every checkpoint scored on seeds of its own."""
     torch.set_num_threads(1)
-    config = TrainConfig(subject=subject)
+    config = plain(subject)
     config = config.replace(steps=4 * config.steps, checkpoints_kept=10_000)
     started = (folder / "config.toml").exists()
     one = runs.resume(folder) if started else runs.start(config, folder)
@@ -138,9 +147,9 @@ def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> 
 
 
 def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
-    """``TrainConfig.auto`` on one subject: its standing in the grid's view, its step, its updates."""
+    """``TrainConfig.auto``: its standing in the grid's view, its step, the updates it made."""
     torch.set_num_threads(1)
-    config = TrainConfig.auto(subject)
+    config = auto(subject)
     started = (folder / "config.toml").exists()
     one = runs.resume(folder) if started else runs.start(config, folder)
     if not (one.pipeline / "model_index.json").exists():
@@ -169,9 +178,9 @@ def study_auto(subjects: Sequence[Subject], out: Path, executor: Executor) -> No
         best = max(rows, key=lambda row: row["standing"])
         share = updates / (len(LAMBDAS) * max(STEPS))
         lines.append(
-            f"| {subject.name} | λ 1, step {step} | {stands:.3f} | λ {best['prior_weight']:g}, step "
-            f"{best['step']} | {best['standing']:.3f} | {stands / best['standing']:.1%} "
-            f"| {share:.0%} |"
+            f"| {subject.name} | λ 1, step {step} | {stands:.3f} "
+            f"| λ {best['prior_weight']:g}, step {best['step']} | {best['standing']:.3f} "
+            f"| {stands / best['standing']:.1%} | {share:.0%} |"
         )
     replace_file(out / "auto" / "auto.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
@@ -179,10 +188,10 @@ def study_auto(subjects: Sequence[Subject], out: Path, executor: Executor) -> No
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     """What the paper's ablations vary, one thing each; all five photos are trained on."""
-    plain = TrainConfig(subject=subject, hold_out=False)
+    default = plain(subject).replace(hold_out=False)
 
     def of_subject(**changes: str) -> TrainConfig:
-        return plain.replace(subject=replace(subject, **changes))
+        return default.replace(subject=replace(subject, **changes))
 
     photos = sorted(Path(subject.pictures).glob("*.png"))
     fewer = {}
@@ -193,17 +202,17 @@ def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
             shutil.copy(photo, place)
         fewer[f"{count} photos"] = of_subject(pictures=str(place))
     return {
-        "default": plain,
-        "no prior": plain.replace(prior_weight=0.0),
-        "8 class pictures": plain.replace(class_pictures=8),
-        "16 class pictures": plain.replace(class_pictures=16),
+        "default": default,
+        "no prior": default.replace(prior_weight=0.0),
+        "8 class pictures": default.replace(class_pictures=8),
+        "16 class pictures": default.replace(class_pictures=16),
         "wrong class noun": of_subject(class_noun="teapot"),
-        "no class noun": plain.replace(
+        "no class noun": default.replace(
             subject=replace(subject, identifier="hta", class_noun="ohwx"), prior_weight=0.0
         ),
         "common identifier": of_subject(identifier="purple"),
         **fewer,
-        "text encoder too": plain.replace(train_text_encoder=True),
+        "text encoder too": default.replace(train_text_encoder=True),
     }
 
 

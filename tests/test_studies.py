@@ -1,0 +1,71 @@
+"""The studies' way from configs to tables, on a tiny base and in one process."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.watch import View
+from tools import studies
+
+
+class Here(Executor):
+    """Runs at once what is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+@pytest.fixture
+def subject(
+    tiny_sd2: str, photos: str, clip_folder: Path, make_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Subject:  # fmt: skip
+    def plain(subject: Subject) -> TrainConfig:
+        config = make_config(tiny_sd2, photos, judge=str(clip_folder), watch_every=2)
+        return config.replace(subject=subject)
+
+    monkeypatch.setattr(studies, "plain", plain)
+    monkeypatch.setattr(studies, "auto", lambda s: plain(s).replace(steps=6, early_stop=True))
+    monkeypatch.setattr(studies, "VIEW", View(class_pictures=2, inference_steps=2))
+    monkeypatch.setattr(studies, "LAMBDAS", (0.0, 1.0))
+    monkeypatch.setattr(studies, "STEPS", (2, 4))
+    monkeypatch.setattr(studies, "SEEDS", 2)
+    return Subject(photos, "dog", name="rex")
+
+
+def test_auto_is_set_beside_the_best_of_the_grid(subject: Subject, tmp_path: Path) -> None:
+    studies.study_auto([subject], tmp_path, Here())
+    for name in ("table.csv", "heat_map.png", "front.png", "sheet.png"):
+        assert (tmp_path / "grid" / "rex" / name).exists()
+    row = (tmp_path / "auto" / "auto.md").read_text().splitlines()[2]
+    assert row.startswith("| rex | λ 1, step ") and row.endswith("| 75% |"), "6 of 2 x 4 updates"
+
+
+def test_the_choice_is_set_beside_every_checkpoint(subject: Subject, tmp_path: Path) -> None:
+    studies.study_choice([subject], tmp_path, Here())
+    rows = (tmp_path / "rex.csv").read_text().splitlines()
+    assert len(rows) == 1 + 8, "16 steps, a look every 2"
+    assert (tmp_path / "rex.png").exists()
+    assert "| rex | " in (tmp_path / "choice.md").read_text()
+
+
+def test_ablations_differ_in_one_thing_each(subject: Subject, tmp_path: Path) -> None:
+    kinds = studies.ablations(subject, tmp_path)
+    default = kinds.pop("default")
+    for name, config in kinds.items():
+        one, other = default.to_dict(), config.to_dict()
+        changed = {key for key in one if one[key] != other.get(key)}
+        assert len(changed - {"subject", "prior_weight"}) <= 1 and changed, name
+    folders = [Path(kinds[f"{count} photos"].subject.pictures) for count in (1, 2, 3)]
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 2, 3]
+
+
+def test_an_interval_is_students() -> None:
+    assert studies.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.000 ± 1.963"
+    assert studies.interval([2.0]) == "2.000"
