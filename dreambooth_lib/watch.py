@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_lib import families, metrics
-from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import HeldOut
@@ -20,6 +20,7 @@ from dreambooth_lib.sampling import draw
 from dreambooth_lib.weights import Trainable
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 #: Prompts of the pictures that are scored; {} is the identifier, {noun} the class noun.
@@ -27,6 +28,7 @@ PROMPTS = ("a {} {noun} on the beach", "a {} {noun} in the snow", "a {} {noun} i
            "a {} {noun} in space")  # fmt: skip
 UNRELATED = ("a car in the city", "a clock on a wooden table")  # the second for cars
 CLASS_SEED = 10_000  #: of the first class picture: no training draws its own from there
+BATCH_PIXELS = 2 * 512 * 512  #: drawn at a time
 JUDGE = families.BUNDLED / "toybox" / "judge"
 
 
@@ -66,14 +68,23 @@ class Watched:
     class_diversity: float
     prior_drift: float
     pres: float  #: of class pictures with the photos: how much of the subject leaked (PRES)
-    unrelated_drift: float  #: the same of a prompt that has nothing to do with the subject
+    unrelated_drift: float  #: of pictures that have nothing to do with the subject
     held_out: dict[str, list[float]]  #: loss by timestep bin, see :mod:`dreambooth_lib.heldout`
     seconds: float  #: what the look cost
 
 
-def judge(config: TrainConfig, device: object = "cpu") -> Encoder:
-    """The encoder that scores a run's pictures. Raises as :class:`Encoder` does."""
-    return Encoder(JUDGE if config.judge == "toybox" else config.judge, device)  # type: ignore
+def judge(config: TrainConfig, device: "str | torch.device" = "cpu") -> Encoder:
+    """The encoder that scores a run's pictures.
+
+    Raises as :class:`Encoder` does, and ``ConfigError`` for one that does not read prompts.
+    """
+    encoder = Encoder(JUDGE if config.judge == "toybox" else config.judge, device)
+    if not encoder.reads_texts:
+        raise ConfigError(
+            f"judge '{config.judge}' does not read prompts; give a CLIP such as "
+            "openai/clip-vit-base-patch32."
+        )
+    return encoder
 
 
 def fill_prompt(prompt: str, subject: Subject) -> str:
@@ -88,9 +99,11 @@ def look(family: Family, subject: Subject, view: View) -> Look:
     wanted = [(prompt, first + place % view.seeds) for place, prompt in enumerate(asked)]
     wanted += [(subject.class_prompt, of_class + i) for i in range(view.class_pictures)]
     wanted += [(unrelated, of_class + i) for i in range(view.unrelated)]
+    # A look comes on top of what training holds, so large pictures are drawn few at a time.
+    batch = max(1, min(8, BATCH_PIXELS // family.resolution**2))
     images = []
-    for start in range(0, len(wanted), 8):
-        part = wanted[start : start + 8]
+    for start in range(0, len(wanted), batch):
+        part = wanted[start : start + batch]
         images += draw(family, part, view.inference_steps, view.guidance_scale)
     ends = (len(asked), len(asked) + view.class_pictures)
     return Look(images[: ends[0]], images[ends[0] : ends[1]], images[ends[1] :], asked)

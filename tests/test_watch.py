@@ -148,7 +148,11 @@ def test_an_early_stop_ends_with_the_best_weights(
         assert torch.equal(a, b)
 
 
-def test_a_lost_judge_is_named_before_anything_is_trained(started: Callable[..., Run]) -> None:
+def test_a_judge_that_cannot_judge_is_named_before_anything_is_trained(
+    started: Callable[..., Run], dino_folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match="does not read prompts; give a CLIP"):
+        list(train(started("dino", judge=str(dino_folder))))
     with pytest.raises(OSError, match="cannot be read"):
         list(train(started("run", judge="no/such-folder/clip")))
     with pytest.raises(ConfigError, match="watch_every"):
