@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--encoders", nargs="+", help="ids or folders; toybox's judge if none")
     evaluate.add_argument("--pictures", type=int, default=4, help="of each prompt")
     evaluate.add_argument("--steps", type=int, help="of training; the base's default if left out")
+    evaluate.add_argument("--batch-size", type=int, help="the base's default if left out")
     evaluate.add_argument("--class-pictures", type=int, help="the base's default if left out")
     evaluate.add_argument("--judge", help="of the looks on the way; the base's if left out")
     evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
@@ -56,15 +57,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_evaluate(given: argparse.Namespace) -> None:
-    """Train, draw and score whatever is not in the folder yet; a stopped evaluation goes on."""
+    """Train, draw and score whatever is not in the folder yet; a stopped evaluation goes on.
+
+    Under ``accelerate launch`` all processes train each subject together and then share out the
+    subjects to draw; the first one scores.
+    """
+    from accelerate import PartialState
+
     from dreambooth_lib import demo, dreambench, evaluation, pages, tables
     from dreambooth_lib.config import Subject, base_defaults
     from dreambooth_lib.encoders import Encoder
     from dreambooth_lib.state import replace_file, save_png
 
+    state = PartialState()
     if given.download:
-        dreambench.download(given.dataset or "dreambench")
         given.dataset = given.dataset or Path("dreambench")
+        with state.main_process_first():
+            dreambench.download(given.dataset)
     benchmark = dreambench.load_benchmark(given.dataset or demo.BUNDLED_SUBJECTS)
     scale = base_defaults(given.base)["guidance_scale"]
     protocol = dreambench.Protocol(pictures=given.pictures, guidance_scale=scale)
@@ -74,6 +83,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
             subject=subject,
             base=given.base,
             steps=given.steps,
+            batch_size=given.batch_size,
             class_pictures=given.class_pictures,
             judge=given.judge,
         )
@@ -82,8 +92,17 @@ def run_evaluate(given: argparse.Namespace) -> None:
         "base": lambda subject: given.base,
         "dreambooth": dreambench.tuned(given.out / "runs", config),
     }
-    for at in dreambench.draw_all(benchmark, methods, given.out, protocol):
+    for subject in benchmark.subjects:
+        if state.is_main_process:
+            dreambench.started(given.out / "runs", config, subject)
+        state.wait_for_everyone()
+        methods["dreambooth"](subject)
+    rank, processes = state.process_index, state.num_processes
+    for at in dreambench.draw_all(benchmark, methods, given.out, protocol, rank, processes):
         print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
     encoders = {Path(name).name: Encoder(name) for name in given.encoders or [demo.JUDGE]}
     rows = list(evaluation.score(benchmark, methods, given.out, encoders, protocol))
     tables.write_csv(rows, given.out / "scores.csv")

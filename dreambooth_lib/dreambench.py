@@ -88,15 +88,21 @@ def tuned(folder: str | Path, config: Callable[[Subject], TrainConfig]) -> Metho
     """A method that draws from the run in FOLDER/SUBJECT, first training it to its end."""
 
     def method(subject: Subject) -> Run:
-        place = Path(folder) / subject.name
-        started = (place / "config.toml").exists()
-        run = runs.resume(place) if started else runs.start(config(subject), place)
+        run = started(folder, config, subject)
         if not (run.pipeline / "model_index.json").exists():
             for _ in train(run):
                 pass
         return run
 
     return method
+
+
+def started(folder: str | Path, config: Callable[[Subject], TrainConfig], subject: Subject) -> Run:
+    """The run in FOLDER/SUBJECT, made if it is not there yet."""
+    place = Path(folder) / subject.name
+    if (place / "config.toml").exists():
+        return runs.resume(place)
+    return runs.start(config(subject), place)
 
 
 def download(folder: str | Path, url: str = DATASET) -> Path:

@@ -112,6 +112,8 @@ def load_source(source: "Run | Family | str", at: int | None = None) -> "Family"
     else:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
     if torch.cuda.is_available():
+        from accelerate import PartialState
+
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        family.pipeline.to("cuda", torch.bfloat16 if bf16 else torch.float16)
+        family.pipeline.to(PartialState().device, torch.bfloat16 if bf16 else torch.float16)
     return family

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from dreambooth_lib.pictures import DataError
 from dreambooth_lib.tables import read_csv
 from dreambooth_lib.training import train
 
+ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
 SHORT = Protocol(pictures=2, class_pictures=3, steps=1, batch_size=4)
 
@@ -274,7 +276,47 @@ def test_the_command_evaluates_and_goes_on(
     rows = read_csv(tmp_path / "out" / "scores.csv")
     assert {row.method for row in rows} == {"base", "dreambooth", "real pictures"}
     assert {row.encoder for row in rows} == {clip_folder.name, dino_folder.name}
-    main()
+    main()  # as after a stop
     second = capsys.readouterr().out
     assert second.splitlines()[0].startswith("|"), "no picture was drawn again"
     assert second in first
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_does(
+    tmp_path: Path, tiny_sd1: str, clip_folder: Path
+) -> None:
+    data = tmp_path / "data"
+    for name in ("rex", "tom"):
+        save_photos(data / name, 3)
+    (data / "prompts_and_classes.txt").write_text(
+        "subject_name,class,type\nrex,dog,live\ntom,cat,live\n\n"
+        "Live Subject Prompts\n\n'a {0} {1}'.format(unique_token, class_token),\n"
+    )
+    tables = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        launch += ["--num_processes", processes, "--num_machines", "1", "--mixed_precision", "no"]
+        launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+        launch += ["-m", "dreambooth_lib", "evaluate", str(data), "--base", tiny_sd1, "--encoders"]
+        launch += [str(clip_folder), "--pictures", "3", "--steps", "2", "--class-pictures", "4"]
+        launch += ["--judge", str(clip_folder), "--batch-size", "2", "--out", str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        tables.append(read_csv(out / "scores.csv"))
+    assert len(tables[0]) == len(tables[1]) > 0
+    for one, other in zip(*tables, strict=True):
+        assert (one.method, one.subject, one.measure) == (
+            other.method,
+            other.subject,
+            other.measure,
+        )
+        assert one.value == pytest.approx(other.value, abs=0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
