@@ -85,9 +85,9 @@ def restore(folder: str | Path, local: str | Path) -> Run:
     folder, local = Path(folder), Path(local).resolve()
     if local.exists() and any(local.iterdir()):
         raise RunError(f"{local} is not empty; restore the run to a new folder.")
-    if not (folder / "config.toml").exists():
-        raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
     try:
+        if not (folder / "config.toml").exists():
+            raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
         with replacing_folder(local) as partial:
             _take(folder, partial, local)
     except OSError as error:
@@ -104,7 +104,7 @@ def newest_run(*folders: str | Path | None) -> Found | None:
     Of a run and its mirror it is the one that is further, or else the one in the earlier folder.
     A folder that is None or not there, as Drive may be, holds none.
     """
-    places = [path for folder in folders if folder is not None for path in Path(folder).glob("*")]
+    places = [path for folder in folders if folder is not None for path in _inside(Path(folder))]
     found = [run for place in places if (run := _found(place)) is not None]
     return max(found, key=lambda run: (not run.finished, run.when), default=None)
 
@@ -184,7 +184,10 @@ def _known(folder: Path, identity: str) -> dict[str, Any] | None:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     file = folder / STATE
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError:  # damaged: what it was kept for is lost, but not the run
+        return None
 
 
 def _write(folder: Path, known: dict[str, Any]) -> None:
@@ -223,6 +226,13 @@ def _taken(name: str, source: str, partial: Path, local: Path) -> str:
         if (partial / place).exists():
             return str(local / place)
     return source
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # there is none, or a drive is gone
+        return []
 
 
 def _found(folder: Path) -> Found | None:

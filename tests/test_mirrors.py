@@ -342,6 +342,34 @@ def test_restoring_is_all_or_nothing(run: Run, drive: Path, tmp_path: Path, faul
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_whose_mirror_lost_its_own_notes_is_found_and_restored(
+    run: Run, drive: Path, tmp_path: Path
+) -> None:
+    mirror(run, drive / "my-dog")
+    (drive / "my-dog" / ".mirror.json").write_text("")
+    found = newest_run(drive)
+    assert found is not None and found.step == 200
+    assert shown(restore(found.run.folder, tmp_path / "back").folder).keys() >= {"log.jsonl"}
+    assert "holds something else" in str(mirror(run, drive / "my-dog"))
+
+
+def test_a_drive_that_is_gone_holds_no_run_and_restores_none(
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(path: Path, *given: Any, real: Callable[..., Any], **named: Any) -> Any:
+        if drive in (path, *path.parents):
+            raise OSError(107, "Transport endpoint is not connected")
+        return real(path, *given, **named)
+
+    for name in ("iterdir", "stat", "exists", "mkdir"):
+        real = getattr(Path, name)
+        monkeypatch.setattr(Path, name, lambda *a, real=real, **k: gone(*a, real=real, **k))
+    assert newest_run(drive) is None
+    with pytest.raises(MirrorError, match="Transport endpoint"):
+        restore(drive / "my-dog", tmp_path / "back")
+    assert "Transport endpoint" in str(mirror(run, drive / "my-dog"))
+
+
 def test_a_run_goes_on_after_a_disconnect_as_if_there_had_been_none(
     tmp_path: Path, drive: Path, tiny_sd1: str, make_config: Make
 ) -> None:
