@@ -50,7 +50,7 @@ ALLOWED = {
     "pages": ("state",),
     "plots": ("choice", "state", "watch"),
     "batches": ("config", "data", "pictures", "latents", "noise", "families.base"),
-    "training": ("config", "batches", "choice", "data", "pictures", "losses", "families",
+    "training": ("batches", "config", "choice", "data", "pictures", "losses", "families",
                  "families.base", "heldout", "optim", "prior", "runs", "state", "watch", "weights"),
 }  # fmt: skip
 #: What may import everything; of these, ``__main__`` alone may be what imports them.
