@@ -8,7 +8,7 @@ noise as the run that was never stopped, on one process, in one piece.
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -61,7 +61,7 @@ def prior_preservation(prediction: torch.Tensor, batch: Batch, config: TrainConf
     return dreambooth_loss(errors, batch.is_prior, config.prior_weight, batch.noised.weight)
 
 
-def train(run: Run, objective: Objective = prior_preservation) -> Iterator[Step]:
+def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step, None, None]:
     """Train a run from its newest checkpoint to ``config.steps``, then save its pipeline.
 
     With ``config.early_stop`` it ends once looks no longer find it better, and the pipeline has the
