@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_colab import fake_colab as fake_colab
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 

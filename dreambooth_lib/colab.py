@@ -1,0 +1,117 @@
+"""What is different on Colab: its secrets, its upload and its Drive. Elsewhere each says so.
+
+How a notebook installs the kit there is in :mod:`dreambooth_lib.packages`; how a run is kept on
+Drive in :mod:`dreambooth_lib.mirrors`.
+"""
+
+import hashlib
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from dreambooth_lib.pictures import DataError
+
+SECRET = "HF_TOKEN"  #: the token's name among Colab's secrets
+MOUNT = Path("/content/drive")  #: where Colab mounts Drive
+
+
+def in_colab() -> bool:
+    """Whether this is a notebook on Colab; a script on its machine has no page to ask by."""
+    return "google.colab" in sys.modules
+
+
+def hub_token() -> str | None:
+    """The Hub's token: Colab's secret, else what huggingface_hub finds, else None: anonymous.
+
+    It is read anew each time and kept nowhere; pass it to huggingface_hub and to nothing else.
+    """
+    token = _secret() if in_colab() else None
+    if token:
+        return token
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _secret() -> str | None:
+    from google.colab import userdata
+
+    try:
+        return (userdata.get(SECRET) or "").strip()
+    except (
+        userdata.SecretNotFoundError,
+        userdata.NotebookAccessError,  # it is there, but not for this notebook
+        userdata.TimeoutException,  # nobody answered whether it is
+    ):
+        return None
+
+
+def upload(folder: str | Path) -> Path:
+    """Ask for pictures or a zip by Colab's own button; the rest is :func:`save_uploads`.
+
+    Raises :class:`DataError` as that does, and outside Colab.
+    """
+    if not in_colab():
+        raise DataError("only Colab has this upload; give load_subject a folder or a zip instead.")
+    from google.colab import files
+
+    return save_uploads(files.upload(), folder)
+
+
+def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
+    """Write uploaded pictures, or one zip of them, into ``folder``; gives what load_subject takes.
+
+    Each upload has a sub-folder of its own, named by what is in it, which appears when it is whole:
+    another upload neither mixes with it nor changes what an earlier run goes on with. A zip is kept
+    as it is. Raises :class:`DataError` for no files, for a name that is a path, for a zip with
+    other files, and where ``folder`` cannot be written.
+    """
+    from dreambooth_lib.state import replacing_folder
+
+    if not files:
+        raise DataError("nothing was uploaded; choose three to six pictures, or a zip of them.")
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"} or Path(name).name != name:
+            raise DataError(f"the uploaded file's name {name!r} is a path; rename it.")
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    zips = [name for name in files if name.lower().endswith(".zip")]
+    if zips and len(files) > 1:
+        raise DataError(f"'{zips[0]}' was uploaded with other files; upload one zip, or pictures.")
+    place = Path(folder) / digest.hexdigest()[:12]
+    try:
+        if not place.exists():
+            with replacing_folder(place) as partial:
+                for name, content in files.items():
+                    (partial / name).write_bytes(content)
+    except OSError as error:
+        raise DataError(
+            f"the upload cannot be saved in {folder} ({error}); free some space, or choose another "
+            "folder."
+        ) from None
+    return place / zips[0] if zips else place
+
+
+def mount_drive(folder: str = "dreambooth") -> Path | None:
+    """A folder of the user's Drive, made if it is not there; None outside Colab.
+
+    Where Drive cannot be had, it warns and gives None: everything but the copy there goes on.
+    """
+    if not in_colab():
+        return None
+    from google.colab import drive
+
+    try:
+        drive.mount(str(MOUNT))
+        place = MOUNT / "MyDrive" / folder
+        place.mkdir(exist_ok=True)  # not MyDrive: without it nothing is mounted
+    except Exception as error:  # Colab raises many kinds, for a refusal as for a fault
+        warnings.warn(
+            f"Drive could not be mounted ({type(error).__name__}: {error}); runs stay on this "
+            "machine alone until you run this cell again and allow it.",
+            stacklevel=2,
+        )
+        return None
+    return place

@@ -1,0 +1,184 @@
+"""Colab's branches, driven by a stand-in for its package: secrets, uploads, Drive."""
+
+import io
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from fake_colab import FakeColab, NotebookAccessError, SecretNotFoundError, TimeoutException
+from PIL import Image
+
+from dreambooth_lib import colab
+from dreambooth_lib.data import load_subject
+from dreambooth_lib.pictures import DataError, read_pictures
+
+TOKEN = "hf_notAToken"
+
+
+@pytest.fixture(autouse=True)
+def no_token_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+PHOTOS = {"red.png": png("red"), "blue.png": png("blue")}
+
+
+# Token
+
+
+def test_outside_colab_nothing_of_it_is_asked() -> None:
+    assert not colab.in_colab()
+    assert colab.hub_token() is None and colab.mount_drive() is None
+
+
+def test_the_token_is_colabs_secret(fake_colab: FakeColab) -> None:
+    assert colab.in_colab()
+    fake_colab.secrets["HF_TOKEN"] = f" {TOKEN}\n"
+    assert colab.hub_token() == TOKEN
+
+
+@pytest.mark.parametrize(
+    "secret", [TimeoutException(), SecretNotFoundError(), NotebookAccessError(), " "]
+)
+def test_without_a_secret_the_environment_counts_or_it_is_anonymous(
+    fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch, secret: str | Exception
+) -> None:
+    fake_colab.secrets["HF_TOKEN"] = secret
+    assert colab.hub_token() is None
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    assert colab.hub_token() == TOKEN
+    assert fake_colab.asked == ["secret HF_TOKEN"] * 2
+
+
+def test_an_unknown_fault_of_the_secrets_is_not_hidden(fake_colab: FakeColab) -> None:
+    fake_colab.secrets["HF_TOKEN"] = RuntimeError("what is this")
+    with pytest.raises(RuntimeError):
+        colab.hub_token()
+
+
+def test_the_token_is_not_printed_nor_kept(
+    fake_colab: FakeColab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    fake_colab.secrets["HF_TOKEN"] = TOKEN
+    colab.hub_token()
+    assert TOKEN not in repr(os.environ) + repr(vars(colab)) + "".join(capsys.readouterr())
+
+
+# Uploads
+
+
+def test_an_upload_is_a_folder_that_a_subject_loads_from(
+    fake_colab: FakeColab, tmp_path: Path
+) -> None:
+    fake_colab.uploads = PHOTOS
+    folder = colab.upload(tmp_path / "photos")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == PHOTOS
+    with pytest.warns(UserWarning, match="blurred"):
+        subject = load_subject(folder, class_noun="dog", name="rex")
+    assert subject.pictures == str(folder) and len(read_pictures(subject.pictures)) == 2
+
+
+def test_outside_colab_there_is_no_upload(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="load_subject"):
+        colab.upload(tmp_path)
+
+
+def test_uploads_do_not_mix_and_the_same_one_is_the_same_folder(tmp_path: Path) -> None:
+    first = colab.save_uploads(PHOTOS, tmp_path)
+    second = colab.save_uploads({"red.png": png("green")}, tmp_path)
+    assert first != second and first.parent == second.parent == tmp_path
+    assert [path.name for path in second.iterdir()] == ["red.png"]
+    assert (first / "red.png").read_bytes() == PHOTOS["red.png"]
+    assert colab.save_uploads(dict(reversed(PHOTOS.items())), tmp_path) == first
+    assert sorted(tmp_path.iterdir()) == sorted([first, second])
+
+
+def test_what_a_widget_gives_is_saved_too(tmp_path: Path) -> None:
+    views = {name: memoryview(content) for name, content in PHOTOS.items()}
+    assert colab.save_uploads(views, tmp_path) == colab.save_uploads(PHOTOS, tmp_path)
+
+
+def test_a_zip_is_kept_as_it_is_and_read(tmp_path: Path) -> None:
+    source = colab.save_uploads({"mine.ZIP": packed(PHOTOS)}, tmp_path)
+    assert [photo.name for photo in read_pictures(source)] == ["blue.png", "red.png"]
+
+
+def test_a_zip_that_leaves_its_folder_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    source = colab.save_uploads({"bad.zip": packed({"../red.png": png("red")})}, tmp_path)
+    with pytest.raises(DataError, match="leads out of the zip"):
+        read_pictures(source)
+    assert not (tmp_path / "red.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "nothing was uploaded"),
+        ({"a.zip": packed(PHOTOS), "b.png": png("red")}, "'a.zip' was uploaded with other files"),
+        ({"a.zip": packed(PHOTOS), "b.zip": packed(PHOTOS)}, "'a.zip' was uploaded with other"),
+    ],
+)
+def test_an_upload_that_is_no_subject_is_refused(
+    tmp_path: Path, files: dict[str, bytes], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        colab.save_uploads(files, tmp_path / "photos")
+    assert not (tmp_path / "photos").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.png", "/a.png", "b/a.png", "b\\a.png", "..", ".", "", "a\0"]
+)
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=re.escape(repr(name))):
+        colab.save_uploads({"good.png": png("red"), name: png("red")}, tmp_path / "photos")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes, write: Callable = Path.write_bytes) -> int:
+        if path.name == "blue.png":
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match="No space left"):
+        colab.save_uploads(PHOTOS, tmp_path / "photos")
+    assert list((tmp_path / "photos").iterdir()) == []
+
+
+# Drive
+
+
+def test_drive_is_mounted_and_gives_a_folder(fake_colab: FakeColab) -> None:
+    folder = colab.mount_drive()
+    assert folder == fake_colab.mount_point / "MyDrive" / "dreambooth" and folder.is_dir()
+    (folder / "run").mkdir()
+    assert colab.mount_drive() == folder, "a second time is as good"
+
+
+@pytest.mark.parametrize("drive", ["refused", "empty"])
+def test_without_drive_it_says_so_and_goes_on(fake_colab: FakeColab, drive: str) -> None:
+    fake_colab.drive = drive
+    with pytest.warns(UserWarning, match="Drive could not be mounted.*run this cell again"):
+        assert colab.mount_drive() is None
+    assert not (fake_colab.mount_point / "MyDrive").exists(), "no Drive is made up"
