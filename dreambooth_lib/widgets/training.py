@@ -10,14 +10,14 @@ from PIL import Image
 
 from dreambooth_lib import pages, plots, watch
 from dreambooth_lib.runs import Run
-from dreambooth_lib.training import Step, train
+from dreambooth_lib.training import Objective, Step, prior_preservation, train
 from dreambooth_lib.widgets.parts import View, blank, in_a_row, show
 
 #: Share of the time that may go into drawing curves.
 _SHARE = 0.05
 
 
-def monitor(run: Run) -> Iterator[Step]:
+def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Step]:
     """Train a run as :func:`dreambooth_lib.training.train` does, shown below the cell.
 
     The cell owns the loop: ``for step in monitor(run): ...``. When it is interrupted, the run is
@@ -32,7 +32,7 @@ def monitor(run: Run) -> Iterator[Step]:
     try:
         # A look at every update keeps tqdm's own thread, whose updates Colab does not show, idle.
         with (
-            closing(train(run)) as steps,
+            closing(train(run, objective)) as steps,
             tqdm(total=run.config.steps, initial=begun, unit="step", miniters=1) as bar,
         ):
             for step in steps:
