@@ -1,0 +1,257 @@
+"""What is looked at before a run, what counts as red, and how it is shown."""
+
+import re
+import shutil
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import huggingface_hub
+import psutil
+import pytest
+import torch
+from fake_colab import FakeColab
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+from dreambooth_lib import packages, preflight
+from dreambooth_lib.packages import Plan
+from dreambooth_lib.preflight import GIB, Check, Table, needs_of
+
+SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+TOKEN = "hf_notAToken"
+
+
+def look(base: str, folder: Path) -> dict[str, Check]:
+    checks = preflight.preflight(base, folder)
+    for check in checks:
+        assert bool(check.fix) != check.ok, f"{check} is red without a fix, or has one for nothing"
+        assert check.fix.endswith(".") or check.ok
+    return {check.name: check for check in checks}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """A Hub that has what it is asked for; gives what each question came with."""
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        huggingface_hub, "get_hf_file_metadata", lambda url, **given: asked.append(given)
+    )
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: None)
+    return asked
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make this machine one with so many GiB free, and a GPU if it has a name."""
+
+    def make(gpu: str = "", vram: float = 14.4, bf16: bool = False, ram: float = 11.2,
+             disk: float = 70.0) -> None:  # fmt: skip
+        memory = SimpleNamespace(available=int(ram * GIB), total=int(12.7 * GIB))
+        usage = namedtuple("usage", ["total", "free"])(int(110 * GIB), int(disk * GIB))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(vram * GIB), 15 * GIB))
+        # As a T4 does: by emulation it has bf16, of its own it has none.
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+                including_emulation or bf16
+            ),
+        )  # fmt: skip
+        if gpu:
+            optim = ModuleType("bitsandbytes.optim")
+            optim.AdamW8bit = object  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+            monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+
+    return make
+
+
+def test_the_embedded_base_is_ready_on_this_cpu(
+    tmp_path: Path, machine: Callable[..., None]
+) -> None:
+    machine(ram=6, disk=5)
+    checks = look("toybox", tmp_path / "runs" / "not yet there")
+    assert list(checks) == ["Python", "packages", "GPU", "memory", "disk", "base"]
+    assert all(check.ok for check in checks.values()), Table(list(checks.values()))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_stable_diffusion_on_a_free_colab_gpu(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
+) -> None:
+    machine(gpu="Tesla T4")
+    checks = look(SD, tmp_path)
+    assert all(check.ok for check in checks.values()), Table(list(checks.values()))
+    assert checks["GPU"].found == "Tesla T4, fp16, as it has no native bf16"
+    assert checks["GPU memory"].found == "14.4 of 15.0 GiB free, about 10.3 needed"
+    assert checks["8-bit AdamW"].ok
+    machine(gpu="NVIDIA A100", bf16=True)
+    assert look(SD, tmp_path)["GPU"].found == "NVIDIA A100, native bf16"
+
+
+def test_too_little_of_anything_is_red(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
+) -> None:
+    machine(gpu="Tesla T4", vram=8.0, ram=5.0, disk=20.0)
+    red = {name: check for name, check in look(SD, tmp_path).items() if not check.ok}
+    assert red.keys() == {"GPU memory", "memory", "disk"}
+    assert red["GPU memory"].found.startswith("8.0 of 15.0 GiB free")
+    assert str(tmp_path) in red["disk"].fix
+
+
+def test_without_a_gpu_a_large_base_is_red_and_needs_what_it_needs_on_one(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]],
+    fake_colab: FakeColab,
+) -> None:  # fmt: skip
+    machine()
+    checks = look(SD, tmp_path)
+    assert [name for name, check in checks.items() if not check.ok] == ["GPU"]
+    assert "Change runtime type" in checks["GPU"].fix and "toybox" in checks["GPU"].fix
+
+
+def test_what_a_base_needs_grows_with_its_parameters(tiny_sd1: str) -> None:
+    tiny, toybox, sd = (needs_of(base, gpu=True) for base in (tiny_sd1, "toybox", SD))
+    assert tiny.disk < toybox.disk < sd.disk / 10 and tiny.gpu < toybox.gpu < sd.gpu / 10
+    assert 9 * GIB < sd.gpu < 11 * GIB, "as is published: 9.9 GB with checkpointing, 11.2 without"
+    assert sd.memory < 10 * GIB < needs_of(SD, gpu=False).memory
+
+
+def test_a_broken_bitsandbytes_is_red(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(gpu="Tesla T4")
+    monkeypatch.delattr(sys.modules["bitsandbytes.optim"], "AdamW8bit")
+    check = look(SD, tmp_path)["8-bit AdamW"]
+    assert not check.ok and "ImportError" in check.found and "'adamw'" in check.fix
+
+
+def test_absent_and_old_packages_are_red(
+    tmp_path: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine()
+    plan = Plan([], {"numpy>=2.0": "1.26.4"}, [])
+    monkeypatch.setattr(packages, "missing_packages", lambda *given: plan)
+    check = look("toybox", tmp_path)["packages"]
+    assert check.found == "too old: numpy>=2.0 (here 1.26.4)"
+    assert check.fix == "Run pip install -U 'numpy>=2.0' and restart the session."
+    plan = Plan(["torch>=2.6"], {}, [])
+    checks = look("toybox", tmp_path)
+    assert list(checks) == ["Python", "packages"], "the rest cannot be looked at without torch"
+    assert checks["packages"].found == "not installed: torch>=2.6"
+    assert "install_missing()" in checks["packages"].fix
+
+
+def test_python_is_what_the_package_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'requires-python = ">={".".join(map(str, preflight.PYTHON))}"' in text
+    monkeypatch.setattr(sys, "version_info", (3, 10, 14, "final", 0))
+    check = preflight._python()
+    assert (check.ok, check.found) == (False, "3.10.14") and "3.11" in check.fix
+
+
+# The base
+
+
+def test_the_hub_is_asked_with_the_token_alone_and_not_for_long(
+    tmp_path: Path, hub: list[dict[str, object]], fake_colab: FakeColab,
+) -> None:  # fmt: skip
+    assert look(SD, tmp_path)["base"].ok
+    assert hub == [{"token": False, "timeout": preflight.TIMEOUT}], "without a token, none is sent"
+    fake_colab.secrets["HF_TOKEN"] = TOKEN
+    checks = look(SD, tmp_path)
+    assert hub[1]["token"] == TOKEN
+    assert TOKEN not in repr(checks)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(url: str, **given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fix"),
+    [
+        (GatedRepoError, "Accept the terms"),
+        (RepositoryNotFoundError, "Check its name"),
+        (EntryNotFoundError, "diffusers' layout"),
+        (ConnectionError, "Check the network"),
+        (TimeoutError, "Check the network"),
+    ],
+)
+def test_a_base_that_cannot_be_had_is_red(
+    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch,
+    kind: type[Exception], fix: str,
+) -> None:  # fmt: skip
+    failing(monkeypatch, kind.__new__(kind, f"bearer {TOKEN}"))
+    check = look(SD, tmp_path)["base"]
+    assert not check.ok and SD in check.found and fix in check.fix
+    assert TOKEN not in repr(check), "what an error says is not shown"
+
+
+def test_a_base_that_was_downloaded_needs_no_network(
+    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, ConnectionError())
+    index = tmp_path / "snapshot" / "model_index.json"
+    (index.parent / "unet").mkdir(parents=True)
+    index.write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: str(index))
+    assert not look(SD, tmp_path)["base"].ok, "a download that failed leaves this much"
+    (index.parent / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert look(SD, tmp_path)["base"].ok
+
+
+def test_a_local_base_is_found_or_said_to_be_wrong(
+    tmp_path: Path, hub: list[dict[str, object]], tiny_sd1: str
+) -> None:
+    assert look(tiny_sd1, tmp_path)["base"].ok
+    check = look(str(tmp_path), tmp_path)["base"]
+    assert not check.ok and "has no model_index.json" in check.found
+    assert check.fix.startswith("Give a folder")
+    check = look("/nowhere/base", tmp_path)["base"]
+    assert not check.ok and "/nowhere/base" in check.found
+    assert hub == [], "the Hub is not asked for what is here"
+
+
+# The table
+
+CHECKS = [Check("disk", True, "9 < 10 & more"), Check("<base>", False, "gone", "Give 'toybox'.")]
+
+
+def test_the_table_says_ok_in_words_and_signs() -> None:
+    assert repr(Table(CHECKS)).splitlines() == [
+        "✓ ok      disk           9 < 10 & more",
+        "✗ to fix  <base>         gone",
+        "                         -> Give 'toybox'.",
+    ]
+    shown = Table(CHECKS)._repr_html_()
+    assert shown.count("<tr>") == 3
+    assert "</b> ok</td>" in shown and "</b> to fix</td>" in shown
+
+
+def test_the_table_is_safe_and_readable_in_dark_mode() -> None:
+    shown = Table(CHECKS)._repr_html_()
+    assert "9 &lt; 10 &amp; more" in shown and "&lt;base&gt;" in shown and "<base>" not in shown
+    assert "background" not in shown and "<script" not in shown
+    for colour in set(re.findall(r"#[0-9a-f]{6}", shown)):
+        for ground in ("#ffffff", "#1e1e1e", "#383838"):
+            assert contrast(colour, ground) >= 3, "the least for a sign, by WCAG 2.1"
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+                            for v in values)  # fmt: skip
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
