@@ -16,6 +16,9 @@ from typing import Any
 
 from dreambooth_lib.config import TrainConfig
 
+#: What a run is of: with another, its checkpoints would not fit or mean something else.
+_FIXED = ("subject", "base", "revision", "variant", "train_text_encoder")
+
 
 class RunError(ValueError):
     """A run's folder that is not there, not empty or not readable."""
@@ -88,7 +91,7 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
     """Make a run's folder. Raises :class:`RunError` where the folder holds something already."""
     from dreambooth_lib.state import replace_file
 
-    folder = Path(folder)
+    folder, config = Path(folder), _with_whole_paths(config)
     if (folder / "config.toml").exists():
         raise RunError(
             f"{folder} holds a run already; go on with it by resume('{folder}'), "
@@ -96,14 +99,36 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
         )
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; choose a new folder for the run.")
-    # A run must find its pictures and its base whatever folder it is resumed from.
+    replace_file(folder / "config.toml", config.to_toml().encode())
+    return Run(folder, config)
+
+
+def begin(config: TrainConfig, folder: str | Path) -> Run:
+    """Start a run, or go on with the one in the folder, from now on with this config.
+
+    Raises :class:`RunError` where that run is of another subject or trains other weights.
+    """
+    if not (Path(folder) / "config.toml").exists():
+        return start(config, folder)
+    config, begun = _with_whole_paths(config), resume(folder).config
+    for field in _FIXED:
+        old, new = getattr(begun, field), getattr(config, field)
+        if old != new:
+            raise RunError(
+                f"{folder} holds a run whose {field} is {old!r}, and not {new!r}; choose another "
+                "folder for this one."
+            )
+    fields = dataclasses.fields(config)
+    return resume(folder, **{field.name: getattr(config, field.name) for field in fields})
+
+
+def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """A run must find its pictures and its base whatever folder it is resumed from."""
     subject = dataclasses.replace(config.subject, pictures=_absolute(config.subject.pictures))
     own = config.class_folder and _absolute(config.class_folder)
     local = config.base != "toybox" and Path(config.base).exists()
     base = _absolute(config.base) if local else config.base
-    config = config.replace(subject=subject, class_folder=own, base=base)
-    replace_file(folder / "config.toml", config.to_toml().encode())
-    return Run(folder, config)
+    return config.replace(subject=subject, class_folder=own, base=base)
 
 
 def _absolute(path: str) -> str:

@@ -8,7 +8,7 @@ noise as the run that was never stopped, on one process, in one piece.
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from dreambooth_lib import families
 from dreambooth_lib.batches import Batch, Batches, seeded
 from dreambooth_lib.choice import best_of, has_peaked
+from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.data import hold_out
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import ROWS, HeldOut
@@ -50,17 +51,28 @@ class Step:
     watched: Watched | None = None  #: what a look after this update found, where one was due
 
 
-def train(run: Run) -> Iterator[Step]:
+#: From the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
+Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
+
+
+def prior_preservation(prediction: torch.Tensor, batch: Batch, config: TrainConfig) -> Loss:
+    """The paper's objective: squared errors, weighed by timestep, the class's times lambda."""
+    errors = per_sample_errors(prediction, batch.noised.target)
+    return dreambooth_loss(errors, batch.is_prior, config.prior_weight, batch.noised.weight)
+
+
+def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step, None, None]:
     """Train a run from its newest checkpoint to ``config.steps``, then save its pipeline.
 
     With ``config.early_stop`` it ends once looks no longer find it better, and the pipeline has the
     best checkpoint's weights; without, it has the last step's.
 
+    ``objective`` is called under autocast; what it gives must have gradients to the prediction.
     The caller owns the loop: leaving it (``break``, an exception, interrupting a notebook's cell)
     saves a checkpoint first, and ``train(resume(folder))`` goes on from there. Raises
     :class:`NonFiniteLoss`, and what reading the pictures and loading the base raise.
     """
-    trainer = Trainer(run)
+    trainer = Trainer(run, objective)
     try:
         trainer.look()
         while not trainer.finished():
@@ -89,9 +101,9 @@ def native_precision(mixed_precision: str, device: torch.device) -> str:
 class Trainer:
     """One process's live objects of a run; :func:`train` drives it."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, objective: Objective = prior_preservation):
         config = run.config
-        self.run, self.config, self.step = run, config, 0
+        self.run, self.config, self.objective, self.step = run, config, objective, 0
         self.whole = True  #: false while an update is written into some of the state only
         precision = native_precision(config.mixed_precision, PartialState().device)
         if is_initialized() and AcceleratorState().mixed_precision != precision:
@@ -270,11 +282,10 @@ class Trainer:
             )
 
     def _loss(self, batch: Batch) -> Loss:
-        x_t, t, target, weight = batch.noised
         with self.accelerator.autocast():
-            prediction = self.model(x_t, t, batch.cond, batch.prompts)
-        errors = per_sample_errors(prediction, target)
-        return dreambooth_loss(errors, batch.is_prior, self.config.prior_weight, weight)
+            noised = batch.noised
+            prediction = self.model(noised.x_t, noised.t, batch.cond, batch.prompts)
+            return self.objective(prediction, batch, self.config)
 
     def _mean(self, losses: list[Loss]) -> tuple[float, float, float | None]:
         """Total, instance and prior loss over all micro-batches and processes."""

@@ -43,11 +43,20 @@ def test_what_is_neither_folder_nor_hub_id_is_refused_by_name(base: str) -> None
         locate(base)
 
 
+def test_an_outline_says_what_the_loaded_base_says(tiny_sd1: str, tiny_sd2: str) -> None:
+    for base in (tiny_sd1, tiny_sd2, "toybox"):
+        outline, family = families.outline(base), families.load(base)
+        assert outline.resolution == family.resolution
+        assert outline.tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
+
+
 def test_a_pipeline_of_another_family_is_refused_by_its_class(tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(BaseError, match=r"StableDiffusionXLPipeline.*use a Stable Diffusion 1\.x"):
         families.load(str(tmp_path))
+    with pytest.raises(BaseError, match="StableDiffusionXLPipeline"):
+        families.outline(str(tmp_path))
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused_with_what_to_check(

@@ -1,5 +1,6 @@
 """A run's folder: starting, resuming, the log, and checkpoints kept and dropped."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,27 @@ def test_a_folder_that_holds_other_files_is_refused_and_left_alone(
     with pytest.raises(RunError, match="not empty"):
         runs.start(make_config("toybox", photos), tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_beginning_twice_goes_on_with_the_settings_of_the_second_time(
+    tmp_path: Path, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(photos).parent)
+    config = make_config("toybox", Path(photos).name, prior_weight=1.0)
+    begun = runs.begin(config, tmp_path / "run")
+    assert begun.config.subject.pictures == photos
+    again = runs.begin(config.replace(prior_weight=0.5, steps=9), tmp_path / "run")
+    assert again.config == begun.config.replace(prior_weight=0.5, steps=9)
+    assert runs.resume(tmp_path / "run") == again
+
+
+@pytest.mark.parametrize("field", ["subject", "train_text_encoder"])
+def test_a_run_of_something_else_is_not_gone_on_with(field: str, run: Run) -> None:
+    subject = dataclasses.replace(run.config.subject, identifier="hta")
+    other = run.config.replace(**{field: {"subject": subject}.get(field, True)})
+    with pytest.raises(RunError, match=rf"whose {field} is .*choose another folder"):
+        runs.begin(other, run.folder)
+    assert runs.resume(run.folder) == run
 
 
 def test_an_empty_folder_takes_a_run(tmp_path: Path, photos: str, make_config: Make) -> None:

@@ -21,9 +21,11 @@ from torch.optim.optimizer import (
 )
 
 from dreambooth_lib import families, latents, runs, training
+from dreambooth_lib.batches import Batch
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.losses import Loss
 from dreambooth_lib.runs import Run
-from dreambooth_lib.training import NonFiniteLoss, Step, Trainer, train
+from dreambooth_lib.training import NonFiniteLoss, Step, Trainer, prior_preservation, train
 
 Make = Callable[..., TrainConfig]
 
@@ -100,6 +102,21 @@ def test_prior_weight_scales_the_prior_part_of_the_loss(
 ) -> None:
     (step,) = train(started("run", tiny_sd1, prior_weight=0.25, steps=1))
     assert step.loss == pytest.approx(step.instance_loss + 0.25 * step.prior_loss, rel=1e-6)
+
+
+def test_an_objective_of_ones_own_takes_the_papers_place(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    seen = []
+
+    def doubled(prediction: torch.Tensor, batch: Batch, config: TrainConfig) -> Loss:
+        seen.append((prediction.shape == batch.noised.target.shape, config.prior_weight))
+        return Loss(*(2 * part for part in prior_preservation(prediction, batch, config)))
+
+    (own, *_) = train(started("own", tiny_sd1, prior_weight=0.25), doubled)
+    (step, *_) = train(started("plain", tiny_sd1, prior_weight=0.25))
+    assert seen == [(True, 0.25)] * 4
+    assert own.loss == pytest.approx(2 * step.loss) and own.prior_loss == 2 * step.prior_loss
 
 
 def test_every_photo_and_every_class_picture_is_used(

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dreambooth_lib.families.base import Family
+    from dreambooth_lib.families.base import Family, Outline
+    from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
 _PACKAGE = Path(__file__).parent.parent
 #: The bundled data: inside the installed package, or beside it in a checkout.
@@ -43,6 +44,21 @@ def load(base: str, revision: str | None = None, variant: str | None = None) -> 
     Raises :class:`BaseError` for a base that is not there or whose family is unknown.
     """
     path = locate(base)
+    options = {} if Path(path).exists() else {"revision": revision, "variant": variant}
+    return _adapter(base, path, revision).from_pretrained(path, **options)
+
+
+def outline(base: str, revision: str | None = None) -> "Outline":
+    """What of a base is known without its weights; from the hub, that is a small download.
+
+    Raises as :func:`load` does.
+    """
+    path = locate(base)
+    options = {} if Path(path).exists() else {"revision": revision}
+    return _adapter(base, path, revision).outline(path, **options)
+
+
+def _adapter(base: str, path: str, revision: str | None) -> "type[StableDiffusion]":
     class_name = _pipeline_class(path, revision)
     if class_name not in ("StableDiffusionPipeline",):
         raise BaseError(
@@ -51,8 +67,7 @@ def load(base: str, revision: str | None = None, variant: str | None = None) -> 
         )
     from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
-    options = {} if Path(path).exists() else {"revision": revision, "variant": variant}
-    return StableDiffusion.from_pretrained(path, **options)
+    return StableDiffusion
 
 
 def _pipeline_class(path: str, revision: str | None) -> str:

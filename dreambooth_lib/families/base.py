@@ -17,6 +17,13 @@ class Posterior(NamedTuple):
     std: torch.Tensor
 
 
+class Outline(NamedTuple):
+    """What of a base is known without its weights."""
+
+    resolution: int  # pixels a side that the base was made for
+    tokenizer: Any
+
+
 class ForwardProcess(Protocol):
     """See :class:`dreambooth_lib.noise.DiscreteNoise`."""
 

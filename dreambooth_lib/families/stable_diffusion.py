@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTokenizer
 
-from dreambooth_lib.families.base import Cond, Posterior
+from dreambooth_lib.families.base import Cond, Outline, Posterior
 from dreambooth_lib.noise import DiscreteNoise
 
 
@@ -34,6 +35,14 @@ class StableDiffusion:
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.float()
         return cls(pipeline)
+
+    @staticmethod
+    def outline(path: str, **options: Any) -> Outline:
+        unet = UNet2DConditionModel.load_config(path, subfolder="unet", **options)
+        vae = AutoencoderKL.load_config(path, subfolder="vae", **options)
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **options)
+        return Outline(unet["sample_size"] * scale, tokenizer)
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

@@ -1,0 +1,47 @@
+"""What training costs on this machine, measured by a few updates and one look."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from dreambooth_lib import runs
+from dreambooth_lib.config import TrainConfig
+
+_NEVER = 10**6  # updates
+_UPDATES = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one update and of one look, 0 where the config asks for none."""
+
+    update: float
+    look: float
+
+    def seconds(self, config: TrainConfig) -> float:
+        """Of all updates and looks of a run; an early stop may end it before."""
+        looks = 1 + -(-config.steps // config.watch_every) if config.watch_every else 0
+        return config.steps * self.update + looks * self.look
+
+
+def measure(config: TrainConfig) -> Pace:
+    """Train for a moment beside all runs, and leave nothing behind.
+
+    That loads the base and draws a batch of class pictures, which is no part of the pace. Raises
+    as :func:`dreambooth_lib.training.train` does.
+    """
+    from dreambooth_lib.training import Trainer
+
+    brief = config.replace(
+        steps=_NEVER,
+        checkpoint_every=_NEVER,
+        watch_every=_NEVER if config.watch_every else 0,
+        class_pictures=min(config.class_pictures, config.batch_size),
+    )
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(runs.start(brief, Path(folder) / "run"))
+        look = trainer.look()
+        trainer.update()  # the first one also warms up
+        steps = [step for _ in range(_UPDATES) if (step := trainer.update()) is not None]
+    return Pace(median(step.seconds for step in steps), look.seconds if look else 0.0)

@@ -1,0 +1,22 @@
+"""Views in a notebook over the library's own functions: ipywidgets 7.7.1 and newer.
+
+Each is a widget to display, and makes or shows what the library has without it: a config, a run's
+steps, its looks, samples. An error in a view's callback is shown there as a sentence, and raised by
+its ``check()`` and by whatever depends on it, so that a cell cannot pass over it.
+"""
+
+from dreambooth_lib.widgets.settings import SettingsPanel
+from dreambooth_lib.widgets.side_by_side import Drawn, SideBySide, playground
+from dreambooth_lib.widgets.slider import CheckpointSlider
+from dreambooth_lib.widgets.subject import SubjectPanel
+from dreambooth_lib.widgets.training import monitor
+
+__all__ = [
+    "CheckpointSlider",
+    "Drawn",
+    "SettingsPanel",
+    "SideBySide",
+    "SubjectPanel",
+    "monitor",
+    "playground",
+]

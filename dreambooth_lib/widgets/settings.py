@@ -1,0 +1,122 @@
+"""A run's settings as sliders and menus, and as the Python that says the same."""
+
+import html
+from dataclasses import fields
+from typing import Any
+
+from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
+
+from dreambooth_lib import families
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.pace import Pace, measure
+from dreambooth_lib.widgets.parts import View, control, hinted
+
+_RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
+HINTS = {
+    "prior_weight": "raise λ when class pictures start to look like your subject; 0 is no prior",
+    "steps": "raise it while the subject is not recognisable; lower it when prompts are ignored",
+    "learning_rate": "lower it when pictures turn harsh or odd; raise it when nothing is learnt",
+    "train_text_encoder": "train it too for more likeness, at the cost of memory and time",
+    "resolution": "lower it when memory runs out; the base draws best at its own",
+    "class_pictures": "more of them keep the class more varied; drawing them takes time",
+    "early_stop": "end when the looks get no better, with the best checkpoint's weights",
+}
+
+
+class SettingsPanel(View):
+    """Sliders and menus over a config; ``config`` is the one they now say.
+
+    Raises ``BaseError`` where the base cannot be found.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self._config = config
+        self.controls = _controls(config)
+        self.predict = Button(description="Predict the time")
+        self.time, self.python = HTML(), HTML()
+        super().__init__(
+            hinted({self.controls[name]: hint for name, hint in HINTS.items()}),
+            hinted({self.predict: "train for a moment on this machine to learn how long it takes"}),
+            self.time,
+            self.python,
+        )
+        self._pace: Pace | None = None
+        for one in self.controls.values():
+            one.observe(self.callback(self._show), "value")
+        self.predict.on_click(self.callback(self._measure))
+        self._show()
+
+    @property
+    def config(self) -> TrainConfig:
+        """The config that the controls say. Raises ``ConfigError`` where they contradict."""
+        return self._config.replace(**{name: one.value for name, one in self.controls.items()})
+
+    def _show(self) -> None:
+        config = self.config
+        code = html.escape(python_of(config, HINTS))
+        self.python.value = f"The same in Python:<pre>{code}</pre>"
+        self.time.value = _time(config, self._pace) if self._pace else ""
+
+    def _measure(self) -> None:
+        self.predict.disabled = True
+        try:
+            self._pace = measure(self.config)
+        finally:
+            self.predict.disabled = False
+        self._show()
+
+
+def python_of(config: TrainConfig, always: Any = ()) -> str:
+    """Python that makes this config, after ``import dreambooth_lib as db``.
+
+    Fields at their default are left out, save those in ``always``.
+    """
+    subject, plain = config.subject, TrainConfig(config.subject, config.base)
+    words = _differing(subject, Subject(subject.pictures, subject.class_noun), ("class_noun",))
+    lines = [f"    subject=db.Subject({', '.join([repr(subject.pictures), *words])}),",
+             f"    base={config.base!r},"]  # fmt: skip
+    lines += [f"    {text}," for text in _differing(config, plain, always)]
+    return "\n".join(["config = db.TrainConfig(", *lines, ")"])
+
+
+def _differing(given: Any, plain: Any, always: Any) -> list[str]:
+    names = [field.name for field in fields(given)]
+    return [
+        f"{name}={getattr(given, name)!r}"
+        for name in names
+        if getattr(given, name) != getattr(plain, name)
+        or (name in always and getattr(given, name) is not None)
+    ]
+
+
+def _controls(config: TrainConfig) -> dict[str, Any]:
+    own = families.outline(config.base, config.revision).resolution
+    sizes = sorted({own // 2, own * 3 // 4, own, own * 3 // 2, config.resolution or own})
+    sides = [(f"{side}, the base's own" if side == own else str(side),
+              None if side == own and config.resolution is None else side)
+             for side in sizes]  # fmt: skip
+    rates = [(f"{rate:g}", rate) for rate in sorted({*_RATES, config.learning_rate})]
+    pictures = max(400, config.class_pictures)
+    texts = [("U-Net", False), ("U-Net and text encoder", True)]
+    made: dict[str, tuple[type, str, dict[str, Any]]] = {
+        "prior_weight": (FloatSlider, "λ, prior weight", {"max": max(3, config.prior_weight)}),
+        "steps": (IntSlider, "steps", {"min": 1, "max": max(2000, config.steps)}),
+        "learning_rate": (Dropdown, "learning rate", {"options": rates}),
+        "train_text_encoder": (Dropdown, "what is trained", {"options": texts}),
+        "resolution": (Dropdown, "resolution", {"options": sides}),
+        "class_pictures": (IntSlider, "class pictures", {"max": pictures}),
+        "early_stop": (Checkbox, "stop early", {}),
+    }
+    return {
+        name: control(kind, label, value=getattr(config, name), **traits)
+        for name, (kind, label, traits) in made.items()
+    }
+
+
+def _time(config: TrainConfig, pace: Pace) -> str:
+    minutes = pace.seconds(config) / 60
+    looks = f", and looks of {pace.look:.1f} s every {config.watch_every}" if pace.look else ""
+    return (
+        f"Training takes about <b>{max(1, round(minutes))} min</b> on this machine: {config.steps} "
+        f"updates of {pace.update:.2f} s{looks}, as measured. Class pictures come on top."
+    )

@@ -1,0 +1,137 @@
+"""Pictures of one's own prompts from two models at once: base and tuned, or any two."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ipywidgets import HTML, Button, Dropdown, FloatSlider, IntSlider, IntText, Text, VBox
+
+from dreambooth_lib.config import Subject
+from dreambooth_lib.runs import Run
+from dreambooth_lib.sampling import Sample, fill, load_source, sample
+from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row
+
+if TYPE_CHECKING:
+    from dreambooth_lib.families.base import Family
+
+_WIDTH = 256  # pixels on the page
+
+#: What draws: a run, a base, or a run with the step of one of its checkpoints.
+Source = Run | str | tuple[Run, int]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One entry of a gallery: what was asked, and what each side made of it, seed by seed."""
+
+    prompt: str
+    negative_prompt: str
+    guidance_scale: float
+    steps: int
+    pictures: dict[str, list[Sample]]  #: by the source's name, the left one first
+
+
+class SideBySide(View):
+    """Two of some sources draw the same prompts with the same seeds; all is kept in ``gallery``.
+
+    Only the two that are chosen are held in memory.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        subject: Subject,
+        prompt: str = "",
+        guidance_scale: float = 5.0,
+    ):
+        self._sources, self._subject = dict(sources), subject
+        self._loaded: dict[str, Family] = {}
+        self.gallery: list[Drawn] = []
+        names = list(sources)
+        self.left = control(Dropdown, "left", options=names, value=names[0])
+        self.right = control(Dropdown, "right", options=names, value=names[-1])
+        self.prompt = control(Text, "prompt", value=prompt or f"a {{}} {subject.class_noun}")
+        self.negative_prompt = control(Text, "negative prompt", value="")
+        self.seed = control(IntText, "seed", value=0)
+        self.count = control(IntSlider, "pictures", value=1, min=1, max=8)
+        self.guidance = control(
+            FloatSlider, "guidance", value=guidance_scale, min=1, max=15, step=0.25
+        )
+        self.steps = control(IntSlider, "steps", value=25, min=5, max=100)
+        self.button = Button(description="Draw", button_style="primary")
+        self.entries = VBox([])
+        super().__init__(
+            hinted({
+                self.left: "what draws on the left",
+                self.right: "what draws on the right, with the same seeds",
+                self.prompt: "{} stands for your subject's identifier; say what is around it",
+                self.negative_prompt: "what should not be seen; empty is fine",
+                self.seed: "the same number draws the same picture; change it for another",
+                self.count: "one a seed, from this seed on",
+                self.guidance: "raise it when the prompt is ignored; lower it when all looks harsh",
+                self.steps: "more are finer and slower; 25 is enough for a look",
+                self.button: "pictures come below, the newest first",
+            }),
+            self.entries,
+        )  # fmt: skip
+        self.button.on_click(self.callback(self.draw))
+
+    def draw(self) -> Drawn:
+        """Draw what the fields ask for, and show and keep it. Raises as ``sample`` does."""
+        names = dict.fromkeys((self.left.value, self.right.value))
+        prompt = fill(self.prompt.value, self._subject)
+        seeds = [self.seed.value + number for number in range(self.count.value)]
+        self.button.disabled = True
+        try:
+            self._load(list(names))
+            pictures = {
+                name: sample(
+                    self._loaded[name],
+                    [prompt],
+                    seeds,
+                    steps=self.steps.value,
+                    guidance_scale=self.guidance.value,
+                    negative_prompt=self.negative_prompt.value,
+                )
+                for name in names
+            }
+        finally:
+            self.button.disabled = False
+        drawn = Drawn(prompt, self.negative_prompt.value, self.guidance.value, self.steps.value,
+                      pictures)  # fmt: skip
+        self.gallery.append(drawn)
+        self.entries.children = [_entry(drawn), *self.entries.children]
+        return drawn
+
+    def _load(self, names: list[str]) -> None:
+        self._loaded = {name: held for name, held in self._loaded.items() if name in names}
+        for name in names:
+            if name not in self._loaded:
+                source = self._sources[name]
+                given = source if isinstance(source, tuple) else (source,)
+                self._loaded[name] = load_source(*given)
+
+
+def playground(run: Run, at: int | None = None) -> SideBySide:
+    """The base beside a run, as it ended or as it was at a checkpoint.
+
+    Other pairs, such as checkpoints or a study's cells, are :class:`SideBySide` of their own.
+    """
+    subject, base = run.config.subject, run.config.base
+    sources: dict[str, Source] = {"base": base, "tuned": run if at is None else (run, at)}
+    prompt = f"a {{}} {subject.class_noun} on the beach"
+    return SideBySide(sources, subject, prompt, run.config.guidance_scale)
+
+
+def _entry(drawn: Drawn) -> VBox:
+    without = f", without “{drawn.negative_prompt}”" if drawn.negative_prompt else ""
+    asked = f"“{drawn.prompt}”{without}"
+    settings = f"guidance {drawn.guidance_scale:g}, {drawn.steps} steps"
+    pairs = [
+        captioned(made.image, f"{name}, seed {made.seed}", _WIDTH)
+        for of_seed in zip(*drawn.pictures.values(), strict=True)
+        for name, made in zip(drawn.pictures, of_seed, strict=True)
+    ]
+    title = HTML(f"<b>{html.escape(asked)}</b> <small>{settings}</small>")
+    return VBox([title, in_a_row(pairs)])

@@ -1,0 +1,54 @@
+"""A slider through what a run looked like on its way, its best checkpoint marked."""
+
+from ipywidgets import HTML, SelectionSlider
+
+from dreambooth_lib import choice, watch
+from dreambooth_lib.runs import Run
+from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row
+
+_HINT = "early steps lack the subject, late ones draw it alone: take one that shows both"
+
+
+class CheckpointSlider(View):
+    """The looks at a run, one at a time; ``step`` is the one that is shown, the best at first.
+
+    Raises ``RunError`` where the run has no look at a tuned model.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.best = run, choice.best_checkpoint(run)
+        self._rows = {row.step: row for row in watch.history(run)}
+        options = [(self._label(step), step) for step in self._rows]
+        self.slider = control(SelectionSlider, "checkpoint", options=options, value=self.best.step)
+        self.figures, self.pictures = HTML(), in_a_row([])
+        reason = HTML(f"<b>Chosen:</b> {self.best.reason}")
+        super().__init__(reason, hinted({self.slider: _HINT}), self.figures, self.pictures)
+        self.slider.observe(self.callback(self._show), "value")
+        self._show()
+
+    @property
+    def step(self) -> int:
+        return self.slider.value
+
+    def _label(self, step: int) -> str:
+        if step == self.best.step:
+            return f"step {step}, chosen"
+        return f"step {step}" if step else "the base"
+
+    def _show(self) -> None:
+        seen = watch.drawn(self.run, self.step)
+        fidelity, adherence, kept = choice.shares_of(self._rows[self.step], self._rows[0])
+        weights = "are kept" if self.step in self.run.checkpoints() else "are not kept"
+        if not self.step:
+            weights = "are the base's own"
+        self.figures.value = (
+            f"Subject fidelity {fidelity:.0%} of the photos' own, prompt adherence {adherence:.0%} "
+            f"of the base's, class kept {kept:.0%}. Its weights {weights}."
+        )
+        captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
+        captions += ["something else"] * len(seen.unrelated)
+        pictures = seen.subject + seen.of_class + seen.unrelated
+        self.pictures.children = [
+            captioned(picture, caption, 200)
+            for picture, caption in zip(pictures, captions, strict=True)
+        ]

@@ -1,0 +1,123 @@
+"""Choosing the subject: its pictures, what they are of, and the word that will name it."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipywidgets import HTML, Combobox, FileUpload, Text
+from PIL import Image
+
+from dreambooth_lib import colab, families, pages
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.data import check_pictures, to_tensor
+from dreambooth_lib.identifiers import check_identifier, rare_identifiers
+from dreambooth_lib.pictures import Photo, read_pictures
+from dreambooth_lib.widgets.parts import View, blank, control, hinted, show
+
+if TYPE_CHECKING:
+    import torch
+
+_ON_COLAB = "on Colab, upload with colab.upload() in a cell; or type a folder's or a zip's path"
+_HERE = "three to six pictures or one zip, up to 10 MB; for more, type a folder's path below"
+
+
+class SubjectPanel(View):
+    """A subject's pictures, shown and checked, its class noun and its identifier.
+
+    ``config`` is the run's with this subject. Uploads are saved in ``uploads``. Raises
+    ``DataError`` for the first pictures and ``BaseError`` for the base.
+    """
+
+    def __init__(self, config: TrainConfig, uploads: str | Path = "photos"):
+        outline = families.outline(config.base, config.revision)
+        self._config, self.uploads, self._tokenizer = config, Path(uploads), outline.tokenizer
+        self.resolution = config.resolution or outline.resolution
+        subject = config.subject
+        self.upload = FileUpload(
+            accept="image/*,.zip", multiple=True, description="Upload pictures"
+        )
+        self.upload.layout.width = "auto"
+        self.source = control(Text, "folder or zip", value=subject.pictures)
+        self.class_noun = control(Text, "class noun", value=subject.class_noun)
+        self.identifier = control(Combobox, "identifier", value=subject.identifier,
+                                  options=rare_identifiers(outline.tokenizer))  # fmt: skip
+        self.findings, self.thumbnails, self.crops = HTML(), blank(), blank()
+        self._crops_title = HTML()
+        upload = HTML(_ON_COLAB) if colab.in_colab() else hinted({self.upload: _HERE})
+        super().__init__(
+            upload,
+            hinted({
+                self.source: "three to six pictures of the subject in different surroundings",
+                self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
+                self.identifier: "a rare word that will mean your subject; keep it if in doubt",
+            }),
+            self.thumbnails, self.findings, self._crops_title, self.crops,
+        )  # fmt: skip
+        self.upload.observe(self.callback(lambda: self.use(uploaded(self.upload.value))), "value")
+        self.source.observe(self.callback(self._read_typed), "value")
+        for field in (self.class_noun, self.identifier):
+            field.observe(self.callback(self._show), "value")
+        self.use(subject.pictures)
+
+    def use(self, source: str | Path | Mapping[str, bytes]) -> None:
+        """Take pictures from a folder, a zip or uploaded files by name, and show them.
+
+        Raises ``DataError`` as ``read_pictures`` and ``colab.save_uploads`` do.
+        """
+        path = colab.save_uploads(source, self.uploads) if isinstance(source, Mapping) else source
+        self.photos: list[Photo] = read_pictures(path)
+        self._used = self.source.value = str(path)
+        self._show()
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's config with this subject. Raises what the panel says is wrong."""
+        self.check()
+        name = "" if self._pictures != self._config.subject.pictures else self._config.subject.name
+        subject = replace(
+            self._config.subject,
+            pictures=self._pictures,
+            class_noun=self.class_noun.value.strip(),
+            identifier=self.identifier.value.strip(),
+            name=name,
+        )
+        return self._config.replace(subject=subject)
+
+    @property
+    def _pictures(self) -> str:
+        return str(Path(self._used).resolve())
+
+    def _read_typed(self) -> None:
+        if self.source.value != self._used:
+            self.use(self.source.value.strip())
+
+    def _show(self) -> None:
+        photos, config, side = self.photos, self._config, self.resolution
+        grid = pages.grid([p.image for p in photos], 6, [photo.name for photo in photos])
+        show(self.thumbnails, grid.save)
+        found = [finding.message for finding in check_pictures(photos, side)]
+        found += check_identifier(self.identifier.value.strip(), self._tokenizer)
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in found)
+        self.findings.value = (
+            f"<b>Look at these before you train:</b><ul>{items}</ul>"
+            if found
+            else f"<b>Nothing to complain about in {len(photos)} pictures.</b>"
+        )
+        self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
+        crops = [_to_image(to_tensor(p.image, side, config.crop)) for p in photos]
+        show(self.crops, pages.grid(crops, 6).save)
+
+
+def uploaded(value: Any) -> dict[str, bytes]:
+    """Files by name, from what a ``FileUpload`` holds in ipywidgets 7 or 8."""
+    if isinstance(value, Mapping):
+        return {name: bytes(file["content"]) for name, file in value.items()}
+    return {file["name"]: bytes(file["content"]) for file in value}
+
+
+def _to_image(pixels: "torch.Tensor") -> Image.Image:
+    """The reverse of ``to_tensor``."""
+    levels = ((pixels + 1) * 127.5).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())

@@ -1,0 +1,370 @@
+"""The notebooks' views: what they show, what they give, and that no error is passed over."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ipywidgets import HTML, Image, Widget
+from PIL import Image as Pictures
+
+from dreambooth_lib import TrainConfig, pace, runs, training, watch, widgets
+from dreambooth_lib.config import ConfigError
+from dreambooth_lib.pictures import DataError
+from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.widgets.settings import python_of
+from dreambooth_lib.widgets.subject import uploaded
+
+Make = Callable[..., TrainConfig]
+
+
+def texts(view: Any) -> str:
+    """All that a view says now."""
+    own = view.value if isinstance(view, HTML) else ""
+    return " ".join([own, *(texts(child) for child in getattr(view, "children", ()))])
+
+
+def pictures(view: Any) -> list[Pictures.Image]:
+    """All pictures that a view shows now, in order."""
+    own = []
+    if isinstance(view, Image) and view.layout.display != "none":
+        own = [Pictures.open(io.BytesIO(view.value))]
+    return own + [found for child in getattr(view, "children", ()) for found in pictures(child)]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Widget]:
+    """What is displayed below the cell."""
+    found: list[Widget] = []
+    monkeypatch.setattr("dreambooth_lib.widgets.training.display", found.append)
+    return found
+
+
+@pytest.fixture
+def started(
+    tmp_path: Path, photos: str, make_config: Make, tiny_sd2: str, clip_folder: Path
+) -> Callable[..., Run]:
+    def start(name: str = "run", **changes: Any) -> Run:
+        fields = {"watch_every": 2, "judge": str(clip_folder), "ema_decay": None} | changes
+        run = runs.start(make_config(tiny_sd2, photos, **fields), tmp_path / name)
+        view = watch.View(class_pictures=2, inference_steps=2)
+        (run.folder / "watch").mkdir()
+        (run.folder / "watch" / "view.json").write_text(json.dumps(asdict(view)))
+        return run
+
+    return start
+
+
+def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Pictures.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# The subject
+
+
+@pytest.fixture
+def subject(tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path) -> widgets.SubjectPanel:
+    return widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
+
+
+def test_the_subject_panel_begins_with_the_configs_subject(
+    subject: widgets.SubjectPanel, tiny_sd2: str, photos: str, make_config: Make
+) -> None:
+    assert subject.config == make_config(tiny_sd2, photos)
+    thumbnails, crops = pictures(subject)
+    assert thumbnails.width > 4 * 24 and crops.width > 4 * 16
+    assert "cropped to 16 × 16" in texts(subject)
+    assert "below 16" not in texts(subject), "the photos are larger than this base's pictures"
+
+
+@pytest.mark.parametrize("version", [7, 8])
+def test_what_is_uploaded_becomes_the_subject_in_both_versions(
+    version: int, subject: widgets.SubjectPanel, tmp_path: Path
+) -> None:
+    files = {"a.png": png("red"), "b.png": png("blue")}
+    value: Any = {name: {"metadata": {"name": name}, "content": data}
+                  for name, data in files.items()}  # fmt: skip
+    if version == 8:
+        value = tuple({"name": n, "content": memoryview(data)} for n, data in files.items())
+    assert uploaded(value) == files
+    subject.use(uploaded(value))
+    found = subject.config.subject
+    assert Path(found.pictures).parent == tmp_path / "uploads"
+    assert [photo.name for photo in subject.photos] == ["a.png", "b.png"]
+    assert (found.class_noun, found.name) == ("dog", Path(found.pictures).name)
+    assert "blurred" in texts(subject)
+
+
+def test_the_upload_buttons_value_is_used(subject: widgets.SubjectPanel) -> None:
+    button = subject.upload
+    if isinstance(button.value, dict):  # ipywidgets 7: a count tells that all data is there
+        button.metadata, button.data = [{"name": "c.png"}], [png("green")]
+        button._counter += 1
+    else:
+        button.value = ({"name": "c.png", "type": "image/png", "size": 9, "content": png("green"),
+                         "last_modified": datetime.now(UTC)},)  # fmt: skip
+    subject.check()
+    assert [photo.name for photo in subject.photos] == ["c.png"]
+
+
+def test_a_typed_path_that_is_wrong_says_so_and_fails_whoever_goes_on(
+    subject: widgets.SubjectPanel, photos: str
+) -> None:
+    subject.source.value = "/no/<such>"
+    assert "there is no folder or zip /no/&lt;such&gt;; check the path." in subject.note.value
+    with pytest.raises(DataError, match="check the path"):
+        _ = subject.config
+    subject.source.value = photos
+    assert not subject.note.value and subject.config.subject.pictures == photos
+
+
+def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
+    subject: widgets.SubjectPanel,
+) -> None:
+    subject.class_noun.value, subject.identifier.value = " cat ", "sks"
+    assert subject.config.subject.token == "sks cat"
+    assert "known to be a rifle" in texts(subject)
+    subject.class_noun.value = " "
+    with pytest.raises(ConfigError, match="class_noun is empty"):
+        _ = subject.config
+
+
+def test_colab_is_told_to_use_its_own_upload(
+    fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path
+) -> None:
+    from dreambooth_lib import colab
+
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
+    assert "colab.upload" in texts(panel) and "10 MB" not in texts(panel)
+    fake_colab.uploads = {"d.png": png("red")}
+    panel.use(colab.upload(tmp_path / "uploads"))
+    assert [photo.name for photo in panel.photos] == ["d.png"]
+
+
+# The settings
+
+
+@pytest.fixture
+def settings(tiny_sd2: str, photos: str, make_config: Make) -> widgets.SettingsPanel:
+    return widgets.SettingsPanel(make_config(tiny_sd2, photos, watch_every=2))
+
+
+def test_the_settings_say_what_the_config_says_until_they_are_moved(
+    settings: widgets.SettingsPanel, tiny_sd2: str, photos: str, make_config: Make
+) -> None:
+    config = make_config(tiny_sd2, photos, watch_every=2)
+    assert settings.config == config
+    moved = {"prior_weight": 0.5, "steps": 9, "learning_rate": 1e-4, "train_text_encoder": True,
+             "resolution": 8, "class_pictures": 7, "early_stop": True}  # fmt: skip
+    assert moved.keys() == settings.controls.keys()
+    for name, value in moved.items():
+        settings.controls[name].value = value
+    assert settings.config == config.replace(**moved)
+
+
+def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.SettingsPanel) -> None:
+    import dreambooth_lib
+
+    settings.controls["prior_weight"].value = 0.25
+    scope: dict[str, Any] = {"db": dreambooth_lib}
+    exec(python_of(settings.config), scope)
+    assert scope["config"] == settings.config
+    assert "prior_weight=0.25" in settings.python.value and "steps=4" in settings.python.value
+    assert "warmup_steps" not in settings.python.value
+
+
+def test_settings_that_contradict_say_so_and_fail_whoever_goes_on(
+    settings: widgets.SettingsPanel,
+) -> None:
+    settings.controls["class_pictures"].value = 0
+    assert "ask for class pictures" in settings.note.value
+    for fails in (settings.check, lambda: settings.config):
+        with pytest.raises(ConfigError, match="class_pictures is 0"):
+            fails()
+    settings.controls["prior_weight"].value = 0
+    settings.check()
+    assert settings.config.prior_weight == 0 and not settings.note.value
+
+
+def test_minutes_are_shown_only_once_they_are_measured(
+    settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "min" not in settings.time.value
+    measured = pace.Pace(update=30.0, look=15.0)
+    monkeypatch.setattr("dreambooth_lib.widgets.settings.measure", lambda config: measured)
+    settings.predict.click()
+    # Four updates, and looks before the first and after the second and the fourth.
+    assert measured.seconds(settings.config) == 4 * 30 + 3 * 15
+    assert "<b>3 min</b>" in settings.time.value
+    settings.controls["steps"].value = 9
+    assert "<b>6 min</b>" in settings.time.value
+
+
+def test_a_pace_is_measured_and_leaves_nothing(started: Callable[..., Run], tmp_path: Path) -> None:
+    run = started()
+    before = sorted(tmp_path.rglob("*"))
+    found = pace.measure(run.config)
+    assert 0 < found.update < 60 and 0 < found.look < 60
+    assert pace.measure(run.config.replace(watch_every=0, prior_weight=0)).look == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# The training monitor
+
+
+def test_monitor_yields_the_steps_of_train_and_shows_curves_and_looks(
+    started: Callable[..., Run], shown: list[Widget]
+) -> None:
+    plain = [step.loss for step in training.train(started("plain"))]
+    run = started()
+    assert [step.loss for step in widgets.monitor(run)] == plain
+    (view,) = shown
+    losses, watched, looks = pictures(view)
+    assert min(losses.width, watched.width) > 500
+    assert looks.height > 3 * 128, "a row for the base and each look"
+    assert "Finished at step 4" in texts(view)
+
+
+def test_an_interrupt_ends_the_cell_and_says_how_to_go_on(
+    started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, update = started(), training.Trainer.update
+    whole = [step.loss for step in training.train(started("plain"))]
+
+    def interrupted(trainer: training.Trainer) -> Any:
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    monkeypatch.setattr(training.Trainer, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; run this cell again"):
+        for _ in widgets.monitor(run):
+            pass
+    assert "Interrupted at step 3; run this cell again to go on." in texts(shown[0])
+    monkeypatch.setattr(training.Trainer, "update", update)
+    again = [(step.step, step.loss) for step in widgets.monitor(runs.resume(run.folder))]
+    assert again == [(4, whole[3])]
+
+
+def test_an_interrupt_while_the_view_is_drawn_saves_too(
+    started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started()
+
+    def interrupted(_rows: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dreambooth_lib.plots.losses", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 1"):
+        list(widgets.monitor(run))
+    assert list(run.checkpoints()) == [1]
+
+
+def test_leaving_the_loop_saves(started: Callable[..., Run], shown: list[Widget]) -> None:
+    run = started()
+    for step in widgets.monitor(run):
+        if step.step == 3:
+            break
+    assert 3 in run.checkpoints() and "Interrupted at step 3" in texts(shown[0])
+
+
+def test_an_error_in_training_is_shown_and_raised(
+    started: Callable[..., Run], shown: list[Widget]
+) -> None:
+    run = started(learning_rate=1e30)
+    with pytest.raises(training.NonFiniteLoss):
+        list(widgets.monitor(run))
+    with pytest.raises(training.NonFiniteLoss):
+        shown[0].check()  # type: ignore[attr-defined]
+    assert "lower learning_rate" in texts(shown[0]) and "Traceback" not in texts(shown[0])
+
+
+# Looking back and drawing
+
+
+def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
+    started: Callable[..., Run],
+) -> None:
+    run = started(checkpoints_kept=1)
+    list(training.train(run))
+    slider = widgets.CheckpointSlider(run)
+    assert slider.step == slider.best.step and slider.best.reason in texts(slider)
+    labels = [label for label, _ in slider.slider.options]
+    assert labels[0] == "the base" and f"step {slider.best.step}, chosen" in labels
+    seen = {}
+    for step in (0, 2, 4):
+        slider.slider.value = step
+        seen[step] = [picture.tobytes() for picture in pictures(slider)]
+        assert seen[step][0] == watch.drawn(run, step).subject[0].tobytes()
+        assert len(seen[step]) == 4 + 2 + 1
+    assert seen[0] != seen[4]
+    assert "weights are kept" in texts(slider)
+
+
+def test_a_run_without_a_look_has_no_slider(started: Callable[..., Run]) -> None:
+    with pytest.raises(RunError, match="no look at a tuned model"):
+        widgets.CheckpointSlider(started(watch_every=0))
+
+
+def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
+    started: Callable[..., Run],
+) -> None:
+    run = started(watch_every=0)
+    list(training.train(run))
+    play = widgets.playground(run)
+    assert play.prompt.value == "a {} dog on the beach"
+    play.steps.value, play.count.value, play.seed.value = 5, 2, 7
+    play.button.click()
+    play.check()
+    play.negative_prompt.value = "snow <b>"
+    last = play.draw()
+    assert play.gallery[-1] is last and len(play.gallery) == 2
+    assert last.prompt == "a ohwx dog on the beach" and list(last.pictures) == ["base", "tuned"]
+    assert [made.seed for made in last.pictures["base"]] == [7, 8]
+    newest, first = play.entries.children
+    assert "without “snow &lt;b&gt;”" in texts(newest) and "without" not in texts(first)
+    assert [text in texts(first) for text in ("base, seed 7", "tuned, seed 8")] == [True, True]
+    drawn = [picture.tobytes() for picture in pictures(newest)]
+    asked = {name: [made.image.tobytes() for made in row] for name, row in last.pictures.items()}
+    assert drawn == [asked["base"][0], asked["tuned"][0], asked["base"][1], asked["tuned"][1]]
+    assert asked["base"] != asked["tuned"]
+
+
+def test_any_two_sources_can_be_compared(started: Callable[..., Run]) -> None:
+    run = started(watch_every=0, checkpoint_every=2)
+    list(training.train(run))
+    sources = {"step 2": (run, 2), "step 4": (run, 4), "end": run}
+    pair = widgets.SideBySide(sources, run.config.subject, "a {} dog")
+    pair.steps.value = 5
+    pair.left.value, pair.right.value = "step 4", "end"
+    one, other = (rows[0].image.tobytes() for rows in pair.draw().pictures.values())
+    assert one == other, "the run ended with step 4's weights"
+    pair.left.value = "step 2"
+    one, other = (rows[0].image.tobytes() for rows in pair.draw().pictures.values())
+    assert one != other and set(pair._loaded) == {"step 2", "end"}
+
+
+def test_an_error_while_drawing_is_a_sentence_there_and_fails_the_next_cell(
+    started: Callable[..., Run],
+) -> None:
+    play = widgets.playground(started())
+    play.button.click()
+    assert "has not finished; train it to its end" in play.note.value
+    assert not play.button.disabled
+    with pytest.raises(RunError, match="has not finished"):
+        play.check()
+
+
+def test_controls_have_labels_and_hints_and_html_has_no_colours(
+    settings: widgets.SettingsPanel, subject: widgets.SubjectPanel
+) -> None:
+    for panel in (settings, subject):
+        assert "color" not in texts(panel) and "background" not in texts(panel)
+    assert texts(settings).count("<small>") == len(settings.controls) + 1
+    assert all(one.description for one in settings.controls.values())
