@@ -295,8 +295,9 @@ def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
     list(training.train(run))
     slider = widgets.CheckpointSlider(run)
     assert slider.step == slider.best.step and slider.best.reason in texts(slider)
+    others = {"2", "4"} - {str(slider.best.step)}
     labels = [label for label, _ in slider.slider.options]
-    assert labels[0] == "the base" and f"step {slider.best.step}, chosen" in labels
+    assert labels[0] == "base" and {*others, f"{slider.best.step} ★"} == set(labels[1:])
     seen = {}
     for step in (0, 2, 4):
         slider.slider.value = step
@@ -305,6 +306,19 @@ def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
         assert len(seen[step]) == 4 + 2 + 1
     assert seen[0] != seen[4]
     assert "weights are kept" in texts(slider)
+
+
+def test_class_pictures_are_drawn_where_the_run_will_look_for_them(
+    started: Callable[..., Run],
+) -> None:
+    run = started(watch_every=0)
+    page = widgets.class_pictures(run.config, run.folder.parent)
+    assert page is not None and page.width > 4 * 128
+    made = {path: path.stat().st_mtime_ns for path in run.folder.parent.rglob("0000*.png")}
+    assert len(made) == 4
+    list(training.train(run))
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert widgets.class_pictures(run.config.replace(prior_weight=0), run.folder.parent) is None
 
 
 def test_a_run_without_a_look_has_no_slider(started: Callable[..., Run]) -> None:

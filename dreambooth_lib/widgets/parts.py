@@ -3,6 +3,7 @@
 import html
 import io
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from ipywidgets import HTML, HBox, Image, Layout, VBox
@@ -10,6 +11,17 @@ from ipywidgets import HTML, HBox, Image, Layout, VBox
 #: For a control's ``style`` and ``layout``: labels and controls in columns.
 STYLE = {"description_width": "9em"}
 WIDE = "26em"
+
+
+def quiet() -> None:
+    """Keep what diffusers and transformers say and show of themselves out of the notebook.
+
+    Their errors, and downloads from the Hub, still show.
+    """
+    for library in ("diffusers", "transformers"):
+        logging = import_module(f"{library}.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 class View(VBox):

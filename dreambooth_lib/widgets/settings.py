@@ -31,7 +31,8 @@ class SettingsPanel(View):
 
     def __init__(self, config: TrainConfig):
         self._config = config
-        self.controls = _controls(config)
+        self._own = families.outline(config.base, config.revision).resolution
+        self.controls = _controls(config, self._own)
         self.predict = Button(description="Predict the time")
         self.time, self.python = HTML(), HTML()
         super().__init__(
@@ -49,7 +50,10 @@ class SettingsPanel(View):
     @property
     def config(self) -> TrainConfig:
         """The config that the controls say. Raises ``ConfigError`` where they contradict."""
-        return self._config.replace(**{name: one.value for name, one in self.controls.items()})
+        said = {name: one.value for name, one in self.controls.items()}
+        if said["resolution"] == self._own:
+            said["resolution"] = None
+        return self._config.replace(**said)
 
     def _show(self) -> None:
         config = self.config
@@ -89,12 +93,11 @@ def _differing(given: Any, plain: Any, always: Any) -> list[str]:
     ]
 
 
-def _controls(config: TrainConfig) -> dict[str, Any]:
-    own = families.outline(config.base, config.revision).resolution
-    sizes = sorted({own // 2, own * 3 // 4, own, own * 3 // 2, config.resolution or own})
-    sides = [(f"{side}, the base's own" if side == own else str(side),
-              None if side == own and config.resolution is None else side)
-             for side in sizes]  # fmt: skip
+def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
+    values = vars(config) | {"resolution": config.resolution or own}
+    near = {own // 2, own * 3 // 4, own, own * 3 // 2, values["resolution"]}
+    sizes = sorted(side for side in near if side % 8 == 0)
+    sides = [(f"{side}, the base's own" if side == own else str(side), side) for side in sizes]
     rates = [(f"{rate:g}", rate) for rate in sorted({*_RATES, config.learning_rate})]
     pictures = max(400, config.class_pictures)
     texts = [("U-Net", False), ("U-Net and text encoder", True)]
@@ -108,7 +111,7 @@ def _controls(config: TrainConfig) -> dict[str, Any]:
         "early_stop": (Checkbox, "stop early", {}),
     }
     return {
-        name: control(kind, label, value=getattr(config, name), **traits)
+        name: control(kind, label, value=values[name], **traits)
         for name, (kind, label, traits) in made.items()
     }
 

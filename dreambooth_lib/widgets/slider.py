@@ -18,10 +18,12 @@ class CheckpointSlider(View):
     def __init__(self, run: Run):
         self.run, self.best = run, choice.best_checkpoint(run)
         self._rows = {row.step: row for row in watch.history(run)}
-        options = [(self._label(step), step) for step in self._rows]
+        # Short labels: beside a slider there is little room.
+        marks = {0: "base", self.best.step: f"{self.best.step} ★"}
+        options = [(marks.get(step, str(step)), step) for step in self._rows]
         self.slider = control(SelectionSlider, "checkpoint", options=options, value=self.best.step)
         self.figures, self.pictures = HTML(), in_a_row([])
-        reason = HTML(f"<b>Chosen:</b> {self.best.reason}")
+        reason = HTML(f"<b>Chosen ★:</b> {self.best.reason}")
         super().__init__(reason, hinted({self.slider: _HINT}), self.figures, self.pictures)
         self.slider.observe(self.callback(self._show), "value")
         self._show()
@@ -30,20 +32,16 @@ class CheckpointSlider(View):
     def step(self) -> int:
         return self.slider.value
 
-    def _label(self, step: int) -> str:
-        if step == self.best.step:
-            return f"step {step}, chosen"
-        return f"step {step}" if step else "the base"
-
     def _show(self) -> None:
         seen = watch.drawn(self.run, self.step)
         fidelity, adherence, kept = choice.shares_of(self._rows[self.step], self._rows[0])
         weights = "are kept" if self.step in self.run.checkpoints() else "are not kept"
+        name = f"Step {self.step}" if self.step else "The base"
         if not self.step:
-            weights = "are the base's own"
+            weights = "are its own"
         self.figures.value = (
-            f"Subject fidelity {fidelity:.0%} of the photos' own, prompt adherence {adherence:.0%} "
-            f"of the base's, class kept {kept:.0%}. Its weights {weights}."
+            f"<b>{name}</b>: subject fidelity {fidelity:.0%} of the photos' own, prompt adherence "
+            f"{adherence:.0%} of the base's, class kept {kept:.0%}. Its weights {weights}."
         )
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)

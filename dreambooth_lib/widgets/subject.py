@@ -103,7 +103,7 @@ class SubjectPanel(View):
         self.findings.value = (
             f"<b>Look at these before you train:</b><ul>{items}</ul>"
             if found
-            else f"<b>Nothing to complain about in {len(photos)} pictures.</b>"
+            else f"<b>No problems found in {len(photos)} pictures.</b>"
         )
         self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
         crops = [_to_image(to_tensor(p.image, side, config.crop)) for p in photos]

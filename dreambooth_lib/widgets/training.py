@@ -3,15 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from IPython.display import display
-from ipywidgets import HTML
-from PIL import Image
+from ipywidgets import HTML, Image
+from PIL import Image as Pictures
 
 from dreambooth_lib import pages, plots, watch
 from dreambooth_lib.runs import Run
 from dreambooth_lib.training import Objective, Step, prior_preservation, train
 from dreambooth_lib.widgets.parts import View, blank, in_a_row, show
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Share of the time that may go into drawing curves.
 _SHARE = 0.05
@@ -26,15 +30,14 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
     """
     from tqdm.auto import tqdm
 
-    view = _Training(run)
-    display(view)
-    begun = _reached(run)
+    view, begun = _Training(run), _reached(run)
     try:
-        # A look at every update keeps tqdm's own thread, whose updates Colab does not show, idle.
+        # With miniters 1 tqdm's own thread, whose updates Colab does not show, has nothing to do.
         with (
             closing(train(run, objective)) as steps,
             tqdm(total=run.config.steps, initial=begun, unit="step", miniters=1) as bar,
         ):
+            display(view)
             for step in steps:
                 bar.update(step.step - bar.n)
                 view.show(step)
@@ -66,7 +69,7 @@ class _Training(View):
         self.losses, self.watched, self.looks = blank(), blank(), blank()
         super().__init__(self.status, in_a_row([self.losses, self.watched]), self.looks)
         for curves in (self.losses, self.watched):
-            curves.layout.width = "560px"
+            curves.layout.width, curves.layout.min_width = "49%", "400px"
 
     def say(self, text: str) -> None:
         self.status.value = text
@@ -83,15 +86,21 @@ class _Training(View):
         began = time.monotonic()
         log, looks = self.run.log(), watch.history(self.run)
         if log:
-            show(self.losses, plots.losses(log).savefig)
+            _show_curves(self.losses, plots.losses(log))
         if len(looks) != self._looks:
-            show(self.watched, plots.watched(looks).savefig)
+            _show_curves(self.watched, plots.watched(looks))
             show(self.looks, look_by_look(self.run).save)
         self._looks, self._drawn_at = len(looks), time.monotonic()
         self._cost = self._drawn_at - began
 
 
-def look_by_look(run: Run) -> Image.Image:
+def _show_curves(place: Image, figure: "Figure") -> None:
+    """At half the width of a page, so that its text stays readable."""
+    figure.set_size_inches(6, 4.6)
+    show(place, figure.savefig)
+
+
+def look_by_look(run: Run) -> Pictures.Image:
     """A page of all looks at a run, a row each: subject, class and unrelated pictures.
 
     Raises ``ValueError`` where there was none.

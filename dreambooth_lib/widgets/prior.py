@@ -1,0 +1,25 @@
+"""The class pictures that a run trains with, drawn before it and shown."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth_lib import pages, prior, sampling
+from dreambooth_lib.config import TrainConfig
+
+_SHOWN = 32
+
+
+def class_pictures(config: TrainConfig, folder: str | Path) -> Image.Image | None:
+    """Draw what is missing for a run in ``folder``, with its progress; gives a page of the first.
+
+    None where the config asks the base for none. Raises as ``families.load`` does.
+    """
+    from tqdm.auto import tqdm
+
+    if config.prior_weight == 0 or config.class_folder is not None:
+        return None
+    family = sampling.load_source(config.base)
+    made = prior.class_pictures(config, family, Path(folder) / "class_pictures")
+    paths = list(tqdm(made, total=config.class_pictures, unit="picture", miniters=1))
+    return pages.grid([Image.open(path) for path in paths[:_SHOWN]], 8)
