@@ -125,24 +125,26 @@ def matrix(
             _check(pictures, f"a cell of row {number}")
     every = [picture for row in cells for pictures in row for picture in pictures]
     side = _cell_side(every)
-    most = max(len(pictures) for row in cells for pictures in row)
-    wide, font = most * (side + _GAP) - _GAP, _font(_TEXT)
+    font = _font(_TEXT)
+    most = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    wide = [max(count * (side + _GAP) - _GAP, round(font.getlength(label)))
+            for count, label in zip(most, columns, strict=True)]  # fmt: skip
     left = _MARGIN + round(max(font.getlength(label) for label in rows)) + 2 * _GAP
     top = _MARGIN + (_line(_TITLE) + _GAP if title else 0)
-    size = (left + len(columns) * (wide + _MARGIN), top + _line(_TEXT) + _GAP
+    starts = [left + sum(wide[:number]) + number * _MARGIN for number in range(len(wide))]
+    size = (starts[-1] + wide[-1] + _MARGIN, top + _line(_TEXT) + _GAP
             + len(rows) * (side + 2 * _GAP) + _MARGIN)  # fmt: skip
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN), title, _INK, _font(_TITLE, bold=True))
-    for number, label in enumerate(columns):
-        draw.text((left + number * (wide + _MARGIN), top), label, _INK, font)
+    for start, label in zip(starts, columns, strict=True):
+        draw.text((start, top), label, _INK, font)
     for number, (label, row) in enumerate(zip(rows, cells, strict=True)):
         y = top + _line(_TEXT) + _GAP + number * (side + 2 * _GAP)
         draw.text((_MARGIN, y + side / 2), label, _INK, font, anchor="lm")
-        for column, pictures in enumerate(row):
+        for start, pictures in zip(starts, row, strict=True):
             for place, picture in enumerate(pictures):
-                x = left + column * (wide + _MARGIN) + place * (side + _GAP)
-                _paste(sheet, picture, x, y, side)
+                _paste(sheet, picture, start + place * (side + _GAP), y, side)
     return sheet
 
 

@@ -192,5 +192,8 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across() -> None:
     assert boxes[0][1] < boxes[4][1], "the second row is below the first"
     assert [b[0] for b in boxes[:4]] == [b[0] for b in boxes[4:]], "columns line up"
     assert boxes[2][0] - boxes[1][2] > boxes[1][0] - boxes[0][2], "cells stand apart"
+    narrow = pages.matrix(["λ 0"], ["two", "one"], [[solids(2), solids(1, 2)]])
+    wide = pages.matrix(["λ 0"], ["two", "one, and a long label"], [[solids(2), solids(1, 2)]])
+    assert narrow.width < wide.width < page.width, "a column is as wide as what is in it"
     with pytest.raises(ValueError, match="row 1 has 1 cells for 2 columns"):
         pages.matrix(["a", "b"], ["x", "y"], [[solids(1), solids(1)], [solids(1)]])
