@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "figures", help="measure all bundled subjects, with and without the prior"
     )
     figures.add_argument("--seeds", type=int, nargs="+", default=[0])
+    figures.add_argument("--workers", type=int, default=1, help="processes that share the cores")
     figures.add_argument("--out", type=Path, default=Path("outputs/figures"))
     train = commands.add_parser("train", help="train what a TOML file describes")
     train.add_argument("config", type=Path)
@@ -161,30 +162,22 @@ def run_sample(run: Path, prompts: list[str], seeds: list[int], out: Path | None
         print(path)
 
 
-def quiet() -> None:
-    """Leave the loading bars and notices of the libraries out of what a person reads."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
-
-
 def main() -> None:
+    from dreambooth_lib import demo
+
     given = parser().parse_args()
-    quiet()
+    demo.quiet()
     try:
         if given.command == "demo":
             run_demo(given.subject, given.out)
         elif given.command == "figures":
-            from dreambooth_lib import demo
+            from dreambooth_lib.state import replace_file
 
             shutil.rmtree(given.out / "runs", ignore_errors=True)
-            demo.figures(given.out, given.seeds)
+            rows = demo.figures(given.out, given.seeds, workers=given.workers)
+            table = demo.summary(rows)
+            replace_file(given.out / "summary.md", f"{table}\n".encode())
+            print(table)
         elif given.command == "train":
             run_train(given.config, given.out)
         elif given.command == "evaluate":

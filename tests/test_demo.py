@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from dreambooth_lib import demo, families
 from dreambooth_lib.__main__ import main
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.watch import View
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +47,33 @@ def test_the_subject_is_learnt_and_the_class_is_kept(tuned):
     assert after["subject_fidelity"] >= 0.9 * row["reference_fidelity"]
     assert after["prompt_adherence"] >= 0.9 * base["prompt_adherence"]
     assert after["class_diversity"] >= 0.9 * base["class_diversity"]
+
+
+def test_figures_are_shared_out_and_summed_up(tiny_sd2, tmp_path):
+    tiny = {"base": tiny_sd2, "steps": 1, "batch_size": 1, "class_pictures": 1, "watch_every": 0}
+    view = View(class_pictures=8, unrelated=0, inference_steps=1)
+    rows = demo.figures(tmp_path, [0, 1], 2, view, **tiny, prior_inference_steps=1)
+    names = [subject.name for subject in demo.bundled_subjects()]
+    found = sorted((r["name"], r["prior_weight"], r["training_seed"]) for r in rows)
+    assert found == sorted(product(names, (0.0, 1.0), (0, 1)))
+    assert json.loads((tmp_path / "metrics.json").read_text())["subjects"] == rows
+    lines = demo.summary(rows).splitlines()[2:]
+    assert len(lines) == len(names) * 2 and all("| 2 |" in line for line in lines)
+
+
+def test_a_summary_has_means_least_and_most():
+    def row(seed, fidelity, adherence, diversity, drift):
+        base = {"subject_fidelity": 0.2, "prompt_adherence": 0.5, "class_diversity": 0.4}
+        tuned = {"subject_fidelity": fidelity, "prompt_adherence": adherence,
+                 "class_diversity": diversity, "prior_drift": drift}  # fmt: skip
+        return {"name": "rex", "prior_weight": 1.0, "training_seed": seed,
+                "reference_fidelity": 0.8, "base": base, "tuned": tuned}  # fmt: skip
+
+    table = demo.summary([row(0, 0.6, 0.45, 0.4, 0.1), row(1, 0.8, 0.5, 0.3, 0.3)])
+    assert table.splitlines()[2] == (
+        "| rex | 1 | 2 | 88% (75% to 100%) | 95% (90% to 100%) | 88% (75% to 100%) "
+        "| 0.200 (0.100 to 0.300) |"
+    )
 
 
 def test_a_finished_run_is_the_base_of_another_and_draws_from_the_shell(tuned, tmp_path):
