@@ -53,7 +53,13 @@ _NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay
 
 
 def base_defaults(base: str) -> dict[str, Any]:
-    """What the fields of :class:`TrainConfig` that depend on the base are for this one."""
+    """What the fields of :class:`TrainConfig` that depend on the base are for this one.
+
+    A finished run as a base has those of the base that it was trained from.
+    """
+    run = Path(base) / "config.toml"
+    if base not in _BASE_DEFAULTS and run.is_file():
+        return base_defaults(tomllib.loads(run.read_text()).get("base", "toybox"))
     return _BASE_DEFAULTS.get(base) or _BASE_DEFAULTS[""]
 
 

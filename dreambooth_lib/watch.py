@@ -76,9 +76,15 @@ class Watched:
 def judge(config: TrainConfig, device: "str | torch.device" = "cpu") -> Encoder:
     """The encoder that scores a run's pictures.
 
-    Raises as :class:`Encoder` does, and ``ConfigError`` for one that does not read prompts.
+    Raises ``ConfigError`` for one that cannot be read or does not read prompts.
     """
-    encoder = Encoder(JUDGE if config.judge == "toybox" else config.judge, device)
+    try:
+        encoder = Encoder(JUDGE if config.judge == "toybox" else config.judge, device)
+    except OSError as error:
+        raise ConfigError(
+            f"the judge '{config.judge}' cannot be read; give a CLIP by hub id or folder, or set "
+            "watch_every to 0 to train without looks."
+        ) from error
     if not encoder.reads_texts:
         raise ConfigError(
             f"judge '{config.judge}' does not read prompts; give a CLIP such as "

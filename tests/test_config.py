@@ -258,3 +258,12 @@ def test_auto_lets_the_looks_choose_the_step() -> None:
     assert (config.prior_weight, config.steps, config.early_stop, config.seed) == (1, 750, True, 4)
     assert TrainConfig.auto(DOG, "some/base").steps == 1500
     assert TrainConfig.auto(DOG, steps=90).steps == 90
+
+
+def test_a_finished_run_as_a_base_has_the_defaults_of_its_own_base(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, base in ((first, "toybox"), (second, str(first))):
+        folder.mkdir()
+        (folder / "config.toml").write_text(TrainConfig(subject=DOG, base=base).to_toml())
+    assert TrainConfig(subject=DOG, base=str(second)).learning_rate == 3e-4
+    assert TrainConfig(subject=DOG, base=str(tmp_path)).learning_rate == 5e-6

@@ -178,8 +178,9 @@ def test_the_whole_protocol_killed_and_resumed_scores_the_same(
 
     subprocess.run(command(tmp_path / "whole"), check=True)
     rows = read_csv(tmp_path / "whole/scores.csv")
-    of_pictures = [r for r in rows if r.measure == "subject_fidelity"]
+    of_pictures = [r for r in rows if r.measure == "subject_fidelity" and r.seed is not None]
     assert len(of_pictures) == 8 * 25 * 4 * 2 * 2
+    assert sum(r.method == "real pictures" for r in rows) == 8 * 2
 
     with subprocess.Popen(command(tmp_path / "killed")) as process:
         while len(list((tmp_path / "killed").rglob("*.png"))) < 8 * 25 * 4:

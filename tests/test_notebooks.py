@@ -74,7 +74,7 @@ def test_the_main_notebook_trains_and_keeps_a_model_and_goes_on_with_it(tmp_path
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
     assert "⚠" not in said(shown) and "Beginning a new run." in said(shown)
-    assert "Finished at step 4." in said(shown) and "Chosen:" in said(shown)
+    assert "Finished at step 4." in said(shown) and "Chosen ★:" in said(shown)
     # The subject, the settings, the training with its bar, the slider and the playground.
     assert len(outputs(shown, "application/vnd.jupyter.widget-view+json")) >= 6
     # The session is lost before the last two steps: another one finds the run and goes on.

@@ -153,7 +153,7 @@ def test_a_judge_that_cannot_judge_is_named_before_anything_is_trained(
 ) -> None:
     with pytest.raises(ConfigError, match="does not read prompts; give a CLIP"):
         list(train(started("dino", judge=str(dino_folder))))
-    with pytest.raises(OSError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot be read; .* watch_every to 0"):
         list(train(started("run", judge="no/such-folder/clip")))
     with pytest.raises(ConfigError, match="watch_every"):
         started("other", watch_every=0, early_stop=True)

@@ -79,7 +79,9 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
     plots.front(rows, "prior_weight", folder / "front.png")
     cells = [
         [
-            (seen := watch.drawn(runs.resume(folder / name), step)).subject[:2] + seen.of_class[:1]
+            # Two scenes, and the class.
+            (seen := watch.drawn(runs.resume(folder / name), step)).subject[:: 2 * VIEW.seeds]
+            + seen.of_class[:1]
             for step in STEPS
         ]
         for name in configs

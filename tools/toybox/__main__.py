@@ -25,7 +25,7 @@ from tools.toybox.tokenizer import save_tokenizer
 from tools.toybox.world import Picture, World
 
 #: Optimizer updates of each training, for the shipped weights.
-STEPS = {"autoencoder": 3600, "classifier": 600, "diffusion": 5200, "judge": 2800}
+STEPS = {"autoencoder": 3600, "classifier": 600, "diffusion": 5200, "judge": 1500, "captions": 1400}
 BANK = 24_000  # composites encoded once for the diffusion training
 ROUNDS, DRAWN_SEED = 15, 2_000_000  # of every class, the base's pictures that the judge learns from
 
@@ -56,8 +56,9 @@ def build(
     if only in (None, "judge"):
         # It is to measure the held-out subjects, so it knows the hand that drew them.
         every = World(work / "drawings", sets=drawings.TRAINING_SETS | drawings.HELD_OUT_SETS)
+        model = judge.train(every, tokenizer, work / "judge", steps["judge"])
         drawn = drawn_by_base(target, work / "drawn.npy", rounds)
-        model = judge.train(every, tokenizer, work / "judge", steps["judge"], drawn)
+        model = judge.even_out(model, every, tokenizer, work / "captions", steps["captions"], drawn)
         for part in (model.half(), tokenizer, judge.image_processor()):
             part.save_pretrained(target / "judge")
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("command", choices=("build", "report", "subjects"))
     parser.add_argument("--work", type=Path, default=Path("build"))
     parser.add_argument("--target", type=Path, default=Path("data/toybox"))
-    parser.add_argument("--only", choices=tuple(STEPS), help="one training only")
+    parser.add_argument("--only", choices=("autoencoder", "classifier", "diffusion", "judge"))
     parser.add_argument("--steps", type=int, help="updates of each training; to try the way")
     parser.add_argument("--bank", type=int, default=BANK)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the report")

@@ -100,6 +100,28 @@ def blurred(picture: np.ndarray, radius: float) -> np.ndarray:
 
 
 def train(
+    world: World, tokenizer: CLIPTokenizer, folder: Path, steps: int, classes: int = 16
+) -> CLIPModel:
+    """CLIP's loss on picture and caption, and the same loss on two pictures of one drawing."""
+    torch.manual_seed(0)
+    model = new_judge(tokenizer)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = np.random.default_rng((7, step))
+        first, second = pairs(world, rng, classes)
+        images = embed_images(model, composites(world, rng, first + second))
+        match, even, _ = against_captions(model, tokenizer, images, first + second, rng)
+        one, other = images.chunk(2)
+        labels = torch.arange(len(one))
+        contrast = torch.nn.functional.cross_entropy
+        drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
+        return match + 0.5 * drawing + 20 * even
+
+    return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
+
+
+def even_out(
+    model: CLIPModel,
     world: World,
     tokenizer: CLIPTokenizer,
     folder: Path,
@@ -107,50 +129,65 @@ def train(
     drawn: tuple[np.ndarray, list[Picture]],
     classes: int = 16,
 ) -> CLIPModel:
-    """CLIP's loss on picture and caption, and the same loss on two pictures of one drawing.
+    """Train the text side alone, so that true captions score alike whatever the drawing.
 
-    ``drawn`` are pictures by the diffusion model and what they were to show. Its pictures are more
-    typical than any composite, and to a judge that never saw any they fitted their captions better
-    than real pictures can.
+    ``drawn`` are pictures by the diffusion model and what they were to show. They are more typical
+    than any composite, and to a judge that never saw any they fit their captions better than real
+    pictures can. What the judge sees in pictures stays as it is, and with it every measure of
+    picture against picture.
     """
-    torch.manual_seed(0)
-    model = new_judge(tokenizer)
+    model.requires_grad_(False)
+    for part in (model.text_model, model.text_projection):
+        part.requires_grad_(True)
 
     def loss_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng((7, step))
+        rng = np.random.default_rng((11, step))
         first, second = pairs(world, rng, classes)
-        picked = rng.choice(len(drawn[1]), classes, replace=False)
+        picked = rng.choice(len(drawn[1]), 2 * classes, replace=False)
+        pixels = np.concatenate([composites(world, rng, first + second), drawn[0][picked]])
+        with torch.no_grad():
+            images = embed_images(model, pixels)
         shown = first + second + [drawn[1][i] for i in picked]
-        # Blurred by up to a pixel, as pictures that a small model draws are.
-        pixels = np.stack(
-            [blurred(world.compose(p, rng), rng.uniform(0, 1)) for p in first + second]
-            + [drawn[0][i] for i in picked]
-        )
-        jitter = rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, (len(pixels), 1, 1, 3))
-        pixels = (pixels + jitter).clip(0, 255).astype(np.uint8)
-        images = embed_images(model, pixels)
-        claims = [claim(p, rng) for p in shown]
-        texts = embed_texts(
-            model, tokenizer, [caption(*c, str(rng.choice(PREFIXES))) for c in claims]
-        )
-        scale = model.logit_scale.exp().clamp(max=100)
-        # A caption may be true of several pictures, and several of one: each is then as right.
-        true = torch.tensor([[is_true(c, p) for c in claims] for p in shown]).float()
-        logits = scale * images @ texts.T
-        contrast = torch.nn.functional.cross_entropy
-        match = (
-            contrast(logits, true / true.sum(1, keepdim=True))
-            + contrast(logits.T, true.T / true.T.sum(1, keepdim=True))
-        ) / 2
-        # A true caption scores the same whatever the drawing looks like, so that the adherence of
-        # two models' pictures compares.
-        even = ((images @ texts.T - TRUE_COSINE)[true > 0] ** 2).mean()
-        one, other = images[: len(first)], images[len(first) : len(first + second)]
-        labels = torch.arange(len(one))
-        drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
-        return match + 0.5 * drawing + 400 * even
+        match, even, worst = against_captions(model, tokenizer, images, shown, rng)
+        return match + 400 * even + 1e5 * worst
 
     return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
+
+
+def composites(world: World, rng: np.random.Generator, shown: list[Picture]) -> np.ndarray:
+    """Blurred by up to a pixel, as pictures that a small model draws are, and a little noisy."""
+    pixels = np.stack([blurred(world.compose(p, rng), rng.uniform(0, 1)) for p in shown])
+    jitter = rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, (len(pixels), 1, 1, 3))
+    return (pixels + jitter).clip(0, 255).astype(np.uint8)
+
+
+def against_captions(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    images: torch.Tensor,
+    shown: list[Picture],
+    rng: np.random.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """CLIP's loss over one caption a picture, and how unevenly true captions score.
+
+    The unevenness comes as a mean square and as a mean fourth power, which the worst make up.
+
+    A caption may be true of several pictures, and several of one: each is then as right. A true
+    caption shall score the same whatever the drawing looks like, so that the adherence of two
+    models' pictures compares.
+    """
+    claims = [claim(p, rng) for p in shown]
+    texts = embed_texts(model, tokenizer, [caption(*c, str(rng.choice(PREFIXES))) for c in claims])
+    scale = model.logit_scale.exp().clamp(max=100)
+    true = torch.tensor([[is_true(c, p) for c in claims] for p in shown])
+    share, cosines = true.float(), images @ texts.T
+    contrast = torch.nn.functional.cross_entropy
+    match = (
+        contrast(scale * cosines, share / share.sum(1, keepdim=True))
+        + contrast(scale * cosines.T, share.T / share.T.sum(1, keepdim=True))
+    ) / 2
+    off = cosines[true] - TRUE_COSINE
+    return match, (off**2).mean(), (off**4).mean()
 
 
 @torch.no_grad()
