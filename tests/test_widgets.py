@@ -1,5 +1,6 @@
 """The notebooks' views: what they show, what they give, and that no error is passed over."""
 
+import html
 import io
 import json
 from collections.abc import Callable
@@ -177,6 +178,19 @@ def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.Settin
     assert scope["config"] == settings.config
     assert "prior_weight=0.25" in settings.python.value and "steps=4" in settings.python.value
     assert "warmup_steps" not in settings.python.value
+
+
+def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) -> None:
+    panel = widgets.SettingsPanel(subject)
+    subject.source.value = "/no/such"
+    assert "check the path" in panel.note.value
+    with pytest.raises(DataError):
+        _ = panel.config
+    subject.use({"a.png": png("red"), "b.png": png("blue")})
+    subject.class_noun.value = "cat"
+    assert panel.config == subject.config and not panel.note.value
+    python = html.unescape(panel.python.value)
+    assert "class_noun='cat'" in python and "uploads" in python
 
 
 def test_settings_that_contradict_say_so_and_fail_whoever_goes_on(

@@ -10,7 +10,7 @@ from ipywidgets import HTML, HBox, Image, Layout, VBox
 
 #: For a control's ``style`` and ``layout``: labels and controls in columns.
 STYLE = {"description_width": "9em"}
-WIDE = "26em"
+WIDE = "32em"
 
 
 def quiet() -> None:
@@ -46,12 +46,11 @@ class View(VBox):
         """``act`` for a widget to call, which would hide an error or show a traceback."""
 
         def call(_event: Any) -> None:
+            self.error, self.note.value = None, ""
             try:
                 act()
             except Exception as error:  # whatever it is, check() raises it
                 self.fail(error)
-            else:
-                self.error, self.note.value = None, ""
 
         return call
 
@@ -86,7 +85,8 @@ def png(save: Callable[..., Any]) -> bytes:
 
 def blank() -> Image:
     """A place for a page or a figure, hidden until ``show`` fills it."""
-    return Image(format="png", layout=Layout(max_width="100%", display="none"))
+    layout = Layout(max_width="100%", align_self="flex-start", display="none")
+    return Image(format="png", layout=layout)
 
 
 def show(place: Image, save: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ from dreambooth_lib import families
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.pace import Pace, measure
 from dreambooth_lib.widgets.parts import View, control, hinted
+from dreambooth_lib.widgets.subject import SubjectPanel
 
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
 HINTS = {
@@ -26,11 +27,12 @@ HINTS = {
 class SettingsPanel(View):
     """Sliders and menus over a config; ``config`` is the one they now say.
 
-    Raises ``BaseError`` where the base cannot be found.
+    Over a :class:`SubjectPanel` it has the subject that this one now says. Raises ``BaseError``
+    where the base cannot be found, and as ``SubjectPanel.config`` does.
     """
 
-    def __init__(self, config: TrainConfig):
-        self._config = config
+    def __init__(self, given: TrainConfig | SubjectPanel):
+        self._given, config = given, _config_of(given)
         self._own = families.outline(config.base, config.revision).resolution
         self.controls = _controls(config, self._own)
         self.predict = Button(description="Predict the time")
@@ -44,6 +46,9 @@ class SettingsPanel(View):
         self._pace: Pace | None = None
         for one in self.controls.values():
             one.observe(self.callback(self._show), "value")
+        if isinstance(given, SubjectPanel):
+            for field in (given.source, given.class_noun, given.identifier):
+                field.observe(self.callback(self._show), "value")
         self.predict.on_click(self.callback(self._measure))
         self._show()
 
@@ -53,12 +58,12 @@ class SettingsPanel(View):
         said = {name: one.value for name, one in self.controls.items()}
         if said["resolution"] == self._own:
             said["resolution"] = None
-        return self._config.replace(**said)
+        return _config_of(self._given).replace(**said)
 
     def _show(self) -> None:
         config = self.config
         code = html.escape(python_of(config, HINTS))
-        self.python.value = f"The same in Python:<pre>{code}</pre>"
+        self.python.value = f'The same in Python:<pre style="line-height: 1.3">{code}</pre>'
         self.time.value = _time(config, self._pace) if self._pace else ""
 
     def _measure(self) -> None:
@@ -68,6 +73,10 @@ class SettingsPanel(View):
         finally:
             self.predict.disabled = False
         self._show()
+
+
+def _config_of(given: TrainConfig | SubjectPanel) -> TrainConfig:
+    return given.config if isinstance(given, SubjectPanel) else given
 
 
 def python_of(config: TrainConfig, always: Any = ()) -> str:
