@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 _SHARE = 0.05
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt that a notebook shows as its one sentence, without the frames it fell into."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython asks an exception for
+        return [str(self)]
+
+
 def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Step]:
     """Train a run as :func:`dreambooth_lib.training.train` does, shown below the cell.
 
     The cell owns the loop: ``for step in monitor(run): ...``. When it is interrupted, the run is
-    saved, a sentence says where, and the ``KeyboardInterrupt`` ends the cell; running it again goes
-    on. Raises as ``train`` does.
+    saved, a sentence says where, and :class:`Interrupted` ends the cell; running it again goes on.
+    Raises as ``train`` does.
     """
     from tqdm.auto import tqdm
 
@@ -47,8 +54,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         view.say(f"{text[0].upper()}{text[1:]}.")
         if isinstance(stop, GeneratorExit):
             raise
-        # One line in place of the frames that lead to the update it fell into.
-        raise KeyboardInterrupt(text) from None
+        raise Interrupted(text) from None
     except Exception as error:
         view.fail(error)
         raise
