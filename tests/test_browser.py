@@ -49,6 +49,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Page]:
         tab = browser.new_page(viewport=VIEW)
         pictures = ROOT / "outputs" / "browser" / stack.name
         yield Page(tab, stack, address, "01_dreambooth.ipynb", pictures)
+        tab.screenshot(path=pictures / "end.png")
         browser.close()
 
 
@@ -107,7 +108,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     page.run(PLAY)
     page.type(PLAY, "prompt", "a {} turtle in the snow")
     page.cell(PLAY).locator("button", has_text="Draw").click()
-    page.wait_for(PLAY, "“a {} turtle in the snow”")
+    page.wait_for(PLAY, "“a ohwx turtle in the snow”")
     assert page.cell(PLAY).locator("img").count() == 4, "base and tuned, twice"
     page.shoot(PLAY, "8-playground")
 

@@ -43,6 +43,7 @@ ALLOWED = {
     "packages": (),
     "colab": ("pictures", "state"),
     "copies": ("state",),
+    "hub": ("choice", "colab", "families", "pages", "runs", "state", "watch"),
     "mirrors": ("config", "copies", "runs", "state"),
     "preflight": ("colab", "families", "packages", "training"),
     "prior": ("config", "families", "families.base", "sampling", "state"),

@@ -1,0 +1,32 @@
+"""Where the kit is published, written into the notebooks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import address
+
+NAMES = [path.stem for path in sorted(address.NOTEBOOKS.glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_gets_one_badge_and_one_address(name: str) -> None:
+    plain = json.loads(Path(address.NOTEBOOKS, f"{name}.ipynb").read_text())
+    first = address.addressed(json.loads(json.dumps(plain)), name, "https://github.com/me/old")
+    again = address.addressed(first, name, "https://github.com/you/new.git")
+    head, setup = (
+        again["cells"][0]["source"],
+        next(cell["source"] for cell in again["cells"] if cell["cell_type"] == "code"),
+    )
+    badges = [line for line in head if "colab-badge.svg" in line]
+    assert len(badges) == 1 and f"/github/you/new/blob/main/notebooks/{name}.ipynb)" in badges[0]
+    assert setup[0].startswith('KIT = "git+https://github.com/you/new"')
+    assert "me/old" not in json.dumps(again)
+
+    assert "".join(plain["cells"][0]["source"][1:]).strip() in "".join(head)
+
+
+def test_an_address_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"is not https://github.com/OWNER/NAME"):
+        address.addressed({}, "01", "https://example.org/me/kit")
