@@ -6,12 +6,13 @@ said is read from the executed notebook.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dreambooth_lib import runs, watch
@@ -38,17 +39,41 @@ def codes(notebook: dict[str, Any]) -> list[dict[str, Any]]:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def execute(name: str, folder: Path) -> dict[str, Any]:
-    """Run a notebook in a folder with its parameters shortened; gives it with its outputs."""
+#: The newest packages, and Colab's versions, whose Python ``DREAMBOOTH_TEST_COLAB_PYTHON`` names.
+PYTHONS = {"newest": sys.executable, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")}
+
+
+@pytest.fixture(params=PYTHONS)
+def python(request: pytest.FixtureRequest) -> str:
+    found = PYTHONS[request.param]
+    if found is None:
+        pytest.skip("needs the second environment")
+    return found
+
+
+def write(name: str, folder: Path, parameters: str) -> Path:
+    """A notebook in a folder, with more lines in its parameters cell."""
     notebook = json.loads(NOTEBOOKS[name].read_text())
-    codes(notebook)[1]["source"] += ["\n", SHORT[name]]
+    codes(notebook)[1]["source"] += ["\n", parameters]
     file = folder / f"{name}.ipynb"
     file.write_text(json.dumps(notebook))
-    command = [sys.executable, "-m", "pytest", "--nbmake", "-q", "-p", "no:cacheprovider",
+    return file
+
+
+def start(file: Path, python: str) -> subprocess.Popen:
+    """Run a notebook from top to bottom; it is left with its outputs."""
+    command = [python, "-m", "pytest", "--nbmake", "-q", "-p", "no:cacheprovider",
                "--nbmake-timeout=500", "--overwrite", file.name]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    # Output into a file: the kernel would keep a pipe open when only its parent ends.
+    with file.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, cwd=file.parent, env=environment, stdout=log, stderr=log)
+
+
+def execute(name: str, folder: Path, python: str = sys.executable) -> dict[str, Any]:
+    """Run a shortened notebook in a folder; gives it with its outputs."""
+    file = write(name, folder, SHORT[name])
+    assert start(file, python).wait() == 0, file.with_suffix(".log").read_text()[-3000:]
     return json.loads(file.read_text())
 
 
@@ -68,8 +93,8 @@ def said(notebook: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-def test_the_main_notebook_trains_and_keeps_a_model_and_goes_on_with_it(tmp_path: Path) -> None:
-    shown = execute("01_dreambooth", tmp_path)
+def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str) -> None:
+    shown = execute("01_dreambooth", tmp_path, python)
     run = runs.resume(tmp_path / "runs" / "patch_dog")
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
@@ -77,18 +102,34 @@ def test_the_main_notebook_trains_and_keeps_a_model_and_goes_on_with_it(tmp_path
     assert "Finished at step 4." in said(shown) and "Chosen ★:" in said(shown)
     # The subject, the settings, the training with its bar, the slider and the playground.
     assert len(outputs(shown, "application/vnd.jupyter.widget-view+json")) >= 6
-    # The session is lost before the last two steps: another one finds the run and goes on.
-    shutil.rmtree(run.pipeline)
-    shutil.rmtree(run.checkpoints()[4])
-    again = execute("01_dreambooth", tmp_path)
-    assert "Going on with runs/patch_dog: step 2 of 4" in said(again)
-    assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) -> None:
+    settings = 'SETTINGS = {"steps": 30, "class_pictures": 4, "watch_every": 3}'
+    file, folder = write("01_dreambooth", tmp_path, settings), tmp_path / "runs" / "patch_dog"
+    first = start(file, sys.executable)
+    while not list(folder.glob("checkpoints/[0-9]*")):
+        assert first.poll() is None, file.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.1)
+    (kernel,) = [child for child in psutil.Process(first.pid).children(recursive=True)
+                 if any("ipykernel" in word for word in child.cmdline())]  # fmt: skip
+    kernel.kill()
+    assert first.wait() != 0, "the notebook's own process sees a dead kernel"
+    reached = max(runs.resume(folder).checkpoints())
+    assert 0 < reached < 30
+    assert start(file, sys.executable).wait() == 0
+    assert f"Going on with runs/patch_dog: step {reached} of 30" in said(
+        json.loads(file.read_text())
+    )
+    run = runs.resume(folder)
+    assert [row["step"] for row in run.log()] == list(range(1, 31))
     assert (run.pipeline / "model_index.json").exists()
 
 
 @pytest.mark.slow
-def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path) -> None:
-    shown = execute("02_lambda_study", tmp_path)
+def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python: str) -> None:
+    shown = execute("02_lambda_study", tmp_path, python)
     folder = tmp_path / "runs" / "lambda_study"
     for weight in ("0.0", "1.0"):
         run = runs.resume(folder / f"prior_weight={weight}")
@@ -99,8 +140,8 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path) -> None:
-    shown = execute("03_evaluation", tmp_path)
+def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path, python: str) -> None:
+    shown = execute("03_evaluation", tmp_path, python)
     rows = read_csv(tmp_path / "runs" / "evaluation" / "scores.csv")
     assert {row.method for row in rows} == {"base", "DreamBooth", REAL}
     assert {row.subject for row in rows} == {"patch_dog", "moon_mushroom"}
@@ -110,8 +151,8 @@ def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_an_objective_and_a_measure_of_ones_own(tmp_path: Path) -> None:
-    shown = execute("04_your_own", tmp_path)
+def test_a_loop_an_objective_and_a_measure_of_ones_own(tmp_path: Path, python: str) -> None:
+    shown = execute("04_your_own", tmp_path, python)
     paper, own = (runs.resume(tmp_path / "runs/your_own" / name) for name in ("loop", "distilled"))
     assert [row["step"] for row in own.log()] == [1, 2, 3, 4]
     assert own.log()[0]["instance_loss"] == paper.log()[0]["instance_loss"]

@@ -180,6 +180,15 @@ def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.Settin
     assert "warmup_steps" not in settings.python.value
 
 
+def test_pictures_in_this_folder_are_named_from_here(
+    photos: str, make_config: Callable[..., TrainConfig], tiny_sd1: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(Path(photos).parent)
+    shown = python_of(make_config(tiny_sd1, photos))
+    assert f"db.Subject({Path(photos).name!r}, class_noun='dog')" in shown
+
+
 def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) -> None:
     panel = widgets.SettingsPanel(subject)
     subject.source.value = "/no/such"

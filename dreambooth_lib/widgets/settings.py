@@ -2,6 +2,7 @@
 
 import html
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
@@ -86,7 +87,10 @@ def python_of(config: TrainConfig, always: Any = ()) -> str:
     """
     subject, plain = config.subject, TrainConfig(config.subject, config.base)
     words = _differing(subject, Subject(subject.pictures, subject.class_noun), ("class_noun",))
-    lines = [f"    subject=db.Subject({', '.join([repr(subject.pictures), *words])}),",
+    here = Path.cwd()  # what lies below it is named from there
+    source = Path(subject.pictures)
+    pictures = str(source.relative_to(here) if source.is_relative_to(here) else source)
+    lines = [f"    subject=db.Subject({', '.join([repr(pictures), *words])}),",
              f"    base={config.base!r},"]  # fmt: skip
     lines += [f"    {text}," for text in _differing(config, plain, always)]
     return "\n".join(["config = db.TrainConfig(", *lines, ")"])
