@@ -17,12 +17,12 @@ from dreambooth_lib.pictures import Photo
 
 
 class Batch(NamedTuple):
-    """Rows that belong together; ``cond`` is None while the text encoders train."""
+    """Rows that belong together; ``cond`` is what the base's own text encoders say."""
 
     noised: Noised
     is_prior: torch.Tensor  # bool [B], true for class pictures
     prompts: list[str]
-    cond: Cond | None
+    cond: Cond
 
 
 def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
@@ -50,12 +50,11 @@ class Batches:
     ):
         self.config, self.size = config, config.batch_size
         self.process = family.forward_process(config.min_snr_gamma)
-        resolution = config.resolution or family.resolution
         subject = config.subject
         #: For each kind, instance first: its latents and its prompts, picture by picture.
         self.kinds = [
             (
-                LatentCache(photos, family, config, resolution, folder),
+                LatentCache(photos, family, config, folder),
                 [photo.caption or prompt for photo in photos],
             )
             for photos, prompt in (
@@ -64,12 +63,10 @@ class Batches:
             )
             if photos
         ]
-        self.cond: Cond | None = None
-        if not config.train_text_encoder:
-            distinct = sorted({prompt for _, prompts in self.kinds for prompt in prompts} | {""})
-            self.cond_row = {prompt: row for row, prompt in enumerate(distinct)}
-            with torch.no_grad():
-                self.cond = family.encode_prompts(distinct)
+        distinct = sorted({prompt for _, prompts in self.kinds for prompt in prompts} | {""})
+        self.cond_row = {prompt: row for row, prompt in enumerate(distinct)}
+        with torch.no_grad():
+            self.cond = family.encode_prompts(distinct)
 
     def at(self, step: int) -> Batch:
         """One update's whole batch, instance rows first, the same in every process."""
@@ -87,7 +84,8 @@ class Batches:
         dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
         prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
         is_prior = torch.arange(len(x_0), device=x_0.device) >= self.size
-        return Batch(self.process(x_0, noise, t), is_prior, prompts, self._conditioning(prompts))
+        cond = rows(self.cond, [self.cond_row[prompt] for prompt in prompts])
+        return Batch(self.process(x_0, noise, t), is_prior, prompts, cond)
 
     def split(self, batch: Batch, share: int, shares: int) -> Batch:
         """One of ``shares`` equal parts of a batch, both kinds in it alike."""
@@ -95,10 +93,4 @@ class Batches:
         part = [start + i for start in starts for i in range(share, self.size, shares)]
         prompts = [batch.prompts[i] for i in part]
         noised = Noised(*(value[part] for value in batch.noised))
-        cond = None if batch.cond is None else rows(batch.cond, part)
-        return Batch(noised, batch.is_prior[part], prompts, cond)
-
-    def _conditioning(self, prompts: list[str]) -> Cond | None:
-        if self.cond is None:
-            return None
-        return rows(self.cond, [self.cond_row[prompt] for prompt in prompts])
+        return Batch(noised, batch.is_prior[part], prompts, rows(batch.cond, part))

@@ -45,9 +45,13 @@ _CHOICES = {
     "optimizer": ("auto", "adamw", "adamw8bit"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "crop": ("center", "random"),
+    "prior": ("generated", "distilled", "none"),
+    "method": ("full", "lora"),
+    "lora_layers": ("attention", "all"),
 }
 _AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
-                 "checkpoints_kept", "prior_inference_steps")  # fmt: skip
+                 "checkpoints_kept", "prior_inference_steps", "lora_rank",
+                 "lora_alpha")  # fmt: skip
 _NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay", "seed",
                  "prior_guidance_scale", "guidance_scale", "watch_every")  # fmt: skip
 
@@ -121,13 +125,26 @@ class TrainConfig:
     #: share of prompts replaced by "", to keep guidance working; None is 0.1 for toybox, else 0
     prompt_dropout: float = _BY_BASE
 
-    # Prior: the class pictures that the frozen base makes
+    # Prior: what keeps the class as the frozen base knows it
+    #: "generated": class pictures that the base draws (the paper's); "distilled": the base's own
+    #: prediction for the class prompt, on the subject's noised pictures, is what the trained one
+    #: must keep to, with no class pictures; "none": nothing, which makes prior_weight 0
+    prior: str = "generated"
     class_pictures: int = _BY_BASE  #: how many; None is 48 for toybox, 200 otherwise
     class_folder: str | None = None  #: a folder of the user's own class pictures instead
     prior_inference_steps: int = 25
     #: None is 1 for toybox, 5 otherwise. At 1 the class pictures are what the base itself believes,
     #: so that training on them leaves it as it was; guided ones are better drawn but more alike.
     prior_guidance_scale: float = _BY_BASE
+
+    # What is trained
+    method: str = "full"  #: "full": the weights; "lora": low-rank additions (arXiv 2106.09685)
+    lora_rank: int = 16
+    lora_alpha: int | None = None  #: the additions are scaled by alpha / rank; None is the rank
+    lora_dropout: float = 0.0
+    lora_layers: str = "attention"  #: which layers LoRA adapts; "all": feed-forward ones too
+    dora: bool = False  #: learn each layer's magnitude apart from its direction (arXiv 2402.09353)
+    train_text_encoder: bool = False
 
     # Training
     steps: int = _BY_BASE  #: optimizer updates; None is 500 for toybox, 1000 otherwise
@@ -144,7 +161,6 @@ class TrainConfig:
     #: keep an average of the weights, which the run ends with; None is 0.98 for toybox, else none;
     #: 0.999 suits 1000 steps
     ema_decay: float | None = _BY_BASE
-    train_text_encoder: bool = False
     mixed_precision: str = "auto"  #: "auto": bf16 where the GPU has it, else fp16; "no" on a CPU
     gradient_checkpointing: bool = False  #: about 20% slower for much less memory
 
@@ -173,6 +189,8 @@ class TrainConfig:
         for name, value in base_defaults(self.base).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.prior == "none":
+            object.__setattr__(self, "prior_weight", 0.0)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 options = ", ".join(f"'{c}'" for c in choices)
@@ -182,12 +200,12 @@ class TrainConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{field.name} is {value}; it must be a finite number.")
         for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("prompt_dropout", "dropout", "ema_decay"):
+        for name in ("prompt_dropout", "dropout", "ema_decay", "lora_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1.")
@@ -195,7 +213,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be above 0.")
-        if self.prior_weight > 0 and self.class_pictures == 0 and self.class_folder is None:
+        if self.draws_class_pictures and self.class_pictures == 0:
             raise ConfigError(
                 f"prior_weight is {self.prior_weight} but class_pictures is 0; ask for class "
                 "pictures, give a class_folder, or set prior_weight to 0."
@@ -211,6 +229,12 @@ class TrainConfig:
             raise ConfigError(
                 f"resolution is {self.resolution}; it must be a multiple of 8, and 8 or more."
             )
+
+    @property
+    def draws_class_pictures(self) -> bool:
+        """Whether the run needs class pictures that its base must draw."""
+        asked = self.prior == "generated" and self.prior_weight > 0
+        return asked and self.class_folder is None
 
     @classmethod
     def auto(cls, subject: Subject, base: str = "toybox", **changes: Any) -> "TrainConfig":

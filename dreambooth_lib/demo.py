@@ -24,6 +24,7 @@ from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import JUDGE, View, look, score
+from dreambooth_lib.weights import base_of
 
 BUNDLED_SUBJECTS = families.BUNDLED / "subjects"
 #: What is shown and measured: pictures that the training has not seen. Diversity is the noisiest
@@ -47,8 +48,8 @@ def personalise(
     from dreambooth_lib.state import replace_file
 
     subject, began = config.subject, time.perf_counter()
-    base = families.load(config.base, config.revision, config.variant)
-    if config.prior_weight > 0 and config.class_folder is None:
+    base = base_of(config)
+    if config.draws_class_pictures:
         for made, _ in enumerate(
             prior.class_pictures(config, base, folder.parent / "class_pictures")
         ):
@@ -58,7 +59,7 @@ def personalise(
     for step in train(run):
         _progress("training", step.step, config.steps)
     train_done = time.perf_counter()
-    tuned = families.load(str(run.pipeline))
+    tuned = families.load(str(run.pipeline), resolution=config.resolution)
     view = replace(view, guidance_scale=config.guidance_scale)
     looks = {name: look(family, subject, view) for name, family in
              (("base", base), ("tuned", tuned))}  # fmt: skip

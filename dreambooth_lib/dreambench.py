@@ -89,7 +89,7 @@ def tuned(folder: str | Path, config: Callable[[Subject], TrainConfig]) -> Metho
 
     def method(subject: Subject) -> Run:
         run = started(folder, config, subject)
-        if not (run.pipeline / "model_index.json").exists():
+        if not run.finished:
             for _ in train(run):
                 pass
         return run

@@ -26,7 +26,6 @@ class HeldOut:
 
     def __init__(self, config: TrainConfig, family: Family, kinds: dict[str, list[Photo]]):
         process = family.forward_process(None)
-        resolution = config.resolution or family.resolution
         plain = config.replace(crop="center", flip=False)
         default = {
             "subject": config.subject.instance_prompt,
@@ -38,7 +37,7 @@ class HeldOut:
             if not photos:
                 continue
             shown = [i % len(photos) for _ in range(BINS) for i in range(ROWS)]
-            (posterior,) = LatentCache(photos, family, plain, resolution).posteriors
+            (posterior,) = LatentCache(photos, family, plain).posteriors
             x_0 = posterior.mean[shown]
             noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
             # Each row in the middle of its own quarter of the bin.

@@ -26,10 +26,9 @@ class LatentCache:
         photos: list[Photo],
         family: Family,
         config: TrainConfig,
-        resolution: int,
         folder: Path | None = None,
     ):
-        self.photos, self.family, self.resolution = photos, family, resolution
+        self.photos, self.family, self.resolution = photos, family, family.resolution
         self.crop, self.flip = config.crop, config.flip
         self.posteriors: list[Posterior] = []
         if self.crop == "center":
@@ -53,10 +52,9 @@ class LatentCache:
         digest = hashlib.sha256(f"{self.resolution} {mirror}".encode())
         for photo in self.photos:
             digest.update(f"{photo.image.size}".encode() + photo.image.tobytes())
-        for module in self.family.frozen:
-            for weights in module.state_dict().values():
-                # As bytes: NumPy knows no bfloat16.
-                digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for weights in self.family.pipeline.vae.state_dict().values():
+            # As bytes: NumPy knows no bfloat16.
+            digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:

@@ -246,7 +246,7 @@ def _found(folder: Path) -> Found | None:
         return Found(
             run,
             step=max(run.checkpoints(), default=0),
-            finished=(run.pipeline / "model_index.json").exists(),
+            finished=run.finished,
             when=datetime.fromtimestamp(max(times) / 1e9, UTC),
         )
     except (OSError, ValueError):  # no run, or not one that can be gone on with

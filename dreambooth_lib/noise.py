@@ -1,8 +1,10 @@
 """Forward processes: what a denoiser is shown, what it must predict, and the weight of its error.
 
-x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t of the base's own noise schedule.
+Discrete: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t of the base's noise schedule.
+Flow: x_t = (1 - sigma) x_0 + sigma eps, with sigma shifted as the base's sampler shifts it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ class Noised(NamedTuple):
     """A noised batch; rows belong together."""
 
     x_t: torch.Tensor  # [B, C, H, W] what the denoiser sees
-    t: torch.Tensor  # [B] int64 timesteps
+    t: torch.Tensor  # [B] timesteps: int64, or float in [0, 1000] of a flow
     target: torch.Tensor  # [B, C, H, W] what it must predict
     weight: torch.Tensor  # [B] w_t, the weight of each row's error
 
@@ -66,6 +68,55 @@ class DiscreteNoise:
         else:
             weight = min_snr_weights(snr, self.min_snr_gamma, self.prediction_type)
         return Noised(x_t, t, target, weight)
+
+
+@dataclass(frozen=True)
+class FlowNoise:
+    """Rectified flow (arXiv 2403.03206, section 3): straight from picture to noise, t = 1000 sigma.
+
+    The target is the velocity eps - x_0. u is logit-normal, and sigma = s u / (1 + (s - 1) u) with
+    ``shift`` s, so that training visits the noise that sampling does. Every row weighs 1.
+    """
+
+    shift: float = 1.0
+
+    @classmethod
+    def of_scheduler(
+        cls, scheduler: Any, patches: int, min_snr_gamma: float | None = None
+    ) -> "FlowNoise":
+        """The process of a flow-matching scheduler, for pictures of so many patches.
+
+        Raises ValueError for min-SNR weights, which are of epsilon and v.
+        """
+        if min_snr_gamma is not None:
+            raise ValueError(
+                f"min_snr_gamma is {min_snr_gamma} but the base predicts a flow, whose errors it "
+                "does not weigh; leave it out."
+            )
+        config = scheduler.config
+        if not config.use_dynamic_shifting:
+            return cls(config.shift)
+        # Linear in the number of patches, between two sizes that the base's makers chose.
+        sizes = config.base_image_seq_len, config.max_image_seq_len
+        share = (patches - sizes[0]) / (sizes[1] - sizes[0])
+        return cls(math.exp(config.base_shift + share * (config.max_shift - config.base_shift)))
+
+    def sample_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """float32 [count] in (0, 1000), independent for every row."""
+        return self._timesteps(torch.randn(count, generator=generator))
+
+    def timesteps_at(self, quantiles: torch.Tensor) -> torch.Tensor:
+        """float32 [B]: the timesteps at ``quantiles`` in (0, 1) of those that are trained on."""
+        return self._timesteps(torch.special.ndtri(quantiles))
+
+    def _timesteps(self, normal: torch.Tensor) -> torch.Tensor:
+        u = normal.sigmoid()
+        return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised:
+        """Noise x_0 [B, C, H, W] with ``noise`` of the same shape to timesteps t [B]."""
+        sigma = (t / 1000).view(-1, 1, 1, 1)
+        return Noised((1 - sigma) * x_0 + sigma * noise, t, noise - x_0, torch.ones_like(t))
 
 
 def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:

@@ -82,7 +82,10 @@ def _digest_of_weights(config: TrainConfig) -> str:
         cached = try_to_load_from_cache(str(path), "model_index.json", revision=config.revision)
         return Path(cached).parent.name if isinstance(cached, str) else str(config.revision)
     digest = hashlib.sha256()
-    for file in sorted(path.glob("[!.]*/*.safetensors")):
+    if (path / families.MADE_OF).exists():
+        below = families.made_of(str(path))
+        digest.update(_digest_of_weights(config.replace(**below)).encode())
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("[!.]*/*.safetensors")]):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

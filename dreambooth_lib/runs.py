@@ -4,7 +4,7 @@ RUN/config.toml
 RUN/log.jsonl               one row an update
 RUN/watch.jsonl, watch/     what was seen on the way (see watch.py)
 RUN/checkpoints/000100/     weights, optimizer state (see state.py)
-RUN/pipeline/               the tuned pipeline in diffusers' layout
+RUN/pipeline/               the tuned pipeline in diffusers' layout, or its LoRA weights
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from typing import Any
 from dreambooth_lib.config import TrainConfig
 
 #: What a run is of: with another, its checkpoints would not fit or mean something else.
-_FIXED = ("subject", "base", "revision", "variant", "train_text_encoder")
+_FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "method",
+          "lora_rank", "lora_alpha", "lora_layers", "dora")  # fmt: skip
 
 
 class RunError(ValueError):
@@ -35,6 +36,11 @@ class Run:
     def pipeline(self) -> Path:
         """Where the tuned pipeline is once the run has finished."""
         return self.folder / "pipeline"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.pipeline.is_dir() and any(self.pipeline.iterdir())
 
     def log(self) -> list[dict[str, Any]]:
         """Every logged update, oldest first."""

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dreambooth_lib import families
-from dreambooth_lib.config import Subject, base_defaults
+from dreambooth_lib.config import Subject, TrainConfig, base_defaults
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.weights import restored
+from dreambooth_lib.weights import base_of, restored
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,33 +87,45 @@ def draw(
         with torch.inference_mode():
             return family.pipeline(
                 prompt=[prompt for prompt, _ in wanted],
-                negative_prompt=[negative_prompt] * len(wanted),
+                # None, and not "", for the base's own idea of no prompt: SDXL's is all zeros.
+                negative_prompt=[negative_prompt] * len(wanted) if negative_prompt else None,
                 generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
+                height=family.resolution,
+                width=family.resolution,
             ).images
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.train(training)
 
 
-def load_source(source: "Run | Family | str", at: int | None = None) -> "Family":
-    """The family that draws, on the GPU if there is one. Raises as :func:`sample` does."""
+def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
+    """The family that draws, on the GPU in half precision if there is one; a config's is its base.
+
+    Raises as :func:`sample` does.
+    """
     import torch
 
-    if not isinstance(source, Run | str):
+    if not isinstance(source, Run | TrainConfig | str):
         return source
+    half = torch.float32
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        half = torch.bfloat16 if bf16 else torch.float16
     if isinstance(source, str):
-        family = families.load(source)
+        family = families.load(source, half=half, whole=())
+    elif isinstance(source, TrainConfig):
+        family = base_of(source, half, ())
     elif at is not None:
         family = restored(source, at)
-    elif (source.pipeline / "model_index.json").exists():
-        family = families.load(str(source.folder))
+    elif source.finished:
+        resolution = source.config.resolution
+        family = families.load(str(source.folder), resolution=resolution, half=half, whole=())
     else:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
     if torch.cuda.is_available():
         from accelerate import PartialState
 
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        family.pipeline.to(PartialState().device, torch.bfloat16 if bf16 else torch.float16)
+        family.pipeline.to(PartialState().device, half)
     return family

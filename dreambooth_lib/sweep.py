@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import choice, families, prior, runs, watch
+from dreambooth_lib import choice, prior, runs, watch
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import View, Watched
+from dreambooth_lib.weights import base_of
 
 #: Enough pictures that another draw of seeds moves a mean little.
 VIEW = View(seeds=4, class_pictures=12, unrelated=1, inference_steps=25)
@@ -109,7 +110,7 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
         place = folder / "watch" / "view.json"
         if not place.exists():
             replace_file(place, json.dumps(asdict(view)).encode())
-        if not (run.pipeline / "model_index.json").exists():
+        if not run.finished:
             for _ in train(run):
                 pass
     except Exception as error:  # whatever it is, the other cells must go on
@@ -121,12 +122,12 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
 
 def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
     """Before the cells are shared out, so that no two workers draw the same ones."""
-    loaded: dict[tuple[str, str | None, str | None], Any] = {}
+    loaded: dict[tuple[Any, ...], Any] = {}
     for config in configs:
-        if config.prior_weight > 0 and config.class_folder is None:
-            key = (config.base, config.revision, config.variant)
+        if config.draws_class_pictures:
+            key = (config.base, config.revision, config.variant, config.resolution)
             if key not in loaded:
-                loaded[key] = families.load(*key)
+                loaded[key] = base_of(config)
             for _ in prior.class_pictures(config, loaded[key], folder / "class_pictures"):
                 pass
 

@@ -17,11 +17,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 
-from dreambooth_lib import families
+from dreambooth_lib import lora
 from dreambooth_lib.batches import Batch, Batches, seeded
 from dreambooth_lib.choice import best_of, has_peaked
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.data import hold_out
+from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
@@ -30,7 +31,7 @@ from dreambooth_lib.pictures import Photo, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
 from dreambooth_lib.watch import Watch, Watched, history, judge, share
-from dreambooth_lib.weights import Trainable, copy_weights, put_back
+from dreambooth_lib.weights import Trainable, base_of, copy_weights, put_back
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -116,21 +117,22 @@ class Trainer:
                 f"({accelerator.num_processes} processes x gradient_accumulation "
                 f"{config.gradient_accumulation}); make it a multiple."
             )
-        family = families.load(config.base, config.revision, config.variant)
+        self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        trains = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
+        family = base_of(config, self.half, trains if config.method == "full" else ())
         self.family: Family = family
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-        self.half = half
-        text_trains = config.train_text_encoder
-        for module in family.frozen + ([] if text_trains else family.text_encoders):
-            module.requires_grad_(False).to(accelerator.device, half)
+        for module in (family.denoiser, *family.text_encoders, *family.frozen):
+            module.requires_grad_(False)
         family.pipeline.to(accelerator.device)
         instance = read_pictures(config.subject.pictures)
-        classes = self._class_pictures() if config.prior_weight > 0 else []
+        classes = self._class_pictures()
         instance, classes = self._watch(instance, classes)
+        if config.prior == "distilled" and config.prior_weight > 0:
+            classes = as_class(instance, config.subject)
         self.batches = Batches(config, family, instance, classes, run.folder.parent / "latents")
+        self.teacher = teacher_of(family, config, self.half)
         accelerator.wait_for_everyone()
-        trainable = Trainable(family, text_trains)
-        self._prepare(trainable)
+        self._prepare()
         saved = run.load_checkpoint()
         if saved is not None:
             self._restore(saved)
@@ -142,6 +144,8 @@ class Trainer:
 
     def _class_pictures(self) -> list[Photo]:
         config, accelerator = self.config, self.accelerator
+        if config.prior_weight == 0 or config.prior != "generated":
+            return []
         if config.class_folder is not None:
             return read_pictures(config.class_folder)
         folder = self.run.folder.parent / "class_pictures"
@@ -169,18 +173,23 @@ class Trainer:
             self.watch = Watch(self.run, photos, rows, judge(config, self.accelerator.device))
         return instance, classes[: len(classes) - spared]
 
-    def _prepare(self, trainable: Trainable) -> None:
-        config, accelerator = self.config, self.accelerator
-        trainable.float().requires_grad_(True).train()
-        if config.gradient_checkpointing:
-            self.family.denoiser.enable_gradient_checkpointing()
-            if config.train_text_encoder:
-                for encoder in self.family.text_encoders:
-                    encoder.gradient_checkpointing_enable()
-        for module in self.family.denoiser.modules():
+    def _prepare(self) -> None:
+        config, accelerator, family = self.config, self.accelerator, self.family
+        for module in family.denoiser.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = config.dropout
-        self.parameters = list(trainable.parameters())
+        trainable = Trainable(family, config.train_text_encoder).train()
+        if config.method == "lora":
+            lora.attach(family, config)
+            trainable.to(accelerator.device)
+        else:
+            trainable.requires_grad_(True)
+        if config.gradient_checkpointing:
+            family.denoiser.enable_gradient_checkpointing()
+            if config.train_text_encoder:
+                for encoder in family.text_encoders:
+                    encoder.gradient_checkpointing_enable()
+        self.parameters = lora.trained(trainable)
         device_type = accelerator.device.type
         optimizer = make_optimizer(config, self.parameters, device_type)
         if config.optimizer == "auto" and accelerator.is_main_process:
@@ -283,8 +292,11 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> Loss:
         with self.accelerator.autocast():
+            if self.teacher is not None:
+                batch = batch._replace(noised=self.teacher(batch))
             noised = batch.noised
-            prediction = self.model(noised.x_t, noised.t, batch.cond, batch.prompts)
+            cond = None if self.config.train_text_encoder else batch.cond
+            prediction = self.model(noised.x_t, noised.t, cond, batch.prompts)
             return self.objective(prediction, batch, self.config)
 
     def _mean(self, losses: list[Loss]) -> tuple[float, float, float | None]:
@@ -300,7 +312,7 @@ class Trainer:
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
             state = {
                 "step": self.step,
-                "model": accelerator.unwrap_model(self.model).state_dict(),
+                "model": accelerator.unwrap_model(self.model).state(),
                 "optimizer": self.optimizer.state_dict(),
             }
             if self.ema is not None:
@@ -316,7 +328,7 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = saved["step"]
-        self.accelerator.unwrap_model(self.model).load_state_dict(saved["model"])
+        self.accelerator.unwrap_model(self.model).put(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         # The config may have been changed since: its rate and decay count, not the saved ones.
         optimizer, config = self.optimizer.optimizer, self.config
@@ -344,14 +356,15 @@ class Trainer:
             text = f"watching took {share(self.run):.0%} of the training time"
             self.accelerator.print(f"{text}; best is {best_of(history(self.run)).reason}")
         if self.accelerator.is_main_process:
-            family = self.family
-            if self.half is not torch.float32:  # its frozen parts are rounded: take the base's
-                config = self.config
-                family = families.load(config.base, config.revision, config.variant)
-                trained = model.state_dict()
-                Trainable(family, config.train_text_encoder).load_state_dict(trained)
+            family, config = self.family, self.config
             with replacing_folder(self.run.pipeline) as partial:
-                family.pipeline.save_pretrained(partial, safe_serialization=True)
+                if config.method == "lora":
+                    lora.save(family, config, partial)
+                else:
+                    if self.half is not torch.float32:  # its frozen parts are rounded: the base's
+                        family = base_of(config)
+                        Trainable(family, config.train_text_encoder).put(model.state())
+                    family.pipeline.save_pretrained(partial, safe_serialization=True)
         self.accelerator.wait_for_everyone()
 
 

@@ -1,17 +1,29 @@
-"""What a run trains, as one module, and a checkpoint's weights put back into the base."""
+"""A config's base, what a run trains of it as one module, and a checkpoint's weights put back."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 
-from dreambooth_lib import families
+from dreambooth_lib import families, lora
+from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.runs import Run, RunError
 
 
+def base_of(
+    config: TrainConfig, half: torch.dtype = torch.float32, whole: Collection[str] = ()
+) -> Family:
+    """A config's base at its resolution, in ``half`` but for the parts named in ``whole``."""
+    hub = config.base, config.revision, config.variant
+    return families.load(*hub, resolution=config.resolution, half=half, whole=whole)
+
+
 class Trainable(torch.nn.Module):
-    """What is trained, as one module: the denoiser, and the text encoders where they train."""
+    """What is trained, as one module: the denoiser, and the text encoders where they train.
+
+    Parameters that need no gradient, such as a base's under LoRA, are no part of its state.
+    """
 
     def __init__(self, family: Family, with_text: bool):
         super().__init__()
@@ -25,6 +37,17 @@ class Trainable(torch.nn.Module):
         (family,) = self._family
         return family.predict(x_t, t, family.encode_prompts(prompts) if cond is None else cond)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def put(self, state: dict[str, torch.Tensor]) -> None:
+        """Load what :meth:`state` gave. Raises KeyError where the names differ."""
+        own = self.state()
+        if own.keys() != state.keys():
+            raise KeyError(f"a state of {len(state)} tensors for {len(own)} trained parameters")
+        copy_weights(state.values(), (own[name] for name in state))
+
 
 def restored(run: Run, step: int) -> Family:
     """The family as it was at a checkpoint, with the averaged weights if the run keeps them.
@@ -32,7 +55,9 @@ def restored(run: Run, step: int) -> Family:
     Raises :class:`RunError` where the run has no checkpoint of that step.
     """
     config = run.config
-    family = families.load(config.base, config.revision, config.variant)
+    family = base_of(config)
+    if config.method == "lora":
+        lora.attach(family, config)
     put_back(Trainable(family, config.train_text_encoder), run, step)
     return family
 
@@ -50,9 +75,9 @@ def put_back(trainable: Trainable, run: Run, step: int) -> None:
         )
     state = load_state(found[step], ("model", "ema"))
     if "ema" in state:
-        copy_weights(state["ema"]["shadow_params"], trainable.parameters())
+        copy_weights(state["ema"]["shadow_params"], lora.trained(trainable))
     else:
-        trainable.load_state_dict(state["model"])
+        trainable.put(state["model"])
 
 
 @torch.no_grad()

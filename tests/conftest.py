@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_bases as tiny_bases_of
 import torch
 from fake_colab import fake_colab as fake_colab
 from PIL import Image, ImageDraw
@@ -132,6 +133,24 @@ def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base that predicts v with linear projections and heads by level, as version 2 does."""
     heads = {"attention_head_dim": [2, 4], "use_linear_projection": True}
     return save_base(tmp_path_factory.mktemp("bases") / "sd2", "v_prediction", seed=1, **heads)
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory: pytest.TempPathFactory, tiny_sd1: str, tiny_sd2: str) -> Any:
+    """The path of a tiny base by family, written when it is first asked for."""
+    from transformers import CLIPTokenizer
+
+    folder, made = tmp_path_factory.mktemp("families"), {"sd1": tiny_sd1, "sd2": tiny_sd2}
+
+    def base(name: str) -> str:
+        if name not in made:
+            save_tokenizer(folder / f"{name}-tokenizer")
+            clip = CLIPTokenizer.from_pretrained(folder / f"{name}-tokenizer")
+            getattr(tiny_bases_of, f"save_{name}")(folder / name, clip, WORDS)
+            made[name] = str(folder / name)
+        return made[name]
+
+    return base
 
 
 @pytest.fixture(scope="session")

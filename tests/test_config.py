@@ -48,6 +48,13 @@ ALL_FIELDS: dict[str, Any] = {
     "hold_out": False,
     "judge": "some/clip",
     "early_stop": True,
+    "prior": "distilled",
+    "method": "lora",
+    "lora_rank": 3,
+    "lora_alpha": 6,
+    "lora_dropout": 0.3,
+    "lora_layers": "all",
+    "dora": True,
 }
 
 

@@ -101,7 +101,7 @@ def overtrain(subject: Subject, folder: Path) -> list[dict]:
     config = config.replace(steps=4 * config.steps, checkpoints_kept=10_000)
     started = (folder / "config.toml").exists()
     one = runs.resume(folder) if started else runs.start(config, folder)
-    if not (one.pipeline / "model_index.json").exists():
+    if not one.finished:
         for _ in train(one):
             pass
     view = replace(VIEW, first_seed=OTHER_SEEDS, guidance_scale=config.guidance_scale)
@@ -154,7 +154,7 @@ def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
     config = auto(subject)
     started = (folder / "config.toml").exists()
     one = runs.resume(folder) if started else runs.start(config, folder)
-    if not (one.pipeline / "model_index.json").exists():
+    if not one.finished:
         for _ in train(one):
             pass
     view = replace(VIEW, guidance_scale=config.guidance_scale)

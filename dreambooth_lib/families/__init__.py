@@ -1,16 +1,20 @@
 """Model families: which adapter a base needs, and where the base is."""
 
 import json
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family, Outline
-    from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
 _PACKAGE = Path(__file__).parent.parent
 #: The bundled data: inside the installed package, or beside it in a checkout.
 BUNDLED = _PACKAGE / "bundled" if (_PACKAGE / "bundled").exists() else _PACKAGE.parent / "data"
+
+
+#: In a folder of LoRA weights: the base that they belong to, as :func:`load` takes it.
+MADE_OF = "base.json"
 
 
 class BaseError(ValueError):
@@ -22,9 +26,10 @@ def locate(base: str) -> str:
     if base == "toybox":
         return str(BUNDLED / "toybox")
     folder = Path(base)
-    if (folder / "pipeline" / "model_index.json").exists():
-        return str(folder / "pipeline")
-    if folder.exists() and not (folder / "model_index.json").exists():
+    for place in (folder / "pipeline", folder):
+        if any((place / name).exists() for name in ("model_index.json", MADE_OF)):
+            return str(place)
+    if folder.exists():
         raise BaseError(
             f"the base folder {folder} has no model_index.json; give a folder in diffusers' "
             "layout, or a run that has finished."
@@ -37,15 +42,36 @@ def locate(base: str) -> str:
     return base
 
 
-def load(base: str, revision: str | None = None, variant: str | None = None) -> "Family":
-    """Load a base in float32 on the CPU, safetensors only, with no remote code.
+#: The adapter of each pipeline class that a base's ``model_index.json`` may name: a subclass of
+#: ``families.base.Family``, or where in this package one is. Add to it to add a family.
+ADAPTERS: "dict[str, type[Family] | tuple[str, str]]" = {
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+}
 
-    The hub token is the one that huggingface_hub finds by itself; it is never passed or kept.
-    Raises :class:`BaseError` for a base that is not there or whose family is unknown.
+
+def load(
+    base: str, revision: str | None = None, variant: str | None = None, **loading: Any
+) -> "Family":
+    """Load a base on the CPU, safetensors only, with no remote code, in float32 if no more is said.
+
+    ``loading`` is what ``Family.from_pretrained`` takes: resolution, and what is to be in half
+    precision. LoRA weights come merged into their base. The hub token is the one that
+    huggingface_hub finds by itself; it is never passed or kept. Raises :class:`BaseError` for a
+    base that is not there or whose family is unknown.
     """
     path = locate(base)
-    options = {} if Path(path).exists() else {"revision": revision, "variant": variant}
-    return _adapter(base, path, revision).from_pretrained(path, **options)
+    if (Path(path) / MADE_OF).exists():
+        family = load(**made_of(path), **loading)
+        family.pipeline.load_lora_weights(path)
+        family.pipeline.fuse_lora()
+        family.pipeline.unload_lora_weights()
+        return family
+    hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
+    return _adapter(base, path, revision).from_pretrained(path, **(loading | hub))
 
 
 def outline(base: str, revision: str | None = None) -> "Outline":
@@ -54,20 +80,30 @@ def outline(base: str, revision: str | None = None) -> "Outline":
     Raises as :func:`load` does.
     """
     path = locate(base)
-    options = {} if Path(path).exists() else {"revision": revision}
-    return _adapter(base, path, revision).outline(path, **options)
+    if (Path(path) / MADE_OF).exists():
+        below = made_of(path)
+        return outline(below["base"], below["revision"])
+    hub = {} if Path(path).exists() else {"revision": revision}
+    return _adapter(base, path, revision).outline(path, **hub)
 
 
-def _adapter(base: str, path: str, revision: str | None) -> "type[StableDiffusion]":
+def made_of(path: str) -> dict[str, Any]:
+    """The base, revision and variant that a folder of LoRA weights belongs to."""
+    return json.loads((Path(path) / MADE_OF).read_text())
+
+
+def _adapter(base: str, path: str, revision: str | None) -> "type[Family]":
     class_name = _pipeline_class(path, revision)
-    if class_name not in ("StableDiffusionPipeline",):
+    if class_name not in ADAPTERS:
         raise BaseError(
-            f"the base '{base}' is a {class_name}, which no family adapter knows; "
-            "use a Stable Diffusion 1.x or 2.x base."
+            f"the base '{base}' is a {class_name}, which no family adapter knows; use a base of "
+            f"one of {', '.join(ADAPTERS)}, or add an adapter to families.ADAPTERS."
         )
-    from dreambooth_lib.families.stable_diffusion import StableDiffusion
-
-    return StableDiffusion
+    adapter = ADAPTERS[class_name]
+    if isinstance(adapter, tuple):
+        module, name = adapter
+        return getattr(import_module(f"{__name__}.{module}"), name)
+    return adapter
 
 
 def _pipeline_class(path: str, revision: str | None) -> str:

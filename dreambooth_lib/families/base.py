@@ -1,10 +1,21 @@
-"""What the training loop needs to know of a model family, and no more."""
+"""What the training loop needs to know of a model family, and no more.
 
-from typing import Any, NamedTuple, Protocol
+An adapter is a subclass of :class:`Family`; seven things differ between families and are its own:
+the names of the pipeline's parts, the resolution, the noise, prompts, latents, the denoiser's call
+and what LoRA attaches to. Nothing outside an adapter asks which family it has.
+"""
+
+from collections.abc import Collection
+from importlib.metadata import version
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from packaging.version import Version
 
 from dreambooth_lib.noise import Noised
+
+#: What diffusers calls the precision that a model is loaded in.
+DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 
 #: Prompt conditioning: named tensors whose first dimension is the batch.
 Cond = dict[str, torch.Tensor]
@@ -34,27 +45,112 @@ class ForwardProcess(Protocol):
     def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised: ...
 
 
-class Family(Protocol):
-    """One loaded base. The six things that differ between families are its members."""
+class Family:
+    """One loaded base: a diffusers pipeline, and how its parts are called in training.
 
-    pipeline: Any  #: the diffusers pipeline that all parts belong to
-    denoiser: Any  #: a diffusers model
-    text_encoders: list[Any]  #: transformers models
-    frozen: list[Any]  #: what never trains, such as the autoencoder
-    resolution: int  #: pixels a side that the base was made for
-    lora_targets: list[str]
+    An adapter names the pipeline's parts in the class variables, and has ``native_resolution``,
+    ``forward_process``, ``encode_prompts`` and ``predict``.
+    """
 
-    def forward_process(self, min_snr_gamma: float | None) -> ForwardProcess: ...
+    denoiser_name: ClassVar[str] = "transformer"
+    #: Text encoders that may train, and those that are too large for it.
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    large_encoder_names: ClassVar[tuple[str, ...]] = ()
+    #: Ends of the names of the denoiser's layers that LoRA may adapt.
+    attention_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    feed_forward_layers: ClassVar[tuple[str, ...]] = ("ff.net.0.proj", "ff.net.2")
+    #: What the pipeline's ``from_pretrained`` is given besides.
+    options: ClassVar[dict[str, Any]] = {}
 
+    def __init__(self, pipeline: Any, resolution: int | None = None):
+        self.pipeline = pipeline
+        self.denoiser = getattr(pipeline, self.denoiser_name)
+        self.text_encoders = self._parts(self.encoder_names)  #: transformers models
+        #: What never trains.
+        self.frozen = [pipeline.vae, *self._parts(self.large_encoder_names)]
+        #: Pixels a side that it is worked with at; the base's own if none is asked for.
+        self.resolution = resolution or self.native_resolution(
+            dict(self.denoiser.config), dict(pipeline.vae.config)
+        )
+
+    def _parts(self, names: Collection[str]) -> list[Any]:
+        parts = [getattr(self.pipeline, name, None) for name in names]
+        return [part for part in parts if part is not None]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        resolution: int | None = None,
+        half: torch.dtype = torch.float32,
+        whole: Collection[str] = ("denoiser", "text_encoders"),
+        **options: Any,
+    ) -> "Family":
+        """Load on the CPU in ``half``, but the parts that ``whole`` names in float32."""
+        from diffusers import DiffusionPipeline
+
+        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
+        dtypes = {name: torch.float32 for part in whole for name in names[part]}
+        pipeline = DiffusionPipeline.from_pretrained(
+            path,
+            use_safetensors=True,
+            **{DTYPE: {"default": half} | dtypes},
+            **cls.options,
+            **cls.replaced(path, half, options),
+            **options,
+        )
+        return cls(pipeline, resolution)
+
+    @classmethod
+    def replaced(cls, path: str, half: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
+        """Parts of the pipeline, by name, that others stand in for at this precision."""
+        return {}
+
+    @classmethod
+    def outline(cls, path: str, **options: Any) -> Outline:
+        """What is known without the weights; from the hub, a small download."""
+        import transformers
+        from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+
+        # A config is read the same by every class of models.
+        index = DiffusionPipeline.load_config(path, **options)
+        denoiser = UNet2DConditionModel.load_config(path, subfolder=cls.denoiser_name, **options)
+        vae = AutoencoderKL.load_config(path, subfolder="vae", **options)
+        tokenizer = getattr(transformers, index["tokenizer"][1]).from_pretrained(
+            path, subfolder="tokenizer", **options
+        )
+        return Outline(cls.native_resolution(denoiser, vae), tokenizer)
+
+    @staticmethod
+    def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
+        """Pixels a side that a base was made for, by its parts' configs."""
+        return denoiser["sample_size"] * vae_scale(vae)
+
+    def forward_process(self, min_snr_gamma: float | None) -> ForwardProcess:
+        """The noise that the base was trained with, at the resolution in hand."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> Posterior:
         """Pixels [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser expects them."""
-        ...
+        vae = self.pipeline.vae
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
-    def encode_prompts(self, prompts: list[str]) -> Cond: ...
+    def encode_prompts(self, prompts: list[str]) -> Cond:
+        """What the denoiser is told of each prompt, with gradients to the text encoders."""
+        raise NotImplementedError
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        """The denoiser's output [B, C, h, w] for noisy latents, timesteps [B] and prompts."""
-        ...
+        """The prediction [B, C, h, w] for noisy latents, timesteps [B] and prompts."""
+        raise NotImplementedError
+
+
+def vae_scale(vae: dict[str, Any]) -> int:
+    """Pixels a side for each latent, by an autoencoder's config."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def rows(cond: Cond, index: list[int]) -> Cond:

@@ -17,9 +17,9 @@ def class_pictures(config: TrainConfig, folder: str | Path) -> Image.Image | Non
     """
     from tqdm.auto import tqdm
 
-    if config.prior_weight == 0 or config.class_folder is not None:
+    if not config.draws_class_pictures:
         return None
-    family = sampling.load_source(config.base)
+    family = sampling.load_source(config)
     made = prior.class_pictures(config, family, Path(folder) / "class_pictures")
     paths = list(tqdm(made, total=config.class_pictures, unit="picture", miniters=1))
     return pages.grid([Image.open(path) for path in paths[:_SHOWN]], 8)

@@ -1,0 +1,56 @@
+"""The distilled prior: the frozen base's own prediction for the class is what must be kept.
+
+On the subject's noised pictures, told the class prompt, the trained denoiser must predict what the
+base predicts: L_prior = |f(x_t, t, class) - f_base(x_t, t, class)|^2. It needs no class pictures.
+The same is known elsewhere as differential output preservation.
+"""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from dreambooth_lib import lora
+from dreambooth_lib.batches import Batch
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.families.base import Family, rows
+from dreambooth_lib.noise import Noised
+from dreambooth_lib.pictures import Photo
+
+
+def as_class(photos: list[Photo], subject: Subject) -> list[Photo]:
+    """The subject's pictures with the class noun in place of the subject in their captions."""
+    of_class = [
+        (photo.caption or subject.instance_prompt).replace(subject.token, subject.class_noun)
+        for photo in photos
+    ]
+    return [replace(p, caption=text) for p, text in zip(photos, of_class, strict=True)]
+
+
+def teacher_of(family: Family, config: TrainConfig, half: torch.dtype) -> "Teacher | None":
+    """The base as teacher, if the config's prior is distilled; made before anything is trained."""
+    if config.prior != "distilled" or config.prior_weight == 0:
+        return None
+    return Teacher(family, config, half)
+
+
+class Teacher:
+    """The frozen base: under LoRA the adapted one switched off, else a copy of its denoiser."""
+
+    def __init__(self, family: Family, config: TrainConfig, half: torch.dtype):
+        self.family, self.adapted = family, config.method == "lora"
+        if not self.adapted:
+            self.family = copy.copy(family)
+            self.family.denoiser = copy.deepcopy(family.denoiser).to(half).eval()
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Noised:
+        """The batch's noised rows with the base's prediction as the class rows' target."""
+        noised, index = batch.noised, batch.is_prior.nonzero().flatten().tolist()
+        asked = noised.x_t[index], noised.t[index], rows(batch.cond, index)
+        with lora.switched_off(self.family) if self.adapted else nullcontext():
+            kept = self.family.predict(*asked)
+        target = noised.target.clone()
+        target[index] = kept.to(target.dtype)
+        return noised._replace(target=target)

@@ -1,0 +1,56 @@
+"""Flux.1: latents packed into a sequence, and guidance told to the denoiser."""
+
+from typing import Any
+
+import torch
+
+from dreambooth_lib.families.base import Cond, Family, vae_scale
+from dreambooth_lib.noise import FlowNoise
+
+#: What the distilled guidance is while training; sampling is free to ask for another.
+TRAINING_GUIDANCE = 1.0
+
+
+class Flux(Family):
+    """Adapter of a ``FluxPipeline``, of the dev and of the schnell model."""
+
+    large_encoder_names = ("text_encoder_2",)
+    attention_layers = (
+        *Family.attention_layers, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
+    )  # fmt: skip
+    feed_forward_layers = (
+        *Family.feed_forward_layers, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"
+    )  # fmt: skip
+
+    @staticmethod
+    def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
+        return 128 * vae_scale(vae)  # as the pipeline has it: no config says it
+
+    def forward_process(self, min_snr_gamma: float | None) -> FlowNoise:
+        patches = self.resolution // (2 * self.pipeline.vae_scale_factor)
+        return FlowNoise.of_scheduler(self.pipeline.scheduler, patches**2, min_snr_gamma)
+
+    def encode_prompts(self, prompts: list[str]) -> Cond:
+        hidden, pooled, _ = self.pipeline.encode_prompt(
+            prompts, prompts, device=self.pipeline.text_encoder.device
+        )
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape
+        hidden = cond["encoder_hidden_states"]
+        guidance = None
+        if self.denoiser.config.guidance_embeds:
+            guidance = torch.full([batch], TRAINING_GUIDANCE, device=x_t.device)
+        packed = self.denoiser(
+            hidden_states=pipeline._pack_latents(x_t, batch, channels, height, width),
+            timestep=t / 1000,
+            guidance=guidance,
+            img_ids=pipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, x_t.device, x_t.dtype
+            ),
+            txt_ids=torch.zeros(hidden.shape[1], 3, device=x_t.device, dtype=x_t.dtype),
+            **cond,
+        ).sample
+        pixels = (side * pipeline.vae_scale_factor for side in (height, width))
+        return pipeline._unpack_latents(packed, *pixels, pipeline.vae_scale_factor)

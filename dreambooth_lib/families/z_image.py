@@ -1,0 +1,40 @@
+"""Z-Image: one transformer over picture and text, prompts of their own lengths."""
+
+from typing import Any
+
+import torch
+
+from dreambooth_lib.families.base import Cond, Family, vae_scale
+from dreambooth_lib.noise import FlowNoise
+
+
+class ZImage(Family):
+    """Adapter of a ``ZImagePipeline`` (arXiv 2511.22699)."""
+
+    encoder_names = ()
+    large_encoder_names = ("text_encoder",)
+    feed_forward_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+    @staticmethod
+    def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
+        return 128 * vae_scale(vae)  # as the pipeline has it: no config says it
+
+    def forward_process(self, min_snr_gamma: float | None) -> FlowNoise:
+        patches = self.resolution // (2 * self.pipeline.vae_scale_factor)
+        return FlowNoise.of_scheduler(self.pipeline.scheduler, patches**2, min_snr_gamma)
+
+    def encode_prompts(self, prompts: list[str]) -> Cond:
+        device = self.pipeline.text_encoder.device
+        # The pipeline writes its chat form of each prompt into the list that it is given.
+        embeddings, _ = self.pipeline.encode_prompt([*prompts], device, False)
+        lengths = torch.tensor([len(tokens) for tokens in embeddings], device=device)
+        padded = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
+        return {"embeddings": padded, "lengths": lengths}
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        lengths = cond["lengths"].tolist()
+        said = [row[:length] for row, length in zip(cond["embeddings"], lengths, strict=True)]
+        frames = list(x_t.unsqueeze(2).unbind())
+        # Its time runs from noise to picture, and so does the velocity that it predicts.
+        velocity = self.denoiser(frames, 1 - t / 1000, said, return_dict=False)[0]
+        return -torch.stack(velocity).squeeze(2)

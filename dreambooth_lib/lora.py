@@ -1,0 +1,82 @@
+"""Low-rank adaptation of a family's denoiser and text encoders, through peft.
+
+W x becomes W x + (alpha / rank) B A x with the base's W frozen (arXiv 2106.09685); B starts at 0,
+so that training starts at the base. A finished run keeps A and B only, in diffusers' format.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.families import MADE_OF
+from dreambooth_lib.families.base import Family
+
+#: Of transformers' CLIP encoders: attention, and feed-forward.
+_TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
+
+
+def attach(family: Family, config: TrainConfig) -> None:
+    """Add the config's adapters, the same ones for the same seed; all but them is frozen."""
+    of_denoiser = family.attention_layers, family.feed_forward_layers
+    layers = {family.denoiser: of_denoiser}
+    if config.train_text_encoder:
+        layers |= dict.fromkeys(family.text_encoders, _TEXT_LAYERS)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for module, (attention, feed_forward) in layers.items():
+            module.requires_grad_(False)
+            names = (*attention, *(feed_forward if config.lora_layers == "all" else ()))
+            module.add_adapter(_settings(config, names))
+            for parameter in trained(module):
+                parameter.data = parameter.data.float()
+
+
+def _settings(config: TrainConfig, names: tuple[str, ...]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(names),
+        use_dora=config.dora,
+    )
+
+
+def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that training moves: of an adapted module its adapters'."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def switched_off(family: Family) -> Iterator[None]:
+    """The denoiser as the base has it, out of training mode."""
+    training = family.denoiser.training
+    family.denoiser.disable_adapters()
+    family.denoiser.eval()
+    try:
+        yield
+    finally:
+        family.denoiser.enable_adapters()
+        family.denoiser.train(training)
+
+
+def save(family: Family, config: TrainConfig, folder: Path) -> None:
+    """Write the adapters as diffusers' ``load_lora_weights`` reads them, and their base's name."""
+    from peft import get_peft_model_state_dict
+
+    names = {id(part): name for name, part in family.pipeline.components.items()}
+    modules = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
+    adapted = {names[id(module)]: module for module in modules}
+    saved: dict[str, Any] = {}
+    for name, module in adapted.items():
+        saved[f"{name}_lora_layers"] = get_peft_model_state_dict(module)
+        saved[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+    family.pipeline.save_lora_weights(folder, **saved)
+    base = {"base": config.base, "revision": config.revision, "variant": config.variant}
+    (folder / MADE_OF).write_text(json.dumps(base, indent=2))

@@ -1,0 +1,194 @@
+"""Each family's adapter against a training step written by hand with diffusers' own pieces."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from dreambooth_lib import families
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.families.base import Family
+from dreambooth_lib.losses import per_sample_errors
+from dreambooth_lib.sampling import draw
+
+#: Those with an adapter of their own beside Stable Diffusion's, which has tests of its own.
+FAMILIES = ["sdxl", "sd3", "flux", "z_image"]
+PROMPTS = ["a dog", "a ohwx dog on the beach in snow"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request: pytest.FixtureRequest, tiny_bases: Callable[[str], str]) -> tuple[Family, Any]:
+    """An adapter and the same base as a plain diffusers pipeline."""
+    path = tiny_bases(request.param)
+    return families.load(path, resolution=16), DiffusionPipeline.from_pretrained(path)
+
+
+def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, share: float) -> Any:
+    """Squared error of one prediction each, as diffusers' documentation describes the family."""
+    kind = type(plain).__name__
+    if kind == "StableDiffusionXLPipeline":
+        t = torch.full([2], int(share * 1000))
+        hidden, _, pooled, _ = plain.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        x_t = plain.scheduler.add_noise(x_0, noise, t.float())
+        # EulerDiscreteScheduler adds noise in its own scale, x_0 + sigma eps; the U-Net's is
+        # that divided by sqrt(1 + sigma^2).
+        sigma = ((1 - plain.scheduler.alphas_cumprod) / plain.scheduler.alphas_cumprod).sqrt()[t]
+        x_t = x_t / (1 + sigma**2).sqrt().view(-1, 1, 1, 1)
+        ids = plain._get_add_time_ids((16, 16), (0, 0), (16, 16), torch.float32, 16).repeat(2, 1)
+        told = {"text_embeds": pooled, "time_ids": ids}
+        out = plain.unet(x_t, t, encoder_hidden_states=hidden, added_cond_kwargs=told)[0]
+        return t, (out - noise).square().flatten(1).mean(1)
+    sigma, t = share, torch.full([2], share * 1000)
+    x_t, target = (1 - sigma) * x_0 + sigma * noise, noise - x_0
+    if kind == "StableDiffusion3Pipeline":
+        hidden, _, pooled, _ = plain.encode_prompt(
+            PROMPTS, PROMPTS, PROMPTS, do_classifier_free_guidance=False
+        )
+        out = plain.transformer(x_t, hidden, pooled, t)[0]
+    elif kind == "FluxPipeline":
+        hidden, pooled, text_ids = plain.encode_prompt(PROMPTS, PROMPTS)
+        # 2 x 2 latents a token, and each token's place in the picture.
+        tokens = torch.nn.functional.pixel_unshuffle(x_t, 2).flatten(2).mT
+        places = torch.tensor([[0, i, j] for i in range(4) for j in range(4)]).float()
+        out = plain.transformer(
+            tokens, hidden, pooled, t / 1000, places, text_ids, guidance=torch.ones(2)
+        )[0]
+        out = torch.nn.functional.pixel_shuffle(out.mT.unflatten(2, (4, 4)), 2)
+    else:
+        hidden, _ = plain.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+        pictures = [row[:, None] for row in x_t]
+        found = plain.transformer(pictures, (1000 - t) / 1000, hidden)[0]
+        out = -torch.stack([row[:, 0] for row in found])
+    return t, (out - target).square().flatten(1).mean(1)
+
+
+def test_a_steps_loss_and_gradients_are_those_of_one_written_by_hand(
+    both: tuple[Family, Any],
+) -> None:
+    family, plain = both
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    t, errors = by_hand(plain, x_0, noise, 0.4)
+    errors.mean().backward()
+    noised = family.forward_process(None)(x_0, noise, t)
+    prediction = family.predict(noised.x_t, noised.t, family.encode_prompts(PROMPTS))
+    found = per_sample_errors(prediction, noised.target)
+    assert torch.allclose(found, errors, rtol=1e-4)
+    found.mean().backward()
+    other = dict(getattr(plain, family.denoiser_name).named_parameters())
+    compared = 0
+    for name, parameter in family.denoiser.named_parameters():
+        expected = other[name].grad
+        assert (parameter.grad is None) == (expected is None), name
+        if expected is not None:
+            assert torch.allclose(parameter.grad, expected, rtol=1e-3, atol=1e-6), name
+            compared += bool(expected.abs().max() > 1e-6)
+    assert compared > 20
+    family.denoiser.zero_grad()
+    getattr(plain, family.denoiser_name).zero_grad()
+
+
+def test_latents_are_those_that_the_pipeline_decodes(both: tuple[Family, Any]) -> None:
+    family, plain = both
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = family.encode_images(pixels)
+    config, posterior = plain.vae.config, plain.vae.encode(pixels).latent_dist
+    shift = config.shift_factor or 0
+    assert torch.allclose(mean / config.scaling_factor + shift, posterior.mean, atol=1e-5)
+    assert torch.allclose(std / config.scaling_factor, posterior.std, atol=1e-5)
+
+
+def test_an_outline_says_what_the_loaded_base_says(both: tuple[Family, Any]) -> None:
+    _, plain = both
+    path = plain.config._name_or_path
+    outline = families.outline(path)
+    assert outline.resolution == families.load(path).resolution
+    assert outline.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+
+
+def test_pictures_are_drawn_at_the_resolution_in_hand(both: tuple[Family, Any]) -> None:
+    family, plain = both
+    drawn = draw(family, [("a dog", 0), ("a cat", 1)], 2, 2.0)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        prompt=["a dog", "a cat"],
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        height=16,
+        width=16,
+    ).images
+    assert [image.size for image in drawn] == [(16, 16)] * 2
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]
+
+
+def test_lora_finds_its_layers(both: tuple[Family, Any]) -> None:
+    family, _ = both
+    names = [name for name, _ in family.denoiser.named_modules()]
+    for layer in (*family.attention_layers, *family.feed_forward_layers):
+        assert any(name.endswith(f".{layer}") for name in names), layer
+
+
+def test_the_empty_prompt_is_the_one_that_guidance_is_away_from(
+    tiny_bases: Callable[[str], str],
+) -> None:
+    family = families.load(tiny_bases("sdxl"))
+    assert family.pipeline.config.force_zeros_for_empty_prompt
+    cond = family.encode_prompts(["", "a dog"])
+    plain = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
+    hidden, away, pooled, away_pooled = plain.encode_prompt("a dog")
+    for name, value, empty in (("hidden", hidden, away), ("pooled", pooled, away_pooled)):
+        assert torch.equal(cond[name][0], empty[0])
+        assert torch.allclose(cond[name][1], value[0], atol=1e-6)
+
+
+def test_flow_bases_refuse_min_snr_weights(tiny_bases: Callable[[str], str]) -> None:
+    with pytest.raises(ValueError, match=r"min_snr_gamma is 5\.0.*predicts a flow"):
+        families.load(tiny_bases("sd3")).forward_process(5.0)
+
+
+def test_half_precision_of_sdxl_takes_the_autoencoder_that_bears_it(
+    tiny_bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKL
+
+    from dreambooth_lib.families import stable_diffusion_xl
+
+    plain = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
+    fixed = plain.vae
+    fixed.decoder.conv_in.weight.data += 1
+    fixed.save_pretrained(tmp_path / "fixed")
+    monkeypatch.setattr(stable_diffusion_xl, "HALF_VAE", str(tmp_path / "fixed"))
+    own = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
+    own.vae.register_to_config(force_upcast=True)
+    own.save_pretrained(tmp_path / "base")
+    wanted = AutoencoderKL.from_pretrained(tmp_path / "fixed").decoder.conv_in.weight
+    half = families.load(str(tmp_path / "base"), half=torch.float16).pipeline.vae
+    assert torch.equal(half.decoder.conv_in.weight, wanted.half())
+    for kept in (torch.float32, torch.bfloat16):
+        vae = families.load(str(tmp_path / "base"), half=kept).pipeline.vae
+        assert torch.equal(vae.decoder.conv_in.weight, own.vae.decoder.conv_in.weight.to(kept))
+
+
+def test_a_family_is_added_by_naming_its_pipeline(
+    tiny_bases: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreambooth_lib.families.stable_diffusion_3 import StableDiffusion3
+
+    class Mine(StableDiffusion3):
+        pass
+
+    monkeypatch.setitem(families.ADAPTERS, "StableDiffusion3Pipeline", Mine)
+    assert type(families.load(tiny_bases("sd3"))) is Mine
+
+
+def test_only_what_is_named_is_loaded_whole(
+    tiny_bases: Callable[[str], str], make_config: Callable[..., TrainConfig]
+) -> None:
+    family = families.load(tiny_bases("flux"), half=torch.bfloat16, whole=("denoiser",))
+    assert family.denoiser.dtype is torch.float32
+    others = {part.dtype for part in (*family.text_encoders, *family.frozen)}
+    assert others == {torch.bfloat16}

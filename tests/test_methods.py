@@ -1,0 +1,208 @@
+"""Every family with every method and prior: trained, stopped, resumed, saved and read back."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from dreambooth_lib import families, lora, runs
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.runs import Run
+from dreambooth_lib.sampling import load_source, sample
+from dreambooth_lib.state import load_state
+from dreambooth_lib.training import Trainer, train
+
+Make = Callable[..., TrainConfig]
+FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"]
+
+
+@pytest.fixture
+def started(
+    tmp_path: Path, photos: str, make_config: Make, tiny_bases: Callable[[str], str]
+) -> Callable[..., Run]:
+    def start(name: str, family: str, **changes: Any) -> Run:
+        fields = {"steps": 2, "resolution": 16, "lora_rank": 2, "checkpoint_every": 1}
+        config = make_config(tiny_bases(family), photos, **(fields | changes))
+        return runs.start(config, tmp_path / name)
+
+    return start
+
+
+def denoiser(family: Any) -> dict[str, torch.Tensor]:
+    return family.denoiser.state_dict()
+
+
+@pytest.mark.parametrize("prior", ["generated", "distilled", "none"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_resumes_bit_for_bit_and_plain_diffusers_reads_what_it_saves(
+    family: str, method: str, prior: str, started: Callable[..., Run], tmp_path: Path
+) -> None:
+    whole = started("whole", family, method=method, prior=prior)
+    steps = list(train(whole))
+    assert [step.step for step in steps] == [1, 2]
+    assert all((step.prior_loss is None) == (prior == "none") for step in steps)
+    assert (tmp_path / "class_pictures").exists() == (prior == "generated")
+    broken = started("broken", family, method=method, prior=prior)
+    for _ in islice(train(broken), 1):
+        pass
+    list(train(runs.resume(broken.folder)))
+    one, other = (load_state(run.checkpoints()[2]) for run in (whole, broken))
+    assert one["model"].keys() == other["model"].keys()
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    tuned = load_source(whole)
+    if method == "full":
+        plain = DiffusionPipeline.from_pretrained(whole.pipeline)
+    else:
+        assert not any(path.name.startswith("diffusion") for path in whole.pipeline.iterdir())
+        plain = DiffusionPipeline.from_pretrained(whole.config.base)
+        plain.load_lora_weights(whole.pipeline)
+        plain.fuse_lora()
+        plain.unload_lora_weights()
+    kept = getattr(plain, tuned.denoiser_name).state_dict()
+    assert kept.keys() == denoiser(tuned).keys()
+    assert all(torch.equal(kept[name], value) for name, value in denoiser(tuned).items())
+    base = families.load(whole.config.base)
+    assert any(not torch.equal(v, denoiser(base)[name]) for name, v in denoiser(tuned).items())
+    (picture,) = sample(whole, ["a {} dog"], [0], steps=1)
+    assert picture.image.size == (16, 16)
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_the_saved_lora_draws_what_the_trained_one_does(
+    family: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", family, method="lora", lora_alpha=6, learning_rate=0.1, ema_decay=0.5)
+    list(train(run))
+    before, after = (sample(run, ["a {} dog"], [0], steps=2, at=at)[0].image for at in (2, None))
+    plain = sample(run.config.base, ["a ohwx dog"], [0], steps=2, guidance_scale=5.0)[0].image
+    distance = [
+        max(high for _, high in _difference(before, other).getextrema())
+        for other in (after, plain.resize(after.size))
+    ]
+    assert distance[0] <= 1 < distance[1]
+
+
+def _difference(one: Any, other: Any) -> Any:
+    from PIL import ImageChops
+
+    return ImageChops.difference(one, other)
+
+
+def test_lora_starts_at_the_base_and_trains_its_own_weights_only(
+    started: Callable[..., Run], tiny_bases: Callable[[str], str]
+) -> None:
+    run = started("run", "sd1", method="lora", train_text_encoder=True, lora_layers="all")
+    trainer = Trainer(run)
+    names = trainer.model.state()
+    assert names and all("lora_" in name for name in names)
+    assert any(name.startswith("text_encoders.0") for name in names)
+    assert any(".ff.net.2." in name for name in names)
+    assert len(names) == len(trainer.parameters)
+    x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
+    base = families.load(tiny_bases("sd1"))
+    with torch.no_grad():
+        expected = base.predict(x_t, t, base.encode_prompts(["a dog"]))
+        trainer.model.eval()
+        assert torch.equal(trainer.model(x_t, t, None, ["a dog"]), expected)
+
+
+def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
+    started: Callable[..., Run], tiny_bases: Callable[[str], str]
+) -> None:
+    changes = {"train_text_encoder": True, "learning_rate": 0.1}
+    run = started("run", "sdxl", method="lora", **changes)
+    list(train(run))
+    base, tuned = families.load(tiny_bases("sdxl")), load_source(run)
+    for one, other in zip(base.text_encoders, tuned.text_encoders, strict=True):
+        name = next(n for n, _ in one.named_parameters() if n.endswith("q_proj.weight"))
+        assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
+
+
+def test_lora_does_not_depend_on_what_was_drawn_before(started: Callable[..., Run]) -> None:
+    torch.manual_seed(1)
+    one = Trainer(started("one", "sd1", method="lora")).model.state()
+    torch.manual_seed(2)
+    other = Trainer(started("other", "sd1", method="lora")).model.state()
+    seeded = Trainer(started("seeded", "sd1", method="lora", seed=3)).model.state()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], seeded[name]) for name in one)
+
+
+def test_dora_learns_a_magnitude_of_each_layer(started: Callable[..., Run]) -> None:
+    run = started("run", "sd1", method="lora", dora=True)
+    list(train(run))
+    assert any("magnitude" in name for name in load_state(run.checkpoints()[2])["model"])
+    assert sample(run, ["a {} dog"], [0], steps=1)
+
+
+def test_a_lora_run_is_a_base_that_can_be_trained_on(started: Callable[..., Run]) -> None:
+    first = started("first", "sd1", method="lora", learning_rate=0.1)
+    list(train(first))
+    second = started("second", "sd1", steps=1).config.replace(base=str(first.folder))
+    run = runs.start(second, first.folder.parent / "third")
+    list(train(run))
+    merged = denoiser(families.load(str(first.folder)))
+    after = denoiser(load_source(run))
+    assert merged.keys() == after.keys()
+    assert families.outline(str(first.folder)).resolution == 16
+    assert len({path.name for path in (first.folder.parent / "class_pictures").iterdir()}) == 2
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
+    method: str, started: Callable[..., Run], tiny_bases: Callable[[str], str]
+) -> None:
+    run = started("run", "sd1", method=method, prior="distilled", learning_rate=0.05)
+    trainer = Trainer(run)
+    assert trainer.teacher is not None
+    for _ in range(2):
+        trainer.update()
+    batch = trainer.batches.at(2)
+    assert batch.prompts == ["a ohwx dog"] * 2 + ["a dog"] * 2
+    taught = trainer.teacher(batch)
+    base = families.load(tiny_bases("sd1"))
+    with torch.no_grad():
+        cond = base.encode_prompts(["a dog"] * 2)
+        expected = base.predict(batch.noised.x_t[2:], batch.noised.t[2:], cond)
+        moved = trainer.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
+    assert torch.allclose(taught.target[2:], expected, atol=1e-5)
+    assert not torch.allclose(taught.target[2:], moved, atol=1e-3)
+    assert torch.equal(taught.target[:2], batch.noised.target[:2])
+
+
+def test_the_distilled_prior_of_an_untrained_model_is_zero(started: Callable[..., Run]) -> None:
+    (first, *_) = train(started("run", "sd1", prior="distilled"))
+    assert first.prior_loss == pytest.approx(0, abs=1e-10)
+    assert first.instance_loss > 0.1
+
+
+def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
+    from PIL import Image
+
+    from dreambooth_lib.config import Subject
+    from dreambooth_lib.distill import as_class
+    from dreambooth_lib.pictures import Photo
+
+    image = Image.new("RGB", (8, 8))
+    photos = [Photo("a", image), Photo("b", image, "a ohwx dog on the beach")]
+    captions = [photo.caption for photo in as_class(photos, Subject("p", "dog"))]
+    assert captions == ["a dog", "a dog on the beach"]
+
+
+def test_switching_off_is_undone(started: Callable[..., Run]) -> None:
+    trainer = Trainer(started("run", "sd1", method="lora", learning_rate=0.1))
+    trainer.update()
+    family, x_t, t = trainer.family, torch.ones(1, 4, 8, 8), torch.tensor([5])
+    with torch.no_grad():
+        cond = family.encode_prompts(["a dog"])
+        before = family.predict(x_t, t, cond)
+        with lora.switched_off(family):
+            off = family.predict(x_t, t, cond)
+        after = family.predict(x_t, t, cond)
+    assert torch.equal(before, after) and not torch.equal(before, off)
+    assert family.denoiser.training
