@@ -1,9 +1,9 @@
 """Which checkpoint to keep: the rule, its reason in a sentence, and when to stop.
 
 A step is judged by three shares, each at most 1: its subject fidelity of the photos' own among
-themselves, its prompt adherence of the frozen base's, and 1 - prior drift, what is left of the
-class as it was. Its standing is their geometric mean, so that none can be bought by giving up
-another: 1% of one weighs as much as 1% of the next. The best step has the highest standing, of
+themselves, its prompt adherence of the frozen base's, and what is left of the rest as it was: 1 -
+the mean drift of the class and of an unrelated prompt. Its standing is their geometric mean, so
+that none can be bought by giving up another: 1% of one weighs as much as 1% of the next. The best step has the highest standing, of
 equals the earliest, and lies on the front: no other step is at least as good in all three.
 """
 
@@ -32,8 +32,9 @@ def shares(
     prompt_adherence: float,
     base_adherence: float,
     prior_drift: float,
+    unrelated_drift: float,
 ) -> tuple[float, float, float]:
-    """Fidelity, adherence and class kept as shares in [0, 1], as the rule weighs them."""
+    """Fidelity, adherence and the rest kept as shares in [0, 1], as the rule weighs them."""
 
     def share(value: float, whole: float) -> float:
         return min(1.0, max(0.0, value / whole)) if whole > 0 else 1.0
@@ -41,7 +42,7 @@ def shares(
     return (
         share(subject_fidelity, reference_fidelity),
         share(prompt_adherence, base_adherence),
-        share(1 - prior_drift, 1.0),
+        share(1 - (prior_drift + unrelated_drift) / 2, 1.0),
     )
 
 
@@ -70,12 +71,12 @@ def best_of(rows: Sequence[Watched]) -> Choice:
     fidelity, adherence, kept = found[best]
     text = (
         f"step {best}: its pictures are {fidelity:.0%} as close to the photos as those to each "
-        f"other, follow prompts {adherence:.0%} as well as the base's and keep {kept:.0%} of the "
-        "class"
+        f"other, follow prompts {adherence:.0%} as well as the base's and leave {kept:.0%} of the "
+        "rest as it was"
     )
     last = max(found)
     if best != last:
-        changes = zip(("fidelity", "adherence", "class"), found[best], found[last], strict=True)
+        changes = zip(("fidelity", "adherence", "the rest"), found[best], found[last], strict=True)
         moved = [f"{name} {b - a:+.0%}" for name, a, b in changes if abs(b - a) >= 0.005]
         text += f"; by step {last} that moved ({', '.join(moved) or 'hardly'}), which is no gain"
     return Choice(best, standing(found[best]), f"{text}.", front)
@@ -105,7 +106,7 @@ def shares_of(row: Watched, base: Watched) -> tuple[float, float, float]:
     """:func:`shares` of one look beside the frozen base's."""
     return shares(
         row.subject_fidelity, row.reference_fidelity, row.prompt_adherence,
-        base.prompt_adherence, row.prior_drift,
+        base.prompt_adherence, row.prior_drift, row.unrelated_drift,
     )  # fmt: skip
 
 

@@ -48,7 +48,10 @@ _CHOICES = {
     "prior": ("generated", "distilled", "none"),
     "method": ("full", "lora"),
     "lora_layers": ("attention", "all"),
+    "memory": ("auto", "standard", "low", "lowest"),
 }
+#: Levels of memory at which weights are updated within the backward pass.
+LOW = ("low", "lowest")
 _AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
                  "checkpoints_kept", "prior_inference_steps", "lora_rank",
                  "lora_alpha")  # fmt: skip
@@ -156,13 +159,19 @@ class TrainConfig:
     warmup_steps: int = 0
     optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU
     weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    #: the norm that all gradients together are cut to; None is 1, or none at low memory, since it
+    #: needs all of them at once
+    max_grad_norm: float | None = None
     dropout: float = 0.0  #: of the denoiser's own dropout layers
     #: keep an average of the weights, which the run ends with; None is 0.98 for toybox, else none;
     #: 0.999 suits 1000 steps
     ema_decay: float | None = _BY_BASE
     mixed_precision: str = "auto"  #: "auto": bf16 where the GPU has it, else fp16; "no" on a CPU
     gradient_checkpointing: bool = False  #: about 20% slower for much less memory
+    #: "standard": float32 weights; "low": gradient checkpointing, and each weight is updated within
+    #: the backward pass, so that gradients never exist together; "lowest": bfloat16 weights too,
+    #: rounded stochastically; "auto": the first of these that fits the GPU, "standard" on a CPU
+    memory: str = "auto"
 
     # Pictures
     resolution: int | None = None  #: pixels a side; None is the base's own
@@ -220,6 +229,8 @@ class TrainConfig:
             )
         if self.early_stop and not self.watch_every:
             raise ConfigError("early_stop needs looks to judge by; set watch_every above 0.")
+        if self.memory in LOW:
+            self._check_memory()
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} does not split into gradient_accumulation "
@@ -228,6 +239,25 @@ class TrainConfig:
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise ConfigError(
                 f"resolution is {self.resolution}; it must be a multiple of 8, and 8 or more."
+            )
+
+    def _check_memory(self) -> None:
+        """What an update within the backward pass cannot mean is refused."""
+        level = f"memory is '{self.memory}', which updates weights within the backward pass,"
+        if self.max_grad_norm is not None:
+            raise ConfigError(
+                f"{level} and max_grad_norm is {self.max_grad_norm}, which needs all gradients at "
+                "once; leave it out, or set memory to 'standard'."
+            )
+        if self.gradient_accumulation > 1:
+            raise ConfigError(
+                f"{level} and gradient_accumulation is {self.gradient_accumulation}, which keeps "
+                "gradients; set it to 1, or memory to 'standard'."
+            )
+        if self.memory == "lowest" and self.mixed_precision == "no":
+            raise ConfigError(
+                "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
+                "it to 'auto', or memory to 'low'."
             )
 
     @property

@@ -7,6 +7,8 @@ noise as the run that was never stopped, on one process, in one piece.
 
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +18,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import AutocastKwargs
 
 from dreambooth_lib import lora
 from dreambooth_lib.batches import Batch, Batches, seeded
 from dreambooth_lib.choice import best_of, has_peaked
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.config import LOW, TrainConfig
 from dreambooth_lib.data import hold_out
 from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
-from dreambooth_lib.optim import choose, make_optimizer, make_schedule
+from dreambooth_lib.optim import InBackward, choose, make_optimizer, make_schedule
 from dreambooth_lib.pictures import Photo, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
@@ -36,6 +39,10 @@ from dreambooth_lib.weights import Trainable, base_of, copy_weights, put_back
 
 class NonFiniteLoss(FloatingPointError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class OutOfMemory(RuntimeError):
+    """The GPU's memory ran out; the message says what would take less, and by how much."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,12 @@ class Step:
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
     watched: Watched | None = None  #: what a look after this update found, where one was due
 
+
+#: How much of the GPU's free memory an estimate may take; the allocator needs some of its own.
+FILLED = 0.9
+
+#: Total, instance and prior loss, the last None without a prior.
+Losses = tuple[float, float, float | None]
 
 #: From the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
 Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
@@ -81,12 +94,16 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
             if step is not None:
                 yield step
         trainer.save_pipeline()
-    except GeneratorExit:
+    except torch.OutOfMemoryError as error:
+        from dreambooth_lib.estimate import ways_out
+
+        raise OutOfMemory(
+            f"the GPU's memory ran out at step {trainer.step + 1} of {run.folder}: "
+            f"{ways_out(trainer.config, trainer.precision)}; resume the run with another memory or "
+            "resolution, or begin one with another method."
+        ) from error
+    except (GeneratorExit, KeyboardInterrupt):
         trainer.save_checkpoint()
-        raise
-    except KeyboardInterrupt:
-        if trainer.whole:
-            trainer.save_checkpoint()
         raise
 
 
@@ -99,17 +116,40 @@ def native_precision(mixed_precision: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def fitting(config: TrainConfig, precision: str, device: torch.device) -> TrainConfig:
+    """The config with the level of memory that "auto" means on a device."""
+    if config.memory != "auto" or device.type != "cuda":
+        return config
+    from dreambooth_lib.estimate import fitted
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return fitted(config, precision, int(FILLED * free))
+
+
 class Trainer:
     """One process's live objects of a run; :func:`train` drives it."""
 
     def __init__(self, run: Run, objective: Objective = prior_preservation):
-        config = run.config
+        device = PartialState().device
+        precision = native_precision(run.config.mixed_precision, device)
+        config = fitting(run.config, precision, device)
         self.run, self.config, self.objective, self.step = run, config, objective, 0
-        self.whole = True  #: false while an update is written into some of the state only
-        precision = native_precision(config.mixed_precision, PartialState().device)
+        lowest = config.method == "full" and config.memory == "lowest"
+        if lowest and precision == "no":
+            precision = "bf16"  # what its weights are
         if is_initialized() and AcceleratorState().mixed_precision != precision:
             AcceleratorState._reset_state()  # an earlier run's, in this process
-        self.accelerator = accelerator = Accelerator(mixed_precision=precision)
+        # Copies of the weights in half precision are quicker kept than made anew, but take memory.
+        keep = AutocastKwargs(cache_enabled=config.memory not in LOW)
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=precision, kwargs_handlers=[keep]
+        )
+        if config.memory in LOW and accelerator.num_processes > 1:
+            raise ValueError(
+                f"memory is '{config.memory}', which updates weights before their gradients could "
+                f"cross {accelerator.num_processes} processes; set it to 'standard'."
+            )
+        self.precision = precision
         shares = accelerator.num_processes * config.gradient_accumulation
         if config.batch_size % shares:
             raise ValueError(
@@ -119,7 +159,12 @@ class Trainer:
             )
         self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         trains = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
-        family = base_of(config, self.half, trains if config.method == "full" else ())
+        family = base_of(
+            config,
+            self.half,
+            trains if config.method == "full" else (),
+            master=torch.bfloat16 if lowest else torch.float32,
+        )
         self.family: Family = family
         for module in (family.denoiser, *family.text_encoders, *family.frozen):
             module.requires_grad_(False)
@@ -184,31 +229,68 @@ class Trainer:
             trainable.to(accelerator.device)
         else:
             trainable.requires_grad_(True)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing or config.memory in LOW:
             family.denoiser.enable_gradient_checkpointing()
             if config.train_text_encoder:
                 for encoder in family.text_encoders:
                     encoder.gradient_checkpointing_enable()
         self.parameters = lora.trained(trainable)
         device_type = accelerator.device.type
-        optimizer = make_optimizer(config, self.parameters, device_type)
         if config.optimizer == "auto" and accelerator.is_main_process:
             accelerator.print(f"optimizer: {choose(config, device_type)} (auto, {device_type})")
-        self.model, self.optimizer = accelerator.prepare(trainable, optimizer)
-        self.schedule = make_schedule(config, optimizer)
+        self.in_backward: InBackward | None = None
+        self.pending: Any = None  #: at low memory a loss whose backward pass is to come
+        if config.memory not in LOW:
+            self.adam = make_optimizer(config, self.parameters, device_type)
+            self.model, self.optimizer = accelerator.prepare(trainable, self.adam)
+        else:
+            scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+            self.in_backward = InBackward(config, self.parameters, device_type, scale)
+            self.adam = self.in_backward.optimizer
+            self.model = accelerator.prepare(trainable)
+        self.schedule = make_schedule(config, self.adam)
         self.ema: Any = None
         if config.ema_decay is not None:
             from diffusers.training_utils import EMAModel
 
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+            whole: list[Any] = [parameter.detach().float() for parameter in self.parameters]
+            self.ema = EMAModel(whole, decay=config.ema_decay)
 
     def update(self) -> Step | None:
         """One optimizer update; None where fp16 loss scaling skipped it, to be made again."""
-        config, accelerator = self.config, self.accelerator
+        config = self.config
         started = time.perf_counter()
-        if config.dropout > 0:
+        if config.dropout > 0 or config.lora_dropout > 0:
             torch.manual_seed(seeded(config.seed, self.step, 3).initial_seed())
-        batch = self.batches.at(self.step)
+        batch, lr = self.batches.at(self.step), self.schedule.get_last_lr()[0]
+        total, instance, prior = self._gradients(batch)
+        with interrupts_held():
+            if not self._move():
+                return None
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+            self.step += 1
+            gpu = torch.cuda.is_available()
+            memory = torch.cuda.max_memory_allocated() / 2**20 if gpu else None
+            seconds = time.perf_counter() - started
+            step = Step(self.step, total, instance, prior, lr, seconds, memory)
+            if self.accelerator.is_main_process:
+                self.run.append("log", {k: v for k, v in asdict(step).items() if k != "watched"})
+        watched = self.look()
+        if self._look_due() or self._due(config.checkpoint_every):
+            self.save_checkpoint()
+        return replace(step, watched=watched)
+
+    def _gradients(self, batch: Batch) -> Losses:
+        """A batch's losses; its gradients wait in the parameters, or at low memory to be made."""
+        config, accelerator = self.config, self.accelerator
+        if self.in_backward is not None:
+            loss = self._loss(batch)
+            values = self._mean([loss])
+            self._check_finite("loss", values)
+            self.pending = loss.total
+            return values
         parts = config.gradient_accumulation
         losses = []
         for part in range(parts):
@@ -220,31 +302,28 @@ class Trainer:
             losses.append(loss)
         values = self._mean(losses)
         self._check_finite("loss", values)
-        norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        limit = 1.0 if config.max_grad_norm is None else config.max_grad_norm
+        norm = accelerator.clip_grad_norm_(self.parameters, limit)
         if accelerator.scaler is None:  # with a scaler, an infinite gradient skips the update
             self._check_finite("gradient's norm", [float(norm)])
-        lr = self.schedule.get_last_lr()[0]
-        self.whole = False
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if accelerator.optimizer_step_was_skipped:
-            self.whole = True
-            return None
-        self.schedule.step()
-        if self.ema is not None:
-            self.ema.step(self.parameters)
-        self.step += 1
-        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-        total, instance, prior = values
-        seconds = time.perf_counter() - started
-        step = Step(self.step, total, instance, prior, lr, seconds, memory)
-        if accelerator.is_main_process:
-            self.run.append("log", {k: v for k, v in asdict(step).items() if k != "watched"})
-        self.whole = True
-        watched = self.look()
-        if self._look_due() or self._due(config.checkpoint_every):
-            self.save_checkpoint()
-        return replace(step, watched=watched)
+        return values
+
+    def _move(self) -> bool:
+        """Move the weights by their gradients; False where fp16 loss scaling skips that."""
+        if self.in_backward is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return not self.accelerator.optimizer_step_was_skipped
+        device = self.accelerator.device
+        seed = seeded(self.config.seed, self.step, 4).initial_seed()
+        self.in_backward.begin(torch.Generator(device).manual_seed(seed))
+        loss, self.pending = self.pending, None
+        try:
+            (loss * self.in_backward.scale).backward()
+        except FloatingPointError:
+            self._check_finite("gradient", [math.nan])
+        self.in_backward.end()
+        return True
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -271,8 +350,8 @@ class Trainer:
             yield
             return
         own = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-        self.ema.copy_to(self.parameters)
         try:
+            self.ema.copy_to(self.parameters)
             yield
         finally:
             copy_weights(own, self.parameters)
@@ -299,7 +378,7 @@ class Trainer:
             prediction = self.model(noised.x_t, noised.t, cond, batch.prompts)
             return self.objective(prediction, batch, self.config)
 
-    def _mean(self, losses: list[Loss]) -> tuple[float, float, float | None]:
+    def _mean(self, losses: list[Loss]) -> Losses:
         """Total, instance and prior loss over all micro-batches and processes."""
         kinds = [kind for kind in zip(*losses, strict=True) if kind[0] is not None]
         means = torch.stack([torch.stack(kind).mean().detach() for kind in kinds])
@@ -313,11 +392,13 @@ class Trainer:
             state = {
                 "step": self.step,
                 "model": accelerator.unwrap_model(self.model).state(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self.adam.state_dict(),
             }
             if self.ema is not None:
                 state["ema"] = self.ema.state_dict()
-            if accelerator.scaler is not None:
+            if self.in_backward is not None:
+                state["scale"] = [self.in_backward.scale, self.in_backward.clean]
+            elif accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             self.run.save_checkpoint(self.step, state, self._best())
         accelerator.wait_for_everyone()
@@ -329,17 +410,18 @@ class Trainer:
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = saved["step"]
         self.accelerator.unwrap_model(self.model).put(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
         # The config may have been changed since: its rate and decay count, not the saved ones.
-        optimizer, config = self.optimizer.optimizer, self.config
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = config.learning_rate
-            group["weight_decay"] = config.weight_decay
-        self.schedule = make_schedule(config, optimizer, self.step)
+        config, own = self.config, self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})
+        for group in self.adam.param_groups:
+            group["initial_lr"] = group["lr"] = config.learning_rate
+        self.schedule = make_schedule(config, self.adam, self.step)
         if self.ema is not None and "ema" in saved:
             self.ema.load_state_dict(saved["ema"])
             self.ema.to(self.accelerator.device)
-        if self.accelerator.scaler is not None and "scaler" in saved:
+        if self.in_backward is not None and "scale" in saved:
+            self.in_backward.scale, self.in_backward.clean = saved["scale"]
+        elif self.accelerator.scaler is not None and "scaler" in saved:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
 
     def save_pipeline(self) -> None:
@@ -366,6 +448,22 @@ class Trainer:
                         Trainable(family, config.train_text_encoder).put(model.state())
                     family.pipeline.save_pretrained(partial, safe_serialization=True)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """An interrupt takes effect at the end of the block: what it writes, it writes whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        signal.raise_signal(caught[0])
 
 
 def _synced(accelerator: Accelerator, model: torch.nn.Module, sync: bool) -> Any:

@@ -12,11 +12,14 @@ from dreambooth_lib.runs import Run, RunError
 
 
 def base_of(
-    config: TrainConfig, half: torch.dtype = torch.float32, whole: Collection[str] = ()
+    config: TrainConfig, half: torch.dtype = torch.float32, whole: Collection[str] = (), **more: Any
 ) -> Family:
-    """A config's base at its resolution, in ``half`` but for the parts named in ``whole``."""
+    """A config's base at its resolution, in ``half`` but for the parts named in ``whole``.
+
+    ``more`` is as :func:`dreambooth_lib.families.load` takes it.
+    """
     hub = config.base, config.revision, config.variant
-    return families.load(*hub, resolution=config.resolution, half=half, whole=whole)
+    return families.load(*hub, resolution=config.resolution, half=half, whole=whole, **more)
 
 
 class Trainable(torch.nn.Module):

@@ -15,7 +15,7 @@ from dreambooth_lib.watch import Watched
 def row(step: int, fidelity: float, adherence: float = 0.5, drift: float = 0.0) -> Watched:
     return Watched(
         step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=adherence,
-        class_diversity=0.5, prior_drift=drift, unrelated_drift=0.0, pres=0.3, held_out={},
+        class_diversity=0.5, prior_drift=drift, unrelated_drift=drift, pres=0.3, held_out={},
         seconds=1.0,
     )  # fmt: skip
 
@@ -27,10 +27,10 @@ OVERFIT = [
 ]  # fmt: skip
 
 
-def test_shares_are_of_the_photos_of_the_base_and_of_the_class() -> None:
-    assert shares(0.6, 0.8, 0.4, 0.5, 0.3) == pytest.approx((0.75, 0.8, 0.7))
-    assert shares(0.9, 0.8, 0.6, 0.5, -0.1) == (1, 1, 1), "more than the whole counts as the whole"
-    assert shares(-0.2, 0.8, -0.1, 0.5, 1.3) == (0, 0, 0)
+def test_shares_are_of_the_photos_of_the_base_and_of_the_rest() -> None:
+    assert shares(0.6, 0.8, 0.4, 0.5, 0.3, 0.1) == pytest.approx((0.75, 0.8, 0.8))
+    assert shares(0.9, 0.8, 0.6, 0.5, -0.1, 0) == (1, 1, 1), "more than the whole is the whole"
+    assert shares(-0.2, 0.8, -0.1, 0.5, 1.3, 1.1) == (0, 0, 0)
 
 
 def test_standing_is_the_geometric_mean() -> None:
@@ -42,15 +42,15 @@ def test_the_best_step_is_the_one_with_the_highest_standing_and_the_reason_says_
     found = best_of(OVERFIT)
     products = {
         r.step: prod((r.subject_fidelity / 0.8, min(1, r.prompt_adherence / 0.5),
-                      1 - r.prior_drift))
+                      1 - (r.prior_drift + r.unrelated_drift) / 2))
         for r in OVERFIT[1:]
     }  # fmt: skip
     assert found.step == max(products, key=lambda step: products[step]) == 200
     assert found.standing == pytest.approx(products[200] ** (1 / 3))
     assert found.reason == (
         "step 200: its pictures are 90% as close to the photos as those to each other, follow "
-        "prompts 98% as well as the base's and keep 95% of the class; by step 500 that moved "
-        "(fidelity +6%, adherence -26%, class -35%), which is no gain."
+        "prompts 98% as well as the base's and leave 95% of the rest as it was; by step 500 that "
+        "moved (fidelity +6%, adherence -26%, the rest -35%), which is no gain."
     )
 
 

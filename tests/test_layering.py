@@ -63,7 +63,8 @@ ALLOWED = {
     "pages": ("state",),
     "plots": ("choice", "state", "watch"),
     "batches": ("config", "data", "pictures", "latents", "noise", "families.base"),
-    "training": ("batches", "config", "choice", "data", "distill", "families.base", "heldout",
+    "estimate": ("config", "families", "families.base", "lora", "optim", "weights"),
+    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families.base", "heldout",
                  "lora", "losses", "optim", "pictures", "prior", "runs", "state", "watch",
                  "weights"),
 }  # fmt: skip

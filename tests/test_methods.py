@@ -206,3 +206,86 @@ def test_switching_off_is_undone(started: Callable[..., Run]) -> None:
         after = family.predict(x_t, t, cond)
     assert torch.equal(before, after) and not torch.equal(before, off)
     assert family.denoiser.training
+
+
+@pytest.mark.parametrize("memory", ["low", "lowest"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_memory_trains_and_resumes_bit_for_bit(
+    family: str, memory: str, started: Callable[..., Run]
+) -> None:
+    whole = started("whole", family, memory=memory)
+    list(train(whole))
+    broken = started("broken", family, memory=memory)
+    for _ in islice(train(broken), 1):
+        pass
+    list(train(runs.resume(broken.folder)))
+    one, other = (load_state(run.checkpoints()[2]) for run in (whole, broken))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    half = {value.dtype for value in one["model"].values()}
+    assert half == {torch.bfloat16 if memory == "lowest" else torch.float32}
+    assert {p.dtype for p in load_source(whole).denoiser.parameters()} == {torch.float32}
+    assert sample(whole, ["a {} dog"], [0], steps=1)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_low_memory_gives_what_standard_does(method: str, started: Callable[..., Run]) -> None:
+    # The norm of all gradients is never cut at so high a limit.
+    standard = started("standard", "sd1", method=method, steps=5, max_grad_norm=1e9)
+    low = started("low", "sd1", method=method, steps=5, memory="low")
+    losses = [[step.loss for step in train(run)] for run in (standard, low)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, other = (load_state(run.checkpoints()[5])["model"] for run in (standard, low))
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_a_run_goes_on_at_another_memory_level(started: Callable[..., Run]) -> None:
+    whole = started("whole", "sd1", steps=3, max_grad_norm=1e9)
+    list(train(whole))
+    eased = started("eased", "sd1", steps=3, max_grad_norm=1e9)
+    for _ in islice(train(eased), 1):
+        pass
+    list(train(runs.resume(eased.folder, memory="low", max_grad_norm=None)))
+    one, other = (load_state(run.checkpoints()[3])["model"] for run in (whole, eased))
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_lowest_keeps_its_average_and_its_end_in_float32(started: Callable[..., Run]) -> None:
+    run = started("run", "sd1", memory="lowest", ema_decay=0.9)
+    list(train(run))
+    state = load_state(run.checkpoints()[2])
+    assert {value.dtype for value in state["ema"]["shadow_params"]} == {torch.float32}
+    kept = dict(load_source(run).denoiser.named_parameters())
+    names = [name.removeprefix("denoiser.") for name in state["model"]]
+    for name, value in zip(names, state["ema"]["shadow_params"], strict=True):
+        assert torch.allclose(kept[name], value, atol=1e-2)
+
+
+def test_gradients_never_exist_together_at_low(started: Callable[..., Run]) -> None:
+    trainer = Trainer(started("run", "sd1", memory="low"))
+    most = 0
+
+    def count(_: torch.nn.Parameter) -> None:
+        nonlocal most
+        most = max(most, sum(p.grad is not None for p in trainer.parameters))
+
+    for parameter in trainer.parameters:
+        parameter.register_post_accumulate_grad_hook(count)
+    trainer.update()
+    assert most <= 3 < len(trainer.parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"max_grad_norm": 1.0}, "max_grad_norm is 1.0, which needs all gradients at once"),
+        ({"gradient_accumulation": 2}, "gradient_accumulation is 2, which keeps gradients"),
+        ({"mixed_precision": "no", "memory": "lowest"}, "mixed_precision is 'no'"),
+    ],
+)
+def test_what_low_memory_cannot_mean_is_refused(
+    changes: dict[str, Any], reason: str, make_config: Make
+) -> None:
+    from dreambooth_lib.config import ConfigError
+
+    with pytest.raises(ConfigError, match=reason):
+        make_config("toybox", "photos", **({"memory": "low"} | changes))

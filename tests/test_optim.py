@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.optim import OptimizerUnavailable, choose, make_optimizer, make_schedule
+from dreambooth_lib.optim import (
+    InBackward,
+    OptimizerUnavailable,
+    choose,
+    make_optimizer,
+    make_schedule,
+    rounded,
+)
 
 Make = Callable[..., TrainConfig]
 
@@ -103,3 +110,95 @@ def test_rates_are_those_computed_by_hand(
         "toybox", photos, steps=6, lr_schedule=schedule, warmup_steps=warmup, learning_rate=0.01
     )
     assert rates(config) == pytest.approx([0.01 * share for share in shares], abs=1e-12)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_takes_a_neighbour() -> None:
+    value = torch.full((200_000,), 1 + 2**-10)  # an eighth of bfloat16's spacing above 1
+    found = rounded(value, generator())
+    assert found.dtype is torch.bfloat16
+    assert set(found.tolist()) == {1.0, 1 + 2**-7}
+    assert found.double().mean() == pytest.approx(1 + 2**-10, abs=3e-5)
+    below = rounded(-value, generator()).double().mean()
+    assert below == pytest.approx(-(1 + 2**-10), abs=3e-5)
+
+
+def test_what_bfloat16_can_hold_is_not_moved() -> None:
+    exact = torch.randn(1000, generator=generator()).bfloat16().float()
+    exact = torch.cat([exact, torch.tensor([0.0, -0.0, 1e-30, 3e38])]).bfloat16().float()
+    assert torch.equal(rounded(exact, generator(1)).float(), exact)
+
+
+def in_backward(config: TrainConfig, dtype: torch.dtype, scale: float = 1.0) -> Any:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8).to(dtype)
+    return layer, InBackward(config, list(layer.parameters()), "cpu", scale)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_steps_within_the_backward_pass_are_those_after_it(
+    name: str, scale: float, photos: str, make_config: Make
+) -> None:
+    config = make_config("toybox", photos, optimizer=name, memory="low", learning_rate=0.01)
+    layer, inside = in_backward(config, torch.float32, scale)
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(8, 8)
+    optimizer = make_optimizer(config, plain.parameters(), "cpu")
+    for step in range(5):
+        x = torch.randn(4, 8, generator=generator(step))
+        inside.begin(generator())
+        (layer(x).square().mean() * scale).backward()
+        inside.end()
+        assert all(parameter.grad is None for parameter in layer.parameters())
+        plain(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.allclose(layer.weight, plain.weight, atol=1e-6)
+        assert torch.allclose(layer.bias, plain.bias, atol=1e-6)
+
+
+def test_bfloat16_weights_move_by_less_than_their_spacing_on_average(
+    photos: str, make_config: Make
+) -> None:
+    # Updates of 1e-4 on weights near 1, whose spacing is 8e-3: rounding to nearest loses them all.
+    config = make_config("toybox", photos, memory="lowest", learning_rate=1e-4, weight_decay=0.0)
+    weight = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+    inside = InBackward(config, [weight], "cpu")
+    for step in range(20):
+        inside.begin(generator(step))
+        weight.float().sum().backward()
+    assert weight.dtype is torch.bfloat16
+    assert weight.double().mean().item() == pytest.approx(1 - 20e-4, abs=2e-4)
+
+
+def test_an_overflow_leaves_its_weight_and_halves_the_scale(photos: str, make_config: Make) -> None:
+    config = make_config("toybox", photos, memory="low")
+    layer, inside = in_backward(config, torch.float32, 1024.0)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    inside.begin(generator())
+    layer.weight.register_hook(lambda gradient: gradient * float("inf"))
+    (layer(torch.ones(1, 8)).sum() * inside.scale).backward()
+    inside.end()
+    assert inside.scale == 512.0
+    assert torch.equal(layer.weight, before[0]) and not torch.equal(layer.bias, before[1])
+
+
+def test_the_scale_is_doubled_after_enough_clean_updates(photos: str, make_config: Make) -> None:
+    _, inside = in_backward(make_config("toybox", photos, memory="low"), torch.float32, 8.0)
+    for _ in range(inside.GROWTH):
+        inside.begin(generator())
+        inside.end()
+    assert inside.scale == 16.0
+
+
+def test_without_a_scale_a_gradient_that_is_not_finite_is_an_error(
+    photos: str, make_config: Make
+) -> None:
+    layer, inside = in_backward(make_config("toybox", photos, memory="low"), torch.float32)
+    inside.begin(generator())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        (layer(torch.ones(1, 8)).sum() * float("nan")).backward()

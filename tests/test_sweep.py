@@ -47,7 +47,7 @@ def test_a_sweep_gives_a_row_a_cell_and_step_and_is_not_run_twice(
     seen = watch.history(sweep.runs.resume(tmp_path / "prior_weight=1.0"))
     shares = choice.shares(seen[2].subject_fidelity, seen[2].reference_fidelity,
                            seen[2].prompt_adherence, seen[0].prompt_adherence,
-                           seen[2].prior_drift)  # fmt: skip
+                           seen[2].prior_drift, seen[2].unrelated_drift)  # fmt: skip
     assert rows[3]["standing"] == choice.standing(shares)
     assert rows[3]["prior_drift"] == seen[2].prior_drift
 

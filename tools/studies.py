@@ -34,6 +34,8 @@ from dreambooth_lib.training import train
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 STEPS = (100, 200, 300, 400, 500)
 OTHER_SEEDS = 1000  # the first of pictures that no choice was made by
+#: What every checkpoint is scored by: drift is noisy, and told from many pictures of the class.
+SCORED = replace(VIEW, class_pictures=48, unrelated=4, inference_steps=12, first_seed=OTHER_SEEDS)
 SEEDS = 5  # trainings of each ablation
 STUDENT_T = (12.706, 4.303, 3.182, 2.776)  # the 97.5% quantile of 1 to 4 degrees of freedom
 
@@ -104,14 +106,14 @@ def overtrain(subject: Subject, folder: Path) -> list[dict]:
     if not one.finished:
         for _ in train(one):
             pass
-    view = replace(VIEW, first_seed=OTHER_SEEDS, guidance_scale=config.guidance_scale)
+    view = replace(SCORED, guidance_scale=config.guidance_scale)
     photos = [photo.image for photo in read_pictures(subject.pictures)]
     encoder = watch.judge(config)
     before = watch.look(families.load(config.base), subject, view)
     base = watch.score(encoder, photos, subject, before, before)
     found = []
     for seen in watch.history(one)[1:]:
-        file = folder / "other_seeds" / f"{seen.step:06d}.json"
+        file = folder / "scored" / f"{seen.step:06d}.json"
         if not file.exists():
             drawn = watch.look(weights.restored(one, seen.step), subject, view)
             scores = watch.score(encoder, photos, subject, drawn, before)
@@ -119,7 +121,7 @@ def overtrain(subject: Subject, folder: Path) -> list[dict]:
         scores = json.loads(file.read_text())
         shares = choice.shares(
             scores["subject_fidelity"], seen.reference_fidelity, scores["prompt_adherence"],
-            base["prompt_adherence"], scores["prior_drift"],
+            base["prompt_adherence"], scores["prior_drift"], scores["unrelated_drift"],
         )  # fmt: skip
         row = {"subject": subject.name, "step": seen.step, "standing": choice.standing(shares)}
         found.append(row | scores)
@@ -166,6 +168,7 @@ def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
     shares = choice.shares(
         scores["subject_fidelity"], watch.history(one)[0].reference_fidelity,
         scores["prompt_adherence"], base["prompt_adherence"], scores["prior_drift"],
+        scores["unrelated_drift"],
     )  # fmt: skip
     return choice.standing(shares), choice.best_checkpoint(one).step, one.log()[-1]["step"]
 

@@ -74,6 +74,16 @@ def load(
     return _adapter(base, path, revision).from_pretrained(path, **(loading | hub))
 
 
+def skeleton(base: str, revision: str | None = None, **loading: Any) -> "Family":
+    """As :func:`load`, of weights without values: only configs and tokenizers are read."""
+    path = locate(base)
+    if (Path(path) / MADE_OF).exists():
+        below = made_of(path)
+        return skeleton(below["base"], below["revision"], **loading)
+    hub = {} if Path(path).exists() else {"revision": revision}
+    return _adapter(base, path, revision).from_configs(path, **(loading | hub))
+
+
 def outline(base: str, revision: str | None = None) -> "Outline":
     """What of a base is known without its weights; from the hub, that is a small download.
 

@@ -85,13 +85,14 @@ class Family:
         resolution: int | None = None,
         half: torch.dtype = torch.float32,
         whole: Collection[str] = ("denoiser", "text_encoders"),
+        master: torch.dtype = torch.float32,
         **options: Any,
     ) -> "Family":
-        """Load on the CPU in ``half``, but the parts that ``whole`` names in float32."""
+        """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``."""
         from diffusers import DiffusionPipeline
 
         names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
-        dtypes = {name: torch.float32 for part in whole for name in names[part]}
+        dtypes = {name: master for part in whole for name in names[part]}
         pipeline = DiffusionPipeline.from_pretrained(
             path,
             use_safetensors=True,
@@ -101,6 +102,43 @@ class Family:
             **options,
         )
         return cls(pipeline, resolution)
+
+    @classmethod
+    def from_configs(
+        cls,
+        path: str,
+        *,
+        resolution: int | None = None,
+        half: torch.dtype = torch.float32,
+        whole: Collection[str] = ("denoiser", "text_encoders"),
+        master: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> "Family":
+        """As :meth:`from_pretrained`, without the weights: all are on the meta device."""
+        import diffusers
+        import transformers
+
+        index = diffusers.DiffusionPipeline.load_config(path, **options)
+        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
+        masters = {name for part in whole for name in names[part]}
+        parts: dict[str, Any] = dict(cls.options)
+        for name, (library, class_name) in _named_parts(index):
+            if name in parts or class_name is None:
+                parts[name] = None
+                continue
+            kind = getattr(diffusers if library == "diffusers" else transformers, class_name)
+            if name.startswith(("scheduler", "tokenizer")):
+                parts[name] = kind.from_pretrained(path, subfolder=name, **options)
+                continue
+            given: Any
+            if library == "diffusers":
+                given, make = kind.load_config(path, subfolder=name, **options), kind.from_config
+            else:
+                given = kind.config_class.from_pretrained(path, subfolder=name, **options)
+                make = kind
+            with torch.device("meta"):
+                parts[name] = make(given).to(master if name in masters else half)
+        return cls(getattr(diffusers, index["_class_name"])(**parts), resolution)
 
     @classmethod
     def replaced(cls, path: str, half: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +169,16 @@ class Family:
         """The noise that the base was trained with, at the resolution in hand."""
         raise NotImplementedError
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Channels, and latents a side."""
+        vae = self.pipeline.vae.config
+        return vae.latent_channels, self.resolution // vae_scale(dict(vae))
+
+    def blank_prompts(self, prompts: list[str]) -> Cond:
+        """Conditioning of the right shape where weights have no values."""
+        return self.encode_prompts(prompts)
+
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> Posterior:
         """Pixels [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser expects them."""
@@ -146,6 +194,11 @@ class Family:
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         """The prediction [B, C, h, w] for noisy latents, timesteps [B] and prompts."""
         raise NotImplementedError
+
+
+def _named_parts(index: dict[str, Any]) -> list[tuple[str, tuple[str, str]]]:
+    """The parts that a ``model_index.json`` names: library and class of each."""
+    return [(name, tuple(value)) for name, value in index.items() if isinstance(value, list)]
 
 
 def vae_scale(vae: dict[str, Any]) -> int:

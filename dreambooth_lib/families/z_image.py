@@ -7,6 +7,8 @@ import torch
 from dreambooth_lib.families.base import Cond, Family, vae_scale
 from dreambooth_lib.noise import FlowNoise
 
+LENGTH = 32  #: tokens of a short prompt in the chat's form
+
 
 class ZImage(Family):
     """Adapter of a ``ZImagePipeline`` (arXiv 2511.22699)."""
@@ -31,9 +33,15 @@ class ZImage(Family):
         padded = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
         return {"embeddings": padded, "lengths": lengths}
 
+    def blank_prompts(self, prompts: list[str]) -> Cond:
+        width = self.pipeline.text_encoder.config.hidden_size
+        return {"embeddings": torch.zeros(len(prompts), LENGTH, width)}
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        lengths = cond["lengths"].tolist()
-        said = [row[:length] for row, length in zip(cond["embeddings"], lengths, strict=True)]
+        said = list(cond["embeddings"])
+        if "lengths" in cond:
+            lengths = cond["lengths"].tolist()
+            said = [row[:length] for row, length in zip(said, lengths, strict=True)]
         frames = list(x_t.unsqueeze(2).unbind())
         # Its time runs from noise to picture, and so does the velocity that it predicts.
         velocity = self.denoiser(frames, 1 - t / 1000, said, return_dict=False)[0]

@@ -1,0 +1,139 @@
+"""What is counted before anything is loaded, against what real tensors take."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dreambooth_lib import families, runs
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.estimate import Alive, estimate, fitted, ways_out
+from dreambooth_lib.training import Trainer
+
+Make = Callable[..., TrainConfig]
+FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"]
+
+
+def test_alive_counts_what_is_held_and_the_most_at_once() -> None:
+    with Alive() as alive:
+        one = torch.zeros(1000)
+        assert alive.now == 4000
+        two = one + 1
+        view = two[:10]
+        assert alive.now == 8000
+        del two
+        assert alive.now == 8000  # the view holds it
+        del view
+        assert alive.now == 4000
+        (one * 2 + 1).sum()
+    assert alive.most == 12000
+
+
+@pytest.fixture
+def config(photos: str, make_config: Make, tiny_bases: Callable[[str], str]) -> Make:
+    def make(family: str, **changes: Any) -> TrainConfig:
+        return make_config(tiny_bases(family), photos, **({"resolution": 16} | changes))
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_counted_from_the_configs_alone(
+    family: str, method: str, config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(family, method=method, lora_rank=1, train_text_encoder=family != "z_image")
+    loaded = families.load(asked.base)
+    parts = [loaded.denoiser, *loaded.text_encoders, *loaded.frozen]
+    numbers = [sum(p.numel() for p in part.parameters()) for part in parts]
+    trained = numbers[: 1 + len(loaded.text_encoders)]
+    # Not a weight may be read for it.
+    monkeypatch.setattr(families, "load", None)
+    found = estimate(asked, "fp16")
+    if method == "full":
+        expected = 4 * sum(trained) + 2 * (sum(numbers) - sum(trained))
+        assert found.weights == pytest.approx(expected, rel=0.02)  # and buffers
+        assert found.moments == pytest.approx(sum(trained) * (2 + 8 / 256), rel=0.01)
+    else:
+        added = found.moments / (2 + 8 / 256)
+        assert 0 < added < 0.2 * sum(trained)
+        assert found.weights == pytest.approx(2 * sum(numbers) + 4 * added, rel=0.02)
+
+
+# At low memory the room that the CPU's own convolutions take would be a third of a tiny U-Net's.
+@pytest.mark.parametrize(
+    ("family", "memory"), [("sd1", "standard"), ("sd3", "standard"), ("sd3", "low")]
+)
+def test_working_memory_and_operations_are_those_of_a_real_update(
+    family: str, memory: str, config: Make, tmp_path: Any
+) -> None:
+    asked = config(family, memory=memory, prior="distilled", optimizer="adamw")
+    trainer = Trainer(runs.start(asked.replace(prior="none"), tmp_path / "run"))
+    trainer.config = asked
+    batch = trainer.batches.at(0)
+    rows = [0, 0, 1, 1]
+    noised = type(batch.noised)(*(value[rows] for value in batch.noised))
+    cond = {name: value[rows] for name, value in batch.cond.items()}
+    with Alive() as alive:
+        for parameter in trainer.model.state_dict().values():
+            alive.without(parameter)
+        if trainer.in_backward is not None:
+            trainer.in_backward.begin(torch.Generator())
+            trainer.in_backward.optimizer.step = lambda: None  # moments are counted apart
+        trainer.model(noised.x_t, noised.t, cond, []).square().mean().backward()
+    found = estimate(asked, "no")
+    # The CPU's own convolutions take some room besides.
+    assert found.working == pytest.approx(alive.most, rel=0.15)
+    assert found.flops == pytest.approx(alive.flops, rel=0.01)
+
+
+def test_work_is_what_torchs_own_counter_counts() -> None:
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2)
+    )
+    x = torch.randn(2, 3, 3, 3)
+    with FlopCounterMode(display=False) as work:
+        layers(x).sum().backward()
+    with Alive() as alive:
+        layers(x).sum().backward()
+    assert alive.flops == work.get_total_flops() > 0
+
+
+def test_each_level_of_memory_takes_less_than_the_one_before(config: Make) -> None:
+    levels = [
+        estimate(config("sd1", memory=memory, batch_size=1), "fp16").memory
+        for memory in ("standard", "low", "lowest")
+    ]
+    assert levels == sorted(levels, reverse=True) and len(set(levels)) == 3
+
+
+def test_a_frozen_copy_for_the_distilled_prior_is_counted(config: Make) -> None:
+    plain, distilled = (
+        estimate(config("sd1", prior=prior), "fp16").weights for prior in ("generated", "distilled")
+    )
+    assert distilled > plain
+    lora = [estimate(config("sd1", prior=p, method="lora"), "fp16").weights
+            for p in ("generated", "distilled")]  # fmt: skip
+    assert lora[0] == lora[1]
+
+
+def test_auto_takes_the_first_level_that_fits(config: Make) -> None:
+    asked = config("sd1")
+    assert asked.memory == "auto"
+    needs = {
+        memory: estimate(asked.replace(memory=memory), "fp16").memory
+        for memory in ("standard", "low", "lowest")
+    }
+    for level, need in needs.items():
+        assert fitted(asked, "fp16", need).memory == level
+    assert fitted(asked, "fp16", 1).memory == "lowest"
+    assert fitted(asked.replace(max_grad_norm=1.0), "fp16", 1).memory == "standard"
+    assert fitted(asked.replace(memory="low"), "fp16", 1 << 40).memory == "low"
+
+
+def test_ways_out_of_too_little_memory_are_named_with_what_they_take(config: Make) -> None:
+    text = ways_out(config("sd1", memory="standard", batch_size=4, lora_rank=1), "fp16")
+    assert "memory 'low' (" in text and "method 'lora' (" in text and "resolution 8 (" in text
+    assert "GiB as it is" in text
