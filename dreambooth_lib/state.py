@@ -9,7 +9,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,14 +89,27 @@ class replacing_folder:
         shutil.rmtree(self.old, ignore_errors=True)
 
 
-def replace_file(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that the file is whole or, on failure, as it was before."""
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """``with replacing_file(path) as partial``: write ``partial``; it becomes ``path`` on success.
+
+    On an exception the partial file is removed and ``path`` stays as it was.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may write it too
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(data)
-    _flush(partial)
-    partial.replace(path)
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_file(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that the file is whole or, on failure, as it was before."""
+    with replacing_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def _flush(path: Path) -> None:

@@ -46,9 +46,11 @@ ALLOWED = {
     "choice": ("runs", "watch"),
     "sweep": ("config", "choice", "prior", "runs", "state", "tables", "training", "watch",
               "weights"),
+    "originals": (),
     "packages": (),
     "colab": ("pictures", "state"),
     "copies": ("state",),
+    "exports": ("originals", "state"),
     "hub": ("choice", "colab", "families", "pages", "runs", "state", "watch"),
     "mirrors": ("config", "copies", "runs", "state"),
     "preflight": ("colab", "families", "packages", "training"),
@@ -64,9 +66,9 @@ ALLOWED = {
     "plots": ("choice", "state", "watch"),
     "batches": ("config", "data", "pictures", "latents", "noise", "families.base"),
     "estimate": ("config", "families", "families.base", "lora", "optim", "weights"),
-    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families.base", "heldout",
-                 "lora", "losses", "optim", "pictures", "prior", "runs", "state", "watch",
-                 "weights"),
+    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families.base",
+                 "heldout", "lora", "losses", "optim", "pictures", "prior", "runs", "state",
+                 "watch", "weights"),
 }  # fmt: skip
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")
