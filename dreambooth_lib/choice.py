@@ -3,8 +3,9 @@
 A step is judged by three shares, each at most 1: its subject fidelity of the photos' own among
 themselves, its prompt adherence of the frozen base's, and what is left of the rest as it was: 1 -
 the mean drift of the class and of an unrelated prompt. Its standing is their geometric mean, so
-that none can be bought by giving up another: 1% of one weighs as much as 1% of the next. The best step has the highest standing, of
-equals the earliest, and lies on the front: no other step is at least as good in all three.
+that none can be bought by giving up another: 1% of one weighs as much as 1% of the next. The best
+step has the highest standing, of equals the earliest, and lies on the front: no other step is at
+least as good in all three.
 """
 
 from collections.abc import Sequence

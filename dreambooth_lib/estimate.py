@@ -19,12 +19,10 @@ from dreambooth_lib import families, lora
 from dreambooth_lib.config import LOW, ConfigError, TrainConfig
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.optim import choose
-from dreambooth_lib.weights import Trainable
+from dreambooth_lib.weights import Trainable, precisions, trainable_of
 
 #: AdamW's two moments of a parameter: in float32, and in 8 bits with a scale for every 256.
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
-
-
 GIB = 2**30
 
 
@@ -86,27 +84,18 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     """The peak memory and the work of training ``config`` on a GPU.
 
     ``precision`` is what the GPU computes in: "fp16", "bf16" or "no". Of a base on the hub only its
-    configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute. Raises
-    as :func:`dreambooth_lib.families.load` does.
+    configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
+    Raises as :func:`dreambooth_lib.families.load` does.
     """
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    full, lowest = config.method == "full", config.memory == "lowest"
-    trains = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
-    family = families.skeleton(
-        config.base,
-        config.revision,
-        resolution=config.resolution,
-        half=half,
-        whole=trains if full else (),
-        master=torch.bfloat16 if full and lowest else torch.float32,
-    )
-    trainable = _prepared(family, config)
+    family = families.skeleton(config.base, config.revision, **precisions(config, half))
+    trainable = trainable_of(family, config)
     trained = lora.trained(trainable)
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
     kept = [tensor for module in modules for tensor in module.state_dict().values()]
     numbers = sum(parameter.numel() for parameter in trained)
     weights = sum(tensor.nbytes for tensor in kept)
-    if config.prior == "distilled" and config.prior_weight > 0 and full:
+    if config.prior == "distilled" and config.prior_weight > 0 and config.method == "full":
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
     with FakeTensorMode():
         for module in modules:
@@ -153,22 +142,6 @@ def ways_out(config: TrainConfig, precision: str) -> str:
         if less < 0.95 * now:
             found.append(f"{name} ({less / GIB:.1f} GiB)")
     return f"it takes about {now / GIB:.1f} GiB as it is, and less with {', or '.join(found)}"
-
-
-def _prepared(family: Family, config: TrainConfig) -> Trainable:
-    """What is trained, ready as the trainer has it."""
-    for module in (family.denoiser, *family.text_encoders, *family.frozen):
-        module.requires_grad_(False)
-    trainable = Trainable(family, config.train_text_encoder).train()
-    if config.method == "lora":
-        lora.attach(family, config)
-    else:
-        trainable.requires_grad_(True)
-    if config.gradient_checkpointing or config.memory in LOW:
-        family.denoiser.enable_gradient_checkpointing()
-        for encoder in family.text_encoders if config.train_text_encoder else ():
-            encoder.gradient_checkpointing_enable()
-    return trainable
 
 
 def _one_update(

@@ -116,7 +116,7 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
     if isinstance(source, str):
         family = families.load(source, half=half, whole=())
     elif isinstance(source, TrainConfig):
-        family = base_of(source, half, ())
+        family = base_of(source, half)
     elif at is not None:
         family = restored(source, at)
     elif source.finished:

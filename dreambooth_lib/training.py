@@ -7,20 +7,16 @@ noise as the run that was never stopped, on one process, in one piece.
 
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import AutocastKwargs
 
-from dreambooth_lib import lora
+from dreambooth_lib import families, lora
 from dreambooth_lib.batches import Batch, Batches, seeded
 from dreambooth_lib.choice import best_of, has_peaked
 from dreambooth_lib.config import LOW, TrainConfig
@@ -29,12 +25,12 @@ from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
-from dreambooth_lib.optim import InBackward, choose, make_optimizer, make_schedule
 from dreambooth_lib.pictures import Photo, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
+from dreambooth_lib.updates import Updater, interrupts_held
 from dreambooth_lib.watch import Watch, Watched, history, judge, share
-from dreambooth_lib.weights import Trainable, base_of, copy_weights, put_back
+from dreambooth_lib.weights import Trainable, base_of, precisions, put_back, trainable_of
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -134,8 +130,7 @@ class Trainer:
         precision = native_precision(run.config.mixed_precision, device)
         config = fitting(run.config, precision, device)
         self.run, self.config, self.objective, self.step = run, config, objective, 0
-        lowest = config.method == "full" and config.memory == "lowest"
-        if lowest and precision == "no":
+        if config.method == "full" and config.memory == "lowest" and precision == "no":
             precision = "bf16"  # what its weights are
         if is_initialized() and AcceleratorState().mixed_precision != precision:
             AcceleratorState._reset_state()  # an earlier run's, in this process
@@ -158,16 +153,9 @@ class Trainer:
                 f"{config.gradient_accumulation}); make it a multiple."
             )
         self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-        trains = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
-        family = base_of(
-            config,
-            self.half,
-            trains if config.method == "full" else (),
-            master=torch.bfloat16 if lowest else torch.float32,
-        )
+        hub = config.base, config.revision, config.variant
+        family = families.load(*hub, **precisions(config, self.half))
         self.family: Family = family
-        for module in (family.denoiser, *family.text_encoders, *family.frozen):
-            module.requires_grad_(False)
         family.pipeline.to(accelerator.device)
         instance = read_pictures(config.subject.pictures)
         classes = self._class_pictures()
@@ -177,10 +165,12 @@ class Trainer:
         self.batches = Batches(config, family, instance, classes, run.folder.parent / "latents")
         self.teacher = teacher_of(family, config, self.half)
         accelerator.wait_for_everyone()
-        self._prepare()
+        trainable = trainable_of(family, config).to(accelerator.device)
+        self.updater = Updater(config, accelerator, trainable)
         saved = run.load_checkpoint()
         if saved is not None:
-            self._restore(saved)
+            self.step = saved["step"]
+            self.updater.restore(saved, self.step)
         if accelerator.is_main_process:
             run.cut("log", self.step)
             run.cut("watch", self.step)
@@ -218,58 +208,20 @@ class Trainer:
             self.watch = Watch(self.run, photos, rows, judge(config, self.accelerator.device))
         return instance, classes[: len(classes) - spared]
 
-    def _prepare(self) -> None:
-        config, accelerator, family = self.config, self.accelerator, self.family
-        for module in family.denoiser.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = config.dropout
-        trainable = Trainable(family, config.train_text_encoder).train()
-        if config.method == "lora":
-            lora.attach(family, config)
-            trainable.to(accelerator.device)
-        else:
-            trainable.requires_grad_(True)
-        if config.gradient_checkpointing or config.memory in LOW:
-            family.denoiser.enable_gradient_checkpointing()
-            if config.train_text_encoder:
-                for encoder in family.text_encoders:
-                    encoder.gradient_checkpointing_enable()
-        self.parameters = lora.trained(trainable)
-        device_type = accelerator.device.type
-        if config.optimizer == "auto" and accelerator.is_main_process:
-            accelerator.print(f"optimizer: {choose(config, device_type)} (auto, {device_type})")
-        self.in_backward: InBackward | None = None
-        self.pending: Any = None  #: at low memory a loss whose backward pass is to come
-        if config.memory not in LOW:
-            self.adam = make_optimizer(config, self.parameters, device_type)
-            self.model, self.optimizer = accelerator.prepare(trainable, self.adam)
-        else:
-            scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
-            self.in_backward = InBackward(config, self.parameters, device_type, scale)
-            self.adam = self.in_backward.optimizer
-            self.model = accelerator.prepare(trainable)
-        self.schedule = make_schedule(config, self.adam)
-        self.ema: Any = None
-        if config.ema_decay is not None:
-            from diffusers.training_utils import EMAModel
-
-            whole: list[Any] = [parameter.detach().float() for parameter in self.parameters]
-            self.ema = EMAModel(whole, decay=config.ema_decay)
-
     def update(self) -> Step | None:
         """One optimizer update; None where fp16 loss scaling skipped it, to be made again."""
         config = self.config
         started = time.perf_counter()
         if config.dropout > 0 or config.lora_dropout > 0:
             torch.manual_seed(seeded(config.seed, self.step, 3).initial_seed())
-        batch, lr = self.batches.at(self.step), self.schedule.get_last_lr()[0]
+        batch, lr = self.batches.at(self.step), self.updater.lr
         total, instance, prior = self._gradients(batch)
         with interrupts_held():
-            if not self._move():
-                return None
-            self.schedule.step()
-            if self.ema is not None:
-                self.ema.step(self.parameters)
+            try:
+                if not self.updater.move(self.step):
+                    return None
+            except FloatingPointError:
+                self._check_finite("gradient", [math.nan])
             self.step += 1
             gpu = torch.cuda.is_available()
             memory = torch.cuda.max_memory_allocated() / 2**20 if gpu else None
@@ -283,47 +235,20 @@ class Trainer:
         return replace(step, watched=watched)
 
     def _gradients(self, batch: Batch) -> Losses:
-        """A batch's losses; its gradients wait in the parameters, or at low memory to be made."""
-        config, accelerator = self.config, self.accelerator
-        if self.in_backward is not None:
-            loss = self._loss(batch)
-            values = self._mean([loss])
-            self._check_finite("loss", values)
-            self.pending = loss.total
-            return values
-        parts = config.gradient_accumulation
+        """A batch's losses, with their gradients ready for the updater to move the weights."""
+        accelerator, parts = self.accelerator, self.config.gradient_accumulation
+        shares = accelerator.num_processes * parts
         losses = []
         for part in range(parts):
             share = accelerator.process_index * parts + part
-            with _synced(accelerator, self.model, part == parts - 1):
-                shares = accelerator.num_processes * parts
+            with self.updater.micro_batch(last=part == parts - 1):
                 loss = self._loss(self.batches.split(batch, share, shares))
-                accelerator.backward(loss.total / parts)
+                self.updater.backward(loss.total / parts)
             losses.append(loss)
         values = self._mean(losses)
         self._check_finite("loss", values)
-        limit = 1.0 if config.max_grad_norm is None else config.max_grad_norm
-        norm = accelerator.clip_grad_norm_(self.parameters, limit)
-        if accelerator.scaler is None:  # with a scaler, an infinite gradient skips the update
-            self._check_finite("gradient's norm", [float(norm)])
+        self._check_finite("gradient's norm", [self.updater.clip()])
         return values
-
-    def _move(self) -> bool:
-        """Move the weights by their gradients; False where fp16 loss scaling skips that."""
-        if self.in_backward is None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            return not self.accelerator.optimizer_step_was_skipped
-        device = self.accelerator.device
-        seed = seeded(self.config.seed, self.step, 4).initial_seed()
-        self.in_backward.begin(torch.Generator(device).manual_seed(seed))
-        loss, self.pending = self.pending, None
-        try:
-            (loss * self.in_backward.scale).backward()
-        except FloatingPointError:
-            self._check_finite("gradient", [math.nan])
-        self.in_backward.end()
-        return True
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -337,24 +262,10 @@ class Trainer:
         if not self._look_due():
             return None
         if self.watch is not None and self.step not in {row.step for row in history(self.run)}:
-            with self._averaged(), self.accelerator.autocast():
-                model = self.accelerator.unwrap_model(self.model)
-                found = self.watch.look(self.step, model, self.family)
+            with self.updater.averaged(), self.accelerator.autocast():
+                found = self.watch.look(self.step, self.updater.trainable, self.family)
         self.accelerator.wait_for_everyone()
         return found
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The weights that the run would end with now, put back afterwards."""
-        if self.ema is None:
-            yield
-            return
-        own = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-        try:
-            self.ema.copy_to(self.parameters)
-            yield
-        finally:
-            copy_weights(own, self.parameters)
 
     def finished(self) -> bool:
         """Whether the last step is made, or no better one is to be expected."""
@@ -375,7 +286,7 @@ class Trainer:
                 batch = batch._replace(noised=self.teacher(batch))
             noised = batch.noised
             cond = None if self.config.train_text_encoder else batch.cond
-            prediction = self.model(noised.x_t, noised.t, cond, batch.prompts)
+            prediction = self.updater.model(noised.x_t, noised.t, cond, batch.prompts)
             return self.objective(prediction, batch, self.config)
 
     def _mean(self, losses: list[Loss]) -> Losses:
@@ -389,17 +300,7 @@ class Trainer:
         """Write a checkpoint of this moment, unless it lies there already."""
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
-            state = {
-                "step": self.step,
-                "model": accelerator.unwrap_model(self.model).state(),
-                "optimizer": self.adam.state_dict(),
-            }
-            if self.ema is not None:
-                state["ema"] = self.ema.state_dict()
-            if self.in_backward is not None:
-                state["scale"] = [self.in_backward.scale, self.in_backward.clean]
-            elif accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
+            state = {"step": self.step, **self.updater.state()}
             self.run.save_checkpoint(self.step, state, self._best())
         accelerator.wait_for_everyone()
 
@@ -407,33 +308,15 @@ class Trainer:
         rows = history(self.run)
         return best_of(rows).step if len(rows) > 1 else None
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        self.step = saved["step"]
-        self.accelerator.unwrap_model(self.model).put(saved["model"])
-        # The config may have been changed since: its rate and decay count, not the saved ones.
-        config, own = self.config, self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})
-        for group in self.adam.param_groups:
-            group["initial_lr"] = group["lr"] = config.learning_rate
-        self.schedule = make_schedule(config, self.adam, self.step)
-        if self.ema is not None and "ema" in saved:
-            self.ema.load_state_dict(saved["ema"])
-            self.ema.to(self.accelerator.device)
-        if self.in_backward is not None and "scale" in saved:
-            self.in_backward.scale, self.in_backward.clean = saved["scale"]
-        elif self.accelerator.scaler is not None and "scaler" in saved:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-
     def save_pipeline(self) -> None:
         """Write the tuned pipeline in diffusers' layout, with the averaged weights if there are."""
         from dreambooth_lib.state import replacing_folder
 
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.updater.trainable.eval()
         if self.config.early_stop:
             put_back(model, self.run, self._best() or self.step)
-        elif self.ema is not None:
-            self.ema.copy_to(self.parameters)
-        model.eval()
+        else:
+            self.updater.take_average()
         if self.watch is not None:
             text = f"watching took {share(self.run):.0%} of the training time"
             self.accelerator.print(f"{text}; best is {best_of(history(self.run)).reason}")
@@ -448,26 +331,3 @@ class Trainer:
                         Trainable(family, config.train_text_encoder).put(model.state())
                     family.pipeline.save_pretrained(partial, safe_serialization=True)
         self.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """An interrupt takes effect at the end of the block: what it writes, it writes whole."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        signal.raise_signal(caught[0])
-
-
-def _synced(accelerator: Accelerator, model: torch.nn.Module, sync: bool) -> Any:
-    """Gradients cross processes with the last micro-batch only."""
-    from contextlib import nullcontext
-
-    return nullcontext() if sync else accelerator.no_sync(model)

@@ -1,25 +1,34 @@
 """A config's base, what a run trains of it as one module, and a checkpoint's weights put back."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from dreambooth_lib import families, lora
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.config import LOW, TrainConfig
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.runs import Run, RunError
 
 
-def base_of(
-    config: TrainConfig, half: torch.dtype = torch.float32, whole: Collection[str] = (), **more: Any
-) -> Family:
-    """A config's base at its resolution, in ``half`` but for the parts named in ``whole``.
-
-    ``more`` is as :func:`dreambooth_lib.families.load` takes it.
-    """
+def base_of(config: TrainConfig, half: torch.dtype = torch.float32) -> Family:
+    """A config's base at its resolution, all in ``half``."""
     hub = config.base, config.revision, config.variant
-    return families.load(*hub, resolution=config.resolution, half=half, whole=whole, **more)
+    return families.load(*hub, resolution=config.resolution, half=half, whole=())
+
+
+def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
+    """How a base is loaded to be trained: in ``half`` but for the weights that move.
+
+    As :func:`dreambooth_lib.families.load` takes it.
+    """
+    moved = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
+    return {
+        "resolution": config.resolution,
+        "half": half,
+        "whole": moved if config.method == "full" else (),
+        "master": torch.bfloat16 if config.memory == "lowest" else torch.float32,
+    }
 
 
 class Trainable(torch.nn.Module):
@@ -50,6 +59,25 @@ class Trainable(torch.nn.Module):
         if own.keys() != state.keys():
             raise KeyError(f"a state of {len(state)} tensors for {len(own)} trained parameters")
         copy_weights(state.values(), (own[name] for name in state))
+
+
+def trainable_of(family: Family, config: TrainConfig) -> Trainable:
+    """What a config trains of a family, ready for it; all else is frozen."""
+    for module in (family.denoiser, *family.text_encoders, *family.frozen):
+        module.requires_grad_(False)
+    for module in family.denoiser.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = config.dropout
+    trainable = Trainable(family, config.train_text_encoder).train()
+    if config.method == "lora":
+        lora.attach(family, config)
+    else:
+        trainable.requires_grad_(True)
+    if config.gradient_checkpointing or config.memory in LOW:
+        family.denoiser.enable_gradient_checkpointing()
+        for encoder in family.text_encoders if config.train_text_encoder else ():
+            encoder.gradient_checkpointing_enable()
+    return trainable
 
 
 def restored(run: Run, step: int) -> Family:

@@ -77,12 +77,12 @@ def test_working_memory_and_operations_are_those_of_a_real_update(
     noised = type(batch.noised)(*(value[rows] for value in batch.noised))
     cond = {name: value[rows] for name, value in batch.cond.items()}
     with Alive() as alive:
-        for parameter in trainer.model.state_dict().values():
+        for parameter in trainer.updater.model.state_dict().values():
             alive.without(parameter)
-        if trainer.in_backward is not None:
-            trainer.in_backward.begin(torch.Generator())
-            trainer.in_backward.optimizer.step = lambda: None  # moments are counted apart
-        trainer.model(noised.x_t, noised.t, cond, []).square().mean().backward()
+        if trainer.updater.inside is not None:
+            trainer.updater.inside.begin(torch.Generator())
+            trainer.updater.inside.optimizer.step = lambda: None  # moments are counted apart
+        trainer.updater.model(noised.x_t, noised.t, cond, []).square().mean().backward()
     found = estimate(asked, "no")
     # The CPU's own convolutions take some room besides.
     assert found.working == pytest.approx(alive.most, rel=0.15)

@@ -66,9 +66,10 @@ ALLOWED = {
     "plots": ("choice", "state", "watch"),
     "batches": ("config", "data", "pictures", "latents", "noise", "families.base"),
     "estimate": ("config", "families", "families.base", "lora", "optim", "weights"),
-    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families.base",
-                 "heldout", "lora", "losses", "optim", "pictures", "prior", "runs", "state",
-                 "watch", "weights"),
+    "updates": ("batches", "config", "lora", "optim", "weights"),
+    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families",
+                 "families.base", "heldout", "lora", "losses", "pictures", "prior", "runs", "state",
+                 "updates", "watch", "weights"),
 }  # fmt: skip
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")

@@ -98,17 +98,17 @@ def test_lora_starts_at_the_base_and_trains_its_own_weights_only(
 ) -> None:
     run = started("run", "sd1", method="lora", train_text_encoder=True, lora_layers="all")
     trainer = Trainer(run)
-    names = trainer.model.state()
+    names = trainer.updater.model.state()
     assert names and all("lora_" in name for name in names)
     assert any(name.startswith("text_encoders.0") for name in names)
     assert any(".ff.net.2." in name for name in names)
-    assert len(names) == len(trainer.parameters)
+    assert len(names) == len(trainer.updater.parameters)
     x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
     base = families.load(tiny_bases("sd1"))
     with torch.no_grad():
         expected = base.predict(x_t, t, base.encode_prompts(["a dog"]))
-        trainer.model.eval()
-        assert torch.equal(trainer.model(x_t, t, None, ["a dog"]), expected)
+        trainer.updater.model.eval()
+        assert torch.equal(trainer.updater.model(x_t, t, None, ["a dog"]), expected)
 
 
 def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
@@ -125,10 +125,10 @@ def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
 
 def test_lora_does_not_depend_on_what_was_drawn_before(started: Callable[..., Run]) -> None:
     torch.manual_seed(1)
-    one = Trainer(started("one", "sd1", method="lora")).model.state()
+    one = Trainer(started("one", "sd1", method="lora")).updater.model.state()
     torch.manual_seed(2)
-    other = Trainer(started("other", "sd1", method="lora")).model.state()
-    seeded = Trainer(started("seeded", "sd1", method="lora", seed=3)).model.state()
+    other = Trainer(started("other", "sd1", method="lora")).updater.model.state()
+    seeded = Trainer(started("seeded", "sd1", method="lora", seed=3)).updater.model.state()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any(not torch.equal(one[name], seeded[name]) for name in one)
 
@@ -169,7 +169,7 @@ def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
     with torch.no_grad():
         cond = base.encode_prompts(["a dog"] * 2)
         expected = base.predict(batch.noised.x_t[2:], batch.noised.t[2:], cond)
-        moved = trainer.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
+        moved = trainer.updater.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
     assert torch.allclose(taught.target[2:], expected, atol=1e-5)
     assert not torch.allclose(taught.target[2:], moved, atol=1e-3)
     assert torch.equal(taught.target[:2], batch.noised.target[:2])
@@ -266,12 +266,12 @@ def test_gradients_never_exist_together_at_low(started: Callable[..., Run]) -> N
 
     def count(_: torch.nn.Parameter) -> None:
         nonlocal most
-        most = max(most, sum(p.grad is not None for p in trainer.parameters))
+        most = max(most, sum(p.grad is not None for p in trainer.updater.parameters))
 
-    for parameter in trainer.parameters:
+    for parameter in trainer.updater.parameters:
         parameter.register_post_accumulate_grad_hook(count)
     trainer.update()
-    assert most <= 3 < len(trainer.parameters)
+    assert most <= 3 < len(trainer.updater.parameters)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ from dreambooth_lib.training import (
     NonFiniteLoss,
     Step,
     Trainer,
-    interrupts_held,
     prior_preservation,
     train,
 )
+from dreambooth_lib.updates import interrupts_held
 
 Make = Callable[..., TrainConfig]
 
@@ -435,12 +435,12 @@ def test_a_non_finite_gradient_is_never_written_into_weights_or_checkpoints(
     run = started("run", tiny_sd1, checkpoint_every=1, steps=6)
     trainer = Trainer(run)
     trainer.update()
-    trainer.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    trainer.updater.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLoss):
         trainer.update()
     assert list(run.checkpoints()) == [1]
     assert all(torch.isfinite(value).all() for value in training_state(run, 1).values())
-    assert all(torch.isfinite(value).all() for value in trainer.parameters)
+    assert all(torch.isfinite(value).all() for value in trainer.updater.parameters)
 
 
 def test_a_learning_rate_changed_on_resuming_is_used(

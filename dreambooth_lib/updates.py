@@ -1,0 +1,165 @@
+"""How a loss moves the weights: backward pass, clipping, optimizer, schedule and their average."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dreambooth_lib import lora
+from dreambooth_lib.batches import seeded
+from dreambooth_lib.config import LOW, TrainConfig
+from dreambooth_lib.optim import InBackward, choose, make_optimizer, make_schedule
+from dreambooth_lib.weights import Trainable, copy_weights
+
+
+class Updater:
+    """The optimizer of what is trained, and its state; one object in each process.
+
+    At low memory the backward pass is what moves the weights, so that it waits for :meth:`move`.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, trainable: Trainable):
+        self.config, self.accelerator = config, accelerator
+        self.parameters = lora.trained(trainable)
+        device_type = accelerator.device.type
+        if config.optimizer == "auto" and accelerator.is_main_process:
+            accelerator.print(f"optimizer: {choose(config, device_type)} (auto, {device_type})")
+        self.inside: InBackward | None = None
+        self.pending: Any = None  # at low memory a loss whose backward pass is to come
+        if config.memory in LOW:
+            scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+            self.inside = InBackward(config, self.parameters, device_type, scale)
+            self.adam = self.inside.optimizer
+            self.model = accelerator.prepare(trainable)
+        else:
+            self.adam = make_optimizer(config, self.parameters, device_type)
+            self.model, self.optimizer = accelerator.prepare(trainable, self.adam)
+        self.schedule = make_schedule(config, self.adam)
+        self.ema: Any = None
+        if config.ema_decay is not None:
+            from diffusers.training_utils import EMAModel
+
+            whole: list[Any] = [parameter.detach().float() for parameter in self.parameters]
+            self.ema = EMAModel(whole, decay=config.ema_decay)
+
+    @property
+    def trainable(self) -> Trainable:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def lr(self) -> float:
+        """The rate of the update to come."""
+        return self.schedule.get_last_lr()[0]
+
+    def micro_batch(self, last: bool) -> Any:
+        """The context of a micro-batch: gradients cross processes with the last one only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self.inside is not None:
+            self.pending = loss
+        else:
+            self.accelerator.backward(loss)
+
+    def clip(self) -> float:
+        """Cut the gradients to the config's norm; theirs before, 0 where it is not to be known.
+
+        With an fp16 scaler an infinite gradient is no fault: it skips the update.
+        """
+        if self.inside is not None:
+            return 0.0
+        limit = 1.0 if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        return norm if self.accelerator.scaler is None else 0.0
+
+    def move(self, step: int) -> bool:
+        """Make update ``step``; False where fp16 loss scaling skips it.
+
+        Raises FloatingPointError where a gradient turns out not to be finite.
+        """
+        if self.inside is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.accelerator.optimizer_step_was_skipped:
+                return False
+        else:
+            seed = seeded(self.config.seed, step, 4).initial_seed()
+            self.inside.begin(torch.Generator(self.accelerator.device).manual_seed(seed))
+            loss, self.pending = self.pending, None
+            (loss * self.inside.scale).backward()
+            self.inside.end()
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        return True
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights that the run would end with now, put back afterwards."""
+        if self.ema is None:
+            yield
+            return
+        own = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        try:
+            self.ema.copy_to(self.parameters)
+            yield
+        finally:
+            copy_weights(own, self.parameters)
+
+    def take_average(self) -> None:
+        """End with the averaged weights, where they are kept."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs of it."""
+        state: dict[str, Any] = {
+            "model": self.trainable.state(),
+            "optimizer": self.adam.state_dict(),
+        }
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        if self.inside is not None:
+            state["scale"] = [self.inside.scale, self.inside.clean]
+        elif self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return state
+
+    def restore(self, saved: dict[str, Any], step: int) -> None:
+        """Take up a :meth:`state` of ``step`` updates, of any level of memory.
+
+        The config may have been changed since: its rate and decay count, not the saved ones.
+        """
+        self.trainable.put(saved["model"])
+        own = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})
+        for group in self.adam.param_groups:
+            group["initial_lr"] = group["lr"] = self.config.learning_rate
+        self.schedule = make_schedule(self.config, self.adam, step)
+        if self.ema is not None and "ema" in saved:
+            self.ema.load_state_dict(saved["ema"])
+            self.ema.to(self.accelerator.device)
+        if self.inside is not None and "scale" in saved:
+            self.inside.scale, self.inside.clean = saved["scale"]
+        elif self.accelerator.scaler is not None and "scaler" in saved:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """An interrupt takes effect at the end of the block: what it writes, it writes whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        signal.raise_signal(caught[0])
