@@ -98,15 +98,34 @@ def restore(folder: str | Path, local: str | Path) -> Run:
     return runs.resume(local)
 
 
-def newest_run(*folders: str | Path | None) -> Found | None:
+def newest_run(*folders: str | Path | None, like: TrainConfig | None = None) -> Found | None:
     """The newest run in these folders that has not finished, else the newest; None if none.
 
     Of a run and its mirror it is the one that is further, or else the one in the earlier folder.
-    A folder that is None or not there, as Drive may be, holds none.
+    With ``like`` only runs of its base and of a subject of its name and class noun count. A folder
+    that is None or not there, as Drive may be, holds none.
     """
-    places = [path for folder in folders if folder is not None for path in _inside(Path(folder))]
-    found = [run for place in places if (run := _found(place)) is not None]
-    return max(found, key=lambda run: (not run.finished, run.when), default=None)
+    furthest: dict[str, Found] = {}
+    for place in [p for folder in folders if folder is not None for p in _inside(Path(folder))]:
+        run = _found(place)
+        if run is None or (like is not None and not _alike(run.run.config, like)):
+            continue
+        known = furthest.setdefault(_word_of(place), run)
+        if (run.finished, run.step, run.when) > (known.finished, known.step, known.when):
+            furthest[_word_of(place)] = run
+    return max(furthest.values(), key=lambda run: (not run.finished, run.when), default=None)
+
+
+def _alike(one: TrainConfig, other: TrainConfig) -> bool:
+    kinds = [(c.base, c.subject.name, c.subject.class_noun) for c in (one, other)]
+    return kinds[0] == kinds[1]
+
+
+def _word_of(folder: Path) -> str:
+    """What a run and its mirror have in common, and no other."""
+    file = folder / IDENTITY
+    known = _read(folder) if not file.exists() else {"identity": file.read_text()}
+    return known["identity"] if known else str(folder)
 
 
 def _copy_parts(run: Run, folder: Path, known: dict[str, Any]) -> list[str]:
@@ -176,7 +195,8 @@ def _known(folder: Path, identity: str) -> dict[str, Any] | None:
     """What the mirror says of itself, begun where nothing is; None if it is not this run's."""
     folder.mkdir(exist_ok=True)
     known = _read(folder)
-    if known is None and not any(folder.iterdir()):
+    # A first write that failed may have left its hidden part.
+    if known is None and not any(path.name[0] != "." for path in folder.iterdir()):
         known = {"identity": identity, "parts": {}}
         _write(folder, known)
     return known if known and known["identity"] == identity else None

@@ -1,6 +1,7 @@
 """What training costs on this machine, measured by a few updates and one look."""
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -10,6 +11,7 @@ from dreambooth_lib.config import TrainConfig
 
 _NEVER = 10**6  # updates
 _UPDATES = 3
+_TRIES = 30
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ def measure(config: TrainConfig) -> Pace:
     That loads the base and draws a batch of class pictures, which is no part of the pace. Raises
     as :func:`dreambooth_lib.training.train` does.
     """
-    from dreambooth_lib.training import Trainer
+    from dreambooth_lib.training import NonFiniteLoss, Trainer, free_memory
 
+    free_memory()
     brief = config.replace(
         steps=_NEVER,
         checkpoint_every=_NEVER,
@@ -43,5 +46,12 @@ def measure(config: TrainConfig) -> Pace:
         trainer = Trainer(runs.start(brief, Path(folder) / "run"))
         look = trainer.look()
         trainer.update()  # the first one also warms up
-        steps = [step for _ in range(_UPDATES) if (step := trainer.update()) is not None]
-    return Pace(median(step.seconds for step in steps), look.seconds if look else 0.0)
+        # The first ones in fp16 may be skipped, to find its scale.
+        tried = (trainer.update() for _ in range(_TRIES))
+        seconds = [step.seconds for step in islice(filter(None, tried), _UPDATES)]
+    if not seconds:
+        raise NonFiniteLoss(
+            f"{_TRIES} updates in a row had gradients that are not finite; set mixed_precision to "
+            "'no' or 'bf16'."
+        )
+    return Pace(median(seconds), look.seconds if look else 0.0)

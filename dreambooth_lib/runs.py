@@ -112,20 +112,56 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
 def begin(config: TrainConfig, folder: str | Path) -> Run:
     """Start a run, or go on with the one in the folder, from now on with this config.
 
-    Raises :class:`RunError` where that run is of another subject or trains other weights.
+    Raises :class:`RunError` where that run is of another subject, trains other weights, or was
+    trained to its end with other settings: more ``steps`` are all that it takes then.
     """
     if not (Path(folder) / "config.toml").exists():
         return start(config, folder)
-    config, begun = _with_whole_paths(config), resume(folder).config
-    for field in _FIXED:
-        old, new = getattr(begun, field), getattr(config, field)
-        if old != new:
-            raise RunError(
-                f"{folder} holds a run whose {field} is {old!r}, and not {new!r}; choose another "
-                "folder for this one."
-            )
+    begun, config = resume(folder), _with_whole_paths(config)
+    field = _in_the_way(begun, config)
+    if field is not None:
+        old, new = getattr(begun.config, field), getattr(config, field)
+        raise RunError(
+            f"{folder} holds a {'finished ' if begun.finished else ''}run whose {field} is "
+            f"{old!r}, and not {new!r}; choose another folder for this one."
+        )
     fields = dataclasses.fields(config)
     return resume(folder, **{field.name: getattr(config, field.name) for field in fields})
+
+
+def place(
+    config: TrainConfig, name: str, *folders: str | Path | None, last: Path | None = None
+) -> Path:
+    """Where a run of ``config`` goes: ``last`` if that can be gone on with, else a new place.
+
+    A new place is ``name`` in the first of ``folders``, or ``name-2`` and so on where one of them
+    has that already. A folder that is None, as Drive may be, has none.
+    """
+    if (
+        last is not None
+        and (last / "config.toml").exists()
+        and _in_the_way(resume(last), _with_whole_paths(config)) is None
+    ):
+        return last
+    known = [Path(folder) for folder in folders if folder is not None]
+    number = 1
+    while any((folder / _numbered(name, number)).exists() for folder in known):
+        number += 1
+    return known[0] / _numbered(name, number)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _in_the_way(run: Run, config: TrainConfig) -> str | None:
+    """A field by which a run cannot be gone on with as ``config`` says, if there is one."""
+    fixed = list(_FIXED)
+    if run.finished:
+        more = config.steps > run.config.steps
+        free = {"steps", "early_stop"} if more else {"early_stop"}
+        fixed += [f.name for f in dataclasses.fields(config) if f.name not in {*free, *_FIXED}]
+    return next((f for f in fixed if getattr(run.config, f) != getattr(config, f)), None)
 
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:

@@ -5,6 +5,7 @@ a run on two processes and a run in two micro-batches all see the same pictures,
 noise as the run that was never stopped, on one process, in one piece.
 """
 
+import gc
 import math
 import shutil
 import time
@@ -120,6 +121,13 @@ def fitting(config: TrainConfig, precision: str, device: torch.device) -> TrainC
 
     free, _ = torch.cuda.mem_get_info(device)
     return fitted(config, precision, int(FILLED * free))
+
+
+def free_memory() -> None:
+    """Let go of an earlier run's models, which hold each other until they are collected."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Trainer:

@@ -83,6 +83,8 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
 def restored(run: Run, step: int) -> Family:
     """The family as it was at a checkpoint, with the averaged weights if the run keeps them.
 
+    LoRA weights are merged into their base, so that it is plain models in any case.
+
     Raises :class:`RunError` where the run has no checkpoint of that step.
     """
     config = run.config
@@ -90,7 +92,7 @@ def restored(run: Run, step: int) -> Family:
     if config.method == "lora":
         lora.attach(family, config)
     put_back(Trainable(family, config.train_text_encoder), run, step)
-    return family
+    return families.merged(family) if config.method == "lora" else family
 
 
 def put_back(trainable: Trainable, run: Run, step: int) -> None:

@@ -59,7 +59,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
         page.run(number)
     assert "to fix" not in page.run(PREFLIGHT)
     page.shoot(PREFLIGHT, "1-preflight")
-    assert "Beginning a new run." in page.run(BEGIN)
+    assert "A new run will begin." in page.run(BEGIN)
 
     page.run(SUBJECT)
     page.upload(SUBJECT, sorted((BUNDLED / "subjects" / "candy_turtle").glob("*.png"))[:3])

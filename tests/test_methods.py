@@ -289,3 +289,16 @@ def test_what_low_memory_cannot_mean_is_refused(
 
     with pytest.raises(ConfigError, match=reason):
         make_config("toybox", "photos", **({"memory": "low"} | changes))
+
+
+def test_a_loras_checkpoint_comes_back_as_plain_models(
+    started: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = started("run", "sdxl", method="lora", train_text_encoder=True, learning_rate=0.1)
+    list(train(run))
+    load_source(run, 2).pipeline.save_pretrained(tmp_path / "kept")
+    plain, end = DiffusionPipeline.from_pretrained(tmp_path / "kept"), load_source(run)
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        one, other = (getattr(p, name).state_dict() for p in (plain, end.pipeline))
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -447,3 +448,32 @@ def test_of_a_run_and_its_mirror_the_further_one_is_found(run: Run, drive: Path)
 def test_a_run_without_a_mirror_writes_no_word_for_one(run: Run) -> None:
     newest_run(run.folder.parent)
     assert not (run.folder / mirrors.IDENTITY).exists()
+
+
+def test_a_finished_run_is_not_gone_on_with_from_its_mirror(run: Run, drive: Path) -> None:
+    save(run, 100)
+    mirror(run, drive / "my-dog")
+    run.pipeline.mkdir()
+    (run.pipeline / "model_index.json").write_text("{}")
+    found = newest_run(run.folder.parent, drive)
+    assert found and found.finished and found.run.folder == run.folder
+
+
+def test_only_runs_of_the_subject_and_base_asked_for_are_found(run: Run, tmp_path: Path) -> None:
+    save(run, 100)
+    config, root = run.config, run.folder.parent
+    assert newest_run(root, like=config.replace(prior_weight=2.0)) == newest_run(root)
+    other = [
+        config.replace(base="owner/model"),
+        config.replace(subject=replace(config.subject, name="max")),
+        config.replace(subject=replace(config.subject, class_noun="cat")),
+    ]
+    assert [newest_run(root, like=asked) for asked in other] == [None] * 3
+
+
+def test_a_first_write_that_failed_does_not_refuse_the_mirror_for_ever(
+    run: Run, drive: Path
+) -> None:
+    (drive / "my-dog").mkdir()
+    (drive / "my-dog" / "..mirror.json.12.partial").write_text("{")
+    assert mirror(run, drive / "my-dog") is None

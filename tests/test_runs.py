@@ -171,3 +171,36 @@ def test_a_failing_write_keeps_all_older_checkpoints(run: Run) -> None:
         run.save_checkpoint(3, {"step": object()})
     assert list(run.checkpoints()) == [1, 2]
     assert run.load_checkpoint() == {"step": 2}
+
+
+def finish(run: Run) -> None:
+    run.pipeline.mkdir()
+    (run.pipeline / "model_index.json").write_text("{}")
+
+
+def test_a_finished_run_is_gone_on_with_for_more_steps_only(run: Run) -> None:
+    finish(run)
+    more = run.config.replace(steps=run.config.steps + 1)
+    assert runs.begin(run.config, run.folder).config == run.config
+    with pytest.raises(RunError, match=r"finished run whose prior_weight is 1.0, and not 2.0"):
+        runs.begin(run.config.replace(prior_weight=2.0), run.folder)
+    with pytest.raises(RunError, match="finished run whose steps is"):
+        runs.begin(run.config.replace(steps=1), run.folder)
+    assert runs.begin(more, run.folder).config == more
+
+
+def test_a_run_has_its_place_until_it_cannot_be_gone_on_with(run: Run, tmp_path: Path) -> None:
+    config, drive = run.config, tmp_path / "drive"
+    root = run.folder.parent
+    assert runs.place(config, "rex", root, None) == root / "rex"
+    assert runs.place(config, run.folder.name, root, None, last=run.folder) == run.folder
+    assert runs.place(config.replace(prior_weight=2.0), "rex", root, last=run.folder) == run.folder
+    assert runs.place(config, run.folder.name, root) == root / f"{run.folder.name}-2"
+    (drive / "rex").mkdir(parents=True)
+    (drive / "rex-2").mkdir()
+    assert runs.place(config, "rex", root, drive) == root / "rex-3"
+    finish(run)
+    other = config.replace(prior_weight=2.0)
+    assert runs.place(other, "rex", root, last=run.folder) == root / "rex"
+    lora = config.replace(method="lora")
+    assert runs.place(lora, "rex", root, last=run.folder) == root / "rex"

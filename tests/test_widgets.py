@@ -405,3 +405,36 @@ def test_controls_have_labels_and_hints_and_html_has_no_colours(
         assert "color" not in texts(panel) and "background" not in texts(panel)
     assert texts(settings).count("<small>") == len(settings.controls) + 1
     assert all(one.description for one in settings.controls.values())
+
+
+def test_an_interrupted_training_leaves_no_model_behind(
+    tiny_sd1: str, photos: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+    import signal
+    import weakref
+
+    from dreambooth_lib import runs, training, widgets
+
+    held: list[weakref.ref[Any]] = []
+    made = training.Trainer.__init__
+
+    def remember(trainer: Any, *given: Any) -> None:
+        made(trainer, *given)
+        held.append(weakref.ref(trainer.family.denoiser))
+
+    monkeypatch.setattr(training.Trainer, "__init__", remember)
+    loss = training.Trainer._loss
+
+    def interrupted(trainer: Any, batch: Any) -> Any:
+        if trainer.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return loss(trainer, batch)
+
+    monkeypatch.setattr(training.Trainer, "_loss", interrupted)
+    run = runs.start(make_config(tiny_sd1, photos), tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt) as kept:
+        for _ in widgets.monitor(run):
+            pass
+    gc.collect()
+    assert kept.value and held[0]() is None

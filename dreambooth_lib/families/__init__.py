@@ -67,11 +67,16 @@ def load(
     if (Path(path) / MADE_OF).exists():
         family = load(**made_of(path), **loading)
         family.pipeline.load_lora_weights(path)
-        family.pipeline.fuse_lora()
-        family.pipeline.unload_lora_weights()
-        return family
+        return merged(family)
     hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
     return _adapter(base, path, revision).from_pretrained(path, **(loading | hub))
+
+
+def merged(family: "Family") -> "Family":
+    """The family with its LoRA weights worked into its own, as plain models."""
+    family.pipeline.fuse_lora()
+    family.pipeline.unload_lora_weights()
+    return family
 
 
 def skeleton(base: str, revision: str | None = None, **loading: Any) -> "Family":

@@ -2,6 +2,7 @@
 
 import html
 import io
+import traceback
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -38,7 +39,8 @@ class View(VBox):
             raise self.error
 
     def fail(self, error: Exception) -> None:
-        """Show an error and keep it."""
+        """Show an error and keep it, without what its frames hold."""
+        let_go(error)
         self.error = error
         self.note.value = f"⚠ {html.escape(sentence(error))}"
 
@@ -53,6 +55,13 @@ class View(VBox):
                 self.fail(error)
 
         return call
+
+
+def let_go(error: BaseException | None) -> None:
+    """Clear the frames that an error has come through, which may hold a model on the GPU."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def sentence(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ipywidgets import HTML, Button, Dropdown, FloatSlider, IntSlider, IntText, Text, VBox
 
-from dreambooth_lib.config import Subject
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import Sample, fill, load_source, sample
 from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _WIDTH = 256  # pixels on the page
 
-#: What draws: a run, a base, or a run with the step of one of its checkpoints.
-Source = Run | str | tuple[Run, int]
+#: What draws: a run, a config's base, a base, or a run with the step of one of its checkpoints.
+Source = Run | TrainConfig | str | tuple[Run, int]
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def playground(run: Run, at: int | None = None) -> SideBySide:
 
     Other pairs, such as checkpoints or a study's cells, are :class:`SideBySide` of their own.
     """
-    subject, base = run.config.subject, run.config.base
-    sources: dict[str, Source] = {"base": base, "tuned": run if at is None else (run, at)}
+    subject = run.config.subject
+    sources: dict[str, Source] = {"base": run.config, "tuned": run if at is None else (run, at)}
     prompt = f"a {{}} {subject.class_noun} on the beach"
     return SideBySide(sources, subject, prompt, run.config.guidance_scale)
 

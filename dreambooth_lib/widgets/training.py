@@ -11,8 +11,8 @@ from PIL import Image as Pictures
 
 from dreambooth_lib import pages, plots, watch
 from dreambooth_lib.runs import Run
-from dreambooth_lib.training import Objective, Step, prior_preservation, train
-from dreambooth_lib.widgets.parts import View, blank, in_a_row, show
+from dreambooth_lib.training import Objective, Step, free_memory, prior_preservation, train
+from dreambooth_lib.widgets.parts import View, blank, in_a_row, let_go, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +37,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
     """
     from tqdm.auto import tqdm
 
+    free_memory()
     view, begun = _Training(run), _reached(run)
     try:
         # With miniters 1 tqdm's own thread, whose updates Colab does not show, has nothing to do.
@@ -54,6 +55,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         view.say(f"{text[0].upper()}{text[1:]}.")
         if isinstance(stop, GeneratorExit):
             raise
+        let_go(stop)
         raise Interrupted(text) from None
     except Exception as error:
         view.fail(error)
