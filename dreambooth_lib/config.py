@@ -14,6 +14,7 @@ DEFAULT_IDENTIFIER = "ohwx"
 _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox": {
         "learning_rate": 3e-4,
+        "lora_learning_rate": 3e-3,
         "steps": 500,
         "batch_size": 2,
         "class_pictures": 48,
@@ -26,6 +27,7 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "": {
         "learning_rate": 5e-6,
+        "lora_learning_rate": 1e-4,
         "steps": 1000,
         "batch_size": 1,
         "class_pictures": 200,
@@ -59,15 +61,17 @@ _NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay
                  "prior_guidance_scale", "guidance_scale", "watch_every")  # fmt: skip
 
 
-def base_defaults(base: str) -> dict[str, Any]:
-    """What the fields of :class:`TrainConfig` that depend on the base are for this one.
+def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
+    """What the fields of :class:`TrainConfig` that depend on base and method are for these.
 
     A finished run as a base has those of the base that it was trained from.
     """
     run = Path(base) / "config.toml"
     if base not in _BASE_DEFAULTS and run.is_file():
-        return base_defaults(tomllib.loads(run.read_text()).get("base", "toybox"))
-    return _BASE_DEFAULTS.get(base) or _BASE_DEFAULTS[""]
+        return base_defaults(tomllib.loads(run.read_text()).get("base", "toybox"), method)
+    defaults = dict(_BASE_DEFAULTS.get(base) or _BASE_DEFAULTS[""])
+    lora_rate = defaults.pop("lora_learning_rate")
+    return defaults | ({"learning_rate": lora_rate} if method == "lora" else {})
 
 
 class ConfigError(ValueError):
@@ -145,7 +149,9 @@ class TrainConfig:
     lora_rank: int = 16
     lora_alpha: int | None = None  #: the additions are scaled by alpha / rank; None is the rank
     lora_dropout: float = 0.0
-    lora_layers: str = "attention"  #: which layers LoRA adapts; "all": feed-forward ones too
+    lora_layers: str = (
+        "all"  #: those that LoRA adapts: "attention", or "all", feed-forward ones too
+    )
     dora: bool = False  #: learn each layer's magnitude apart from its direction (arXiv 2402.09353)
     train_text_encoder: bool = False
 
@@ -154,7 +160,8 @@ class TrainConfig:
     batch_size: int = _BY_BASE  #: instance pictures an update, and as many class pictures,
     #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
     gradient_accumulation: int = 1  #: micro-batches an update is split into
-    learning_rate: float = _BY_BASE  #: None is 3e-4 for toybox, 5e-6 (the paper's) otherwise
+    #: None is 3e-4 for toybox and 5e-6 (the paper's) otherwise; by LoRA 3e-3 and 1e-4
+    learning_rate: float = _BY_BASE
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU
@@ -195,7 +202,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
-        for name, value in base_defaults(self.base).items():
+        for name, value in base_defaults(self.base, self.method).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.prior == "none":

@@ -53,7 +53,7 @@ ALL_FIELDS: dict[str, Any] = {
     "lora_rank": 3,
     "lora_alpha": 6,
     "lora_dropout": 0.3,
-    "lora_layers": "all",
+    "lora_layers": "attention",
     "dora": True,
 }
 #: Refused beside others of these; tests/test_methods.py has it.
@@ -276,3 +276,10 @@ def test_a_finished_run_as_a_base_has_the_defaults_of_its_own_base(tmp_path: Pat
         (folder / "config.toml").write_text(TrainConfig(subject=DOG, base=base).to_toml())
     assert TrainConfig(subject=DOG, base=str(second)).learning_rate == 3e-4
     assert TrainConfig(subject=DOG, base=str(tmp_path)).learning_rate == 5e-6
+
+
+def test_lora_has_a_learning_rate_of_its_own() -> None:
+    assert TrainConfig(DOG, method="lora").learning_rate == 3e-3
+    assert TrainConfig(DOG, "owner/model", method="lora").learning_rate == 1e-4
+    assert TrainConfig(DOG, "owner/model").learning_rate == 5e-6
+    assert TrainConfig(DOG, method="lora", learning_rate=2e-4).learning_rate == 2e-4
