@@ -98,7 +98,7 @@ def _card(run: Run, step: int) -> str:
 
 - Step {step} of {config.steps}: pictures of the subject are {fidelity:.0%} as close to the photos
   as those to each other, follow prompts {adherence:.0%} as well as the base's, and {kept:.0%} of
-  the class is as it was.
+  the rest is as it was.
 - Trained: {trained}; learning rate {config.learning_rate:g}, {config.batch_size} photos an update;
   {prior}.
 - The base's licence and terms hold for this model too. Ask whoever is in the photos or owns what

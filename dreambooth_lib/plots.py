@@ -60,18 +60,18 @@ def watched(rows: "Sequence[Watched]", path: str | Path | None = None) -> "Figur
     steps = [row.step for row in rows]
     figure = Figure(figsize=(8, 5.8), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    names = ("subject fidelity", "prompt adherence", "class kept")
+    names = ("like the photos", "follows prompts", "the rest as it was")
     found = [shares_of(row, rows[0]) for row in rows]
     for name, values in zip(names, zip(*found, strict=True), strict=True):
         upper.plot(steps, values, "o-", label=name)
     upper.set(ylabel="share", ylim=(0, 1.03))
-    upper.set_title("fidelity of the photos' own, adherence of the base's, class as it was",
-                    loc="left", fontsize=10)  # fmt: skip
+    upper.set_title("how good the pictures are (1 is best)", loc="left", fontsize=10)
     for kind in rows[0].held_out:
         losses = [np.mean(row.held_out[kind]) / np.mean(rows[0].held_out[kind]) for row in rows]
         lower.plot(steps, losses, "o-", label=kind)
     lower.set(ylabel="loss relative to the base's", xlabel="step (optimizer updates)")
-    lower.set_title("loss on held-out pictures", loc="left", fontsize=10)
+    title = "loss on pictures kept out of training (1: before it)"
+    lower.set_title(title, loc="left", fontsize=10)
     if len(rows) > 1:
         best = best_of(rows).step
         upper.axvline(best, color="black", linestyle=":", label=f"best: step {best}")

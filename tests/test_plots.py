@@ -69,7 +69,7 @@ def test_losses_names_wrong_logs() -> None:
 def seen(step: int, fidelity: float, drift: float) -> Watched:
     return Watched(
         step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=0.5,
-        class_diversity=0.4, prior_drift=drift, unrelated_drift=0.01, pres=0.3, seconds=1.0,
+        class_diversity=0.4, prior_drift=drift, unrelated_drift=drift, pres=0.3, seconds=1.0,
         held_out={"subject": [0.4 - step / 1000, 0.5], "class": [0.3, 0.4]},
     )  # fmt: skip
 
@@ -78,8 +78,8 @@ def test_what_was_watched_is_drawn_with_the_chosen_step_marked() -> None:
     rows = [seen(0, 0.3, 0.0), seen(100, 0.7, 0.1), seen(200, 0.72, 0.4)]
     shares, losses = plots.watched(rows).axes
     by_name = {line.get_label(): list(line.get_ydata()) for line in shares.get_lines()}
-    assert by_name["subject fidelity"] == pytest.approx([0.3 / 0.8, 0.7 / 0.8, 0.72 / 0.8])
-    assert by_name["class kept"] == pytest.approx([1, 0.9, 0.6])
+    assert by_name["like the photos"] == pytest.approx([0.3 / 0.8, 0.7 / 0.8, 0.72 / 0.8])
+    assert by_name["the rest as it was"] == pytest.approx([1, 0.9, 0.6])
     assert by_name["best: step 100"] == [0, 1]
     ratio = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
     assert ratio["subject"] == pytest.approx([1, 0.8 / 0.9, 0.7 / 0.9])

@@ -40,8 +40,9 @@ class CheckpointSlider(View):
         if not self.step:
             weights = "are its own"
         self.figures.value = (
-            f"<b>{name}</b>: subject fidelity {fidelity:.0%} of the photos' own, prompt adherence "
-            f"{adherence:.0%} of the base's, class kept {kept:.0%}. Its weights {weights}."
+            f"<b>{name}</b>: {fidelity:.0%} as close to the photos as those to each other, follows "
+            f"prompts {adherence:.0%} as well as the base, leaves {kept:.0%} of the rest as it was. "
+            f"Its weights {weights}."
         )
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)
