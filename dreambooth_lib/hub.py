@@ -4,10 +4,25 @@ from pathlib import Path
 
 from dreambooth_lib import choice, colab, families, pages, watch
 from dreambooth_lib.runs import Run
+from dreambooth_lib.weights import restored
 
 
 class HubError(ValueError):
     """What the Hub did not take."""
+
+
+def keep(run: Run, step: int, folder: str | Path) -> Path:
+    """Write a checkpoint as a pipeline that diffusers loads alone, with its card; gives the folder.
+
+    It is there when it is whole; until then a former one stays. Raises as :func:`write_card` does
+    and ``RunError`` where the run has no checkpoint of that step.
+    """
+    from dreambooth_lib.state import replacing_folder
+
+    with replacing_folder(folder) as partial:
+        restored(run, step).pipeline.save_pretrained(partial)
+        write_card(run, step, partial)
+    return Path(folder)
 
 
 def write_card(run: Run, step: int, folder: str | Path) -> Path:
@@ -36,6 +51,7 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
     The token is :func:`colab.hub_token`'s. A model that is there stays as visible as it is. Raises
     :class:`HubError` without a token and where the Hub refuses.
     """
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -53,10 +69,19 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
         )
     except (HfHubHTTPError, HFValidationError) as error:
         raise HubError(
-            f"the Hub did not take '{name}' ({str(error).splitlines()[0]}); check that the name is "
+            f"the Hub did not take '{name}' ({_first_line(error)}); check that the name is "
             "your-name/model and that the token may write there."
         ) from error
+    except (OSError, httpx.HTTPError) as error:
+        raise HubError(
+            f"the way to the Hub broke off ({_first_line(error)}); push again, and what is there "
+            "already is not sent twice."
+        ) from error
     return str(there)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _card(run: Run, step: int) -> str:
@@ -73,19 +98,22 @@ def _card(run: Run, step: int) -> str:
     rows = {row.step: row for row in watch.history(run)}
     fidelity, adherence, kept = choice.shares_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
-    prior = (
-        f"prior preservation with λ {config.prior_weight:g} and {config.class_pictures} class "
-        f"pictures of “{subject.class_prompt}”"
-        if config.prior_weight
-        else "no prior preservation"
-    )
+    if config.method == "lora":
+        trained += f", by LoRA of rank {config.lora_rank}, merged"
+    prior = f"prior preservation with λ {config.prior_weight:g}"
+    if config.prior_weight == 0:
+        prior = "no prior preservation"
+    elif config.prior == "distilled":
+        prior += f", taught by the base's own predictions for “{subject.class_prompt}”"
+    elif config.class_folder is None:
+        prior += f" and {config.class_pictures} class pictures of “{subject.class_prompt}”"
     return f"""---
 {header.to_yaml()}
 ---
 
 # {subject.token}
 
-`{config.base}` personalised by DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)):
+`{config.base if of_hub else Path(config.base).name}` personalised by DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)):
 “{subject.token}” is one {subject.class_noun}, learnt from a few photos of it.
 
 ![the subject and its class](samples.png)

@@ -73,6 +73,18 @@ def mirror(run: Run, folder: str | Path) -> str | None:
     )
 
 
+def hand_over(file: Path, folder: Path) -> str | None:
+    """Copy a file into a mounted folder; None, or a sentence on why it is not there."""
+    try:
+        again(copy_file, file, folder / file.name)
+    except OSError as error:
+        return (
+            f"{file} could not be copied to {folder} ({error}); it is still here: see whether the "
+            "drive is full or gone, and run this again."
+        )
+    return None
+
+
 def restore(folder: str | Path, local: str | Path) -> Run:
     """Take a mirrored run back to ``local``, a new folder, with its pictures; gives the run.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -99,3 +100,42 @@ def test_no_token_and_a_refusal_are_one_sentence(
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(hub.HubError, match="needs a token"):
         hub.push(tmp_path, "me/my-dog")
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("no route"), OSError(), TimeoutError("late")])
+def test_a_connection_that_breaks_off_is_one_sentence(
+    error: Exception, hub_of: type[StandIn], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(StandIn, "refusal", error)
+    with pytest.raises(hub.HubError, match=r"the way to the Hub broke off \(.+\); push again"):
+        hub.push(tmp_path, "me/my-dog")
+
+
+def test_a_card_tells_no_path_of_this_machine_and_what_the_prior_was(
+    run: Run, tmp_path: Path
+) -> None:
+    def card(**changes: Any) -> str:
+        changed = Run(run.folder, run.config.replace(**changes))
+        return hub.write_card(changed, 2, tmp_path / "model").read_text()
+
+    base = Path(run.config.base)
+    assert str(base.parent) not in card() and f"`{base.name}` personalised" in card()
+    assert "class pictures of" in card()
+    assert "class pictures of" not in card(prior="distilled")
+    assert "the base's own predictions for “a dog”" in card(prior="distilled")
+    assert "no prior preservation" in card(prior="none")
+    assert "by LoRA of rank 16, merged" in card(method="lora")
+
+
+def test_what_is_kept_is_whole_or_as_it_was(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub.keep(run, 2, tmp_path / "model")
+    assert (folder / "model_index.json").exists() and (folder / "README.md").exists()
+    before = {file.name for file in folder.rglob("*")}
+    (folder / "mark").touch()
+    monkeypatch.setattr(hub, "write_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hub.keep(run, 4, folder)
+    assert {file.name for file in folder.rglob("*")} == before | {"mark"}
+    assert [path.name for path in tmp_path.glob(".*")] == []

@@ -51,7 +51,7 @@ ALLOWED = {
     "colab": ("pictures", "state"),
     "copies": ("state",),
     "exports": ("originals", "state"),
-    "hub": ("choice", "colab", "families", "pages", "runs", "state", "watch"),
+    "hub": ("choice", "colab", "families", "pages", "runs", "state", "watch", "weights"),
     "mirrors": ("config", "copies", "runs", "state"),
     "preflight": ("colab", "families", "packages", "training"),
     "prior": ("config", "families", "families.base", "sampling", "state"),

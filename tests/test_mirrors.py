@@ -477,3 +477,21 @@ def test_a_first_write_that_failed_does_not_refuse_the_mirror_for_ever(
     (drive / "my-dog").mkdir()
     (drive / "my-dog" / "..mirror.json.12.partial").write_text("{")
     assert mirror(run, drive / "my-dog") is None
+
+
+def test_a_file_is_handed_over_or_a_sentence_says_why_not(
+    drive: Path, tmp_path: Path, faults: Faults
+) -> None:
+    from dreambooth_lib.copies import zipped
+
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights").write_bytes(bytes(1000))
+    (folder / ".hidden").touch()
+    file = zipped(folder)
+    assert file == tmp_path / "model.zip" and shutil.unpack_archive(file, tmp_path / "out") is None
+    assert tree(tmp_path / "out") == {"unet/weights": bytes(1000)}
+    assert mirrors.hand_over(file, drive) is None
+    assert (drive / "model.zip").read_bytes() == file.read_bytes()
+    text = mirrors.hand_over(file, tmp_path / "model.zip")
+    assert text is not None and "could not be copied" in text and file.exists()

@@ -438,3 +438,66 @@ def test_an_interrupted_training_leaves_no_model_behind(
             pass
     gc.collect()
     assert kept.value and held[0]() is None
+
+
+def test_an_error_stays_until_what_caused_it_is_mended(
+    photos: str, make_config: Make, tmp_path: Path
+) -> None:
+    from dreambooth_lib import widgets
+
+    panel = widgets.SubjectPanel(make_config("toybox", photos))
+    panel.source.value = str(tmp_path / "nowhere")
+    panel.class_noun.value = "cat"
+    with pytest.raises(ValueError, match="nowhere"):
+        panel.check()
+    assert "nowhere" in panel.note.value
+    panel.use(photos)
+    panel.check()
+    assert panel.note.value == "" and panel.config.subject.class_noun == "cat"
+
+
+def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -> None:
+    from dreambooth_lib import widgets
+
+    config = TrainConfig(make_config("toybox", photos).subject)
+    settings = widgets.SettingsPanel(config)
+    assert settings.config == config
+    settings.controls["method"].value = "lora"
+    assert settings.config.learning_rate == TrainConfig(config.subject, method="lora").learning_rate
+    assert "method='lora'" in settings.python.value
+    settings.controls["learning_rate"].value = 1e-4
+    settings.controls["method"].value = "full"
+    assert settings.config == config.replace(learning_rate=1e-4)
+
+
+def test_a_measured_time_is_not_shown_for_other_settings(
+    photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreambooth_lib import widgets
+    from dreambooth_lib.pace import Pace
+
+    monkeypatch.setattr(widgets.settings, "measure", lambda config: Pace(1.0, 0.0))
+    settings = widgets.SettingsPanel(make_config("toybox", photos))
+    settings.predict.click()
+    assert "1 min" in settings.time.value
+    settings.controls["steps"].value = 600
+    assert "10 min" in settings.time.value
+    settings.controls["train_text_encoder"].value = True
+    assert settings.time.value == ""
+
+
+def test_the_memory_of_a_gpu_is_told_with_its_level(
+    tiny_sd1: str, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from dreambooth_lib.widgets.settings import _memory
+
+    config = make_config(tiny_sd1, photos)
+    assert _memory(config) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (14 << 30, 15 << 30))
+    assert "0.0 GiB</b> of the GPU's 15.0, at memory level 'standard'" in _memory(config)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1, 15 << 30))
+    assert "'lowest'" in _memory(config)

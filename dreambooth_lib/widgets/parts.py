@@ -29,30 +29,44 @@ class View(VBox):
     """A column of widgets whose callbacks show an error as a sentence and keep it."""
 
     def __init__(self, *children: Any):
-        self.error: Exception | None = None  #: of the last callback
+        self._errors: dict[Any, Exception] = {}
         self.note = HTML()
         super().__init__([*children, self.note])
 
+    @property
+    def error(self) -> Exception | None:
+        """Of a callback that failed and was not called again since, the first of several."""
+        return next(iter(self._errors.values()), None)
+
     def check(self) -> None:
-        """Raise the error of the last callback, if it had one."""
+        """Raise that error, if there is one."""
         if self.error is not None:
             raise self.error
 
-    def fail(self, error: Exception) -> None:
-        """Show an error and keep it, without what its frames hold."""
+    def fail(self, error: Exception, act: Any = None) -> None:
+        """Show an error and keep it, without what its frames hold, until ``act`` succeeds."""
         let_go(error)
-        self.error = error
-        self.note.value = f"⚠ {html.escape(sentence(error))}"
+        self._errors[act] = error
+        self._tell()
+
+    def forgive(self) -> None:
+        """Forget all errors: what they were of is no more."""
+        self._errors.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        self.note.value = f"⚠ {html.escape(sentence(self.error))}" if self.error else ""
 
     def callback(self, act: Callable[[], Any]) -> Callable[[Any], None]:
         """``act`` for a widget to call, which would hide an error or show a traceback."""
 
         def call(_event: Any) -> None:
-            self.error, self.note.value = None, ""
+            self._errors.pop(act, None)
             try:
                 act()
             except Exception as error:  # whatever it is, check() raises it
-                self.fail(error)
+                self.fail(error, act)
+            self._tell()
 
         return call
 

@@ -8,20 +8,22 @@ from typing import Any
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
 
 from dreambooth_lib import families
-from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.config import Subject, TrainConfig, base_defaults
 from dreambooth_lib.pace import Pace, measure
 from dreambooth_lib.widgets.parts import View, control, hinted
 from dreambooth_lib.widgets.subject import SubjectPanel
 
-_RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
+_RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 HINTS = {
-    "prior_weight": "raise λ when class pictures start to look like your subject; 0 is no prior",
+    "method": "LoRA takes far less memory and gives a small file; the whole model learns more",
+    "prior_weight": "raise λ when class pictures start to look like your subject; 1 suits most",
+    "prior": "the base as teacher needs no class pictures, so it begins sooner",
     "steps": "raise it while the subject is not recognisable; lower it when prompts are ignored",
     "learning_rate": "lower it when pictures turn harsh or odd; raise it when nothing is learnt",
-    "train_text_encoder": "train it too for more likeness, at the cost of memory and time",
+    "train_text_encoder": "also the part that reads prompts: more likeness, memory and time",
     "resolution": "lower it when memory runs out; the base draws best at its own",
     "class_pictures": "more of them keep the class more varied; drawing them takes time",
-    "early_stop": "end when the looks get no better, with the best checkpoint's weights",
+    "early_stop": "keep the best step's weights, and end after five looks that bring none better",
 }
 
 
@@ -44,7 +46,7 @@ class SettingsPanel(View):
             self.time,
             self.python,
         )
-        self._pace: Pace | None = None
+        self._measured: tuple[TrainConfig, str, Pace] | None = None
         for one in self.controls.values():
             one.observe(self.callback(self._show), "value")
         if isinstance(given, SubjectPanel):
@@ -65,12 +67,17 @@ class SettingsPanel(View):
         config = self.config
         code = html.escape(python_of(config, HINTS))
         self.python.value = f'The same in Python:<pre style="line-height: 1.3">{code}</pre>'
-        self.time.value = _time(config, self._pace) if self._pace else ""
+        self.time.value = ""
+        if self._measured is not None:
+            measured, memory, pace = self._measured
+            same = {"steps": config.steps, "early_stop": config.early_stop}
+            if measured.replace(**same) == config:  # else it was of something else
+                self.time.value = _time(config, pace) + memory
 
     def _measure(self) -> None:
         self.predict.disabled = True
         try:
-            self._pace = measure(self.config)
+            self._measured = (self.config, _memory(self.config), measure(self.config))
         finally:
             self.predict.disabled = False
         self._show()
@@ -111,11 +118,20 @@ def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
     near = {own // 2, own * 3 // 4, own, own * 3 // 2, values["resolution"]}
     sizes = sorted(side for side in near if side % 8 == 0)
     sides = [(f"{side}, the base's own" if side == own else str(side), side) for side in sizes]
-    rates = [(f"{rate:g}", rate) for rate in sorted({*_RATES, config.learning_rate})]
+    own_rate = base_defaults(config.base, config.method)["learning_rate"]
+    if values["learning_rate"] == own_rate:
+        values["learning_rate"] = None
+    rates: list[tuple[str, float | None]] = [("what suits the method", None)]
+    rates += [(f"{rate:g}", rate) for rate in sorted({*_RATES, config.learning_rate})]
     pictures = max(400, config.class_pictures)
-    texts = [("U-Net", False), ("U-Net and text encoder", True)]
+    texts = [("denoiser", False), ("denoiser and text encoder", True)]
+    methods = [("the whole model", "full"), ("LoRA", "lora")]
+    priors = [("class pictures", "generated"), ("the base as teacher", "distilled")]
+    values["prior"] = "generated" if config.prior == "none" else config.prior
     made: dict[str, tuple[type, str, dict[str, Any]]] = {
+        "method": (Dropdown, "method", {"options": methods}),
         "prior_weight": (FloatSlider, "λ, prior weight", {"max": max(3, config.prior_weight)}),
+        "prior": (Dropdown, "class kept by", {"options": priors}),
         "steps": (IntSlider, "steps", {"min": 1, "max": max(2000, config.steps)}),
         "learning_rate": (Dropdown, "learning rate", {"options": rates}),
         "train_text_encoder": (Dropdown, "what is trained", {"options": texts}),
@@ -127,6 +143,25 @@ def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
         name: control(kind, label, value=values[name], **traits)
         for name, (kind, label, traits) in made.items()
     }
+
+
+def _memory(config: TrainConfig) -> str:
+    """What the run takes of the GPU, told from the base's configs; nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    from dreambooth_lib.estimate import GIB, estimate
+    from dreambooth_lib.training import fitting, native_precision
+
+    device = torch.device("cuda")
+    precision = native_precision(config.mixed_precision, device)
+    config = fitting(config, precision, device)
+    need, (_, total) = estimate(config, precision).memory, torch.cuda.mem_get_info()
+    return (
+        f" It takes about <b>{need / GIB:.1f} GiB</b> of the GPU's {total / GIB:.1f}, at memory "
+        f"level '{config.memory}'."
+    )
 
 
 def _time(config: TrainConfig, pace: Pace) -> str:

@@ -41,8 +41,8 @@ class CheckpointSlider(View):
             weights = "are its own"
         self.figures.value = (
             f"<b>{name}</b>: {fidelity:.0%} as close to the photos as those to each other, follows "
-            f"prompts {adherence:.0%} as well as the base, leaves {kept:.0%} of the rest as it was. "
-            f"Its weights {weights}."
+            f"prompts {adherence:.0%} as well as the base, leaves {kept:.0%} of the rest as it "
+            f"was. Its weights {weights}."
         )
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)

@@ -69,6 +69,7 @@ class SubjectPanel(View):
         path = colab.save_uploads(source, self.uploads) if isinstance(source, Mapping) else source
         self.photos: list[Photo] = read_pictures(path)
         self._used = self.source.value = str(path)
+        self.forgive()
         self._show()
 
     @property
