@@ -327,8 +327,9 @@ def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
         seen[step] = [picture.tobytes() for picture in pictures(slider)]
         assert seen[step][0] == watch.drawn(run, step).subject[0].tobytes()
         assert len(seen[step]) == 4 + 2 + 1
+        assert slider.step == (step if step in run.checkpoints() else slider.best.step)
+        assert ("weights are kept" if slider.step == step else "only be looked at") in texts(slider)
     assert seen[0] != seen[4]
-    assert "weights are kept" in texts(slider)
 
 
 def test_class_pictures_are_drawn_where_the_run_will_look_for_them(

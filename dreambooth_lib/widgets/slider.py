@@ -12,7 +12,9 @@ _HINT = "early steps lack the subject, late ones draw it alone: take one that sh
 class CheckpointSlider(View):
     """The looks at a run, one at a time; ``step`` is the one that is shown, the best at first.
 
-    Raises ``RunError`` where the run has no look at a tuned model.
+    Of a look whose checkpoint is not kept, and of the base's, there are pictures only: ``step`` is
+    the best one's then, and the panel says so. Raises ``RunError`` where the run has no look at a
+    tuned model.
     """
 
     def __init__(self, run: Run):
@@ -30,19 +32,21 @@ class CheckpointSlider(View):
 
     @property
     def step(self) -> int:
-        return self.slider.value
+        shown = self.slider.value
+        return shown if shown in self.run.checkpoints() else self.best.step
 
     def _show(self) -> None:
-        seen = watch.drawn(self.run, self.step)
-        fidelity, adherence, kept = choice.shares_of(self._rows[self.step], self._rows[0])
-        weights = "are kept" if self.step in self.run.checkpoints() else "are not kept"
-        name = f"Step {self.step}" if self.step else "The base"
-        if not self.step:
-            weights = "are its own"
+        shown = self.slider.value
+        seen = watch.drawn(self.run, shown)
+        fidelity, adherence, kept = choice.shares_of(self._rows[shown], self._rows[0])
+        weights = "Its weights are kept."
+        if shown != self.step:
+            weights = f"It can only be looked at; what follows takes ★, step {self.best.step}."
+        name = f"Step {shown}" if shown else "The base"
         self.figures.value = (
             f"<b>{name}</b>: {fidelity:.0%} as close to the photos as those to each other, follows "
             f"prompts {adherence:.0%} as well as the base, leaves {kept:.0%} of the rest as it "
-            f"was. Its weights {weights}."
+            f"was. {weights}"
         )
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)
