@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dreambooth_lib import families, lora
-from dreambooth_lib.config import LOW, TrainConfig
+from dreambooth_lib.config import LOW, ConfigError, TrainConfig
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.runs import Run, RunError
 
@@ -62,7 +62,15 @@ class Trainable(torch.nn.Module):
 
 
 def trainable_of(family: Family, config: TrainConfig) -> Trainable:
-    """What a config trains of a family, ready for it; all else is frozen."""
+    """What a config trains of a family, ready for it; all else is frozen.
+
+    Raises :class:`ConfigError` where text encoders are to train and the family's never do.
+    """
+    if config.train_text_encoder and not family.text_encoders:
+        raise ConfigError(
+            f"train_text_encoder is set but the text encoder of '{config.base}' is too large to be "
+            "trained; leave it out."
+        )
     for module in (family.denoiser, *family.text_encoders, *family.frozen):
         module.requires_grad_(False)
     for module in family.denoiser.modules():

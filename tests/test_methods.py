@@ -302,3 +302,10 @@ def test_a_loras_checkpoint_comes_back_as_plain_models(
         one, other = (getattr(p, name).state_dict() for p in (plain, end.pipeline))
         assert one.keys() == other.keys()
         assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+
+
+def test_a_text_encoder_that_never_trains_is_refused(started: Callable[..., Run]) -> None:
+    from dreambooth_lib.config import ConfigError
+
+    with pytest.raises(ConfigError, match=r"train_text_encoder is set .*too large"):
+        Trainer(started("run", "z_image", train_text_encoder=True))
