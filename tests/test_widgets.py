@@ -162,7 +162,8 @@ def test_the_settings_say_what_the_config_says_until_they_are_moved(
     config = make_config(tiny_sd2, photos, watch_every=2)
     assert settings.config == config
     moved = {"prior_weight": 0.5, "steps": 9, "learning_rate": 1e-4, "train_text_encoder": True,
-             "resolution": 8, "class_pictures": 7, "early_stop": True}  # fmt: skip
+             "resolution": 8, "class_pictures": 7, "early_stop": True, "method": "lora",
+             "prior": "distilled"}  # fmt: skip
     assert moved.keys() == settings.controls.keys()
     for name, value in moved.items():
         settings.controls[name].value = value
