@@ -466,7 +466,7 @@ def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -
     assert settings.config == config
     settings.controls["method"].value = "lora"
     assert settings.config.learning_rate == TrainConfig(config.subject, method="lora").learning_rate
-    assert "method='lora'" in settings.python.value
+    assert "method=&#x27;lora&#x27;" in settings.python.value
     settings.controls["learning_rate"].value = 1e-4
     settings.controls["method"].value = "full"
     assert settings.config == config.replace(learning_rate=1e-4)
