@@ -11,7 +11,8 @@ test: $(VENV)/ready $(COLAB)/ready  ## the whole test suite
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	DREAMBOOTH_TEST_COLAB_PYTHON=$(abspath $(COLAB))/bin/python $(RUN) -m pytest
+	OMP_NUM_THREADS=1 DREAMBOOTH_TEST_COLAB_PYTHON=$(abspath $(COLAB))/bin/python \
+	    $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 figures: $(VENV)/ready  ## every bundled subject, with and without the prior
 	$(RUN) -m dreambooth_lib figures

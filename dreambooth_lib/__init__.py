@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dreambooth_lib.identifiers import check_identifier, rare_identifiers
     from dreambooth_lib.pictures import read_pictures
     from dreambooth_lib.runs import Run, resume, start
-    from dreambooth_lib.sampling import Sample, sample
+    from dreambooth_lib.sampling import Sample, compose, sample
     from dreambooth_lib.training import Step, train
     from dreambooth_lib.watch import Watched, history
 
@@ -43,6 +43,7 @@ _HOME = {
     "start": "runs",
     "Sample": "sampling",
     "sample": "sampling",
+    "compose": "sampling",
     "Step": "training",
     "train": "training",
     "Watched": "watch",

@@ -10,7 +10,7 @@ import torch
 
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.data import shuffled
-from dreambooth_lib.families.base import Cond, Family, rows
+from dreambooth_lib.families.base import Cond, Family, Known, rows
 from dreambooth_lib.latents import LatentCache
 from dreambooth_lib.noise import Noised
 from dreambooth_lib.pictures import Photo
@@ -63,10 +63,7 @@ class Batches:
             )
             if photos
         ]
-        distinct = sorted({prompt for _, prompts in self.kinds for prompt in prompts} | {""})
-        self.cond_row = {prompt: row for row, prompt in enumerate(distinct)}
-        with torch.no_grad():
-            self.cond = family.encode_prompts(distinct)
+        self.known = Known(family, {p for _, prompts in self.kinds for p in prompts} | {""})
 
     def at(self, step: int) -> Batch:
         """One update's whole batch, instance rows first, the same in every process."""
@@ -84,8 +81,7 @@ class Batches:
         dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
         prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
         is_prior = torch.arange(len(x_0), device=x_0.device) >= self.size
-        cond = rows(self.cond, [self.cond_row[prompt] for prompt in prompts])
-        return Batch(self.process(x_0, noise, t), is_prior, prompts, cond)
+        return Batch(self.process(x_0, noise, t), is_prior, prompts, self.known(prompts))
 
     def split(self, batch: Batch, share: int, shares: int) -> Batch:
         """One of ``shares`` equal parts of a batch, both kinds in it alike."""

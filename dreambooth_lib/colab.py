@@ -1,4 +1,4 @@
-"""What is different on Colab: its secrets, its upload and its Drive. Elsewhere each says so.
+"""What is different on Colab: its secrets, uploads, downloads and Drive. Elsewhere each says so.
 
 How a notebook installs the kit there is in :mod:`dreambooth_lib.packages`; how a run is kept on
 Drive in :mod:`dreambooth_lib.mirrors`.
@@ -92,6 +92,13 @@ def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
             "folder."
         ) from None
     return place / zips[0] if zips else place
+
+
+def download(file: str | Path) -> None:
+    """Have the browser download a file from Colab's machine."""
+    from google.colab import files
+
+    files.download(str(file))
 
 
 def mount_drive(folder: str = "dreambooth") -> Path | None:

@@ -51,6 +51,7 @@ _CHOICES = {
     "method": ("full", "lora"),
     "lora_layers": ("attention", "all"),
     "memory": ("auto", "standard", "low", "lowest"),
+    "quantize": (None, "nf4", "int8"),
 }
 #: Levels of memory at which weights are updated within the backward pass.
 LOW = ("low", "lowest")
@@ -153,7 +154,12 @@ class TrainConfig:
         "all"  #: those that LoRA adapts: "attention", or "all", feed-forward ones too
     )
     dora: bool = False  #: learn each layer's magnitude apart from its direction (arXiv 2402.09353)
+    #: QLoRA (arXiv 2305.14314): the frozen denoiser and large text encoders in 4 bits, "nf4", or in
+    #: 8, "int8"; needs a GPU
+    quantize: str | None = None
     train_text_encoder: bool = False
+    #: learn the identifier as a new word, by an embedding of its own, beside LoRA (pivotal tuning)
+    train_token: bool = False
 
     # Training
     steps: int = _BY_BASE  #: optimizer updates; None is 500 for toybox, 1000 otherwise
@@ -209,7 +215,7 @@ class TrainConfig:
             object.__setattr__(self, "prior_weight", 0.0)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                options = ", ".join(f"'{c}'" for c in choices)
+                options = ", ".join("left out" if c is None else f"'{c}'" for c in choices)
                 raise ConfigError(f"{name} is '{getattr(self, name)}'; it can be {options}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -236,6 +242,16 @@ class TrainConfig:
             )
         if self.early_stop and not self.watch_every:
             raise ConfigError("early_stop needs looks to judge by; set watch_every above 0.")
+        if self.quantize is not None and self.method != "lora":
+            raise ConfigError(
+                f"quantize is '{self.quantize}' but method is '{self.method}': weights of so few "
+                "bits cannot train; set method to 'lora', or leave quantize out."
+            )
+        if self.train_token and self.method != "lora":
+            raise ConfigError(
+                f"train_token is set but method is '{self.method}'; set method to 'lora', or leave "
+                "train_token out."
+            )
         if self.memory in LOW:
             self._check_memory()
         if self.batch_size % self.gradient_accumulation:
@@ -266,6 +282,11 @@ class TrainConfig:
                 "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
                 "it to 'auto', or memory to 'low'."
             )
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether text encoders, or their embedding of a new word, change in training."""
+        return self.train_text_encoder or self.train_token
 
     @property
     def draws_class_pictures(self) -> bool:

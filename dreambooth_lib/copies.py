@@ -2,7 +2,6 @@
 
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,14 +65,3 @@ def copy_file(source: Path, place: Path) -> None:
     if partial.stat().st_size != source.stat().st_size:
         raise OSError(f"{place} was cut short")
     partial.replace(place)
-
-
-def zipped(folder: Path) -> Path:
-    """A zip of a folder, beside it, there when it is whole; stored, as weights pack badly."""
-    place = folder.with_name(f"{folder.name}.zip")
-    partial = place.with_name(f".{place.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for name in shown(folder):
-            archive.write(folder / name, name)
-    partial.replace(place)
-    return place

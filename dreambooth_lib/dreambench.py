@@ -3,7 +3,8 @@
 A data set's folder holds ``prompts_and_classes.txt``: its classes, and the prompts for objects and
 for live subjects. ``draw_all`` makes OUT/protocol.json and OUT/METHOD/SUBJECT/p07-s2.png, picture
 by picture, so that a stopped evaluation goes on where it was; ``OUT/METHOD/SUBJECT/class-s3.png``
-are the class pictures that PRES, DIV and prior drift need.
+are the class pictures that PRES, DIV and prior drift need, and ``source.json`` beside them says
+what drew them, so that those of another base or other settings are not taken for this one's.
 """
 
 import json
@@ -13,16 +14,17 @@ import tempfile
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import runs
+from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.pictures import DataError
-from dreambooth_lib.runs import Run
+from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.sampling import draw, load_source
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import CLASS_SEED
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 #: The DreamBooth data set's public repository.
 DATASET = "https://github.com/google/dreambooth/archive/refs/heads/main.zip"
 
-#: What draws a subject's pictures: a finished run, a loaded family, or a base's name.
+#: What draws a subject's pictures: a finished run, a loaded family, or a base's name. It is asked
+#: for before any picture is drawn or passed over; one that trains is :class:`Tuned`.
 Method = Callable[[Subject], "Run | Family | str"]
 
 
@@ -60,6 +63,14 @@ class Benchmark:
         """The prompts of one subject, ``{}`` still standing for the identifier."""
         return [p.replace("{noun}", subject.class_noun) for p in self.prompts[subject.kind]]
 
+    def only(self, names: Collection[str]) -> "Benchmark":
+        """The subjects of these names alone. Raises :class:`DataError` for a name without one."""
+        have = {subject.name: subject for subject in self.subjects}
+        for name in names:
+            if name not in have:
+                raise DataError(f"there is no subject '{name}'; there are {', '.join(have)}.")
+        return Benchmark([s for s in self.subjects if s.name in names], self.prompts)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -84,25 +95,41 @@ class Progress:
     seconds_left: float  #: at the pace so far, if nothing more lies there
 
 
-def tuned(folder: str | Path, config: Callable[[Subject], TrainConfig]) -> Method:
+@dataclass(frozen=True)
+class Tuned:
     """A method that draws from the run in FOLDER/SUBJECT, first training it to its end."""
 
-    def method(subject: Subject) -> Run:
-        run = started(folder, config, subject)
+    folder: Path
+    config: Callable[[Subject], TrainConfig]
+
+    def __call__(self, subject: Subject) -> Run:
+        run = started(self.folder, self.config, subject)
         if not run.finished:
             for _ in train(run):
                 pass
         return run
 
-    return method
+
+def tuned(folder: str | Path, config: Callable[[Subject], TrainConfig]) -> Tuned:
+    """A :class:`Tuned` of a subject's config."""
+    return Tuned(Path(folder), config)
 
 
 def started(folder: str | Path, config: Callable[[Subject], TrainConfig], subject: Subject) -> Run:
-    """The run in FOLDER/SUBJECT, made if it is not there yet."""
-    place = Path(folder) / subject.name
-    if (place / "config.toml").exists():
-        return runs.resume(place)
-    return runs.start(config(subject), place)
+    """The run in FOLDER/SUBJECT, made if it is not there yet.
+
+    Raises :class:`RunError` where it is of another config.
+    """
+    place, wanted = Path(folder) / subject.name, config(subject)
+    if not (place / "config.toml").exists():
+        return runs.start(wanted, place)
+    run = runs.resume(place)
+    if other := difference(plain(run.config), plain(wanted)):
+        raise RunError(
+            f"{place} holds a run of {named(run.config)} {other}; choose another folder for this "
+            "one."
+        )
+    return run
 
 
 def download(folder: str | Path, url: str = DATASET) -> Path:
@@ -191,7 +218,7 @@ def draw_all(
     """Draw what is missing of every method and subject; yields after each batch.
 
     Of several processes each takes its own subjects. Raises ``ValueError`` where ``out`` holds
-    pictures of another protocol: they would not compare.
+    pictures of another protocol, which would not compare, or of another base or other settings.
     """
     from dreambooth_lib.state import replace_file, save_png
 
@@ -203,6 +230,8 @@ def draw_all(
     replace_file(file, text.encode())
     units = [(m, s) for s in benchmark.subjects for m in methods][rank::processes]
     shares = [pictures(benchmark, method, subject, wanted) for method, subject in units]
+    for (method, subject), share in zip(units, shares, strict=True):
+        _keep_source(out, methods[method], subject, share)
     total, done, drawn = sum(map(len, shares)), 0, 0
     began = time.monotonic()
     for (method, subject), share in zip(units, shares, strict=True):
@@ -227,3 +256,32 @@ def draw_all(
             drawn += len(part)
             pace = (time.monotonic() - began) / drawn
             yield Progress(done, total, (total - done) * pace)
+
+
+def _keep_source(out: Path, method: Method, subject: Subject, share: list[Picture]) -> None:
+    """Write down what draws a share, or raise where its pictures were drawn by something else."""
+    from dreambooth_lib.state import replace_file
+
+    file = out / share[0].path.with_name("source.json")
+    # A Tuned is not called, which would train: its pictures may be there without its run.
+    source = method.config(subject) if isinstance(method, Tuned) else method(subject)
+    now = _description(source)
+    if file.exists():
+        other = difference(json.loads(file.read_text()), now)
+    else:
+        drawn = any((out / picture.path).exists() for picture in share)
+        other = "of which no source.json says what drew them" if drawn else None
+    if other is not None:
+        raise ValueError(f"{file.parent} holds pictures {other}; choose another folder for these.")
+    replace_file(file, json.dumps(now, indent=2).encode())
+
+
+def _description(source: "TrainConfig | Run | Family | str") -> dict[str, Any]:
+    """What draws, in plain fields; a family that is given as it is, is told by its class alone."""
+    if isinstance(source, Run):
+        source = source.config
+    if isinstance(source, TrainConfig):
+        return plain(source)
+    if isinstance(source, str):
+        return {"base": runs.whole_base(source)}
+    return {"family": type(source).__name__}

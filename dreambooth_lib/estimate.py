@@ -19,8 +19,11 @@ from dreambooth_lib import families, lora
 from dreambooth_lib.config import LOW, ConfigError, TrainConfig
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.optim import choose
-from dreambooth_lib.weights import Trainable, precisions, trainable_of
+from dreambooth_lib.weights import Trainable, lets_go, precisions, trainable_of
 
+#: Bytes of a quantized weight: of "nf4" with a scale for every 64, itself of 8 bits with one for
+#: every 256; of "int8" its scales are few.
+_QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 #: AdamW's two moments of a parameter: in float32, and in 8 bits with a scale for every 256.
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
 GIB = 2**30
@@ -30,7 +33,8 @@ GIB = 2**30
 class Estimate:
     """Bytes of GPU memory at the worst moment of training, by what they hold, and the work."""
 
-    weights: int  #: of all parts of the base, as they lie in memory
+    weights: int  #: of the base's parts that are there in training, as they lie in memory
+    encoding: int  #: of text encoders that are there before all else and then let go of
     moments: int  #: of the optimizer, and the averaged weights where the config keeps them
     working: int  #: gradients and activations together, when they are most
     flops: float  #: floating-point operations of one update
@@ -38,7 +42,7 @@ class Estimate:
     @property
     def memory(self) -> int:
         """Peak allocated bytes."""
-        return self.weights + self.moments + self.working
+        return max(self.weights + self.moments + self.working, self.encoding)
 
 
 class Alive(TorchDispatchMode):
@@ -92,18 +96,24 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     trainable = trainable_of(family, config)
     trained = lora.trained(trainable)
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
-    kept = [tensor for module in modules for tensor in module.state_dict().values()]
     numbers = sum(parameter.numel() for parameter in trained)
-    weights = sum(tensor.nbytes for tensor in kept)
+    few = _QUANTIZED.get(config.quantize or "")
+    quantized = [getattr(family.pipeline, name, None) for name in family.quantized_names()]
+    sizes = {m: _size(m, few if m in quantized else None, half) for m in modules}
+    gone = family.frozen[1:] + family.text_encoders if lets_go(config) else []
+    encoding = sum(sizes.pop(module) for module in gone)
+    weights = sum(sizes.values())
     if config.prior == "distilled" and config.prior_weight > 0 and config.method == "full":
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
     with FakeTensorMode():
         for module in modules:
             _give_shapes(module)
         working, flops = _one_update(family, trainable, config, half)
+    if few is not None:  # a layer at a time is unpacked
+        working += max(m.weight.numel() for m in _linears(family.denoiser)) * half.itemsize
     moments = numbers * _MOMENTS[choose(config, "cuda")]
     moments += 4 * numbers * (config.ema_decay is not None)
-    return Estimate(weights, int(moments), working, flops)
+    return Estimate(int(weights), int(encoding), int(moments), working, flops)
 
 
 def fitted(config: TrainConfig, precision: str, free: int) -> TrainConfig:
@@ -131,6 +141,7 @@ def ways_out(config: TrainConfig, precision: str) -> str:
         "memory 'lowest'": {"memory": "lowest"},
         "method 'lora'": {"method": "lora"},
         "method 'lora' and memory 'low'": {"method": "lora", "memory": "low"},
+        "method 'lora' and quantize 'nf4'": {"method": "lora", "quantize": "nf4"},
         f"resolution {side // 16 * 8}": {"resolution": side // 16 * 8},
     }
     now, found = estimate(config, precision).memory, []
@@ -170,10 +181,25 @@ def _one_update(
         for tensor in (*trainable.parameters(), *trainable.buffers()):
             alive.without(tensor)
         with autocast:
-            given = None if config.train_text_encoder else cond
+            given = None if config.trains_text else cond
             loss = trainable(x_t, t, given, prompts).float().square().mean()
         loss.backward()
     return alive.most, float(config.gradient_accumulation * alive.flops)
+
+
+def _size(module: torch.nn.Module, few: float | None, half: torch.dtype) -> float:
+    """Bytes of a module's tensors, those of its linear layers at ``few`` each if that is given."""
+    size = float(sum(tensor.nbytes for tensor in module.state_dict().values()))
+    if few is not None:
+        packed = [m.weight for m in _linears(module) if m.weight.dtype is half]
+        size -= sum(weight.nbytes - few * weight.numel() for weight in packed)
+    return size
+
+
+def _linears(module: torch.nn.Module) -> list[torch.nn.Linear]:
+    """The layers that bitsandbytes quantizes; a LoRA's own are none of them."""
+    named = module.named_modules()
+    return [m for name, m in named if isinstance(m, torch.nn.Linear) and "lora_" not in name]
 
 
 def _give_shapes(module: torch.nn.Module) -> None:

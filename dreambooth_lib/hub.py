@@ -3,26 +3,12 @@
 from pathlib import Path
 
 from dreambooth_lib import choice, colab, families, pages, watch
+from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run
-from dreambooth_lib.weights import restored
 
 
 class HubError(ValueError):
     """What the Hub did not take."""
-
-
-def keep(run: Run, step: int, folder: str | Path) -> Path:
-    """Write a checkpoint as a pipeline that diffusers loads alone, with its card; gives the folder.
-
-    It is there when it is whole; until then a former one stays. Raises as :func:`write_card` does
-    and ``RunError`` where the run has no checkpoint of that step.
-    """
-    from dreambooth_lib.state import replacing_folder
-
-    with replacing_folder(folder) as partial:
-        restored(run, step).pipeline.save_pretrained(partial)
-        write_card(run, step, partial)
-    return Path(folder)
 
 
 def write_card(run: Run, step: int, folder: str | Path) -> Path:
@@ -51,7 +37,6 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
     The token is :func:`colab.hub_token`'s. A model that is there stays as visible as it is. Raises
     :class:`HubError` without a token and where the Hub refuses.
     """
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -72,16 +57,43 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
             f"the Hub did not take '{name}' ({_first_line(error)}); check that the name is "
             "your-name/model and that the token may write there."
         ) from error
-    except (OSError, httpx.HTTPError) as error:
+    except _unsent() as error:
         raise HubError(
-            f"the way to the Hub broke off ({_first_line(error)}); push again, and what is there "
-            "already is not sent twice."
+            f"'{name}' could not be sent to the Hub ({_first_line(error)}); check the network, and "
+            "run this again: what is there already is not sent twice."
         ) from error
     return str(there)
 
 
+def _unsent() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises where the network fails."""
+    try:
+        import httpx
+    except ImportError:  # an older client uses requests, whose errors are OSErrors
+        return (OSError,)
+    return OSError, httpx.HTTPError
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def usage(run: Run, model: str | Path, base: str = "") -> str:
+    """The Python that draws a run's subject by plain diffusers, its model being at ``model``.
+
+    ``base`` is where that of a LoRA is, if not where the run had it.
+    """
+    config = run.config
+    lora = config.method == "lora"
+    first = (base or config.base) if lora else model
+    load = [f'pipeline.load_lora_weights("{model}")'] if lora else []
+    prompt = f"{config.subject.instance_prompt} on the beach"
+    return "\n".join([
+        "from diffusers import DiffusionPipeline",
+        f'pipeline = DiffusionPipeline.from_pretrained("{first}")',
+        *load,
+        f'pipeline("{prompt}", guidance_scale={config.guidance_scale:g}).images[0]',
+    ])  # fmt: skip
 
 
 def _card(run: Run, step: int) -> str:
@@ -89,46 +101,50 @@ def _card(run: Run, step: int) -> str:
 
     config, subject = run.config, run.config.subject
     of_hub = not Path(families.locate(config.base)).exists()
+    lora = config.method == "lora"
+    # A folder's path would tell of the machine, and be of no use elsewhere.
+    base = config.base if of_hub else Path(config.base).name
     header = ModelCardData(
         base_model=config.base if of_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["dreambooth", "text-to-image", "diffusers"],
+        tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
     )
     rows = {row.step: row for row in watch.history(run)}
     fidelity, adherence, kept = choice.shares_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
-    if config.method == "lora":
-        trained += f", by LoRA of rank {config.lora_rank}, merged"
-    prior = f"prior preservation with λ {config.prior_weight:g}"
-    if config.prior_weight == 0:
-        prior = "no prior preservation"
-    elif config.prior == "distilled":
-        prior += f", taught by the base's own predictions for “{subject.class_prompt}”"
-    elif config.class_folder is None:
-        prior += f" and {config.class_pictures} class pictures of “{subject.class_prompt}”"
+    how = f", by LoRA of rank {config.lora_rank}" if lora else ""
+    what = f"A LoRA of `{base}`, to be loaded on top of it" if lora else f"`{base}` personalised"
+    code = usage(run, "this model's name", base).replace("\n", "\n    ")
     return f"""---
 {header.to_yaml()}
 ---
 
 # {subject.token}
 
-`{config.base if of_hub else Path(config.base).name}` personalised by DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)):
+{what}, by DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)):
 “{subject.token}” is one {subject.class_noun}, learnt from a few photos of it.
 
 ![the subject and its class](samples.png)
 
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained("this model's name")
-    prompt = "{subject.instance_prompt} on the beach"
-    pipeline(prompt, guidance_scale={config.guidance_scale:g}).images[0]
+    {code}
 
 - Step {step} of {config.steps}: pictures of the subject are {fidelity:.0%} as close to the photos
   as those to each other, follow prompts {adherence:.0%} as well as the base's, and {kept:.0%} of
-  the rest is as it was.
-- Trained: {trained}; learning rate {config.learning_rate:g}, {config.batch_size} photos an update;
-  {prior}.
+  the class is as it was.
+- Trained: {trained}{how}; learning rate {config.learning_rate:g}, {config.batch_size} photos an
+  update; {_prior(config)}.
 - The base's licence and terms hold for this model too. Ask whoever is in the photos or owns what
   they show before you share it.
 """
+
+
+def _prior(config: TrainConfig) -> str:
+    if not config.prior_weight:
+        return "no prior preservation"
+    by = f"prior preservation with λ {config.prior_weight:g}"
+    if config.prior == "distilled":
+        return f"{by}, by the base's own predictions for “{config.subject.class_prompt}”"
+    if config.class_folder is not None:
+        return f"{by} and the trainer's own class pictures"
+    return f"{by} and {config.class_pictures} class pictures of “{config.subject.class_prompt}”"

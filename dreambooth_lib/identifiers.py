@@ -44,12 +44,12 @@ def check_identifier(identifier: str, tokenizer: Any) -> list[str]:
     if len(tokens) != 1:
         warned.append(
             f"identifier '{identifier}' is {len(tokens)} tokens ({', '.join(tokens)}), which are "
-            "harder to bind; choose a single token from rare_identifiers."
+            "harder to bind; choose one from the list."
         )
     elif tokens[0] not in merged[int(_COMMON_SHARE * len(merged)) :]:
         warned.append(
             f"identifier '{identifier}' is a common token of the base, whose meaning would mix "
-            "with the subject's; choose a rare one from rare_identifiers."
+            "with the subject's; choose one from the list."
         )
     if identifier.lower() in _KNOWN_BAD:
         warned.append(

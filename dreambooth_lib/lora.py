@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.families import MADE_OF
+from dreambooth_lib.families import MADE_OF, tokens
 from dreambooth_lib.families.base import Family
 
 #: Of transformers' CLIP encoders: attention, and feed-forward.
@@ -24,16 +24,20 @@ def attach(family: Family, config: TrainConfig) -> None:
     """Add the config's adapters, the same ones for the same seed; all but them is frozen."""
     of_denoiser = family.attention_layers, family.feed_forward_layers
     layers = {family.denoiser: of_denoiser}
+    family.denoiser.requires_grad_(False)
+    for encoder in family.text_encoders if config.trains_text else ():
+        encoder.requires_grad_(False)
     if config.train_text_encoder:
         layers |= dict.fromkeys(family.text_encoders, _TEXT_LAYERS)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         for module, (attention, feed_forward) in layers.items():
-            module.requires_grad_(False)
             names = (*attention, *(feed_forward if config.lora_layers == "all" else ()))
             module.add_adapter(_settings(config, names))
             for parameter in trained(module):
                 parameter.data = parameter.data.float()
+        if config.train_token:
+            tokens.add(family, config.subject.identifier, config.subject.class_noun)
 
 
 def _settings(config: TrainConfig, names: tuple[str, ...]) -> Any:
@@ -67,7 +71,10 @@ def switched_off(family: Family) -> Iterator[None]:
 
 
 def save(family: Family, config: TrainConfig, folder: Path) -> None:
-    """Write the adapters as diffusers' ``load_lora_weights`` reads them, and their base's name."""
+    """Write the adapters as diffusers' ``load_lora_weights`` reads them, and their base's name.
+
+    A new word's embeddings are as its ``load_textual_inversion`` reads them.
+    """
     from peft import get_peft_model_state_dict
 
     names = {id(part): name for name, part in family.pipeline.components.items()}
@@ -75,8 +82,14 @@ def save(family: Family, config: TrainConfig, folder: Path) -> None:
     adapted = {names[id(module)]: module for module in modules}
     saved: dict[str, Any] = {}
     for name, module in adapted.items():
-        saved[f"{name}_lora_layers"] = get_peft_model_state_dict(module)
+        saved[f"{name}_lora_layers"] = get_peft_model_state_dict(
+            module, save_embedding_layers=False
+        )
         saved[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
     family.pipeline.save_lora_weights(folder, **saved)
-    base = {"base": config.base, "revision": config.revision, "variant": config.variant}
+    if config.train_token:
+        tokens.save(family, folder)
+    fields = ("base", "revision", "variant", "quantize")
+    base = {field: getattr(config, field) for field in fields}
+    base["word"] = config.subject.identifier if config.train_token else None
     (folder / MADE_OF).write_text(json.dumps(base, indent=2))

@@ -1,6 +1,7 @@
 """A run kept in a second place, such as Drive, and taken back from there after a disconnect.
 
-MIRROR/...                 the run's folder without what is hidden
+MIRROR/...                 the run's folder without what is hidden; of its checkpoints the newest
+                           and the best, as a drive has little room
 MIRROR/photos/             the subject's pictures: an upload is gone with the session, too
 MIRROR/class_photos/       the user's own class pictures
 MIRROR/class_pictures/     the sets that the base drew for this class
@@ -10,18 +11,22 @@ A file, a checkpoint and the pipeline each appear when they are whole: they are 
 renamed. Whatever is cut short, the mirror holds a run that can go on.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from dreambooth_lib import runs
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.copies import again, copy, copy_file, is_there, shown, stamp_of
+from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.runs import Run, RunError
 
 STATE = ".mirror.json"  # in the mirror
@@ -73,18 +78,6 @@ def mirror(run: Run, folder: str | Path) -> str | None:
     )
 
 
-def hand_over(file: Path, folder: Path) -> str | None:
-    """Copy a file into a mounted folder; None, or a sentence on why it is not there."""
-    try:
-        again(copy_file, file, folder / file.name)
-    except OSError as error:
-        return (
-            f"{file} could not be copied to {folder} ({error}); it is still here: see whether the "
-            "drive is full or gone, and run this again."
-        )
-    return None
-
-
 def restore(folder: str | Path, local: str | Path) -> Run:
     """Take a mirrored run back to ``local``, a new folder, with its pictures; gives the run.
 
@@ -110,34 +103,64 @@ def restore(folder: str | Path, local: str | Path) -> Run:
     return runs.resume(local)
 
 
-def newest_run(*folders: str | Path | None, like: TrainConfig | None = None) -> Found | None:
+def newest_run(*folders: str | Path | None) -> Found | None:
     """The newest run in these folders that has not finished, else the newest; None if none.
 
     Of a run and its mirror it is the one that is further, or else the one in the earlier folder.
-    With ``like`` only runs of its base and of a subject of its name and class noun count. A folder
-    that is None or not there, as Drive may be, holds none.
+    A folder that is None or not there, as Drive may be, holds none.
     """
-    furthest: dict[str, Found] = {}
-    for place in [p for folder in folders if folder is not None for p in _inside(Path(folder))]:
-        run = _found(place)
-        if run is None or (like is not None and not _alike(run.run.config, like)):
+    return max(_all(folders), key=lambda run: (not run.finished, run.when), default=None)
+
+
+def cut_off(
+    go_on: bool | str,
+    folders: Sequence[str | Path | None],
+    pictures: str | Path | None,
+    class_noun: str,
+    base: str,
+) -> tuple[Found | None, str]:
+    """The newest unfinished run of these pictures, noun and base, and a sentence for its user.
+
+    Where there is none, or ``go_on`` is False, it gives None, and the sentence says which run is
+    left alone, and why. With a run's name as ``go_on`` it is that one, whatever it is of. Pictures
+    that are None, or gone as after a disconnect, tell nothing.
+    """
+    found = [run for run in _all(folders) if go_on and not run.finished]
+    found.sort(key=lambda run: run.when, reverse=True)
+    others = ""
+    for run in found:
+        other = "" if isinstance(go_on, str) else _other(run, pictures, class_noun, base)
+        if isinstance(go_on, str) and run.run.folder.name != go_on:
             continue
-        known = furthest.setdefault(_word_of(place), run)
-        if (run.finished, run.step, run.when) > (known.finished, known.step, known.when):
-            furthest[_word_of(place)] = run
-    return max(furthest.values(), key=lambda run: (not run.finished, run.when), default=None)
+        if not other:
+            return run, f"Going on with {run}"
+        name = run.run.folder.name
+        others = others or f"Left alone: {run}; {other}: GO_ON = {name!r} goes on with it.\n"
+    if isinstance(go_on, str):
+        others = f"There is no unfinished run called {go_on!r}.\n"
+    return None, f"{others}Beginning a new run."
 
 
-def _alike(one: TrainConfig, other: TrainConfig) -> bool:
-    kinds = [(c.base, c.subject.name, c.subject.class_noun) for c in (one, other)]
-    return kinds[0] == kinds[1]
+def bring(found: Found, folder: str | Path, drive: str | Path | None = None) -> Run:
+    """The run itself where it lies in ``folder``, else restored to there, as :func:`restore` does.
+
+    Its name there is its own, or one that is free in both where another run has that.
+    """
+    run, folder = found.run, Path(folder)
+    if run.folder.parent == folder:
+        return run
+    name = run.folder.name
+    if (folder / name).exists():
+        name = free_name(name, folder, drive)
+    return restore(run.folder, folder / name)
 
 
-def _word_of(folder: Path) -> str:
-    """What a run and its mirror have in common, and no other."""
-    file = folder / IDENTITY
-    known = _read(folder) if not file.exists() else {"identity": file.read_text()}
-    return known["identity"] if known else str(folder)
+def free_name(name: str, *folders: str | Path | None) -> str:
+    """The name, or with a number after it, that nothing in these folders has, nor a zip there."""
+    places = [path.name for folder in folders if folder is not None for path in _inside(folder)]
+    taken = {place.removesuffix(".zip") for place in places} | set(places)
+    numbered = (f"{name}-{number}" for number in count(2))
+    return next(free for free in chain([name], numbered) if free not in taken)
 
 
 def _copy_parts(run: Run, folder: Path, known: dict[str, Any]) -> list[str]:
@@ -159,8 +182,9 @@ def _copy_parts(run: Run, folder: Path, known: dict[str, Any]) -> list[str]:
 def _parts(run: Run) -> dict[str, Path]:
     """Files, and folders that are copied whole, by their place in the mirror.
 
-    In the order in which a mirror that is cut short can be gone on with: pictures before the rows
-    that tell of them, those before the config that makes a folder a run, the newest weights first.
+    Of the checkpoints these are the newest and the best, where looks tell which that is. In the
+    order in which a mirror that is cut short can be gone on with: pictures before the rows that
+    tell of them, those before the config that makes a folder a run, the newest weights first.
     """
     config = run.config
     parts = _pictures(config.subject.pictures, "photos")
@@ -173,9 +197,19 @@ def _parts(run: Run) -> dict[str, Path]:
     files = [p for p in shown(run.folder) if p.parts[0] not in ("checkpoints", "pipeline")]
     files.sort(key=lambda path: (len(path.parts), path), reverse=True)
     whole = [run.pipeline] if run.pipeline.exists() else []
-    whole += reversed(run.checkpoints().values())
+    whole += _checkpoints(run)
     names = files + [path.relative_to(run.folder) for path in whole]
     return parts | {name.as_posix(): run.folder / name for name in names}
+
+
+def _checkpoints(run: Run) -> list[Path]:
+    from dreambooth_lib import choice, watch
+
+    found = run.checkpoints()
+    wanted = list(found)[-1:]
+    if len(watch.history(run)) > 1:
+        wanted.append(choice.best_checkpoint(run).step)
+    return [found[step] for step in dict.fromkeys(wanted) if step in found]
 
 
 def _pictures(source: str, place: str) -> dict[str, Path]:
@@ -185,12 +219,23 @@ def _pictures(source: str, place: str) -> dict[str, Path]:
 
 
 def _drop(folder: Path, parts: dict[str, Path], stamps: dict[str, Any]) -> None:
-    """Remove checkpoints and a pipeline that the run has no more, and their half-made copies."""
-    for path in [*(folder / "checkpoints").iterdir(), folder / "pipeline"]:
+    """Remove checkpoints and a pipeline that are no part any more, and their half-made copies."""
+    for path in [*(folder / "checkpoints").iterdir(), *folder.glob("*pipeline*")]:
         name = path.relative_to(folder).as_posix()
         if name not in parts and path.is_dir():
-            shutil.rmtree(path)
+            _discard(path)
             stamps.pop(name, None)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder after emptying its files: Drive's trash counts against its room."""
+    hidden = folder
+    if not folder.name.startswith("."):  # half-emptied, it must not be taken for a checkpoint
+        hidden = folder.rename(folder.with_name(f".{folder.name}.gone"))
+    for file in hidden.rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+    shutil.rmtree(hidden)
 
 
 def _identity(run: Run) -> str:
@@ -207,8 +252,8 @@ def _known(folder: Path, identity: str) -> dict[str, Any] | None:
     """What the mirror says of itself, begun where nothing is; None if it is not this run's."""
     folder.mkdir(exist_ok=True)
     known = _read(folder)
-    # A first write that failed may have left its hidden part.
-    if known is None and not any(path.name[0] != "." for path in folder.iterdir()):
+    # What is hidden may be left of a first write that failed.
+    if known is None and all(path.name.startswith(".") for path in folder.iterdir()):
         known = {"identity": identity, "parts": {}}
         _write(folder, known)
     return known if known and known["identity"] == identity else None
@@ -260,9 +305,54 @@ def _taken(name: str, source: str, partial: Path, local: Path) -> str:
     return source
 
 
-def _inside(folder: Path) -> list[Path]:
+def _all(folders: Sequence[str | Path | None]) -> list[Found]:
+    """Every run in these folders once: of a run and its mirrors the one that is furthest."""
+    places = [path for folder in folders if folder is not None for path in _inside(folder)]
+    copies: dict[str, list[Found]] = {}
+    for place in places:
+        if (run := _found(place)) is not None:
+            copies.setdefault(_identity_at(place), []).append(run)
+    return [max(of, key=lambda run: (run.step, run.finished, run.when)) for of in copies.values()]
+
+
+def _identity_at(folder: Path) -> str:
+    """The word by which a run and its mirror are known for one; the folder's path without one."""
+    file = folder / IDENTITY
     try:
-        return sorted(folder.iterdir())
+        known = _read(folder)
+        if known is not None:
+            return known["identity"]
+        return file.read_text() if file.exists() else str(folder)
+    except OSError:
+        return str(folder)
+
+
+def _other(found: Found, pictures: str | Path | None, class_noun: str, base: str) -> str:
+    """What a run is of that was not asked for, in words; empty where it is all the same."""
+    config = found.run.config
+    asked = {"base": runs.whole_base(base), "class noun": class_noun.strip()}
+    for name, own in (("base", config.base), ("class noun", config.subject.class_noun)):
+        if own != asked[name]:
+            return f"its {name} is {own!r}, and not {asked[name]!r}"
+    if pictures is None or not Path(pictures).exists():
+        return ""
+    folder = found.run.folder
+    same = _content(_taken("photos", config.subject.pictures, folder, folder)) == _content(pictures)
+    return "" if same else f"its pictures are not those in {pictures}"
+
+
+def _content(pictures: str | Path) -> list[str] | None:
+    """What is in pictures, whatever they are called; None where they cannot be read."""
+    try:
+        photos = read_pictures(pictures)
+    except (OSError, ValueError):
+        return None
+    return sorted(hashlib.sha256(photo.image.tobytes()).hexdigest() for photo in photos)
+
+
+def _inside(folder: str | Path) -> list[Path]:
+    try:
+        return sorted(Path(folder).iterdir())
     except OSError:  # there is none, or a drive is gone
         return []
 

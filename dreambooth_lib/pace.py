@@ -6,12 +6,12 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from dreambooth_lib import runs
+from dreambooth_lib import memory, runs
 from dreambooth_lib.config import TrainConfig
 
 _NEVER = 10**6  # updates
 _UPDATES = 3
-_TRIES = 30
+_TRIES = 40  # in fp16 the first updates are skipped until the loss is scaled so that it fits
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ def measure(config: TrainConfig) -> Pace:
     That loads the base and draws a batch of class pictures, which is no part of the pace. Raises
     as :func:`dreambooth_lib.training.train` does.
     """
-    from dreambooth_lib.training import NonFiniteLoss, Trainer, free_memory
+    from dreambooth_lib.training import NonFiniteLoss, Trainer
 
-    free_memory()
+    memory.free()
     brief = config.replace(
         steps=_NEVER,
         checkpoint_every=_NEVER,
@@ -45,13 +45,12 @@ def measure(config: TrainConfig) -> Pace:
     with TemporaryDirectory() as folder:
         trainer = Trainer(runs.start(brief, Path(folder) / "run"))
         look = trainer.look()
-        trainer.update()  # the first one also warms up
-        # The first ones in fp16 may be skipped, to find its scale.
         tried = (trainer.update() for _ in range(_TRIES))
-        seconds = [step.seconds for step in islice(filter(None, tried), _UPDATES)]
+        made = (step.seconds for step in tried if step is not None)
+        seconds = list(islice(made, 1, 1 + _UPDATES))  # the first one also warms up
     if not seconds:
         raise NonFiniteLoss(
-            f"{_TRIES} updates in a row had gradients that are not finite; set mixed_precision to "
-            "'no' or 'bf16'."
+            f"no update could be measured: of {_TRIES} all but one at most were skipped, as the "
+            "gradient is not finite; lower learning_rate, or use mixed_precision 'no'."
         )
     return Pace(median(seconds), look.seconds if look else 0.0)

@@ -3,9 +3,11 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from dreambooth_lib.words import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from dreambooth_lib.watch import Watched
 
 _RULE = "#d0d0d0"
+_STEPS = NAMES["step"]
 
 
 def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure":
@@ -40,7 +43,8 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
     for axes, (name, key, colour) in zip(panels, series, strict=True):
         points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
         _curve(axes, name, points, colour, window)
-    panels[-1].set_xlabel("step (optimizer updates)")
+    panels[-1].set_xlabel(_STEPS)
+    _from_zero(panels[-1], log[-1]["step"])
     _write_png(path, figure.savefig)
     return figure
 
@@ -48,6 +52,7 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
 def watched(rows: "Sequence[Watched]", path: str | Path | None = None) -> "Figure":
     """What the looks at a run found: the shares that the choice weighs, and the held-out losses.
 
+    Shares are of the photos' own likeness, of the base's adherence and of the rest as it was.
     Losses are means over the timestep bins, relative to the frozen base's: above 1 is worse than
     before training. Raises ``ValueError`` without any look.
     """
@@ -60,18 +65,19 @@ def watched(rows: "Sequence[Watched]", path: str | Path | None = None) -> "Figur
     steps = [row.step for row in rows]
     figure = Figure(figsize=(8, 5.8), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    names = ("like the photos", "follows prompts", "the rest as it was")
+    names = ("like your photos", "follows the prompt", "the rest unchanged")
     found = [shares_of(row, rows[0]) for row in rows]
     for name, values in zip(names, zip(*found, strict=True), strict=True):
         upper.plot(steps, values, "o-", label=name)
-    upper.set(ylabel="share", ylim=(0, 1.03))
-    upper.set_title("how good the pictures are (1 is best)", loc="left", fontsize=10)
+    upper.set(ylabel="score, 0 to 1", ylim=(0, 1.03))
+    upper.set_title("How good the pictures are (1 is best)", loc="left", fontsize=10)
     for kind in rows[0].held_out:
         losses = [np.mean(row.held_out[kind]) / np.mean(rows[0].held_out[kind]) for row in rows]
         lower.plot(steps, losses, "o-", label=kind)
-    lower.set(ylabel="loss relative to the base's", xlabel="step (optimizer updates)")
-    title = "loss on pictures kept out of training (1: before it)"
+    lower.set(ylabel="relative loss", xlabel=_STEPS)
+    title = "Loss on pictures it never trained on (1 = before training)"
     lower.set_title(title, loc="left", fontsize=10)
+    _from_zero(lower, steps[-1])
     if len(rows) > 1:
         best = best_of(rows).step
         upper.axvline(best, color="black", linestyle=":", label=f"best: step {best}")
@@ -91,10 +97,12 @@ def heat_map(
     y: str,
     value: str = "standing",
     path: str | Path | None = None,
+    best: Literal["max", "min"] = "max",
 ) -> "Figure":
     """A study's table as a map: mean ``value`` over all rows of each (x, y), the best one framed.
 
-    Rows are of :func:`dreambooth_lib.sweep.table`. Raises ``ValueError`` for none.
+    The best is the brightest: the most, or with ``best="min"`` the least. Rows are of
+    :func:`dreambooth_lib.sweep.table`. Raises ``ValueError`` for none.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -109,18 +117,19 @@ def heat_map(
     size = (2.6 + 0.95 * len(across), 1.6 + 0.6 * len(down))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(found, cmap="viridis", aspect="auto")
+    colours, first = {"max": ("viridis", np.nanargmax), "min": ("viridis_r", np.nanargmin)}[best]
+    image = axes.imshow(found, cmap=colours, aspect="auto")
     middle = (np.nanmin(found) + np.nanmax(found)) / 2
     for (i, j), number in np.ndenumerate(found):
-        colour = "white" if number < middle else "black"
+        colour = "white" if (number < middle) == (best == "max") else "black"
         axes.text(j, i, f"{number:.3f}", ha="center", va="center", color=colour)
-    i, j = np.unravel_index(np.nanargmax(found), found.shape)
+    i, j = np.unravel_index(first(found), found.shape)
     frame = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5)
     axes.add_patch(frame)
-    axes.set_xticks(range(len(across)), [str(v) for v in across])
-    axes.set_yticks(range(len(down)), [str(v) for v in down])
-    axes.set(xlabel=x, ylabel=y)
-    figure.colorbar(image, label=value)
+    axes.set_xticks(range(len(across)), [_short(v) for v in across])
+    axes.set_yticks(range(len(down)), [_short(v) for v in down])
+    axes.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    figure.colorbar(image, label=NAMES.get(value, value))
     _write_png(path, figure.savefig)
     return figure
 
@@ -146,13 +155,27 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
     axes.plot(*zip(*best, strict=True), color="black", linewidth=1, label="front", zorder=0)
     for value in sorted({row[by] for row in rows}):
         own = [point for point, row in zip(points, rows, strict=True) if row[by] == value]
-        axes.plot(*zip(*own, strict=True), "o", alpha=0.8, label=f"{by} {value}")
-    axes.set(xlabel="prior drift (lower keeps the class)", ylabel="subject fidelity")
+        axes.plot(
+            *zip(*own, strict=True), "o", alpha=0.8, label=f"{NAMES.get(by, by)} {_short(value)}"
+        )
+    axes.set(
+        xlabel="class drift (lower keeps the class)", ylabel="like the photos (higher is more)"
+    )
     axes.grid(color=_RULE, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     _write_png(path, figure.savefig)
     return figure
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _from_zero(axes: "Axes", last: int) -> None:
+    """Steps from 0 on, and ten at least: of fewer there would be ticks between the whole ones."""
+    span = max(10, last)
+    axes.set_xlim(-0.02 * span, 1.02 * span)
 
 
 def _curve(axes: "Axes", name: str, points: list[Any], colour: str, window: int) -> None:

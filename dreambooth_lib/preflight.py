@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from dreambooth_lib import colab, families, packages
+from dreambooth_lib import colab, families, memory, packages
 
 PYTHON = (3, 11)  #: the lowest that the kit runs on
 GIB = 2**30
@@ -37,6 +37,11 @@ class Needs:
     gpu: int
     memory: int
     disk: int
+    drive: int  #: where the run is mirrored
+
+
+class NotReady(RuntimeError):
+    """Something that a run needs is not there."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ class Table:
     """Checks as a notebook shows them, and as text; each row says in words whether it is well."""
 
     checks: Sequence[Check]
+
+    def check(self) -> None:
+        """Raise :class:`NotReady` where there is a red line."""
+        red = [check.name for check in self.checks if not check.ok]
+        if red:
+            raise NotReady(
+                f"this machine is not ready ({', '.join(red)}); do what the red lines of the table "
+                "say, or set IGNORE_RED = True to go on all the same."
+            )
 
     def __repr__(self) -> str:
         lines = []
@@ -74,9 +88,11 @@ def _mark(check: Check) -> tuple[str, str]:
     return ("✓", "ok") if check.ok else ("✗", "to fix")
 
 
-def preflight(base: str, folder: str | Path) -> list[Check]:
+def preflight(base: str, folder: str | Path, drive: str | Path | None = None) -> list[Check]:
     """Look at what a run on ``base`` in ``folder`` needs; the fixes are for whoever is not ready.
 
+    ``drive`` is where it will be mirrored, if it will. What runs that were cut off take there and
+    in ``folder`` counts as free, as it is mostly one of them that is gone on with.
     Nothing is downloaded, written or changed; the Hub is asked for one header. While packages are
     absent only what needs none of them is looked at.
     """
@@ -91,10 +107,14 @@ def preflight(base: str, folder: str | Path) -> list[Check]:
     needs = needs_of(base, gpu or large)
     checks.append(_gpu(large))
     if gpu:
+        memory.free()
         free, total = torch.cuda.mem_get_info()
         fix = "restart the session to free it, or choose a GPU with more memory."
         checks += [_optimizer(), _room("GPU memory", free, total, needs.gpu, fix)]
-    return [*checks, _memory(needs.memory), _disk(Path(folder), needs.disk), _base(base)]
+    checks += [_memory(needs.memory), _disk(Path(folder), needs.disk)]
+    if drive is not None:
+        checks.append(_drive(Path(drive), needs.drive))
+    return [*checks, _base(base)]
 
 
 def needs_of(base: str, gpu: bool) -> Needs:
@@ -104,12 +124,13 @@ def needs_of(base: str, gpu: bool) -> Needs:
     the activations (11.2 GB in all, as others publish for Stable Diffusion 1.5); system memory
     holds the base while it loads, later a checkpoint while it is written. A CPU's holds weights,
     gradients, moments and their average. The disk holds four checkpoints, the pipeline twice and
-    the base.
+    the base; a drive holds the newest checkpoint, the best and the pipeline.
     """
     weights = 4 * _parameters(base)
     checkpoint = weights * (1.25 if gpu else 4)
-    memory = 2 * GIB + (1.25 if gpu else 5) * weights
-    return Needs(int(2.6 * weights), int(memory), int(4 * checkpoint + 3 * weights))
+    ram = 2 * GIB + (1.25 if gpu else 5) * weights
+    disk, drive = 4 * checkpoint + 3 * weights, 2 * checkpoint + weights
+    return Needs(int(2.6 * weights), int(ram), int(disk), int(drive))
 
 
 def _parameters(base: str) -> int:
@@ -183,9 +204,9 @@ def _optimizer() -> Check:
 def _memory(needed: int) -> Check:
     import psutil
 
-    memory = psutil.virtual_memory()
+    ram = psutil.virtual_memory()
     fix = "Restart the session or close other programs to free memory."
-    return _room("memory", memory.available, memory.total, needed, fix)
+    return _room("memory", ram.available, ram.total, needed, fix)
 
 
 def _disk(folder: Path, needed: int) -> Check:
@@ -193,7 +214,23 @@ def _disk(folder: Path, needed: int) -> Check:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     usage = shutil.disk_usage(there)
     fix = f"Remove runs and models that you no longer need, or use another folder than {folder}."
-    return _room("disk", usage.free, usage.total, needed, fix)
+    return _room("disk", usage.free + _cut_off(folder), usage.total, needed, fix)
+
+
+def _drive(folder: Path, needed: int) -> Check:
+    fix = "Make room on Drive, its trash too, or set DRIVE = False and lose a run to a disconnect."
+    try:
+        usage = shutil.disk_usage(folder)
+        return _room("Drive", usage.free + _cut_off(folder), usage.total, needed, fix)
+    except OSError as error:
+        return Check("Drive", False, f"{folder} does not answer ({error})", fix)
+
+
+def _cut_off(folder: Path) -> int:
+    """Bytes of the runs in a folder that have not finished."""
+    begun = [place.parent for place in folder.glob("*/config.toml")]
+    files = [file for run in begun if not (run / "pipeline").exists() for file in run.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _room(name: str, free: int, total: int, needed: int, fix: str) -> Check:

@@ -23,7 +23,8 @@ BATCH = 8  # pictures sampled at a time
 def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
     """Everything that a class picture depends on, besides its number."""
     scheduler = family.pipeline.scheduler
-    return {
+    quantized = {"quantize": config.quantize} if config.quantize else {}
+    return quantized | {
         "base": config.base,
         "weights": _digest_of_weights(config),
         "prompt": config.subject.class_prompt,
@@ -83,8 +84,9 @@ def _digest_of_weights(config: TrainConfig) -> str:
         return Path(cached).parent.name if isinstance(cached, str) else str(config.revision)
     digest = hashlib.sha256()
     if (path / families.MADE_OF).exists():
-        below = families.made_of(str(path))
-        digest.update(_digest_of_weights(config.replace(**below)).encode())
+        below, _ = families.made_of(str(path))
+        of_hub = {name: below[name] for name in ("base", "revision", "variant")}
+        digest.update(_digest_of_weights(config.replace(**of_hub)).encode())
     for file in sorted([*path.glob("*.safetensors"), *path.glob("[!.]*/*.safetensors")]):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

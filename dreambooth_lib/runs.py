@@ -18,7 +18,7 @@ from dreambooth_lib.config import TrainConfig
 
 #: What a run is of: with another, its checkpoints would not fit or mean something else.
 _FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "method",
-          "lora_rank", "lora_alpha", "lora_layers", "dora")  # fmt: skip
+          "lora_rank", "lora_alpha", "lora_layers", "dora", "quantize", "train_token")  # fmt: skip
 
 
 class RunError(ValueError):
@@ -97,7 +97,7 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
     """Make a run's folder. Raises :class:`RunError` where the folder holds something already."""
     from dreambooth_lib.state import replace_file
 
-    folder, config = Path(folder), _with_whole_paths(config)
+    folder, config = Path(folder), with_whole_paths(config)
     if (folder / "config.toml").exists():
         raise RunError(
             f"{folder} holds a run already; go on with it by resume('{folder}'), "
@@ -112,65 +112,54 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
 def begin(config: TrainConfig, folder: str | Path) -> Run:
     """Start a run, or go on with the one in the folder, from now on with this config.
 
-    Raises :class:`RunError` where that run is of another subject, trains other weights, or was
-    trained to its end with other settings: more ``steps`` are all that it takes then.
+    Raises :class:`RunError` where that run is of another subject or trains other weights, where it
+    has come further than ``config.steps``, and where it has finished and more than its steps and
+    its early stop is to be changed: its config would no longer say how it was trained.
     """
     if not (Path(folder) / "config.toml").exists():
         return start(config, folder)
-    begun, config = resume(folder), _with_whole_paths(config)
-    field = _in_the_way(begun, config)
-    if field is not None:
-        old, new = getattr(begun.config, field), getattr(config, field)
-        raise RunError(
-            f"{folder} holds a {'finished ' if begun.finished else ''}run whose {field} is "
-            f"{old!r}, and not {new!r}; choose another folder for this one."
+    if why := refusal(config, folder):
+        raise RunError(why)
+    news = vars(with_whole_paths(config))
+    return resume(folder, **{field.name: news[field.name] for field in dataclasses.fields(config)})
+
+
+def refusal(config: TrainConfig, folder: str | Path) -> str | None:
+    """Why :func:`begin` would not go on with the run in the folder, in a sentence, or None."""
+    if not (Path(folder) / "config.toml").exists():
+        return None
+    begun = resume(folder)
+    olds, news = vars(begun.config), vars(with_whole_paths(config))
+    for field in [name for name in olds if olds[name] != news[name]]:
+        if field in _FIXED:
+            return (
+                f"{folder} holds a run whose {field} is {olds[field]!r}, and not {news[field]!r}; "
+                "begin a new run for this one: choose another folder."
+            )
+        if begun.finished and field not in ("steps", "early_stop"):
+            return (
+                f"{folder} holds a run that has finished with {field} {olds[field]!r}, and not "
+                f"{news[field]!r}; begin a new run, or change nothing but steps to go on with it."
+            )
+    reached = max(begun.checkpoints(), default=0)
+    if config.steps < reached:
+        return (
+            f"{folder} has come to step {reached}, beyond steps {config.steps}; raise steps to go "
+            "on with it, or begin a new run."
         )
-    fields = dataclasses.fields(config)
-    return resume(folder, **{field.name: getattr(config, field.name) for field in fields})
+    return None
 
 
-def place(
-    config: TrainConfig, name: str, *folders: str | Path | None, last: Path | None = None
-) -> Path:
-    """Where a run of ``config`` goes: ``last`` if that can be gone on with, else a new place.
-
-    A new place is ``name`` in the first of ``folders``, or ``name-2`` and so on where one of them
-    has that already. A folder that is None, as Drive may be, has none.
-    """
-    if (
-        last is not None
-        and (last / "config.toml").exists()
-        and _in_the_way(resume(last), _with_whole_paths(config)) is None
-    ):
-        return last
-    known = [Path(folder) for folder in folders if folder is not None]
-    number = 1
-    while any((folder / _numbered(name, number)).exists() for folder in known):
-        number += 1
-    return known[0] / _numbered(name, number)
-
-
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}-{number}"
-
-
-def _in_the_way(run: Run, config: TrainConfig) -> str | None:
-    """A field by which a run cannot be gone on with as ``config`` says, if there is one."""
-    fixed = list(_FIXED)
-    if run.finished:
-        more = config.steps > run.config.steps
-        free = {"steps", "early_stop"} if more else {"early_stop"}
-        fixed += [f.name for f in dataclasses.fields(config) if f.name not in {*free, *_FIXED}]
-    return next((f for f in fixed if getattr(run.config, f) != getattr(config, f)), None)
-
-
-def _with_whole_paths(config: TrainConfig) -> TrainConfig:
-    """A run must find its pictures and its base whatever folder it is resumed from."""
+def with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """As a run keeps it, which must find its pictures and its base whatever folder it is in."""
     subject = dataclasses.replace(config.subject, pictures=_absolute(config.subject.pictures))
     own = config.class_folder and _absolute(config.class_folder)
-    local = config.base != "toybox" and Path(config.base).exists()
-    base = _absolute(config.base) if local else config.base
-    return config.replace(subject=subject, class_folder=own, base=base)
+    return config.replace(subject=subject, class_folder=own, base=whole_base(config.base))
+
+
+def whole_base(base: str) -> str:
+    """A base as a run's config has it: a local one by its whole path."""
+    return _absolute(base) if base != "toybox" and Path(base).exists() else base
 
 
 def _absolute(path: str) -> str:

@@ -1,5 +1,6 @@
 """Seeded pictures from a base or a run, through its own diffusers pipeline."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.weights import base_of, restored
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from dreambooth_lib.families.base import Family
@@ -86,9 +88,7 @@ def draw(
     try:
         with torch.inference_mode():
             return family.pipeline(
-                prompt=[prompt for prompt, _ in wanted],
-                # None, and not "", for the base's own idea of no prompt: SDXL's is all zeros.
-                negative_prompt=[negative_prompt] * len(wanted) if negative_prompt else None,
+                **family.prompt_arguments([prompt for prompt, _ in wanted], negative_prompt),
                 generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
@@ -105,14 +105,9 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
 
     Raises as :func:`sample` does.
     """
-    import torch
-
     if not isinstance(source, Run | TrainConfig | str):
         return source
-    half = torch.float32
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        half = torch.bfloat16 if bf16 else torch.float16
+    half = _half()
     if isinstance(source, str):
         family = families.load(source, half=half, whole=())
     elif isinstance(source, TrainConfig):
@@ -124,6 +119,34 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
         family = families.load(str(source.folder), resolution=resolution, half=half, whole=())
     else:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
+    return _placed(family, half)
+
+
+def compose(loras: Mapping[Run | str, float]) -> "Family":
+    """What draws with several LoRAs at once: runs or their folders, each with its weight.
+
+    Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; the weights
+    are 1 for each as it was trained. Raises ``BaseError`` where they are not all of one base.
+    """
+    half = _half()
+    folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
+    return _placed(families.compose(folders, half=half, whole=()), half)
+
+
+def _half() -> "torch.dtype":
+    """The precision to draw in."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def _placed(family: "Family", half: "torch.dtype") -> "Family":
+    """On the GPU, if there is one."""
+    import torch
+
     if torch.cuda.is_available():
         from accelerate import PartialState
 

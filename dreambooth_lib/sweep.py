@@ -3,12 +3,14 @@
 FOLDER/class_pictures/, latents/   made once, shared by all cells
 FOLDER/CELL/                       a run; its looks are the table's rows
 FOLDER/table.csv                   a row a cell and step; FOLDER/failures.json where cells failed
+
+A folder holds one study: it goes on with more steps and more cells, and refuses another config.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from math import gcd
 from pathlib import Path
@@ -16,10 +18,13 @@ from statistics import fmean
 from typing import Any
 
 from dreambooth_lib import choice, prior, runs, watch
+from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import View, Watched
 from dreambooth_lib.weights import base_of
+from dreambooth_lib.words import NAMES
 
 #: Enough pictures that another draw of seeds moves a mean little.
 VIEW = View(seeds=4, class_pictures=12, unrelated=1, inference_steps=25)
@@ -27,6 +32,10 @@ VIEW = View(seeds=4, class_pictures=12, unrelated=1, inference_steps=25)
 MEASURES = ("standing", "subject_fidelity", "reference_fidelity", "prompt_adherence",
             "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
             "base_pres", "unrelated_drift")  # fmt: skip
+#: What a run's end and its looks hang on, and nothing that it has done so far.
+_LENGTH = ("steps", "watch_every", "checkpoint_every")
+#: Standings closer than this are alike: another seed moves them as much.
+ALIKE = 0.01
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,9 @@ def sweep(
 ) -> Iterator[Progress]:
     """Train every config to the largest of ``steps`` and look at it in each of them.
 
-    Cells that are finished are not run again and a stopped one goes on. Without an ``executor``
+    Cells that are finished are not run again; a stopped one goes on, and so does a finished one to
+    more steps. Raises :class:`RunError` where the folder holds another study, whose rows would pass
+    for this one's, or a run that went past one of ``steps`` without a look. Without an ``executor``
     they run here, one by one; with one (processes, dask's ``Client.get_executor()``, submitit) on
     its workers, which must see ``folder``. ``threads`` are torch's in each cell; tables are equal
     bit by bit only for equal numbers of threads. A cell that fails is recorded in
@@ -71,6 +82,8 @@ def sweep(
         name: config.replace(steps=max(steps), watch_every=every, checkpoint_every=every)
         for name, config in configs.items()
     }
+    for name, config in wanted.items():
+        _check_same(folder / name, config, steps, _view_of(view, config))
     _share_class_pictures(wanted.values(), folder)
     errors: dict[str, str] = {}
     cells = {name: (folder / name, config, view, threads) for name, config in wanted.items()}
@@ -103,14 +116,13 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
     torch.set_num_threads(threads or before)
     try:
         if (folder / "config.toml").exists():
-            run = runs.resume(folder)
+            run = _lengthened(runs.resume(folder), config)
         else:
             run = runs.start(config, folder)
-        view = View(**asdict(view) | {"guidance_scale": config.guidance_scale})
         place = folder / "watch" / "view.json"
         if not place.exists():
-            replace_file(place, json.dumps(asdict(view)).encode())
-        if not run.finished:
+            replace_file(place, json.dumps(asdict(_view_of(view, config))).encode())
+        if not _ended(run):
             for _ in train(run):
                 pass
     except Exception as error:  # whatever it is, the other cells must go on
@@ -118,6 +130,53 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
     finally:
         torch.set_num_threads(before)
     return None
+
+
+def _view_of(view: View, config: TrainConfig) -> View:
+    """The study's view at the guidance that the base is drawn with."""
+    return replace(view, guidance_scale=config.guidance_scale)
+
+
+def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: View) -> None:
+    """Raise where a cell's folder holds what the study in hand would not have made."""
+    if not (folder / "config.toml").exists():
+        return
+    run, place = runs.resume(folder), folder / "watch" / "view.json"
+    # A schedule spans the run: made longer, its earlier steps would have been others.
+    free = _LENGTH if config.lr_schedule == "constant" else _LENGTH[1:]
+    other = difference(plain(run.config), plain(config), free)
+    if other is None and place.exists():
+        other = difference(json.loads(place.read_text()), asdict(view))
+    if other is not None:
+        raise RunError(
+            f"{folder.parent} holds a study of {named(run.config)} {other}; choose another folder "
+            "for this one."
+        )
+    seen, reached = {row.step for row in watch.history(run)}, _reached(run)
+    unseen = [str(step) for step in steps if step <= reached and step not in seen]
+    if unseen:
+        raise RunError(
+            f"{folder} is at step {reached} and was not looked at in step {', '.join(unseen)}; "
+            "leave that out of the steps, or choose another folder."
+        )
+
+
+def _lengthened(run: Run, config: TrainConfig) -> Run:
+    """The run with the config's end, if it has not gone further, and with its looks."""
+    changes = {name: getattr(config, name) for name in _LENGTH}
+    changes["steps"] = max(config.steps, _reached(run))
+    return runs.resume(run.folder, **changes)
+
+
+def _reached(run: Run) -> int:
+    """The step that the run goes on from: its end, or its newest checkpoint."""
+    return run.log()[-1]["step"] if run.finished else max(run.checkpoints(), default=0)
+
+
+def _ended(run: Run) -> bool:
+    """Whether a run has nothing left to do, which a pipeline of fewer steps does not say."""
+    peaked = run.config.early_stop and choice.has_peaked(watch.history(run))
+    return run.finished and (peaked or _reached(run) >= run.config.steps)
 
 
 def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
@@ -135,7 +194,7 @@ def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
 def table(
     configs: Mapping[str, TrainConfig], folder: str | Path, steps: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A row a cell and step that is there: what varies among the configs, then the measures.
+    """A row a cell and step that is there: λ and what varies among the configs, then the measures.
 
     Plain dicts, as ``pandas.DataFrame`` takes them.
     """
@@ -166,7 +225,9 @@ def measures(seen: Watched, base: Watched) -> dict[str, float]:
 def _varied(configs: Iterable[TrainConfig]) -> list[str]:
     every = list(configs)
     plain = [f.name for f in fields(TrainConfig) if f.name != "subject"]
-    return [f for f in plain if len({getattr(config, f) for config in every}) > 1]
+    # λ is named even where it is one and the same: studies are read by it.
+    varied = [f for f in plain if len({getattr(config, f) for config in every}) > 1]
+    return [f for f in plain if f in varied or f == "prior_weight"]
 
 
 def _write(
@@ -193,7 +254,9 @@ class Recommendation:
 def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
     """The setting with the highest standing, a mean over seeds; of equals the fewest steps.
 
-    ``rows`` are of :func:`table` or read back from its CSV. Raises ``ValueError`` for none.
+    The reason says besides where more steps may be better still, and which other values of λ stand
+    as high. ``rows`` are of :func:`table` or read back from its CSV. Raises ``ValueError`` for
+    none.
     """
     if not rows:
         raise ValueError("the table has no rows; run a sweep first.")
@@ -207,12 +270,30 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
         return fmean(float(row[measure]) for row in found[key])
 
     best = max(found, key=lambda key: (round(mean(key, "standing"), 6), -int(dict(key)["step"])))
-    named = ", ".join(f"{name} {value}" for name, value in best)
+    settings = [(NAMES["prior_weight"] if n == "prior_weight" else n, v) for n, v in best]
+    stands = ", ".join(f"{name} {_short(value)}" for name, value in settings)
     fidelity = mean(best, "subject_fidelity") / mean(best, "reference_fidelity")
     adherence = mean(best, "prompt_adherence") / mean(best, "base_adherence")
     reason = (
-        f"{named} stands highest of {len(found)} settings ({mean(best, 'standing'):.3f}, mean of "
+        f"{stands} stands highest of {len(found)} settings ({mean(best, 'standing'):.3f}, mean of "
         f"{len(found[best])}): fidelity {fidelity:.0%} of the photos' own, adherence "
         f"{adherence:.0%} of the base's, prior drift {mean(best, 'prior_drift'):.3f}."
     )
+    enough = (1 - ALIKE) * mean(best, "standing")
+    high = [dict(key) for key in found if mean(key, "standing") >= enough]
+    weights = {float(key["prior_weight"]) for key in high if "prior_weight" in key}
+    if len(weights) > 1:
+        *most, last = map(_short, sorted(weights))
+        any_of = "either" if len(weights) == 2 else "any"
+        reason += f" λ {', '.join(most)} and {last} are within {ALIKE:.0%}: {any_of} will do."
+    if int(dict(best)["step"]) == max(int(row["step"]) for row in rows):
+        reason += " This is the longest training tried: try more steps before you trust it."
     return Recommendation(dict(best), mean(best, "standing"), reason)
+
+
+def _short(value: Any) -> str:
+    """A number without needless digits, also one that a CSV gave as text."""
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return str(value)

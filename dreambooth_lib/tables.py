@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.evaluation import Mean, Row
+from dreambooth_lib.words import HEADS
 
 #: Table 1 of arXiv 2208.12242, on 30 subjects: DINO, CLIP-I, CLIP-T.
 PUBLISHED: dict[str, tuple[float, float, float | None]] = {
@@ -54,12 +55,15 @@ def read_csv(path: str | Path) -> list[Row]:
 def markdown(means: Sequence[Mean], published: bool = False) -> str:
     """A table with a row a method and a column a measure and encoder, intervals in brackets.
 
+    Measures are named in plain words, with an arrow to what is better; one that the library does
+    not know keeps its own name.
+
     ``published`` puts the paper's rows under it; they are by DINO ViT-S/16 and a CLIP that the
     paper does not name, on 30 subjects: compare them only with the same encoders on those.
     """
     columns = list(dict.fromkeys((mean.measure, mean.encoder) for mean in means))
     found = {(mean.method, mean.measure, mean.encoder): mean for mean in means}
-    heads = ["", *(f"{measure} ({encoder})" for measure, encoder in columns)]
+    heads = ["", *(f"{HEADS.get(measure, measure)} ({encoder})" for measure, encoder in columns)]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for method in dict.fromkeys(mean.method for mean in means):
         cells = [_cell(found.get((method, *column))) for column in columns]

@@ -5,7 +5,6 @@ a run on two processes and a run in two micro-batches all see the same pictures,
 noise as the run that was never stopped, on one process, in one piece.
 """
 
-import gc
 import math
 import shutil
 import time
@@ -30,8 +29,15 @@ from dreambooth_lib.pictures import Photo, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Updater, interrupts_held
-from dreambooth_lib.watch import Watch, Watched, history, judge, share
-from dreambooth_lib.weights import Trainable, base_of, precisions, put_back, trainable_of
+from dreambooth_lib.watch import Watch, Watched, history, judge, share, view_of
+from dreambooth_lib.weights import (
+    Trainable,
+    base_of,
+    lets_go,
+    precisions,
+    put_back,
+    trainable_of,
+)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -123,13 +129,6 @@ def fitting(config: TrainConfig, precision: str, device: torch.device) -> TrainC
     return fitted(config, precision, int(FILLED * free))
 
 
-def free_memory() -> None:
-    """Let go of an earlier run's models, which hold each other until they are collected."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 class Trainer:
     """One process's live objects of a run; :func:`train` drives it."""
 
@@ -162,10 +161,13 @@ class Trainer:
             )
         self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         hub = config.base, config.revision, config.variant
-        family = families.load(*hub, **precisions(config, self.half))
+        instance = read_pictures(config.subject.pictures)
+        loading = precisions(config, self.half)
+        if lets_go(config):
+            loading |= {"prompts": self._prompts(instance), "device": accelerator.device}
+        family = families.load(*hub, **loading)
         self.family: Family = family
         family.pipeline.to(accelerator.device)
-        instance = read_pictures(config.subject.pictures)
         classes = self._class_pictures()
         instance, classes = self._watch(instance, classes)
         if config.prior == "distilled" and config.prior_weight > 0:
@@ -184,6 +186,15 @@ class Trainer:
             run.cut("watch", self.step)
             if self.step < config.steps:  # an earlier, shorter end must not be drawn from
                 shutil.rmtree(run.pipeline, ignore_errors=True)
+
+    def _prompts(self, instance: list[Photo]) -> set[str]:
+        """Every prompt that this run will ever ask for."""
+        config = self.config
+        subject, own = config.subject, config.class_folder
+        photos = [*instance, *as_class(instance, subject), *(read_pictures(own) if own else [])]
+        captions = {photo.caption for photo in photos if photo.caption}
+        looks = view_of(self.run).prompts(subject) if config.watch_every else []
+        return {subject.instance_prompt, subject.class_prompt, *captions, *looks}
 
     def _class_pictures(self) -> list[Photo]:
         config, accelerator = self.config, self.accelerator
@@ -293,7 +304,7 @@ class Trainer:
             if self.teacher is not None:
                 batch = batch._replace(noised=self.teacher(batch))
             noised = batch.noised
-            cond = None if self.config.train_text_encoder else batch.cond
+            cond = None if self.config.trains_text else batch.cond
             prediction = self.updater.model(noised.x_t, noised.t, cond, batch.prompts)
             return self.objective(prediction, batch, self.config)
 
@@ -334,8 +345,9 @@ class Trainer:
                 if config.method == "lora":
                     lora.save(family, config, partial)
                 else:
-                    if self.half is not torch.float32:  # its frozen parts are rounded: the base's
+                    # Its frozen parts may be rounded, or let go of: the base's own are taken.
+                    if self.half is not torch.float32 or family.known is not None:
                         family = base_of(config)
-                        Trainable(family, config.train_text_encoder).put(model.state())
+                        Trainable(family, config.trains_text).put(model.state())
                     family.pipeline.save_pretrained(partial, safe_serialization=True)
         self.accelerator.wait_for_everyone()

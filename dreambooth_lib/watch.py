@@ -46,6 +46,15 @@ class View:
     guidance_scale: float = 5.0
     first_seed: int = 0  #: of the prompts' pictures; class pictures begin CLASS_SEED after it
 
+    def prompts(self, subject: Subject) -> list[str]:
+        """What its pictures are of: one prompt a picture, the subject's first."""
+        unrelated = UNRELATED[subject.class_noun == "car"]
+        return [
+            *(fill_prompt(p, subject) for p in PROMPTS for _ in range(self.seeds)),
+            *[subject.class_prompt] * self.class_pictures,
+            *[unrelated] * self.unrelated,
+        ]
+
 
 @dataclass(frozen=True)
 class Look:
@@ -99,19 +108,19 @@ def fill_prompt(prompt: str, subject: Subject) -> str:
 
 def look(family: Family, subject: Subject, view: View) -> Look:
     """Draw a view's pictures."""
-    asked = [fill_prompt(p, subject) for p in PROMPTS for _ in range(view.seeds)]
-    unrelated = UNRELATED[subject.class_noun == "car"]
-    first, of_class = view.first_seed, view.first_seed + CLASS_SEED
-    wanted = [(prompt, first + place % view.seeds) for place, prompt in enumerate(asked)]
-    wanted += [(subject.class_prompt, of_class + i) for i in range(view.class_pictures)]
-    wanted += [(unrelated, of_class + i) for i in range(view.unrelated)]
+    count, first, of_class = len(PROMPTS), view.first_seed, view.first_seed + CLASS_SEED
+    seeds = [first + i for _ in range(count) for i in range(view.seeds)]
+    seeds += [of_class + i for i in range(view.class_pictures)]
+    seeds += [of_class + i for i in range(view.unrelated)]
+    wanted = list(zip(view.prompts(subject), seeds, strict=True))
     # A look comes on top of what training holds, so large pictures are drawn few at a time.
     batch = max(1, min(8, BATCH_PIXELS // family.resolution**2))
     images = []
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]
         images += draw(family, part, view.inference_steps, view.guidance_scale)
-    ends = (len(asked), len(asked) + view.class_pictures)
+    ends = (count * view.seeds, count * view.seeds + view.class_pictures)
+    asked = [prompt for prompt, _ in wanted[: ends[0]]]
     return Look(images[: ends[0]], images[ends[0] : ends[1]], images[ends[1] :], asked)
 
 
@@ -145,14 +154,8 @@ class Watch:
     """
 
     def __init__(self, run: Run, photos: "list[Image.Image]", held_out: HeldOut, encoder: Encoder):
-        from dreambooth_lib.state import replace_file
-
         self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
-        file = run.folder / "watch" / "view.json"
-        if not file.exists():
-            view = View(guidance_scale=run.config.guidance_scale)
-            replace_file(file, json.dumps(asdict(view)).encode())
-        self.view = View(**json.loads(file.read_text()))
+        self.view = view_of(run)
         self.reference = 1.0
         if len(photos) > 1:
             self.reference = metrics.reference_fidelity(encoder.images(photos))
@@ -186,6 +189,17 @@ class Watch:
         for kind, images in kinds.items():
             for number, image in enumerate(images):
                 save_png(image, folder(self.run, step) / f"{kind}-{number}.png")
+
+
+def view_of(run: Run) -> View:
+    """The view that a run's looks have, written down when it is first asked for."""
+    from dreambooth_lib.state import replace_file
+
+    file = run.folder / "watch" / "view.json"
+    if not file.exists():
+        view = View(guidance_scale=run.config.guidance_scale)
+        replace_file(file, json.dumps(asdict(view)).encode())
+    return View(**json.loads(file.read_text()))
 
 
 def folder(run: Run, step: int) -> Path:

@@ -7,6 +7,7 @@ import torch
 
 from dreambooth_lib import families, lora
 from dreambooth_lib.config import LOW, ConfigError, TrainConfig
+from dreambooth_lib.families import tokens
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.runs import Run, RunError
 
@@ -14,7 +15,8 @@ from dreambooth_lib.runs import Run, RunError
 def base_of(config: TrainConfig, half: torch.dtype = torch.float32) -> Family:
     """A config's base at its resolution, all in ``half``."""
     hub = config.base, config.revision, config.variant
-    return families.load(*hub, resolution=config.resolution, half=half, whole=())
+    given: dict[str, Any] = {"half": half, "whole": (), "quantize": config.quantize}
+    return families.load(*hub, resolution=config.resolution, **given)
 
 
 def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
@@ -28,7 +30,14 @@ def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
         "half": half,
         "whole": moved if config.method == "full" else (),
         "master": torch.bfloat16 if config.memory == "lowest" else torch.float32,
+        "quantize": config.quantize,
     }
+
+
+def lets_go(config: TrainConfig) -> bool:
+    """Whether the text encoders make room for training once they have encoded its prompts."""
+    tight = config.memory in LOW or config.quantize is not None
+    return tight and not config.trains_text
 
 
 class Trainable(torch.nn.Module):
@@ -47,7 +56,7 @@ class Trainable(torch.nn.Module):
         self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None, prompts: list[str]
     ) -> torch.Tensor:
         (family,) = self._family
-        return family.predict(x_t, t, family.encode_prompts(prompts) if cond is None else cond)
+        return family.predict(x_t, t, family.cond_of(prompts) if cond is None else cond)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The trained parameters by name."""
@@ -66,24 +75,25 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
 
     Raises :class:`ConfigError` where text encoders are to train and the family's never do.
     """
-    if config.train_text_encoder and not family.text_encoders:
+    if config.trains_text and not family.text_encoders:
+        asked = "train_text_encoder" if config.train_text_encoder else "train_token"
         raise ConfigError(
-            f"train_text_encoder is set but the text encoder of '{config.base}' is too large to be "
-            "trained; leave it out."
+            f"{asked} is set but the text encoder of '{config.base}' is too large to be trained; "
+            "leave it out."
         )
     for module in (family.denoiser, *family.text_encoders, *family.frozen):
         module.requires_grad_(False)
     for module in family.denoiser.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
-    trainable = Trainable(family, config.train_text_encoder).train()
+    trainable = Trainable(family, config.trains_text).train()
     if config.method == "lora":
         lora.attach(family, config)
     else:
         trainable.requires_grad_(True)
     if config.gradient_checkpointing or config.memory in LOW:
         family.denoiser.enable_gradient_checkpointing()
-        for encoder in family.text_encoders if config.train_text_encoder else ():
+        for encoder in family.text_encoders if config.trains_text else ():
             encoder.gradient_checkpointing_enable()
     return trainable
 
@@ -91,16 +101,25 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
 def restored(run: Run, step: int) -> Family:
     """The family as it was at a checkpoint, with the averaged weights if the run keeps them.
 
-    LoRA weights are merged into their base, so that it is plain models in any case.
+    LoRA weights are merged into their base, so that it is plain models, unless that is quantized.
 
     Raises :class:`RunError` where the run has no checkpoint of that step.
     """
+    family, config = as_trained(run, step), run.config
+    if config.train_token:
+        tokens.merge(family)
+    merge = config.method == "lora" and config.quantize is None
+    return families.merged(family) if merge else family
+
+
+def as_trained(run: Run, step: int) -> Family:
+    """As :func:`restored`, with LoRA weights apart from their base."""
     config = run.config
     family = base_of(config)
     if config.method == "lora":
         lora.attach(family, config)
-    put_back(Trainable(family, config.train_text_encoder), run, step)
-    return families.merged(family) if config.method == "lora" else family
+    put_back(Trainable(family, config.trains_text), run, step)
+    return family
 
 
 def put_back(trainable: Trainable, run: Run, step: int) -> None:

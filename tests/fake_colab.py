@@ -47,6 +47,9 @@ class FakeColab:
         self.asked.append("upload")
         return self.uploads
 
+    def download(self, file: str) -> None:
+        self.asked.append(f"download {file}")
+
     def mount(self, mount_point: str, force_remount: bool = False) -> None:
         self.asked.append(f"mount {mount_point}")
         if self.drive == "refused":
@@ -62,7 +65,7 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeColab:
         "userdata": {"get": fake.get, "SecretNotFoundError": SecretNotFoundError,
                      "NotebookAccessError": NotebookAccessError,
                      "TimeoutException": TimeoutException},
-        "files": {"upload": fake.upload},
+        "files": {"upload": fake.upload, "download": fake.download},
         "drive": {"mount": fake.mount},
         "errors": {"Error": Error},
     }  # fmt: skip

@@ -25,7 +25,7 @@ PYTHONS = {"lab": sys.executable, "classic": os.environ.get("DREAMBOOTH_TEST_COL
 STEPS = int(os.environ.get("DREAMBOOTH_TEST_BROWSER_STEPS", 24))
 SHORT = f'SETTINGS = {{"steps": {STEPS}, "class_pictures": 24, "watch_every": {STEPS // 4}}}'
 (SETUP, PARAMETERS, PREFLIGHT, BEGIN, SUBJECT, SETTINGS, CLASS, TRAIN, CHECKPOINT, PLAY, KEEP,
- ASSERTIONS) = range(12)  # fmt: skip
+ SHARE, ASSERTIONS) = range(13)  # fmt: skip
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,7 +59,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
         page.run(number)
     assert "to fix" not in page.run(PREFLIGHT)
     page.shoot(PREFLIGHT, "1-preflight")
-    assert "A new run will begin." in page.run(BEGIN)
+    assert "Beginning a new run." in page.run(BEGIN)
 
     page.run(SUBJECT)
     page.upload(SUBJECT, sorted((BUNDLED / "subjects" / "candy_turtle").glob("*.png"))[:3])
@@ -69,7 +69,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
 
     assert "prior_weight=1.0" in page.run(SETTINGS)
     weight = float(page.drag(SETTINGS, "λ, prior weight", 40))
-    steps = int(page.drag(SETTINGS, "steps", 2))
+    steps = int(page.drag(SETTINGS, "training steps", 2))
     assert weight > 1 and steps > STEPS
     page.wait_for(SETTINGS, f"prior_weight={weight}")
     page.wait_for(SETTINGS, f"steps={steps}")
@@ -114,5 +114,6 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     page.shoot(PLAY, "8-playground")
 
     page.run(KEEP)
+    page.run(SHARE)
     page.run(ASSERTIONS)
     assert not page.tab.get_by_text("⚠").count()

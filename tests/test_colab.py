@@ -166,6 +166,11 @@ def test_an_upload_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert list((tmp_path / "photos").iterdir()) == []
 
 
+def test_a_file_is_downloaded_by_the_browser(fake_colab: FakeColab, tmp_path: Path) -> None:
+    colab.download(tmp_path / "my-dog.zip")
+    assert fake_colab.asked == [f"download {tmp_path}/my-dog.zip"]
+
+
 # Drive
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import save_photos
@@ -23,6 +25,7 @@ from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all, load_benchmark
 from dreambooth_lib.pictures import DataError
+from dreambooth_lib.runs import RunError
 from dreambooth_lib.tables import read_csv
 from dreambooth_lib.training import train
 
@@ -117,6 +120,44 @@ def test_another_protocol_does_not_mix(
         next(draw_all(benchmark_of_two, methods, tmp_path, other))
 
 
+def test_pictures_of_another_base_or_of_other_settings_are_not_taken_for_these(
+    benchmark_of_two: Benchmark, tiny_sd1: str, tiny_sd2: str, tmp_path: Path,
+    make_config: Callable[..., TrainConfig],
+) -> None:  # fmt: skip
+    def by(base: str, **settings: Any) -> dict[str, dreambench.Method]:
+        def config(subject: Subject) -> TrainConfig:
+            made = make_config(base, subject.pictures, steps=1, prior_weight=0.0, **settings)
+            return made.replace(subject=subject)
+
+        tuned = dreambench.tuned(tmp_path / "runs", config)
+        return {"base": lambda subject: base, "tuned": tuned}
+
+    out = tmp_path / "out"
+    list(draw_all(benchmark_of_two, by(tiny_sd1), out, SHORT))
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"base/rex holds pictures whose base is '.*sd1', and not"):
+        next(draw_all(benchmark_of_two, by(tiny_sd2), out, SHORT))
+    other = {"tuned": by(tiny_sd1, learning_rate=0.5)["tuned"]}
+    with pytest.raises(ValueError, match=r"whose learning_rate is 0\.001, and not 0\.5; choose"):
+        next(draw_all(benchmark_of_two, other, out, SHORT))
+    assert contents(out) == before
+
+    shutil.rmtree(tmp_path / "runs")
+    assert list(draw_all(benchmark_of_two, by(tiny_sd1), out, SHORT)) == []
+    assert not (tmp_path / "runs").exists(), "what is drawn needs no run any more"
+    (out / "base" / "cup" / "source.json").unlink()
+    with pytest.raises(ValueError, match=r"base/cup holds pictures of which no source\.json says"):
+        next(draw_all(benchmark_of_two, by(tiny_sd1), out, SHORT))
+
+
+def test_a_subject_that_is_not_there_is_named_with_those_that_are(
+    benchmark_of_two: Benchmark,
+) -> None:
+    assert [subject.name for subject in benchmark_of_two.only(["cup"]).subjects] == ["cup"]
+    with pytest.raises(DataError, match="no subject 'rxe'; there are rex, cup"):
+        benchmark_of_two.only(["cup", "rxe"])
+
+
 def test_pictures_have_one_place_each(benchmark_of_two: Benchmark) -> None:
     every = [
         picture
@@ -135,17 +176,21 @@ def test_a_tuned_method_trains_what_is_missing_and_goes_on_with_what_was_stopped
 
     def config(subject: Subject) -> TrainConfig:
         asked.append(subject.name)
-        return make_config(tiny_sd1, photos, steps=3, prior_weight=0.0, checkpoint_every=1)
+        made = make_config(tiny_sd1, photos, steps=3, prior_weight=0.0, checkpoint_every=1)
+        return made.replace(subject=subject)
 
     method = dreambench.tuned(tmp_path, config)
     run = runs.start(config(subject), tmp_path / "rex")
     next(train(run))
     assert [row["step"] for row in method(subject).log()] == [1, 2, 3]
     made = (run.pipeline / "model_index.json").stat().st_mtime_ns
-    assert method(subject).pipeline == run.pipeline and asked == ["rex"]
+    assert method(subject).pipeline == run.pipeline
     assert (run.pipeline / "model_index.json").stat().st_mtime_ns == made
     other = method(Subject(photos, "dog", name="max", kind="live"))
-    assert asked == ["rex", "max"] and len(other.log()) == 3
+    assert set(asked) == {"rex", "max"} and len(other.log()) == 3
+    more = dreambench.tuned(tmp_path, lambda subject: config(subject).replace(steps=5))
+    with pytest.raises(RunError, match=r"rex on .* whose steps is 3, and not 5; choose another"):
+        more(subject)
 
 
 AT_FULL_SIZE = """

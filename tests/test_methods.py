@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 
 from dreambooth_lib import families, lora, runs
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.families import BaseError
 from dreambooth_lib.runs import Run
-from dreambooth_lib.sampling import load_source, sample
+from dreambooth_lib.sampling import compose, load_source, sample
 from dreambooth_lib.state import load_state
 from dreambooth_lib.training import Trainer, train
 
@@ -309,3 +310,32 @@ def test_a_text_encoder_that_never_trains_is_refused(started: Callable[..., Run]
 
     with pytest.raises(ConfigError, match=r"train_text_encoder is set .*too large"):
         Trainer(started("run", "z_image", train_text_encoder=True))
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_loras_are_composed_by_their_weights(family: str, started: Callable[..., Run]) -> None:
+    fields = {"method": "lora", "learning_rate": 0.1}
+    one, other = (started(f"seed{seed}", family, seed=seed, **fields) for seed in (0, 1))
+    for run in (one, other):
+        list(train(run))
+    base, first, second = (
+        denoiser(families.load(name))
+        for name in (one.config.base, str(one.folder), str(other.folder))
+    )
+    both = denoiser(compose({one: 1.0, str(other.folder): -0.5}))
+    assert both.keys() == base.keys()
+    for name, value in both.items():
+        expected = first[name] - 0.5 * (second[name] - base[name])
+        assert torch.allclose(value, expected, atol=1e-5), name
+    alone = denoiser(compose({one: 1.0}))
+    assert all(torch.equal(alone[name], value) for name, value in first.items())
+
+
+def test_loras_of_two_bases_are_not_composed(started: Callable[..., Run]) -> None:
+    one, other = (started(name, name, method="lora", steps=1) for name in ("sd1", "sd2"))
+    for run in (one, other):
+        list(train(run))
+    with pytest.raises(BaseError, match="composed on the base that they share, and these are"):
+        compose({one: 1.0, other: 1.0})
+    with pytest.raises(BaseError, match=r"is no LoRA of this kit's"):
+        compose({one.config.base: 1.0})

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,18 @@ from conftest import save_photos
 
 from dreambooth_lib import copies, mirrors, runs
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.mirrors import MirrorError, mirror, newest_run, restore
+from dreambooth_lib.mirrors import (
+    MirrorError,
+    bring,
+    cut_off,
+    free_name,
+    mirror,
+    newest_run,
+    restore,
+)
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.training import train
+from dreambooth_lib.watch import Watched
 
 Make = Callable[..., TrainConfig]
 State = dict[str, Any]
@@ -65,6 +74,20 @@ def shown(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in found if not name.startswith(".") and "/." not in name}
 
 
+def wanted(run: Run) -> dict[str, bytes]:
+    """What a mirror has of a run without looks: of its checkpoints the newest."""
+    newest = f"checkpoints/{max(run.checkpoints()):06d}/"
+    found = shown(run.folder).items()
+    return {n: d for n, d in found if not n.startswith("checkpoints/") or n.startswith(newest)}
+
+
+def looked_at(run: Run, fidelity: dict[int, float]) -> None:
+    """Write looks that differ by their subject fidelity alone."""
+    for step, value in fidelity.items():
+        row = Watched(step, value, 0.9, 0.3, 0.5, 0.0, 0.1, 0.0, {}, 1.0)
+        run.append("watch", asdict(row))
+
+
 class Faults:
     """Copying that fails, is cut short, or is interrupted, as it is told; counts what it copied."""
 
@@ -110,7 +133,7 @@ def test_a_mirror_is_the_run_with_its_photos_and_nothing_half_written(
     assert mirror(run, drive / "my-dog") is None
     photos = {f"photos/{n}": d for n, d in tree(Path(run.config.subject.pictures)).items()}
     assert len(photos) == 3
-    assert shown(drive / "my-dog") == shown(run.folder) | photos
+    assert shown(drive / "my-dog") == wanted(run) | photos
     assert set(tree(drive / "my-dog")) - set(shown(drive / "my-dog")) == {".mirror.json"}
 
 
@@ -125,7 +148,7 @@ def test_only_what_is_new_is_copied(run: Run, drive: Path, faults: Faults) -> No
     faults.copied.clear()
     assert mirror(run, drive / "my-dog") is None
     assert sorted(faults.copied) == ["1.png", "config.toml"]
-    assert shown(drive / "my-dog").items() >= shown(run.folder).items()
+    assert shown(drive / "my-dog").items() >= wanted(run).items()
 
 
 def test_what_others_need_is_copied_first_and_the_newest_weights_before_older_ones(
@@ -136,8 +159,32 @@ def test_what_others_need_is_copied_first_and_the_newest_weights_before_older_on
     assert order == [
         "rex/0.png", "rex/1.png", "rex/2.png", "000100/subject-0.png", "my-dog/log.jsonl",
         "my-dog/config.toml", "000200/state.json", "000200/tensors.safetensors",
-        "000100/state.json", "000100/tensors.safetensors",
     ]  # fmt: skip
+
+
+def test_of_the_checkpoints_the_newest_and_the_best_are_copied(run: Run, drive: Path) -> None:
+    save(run, 300)
+    run.save_checkpoint(400, {"step": 400}, best=200)
+    looked_at(run, {0: 0.1, 100: 0.5, 200: 0.8, 300: 0.7, 400: 0.6})
+    assert list(run.checkpoints()) == [200, 300, 400]
+    assert mirror(run, drive / "my-dog") is None
+    there = drive / "my-dog" / "checkpoints"
+    assert sorted(path.name for path in there.iterdir()) == ["000200", "000400"]
+    assert list(restore(drive / "my-dog", run.folder.parent / "back").checkpoints()) == [200, 400]
+
+
+def test_the_best_being_whole_makes_room_for_the_newest(
+    run: Run, drive: Path, faults: Faults
+) -> None:
+    looked_at(run, {0: 0.1, 100: 0.8, 200: 0.5})
+    assert mirror(run, drive / "my-dog") is None
+    run.save_checkpoint(300, {"step": 300, "model": torch.zeros(64)}, best=100)
+    faults.names["tensors.safetensors"] = 3
+    assert mirror(run, drive / "my-dog") is not None
+    there = drive / "my-dog" / "checkpoints"
+    assert [path.name for path in there.iterdir()] == ["000100"]
+    assert mirror(run, drive / "my-dog") is None
+    assert sorted(path.name for path in there.iterdir()) == ["000100", "000300"]
 
 
 def test_dropped_checkpoints_go_when_a_kept_one_is_whole(
@@ -149,14 +196,34 @@ def test_dropped_checkpoints_go_when_a_kept_one_is_whole(
     save(run, 400)
     faults.names["tensors.safetensors"] = 1000
     assert "Input/output error" in str(mirror(run, drive / "my-dog"))
-    assert sorted(path.name for path in there.iterdir()) == ["000100", "000200"]
+    assert sorted(path.name for path in there.iterdir()) == ["000200"]
     faults.names.clear()
     (there / ".000150.partial").mkdir()  # of a session that ended
     assert mirror(run, drive / "my-dog") is None
-    assert sorted(path.name for path in there.iterdir()) == ["000300", "000400"]
+    assert sorted(path.name for path in there.iterdir()) == ["000400"]
 
 
-def test_a_full_drive_gets_room_for_the_newest_checkpoint(
+def test_what_is_dropped_goes_into_a_drives_trash_empty(
+    run: Run, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror(run, drive / "my-dog")
+    (old,) = (drive / "my-dog" / "checkpoints").iterdir()
+    save(run, 300)
+    trash: dict[str, bytes] = {}
+    remove = shutil.rmtree
+
+    def into_trash(path: Path, *given: Any, **named: Any) -> None:
+        if old.name in path.name:
+            assert not old.exists(), "half-emptied it would be taken for a checkpoint"
+            trash.update(tree(path))
+        remove(path, *given, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", into_trash)
+    assert mirror(run, drive / "my-dog") is None
+    assert trash == {"state.json": b"", "tensors.safetensors": b""}
+
+
+def test_an_older_checkpoint_stays_until_the_newest_is_whole(
     run: Run, drive: Path, faults: Faults
 ) -> None:
     mirror(run, drive / "my-dog")
@@ -164,8 +231,10 @@ def test_a_full_drive_gets_room_for_the_newest_checkpoint(
     faults.names["tensors.safetensors"] = 3
     assert mirror(run, drive / "my-dog") is not None
     kept = sorted(path.name for path in (drive / "my-dog" / "checkpoints").iterdir())
-    assert kept == ["000200"], "100 is dropped, as 200 is whole"
+    assert kept == ["000200"]
     assert mirror(run, drive / "my-dog") is None
+    kept = sorted(path.name for path in (drive / "my-dog" / "checkpoints").iterdir())
+    assert kept == ["000300"]
 
 
 def test_a_pipeline_is_copied_whole_and_goes_when_the_run_goes_on(run: Run, drive: Path) -> None:
@@ -183,7 +252,7 @@ def test_a_passing_fault_is_tried_again(run: Run, drive: Path, faults: Faults, f
     faults.fault = getattr(faults, fault)
     faults.names = {"log.jsonl": 2, "state.json": 1, "0.png": 1}
     assert mirror(run, drive / "my-dog") is None
-    assert shown(drive / "my-dog").items() >= shown(run.folder).items()
+    assert shown(drive / "my-dog").items() >= wanted(run).items()
 
 
 def test_a_lasting_fault_is_one_sentence_and_the_rest_is_copied(
@@ -194,7 +263,7 @@ def test_a_lasting_fault_is_one_sentence_and_the_rest_is_copied(
     assert problem is not None and problem.count("\n") == 0
     assert str(drive / "my-dog") in problem and "Input/output error" in problem
     missing = {"log.jsonl", "photos/0.png"}
-    assert set(shown(run.folder)) - set(shown(drive / "my-dog")) == {"log.jsonl"}
+    assert set(wanted(run)) - set(shown(drive / "my-dog")) == {"log.jsonl"}
     assert not missing & set(shown(drive / "my-dog"))
     assert faults.copied.count("0.png") == 3 and faults.copied.count("log.jsonl") == 1, (
         "only the first fault is waited for, or each call would take minutes on a dead drive"
@@ -218,15 +287,17 @@ def test_what_cannot_be_removed_or_renamed_is_a_sentence_too(
 
         return call
 
-    monkeypatch.setattr(shutil, "rmtree", failing(shutil.rmtree, "checkpoints/000100"))
+    gone = "checkpoints/.000200.gone"
+    monkeypatch.setattr(shutil, "rmtree", failing(shutil.rmtree, gone))
     monkeypatch.setattr(Path, "replace", failing(Path.replace, ".config.toml.partial"))
     os.utime(run.folder / "config.toml", (1, 1))
     assert "Transport endpoint" in str(mirror(run, drive / "my-dog"))
     assert (drive / "my-dog" / "checkpoints" / "000300").exists()
     monkeypatch.undo()
     assert mirror(run, drive / "my-dog") is None
-    assert shown(drive / "my-dog").items() >= shown(run.folder).items()
-    assert not (drive / "my-dog" / "checkpoints" / "000100").exists()
+    assert shown(drive / "my-dog").items() >= wanted(run).items()
+    kept = [path.name for path in (drive / "my-dog" / "checkpoints").iterdir()]
+    assert kept == ["000300"]
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "tensors.safetensors", "config.toml", "0.png"])
@@ -248,7 +319,7 @@ def test_a_mirror_that_is_interrupted_has_nothing_half(
     for checkpoint in (drive / "my-dog" / "checkpoints").glob("[0-9]*"):
         assert len(list(checkpoint.iterdir())) == 2
     assert mirror(run, drive / "my-dog") is None
-    assert shown(drive / "my-dog").items() >= shown(run.folder).items()
+    assert shown(drive / "my-dog").items() >= wanted(run).items()
 
 
 def test_nothing_is_written_where_no_drive_is_mounted(run: Run, tmp_path: Path) -> None:
@@ -270,6 +341,25 @@ def test_another_runs_mirror_is_left_alone(run: Run, drive: Path, make_config: M
     assert tree(drive / "my-dog") == before and len(tree(drive / "thesis")) == 1
 
 
+def test_a_first_write_that_failed_does_not_bar_the_mirror(
+    run: Run, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if drive in path.parents:
+            write(path, data[:2])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert "No space left" in str(mirror(run, drive / "my-dog"))
+    assert list((drive / "my-dog").iterdir()) == []
+    (drive / "my-dog" / ".mirror.json.7.partial").write_text("of a process that was killed")
+    assert mirror(run, drive / "my-dog") is None
+
+
 # Taking back
 
 
@@ -287,7 +377,8 @@ def test_a_restored_run_is_the_run_with_its_own_photos(
     lose(run)
     back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
     assert tree(Path(back.config.subject.pictures)) == photos
-    same = [n for n in before if ".partial" not in n and n != "config.toml"]
+    left = (".partial", "config.toml", "000100/tensors", "000100/state")
+    same = [name for name in before if not any(part in name for part in left)]
     assert {n: tree(back.folder)[n] for n in same} == {n: before[n] for n in same}
     subject = back.config.subject
     assert back.config == run.config.replace(subject=subject)
@@ -336,7 +427,7 @@ def test_restoring_over_something_or_from_nothing_is_refused(
 def test_restoring_is_all_or_nothing(run: Run, drive: Path, tmp_path: Path, faults: Faults) -> None:
     mirror(run, drive / "my-dog")
     faults.names = {"state.json": 2}
-    assert restore(drive / "my-dog", tmp_path / "back").checkpoints().keys() == {100, 200}
+    assert restore(drive / "my-dog", tmp_path / "back").checkpoints().keys() == {200}
     faults.names = {"state.json": 3}
     with pytest.raises(MirrorError, match=r"Input/output error.*try again"):
         restore(drive / "my-dog", tmp_path / "other")
@@ -445,53 +536,107 @@ def test_of_a_run_and_its_mirror_the_further_one_is_found(run: Run, drive: Path)
     assert found is not None and (found.run.folder, found.step) == (drive / "my-dog", 200)
 
 
+def finish(run: Run) -> None:
+    run.pipeline.mkdir()
+    (run.pipeline / "model_index.json").write_text("{}")
+
+
+def test_a_finished_run_does_not_lose_to_its_own_older_mirror(run: Run, drive: Path) -> None:
+    mirror(run, drive / "my-dog")
+    finish(run)
+    found = newest_run(run.folder.parent, drive)
+    assert found is not None and found.run.folder == run.folder and found.finished
+    save(run, 300)
+    mirror(run, drive / "my-dog")
+    shutil.rmtree(run.pipeline)  # gone on with, to more steps
+    save(run, 400)
+    found = newest_run(run.folder.parent, drive)
+    assert found is not None and (found.run.folder, found.step) == (run.folder, 400)
+
+
+# Going on with one
+
+
+def cut(run: Run, drive: Path, **other: Any) -> tuple[Path | None, str]:
+    """Where the run lies that is gone on with, and what its user is told."""
+    asked: dict[str, Any] = {
+        "go_on": True, "pictures": run.config.subject.pictures, "class_noun": "dog",
+        "base": "toybox",
+    }  # fmt: skip
+    found, said = cut_off(folders=[run.folder.parent, drive], **(asked | other))
+    return (found.run.folder if found else None), said
+
+
+def test_a_run_of_the_same_pictures_noun_and_base_is_gone_on_with(
+    run: Run, drive: Path, tmp_path: Path
+) -> None:
+    folder, said = cut(run, drive)
+    assert folder == run.folder
+    assert said.startswith(f"Going on with {run.folder}: step 200 of 400")
+    packed = shutil.make_archive(str(tmp_path / "zipped"), "zip", run.config.subject.pictures)
+    assert cut(run, drive, pictures=packed)[0] == run.folder, "the content counts"
+    assert cut(run, drive, pictures=None)[0] == run.folder, "they are uploaded later"
+    mirror(run, drive / "my-dog")
+    shutil.rmtree(run.folder.parent)
+    assert cut(run, drive)[0] == drive / "my-dog"
+    pictures = run.config.subject.pictures
+    shutil.rmtree(pictures)
+    assert cut(run, drive, pictures=pictures)[0] == drive / "my-dog", "gone with the machine"
+
+
+def test_a_run_of_something_else_is_left_alone_until_it_is_named(
+    run: Run, drive: Path, tmp_path: Path, tiny_sd1: str
+) -> None:
+    others = {
+        "class_noun": ("cat", "its class noun is 'dog', and not 'cat'"),
+        "base": (tiny_sd1, f"its base is 'toybox', and not '{tiny_sd1}'"),
+        "pictures": (save_photos(tmp_path / "max", 2), "its pictures are not those in"),
+    }
+    for field, (value, why) in others.items():
+        folder, said = cut(run, drive, **{field: value})
+        assert folder is None and why in said
+        assert said.startswith(f"Left alone: {run.folder}: step 200 of 400")
+        assert "GO_ON = 'my-dog' goes on with it.\nBeginning a new run." in said
+        assert cut(run, drive, go_on="my-dog", **{field: value})[0] == run.folder
+    assert cut(run, drive, go_on=False) == (None, "Beginning a new run.")
+    assert "no unfinished run called 'max'" in cut(run, drive, go_on="max")[1]
+    finish(run)
+    assert cut(run, drive) == (None, "Beginning a new run.")
+
+
+def test_an_older_run_that_fits_is_gone_on_with_before_a_newer_one_that_does_not(
+    run: Run, drive: Path, tmp_path: Path, make_config: Make
+) -> None:
+    other = make_config("toybox", save_photos(tmp_path / "max", 2))
+    runs.start(other, run.folder.parent / "max")
+    for file in ("config.toml", "log.jsonl"):
+        os.utime(run.folder / file, (1, 1))
+    assert cut(run, drive)[0] == run.folder
+
+
+def test_a_name_is_free_where_no_folder_has_it_nor_a_zip(tmp_path: Path) -> None:
+    runs_, drive = tmp_path / "runs", tmp_path / "drive"
+    for place in (runs_ / "dog", runs_ / "cat", drive / "dog-3"):
+        place.mkdir(parents=True)
+    (drive / "dog-2.zip").write_text("")
+    assert free_name("dog", runs_, drive, None, tmp_path / "nowhere") == "dog-4"
+    assert free_name("cow", runs_, drive) == "cow"
+    assert free_name("cat", runs_) == "cat-2"
+
+
+def test_a_run_is_brought_beside_another_of_its_name(run: Run, drive: Path) -> None:
+    mirror(run, drive / "my-dog")
+    (found,) = [f for f in [newest_run(run.folder.parent)] if f]
+    assert bring(found, run.folder.parent, drive) == found.run
+    mirrored = newest_run(drive)
+    assert mirrored is not None
+    back = bring(mirrored, run.folder.parent, drive)
+    assert back.folder == run.folder.parent / "my-dog-2" and back.checkpoints().keys() == {200}
+    assert (run.folder / "config.toml").exists()
+    shutil.rmtree(run.folder)
+    assert bring(mirrored, run.folder.parent, drive).folder == run.folder
+
+
 def test_a_run_without_a_mirror_writes_no_word_for_one(run: Run) -> None:
     newest_run(run.folder.parent)
     assert not (run.folder / mirrors.IDENTITY).exists()
-
-
-def test_a_finished_run_is_not_gone_on_with_from_its_mirror(run: Run, drive: Path) -> None:
-    save(run, 100)
-    mirror(run, drive / "my-dog")
-    run.pipeline.mkdir()
-    (run.pipeline / "model_index.json").write_text("{}")
-    found = newest_run(run.folder.parent, drive)
-    assert found and found.finished and found.run.folder == run.folder
-
-
-def test_only_runs_of_the_subject_and_base_asked_for_are_found(run: Run, tmp_path: Path) -> None:
-    save(run, 100)
-    config, root = run.config, run.folder.parent
-    assert newest_run(root, like=config.replace(prior_weight=2.0)) == newest_run(root)
-    other = [
-        config.replace(base="owner/model"),
-        config.replace(subject=replace(config.subject, name="max")),
-        config.replace(subject=replace(config.subject, class_noun="cat")),
-    ]
-    assert [newest_run(root, like=asked) for asked in other] == [None] * 3
-
-
-def test_a_first_write_that_failed_does_not_refuse_the_mirror_for_ever(
-    run: Run, drive: Path
-) -> None:
-    (drive / "my-dog").mkdir()
-    (drive / "my-dog" / "..mirror.json.12.partial").write_text("{")
-    assert mirror(run, drive / "my-dog") is None
-
-
-def test_a_file_is_handed_over_or_a_sentence_says_why_not(
-    drive: Path, tmp_path: Path, faults: Faults
-) -> None:
-    from dreambooth_lib.copies import zipped
-
-    folder = tmp_path / "model"
-    (folder / "unet").mkdir(parents=True)
-    (folder / "unet" / "weights").write_bytes(bytes(1000))
-    (folder / ".hidden").touch()
-    file = zipped(folder)
-    assert file == tmp_path / "model.zip" and shutil.unpack_archive(file, tmp_path / "out") is None
-    assert tree(tmp_path / "out") == {"unet/weights": bytes(1000)}
-    assert mirrors.hand_over(file, drive) is None
-    assert (drive / "model.zip").read_bytes() == file.read_bytes()
-    text = mirrors.hand_over(file, tmp_path / "model.zip")
-    assert text is not None and "could not be copied" in text and file.exists()

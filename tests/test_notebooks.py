@@ -6,6 +6,7 @@ said is read from the executed notebook.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+from fake_colab import FakeColab
 
-from dreambooth_lib import runs, watch
+from dreambooth_lib import colab, families, mirrors, runs, watch, widgets
+from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation import REAL
 from dreambooth_lib.tables import read_csv
 
@@ -130,35 +133,140 @@ def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) 
 @pytest.mark.slow
 def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python: str) -> None:
     shown = execute("02_lambda_study", tmp_path, python)
-    folder = tmp_path / "runs" / "lambda_study"
+    folder = tmp_path / "runs" / "lambda_study_patch_dog_toybox"
     for weight in ("0.0", "1.0"):
         run = runs.resume(folder / f"prior_weight={weight}")
         assert [row.step for row in watch.history(run)] == [0, 2, 4]
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 7  # curves, front, maps, contact sheets
     assert "stands highest of 4 settings" in said(shown) and "⚠" not in said(shown)
+    assert "SETTINGS = {'prior_weight': " in said(shown)
 
 
 @pytest.mark.slow
 def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path, python: str) -> None:
     shown = execute("03_evaluation", tmp_path, python)
-    rows = read_csv(tmp_path / "runs" / "evaluation" / "scores.csv")
+    rows = read_csv(tmp_path / "runs" / "evaluation_toybox" / "scores.csv")
     assert {row.method for row in rows} == {"base", "DreamBooth", REAL}
     assert {row.subject for row in rows} == {"patch_dog", "moon_mushroom"}
     (table,) = outputs(shown, "text/markdown")
     assert "| DreamBooth |" in "".join(table) and "| 0.774 | 0.885 |" in "".join(table)
+    assert "like the photos ↑ (judge)" in "".join(table)
     assert len(outputs(shown, "image/png")) == 1
+
+
+@pytest.mark.slow
+def test_a_study_of_one_weight_and_an_evaluation_of_ones_own_pictures(tmp_path: Path) -> None:
+    """As their texts say that they can be changed, and run twice, as after Run All again."""
+    own = f'PICTURES, CLASS_NOUN = "{BUNDLED_SUBJECTS / "candy_turtle"}", "turtle"'
+    changes = {
+        "02_lambda_study": "LAMBDAS, STEPS, CLASS_PICTURES = [0.5], [2], 4",
+        "03_evaluation": f"{SHORT['03_evaluation']}\n{own}",
+    }
+    for name, parameters in changes.items():
+        for _ in range(2):
+            file = write(name, tmp_path, parameters)
+            assert start(file, sys.executable).wait() == 0, file.with_suffix(".log").read_text()
+    rows = read_csv(tmp_path / "runs" / "evaluation_toybox" / "scores.csv")
+    assert {row.subject for row in rows} == {"candy_turtle"}
 
 
 @pytest.mark.slow
 def test_a_loop_an_objective_and_a_measure_of_ones_own(tmp_path: Path, python: str) -> None:
     shown = execute("04_your_own", tmp_path, python)
-    paper, own = (runs.resume(tmp_path / "runs/your_own" / name) for name in ("loop", "distilled"))
+    folder = tmp_path / "runs" / "your_own_patch_dog_toybox"
+    paper, own, aura = (runs.resume(folder / n) for n in ("loop", "distilled", "aura_flow"))
     assert [row["step"] for row in own.log()] == [1, 2, 3, 4]
     assert own.log()[0]["instance_loss"] == paper.log()[0]["instance_loss"]
     assert own.log()[0]["prior_loss"] != paper.log()[0]["prior_loss"]
     (table,) = outputs(shown, "text/markdown")
     assert "sameness (judge)" in "".join(table) and "⚠" not in said(shown)
+    assert (aura.pipeline / "pytorch_lora_weights.safetensors").exists() and len(aura.log()) == 2
+
+
+def test_the_page_on_families_has_the_notebooks_adapter_and_every_shipped_one() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    cells = codes(json.loads(NOTEBOOKS["04_your_own"].read_text()))
+    (adapter,) = [source(cell) for cell in cells if "class AuraFlow(Family)" in source(cell)]
+    assert adapter in page
+    for pipeline, (module, _) in families.ADAPTERS.items():
+        assert f"| `{pipeline}` | `{module}` |" in page
+
+
+def run_cells(scope: dict[str, Any], parameters: str, *marks: str) -> dict[str, Any]:
+    """Run the main notebook's parameters, then its cells that have these marks, in this process."""
+    _, first, *cells = map(source, codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text())))
+    exec(f"{first}\n{parameters}", scope)
+    for mark in marks:
+        (cell,) = [cell for cell in cells if mark in cell]
+        exec(cell, scope)
+    return scope
+
+
+def test_the_practice_settings_are_the_embedded_bases_alone() -> None:
+    first = source(codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text()))[1])
+    scopes: list[dict[str, Any]] = [{}, {}]
+    exec(first, scopes[0])
+    exec(first.replace('BASE = "toybox"', 'BASE = "owner/name"'), scopes[1])
+    assert scopes[0]["SETTINGS"]["steps"] == 300 and scopes[1]["SETTINGS"] == {}
+
+
+def test_after_a_disconnect_an_upload_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_colab: FakeColab
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundled = families.BUNDLED / "subjects" / "patch_dog"
+    fake_colab.uploads = {path.name: path.read_bytes() for path in bundled.glob("*.png")}
+    marks = ("cut_off", "SubjectPanel")
+    asked = "UPLOAD, SETTINGS = True, {}"
+    scope = {"drive": colab.mount_drive(), "colab": colab, "widgets": widgets}
+    said = run_cells(dict(scope), asked, *marks)
+    assert fake_colab.asked.count("upload") == 1 and said["found"] is None
+    run = runs.start(said["subject"].config, tmp_path / "runs" / "mine")
+    assert mirrors.mirror(run, scope["drive"] / "mine") is None
+    for folder in ("runs", "photos"):
+        shutil.rmtree(tmp_path / folder)
+    back = run_cells(dict(scope), asked, *marks)
+    assert fake_colab.asked.count("upload") == 1 and back["name"] == "mine"
+    pictures = back["subject"].config.subject.pictures
+    assert pictures == str(tmp_path / "runs" / "mine" / "photos")
+    assert runs.begin(back["subject"].config, tmp_path / "runs" / "mine").config.steps == 500
+
+
+def test_outside_colab_the_upload_is_the_panels_button(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope = {"drive": None, "colab": colab, "widgets": widgets}
+    run_cells(scope, "UPLOAD = True", "cut_off", "SubjectPanel")
+    assert "use the button below" in capsys.readouterr().out
+
+
+def test_a_run_beside_another_of_its_name_is_called_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
+    marks = ("cut_off", "SubjectPanel", "SettingsPanel", "widgets.monitor")
+    scope = {"drive": None, "colab": colab, "widgets": widgets}
+    first = run_cells(dict(scope), "", *marks)["run"]
+    assert first.folder == Path("runs/patch_dog")
+    assert run_cells(dict(scope), "", *marks)["run"].folder == first.folder, "it was cut off"
+    assert run_cells(dict(scope), "GO_ON = False", *marks)["name"] == "patch_dog-2"
+    assert run_cells(dict(scope), "GO_ON, NAME = False, 'rex'", *marks)["name"] == "rex"
+    assert run_cells(dict(scope), "CLASS_NOUN = 'fox'", *marks)["name"] == "patch_dog-3"
+    changed = run_cells(dict(scope), "GO_ON, NAME = False, 'rex'", *marks[:3])
+    changed["name"] = "rex"  # as if this cell had run before
+    changed["settings"].controls["method"].value = "lora"
+    run_cells(changed, "GO_ON, NAME = False, 'rex'", marks[3])
+    assert changed["name"] == "rex-2", "a LoRA cannot go on with the whole model's run"
+    said = capsys.readouterr().out
+    assert "Left alone: runs/rex: step 0 of 300" in said and "This run is called rex." in said
+
+
+def test_the_first_cell_is_the_same_in_all_notebooks() -> None:
+    firsts = {source(codes(json.loads(path.read_text()))[0]) for path in NOTEBOOKS.values()}
+    assert len(firsts) == 1 and "https://github.com/OWNER/NAME" in firsts.pop()
 
 
 def test_every_notebook_is_run() -> None:

@@ -104,6 +104,41 @@ def test_too_little_of_anything_is_red(
     assert str(tmp_path) in red["disk"].fix
 
 
+def test_drives_room_is_looked_at_where_a_run_is_mirrored(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(gpu="Tesla T4")
+    assert "Drive" not in look(SD, tmp_path)
+    assert preflight.preflight(SD, tmp_path, tmp_path)[-2].name == "Drive"
+    needed = needs_of(SD, gpu=True).drive
+    assert 13 * GIB < needed < 15 * GIB, "all that a free Drive has"
+    usage = namedtuple("usage", ["total", "free"])(15 * GIB, 10 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    check = preflight._drive(tmp_path, needed)
+    assert not check.ok and "DRIVE = False" in check.fix
+    mirrored = tmp_path / "my-dog" / "checkpoints" / "000100"
+    mirrored.mkdir(parents=True)
+    (tmp_path / "my-dog" / "config.toml").write_text("")
+    with (mirrored / "tensors.safetensors").open("wb") as file:
+        file.truncate(5 * GIB)  # takes no room: nothing is written
+    assert preflight._drive(tmp_path, needed).ok, "it is the run that will be gone on with"
+    (tmp_path / "my-dog" / "pipeline").mkdir()
+    assert not preflight._drive(tmp_path, needed).ok
+    monkeypatch.setattr(shutil, "disk_usage", fails)
+    assert "does not answer" in preflight._drive(tmp_path, needed).found
+
+
+def fails(folder: Path) -> None:
+    raise OSError(107, "Transport endpoint is not connected")
+
+
+def test_a_red_line_stops_whoever_asks() -> None:
+    Table([Check("disk", True, "fine")]).check()
+    with pytest.raises(preflight.NotReady, match=r"not ready \(<base>\); do what.*IGNORE_RED"):
+        Table(CHECKS).check()
+
+
 def test_without_a_gpu_a_large_base_is_red_and_needs_what_it_needs_on_one(
     tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]],
     fake_colab: FakeColab,

@@ -62,6 +62,29 @@ def test_a_run_of_something_else_is_not_gone_on_with(field: str, run: Run) -> No
     assert runs.resume(run.folder) == run
 
 
+def finish(run: Run, step: int) -> None:
+    run.save_checkpoint(step, {"step": step})
+    run.pipeline.mkdir()
+    (run.pipeline / "model_index.json").write_text("{}")
+
+
+def test_a_finished_run_keeps_the_settings_that_it_was_trained_with(run: Run) -> None:
+    finish(run, 4)
+    assert runs.begin(run.config, run.folder) == run, "nothing is changed"
+    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, and not 0.5; begin a new"):
+        runs.begin(run.config.replace(prior_weight=0.5, steps=9), run.folder)
+    assert runs.resume(run.folder) == run
+    assert runs.begin(run.config.replace(steps=9), run.folder).config.steps == 9
+
+
+def test_a_run_is_not_said_to_be_shorter_than_it_is(run: Run) -> None:
+    run.save_checkpoint(3, {"step": 3})
+    with pytest.raises(RunError, match=r"has come to step 3, beyond steps 2; raise steps"):
+        runs.begin(run.config.replace(steps=2), run.folder)
+    assert runs.resume(run.folder) == run
+    assert runs.begin(run.config.replace(steps=3), run.folder).config.steps == 3
+
+
 def test_an_empty_folder_takes_a_run(tmp_path: Path, photos: str, make_config: Make) -> None:
     (tmp_path / "empty").mkdir()
     run = runs.start(make_config("toybox", photos), tmp_path / "empty")
@@ -171,36 +194,3 @@ def test_a_failing_write_keeps_all_older_checkpoints(run: Run) -> None:
         run.save_checkpoint(3, {"step": object()})
     assert list(run.checkpoints()) == [1, 2]
     assert run.load_checkpoint() == {"step": 2}
-
-
-def finish(run: Run) -> None:
-    run.pipeline.mkdir()
-    (run.pipeline / "model_index.json").write_text("{}")
-
-
-def test_a_finished_run_is_gone_on_with_for_more_steps_only(run: Run) -> None:
-    finish(run)
-    more = run.config.replace(steps=run.config.steps + 1)
-    assert runs.begin(run.config, run.folder).config == run.config
-    with pytest.raises(RunError, match=r"finished run whose prior_weight is 1.0, and not 2.0"):
-        runs.begin(run.config.replace(prior_weight=2.0), run.folder)
-    with pytest.raises(RunError, match="finished run whose steps is"):
-        runs.begin(run.config.replace(steps=1), run.folder)
-    assert runs.begin(more, run.folder).config == more
-
-
-def test_a_run_has_its_place_until_it_cannot_be_gone_on_with(run: Run, tmp_path: Path) -> None:
-    config, drive = run.config, tmp_path / "drive"
-    root = run.folder.parent
-    assert runs.place(config, "rex", root, None) == root / "rex"
-    assert runs.place(config, run.folder.name, root, None, last=run.folder) == run.folder
-    assert runs.place(config.replace(prior_weight=2.0), "rex", root, last=run.folder) == run.folder
-    assert runs.place(config, run.folder.name, root) == root / f"{run.folder.name}-2"
-    (drive / "rex").mkdir(parents=True)
-    (drive / "rex-2").mkdir()
-    assert runs.place(config, "rex", root, drive) == root / "rex-3"
-    finish(run)
-    other = config.replace(prior_weight=2.0)
-    assert runs.place(other, "rex", root, last=run.folder) == root / "rex"
-    lora = config.replace(method="lora")
-    assert runs.place(lora, "rex", root, last=run.folder) == root / "rex"

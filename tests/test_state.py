@@ -207,6 +207,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         with pytest.raises(OSError, match="no space"):
             replace_file(file, b"second")
     assert file.read_bytes() == b"first"
+    assert [path.name for path in file.parent.iterdir()] == ["file"], "nothing half is left"
     replace_file(file, b"third")
     assert file.read_bytes() == b"third"
     assert [path.name for path in file.parent.iterdir()] == ["file"]

@@ -1,17 +1,20 @@
 """Studies: the grid, the table, going on after a stop, failures, and two dask workers."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dreambooth_lib import choice, sweep, watch
-from dreambooth_lib.config import ConfigError, TrainConfig
+from dreambooth_lib.config import ConfigError, Subject, TrainConfig
+from dreambooth_lib.runs import RunError
 from dreambooth_lib.sweep import grid, recommend, table
 from dreambooth_lib.watch import View
 
-QUICK = View(class_pictures=2, unrelated=1, inference_steps=2)
+QUICK = View(seeds=4, class_pictures=2, unrelated=1, inference_steps=2)
 
 
 @pytest.fixture
@@ -53,6 +56,64 @@ def test_a_sweep_gives_a_row_a_cell_and_step_and_is_not_run_twice(
 
     monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("a finished cell ran again"))
     run(configs, tmp_path)
+
+
+def test_a_finished_study_goes_on_to_more_steps_as_if_it_had_had_them_all(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    configs = grid(config, prior_weight=[1.0])
+    run(configs, tmp_path / "short")
+    for folder in ("short", "long"):
+        done = list(sweep.sweep(configs, tmp_path / folder, [2, 4, 6], QUICK, threads=1))
+        assert [p.error for p in done] == [None]
+    short, long = (table(configs, tmp_path / name, [2, 4, 6]) for name in ("short", "long"))
+    assert short == long and [row["step"] for row in short] == [2, 4, 6]
+    cell = sweep.runs.resume(tmp_path / "short" / "prior_weight=1.0")
+    assert cell.finished and cell.config.steps == 6 and len(watch.drawn(cell, 6).subject) == 16
+
+    run(configs, tmp_path / "short")  # fewer again: what is there is kept
+    cell = sweep.runs.resume(cell.folder)
+    assert cell.finished and cell.config.steps == 6 and max(cell.checkpoints()) == 6
+
+
+def test_another_study_in_the_folder_is_refused_and_left_alone(
+    config: TrainConfig, photos: str, tmp_path: Path
+) -> None:
+    run(grid(config, prior_weight=[1.0]), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    shutil.copytree(photos, tmp_path.with_name("max"))
+    others = {
+        r"a study of rex on .*sd2 whose subject\.pictures is '.*rex', and not '.*max'; choose":
+            config.replace(subject=Subject(str(tmp_path.with_name("max")), "dog", name="rex")),
+        "whose base is '.*sd2', and not 'toybox'": config.replace(base="toybox"),
+        "whose class_pictures is 4, and not 5": config.replace(class_pictures=5),
+        "whose lr_schedule is 'constant', and not 'linear'": config.replace(lr_schedule="linear"),
+    }  # fmt: skip
+    for text, other in others.items():
+        with pytest.raises(RunError, match=text):
+            run(grid(other, prior_weight=[1.0]), tmp_path)
+    more = replace(QUICK, seeds=2)
+    with pytest.raises(RunError, match="whose seeds is 4, and not 2; choose"):
+        next(sweep.sweep(grid(config, prior_weight=[1.0]), tmp_path, [2, 4], more))
+    with pytest.raises(RunError, match="at step 4 and was not looked at in step 1, 3; leave"):
+        next(sweep.sweep(grid(config, prior_weight=[1.0]), tmp_path, [1, 2, 3], QUICK))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_schedule_is_another_study(config: TrainConfig, tmp_path: Path) -> None:
+    configs = grid(config.replace(lr_schedule="linear"), prior_weight=[0.0])
+    run(configs, tmp_path)
+    run(configs, tmp_path)
+    with pytest.raises(RunError, match="whose steps is 4, and not 6"):
+        next(sweep.sweep(configs, tmp_path, [2, 4, 6], QUICK))
+
+
+def test_a_study_of_one_weight_has_its_column(config: TrainConfig, tmp_path: Path) -> None:
+    configs = grid(config, prior_weight=[1.0])
+    run(configs, tmp_path)
+    rows = table(configs, tmp_path, [2, 4])
+    assert [row["prior_weight"] for row in rows] == [1.0, 1.0]
+    assert recommend(rows).settings.keys() == {"prior_weight", "step"}
 
 
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(
@@ -102,6 +163,13 @@ def test_recommended_is_the_highest_mean_over_seeds(config: TrainConfig) -> None
     found = recommend(rows)
     assert found.settings == {"prior_weight": 1, "step": 100}, "of equals the fewest steps"
     assert found.standing == pytest.approx(0.8)
-    assert found.reason.startswith("prior_weight 1, step 100 stands highest of 3 settings (0.800")
+    assert found.reason.startswith("λ 1, step 100 stands highest of 3 settings (0.800")
+    assert found.reason.endswith("prior drift 0.500.")
+    last = recommend([*rows, row(1, 0, 300, 0.9), row(1, 1, 300, 0.9)]).reason
+    assert last.endswith("This is the longest training tried: try more steps before you trust it.")
+    two = recommend([*rows, row(0.5, 0, 100, 0.795), row(0.25, 0, 100, 0.79)]).reason
+    assert two.endswith("λ 0.5 and 1 are within 1%: either will do.")
+    three = recommend([*rows, row(0.5, 0, 100, 0.795), row(2, 0, 200, 0.799)]).reason
+    assert three.endswith("λ 0.5, 1 and 2 are within 1%: any will do.")
     with pytest.raises(ValueError, match="no rows"):
         recommend([])

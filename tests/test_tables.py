@@ -23,7 +23,7 @@ def test_the_table_has_a_row_a_method_and_leaves_missing_measures_empty() -> Non
         Mean("tuned", "dino", "subject_fidelity", 0.66666, 0.65, 0.7, 12),
     ]
     assert markdown(found).splitlines() == [
-        "|  | prompt_adherence (clip) | subject_fidelity (dino) |",
+        "|  | follows the prompt ↑ (clip) | like the photos ↑ (dino) |",
         "| --- | --- | --- |",
         "| base | 0.300 [0.290, 0.310] | 0.400 [0.380, 0.420] |",
         "| tuned |  | 0.667 [0.650, 0.700] |",
@@ -32,3 +32,8 @@ def test_the_table_has_a_row_a_method_and_leaves_missing_measures_empty() -> Non
     assert beside.startswith(markdown(found))
     assert "| DreamBooth (Stable Diffusion) | 0.668 | 0.803 | 0.305 |" in beside
     assert "| real pictures | 0.774 | 0.885 |  |" in beside
+
+
+def test_a_measure_of_ones_own_keeps_its_name() -> None:
+    (head, *_) = markdown([Mean("base", "clip", "sameness", 0.3, 0.29, 0.31, 1)]).splitlines()
+    assert head == "|  | sameness (clip) |"

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import save_photos
 from ipywidgets import HTML, Image, Widget
 from PIL import Image as Pictures
 
-from dreambooth_lib import TrainConfig, pace, runs, training, watch, widgets
+from dreambooth_lib import TrainConfig, memory, pace, pages, runs, training, watch, widgets
 from dreambooth_lib.config import ConfigError
+from dreambooth_lib.data import hold_out
 from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.widgets import side_by_side
 from dreambooth_lib.widgets.settings import python_of
 from dreambooth_lib.widgets.subject import uploaded
 
@@ -125,6 +129,69 @@ def test_a_typed_path_that_is_wrong_says_so_and_fails_whoever_goes_on(
     assert not subject.note.value and subject.config.subject.pictures == photos
 
 
+def test_an_error_stays_until_its_own_field_is_mended(
+    subject: widgets.SubjectPanel, photos: str
+) -> None:
+    subject.source.value = "/no/such"
+    subject.class_noun.value = "cat"
+    assert "check the path" in subject.note.value
+    with pytest.raises(DataError, match="check the path"):
+        subject.check()
+    subject.use({"a.png": png("red"), "b.png": png("blue")})
+    subject.check()
+    assert not subject.note.value and len(subject.photos) == 2
+
+
+def test_good_pictures_mend_an_upload_that_failed_too(
+    subject: widgets.SubjectPanel, photos: str, tmp_path: Path
+) -> None:
+    subject._read_uploaded = lambda: subject.use({"a.txt": b"no picture"})  # type: ignore[method-assign]
+    panel = widgets.SettingsPanel(subject)
+    subject.callback(subject._read_uploaded)(None)
+    assert subject.note.value
+    subject.source.value = str(Path(photos))
+    subject.source.value = str(save_photos(tmp_path / "max", 3))
+    subject.check()
+    panel.check()
+    assert not subject.note.value and panel.config == subject.config
+
+
+def test_the_embedded_base_says_what_it_cannot_draw(
+    photos: str, make_config: Make, tiny_sd2: str
+) -> None:
+    known = widgets.SubjectPanel(make_config("toybox", photos))
+    assert "cannot draw" not in texts(known)
+    known.class_noun.value = "Dog"
+    assert "cannot draw" not in texts(known)
+    known.class_noun.value = "dachshund"
+    said = texts(known)
+    assert "cannot draw &#x27;dachshund&#x27;" in said and "drawings of 48 things (dog, cat" in said
+    other = widgets.SubjectPanel(make_config(tiny_sd2, photos))
+    other.class_noun.value = "dachshund"
+    assert "cannot draw" not in texts(other)
+
+
+def test_the_crops_follow_the_resolution_and_mark_what_is_kept_out(
+    photos: str, make_config: Make, tiny_sd2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[Any] = []
+    grid = pages.grid
+    monkeypatch.setattr(
+        pages, "grid", lambda shown, columns, names=None: (
+            labels.append(names), grid(shown, columns, names)
+        )[1],
+    )  # fmt: skip
+    subject = widgets.SubjectPanel(make_config(tiny_sd2, photos, watch_every=2))
+    held = hold_out(subject.photos)[1]
+    marks = ["kept out, to test on" if p in held else "" for p in subject.photos]
+    assert labels[-1] == marks and sum(map(bool, marks)) == 1
+    widgets.SubjectPanel(make_config(tiny_sd2, photos, watch_every=0))
+    assert labels[-1] is None
+    panel = widgets.SettingsPanel(subject)
+    panel.controls["resolution"].value = 8
+    assert "cropped to 8 × 8" in texts(subject)
+
+
 def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
     subject: widgets.SubjectPanel,
 ) -> None:
@@ -142,7 +209,7 @@ def test_colab_is_told_to_use_its_own_upload(
     from dreambooth_lib import colab
 
     panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
-    assert "colab.upload" in texts(panel) and "10 MB" not in texts(panel)
+    assert "UPLOAD = True" in texts(panel) and "10 MB" not in texts(panel)
     fake_colab.uploads = {"d.png": png("red")}
     panel.use(colab.upload(tmp_path / "uploads"))
     assert [photo.name for photo in panel.photos] == ["d.png"]
@@ -228,6 +295,25 @@ def test_minutes_are_shown_only_once_they_are_measured(
     assert "<b>3 min</b>" in settings.time.value
     settings.controls["steps"].value = 9
     assert "<b>6 min</b>" in settings.time.value
+    settings.controls["resolution"].value = 8
+    assert not settings.time.value, "that was of another resolution"
+
+
+def test_updates_that_the_loss_scale_skips_are_not_measured(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, update, tries = started(watch_every=0).config, training.Trainer.update, []
+
+    def skipping(trainer: training.Trainer) -> Any:
+        tries.append(trainer.step)
+        return update(trainer) if len(tries) > 12 else None
+
+    monkeypatch.setattr(training.Trainer, "update", skipping)
+    assert pace.measure(config).update > 0
+    assert len(tries) == 12 + 1 + 3
+    monkeypatch.setattr(training.Trainer, "update", lambda trainer: None)
+    with pytest.raises(training.NonFiniteLoss, match="lower learning_rate"):
+        pace.measure(config)
 
 
 def test_a_pace_is_measured_and_leaves_nothing(started: Callable[..., Run], tmp_path: Path) -> None:
@@ -315,22 +401,35 @@ def test_an_error_in_training_is_shown_and_raised(
 def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
     started: Callable[..., Run],
 ) -> None:
-    run = started(checkpoints_kept=1)
+    run = started()
     list(training.train(run))
     slider = widgets.CheckpointSlider(run)
     assert slider.step == slider.best.step and slider.best.reason in texts(slider)
-    others = {"2", "4"} - {str(slider.best.step)}
     labels = [label for label, _ in slider.slider.options]
-    assert labels[0] == "base" and {*others, f"{slider.best.step} ★"} == set(labels[1:])
+    assert labels[0] == "base" and f"{slider.best.step} ★" in labels
+    assert all("view only" not in label for label in labels), "the newest and the best are kept"
     seen = {}
     for step in (0, 2, 4):
         slider.slider.value = step
         seen[step] = [picture.tobytes() for picture in pictures(slider)]
         assert seen[step][0] == watch.drawn(run, step).subject[0].tobytes()
         assert len(seen[step]) == 4 + 2 + 1
-        assert slider.step == (step if step in run.checkpoints() else slider.best.step)
-        assert ("weights are kept" if slider.step == step else "only be looked at") in texts(slider)
     assert seen[0] != seen[4]
+    assert slider.step == 4 and "The cells below use this one." in texts(slider)
+
+
+def test_a_step_whose_weights_are_gone_can_be_looked_at_only(started: Callable[..., Run]) -> None:
+    run = started(watch_every=1, checkpoints_kept=1)
+    list(training.train(run))
+    slider = widgets.CheckpointSlider(run)
+    gone = [step for step in (1, 2, 3, 4) if step not in run.checkpoints()]
+    assert gone, "only the newest and the best are kept"
+    assert (f"{gone[0]}, view only", gone[0]) in slider.slider.options
+    for step in (0, gone[0]):
+        slider.slider.value = step
+        assert slider.step == slider.best.step
+        assert f"the cells below use step {slider.best.step} ★" in texts(slider)
+        assert len(pictures(slider)) == 4 + 2 + 1
 
 
 def test_class_pictures_are_drawn_where_the_run_will_look_for_them(
@@ -344,6 +443,17 @@ def test_class_pictures_are_drawn_where_the_run_will_look_for_them(
     list(training.train(run))
     assert made == {path: path.stat().st_mtime_ns for path in made}
     assert widgets.class_pictures(run.config.replace(prior_weight=0), run.folder.parent) is None
+
+
+def test_class_pictures_of_a_base_by_a_relative_path_are_the_runs_too(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(watch_every=0)
+    base = Path(run.config.base)
+    monkeypatch.chdir(base.parent)
+    widgets.class_pictures(run.config.replace(base=base.name), run.folder.parent)
+    list(training.train(run))
+    assert len(list(run.folder.parent.glob("class_pictures/*/manifest.json"))) == 1
 
 
 def test_a_run_without_a_look_has_no_slider(started: Callable[..., Run]) -> None:
@@ -386,7 +496,95 @@ def test_any_two_sources_can_be_compared(started: Callable[..., Run]) -> None:
     assert one == other, "the run ended with step 4's weights"
     pair.left.value = "step 2"
     one, other = (rows[0].image.tobytes() for rows in pair.draw().pictures.values())
-    assert one != other and set(pair._loaded) == {"step 2", "end"}
+    assert one != other and set(side_by_side._LOADED) == {(run, 2), run}
+
+
+def test_models_of_earlier_views_are_let_go_of(
+    started: Callable[..., Run], shown: list[Widget]
+) -> None:
+    run = started(watch_every=0)
+    list(training.train(run))
+    view = widgets.playground(run)
+    view.steps.value = 5
+    view.draw()
+    models = [weakref.ref(family) for family in side_by_side._LOADED.values()]
+    assert len(models) == 2 and all(model() is not None for model in models)
+    again = widgets.playground(run)
+    assert [model() for model in models] == [None, None], "as when its cell is run again"
+    again.steps.value = 5
+    again.draw()
+    assert view.draw().prompt, "an earlier view loads its own again"
+    list(widgets.monitor(run))
+    assert not side_by_side._LOADED, "training has the memory for itself"
+
+
+@pytest.mark.parametrize("kind", ["interrupt", "error"])
+def test_a_trainer_is_gone_once_its_cell_has_ended(
+    kind: str, started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, update, trainers = started(), training.Trainer.update, []
+
+    def stopped(trainer: training.Trainer) -> Any:
+        if trainer.step == 2:
+            trainers.append(weakref.ref(trainer))
+            raise KeyboardInterrupt if kind == "interrupt" else RuntimeError("out of memory")
+        return update(trainer)
+
+    monkeypatch.setattr(training.Trainer, "update", stopped)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)) as kept:  # as a notebook keeps it
+        for _ in widgets.monitor(run):
+            pass
+    memory.free()
+    assert trainers[0]() is None and kept.value is not None and shown
+
+
+def test_an_error_that_a_view_keeps_holds_nothing_of_where_it_came_from(
+    settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        pass
+
+    models = []
+
+    def fails(_config: TrainConfig) -> pace.Pace:
+        model = Model()
+        models.append(weakref.ref(model))
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("dreambooth_lib.widgets.settings.measure", fails)
+    settings.predict.click()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        settings.check()
+    assert models[0]() is None
+    settings.controls["resolution"].value = 8
+    assert not settings.note.value, "with other settings it may go well"
+
+
+def test_the_playgrounds_base_is_the_runs_at_its_resolution(started: Callable[..., Run]) -> None:
+    run = started(watch_every=0, resolution=24)
+    list(training.train(run))
+    play = widgets.playground(run)
+    play.steps.value = 5
+    drawn = play.draw()
+    assert {made.image.size for row in drawn.pictures.values() for made in row} == {(24, 24)}
+
+
+def test_a_prompt_without_the_subject_is_remarked(started: Callable[..., Run]) -> None:
+    play = widgets.playground(started())
+    assert not play.advice.value
+    play.prompt.value = "a dog in the snow"
+    assert "does not name your subject: write <code>a {} dog ...</code>" in play.advice.value
+    play.prompt.value = "a ohwx dog in the snow"
+    assert not play.advice.value
+    play.check()
+
+
+@pytest.mark.parametrize(("side", "wide"), [(64, 256), (512, 480)])
+def test_large_pictures_are_shown_larger(side: int, wide: int) -> None:
+    sample = side_by_side.Sample("a dog", 0, Pictures.new("RGB", (side, side)))
+    entry = side_by_side._entry(widgets.Drawn("a dog", "", 5.0, 5, {"base": [sample]}))
+    (column,) = entry.children[1].children
+    assert (column.children[0].width, column.layout.width) == (str(wide), f"{wide}px")
 
 
 def test_an_error_while_drawing_is_a_sentence_there_and_fails_the_next_cell(
@@ -409,55 +607,6 @@ def test_controls_have_labels_and_hints_and_html_has_no_colours(
     assert all(one.description for one in settings.controls.values())
 
 
-def test_an_interrupted_training_leaves_no_model_behind(
-    tiny_sd1: str, photos: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gc
-    import signal
-    import weakref
-
-    from dreambooth_lib import runs, training, widgets
-
-    held: list[weakref.ref[Any]] = []
-    made = training.Trainer.__init__
-
-    def remember(trainer: Any, *given: Any) -> None:
-        made(trainer, *given)
-        held.append(weakref.ref(trainer.family.denoiser))
-
-    monkeypatch.setattr(training.Trainer, "__init__", remember)
-    loss = training.Trainer._loss
-
-    def interrupted(trainer: Any, batch: Any) -> Any:
-        if trainer.step == 1:
-            signal.raise_signal(signal.SIGINT)
-        return loss(trainer, batch)
-
-    monkeypatch.setattr(training.Trainer, "_loss", interrupted)
-    run = runs.start(make_config(tiny_sd1, photos), tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt) as kept:
-        for _ in widgets.monitor(run):
-            pass
-    gc.collect()
-    assert kept.value and held[0]() is None
-
-
-def test_an_error_stays_until_what_caused_it_is_mended(
-    photos: str, make_config: Make, tmp_path: Path
-) -> None:
-    from dreambooth_lib import widgets
-
-    panel = widgets.SubjectPanel(make_config("toybox", photos))
-    panel.source.value = str(tmp_path / "nowhere")
-    panel.class_noun.value = "cat"
-    with pytest.raises(ValueError, match="nowhere"):
-        panel.check()
-    assert "nowhere" in panel.note.value
-    panel.use(photos)
-    panel.check()
-    assert panel.note.value == "" and panel.config.subject.class_noun == "cat"
-
-
 def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -> None:
     from dreambooth_lib import widgets
 
@@ -470,22 +619,6 @@ def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -
     settings.controls["learning_rate"].value = 1e-4
     settings.controls["method"].value = "full"
     assert settings.config == config.replace(learning_rate=1e-4)
-
-
-def test_a_measured_time_is_not_shown_for_other_settings(
-    photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dreambooth_lib import widgets
-    from dreambooth_lib.pace import Pace
-
-    monkeypatch.setattr(widgets.settings, "measure", lambda config: Pace(1.0, 0.0))
-    settings = widgets.SettingsPanel(make_config("toybox", photos))
-    settings.predict.click()
-    assert "1 min" in settings.time.value
-    settings.controls["steps"].value = 600
-    assert "10 min" in settings.time.value
-    settings.controls["train_text_encoder"].value = True
-    assert settings.time.value == ""
 
 
 def test_the_memory_of_a_gpu_is_told_with_its_level(
@@ -503,3 +636,18 @@ def test_the_memory_of_a_gpu_is_told_with_its_level(
     assert "0.0 GiB</b> of the GPU's 15.0, at memory level 'standard'" in _memory(config)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1, 15 << 30))
     assert "'lowest'" in _memory(config)
+
+
+def test_qlora_is_one_of_the_methods(photos: str, make_config: Make) -> None:
+    from dreambooth_lib import widgets
+
+    config = TrainConfig(make_config("toybox", photos).subject)
+    settings = widgets.SettingsPanel(config)
+    settings.controls["method"].value = "qlora"
+    asked = settings.config
+    assert (asked.method, asked.quantize) == ("lora", "nf4")
+    assert "quantize=&#x27;nf4&#x27;" in settings.python.value
+    again = widgets.SettingsPanel(asked)
+    assert again.config == asked and again.controls["method"].value == "qlora"
+    again.controls["method"].value = "full"
+    assert again.config.quantize is None

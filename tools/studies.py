@@ -3,7 +3,7 @@
     grid       lambda x steps on each bundled subject: table, heat map, front, contact sheet
     choice     training far past its best: is the checkpoint that the rule picks the best one?
     auto       what is picked on a subject left alone, beside the best of its grid
-    ablations  the paper's ablations in miniature, five seeds
+    ablations  the paper's ablations in miniature, and this kit's methods, five seeds
 
 Every part goes on where it was stopped. Cells run on ``--workers`` processes of one thread each,
 with ``--dask`` on a local cluster of dask's; the tables are the same.
@@ -192,15 +192,19 @@ def study_auto(subjects: Sequence[Subject], out: Path, executor: Executor) -> No
 
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
-    """What the paper's ablations vary, one thing each; all five photos are trained on."""
+    """What the paper's ablations vary, one thing each, and this kit's methods.
+
+    All five photos are trained on.
+    """
     default = plain(subject).replace(hold_out=False)
+    lora = default.replace(method="lora", lora_rank=8, learning_rate=None)
 
     def of_subject(**changes: str) -> TrainConfig:
         return default.replace(subject=replace(subject, **changes))
 
     photos = sorted(Path(subject.pictures).glob("*.png"))
     fewer = {}
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 4):
         place = folder / f"{count}-photos"
         place.mkdir(parents=True, exist_ok=True)
         for photo in photos[:count]:
@@ -218,6 +222,9 @@ def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
         "common identifier": of_subject(identifier="purple"),
         **fewer,
         "text encoder too": default.replace(train_text_encoder=True),
+        "distilled prior": default.replace(prior="distilled"),
+        "LoRA": lora,
+        "LoRA and distilled prior": lora.replace(prior="distilled"),
     }
 
 

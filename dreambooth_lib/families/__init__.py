@@ -1,6 +1,7 @@
 """Model families: which adapter a base needs, and where the base is."""
 
 import json
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,17 +60,43 @@ def load(
     """Load a base on the CPU, safetensors only, with no remote code, in float32 if no more is said.
 
     ``loading`` is what ``Family.from_pretrained`` takes: resolution, and what is to be in half
-    precision. LoRA weights come merged into their base. The hub token is the one that
-    huggingface_hub finds by itself; it is never passed or kept. Raises :class:`BaseError` for a
-    base that is not there or whose family is unknown.
+    precision. LoRA weights come merged into their base, but for one that they were trained
+    quantized on, which is quantized again. The hub token is the one that huggingface_hub finds by
+    itself; it is never passed or kept. Raises :class:`BaseError` for a base that is not there or
+    whose family is unknown.
     """
     path = locate(base)
     if (Path(path) / MADE_OF).exists():
-        family = load(**made_of(path), **loading)
-        family.pipeline.load_lora_weights(path)
-        return merged(family)
+        if loading.get("quantize") is not None:
+            below = made_of(path)[0]["base"]
+            raise BaseError(
+                f"the base '{base}' is a LoRA, which cannot be merged into weights that are "
+                f"quantized; train on '{below}', or leave quantize out."
+            )
+        return compose({base: 1.0}, **loading)
     hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
     return _adapter(base, path, revision).from_pretrained(path, **(loading | hub))
+
+
+def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
+    """The base of several LoRA runs or folders, with each of these by its weight.
+
+    Merged as :func:`load` says. Raises :class:`BaseError` where they are not all of one base.
+    """
+    paths = {locate(name): weight for name, weight in loras.items()}
+    found = {path: made_of(path) for path in paths}
+    bases = [below for below, _ in found.values()]
+    if not bases or any(below != bases[0] for below in bases):
+        of = ", ".join(f"'{n}' of '{b['base']}'" for n, b in zip(loras, bases, strict=True))
+        raise BaseError(f"LoRAs are composed on the base that they share, and these are {of}.")
+    family = load(**(loading | bases[0]))
+    names = [f"lora{number}" for number in range(len(paths))]
+    for name, (path, (_, word)) in zip(names, found.items(), strict=True):
+        if word is not None:
+            import_module(f"{__name__}.tokens").load(family, path, word)
+        family.pipeline.load_lora_weights(path, adapter_name=name)
+    family.pipeline.set_adapters(names, list(paths.values()))
+    return family if bases[0].get("quantize") else merged(family)
 
 
 def merged(family: "Family") -> "Family":
@@ -83,7 +110,7 @@ def skeleton(base: str, revision: str | None = None, **loading: Any) -> "Family"
     """As :func:`load`, of weights without values: only configs and tokenizers are read."""
     path = locate(base)
     if (Path(path) / MADE_OF).exists():
-        below = made_of(path)
+        below, _ = made_of(path)
         return skeleton(below["base"], below["revision"], **loading)
     hub = {} if Path(path).exists() else {"revision": revision}
     return _adapter(base, path, revision).from_configs(path, **(loading | hub))
@@ -96,15 +123,20 @@ def outline(base: str, revision: str | None = None) -> "Outline":
     """
     path = locate(base)
     if (Path(path) / MADE_OF).exists():
-        below = made_of(path)
+        below, _ = made_of(path)
         return outline(below["base"], below["revision"])
     hub = {} if Path(path).exists() else {"revision": revision}
     return _adapter(base, path, revision).outline(path, **hub)
 
 
-def made_of(path: str) -> dict[str, Any]:
-    """The base, revision and variant that a folder of LoRA weights belongs to."""
-    return json.loads((Path(path) / MADE_OF).read_text())
+def made_of(path: str) -> tuple[dict[str, Any], str | None]:
+    """Of a folder of LoRA weights, what :func:`load` is given for their base, and their word."""
+    file = Path(path) / MADE_OF
+    if not file.exists():
+        raise BaseError(f"'{path}' is no LoRA of this kit's: it has no {MADE_OF}; check the path.")
+    found = json.loads(file.read_text())
+    word = found.pop("word", None)
+    return found, word
 
 
 def _adapter(base: str, path: str, revision: str | None) -> "type[Family]":

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from packaging.version import Version
 
+from dreambooth_lib import memory
 from dreambooth_lib.noise import Noised
 
 #: What diffusers calls the precision that a model is loaded in.
@@ -61,13 +62,20 @@ class Family:
     feed_forward_layers: ClassVar[tuple[str, ...]] = ("ff.net.0.proj", "ff.net.2")
     #: What the pipeline's ``from_pretrained`` is given besides.
     options: ClassVar[dict[str, Any]] = {}
+    #: What the pipeline's call names the tensors that ``encode_prompts`` gives.
+    call_names: ClassVar[dict[str, str]] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+    }
 
     def __init__(self, pipeline: Any, resolution: int | None = None):
         self.pipeline = pipeline
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self.text_encoders = self._parts(self.encoder_names)  #: transformers models
         #: What never trains.
-        self.frozen = [pipeline.vae, *self._parts(self.large_encoder_names)]
+        self.frozen = self._parts(("vae", *self.large_encoder_names))
+        #: The prompts that are known, if the text encoders were let go of.
+        self.known: Known | None = None
         #: Pixels a side that it is worked with at; the base's own if none is asked for.
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
@@ -86,22 +94,69 @@ class Family:
         half: torch.dtype = torch.float32,
         whole: Collection[str] = ("denoiser", "text_encoders"),
         master: torch.dtype = torch.float32,
+        quantize: str | None = None,
+        prompts: Collection[str] | None = None,
+        device: str | torch.device = "cpu",
         **options: Any,
     ) -> "Family":
-        """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``."""
+        """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``.
+
+        ``quantize`` is as in ``TrainConfig``; what it concerns is put on the GPU at once. With
+        ``prompts`` the text encoders are loaded first and alone, encode these on ``device`` and
+        make room for the rest: no other prompt is known then.
+        """
         from diffusers import DiffusionPipeline
 
+        index = DiffusionPipeline.load_config(path, **options)
         names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
         dtypes = {name: master for part in whole for name in names[part]}
-        pipeline = DiffusionPipeline.from_pretrained(
-            path,
-            use_safetensors=True,
-            **{DTYPE: {"default": half} | dtypes},
-            **cls.options,
-            **cls.replaced(path, half, options),
-            **options,
+        given: dict[str, Any] = {"use_safetensors": True, DTYPE: {"default": half} | dtypes}
+        given |= cls.options | options
+        if quantize is not None:
+            given["quantization_config"] = cls._quantization(index, quantize, half)
+        known = None
+        if prompts is not None:
+            rest = dict.fromkeys((cls.denoiser_name, "vae"))
+            text = DiffusionPipeline.from_pretrained(path, **(given | rest)).to(device)
+            known = Known(cls(text, resolution=1), {*prompts, ""})
+            del text
+            memory.free()
+            encoders = (*cls.encoder_names, *cls.large_encoder_names)
+            given |= {name: None for name in encoders if name in index}
+        given |= cls.replaced(path, half, options)
+        family = cls(DiffusionPipeline.from_pretrained(path, **given), resolution)
+        family.known = known
+        return family
+
+    @classmethod
+    def quantized_names(cls) -> tuple[str, ...]:
+        """The parts that quantizing concerns, where a base has them."""
+        return (cls.denoiser_name, *cls.large_encoder_names)
+
+    @classmethod
+    def _quantization(cls, index: dict[str, Any], quantize: str, half: torch.dtype) -> Any:
+        import diffusers
+        import transformers
+
+        given: dict[str, Any] = {"load_in_8bit": True}
+        if quantize == "nf4":
+            given = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_compute_dtype": half,
+                "bnb_4bit_use_double_quant": True,
+            }
+        kinds = {
+            "diffusers": diffusers.BitsAndBytesConfig,
+            "transformers": transformers.BitsAndBytesConfig,
+        }
+        return diffusers.PipelineQuantizationConfig(
+            quant_mapping={
+                name: kinds[library](**given)
+                for name, (library, kind) in _named_parts(index)
+                if name in cls.quantized_names() and kind is not None
+            }
         )
-        return cls(pipeline, resolution)
 
     @classmethod
     def from_configs(
@@ -112,9 +167,13 @@ class Family:
         half: torch.dtype = torch.float32,
         whole: Collection[str] = ("denoiser", "text_encoders"),
         master: torch.dtype = torch.float32,
+        quantize: str | None = None,
         **options: Any,
     ) -> "Family":
-        """As :meth:`from_pretrained`, without the weights: all are on the meta device."""
+        """As :meth:`from_pretrained`, without the weights: all are on the meta device.
+
+        What ``quantize`` concerns is in ``half`` here.
+        """
         import diffusers
         import transformers
 
@@ -138,6 +197,10 @@ class Family:
                 make = kind
             with torch.device("meta"):
                 parts[name] = make(given).to(master if name in masters else half)
+            # Some layers overflow in float16: transformers keeps them whole.
+            for module_name, module in parts[name].named_modules():
+                if module_name.rpartition(".")[2] in _kept_whole(kind, half):
+                    module.to(torch.float32)
         return cls(getattr(diffusers, index["_class_name"])(**parts), resolution)
 
     @classmethod
@@ -191,9 +254,34 @@ class Family:
         """What the denoiser is told of each prompt, with gradients to the text encoders."""
         raise NotImplementedError
 
+    def cond_of(self, prompts: list[str]) -> Cond:
+        """As :meth:`encode_prompts`, of known prompts where the text encoders were let go of."""
+        return self.encode_prompts(prompts) if self.known is None else self.known(prompts)
+
+    def prompt_arguments(self, prompts: list[str], negative: str = "") -> dict[str, Any]:
+        """What the pipeline's call is told of prompts."""
+        if self.known is None:
+            # None, and not "", for the base's own idea of no prompt: SDXL's is all zeros.
+            return {
+                "prompt": prompts,
+                "negative_prompt": [negative] * len(prompts) if negative else None,
+            }
+        told = self.call_arguments(self.known(prompts))
+        without = self.call_arguments(self.known([negative] * len(prompts)))
+        return told | {f"negative_{name}": value for name, value in without.items()}
+
+    def call_arguments(self, cond: Cond) -> dict[str, Any]:
+        """Prompt conditioning as arguments of the pipeline's call."""
+        return {self.call_names[name]: value for name, value in cond.items()}
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         """The prediction [B, C, h, w] for noisy latents, timesteps [B] and prompts."""
         raise NotImplementedError
+
+
+def _kept_whole(kind: Any, half: torch.dtype) -> list[str]:
+    """Ends of the names of the layers that a class of models keeps in float32."""
+    return (getattr(kind, "_keep_in_fp32_modules", None) or []) if half is torch.float16 else []
 
 
 def _named_parts(index: dict[str, Any]) -> list[tuple[str, tuple[str, str]]]:
@@ -209,3 +297,17 @@ def vae_scale(vae: dict[str, Any]) -> int:
 def rows(cond: Cond, index: list[int]) -> Cond:
     """Some rows of prompt conditioning, in the order of ``index``."""
     return {name: value[index] for name, value in cond.items()}
+
+
+class Known:
+    """Prompts that were encoded once, looked up from then on."""
+
+    def __init__(self, family: Family, prompts: Collection[str]):
+        distinct = sorted(set(prompts))
+        self.row = {prompt: row for row, prompt in enumerate(distinct)}
+        with torch.no_grad():
+            self.cond = family.cond_of(distinct)
+
+    def __call__(self, prompts: list[str]) -> Cond:
+        """What the denoiser is told of each prompt. Raises KeyError for one that is not known."""
+        return rows(self.cond, [self.row[prompt] for prompt in prompts])

@@ -1,6 +1,6 @@
 """Stable Diffusion XL: two text encoders, and the picture's size told to the denoiser."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,10 @@ class StableDiffusionXL(Family):
 
     denoiser_name = "unet"
     encoder_names = ("text_encoder", "text_encoder_2")
+    call_names: ClassVar[dict[str, str]] = {
+        "hidden": "prompt_embeds",
+        "pooled": "pooled_prompt_embeds",
+    }
 
     @classmethod
     def replaced(cls, path: str, half: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:

@@ -37,12 +37,19 @@ class ZImage(Family):
         width = self.pipeline.text_encoder.config.hidden_size
         return {"embeddings": torch.zeros(len(prompts), LENGTH, width)}
 
+    def call_arguments(self, cond: Cond) -> dict[str, Any]:
+        return {"prompt_embeds": _own_lengths(cond)}
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        said = list(cond["embeddings"])
-        if "lengths" in cond:
-            lengths = cond["lengths"].tolist()
-            said = [row[:length] for row, length in zip(said, lengths, strict=True)]
         frames = list(x_t.unsqueeze(2).unbind())
         # Its time runs from noise to picture, and so does the velocity that it predicts.
-        velocity = self.denoiser(frames, 1 - t / 1000, said, return_dict=False)[0]
+        velocity = self.denoiser(frames, 1 - t / 1000, _own_lengths(cond), return_dict=False)[0]
         return -torch.stack(velocity).squeeze(2)
+
+
+def _own_lengths(cond: Cond) -> list[torch.Tensor]:
+    """Each prompt's embeddings without their padding."""
+    if "lengths" not in cond:
+        return list(cond["embeddings"])
+    lengths = cond["lengths"].tolist()
+    return [row[:length] for row, length in zip(cond["embeddings"], lengths, strict=True)]

@@ -2,12 +2,13 @@
 
 import html
 import io
-import traceback
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 from ipywidgets import HTML, HBox, Image, Layout, VBox
+
+from dreambooth_lib import memory
 
 #: For a control's ``style`` and ``layout``: labels and controls in columns.
 STYLE = {"description_width": "9em"}
@@ -26,56 +27,48 @@ def quiet() -> None:
 
 
 class View(VBox):
-    """A column of widgets whose callbacks show an error as a sentence and keep it."""
+    """A column of widgets whose callbacks show an error as a sentence and keep it.
+
+    What one callback failed at stays until that one succeeds, whatever other fields do meanwhile.
+    """
 
     def __init__(self, *children: Any):
-        self._errors: dict[Any, Exception] = {}
+        self.errors: dict[Any, Exception] = {}  #: by the callback that failed
         self.note = HTML()
         super().__init__([*children, self.note])
 
-    @property
-    def error(self) -> Exception | None:
-        """Of a callback that failed and was not called again since, the first of several."""
-        return next(iter(self._errors.values()), None)
-
     def check(self) -> None:
-        """Raise that error, if there is one."""
-        if self.error is not None:
-            raise self.error
+        """Raise the first error that stands, if there is one."""
+        for error in self.errors.values():
+            raise error
 
     def fail(self, error: Exception, act: Any = None) -> None:
-        """Show an error and keep it, without what its frames hold, until ``act`` succeeds."""
-        let_go(error)
-        self._errors[act] = error
+        """Show an error and keep it, as that of ``act``."""
+        memory.forget(error)
+        self.errors[act] = error
         self._tell()
 
-    def forgive(self) -> None:
-        """Forget all errors: what they were of is no more."""
-        self._errors.clear()
+    def mend(self, *acts: Any) -> None:
+        """Drop the errors of these callbacks: what they failed at is well by now."""
+        for act in acts:
+            self.errors.pop(act, None)
         self._tell()
 
     def _tell(self) -> None:
-        self.note.value = f"⚠ {html.escape(sentence(self.error))}" if self.error else ""
+        texts = [f"⚠ {html.escape(sentence(error))}" for error in self.errors.values()]
+        self.note.value = "<br>".join(texts)
 
     def callback(self, act: Callable[[], Any]) -> Callable[[Any], None]:
         """``act`` for a widget to call, which would hide an error or show a traceback."""
 
         def call(_event: Any) -> None:
-            self._errors.pop(act, None)
+            self.mend(act)
             try:
                 act()
             except Exception as error:  # whatever it is, check() raises it
                 self.fail(error, act)
-            self._tell()
 
         return call
-
-
-def let_go(error: BaseException | None) -> None:
-    """Clear the frames that an error has come through, which may hold a model on the GPU."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 def sentence(error: Exception) -> str:
@@ -115,6 +108,11 @@ def blank() -> Image:
 def show(place: Image, save: Callable[..., Any]) -> None:
     place.value = png(save)
     place.layout.display = ""
+
+
+def on_page(picture: Any, least: int, most: int) -> int:
+    """How many pixels wide a picture stands on the page: as many as it has, within bounds."""
+    return max(least, min(most, picture.width))
 
 
 def captioned(picture: Any, caption: str, width: int) -> VBox:

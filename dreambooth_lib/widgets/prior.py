@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_lib import pages, prior, sampling
+from dreambooth_lib import pages, prior, runs, sampling
 from dreambooth_lib.config import TrainConfig
 
 _SHOWN = 32
@@ -19,6 +19,7 @@ def class_pictures(config: TrainConfig, folder: str | Path) -> Image.Image | Non
 
     if not config.draws_class_pictures:
         return None
+    config = runs.with_whole_paths(config)  # as the run will have it, or it would draw its own
     family = sampling.load_source(config)
     made = prior.class_pictures(config, family, Path(folder) / "class_pictures")
     paths = list(tqdm(made, total=config.class_pictures, unit="picture", miniters=1))

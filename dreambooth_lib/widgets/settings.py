@@ -7,23 +7,30 @@ from typing import Any
 
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
 
-from dreambooth_lib import families
+from dreambooth_lib import choice, families
 from dreambooth_lib.config import Subject, TrainConfig, base_defaults
 from dreambooth_lib.pace import Pace, measure
 from dreambooth_lib.widgets.parts import View, control, hinted
+from dreambooth_lib.widgets.side_by_side import release
 from dreambooth_lib.widgets.subject import SubjectPanel
 
+_LOOKS = {5: "five"}.get(choice.PATIENCE, choice.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
+_QLORA = "qlora"  # of the menu alone: a LoRA with quantize
 HINTS = {
-    "method": "LoRA takes far less memory and gives a small file; the whole model learns more",
-    "prior_weight": "raise λ when class pictures start to look like your subject; 1 suits most",
+    "method": "LoRA takes far less memory and gives a small file, on 4 bits the least, for the "
+    "largest bases on a GPU; the whole model learns more",
+    "prior_weight": "raise λ when class pictures start to look like your subject; 0 turns the "
+    "protection off; 1 suits most",
     "prior": "the base as teacher needs no class pictures, so it begins sooner",
     "steps": "raise it while the subject is not recognisable; lower it when prompts are ignored",
     "learning_rate": "lower it when pictures turn harsh or odd; raise it when nothing is learnt",
-    "train_text_encoder": "also the part that reads prompts: more likeness, memory and time",
+    "train_text_encoder": "also train the part that reads the prompt: more likeness, more memory "
+    "and time; leave off on a T4",
     "resolution": "lower it when memory runs out; the base draws best at its own",
     "class_pictures": "more of them keep the class more varied; drawing them takes time",
-    "early_stop": "keep the best step's weights, and end after five looks that bring none better",
+    "early_stop": f"keep the best step's weights, and stop once {_LOOKS} looks in a row brought "
+    "nothing better",
 }
 
 
@@ -46,7 +53,7 @@ class SettingsPanel(View):
             self.time,
             self.python,
         )
-        self._measured: tuple[TrainConfig, str, Pace] | None = None
+        self._measured: tuple[TrainConfig, Pace, str] | None = None
         for one in self.controls.values():
             one.observe(self.callback(self._show), "value")
         if isinstance(given, SubjectPanel):
@@ -61,23 +68,28 @@ class SettingsPanel(View):
         said = {name: one.value for name, one in self.controls.items()}
         if said["resolution"] == self._own:
             said["resolution"] = None
-        return _config_of(self._given).replace(**said)
+        given, said["quantize"] = _config_of(self._given), None
+        if said["method"] == _QLORA:
+            said |= {"method": "lora", "quantize": given.quantize or "nf4"}
+        return given.replace(**said)
 
     def _show(self) -> None:
         config = self.config
         code = html.escape(python_of(config, HINTS))
         self.python.value = f'The same in Python:<pre style="line-height: 1.3">{code}</pre>'
-        self.time.value = ""
-        if self._measured is not None:
-            measured, memory, pace = self._measured
-            same = {"steps": config.steps, "early_stop": config.early_stop}
-            if measured.replace(**same) == config:  # else it was of something else
-                self.time.value = _time(config, pace) + memory
+        if isinstance(self._given, SubjectPanel):
+            self._given.crop_to(config.resolution or self._own)
+        self.mend(self._measure)  # it may go well with other settings
+        if self._measured and self._measured[0] != _paced(config):
+            self._measured = None
+        self.time.value = _time(config, *self._measured[1:]) if self._measured else ""
 
     def _measure(self) -> None:
         self.predict.disabled = True
+        release()
         try:
-            self._measured = (self.config, _memory(self.config), measure(self.config))
+            config = self.config
+            self._measured = (_paced(config), measure(config), _memory(config))
         finally:
             self.predict.disabled = False
         self._show()
@@ -85,6 +97,11 @@ class SettingsPanel(View):
 
 def _config_of(given: TrainConfig | SubjectPanel) -> TrainConfig:
     return given.config if isinstance(given, SubjectPanel) else given
+
+
+def _paced(config: TrainConfig) -> TrainConfig:
+    """A config without what its pace does not depend on."""
+    return config.replace(steps=1, early_stop=False)
 
 
 def python_of(config: TrainConfig, always: Any = ()) -> str:
@@ -125,14 +142,16 @@ def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
     rates += [(f"{rate:g}", rate) for rate in sorted({*_RATES, config.learning_rate})]
     pictures = max(400, config.class_pictures)
     texts = [("denoiser", False), ("denoiser and text encoder", True)]
-    methods = [("the whole model", "full"), ("LoRA", "lora")]
+    methods = [("the whole model", "full"), ("LoRA", "lora"), ("LoRA on 4 bits (QLoRA)", _QLORA)]
+    if config.quantize is not None:
+        values["method"] = _QLORA
     priors = [("class pictures", "generated"), ("the base as teacher", "distilled")]
     values["prior"] = "generated" if config.prior == "none" else config.prior
     made: dict[str, tuple[type, str, dict[str, Any]]] = {
         "method": (Dropdown, "method", {"options": methods}),
         "prior_weight": (FloatSlider, "λ, prior weight", {"max": max(3, config.prior_weight)}),
         "prior": (Dropdown, "class kept by", {"options": priors}),
-        "steps": (IntSlider, "steps", {"min": 1, "max": max(2000, config.steps)}),
+        "steps": (IntSlider, "training steps", {"min": 1, "max": max(2000, config.steps)}),
         "learning_rate": (Dropdown, "learning rate", {"options": rates}),
         "train_text_encoder": (Dropdown, "what is trained", {"options": texts}),
         "resolution": (Dropdown, "resolution", {"options": sides}),
@@ -164,10 +183,10 @@ def _memory(config: TrainConfig) -> str:
     )
 
 
-def _time(config: TrainConfig, pace: Pace) -> str:
+def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
     minutes = pace.seconds(config) / 60
     looks = f", and looks of {pace.look:.1f} s every {config.watch_every}" if pace.look else ""
     return (
         f"Training takes about <b>{max(1, round(minutes))} min</b> on this machine: {config.steps} "
-        f"updates of {pace.update:.2f} s{looks}, as measured. Class pictures come on top."
+        f"updates of {pace.update:.2f} s{looks}, as measured. Class pictures come on top.{memory}"
     )

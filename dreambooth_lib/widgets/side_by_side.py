@@ -7,18 +7,29 @@ from typing import TYPE_CHECKING
 
 from ipywidgets import HTML, Button, Dropdown, FloatSlider, IntSlider, IntText, Text, VBox
 
+from dreambooth_lib import memory
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import Sample, fill, load_source, sample
-from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row
+from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row, on_page
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
 
-_WIDTH = 256  # pixels on the page
+_WIDTHS = 256, 480  # pixels on the page, of the smallest pictures and of the largest
 
-#: What draws: a run, a config's base, a base, or a run with the step of one of its checkpoints.
+#: What draws: a run, a base, a config for its base, or a run with the step of a checkpoint of its.
 Source = Run | TrainConfig | str | tuple[Run, int]
+
+#: What the last view to draw has loaded. A notebook keeps each view that a cell ever made, so that
+#: what a view held itself would stay in memory.
+_LOADED: "dict[Source, Family]" = {}
+
+
+def release() -> None:
+    """Let go of the models that views have loaded."""
+    _LOADED.clear()
+    memory.free()
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,8 @@ class SideBySide(View):
         prompt: str = "",
         guidance_scale: float = 5.0,
     ):
+        release()
         self._sources, self._subject = dict(sources), subject
-        self._loaded: dict[str, Family] = {}
         self.gallery: list[Drawn] = []
         names = list(sources)
         self.left = control(Dropdown, "left", options=names, value=names[0])
@@ -58,24 +69,35 @@ class SideBySide(View):
         self.guidance = control(
             FloatSlider, "guidance", value=guidance_scale, min=1, max=15, step=0.25
         )
-        self.steps = control(IntSlider, "steps", value=25, min=5, max=100)
+        self.steps = control(IntSlider, "drawing steps", value=25, min=5, max=100)
         self.button = Button(description="Draw", button_style="primary")
-        self.entries = VBox([])
+        self.advice, self.entries = HTML(), VBox([])
         super().__init__(
             hinted({
                 self.left: "what draws on the left",
                 self.right: "what draws on the right, with the same seeds",
-                self.prompt: "{} stands for your subject's identifier; say what is around it",
+                self.prompt: "write {} where your subject's secret word goes, e.g. "
+                f"a {{}} {subject.class_noun} in the snow",
                 self.negative_prompt: "what should not be seen; empty is fine",
-                self.seed: "the same number draws the same picture; change it for another",
+                self.seed: "the noise to start from: the same number draws the same picture again",
                 self.count: "one a seed, from this seed on",
                 self.guidance: "raise it when the prompt is ignored; lower it when all looks harsh",
                 self.steps: "more are finer and slower; 25 is enough for a look",
                 self.button: "pictures come below, the newest first",
             }),
+            self.advice,
             self.entries,
         )  # fmt: skip
         self.button.on_click(self.callback(self.draw))
+        self.prompt.observe(self.callback(self._advise), "value")
+        self._advise()
+
+    def _advise(self) -> None:
+        prompt, subject = self.prompt.value, self._subject
+        named = "{}" in prompt or subject.identifier in prompt.split()
+        example = html.escape(f"a {{}} {subject.class_noun} ...")
+        text = f"This prompt does not name your subject: write <code>{example}</code>."
+        self.advice.value = "" if named else text
 
     def draw(self) -> Drawn:
         """Draw what the fields ask for, and show and keep it. Raises as ``sample`` does."""
@@ -84,10 +106,10 @@ class SideBySide(View):
         seeds = [self.seed.value + number for number in range(self.count.value)]
         self.button.disabled = True
         try:
-            self._load(list(names))
+            loaded = self._load(list(names))
             pictures = {
                 name: sample(
-                    self._loaded[name],
+                    loaded[name],
                     [prompt],
                     seeds,
                     steps=self.steps.value,
@@ -104,13 +126,16 @@ class SideBySide(View):
         self.entries.children = [_entry(drawn), *self.entries.children]
         return drawn
 
-    def _load(self, names: list[str]) -> None:
-        self._loaded = {name: held for name, held in self._loaded.items() if name in names}
-        for name in names:
-            if name not in self._loaded:
-                source = self._sources[name]
+    def _load(self, names: list[str]) -> "dict[str, Family]":
+        wanted = {name: self._sources[name] for name in names}
+        for source in set(_LOADED) - set(wanted.values()):
+            del _LOADED[source]
+        memory.free()
+        for source in wanted.values():
+            if source not in _LOADED:
                 given = source if isinstance(source, tuple) else (source,)
-                self._loaded[name] = load_source(*given)
+                _LOADED[source] = load_source(*given)
+        return {name: _LOADED[source] for name, source in wanted.items()}
 
 
 def playground(run: Run, at: int | None = None) -> SideBySide:
@@ -118,10 +143,10 @@ def playground(run: Run, at: int | None = None) -> SideBySide:
 
     Other pairs, such as checkpoints or a study's cells, are :class:`SideBySide` of their own.
     """
-    subject = run.config.subject
-    sources: dict[str, Source] = {"base": run.config, "tuned": run if at is None else (run, at)}
+    config, subject = run.config, run.config.subject
+    sources: dict[str, Source] = {"base": config, "tuned": run if at is None else (run, at)}
     prompt = f"a {{}} {subject.class_noun} on the beach"
-    return SideBySide(sources, subject, prompt, run.config.guidance_scale)
+    return SideBySide(sources, subject, prompt, config.guidance_scale)
 
 
 def _entry(drawn: Drawn) -> VBox:
@@ -129,7 +154,7 @@ def _entry(drawn: Drawn) -> VBox:
     asked = f"“{drawn.prompt}”{without}"
     settings = f"guidance {drawn.guidance_scale:g}, {drawn.steps} steps"
     pairs = [
-        captioned(made.image, f"{name}, seed {made.seed}", _WIDTH)
+        captioned(made.image, f"{name}, seed {made.seed}", on_page(made.image, *_WIDTHS))
         for of_seed in zip(*drawn.pictures.values(), strict=True)
         for name, made in zip(drawn.pictures, of_seed, strict=True)
     ]

@@ -4,25 +4,24 @@ from ipywidgets import HTML, SelectionSlider
 
 from dreambooth_lib import choice, watch
 from dreambooth_lib.runs import Run
-from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row
+from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row, on_page
 
 _HINT = "early steps lack the subject, late ones draw it alone: take one that shows both"
 
+_WIDTHS = 200, 256  # pixels on the page, of the smallest pictures and of the largest
+
 
 class CheckpointSlider(View):
-    """The looks at a run, one at a time; ``step`` is the one that is shown, the best at first.
+    """The looks at a run, one at a time, the best at first.
 
-    Of a look whose checkpoint is not kept, and of the base's, there are pictures only: ``step`` is
-    the best one's then, and the panel says so. Raises ``RunError`` where the run has no look at a
-    tuned model.
+    ``step`` is the one that is shown where its weights are kept, else the best. Raises ``RunError``
+    where the run has no look at a tuned model.
     """
 
     def __init__(self, run: Run):
         self.run, self.best = run, choice.best_checkpoint(run)
         self._rows = {row.step: row for row in watch.history(run)}
-        # Short labels: beside a slider there is little room.
-        marks = {0: "base", self.best.step: f"{self.best.step} ★"}
-        options = [(marks.get(step, str(step)), step) for step in self._rows]
+        options = [(self._label(step), step) for step in self._rows]
         self.slider = control(SelectionSlider, "checkpoint", options=options, value=self.best.step)
         self.figures, self.pictures = HTML(), in_a_row([])
         reason = HTML(f"<b>Chosen ★:</b> {self.best.reason}")
@@ -35,23 +34,30 @@ class CheckpointSlider(View):
         shown = self.slider.value
         return shown if shown in self.run.checkpoints() else self.best.step
 
+    def _label(self, step: int) -> str:
+        # Short: beside a slider there is little room.
+        if step == self.best.step:
+            return f"{step} ★"
+        if step == 0:
+            return "base"
+        return str(step) if step in self.run.checkpoints() else f"{step}, view only"
+
     def _show(self) -> None:
-        shown = self.slider.value
-        seen = watch.drawn(self.run, shown)
-        fidelity, adherence, kept = choice.shares_of(self._rows[shown], self._rows[0])
-        weights = "Its weights are kept."
-        if shown != self.step:
-            weights = f"It can only be looked at; what follows takes ★, step {self.best.step}."
-        name = f"Step {shown}" if shown else "The base"
+        at = self.slider.value
+        seen = watch.drawn(self.run, at)
+        fidelity, adherence, kept = choice.shares_of(self._rows[at], self._rows[0])
+        use = "The cells below use this one."
+        if self.step != at:
+            use = f"<i>View only</i>: the cells below use step {self.step} ★."
         self.figures.value = (
-            f"<b>{name}</b>: {fidelity:.0%} as close to the photos as those to each other, follows "
-            f"prompts {adherence:.0%} as well as the base, leaves {kept:.0%} of the rest as it "
-            f"was. {weights}"
+            f"<b>{f'Step {at}' if at else 'The base'}</b>: subject fidelity {fidelity:.0%} of the "
+            f"photos' own, prompt adherence {adherence:.0%} of the base's, class kept {kept:.0%}. "
+            f"{use}"
         )
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)
         pictures = seen.subject + seen.of_class + seen.unrelated
         self.pictures.children = [
-            captioned(picture, caption, 200)
+            captioned(picture, caption, on_page(picture, *_WIDTHS))
             for picture, caption in zip(pictures, captions, strict=True)
         ]

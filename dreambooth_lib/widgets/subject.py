@@ -1,6 +1,7 @@
 """Choosing the subject: its pictures, what they are of, and the word that will name it."""
 
 import html
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from dreambooth_lib import colab, families, pages
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.data import check_pictures, to_tensor
+from dreambooth_lib.data import check_pictures, hold_out, to_tensor
 from dreambooth_lib.identifiers import check_identifier, rare_identifiers
 from dreambooth_lib.pictures import Photo, read_pictures
 from dreambooth_lib.widgets.parts import View, blank, control, hinted, show
@@ -19,7 +20,10 @@ from dreambooth_lib.widgets.parts import View, blank, control, hinted, show
 if TYPE_CHECKING:
     import torch
 
-_ON_COLAB = "on Colab, upload with colab.upload() in a cell; or type a folder's or a zip's path"
+_ON_COLAB = (
+    "on Colab: set UPLOAD = True in the settings cell and run from there; or type a folder's or "
+    "zip's path"
+)
 _HERE = "three to six pictures or one zip, up to 10 MB; for more, type a folder's path below"
 
 
@@ -55,7 +59,7 @@ class SubjectPanel(View):
             }),
             self.thumbnails, self.findings, self._crops_title, self.crops,
         )  # fmt: skip
-        self.upload.observe(self.callback(lambda: self.use(uploaded(self.upload.value))), "value")
+        self.upload.observe(self.callback(self._read_uploaded), "value")
         self.source.observe(self.callback(self._read_typed), "value")
         for field in (self.class_noun, self.identifier):
             field.observe(self.callback(self._show), "value")
@@ -68,9 +72,15 @@ class SubjectPanel(View):
         """
         path = colab.save_uploads(source, self.uploads) if isinstance(source, Mapping) else source
         self.photos: list[Photo] = read_pictures(path)
+        self.mend(self._read_typed, self._read_uploaded)  # there are good pictures again
         self._used = self.source.value = str(path)
-        self.forgive()
         self._show()
+
+    def crop_to(self, side: int) -> None:
+        """Show what training sees at another resolution."""
+        if side != self.resolution:
+            self.resolution = side
+            self._show()
 
     @property
     def config(self) -> TrainConfig:
@@ -90,6 +100,9 @@ class SubjectPanel(View):
     def _pictures(self) -> str:
         return str(Path(self._used).resolve())
 
+    def _read_uploaded(self) -> None:
+        self.use(uploaded(self.upload.value))
+
     def _read_typed(self) -> None:
         if self.source.value != self._used:
             self.use(self.source.value.strip())
@@ -100,6 +113,7 @@ class SubjectPanel(View):
         show(self.thumbnails, grid.save)
         found = [finding.message for finding in check_pictures(photos, side)]
         found += check_identifier(self.identifier.value.strip(), self._tokenizer)
+        found += _unknown_noun(config.base, self.class_noun.value.strip())
         items = "".join(f"<li>{html.escape(text)}</li>" for text in found)
         self.findings.value = (
             f"<b>Look at these before you train:</b><ul>{items}</ul>"
@@ -108,7 +122,26 @@ class SubjectPanel(View):
         )
         self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
         crops = [_to_image(to_tensor(p.image, side, config.crop)) for p in photos]
-        show(self.crops, pages.grid(crops, 6).save)
+        held = hold_out(photos)[1] if config.watch_every and config.hold_out else []
+        names = {photo.name for photo in held}
+        labels = ["kept out, to test on" if p.name in names else "" for p in photos]
+        show(self.crops, pages.grid(crops, 6, labels if names else None).save)
+
+
+def _unknown_noun(base: str, noun: str) -> list[str]:
+    """A warning where the embedded base has never seen such a thing; other bases have seen most."""
+    if base != "toybox":
+        return []
+    classifier = families.BUNDLED / "toybox" / "classifier" / "config.json"
+    labels = json.loads(classifier.read_text())["id2label"].values()
+    nouns = [label.removeprefix("class: ") for label in labels if label.startswith("class: ")]
+    if noun.lower() in nouns:
+        return []
+    return [
+        f"the embedded base cannot draw '{noun}', nor photos of anything: it knows emoji-like "
+        f"drawings of {len(nouns)} things ({', '.join(nouns)}); take one of these, or for photos "
+        "of your own another base."
+    ]
 
 
 def uploaded(value: Any) -> dict[str, bytes]:

@@ -9,10 +9,11 @@ from IPython.display import display
 from ipywidgets import HTML, Image
 from PIL import Image as Pictures
 
-from dreambooth_lib import pages, plots, watch
+from dreambooth_lib import memory, pages, plots, watch
 from dreambooth_lib.runs import Run
-from dreambooth_lib.training import Objective, Step, free_memory, prior_preservation, train
-from dreambooth_lib.widgets.parts import View, blank, in_a_row, let_go, show
+from dreambooth_lib.training import Objective, Step, prior_preservation, train
+from dreambooth_lib.widgets.parts import View, blank, in_a_row, show
+from dreambooth_lib.widgets.side_by_side import release
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
     """
     from tqdm.auto import tqdm
 
-    free_memory()
+    release()
     view, begun = _Training(run), _reached(run)
     try:
         # With miniters 1 tqdm's own thread, whose updates Colab does not show, has nothing to do.
@@ -51,11 +52,11 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
                 view.show(step)
                 yield step
     except (KeyboardInterrupt, GeneratorExit) as stop:
+        memory.forget(stop)
         text = f"interrupted at step {_reached(run)}; run this cell again to go on"
         view.say(f"{text[0].upper()}{text[1:]}.")
         if isinstance(stop, GeneratorExit):
             raise
-        let_go(stop)
         raise Interrupted(text) from None
     except Exception as error:
         view.fail(error)

@@ -1,0 +1,57 @@
+"""A checkpoint kept as a model: a folder for plain diffusers with its card, and a zip of it."""
+
+from pathlib import Path
+from zipfile import ZIP_STORED, ZipFile
+
+from dreambooth_lib import hub, lora, weights
+from dreambooth_lib.copies import again, copy_file, shown
+from dreambooth_lib.families import MADE_OF
+from dreambooth_lib.runs import Run
+
+
+def keep(run: Run, step: int, folder: str | Path) -> Path:
+    """Make ``folder`` the model that a checkpoint is, with its card, and a zip beside it; the zip.
+
+    That is the pipeline, or of a LoRA run what diffusers' ``load_lora_weights`` takes. Each appears
+    when it is whole, and is as it was before where this fails. Raises ``RunError`` where the run
+    has no checkpoint of that step, or did not look at it.
+    """
+    from dreambooth_lib.state import replacing_folder
+
+    folder, config = Path(folder), run.config
+    family = weights.as_trained(run, step)
+    with replacing_folder(folder) as partial:
+        if config.method == "lora":
+            lora.save(family, config, partial)
+            if Path(config.base).is_absolute():  # of use to no other machine
+                (partial / MADE_OF).unlink()
+        else:
+            family.pipeline.save_pretrained(partial, safe_serialization=True)
+        hub.write_card(run, step, partial)
+    return pack(folder)
+
+
+def pack(folder: Path) -> Path:
+    """Zip a folder beside it, uncompressed, as weights hardly shrink; gives the zip."""
+    archive = folder.with_name(f"{folder.name}.zip")
+    partial = archive.with_name(f".{archive.name}.partial")
+    try:
+        with ZipFile(partial, "w", ZIP_STORED) as packed:
+            for name in shown(folder):
+                packed.write(folder / name, name)
+        partial.replace(archive)
+    finally:
+        partial.unlink(missing_ok=True)
+    return archive
+
+
+def copy_to(folder: str | Path, file: Path) -> str | None:
+    """Copy a file to a folder, such as Drive's; gives None, or a sentence on what did not work."""
+    try:
+        again(copy_file, file, Path(folder) / file.name)
+    except OSError as error:
+        return (
+            f"{file} could not be copied to {folder} ({error}); see whether the drive is full or "
+            "gone, and run this again: the file itself is whole."
+        )
+    return None

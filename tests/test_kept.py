@@ -1,0 +1,124 @@
+"""A checkpoint kept as a model: read by plain diffusers, whole or not there, zipped, copied."""
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+
+from dreambooth_lib import copies, hub, kept, runs, training, weights
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.runs import Run
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def trained(
+    tiny_sd1: str, photos: str, clip_folder: Path, make_config: Make, tmp_path: Path
+) -> Callable[..., Run]:
+    def train(**changes: Any) -> Run:
+        fields = {"judge": str(clip_folder), "watch_every": 2, "learning_rate": 0.05} | changes
+        run = runs.start(make_config(tiny_sd1, photos, **fields), tmp_path / "runs" / "my-dog")
+        list(training.train(run))
+        return run
+
+    return train
+
+
+def denoiser(pipeline: Any) -> dict[str, torch.Tensor]:
+    return pipeline.unet.state_dict()
+
+
+def test_the_checkpoint_is_what_plain_diffusers_reads(
+    trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, folder = trained(), tmp_path / "models" / "my-dog"
+    archive = kept.keep(run, 2, folder)
+    expected = denoiser(weights.restored(run, 2).pipeline)
+    found = denoiser(DiffusionPipeline.from_pretrained(folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert archive == tmp_path / "models" / "my-dog.zip"
+    with zipfile.ZipFile(archive) as packed:
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in packed.infolist())
+        packed.extractall(tmp_path / "unpacked")
+    names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    unpacked = tmp_path / "unpacked"
+    assert {p.relative_to(unpacked) for p in unpacked.rglob("*") if p.is_file()} == names
+    assert {Path("README.md"), Path("samples.png"), Path("model_index.json")} <= names
+    scope: dict[str, Any] = {}
+    code = hub.usage(run, folder).splitlines()
+    exec("\n".join(code[:-1]), scope)
+    assert "a ohwx dog on the beach" in code[-1] and len(code) == 3
+    assert denoiser(scope["pipeline"]).keys() == expected.keys()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_of_a_lora_run_it_is_what_plain_diffusers_loads_onto_the_base(
+    dora: bool, trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = trained(method="lora", lora_rank=2, lora_alpha=6, dora=dora)
+    folder = tmp_path / "models" / "my-dog"
+    kept.keep(run, 2, folder)
+    files = [path.name for path in folder.iterdir()]
+    assert "pytorch_lora_weights.safetensors" in files and "unet" not in files
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in folder.iterdir())
+    scope: dict[str, Any] = {}
+    exec("\n".join(hub.usage(run, folder).splitlines()[:-1]), scope)
+    expected = weights.restored(run, 2)
+    x, cond = torch.ones(1, 4, 8, 8), torch.ones(1, 12, 16)
+    t = torch.tensor([5])
+    with torch.no_grad():
+        one = scope["pipeline"].unet(x, t, cond).sample
+        other = expected.denoiser.eval()(x, t, cond).sample
+        base = DiffusionPipeline.from_pretrained(run.config.base).unet(x, t, cond).sample
+    assert torch.allclose(one, other, atol=1e-5) and not torch.allclose(one, base, atol=1e-3)
+    card = ModelCard.load(folder / "README.md")
+    assert "lora" in card.data.tags and "A LoRA of `sd1`" in card.text
+    assert "load_lora_weights" in card.text and "by LoRA of rank 2" in card.text
+
+
+def test_an_older_model_stays_where_a_newer_one_cannot_be_written(
+    trained: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = trained(), tmp_path / "models" / "my-dog"
+    archive = kept.keep(run, 2, folder)
+    before = {path: path.stat().st_size for path in (folder / "unet").iterdir()}, archive.stat()
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "write_card", full)
+        with pytest.raises(OSError, match="No space left"):
+            kept.keep(run, 4, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            kept.pack(folder)
+    after = {path: path.stat().st_size for path in (folder / "unet").iterdir()}, archive.stat()
+    assert before == after
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["my-dog", "my-dog.zip"]
+
+
+def test_a_drive_that_fails_costs_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "WAITS", (0.0, 0.0))
+    archive, drive = tmp_path / "my-dog.zip", tmp_path / "drive"
+    archive.write_bytes(b"zip")
+    assert kept.copy_to(drive, archive) is None
+    assert (drive / "my-dog.zip").read_bytes() == b"zip"
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    said = kept.copy_to(drive, archive)
+    assert said is not None and said.count("\n") == 0 and "No space left" in said
