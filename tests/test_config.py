@@ -55,6 +55,8 @@ ALL_FIELDS: dict[str, Any] = {
     "lora_dropout": 0.3,
     "lora_layers": "attention",
     "dora": True,
+    "quantize": "nf4",
+    "train_token": True,
 }
 #: Refused beside others of these; tests/test_methods.py has it.
 ALONE = {"memory"}

@@ -101,7 +101,7 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
     run = runs.resume(tmp_path / "runs" / "patch_dog")
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
-    assert "⚠" not in said(shown) and "A new run will begin." in said(shown)
+    assert "⚠" not in said(shown) and "Beginning a new run." in said(shown)
     assert "Finished at step 4." in said(shown) and "Chosen ★:" in said(shown)
     # The subject, the settings, the training with its bar, the slider and the playground.
     assert len(outputs(shown, "application/vnd.jupyter.widget-view+json")) >= 6

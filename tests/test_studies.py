@@ -71,6 +71,21 @@ def test_ablations_differ_in_one_thing_each(subject: Subject, tmp_path: Path) ->
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 2, 3, 4]
 
 
+def test_kinds_are_trained_with_every_seed(subject: Subject, tmp_path: Path) -> None:
+    kinds = {"default": studies.plain(subject), "no prior": studies.plain(subject)}
+    kinds["no prior"] = kinds["no prior"].replace(prior_weight=0.0)
+    studies.over_seeds(kinds, tmp_path, Here())
+    rows = (tmp_path / "means.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| default (2)", "| no prior (2)"]
+    assert (tmp_path / "table.csv").read_text().count("-seed1,") == 2
+
+
+def test_memory_levels_differ_in_nothing_else(subject: Subject) -> None:
+    levels = studies.memory_levels(subject)
+    assert [config.memory for config in levels.values()] == ["standard", "low", "lowest"]
+    assert len({repr(config.replace(memory="auto")) for config in levels.values()}) == 1
+
+
 def test_an_interval_is_students() -> None:
     assert studies.interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.000 ± 1.963"
     assert studies.interval([2.0]) == "2.000"
