@@ -102,7 +102,7 @@ def test_what_is_uploaded_becomes_the_subject_in_both_versions(
     found = subject.config.subject
     assert Path(found.pictures).parent == tmp_path / "uploads"
     assert [photo.name for photo in subject.photos] == ["a.png", "b.png"]
-    assert (found.class_noun, found.name) == ("dog", Path(found.pictures).name)
+    assert (found.class_noun, found.name) == ("dog", "my_dog"), "not a digest of the pictures"
     assert "blurred" in texts(subject)
 
 
@@ -613,6 +613,7 @@ def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -
     config = TrainConfig(make_config("toybox", photos).subject)
     settings = widgets.SettingsPanel(config)
     assert settings.config == config
+    assert settings.controls["learning_rate"].label == "what suits the method", "and not blank"
     settings.controls["method"].value = "lora"
     assert settings.config.learning_rate == TrainConfig(config.subject, method="lora").learning_rate
     assert "method=&#x27;lora&#x27;" in settings.python.value

@@ -17,16 +17,15 @@ from dreambooth_lib.widgets.subject import SubjectPanel
 _LOOKS = {5: "five"}.get(choice.PATIENCE, choice.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 _QLORA = "qlora"  # of the menu alone: a LoRA with quantize
+_SUITS = 0.0  # of the menu alone, which cannot show None: the method's own learning rate
 HINTS = {
-    "method": "LoRA takes far less memory and gives a small file, on 4 bits the least, for the "
-    "largest bases on a GPU; the whole model learns more",
+    "method": "LoRA takes less memory and gives a small file, on 4 bits for large bases on a GPU",
     "prior_weight": "raise λ when class pictures start to look like your subject; 0 turns the "
     "protection off; 1 suits most",
     "prior": "the base as teacher needs no class pictures, so it begins sooner",
     "steps": "raise it while the subject is not recognisable; lower it when prompts are ignored",
     "learning_rate": "lower it when pictures turn harsh or odd; raise it when nothing is learnt",
-    "train_text_encoder": "also train the part that reads the prompt: more likeness, more memory "
-    "and time; leave off on a T4",
+    "train_text_encoder": "the text encoder too: more likeness, memory and time; not on a T4",
     "resolution": "lower it when memory runs out; the base draws best at its own",
     "class_pictures": "more of them keep the class more varied; drawing them takes time",
     "early_stop": f"keep the best step's weights, and stop once {_LOOKS} looks in a row brought "
@@ -68,6 +67,7 @@ class SettingsPanel(View):
         said = {name: one.value for name, one in self.controls.items()}
         if said["resolution"] == self._own:
             said["resolution"] = None
+        said["learning_rate"] = said["learning_rate"] or None
         given, said["quantize"] = _config_of(self._given), None
         if said["method"] == _QLORA:
             said |= {"method": "lora", "quantize": given.quantize or "nf4"}
@@ -137,8 +137,8 @@ def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
     sides = [(f"{side}, the base's own" if side == own else str(side), side) for side in sizes]
     own_rate = base_defaults(config.base, config.method)["learning_rate"]
     if values["learning_rate"] == own_rate:
-        values["learning_rate"] = None
-    rates: list[tuple[str, float | None]] = [("what suits the method", None)]
+        values["learning_rate"] = _SUITS
+    rates = [("what suits the method", _SUITS)]
     rates += [(f"{rate:g}", rate) for rate in sorted({*_RATES, config.learning_rate})]
     pictures = max(400, config.class_pictures)
     texts = [("denoiser", False), ("denoiser and text encoder", True)]

@@ -86,11 +86,14 @@ class SubjectPanel(View):
     def config(self) -> TrainConfig:
         """The run's config with this subject. Raises what the panel says is wrong."""
         self.check()
-        name = "" if self._pictures != self._config.subject.pictures else self._config.subject.name
+        noun, name = self.class_noun.value.strip(), self._config.subject.name
+        if self._pictures != self._config.subject.pictures:
+            uploaded = Path(self._pictures).is_relative_to(self.uploads.resolve())
+            name = f"my_{noun.replace(' ', '_')}" if uploaded else ""
         subject = replace(
             self._config.subject,
             pictures=self._pictures,
-            class_noun=self.class_noun.value.strip(),
+            class_noun=noun,
             identifier=self.identifier.value.strip(),
             name=name,
         )
