@@ -3,6 +3,8 @@
 import html
 import io
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict
@@ -652,3 +654,12 @@ def test_qlora_is_one_of_the_methods(photos: str, make_config: Make) -> None:
     assert again.config == asked and again.controls["method"].value == "qlora"
     again.controls["method"].value = "full"
     assert again.config.quantize is None
+
+
+def test_what_others_say_of_themselves_stays_out_of_the_notebook(tmp_path: Path) -> None:
+    code = (
+        "from dreambooth_lib import families, widgets; widgets.quiet(); "
+        "families.load('toybox'); import bitsandbytes"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""

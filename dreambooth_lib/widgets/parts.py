@@ -2,6 +2,7 @@
 
 import html
 import io
+import logging
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -18,12 +19,14 @@ WIDE = "32em"
 def quiet() -> None:
     """Keep what diffusers and transformers say and show of themselves out of the notebook.
 
-    Their errors, and downloads from the Hub, still show.
+    What bitsandbytes lacks for speed on a CPU is not told either. Errors, and downloads from the
+    Hub, still show.
     """
     for library in ("diffusers", "transformers"):
-        logging = import_module(f"{library}.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        own = import_module(f"{library}.utils.logging")
+        own.set_verbosity_error()
+        own.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class View(VBox):
