@@ -1,22 +1,29 @@
 """A tuned model for others: its card, and the way to the Hub."""
 
 from pathlib import Path
+from typing import Any
 
-from dreambooth_lib import choice, colab, families, pages, watch
+from dreambooth_lib import choice, colab, families, pages, pictures, plots, watch
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.families import tokens
 from dreambooth_lib.runs import Run
+
+#: Seconds until a Hub that does not answer is not asked for the base's licence.
+TIMEOUT = 5.0
 
 
 class HubError(ValueError):
     """What the Hub did not take."""
 
 
-def write_card(run: Run, step: int, folder: str | Path) -> Path:
-    """Write ``README.md`` and ``samples.png`` into a pipeline's folder; gives the card's path.
+def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
+    """Write ``README.md`` and its pictures into a pipeline's folder; gives the card's path.
 
     The card says how to draw the subject, what it was trained on and with, and how the pictures of
-    ``step``, the checkpoint that the folder holds, scored. Raises ``RunError`` where the run has no
-    look at that step.
+    ``step``, the checkpoint that the folder holds, scored; ``samples.png`` has the pictures and
+    ``curves.png`` the looks at the run. Only if ``photos`` is asked for does ``photos.png`` show
+    what it was trained on. Raises ``RunError`` where the run has no look at that step, and
+    ``DataError`` where the photos that are asked for cannot be read.
     """
     from dreambooth_lib.state import replace_file, save_png
 
@@ -26,8 +33,12 @@ def write_card(run: Run, step: int, folder: str | Path) -> Path:
         [[seen.subject, seen.of_class]],
     )  # fmt: skip
     save_png(page, folder / "samples.png")
+    plots.watched(watch.history(run), folder / "curves.png")
+    if photos:
+        shown = [photo.image for photo in pictures.read_pictures(run.config.subject.pictures)]
+        save_png(pages.grid(shown, 6), folder / "photos.png")
     card = folder / "README.md"
-    replace_file(card, _card(run, step).encode())
+    replace_file(card, _card(run, step, photos).encode())
     return card
 
 
@@ -52,26 +63,20 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
         hub.upload_folder(
             repo_id=there.repo_id, folder_path=folder, commit_message="DreamBooth pipeline"
         )
-    except (HfHubHTTPError, HFValidationError) as error:
+    # The bases are its HTTP library's errors, which is another by version.
+    except (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__) as error:
+        wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
+        cause = error.__cause__ if wrapped else error
+        if isinstance(cause, (HfHubHTTPError, HFValidationError)):
+            raise HubError(
+                f"the Hub did not take '{name}' ({_first_line(cause)}); check that the name is "
+                "your-name/model and that the token may write there."
+            ) from error
         raise HubError(
-            f"the Hub did not take '{name}' ({_first_line(error)}); check that the name is "
-            "your-name/model and that the token may write there."
-        ) from error
-    except _unsent() as error:
-        raise HubError(
-            f"'{name}' could not be sent to the Hub ({_first_line(error)}); check the network, and "
+            f"'{name}' could not be sent to the Hub ({_first_line(cause)}); check the network, and "
             "run this again: what is there already is not sent twice."
         ) from error
     return str(there)
-
-
-def _unsent() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises where the network fails."""
-    try:
-        import httpx
-    except ImportError:  # an older client uses requests, whose errors are OSErrors
-        return (OSError,)
-    return OSError, httpx.HTTPError
 
 
 def _first_line(error: Exception) -> str:
@@ -81,12 +86,17 @@ def _first_line(error: Exception) -> str:
 def usage(run: Run, model: str | Path, base: str = "") -> str:
     """The Python that draws a run's subject by plain diffusers, its model being at ``model``.
 
-    ``base`` is where that of a LoRA is, if not where the run had it.
+    ``model`` is a folder or, if there is none, a name on the Hub; ``base`` is where that of a LoRA
+    is, if not where the run had it. Raises ``BaseError`` where the base of a run that learnt a new
+    word is gone.
     """
     config = run.config
     lora = config.method == "lora"
     first = (base or config.base) if lora else model
     load = [f'pipeline.load_lora_weights("{model}")'] if lora else []
+    if config.train_token:
+        adapter = families.adapter(config.base, config.revision)
+        load += tokens.usage(adapter, model, config.subject.identifier)
     prompt = f"{config.subject.instance_prompt} on the beach"
     return "\n".join([
         "from diffusers import DiffusionPipeline",
@@ -96,7 +106,26 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     ])  # fmt: skip
 
 
-def _card(run: Run, step: int) -> str:
+def licence_of(base: str) -> dict[str, str]:
+    """The licence that a base's card on the Hub gives, as a card's fields; empty if none is known.
+
+    Nothing is raised for a Hub that does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        found = HfApi(token=colab.hub_token() or False).model_info(base, timeout=TIMEOUT)
+    except (OSError, *HfHubHTTPError.__bases__):
+        return {}
+    card: dict[str, Any] = found.card_data.to_dict() if found.card_data else {}
+    fields = {name: card.get(name) for name in ("license", "license_name", "license_link")}
+    if not str(fields["license_link"]).startswith("http"):  # a file that this model has not
+        del fields["license_link"]
+    return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
     config, subject = run.config, run.config.subject
@@ -109,6 +138,7 @@ def _card(run: Run, step: int) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
+        **(licence_of(config.base) if of_hub else {}),
     )
     rows = {row.step: row for row in watch.history(run)}
     fidelity, adherence, kept = choice.shares_of(rows[step], rows[0])
@@ -126,6 +156,8 @@ def _card(run: Run, step: int) -> str:
 “{subject.token}” is one {subject.class_noun}, learnt from a few photos of it.
 
 ![the subject and its class](samples.png)
+![the looks at it while it trained](curves.png)
+{"![the photos](photos.png)" if photos else ""}
 
     {code}
 

@@ -9,12 +9,12 @@ from dreambooth_lib.families import MADE_OF
 from dreambooth_lib.runs import Run
 
 
-def keep(run: Run, step: int, folder: str | Path) -> Path:
+def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
     """Make ``folder`` the model that a checkpoint is, with its card, and a zip beside it; the zip.
 
-    That is the pipeline, or of a LoRA run what diffusers' ``load_lora_weights`` takes. Each appears
-    when it is whole, and is as it was before where this fails. Raises ``RunError`` where the run
-    has no checkpoint of that step, or did not look at it.
+    That is the pipeline, or of a LoRA run what diffusers' ``load_lora_weights`` takes; ``photos``
+    is :func:`hub.write_card`'s. Each appears when it is whole, and is as it was before where this
+    fails. Raises ``RunError`` where the run has no checkpoint of that step, or did not look at it.
     """
     from dreambooth_lib.state import replacing_folder
 
@@ -27,7 +27,7 @@ def keep(run: Run, step: int, folder: str | Path) -> Path:
                 (partial / MADE_OF).unlink()
         else:
             family.pipeline.save_pretrained(partial, safe_serialization=True)
-        hub.write_card(run, step, partial)
+        hub.write_card(run, step, partial, photos)
     return pack(folder)
 
 

@@ -10,6 +10,8 @@ import pytest
 import tiny_bases as tiny_bases_of
 import torch
 from fake_colab import fake_colab as fake_colab
+from fake_hub import _served as _served
+from fake_hub import fake_hub as fake_hub
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 

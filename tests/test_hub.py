@@ -1,65 +1,33 @@
-"""A tuned model's card and its upload, with a stand-in for the Hub."""
+"""A tuned model's card and its upload, by the real client to a stand-in for the Hub."""
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
+import torch
+from fake_hub import HANG_UP, OWNER, TOKEN, FakeHub, Repo, Request, run_lines, save_loaded
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from safetensors.torch import load_file
 
-from dreambooth_lib import hub, runs, training
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib import families, hub, kept, preflight, runs, training
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run, RunError
 
-TOKEN = "hf_secretsecretsecret"
+NAME = f"{OWNER}/my-dog"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(
     tiny_sd1: str, photos: str, clip_folder: Path, make_config: Callable[..., TrainConfig],
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:  # fmt: skip
     config = make_config(tiny_sd1, photos, judge=str(clip_folder), watch_every=2)
-    run = runs.start(config, tmp_path / "run")
+    run = runs.start(config, tmp_path_factory.mktemp("runs") / "run")
     for _ in training.train(run):
         pass
     return run
-
-
-class StandIn:
-    """Takes what HfApi takes; ``refusal`` is raised instead where it is set."""
-
-    refusal: Exception | None = None
-
-    def __init__(self, token: str):
-        self.token = token
-
-    def create_repo(self, name: str, private: bool, exist_ok: bool) -> Any:
-        if self.refusal:
-            raise self.refusal
-        assert exist_ok
-        StandIn.made = (name, private, self.token)
-        return Address(name)
-
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        StandIn.sent = (repo_id, sorted(file.name for file in Path(folder_path).iterdir()))
-
-
-class Address(str):
-    @property
-    def repo_id(self) -> str:
-        return str(self)
-
-
-@pytest.fixture
-def hub_of(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
-    monkeypatch.setattr("huggingface_hub.HfApi", StandIn)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
-    return StandIn
 
 
 def test_a_card_says_how_to_draw_the_subject_and_how_it_was_made(run: Run, tmp_path: Path) -> None:
@@ -96,40 +64,201 @@ def test_a_card_needs_a_look_at_its_step(run: Run, tmp_path: Path) -> None:
         hub.write_card(run, 3, tmp_path / "model")
 
 
-def test_a_model_is_pushed_privately_and_the_token_goes_nowhere_else(
-    run: Run, hub_of: type[StandIn], tmp_path: Path
+def test_a_card_shows_the_curves_and_the_photos_only_if_asked(run: Run, tmp_path: Path) -> None:
+    text = hub.write_card(run, 2, tmp_path / "model").read_text()
+    assert "(curves.png)" in text and "photos.png" not in text
+    assert Image.open(tmp_path / "model" / "curves.png").size[0] > 100
+    assert not (tmp_path / "model" / "photos.png").exists()
+    text = hub.write_card(run, 2, tmp_path / "shown", photos=True).read_text()
+    assert "(photos.png)" in text
+    with Image.open(tmp_path / "shown" / "photos.png") as strip:
+        assert strip.width > 3 * strip.height and not strip.getexif()
+
+
+def test_a_card_gives_the_licence_of_a_base_that_gives_one(
+    run: Run, fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    said = "license: other\nlicense_name: not-for-sale\nlicense_link: "
+    for name, link in (("linked", "https://example.org/licence"), ("beside", "LICENSE.md")):
+        card = f"---\n{said}{link}\n---\n"
+        fake_hub.repos[f"maker/{name}"] = Repo(files={"README.md": card.encode()})
+    fake_hub.repos["maker/silent"] = Repo()
+
+    def card_of(base: str) -> ModelCard:
+        on_the_hub = Run(run.folder, run.config.replace(base=base))
+        card = ModelCard.load(fake_hub.call(hub.write_card, on_the_hub, 2, tmp_path / "model"))
+        assert card.data.base_model == base and "The base's licence and terms hold" in card.text
+        return card
+
+    linked = card_of("maker/linked").data
+    assert (linked.license, linked.license_name) == ("other", "not-for-sale")
+    assert linked.license_link == "https://example.org/licence"
+    assert card_of("maker/beside").data.license_link is None, "that file is the base's"
+    assert card_of("maker/silent").data.license is None
+    assert card_of("maker/gone").data.license is None
+    fake_hub.refusals["maker/linked"] = HANG_UP
+    assert card_of("maker/linked").data.license is None
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name} {name}": value
+        for file in folder.rglob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def test_a_model_that_is_pushed_is_loaded_from_the_hub_with_the_same_weights(
+    run: Run, fake_hub: FakeHub, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    hub.write_card(run, 2, folder)
-    assert hub.push(folder, "me/my-dog") == "me/my-dog"
-    assert StandIn.made == ("me/my-dog", True, TOKEN)
-    assert StandIn.sent == ("me/my-dog", ["README.md", "samples.png"])
-    written = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert written and not any(TOKEN.encode() in file.read_bytes() for file in written)
+    kept.keep(run, 2, folder)
+    assert fake_hub.call(hub.push, folder, NAME) == f"{fake_hub.url}/{NAME}"
+    pushed = fake_hub.repos[NAME]
+    assert pushed.private and pushed.files == files_of(folder)
+    fake_hub.call(save_loaded, NAME, tmp_path / "plain", tmp_path / "kit")
+    expected = weights_of(folder)
+    for loaded in (weights_of(tmp_path / "plain"), weights_of(tmp_path / "kit")):
+        assert loaded.keys() == expected.keys() and len(loaded) > 100
+        assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
-def test_no_token_and_a_refusal_are_one_sentence(
-    hub_of: type[StandIn], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    response = SimpleNamespace(headers={}, status_code=403, request=None)
-    refusal = HfHubHTTPError("403 Forbidden: you may not\nmore of it", response=response)
-    monkeypatch.setattr(StandIn, "refusal", refusal)
-    with pytest.raises(hub.HubError, match=r"did not take 'me/my-dog' \(403 .* may not\); check"):
-        hub.push(tmp_path, "me/my-dog")
-    monkeypatch.setattr(StandIn, "refusal", HfHubHTTPError("", response=response))
-    with pytest.raises(hub.HubError, match=r"did not take 'me/my-dog' \(HfHubHTTPError\)"):
-        hub.push(tmp_path, "me/my-dog")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(hub.HubError, match="needs a token"):
-        hub.push(tmp_path, "me/my-dog")
+def test_the_lines_that_are_printed_load_a_lora_and_its_word_from_the_hub(
+    tiny_sd1: str, photos: str, clip_folder: Path, make_config: Callable[..., TrainConfig],
+    fake_hub: FakeHub, tmp_path: Path,
+) -> None:  # fmt: skip
+    config = make_config(
+        tiny_sd1, photos, judge=str(clip_folder), watch_every=2, learning_rate=0.05,
+        method="lora", lora_rank=2, train_token=True,
+    ).replace(subject=Subject(photos, "dog", "<rex>"))  # fmt: skip
+    run = runs.start(config, tmp_path / "run")
+    list(training.train(run))
+    kept.keep(run, 4, tmp_path / "model")
+    fake_hub.call(hub.push, tmp_path / "model", NAME)
+    code, _, drawn = hub.usage(run, NAME).rpartition("\n")
+    assert "a <rex> dog on the beach" in drawn
+    fake_hub.call(run_lines, code, tmp_path / "found")
+    families.load(str(run.folder)).pipeline.save_pretrained(tmp_path / "expected")
+    found, expected = weights_of(tmp_path / "found"), weights_of(tmp_path / "expected")
+    base = weights_of(Path(tiny_sd1))
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[n], value, atol=1e-6) for n, value in expected.items())
+    moved = {n for n, one in found.items() if one.shape != base[n].shape or (one != base[n]).any()}
+    assert any("token_embedding" in name for name in moved)
+    assert any(name.startswith("unet") for name in moved)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What may be pushed: small and large files, in folders too."""
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights.safetensors").write_bytes(bytes(range(256)) * 64)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "README.md").write_text("---\ntags: [dreambooth]\n---\n")
+    return folder
+
+
+def test_the_token_goes_into_one_header_and_nowhere_else(fake_hub: FakeHub, folder: Path) -> None:
+    fake_hub.call(hub.push, folder, NAME)
+    given = [request.headers.pop("authorization", None) for request in lowered(fake_hub)]
+    assert f"Bearer {TOKEN}" in given and set(given) <= {f"Bearer {TOKEN}", None}
+    assert not any(TOKEN in repr(request) for request in lowered(fake_hub))
+    assert not any(TOKEN.encode() in content for content in fake_hub.repos[NAME].files.values())
+    assert not any(TOKEN.encode() in content for content in files_of(folder).values())
+
+
+def lowered(fake_hub: FakeHub) -> list[Request]:
+    for request in fake_hub.requests:
+        request.headers = {name.lower(): value for name, value in request.headers.items()}
+    return fake_hub.requests
+
+
+def test_what_is_there_is_not_sent_twice(fake_hub: FakeHub, folder: Path) -> None:
+    fake_hub.call(hub.push, folder, NAME)
+    assert len(fake_hub.asked("PUT")) == 1
+    fake_hub.call(hub.push, folder, NAME)
+    assert len(fake_hub.asked("PUT")) == 1 and len(fake_hub.repos[NAME].commits) == 1
+    (folder / "model_index.json").write_text("{ }")
+    fake_hub.call(hub.push, folder, NAME)
+    assert len(fake_hub.asked("PUT")) == 1
+    assert fake_hub.repos[NAME].commits[1:] == [["model_index.json"]]
+
+
+def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, folder: Path) -> None:
+    fake_hub.repos[NAME] = Repo(private=False, files={"notes.txt": b"mine"})
+    fake_hub.call(hub.push, folder, NAME)
+    assert not fake_hub.repos[NAME].private
+    assert fake_hub.repos[NAME].files == {"notes.txt": b"mine"} | files_of(folder)
+    fake_hub.call(hub.push, folder, f"{OWNER}/open", private=False)
+    assert not fake_hub.repos[f"{OWNER}/open"].private
 
 
 @pytest.mark.parametrize(
-    "error", [httpx.ConnectTimeout("timed out"), ConnectionResetError(104, "reset by peer")]
+    ("part", "status"),
+    [
+        ("repos/create", 401),
+        ("repos/create", 403),
+        ("preupload", 403),
+        ("objects/batch", 403),
+        ("/lfs/", 403),
+        ("/commit/", 409),
+    ],
 )
-def test_a_network_that_fails_is_one_sentence(
-    error: Exception, hub_of: type[StandIn], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_refusal_is_one_sentence(part: str, status: int, fake_hub: FakeHub, folder: Path) -> None:
+    fake_hub.refusals[part] = status
+    with pytest.raises(
+        hub.HubError, match=rf"did not take '{NAME}' \(.*{status}.*\); check"
+    ) as said:
+        fake_hub.call(hub.push, folder, NAME)
+    assert "\n" not in str(said.value) and TOKEN not in str(said.value)
+    assert not fake_hub.repos.get(NAME, Repo()).files
+
+
+@pytest.mark.parametrize("name", ["you/their-dog", "me/my/dog", "me/my dog"])
+def test_a_name_that_cannot_be_had_is_one_sentence(
+    name: str, fake_hub: FakeHub, folder: Path
 ) -> None:
-    monkeypatch.setattr(StandIn, "refusal", error)
+    with pytest.raises(hub.HubError, match=rf"did not take '{name}' \(.+\); check that the name"):
+        fake_hub.call(hub.push, folder, name)
+
+
+@pytest.mark.parametrize("part", ["repos/create", "/commit/"])
+def test_a_network_that_fails_is_one_sentence(part: str, fake_hub: FakeHub, folder: Path) -> None:
+    fake_hub.refusals[part] = HANG_UP
     with pytest.raises(hub.HubError, match=r"could not be sent to the Hub \(.*check the network"):
-        hub.push(tmp_path, "me/my-dog")
+        fake_hub.call(hub.push, folder, NAME)
+    fake_hub.refusals.clear()
+    fake_hub.call(hub.push, folder, NAME)
+    assert fake_hub.repos[NAME].files == files_of(folder)
+    assert len(fake_hub.asked("PUT")) == 1
+
+
+def test_without_a_token_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(hub.HubError, match="needs a token"):
+        hub.push(folder, NAME)
+
+
+def test_what_is_on_the_hub_is_looked_at_before_it_is_loaded(
+    fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    for name in ("there", "gated"):
+        fake_hub.repos[f"maker/{name}"] = Repo(files={"model_index.json": b"{}"})
+    fake_hub.repos["maker/other"] = Repo()
+    fake_hub.gated.add("maker/gated")
+
+    def check(base: str) -> preflight.Check:
+        return fake_hub.call(preflight.preflight, base, tmp_path)[-1]
+
+    assert check("maker/there").ok
+    assert check("maker/gated").fix.startswith("Accept the terms on the Hub's page of maker/gated")
+    assert check("maker/gone").fix.startswith("Check its name")
+    assert "diffusers' layout" in check("maker/other").fix
+    with pytest.raises(families.BaseError, match="'maker/gone' could not be reached on the hub"):
+        fake_hub.call(families.load, "maker/gone")

@@ -139,6 +139,15 @@ def made_of(path: str) -> tuple[dict[str, Any], str | None]:
     return found, word
 
 
+def adapter(base: str, revision: str | None = None) -> "type[Family]":
+    """The adapter of a base's family. Raises as :func:`load` does."""
+    path = locate(base)
+    if (Path(path) / MADE_OF).exists():
+        below, _ = made_of(path)
+        return adapter(below["base"], below["revision"])
+    return _adapter(base, path, revision)
+
+
 def _adapter(base: str, path: str, revision: str | None) -> "type[Family]":
     class_name = _pipeline_class(path, revision)
     if class_name not in ADAPTERS:

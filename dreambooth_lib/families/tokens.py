@@ -91,11 +91,38 @@ def load(family: "Family", folder: str | Path, word: str) -> None:
     merge(family)
 
 
+def usage(adapter: "type[Family]", model: str | Path, word: str) -> list[str]:
+    """The Python that gives a ``pipeline`` of plain diffusers the word that ``model`` learnt.
+
+    ``model`` is a folder or, if there is none, a name on the Hub.
+    """
+    lines = ["from safetensors.torch import load_file"]
+    if Path(model).is_dir():
+        lines += [f'word = load_file("{Path(model) / FILE}")']
+    else:
+        lines += ["from huggingface_hub import hf_hub_download"]
+        lines += [f'word = load_file(hf_hub_download("{model}", "{FILE}"))']
+    for name in adapter.encoder_names:
+        encoder, tokenizer = f"pipeline.{name}", f"pipeline.{_tokenizer_of(name)}"
+        row = f'word["{_KEYS[name]}"]'
+        if adapter.loads_words:
+            parts = f"text_encoder={encoder}, tokenizer={tokenizer}"
+            lines += [f'pipeline.load_textual_inversion({row}, token="{word}", {parts})']
+        else:
+            lines += [
+                f'{tokenizer}.add_tokens("{word}")',
+                f"{encoder}.resize_token_embeddings(len({tokenizer}), mean_resizing=False)",
+                f"{encoder}.get_input_embeddings().weight.data[-1] = {row}[0]",
+            ]
+    return lines
+
+
+def _tokenizer_of(encoder_name: str) -> str:
+    return encoder_name.replace("text_encoder", "tokenizer")
+
+
 def _texts(family: "Family") -> list[tuple[Any, Any, str]]:
     """Tokenizer, text encoder and the latter's name elsewhere, of those that can train."""
     pipeline = family.pipeline
     names = [name for name in family.encoder_names if getattr(pipeline, name) is not None]
-    return [
-        (getattr(pipeline, n.replace("text_encoder", "tokenizer")), getattr(pipeline, n), _KEYS[n])
-        for n in names
-    ]
+    return [(getattr(pipeline, _tokenizer_of(n)), getattr(pipeline, n), _KEYS[n]) for n in names]
