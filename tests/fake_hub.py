@@ -61,7 +61,7 @@ class FakeHub:
     def call(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """What a function gives in the process whose client knows this Hub."""
         assert self.client is not None
-        return self.client.submit(function, *given, **named).result(timeout=300)
+        return self.client.submit(_result, function, *given, **named).result(timeout=300)
 
     def asked(self, method: str, part: str = "") -> list[str]:
         return [r.path for r in self.requests if r.method == method and part in r.path]
@@ -128,7 +128,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 case ["POST", _, _, "info", "lfs", "objects", "batch"]:
                     reply = {"objects": [self.place(one) for one in json.loads(body)["objects"]]}
                 case ["POST", "api", "models", owner, name, "commit", _]:
-                    reply = self.commit(self.repo(owner, name), body)
+                    reply = self.commit(f"{owner}/{name}", self.repo(owner, name), body)
                 case ["GET", "api", "models", owner, name, "tree", *_]:
                     files = self.repo(owner, name).files
                     reply = [self.entry(path, content) for path, content in files.items()]
@@ -181,7 +181,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 return known
             return known | {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
 
-        def commit(self, repo: Repo, body: bytes) -> dict[str, Any]:
+        def commit(self, name: str, repo: Repo, body: bytes) -> dict[str, Any]:
             self.may_write()
             brought = {}
             for line in map(json.loads, body.splitlines()):
@@ -192,7 +192,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     brought[value["path"]] = hub.stored[value["oid"]]
             repo.files |= brought
             repo.commits.append(sorted(brought))
-            return {"commitUrl": f"{hub.url}/commit/{repo.sha}", "commitOid": repo.sha}
+            return {"commitUrl": f"{hub.url}/{name}/commit/{repo.sha}", "commitOid": repo.sha}
 
         def info(self, name: str, repo: Repo) -> dict[str, Any]:
             from huggingface_hub import ModelCard
@@ -220,6 +220,16 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             return {"X-Repo-Commit": repo.sha, "ETag": f'"{_oid(path, content)}"'}, content
 
     return Handler
+
+
+def _result(function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """A function's result, or its error as one that another process can read."""
+    try:
+        return function(*given, **named)
+    except Exception as error:
+        if type(error).__module__.startswith("dreambooth_lib"):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _set(settings: dict[str, str]) -> None:
