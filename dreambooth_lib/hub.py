@@ -106,7 +106,7 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     ])  # fmt: skip
 
 
-def licence_of(base: str) -> dict[str, str]:
+def licence_of(base: str) -> dict[str, Any]:
     """The licence that a base's card on the Hub gives, as a card's fields; empty if none is known.
 
     Nothing is raised for a Hub that does not answer.

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from dreambooth_lib import copies, hub, kept, runs, training, weights
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
 
 Make = Callable[..., TrainConfig]
@@ -24,7 +24,8 @@ def trained(
 ) -> Callable[..., Run]:
     def train(**changes: Any) -> Run:
         fields = {"judge": str(clip_folder), "watch_every": 2, "learning_rate": 0.05} | changes
-        run = runs.start(make_config(tiny_sd1, photos, **fields), tmp_path / "runs" / "my-dog")
+        config = make_config(tiny_sd1, photos).replace(**fields)
+        run = runs.start(config, tmp_path / "runs" / "my-dog")
         list(training.train(run))
         return run
 
@@ -82,6 +83,31 @@ def test_of_a_lora_run_it_is_what_plain_diffusers_loads_onto_the_base(
     card = ModelCard.load(folder / "README.md")
     assert "lora" in card.data.tags and "A LoRA of `sd1`" in card.text
     assert "load_lora_weights" in card.text and "by LoRA of rank 2" in card.text
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_the_lines_that_are_printed_give_plain_diffusers_the_new_word(
+    family: str, tiny_bases: Callable[[str], str], trained: Callable[..., Run], photos: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    run = trained(
+        base=tiny_bases(family), subject=Subject(photos, "dog", "<rex>"), resolution=16, steps=2,
+        method="lora", lora_rank=2, train_token=True,
+    )  # fmt: skip
+    folder = tmp_path / "models" / "my-dog"
+    kept.keep(run, 2, folder)
+    code, _, drawn = hub.usage(run, folder).rpartition("\n")
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert "a <rex> dog on the beach" in drawn
+    assert code.count("load_textual_inversion") == (0 if family == "sd3" else code.count("word["))
+    tuned = weights.restored(run, 2)
+    assert len(tuned.text_encoders) == code.count("word[")
+    for number, expected in zip(("", "_2"), tuned.text_encoders, strict=False):
+        found = getattr(scope["pipeline"], f"text_encoder{number}").get_input_embeddings().weight
+        assert torch.equal(found, expected.get_input_embeddings().weight)
+        assert "<rex>" in getattr(scope["pipeline"], f"tokenizer{number}").tokenize("a <rex> dog")
+    assert 'hf_hub_download("this model\'s name", "word/token' in (folder / "README.md").read_text()
 
 
 def test_an_older_model_stays_where_a_newer_one_cannot_be_written(
