@@ -63,8 +63,7 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
         hub.upload_folder(
             repo_id=there.repo_id, folder_path=folder, commit_message="DreamBooth pipeline"
         )
-    # The bases are its HTTP library's errors, which is another by version.
-    except (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__) as error:
+    except (RuntimeError, HFValidationError, *_failures()) as error:
         wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
         cause = error.__cause__ if wrapped else error
         if isinstance(cause, (HfHubHTTPError, HFValidationError)):
@@ -77,6 +76,16 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
             "run this again: what is there already is not sent twice."
         ) from error
     return str(there)
+
+
+def _failures() -> tuple[Any, ...]:
+    """What the Hub's client raises where the Hub refuses or the network fails.
+
+    The latter are errors of its HTTP library, which is another one by its version.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *HfHubHTTPError.__bases__
 
 
 def _first_line(error: Exception) -> str:
@@ -112,11 +121,10 @@ def licence_of(base: str) -> dict[str, Any]:
     Nothing is raised for a Hub that does not answer.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         found = HfApi(token=colab.hub_token() or False).model_info(base, timeout=TIMEOUT)
-    except (OSError, *HfHubHTTPError.__bases__):
+    except _failures():
         return {}
     card: dict[str, Any] = found.card_data.to_dict() if found.card_data else {}
     fields = {name: card.get(name) for name in ("license", "license_name", "license_link")}

@@ -1,6 +1,5 @@
 """Whether this machine can do what a run on a base asks of it, and what to do where it cannot."""
 
-import html
 import shutil
 import sys
 from collections.abc import Sequence
@@ -8,14 +7,18 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from dreambooth_lib import colab, families, memory, packages
+from dreambooth_lib import bases, colab, families, memory, packages, words
 
 PYTHON = (3, 11)  #: the lowest that the kit runs on
 GIB = 2**30
 #: Seconds until a Hub that does not answer counts as out of reach.
 TIMEOUT = 5.0
-#: Of Stable Diffusion 1.5, taken for every base on the Hub.
-_HUB_PARAMETERS = 1_067_000_000
+#: Of Stable Diffusion 1.5, taken for bases on the Hub that are not known.
+_HUB_PARAMETERS = 1_066_235_307
+#: Bytes of a weight as it is loaded to be trained by each way.
+_BYTES = {"whole model": 4.0, "LoRA": 2.0, "QLoRA": 0.6}
+#: Bytes of LoRA's weights to one of the base's, both in float32, of rank 16.
+_ADDED = 0.02
 #: A base above this is not worth training on a CPU.
 _LARGE = 200_000_000
 
@@ -32,7 +35,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a run on a base takes, roughly, all of its weights tuned."""
+    """Bytes that a run on a base takes, roughly."""
 
     gpu: int
     memory: int
@@ -68,24 +71,12 @@ class Table:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = []
-        for check in self.checks:
-            sign, word = _mark(check)
-            colour = "#1a9850" if check.ok else "#e0533d"  # both show on white and on black
-            mark = f'<b style="color: {colour}">{sign}</b> {word}'
-            cells = (mark, *map(html.escape, (check.name, check.found, check.fix)))
-            tags = [f'<td style="text-align: left">{cell}</td>' for cell in cells]
-            rows.append(f"<tr>{''.join(tags)}</tr>")
-        heads = "".join(
-            f'<th scope="col" style="text-align: left">{head}</th>'
-            for head in ("", "what", "found", "what to do")
-        )
-        body = "".join(rows)
-        return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        rows = [(one.ok, _mark(one)[1], (one.name, one.found, one.fix)) for one in self.checks]
+        return words.html_table(("what", "found", "what to do"), rows)
 
 
 def _mark(check: Check) -> tuple[str, str]:
-    return ("✓", "ok") if check.ok else ("✗", "to fix")
+    return words.sign(check.ok), "ok" if check.ok else "to fix"
 
 
 def preflight(base: str, folder: str | Path, drive: str | Path | None = None) -> list[Check]:
@@ -104,11 +95,13 @@ def preflight(base: str, folder: str | Path, drive: str | Path | None = None) ->
 
     large = _parameters(base) > _LARGE
     gpu = torch.cuda.is_available()
-    needs = needs_of(base, gpu or large)
     checks.append(_gpu(large))
+    free = total = None
     if gpu:
         memory.free()
         free, total = torch.cuda.mem_get_info()
+    needs = needs_of(base, gpu or large, free)
+    if free is not None:
         fix = "restart the session to free it, or choose a GPU with more memory."
         checks += [_optimizer(), _room("GPU memory", free, total, needs.gpu, fix)]
     checks += [_memory(needs.memory), _disk(Path(folder), needs.disk)]
@@ -117,20 +110,42 @@ def preflight(base: str, folder: str | Path, drive: str | Path | None = None) ->
     return [*checks, _base(base)]
 
 
-def needs_of(base: str, gpu: bool) -> Needs:
+def needs_of(base: str, gpu: bool, free: int | None = None) -> Needs:
     """What a run takes with the default settings, from the number of the base's parameters.
 
-    On a GPU its memory holds weights and gradients in float32 and AdamW's moments in 8 bits, beside
-    the activations (11.2 GB in all, as others publish for Stable Diffusion 1.5); system memory
-    holds the base while it loads, later a checkpoint while it is written. A CPU's holds weights,
-    gradients, moments and their average. The disk holds four checkpoints, the pipeline twice and
-    the base; a drive holds the newest checkpoint, the best and the pipeline.
+    Of a known base it is the first way that fits ``free`` bytes of GPU memory: the whole model at
+    any level of memory, then LoRA, then QLoRA. On a GPU its memory is what
+    :mod:`dreambooth_lib.bases` says, or holds weights and gradients in float32 and AdamW's moments
+    in 8 bits, beside the activations; system memory holds the base while it loads, later a
+    checkpoint while it is written. A CPU's holds weights, gradients, moments and their average.
+    The disk holds four checkpoints, the pipeline twice and the base; a drive holds the newest
+    checkpoint, the best and the pipeline.
     """
-    weights = 4 * _parameters(base)
+    parameters = _parameters(base)
+    weights = 4.0 * parameters
     checkpoint = weights * (1.25 if gpu else 4)
     ram = 2 * GIB + (1.25 if gpu else 5) * weights
     disk, drive = 4 * checkpoint + 3 * weights, 2 * checkpoint + weights
-    return Needs(int(2.6 * weights), int(ram), int(disk), int(drive))
+    on_gpu = 2.6 * weights
+    way = _way(base, free) if gpu else None
+    if way is not None:
+        on_gpu = way.gib * GIB
+        if way.method != "whole model":
+            added = _ADDED * weights
+            ram = 2 * GIB + 1.25 * _BYTES[way.method] * parameters
+            disk, drive = 2.0 * parameters + 6 * added, 3 * added
+    return Needs(int(on_gpu), int(ram), int(disk), int(drive))
+
+
+def _way(base: str, free: int | None) -> bases.Row | None:
+    """How a known base on the Hub is trained in so much memory, or in any; else None."""
+    known = bases.known(base)
+    if known is None or base == "toybox":
+        return None
+    from dreambooth_lib.training import FILLED
+
+    rows = bases.ways(known, float("inf") if free is None else FILLED * free)
+    return next((row for row in rows if row.fits), rows[-1])
 
 
 def _parameters(base: str) -> int:
@@ -140,7 +155,8 @@ def _parameters(base: str) -> int:
     except families.BaseError:
         return 0
     if not path.exists():
-        return _HUB_PARAMETERS
+        known = bases.known(base)
+        return _HUB_PARAMETERS if known is None else known.parameters
     from safetensors import safe_open
 
     count = 0

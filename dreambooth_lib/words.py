@@ -3,6 +3,9 @@
 Files keep the fields' own names.
 """
 
+import html
+from collections.abc import Iterable, Sequence
+
 #: For axes, legends and sentences.
 NAMES = {
     "prior_weight": "λ",
@@ -25,3 +28,21 @@ HEADS = {
     "prior_drift": "class drift ↓",
     "class_kid": "class distance (KID) ↓",
 }
+
+
+def sign(ok: bool) -> str:
+    """The sign of what is well, and of what is not."""
+    return "✓" if ok else "✗"
+
+
+def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]]) -> str:
+    """A table of rows (is all well, a word for it, cells): a cell to each head, after the mark."""
+    left = 'style="text-align: left"'
+    body = []
+    for ok, word, cells in rows:
+        colour = "#1a9850" if ok else "#e0533d"  # both show on white and on black
+        mark = f'<b style="color: {colour}">{sign(ok)}</b> {html.escape(word)}'
+        tags = [f"<td {left}>{cell}</td>" for cell in (mark, *map(html.escape, cells))]
+        body.append(f"<tr>{''.join(tags)}</tr>")
+    head = "".join(f'<th scope="col" {left}>{one}</th>' for one in ("", *heads))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"

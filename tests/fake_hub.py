@@ -71,7 +71,8 @@ class _Answer(Exception):
     """A request's answer other than a plain success."""
 
     def __init__(self, status: int, error: str, code: str = "", **said: Any):
-        self.status, self.headers = status, {"X-Error-Code": code} if code else {}
+        self.status, self.headers = status, {"X-Error-Message": error}
+        self.headers |= {"X-Error-Code": code} if code else {}
         self.body = json.dumps({"error": error, **said}).encode()
 
 

@@ -1,0 +1,161 @@
+"""The bases that people know by name, and what training each takes of a GPU.
+
+The figures are of ``python -m tools.bases``: :func:`dreambooth_lib.estimate.estimate` with the
+default settings, on configs with the published architectures' numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dreambooth_lib import memory, words
+
+GIB = 2**30
+
+
+class Way(NamedTuple):
+    """How people say what is trained: the config's fields for it, and its levels of memory."""
+
+    fields: dict[str, Any]
+    levels: tuple[str, ...]
+
+
+#: From what changes most of a base to what takes least.
+WAYS = {
+    "whole model": Way({"method": "full"}, ("standard", "low", "lowest")),
+    "LoRA": Way({"method": "lora"}, ("standard", "low")),
+    "QLoRA": Way({"method": "lora", "quantize": "nf4"}, ("standard", "low")),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base as people know it."""
+
+    name: str
+    base: str  #: as a config's ``base`` takes it
+    family: str
+    resolution: int  #: pixels a side
+    licence: str
+    gated: bool  #: whether its terms must be accepted on the Hub, and a token given
+    remark: str
+    parameters: int  #: of all parts that are loaded
+    #: GiB by precision: of each of WAYS, one for each of its levels
+    gib: dict[str, tuple[tuple[float, ...], ...]]
+
+
+KNOWN: tuple[Base, ...] = (
+    Base(
+        "toybox", "toybox", "Stable Diffusion",
+        64, "Apache-2.0", False, "embedded, for practice: emoji-like pictures, no photos",
+        14_891_283, {
+            "fp16": ((0.2, 0.1, 0.1), (0.0, 0.0), (0.0, 0.0)),
+            "bf16": ((0.2, 0.1, 0.1), (0.0, 0.0), (0.0, 0.0)),
+        },
+    ),
+    Base(
+        "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion",
+        512, "CreativeML Open RAIL-M", False, "the paper's settings are for it; a free T4 will do",
+        1_066_235_307, {
+            "fp16": ((8.9, 5.6, 4.0), (4.0, 2.3), (3.4, 1.9)),
+            "bf16": ((8.9, 5.6, 3.8), (4.0, 2.3), (3.4, 1.9)),
+        },
+    ),
+    Base(
+        "Z-Image", "Tongyi-MAI/Z-Image", "Z-Image",
+        1024, "Apache-2.0", False, "prompts in English and Chinese",
+        10_261_196_515, {
+            "fp16": ((161.5, 42.5, 30.5), (93.0, 16.6), (77.1, 8.1)),
+            "bf16": ((161.5, 42.5, 28.2), (93.0, 16.6), (77.1, 8.1)),
+        },
+    ),
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A way to train a base, at the first level of memory that fits or else the last."""
+
+    base: Base
+    method: str
+    level: str
+    gib: float  #: needed
+    fits: bool
+
+
+def known(base: str) -> Base | None:
+    """The base of that name, hub id or "toybox", if it is one of :data:`KNOWN`."""
+    return next((one for one in KNOWN if base in (one.base, one.name)), None)
+
+
+def ways(base: Base, free: float, precision: str = "fp16") -> list[Row]:
+    """The ways to train a base with ``free`` bytes of GPU memory, computing in ``precision``."""
+    found = []
+    for (method, way), of_way in zip(WAYS.items(), base.gib[precision], strict=True):
+        needs = list(zip(way.levels, of_way, strict=True))
+        level, gib = next((one for one in needs if one[1] * GIB <= free), needs[-1])
+        found.append(Row(base, method, level, gib, gib * GIB <= free))
+    return found
+
+
+def fitting(free: float, precision: str = "fp16") -> list[Row]:
+    """Of all known bases :func:`ways`.
+
+    ``free`` are bytes that a run may take of a GPU, ``precision`` is "fp16" or "bf16".
+    """
+    return [row for base in KNOWN for row in ways(base, free, precision)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which base fits, as a notebook shows it, and as text."""
+
+    rows: Sequence[Row]
+    gpu: bool = True
+
+    def _said(self) -> list[tuple[bool, str, tuple[str, ...]]]:
+        said = []
+        for base in KNOWN:
+            rows = [row for row in self.rows if row.base is base]
+            fit = [row for row in rows if row.fits]
+            how = "; ".join(f"{row.method} ({_room(row)})" for row in fit)
+            if not fit and self.gpu:
+                least = min(rows, key=lambda row: row.gib)
+                how = f"{least.method} would take {_room(least)}"
+            on_cpu = base.base == "toybox"
+            if not self.gpu:
+                how = "also on a CPU" if on_cpu else f"from {min(r.gib for r in rows):g} GiB"
+            ok = bool(fit) or on_cpu
+            word = "fits" if ok else "too large" if self.gpu else "needs a GPU"
+            terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
+            cells = (base.name, base.base, f"{base.resolution}", how, terms, base.remark)
+            said.append((ok, word, cells))
+        return said
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{words.sign(ok)} {word:12} {cells[0]:24} {cells[3]}"
+            for ok, word, cells in self._said()
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        heads = ("base", "BASE =", "pixels", "how, and GPU memory needed", "licence", "remark")
+        return words.html_table(heads, self._said())
+
+
+def _room(row: Row) -> str:
+    level = "" if row.level == "standard" else f", memory '{row.level}'"
+    return f"{max(row.gib, 0.1):g} GiB{level}"
+
+
+def table() -> Table:
+    """Which of the known bases fit this machine's GPU, as it is now."""
+    import torch
+
+    from dreambooth_lib.training import FILLED, native_precision
+
+    if not torch.cuda.is_available():
+        return Table(fitting(0), gpu=False)
+    memory.free()
+    free, _ = torch.cuda.mem_get_info()
+    return Table(fitting(FILLED * free, native_precision("auto", torch.device("cuda"))))
