@@ -6,6 +6,7 @@ default settings, on configs with the published architectures' numbers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from dreambooth_lib import memory, words
@@ -112,22 +113,16 @@ class Table:
     rows: Sequence[Row]
     gpu: bool = True
 
-    def _said(self) -> list[tuple[bool, str, tuple[str, ...]]]:
-        said = []
+    def _said(self) -> list[tuple[bool, str, Sequence[str]]]:
+        said: list[tuple[bool, str, Sequence[str]]] = []
         for base in KNOWN:
             rows = [row for row in self.rows if row.base is base]
-            fit = [row for row in rows if row.fits]
-            how = "; ".join(f"{row.method} ({_room(row)})" for row in fit)
-            if not fit and self.gpu:
-                least = min(rows, key=lambda row: row.gib)
-                how = f"{least.method} would take {_room(least)}"
             on_cpu = base.base == "toybox"
-            if not self.gpu:
-                how = "also on a CPU" if on_cpu else f"from {min(r.gib for r in rows):g} GiB"
-            ok = bool(fit) or on_cpu
+            ok = on_cpu or any(row.fits for row in rows)
             word = "fits" if ok else "too large" if self.gpu else "needs a GPU"
             terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
-            cells = (base.name, base.base, f"{base.resolution}", how, terms, base.remark)
+            how = _how(rows) if self.gpu or not on_cpu else "on the CPU too"
+            cells = (base.name, base.base, str(base.resolution), how, terms, base.remark)
             said.append((ok, word, cells))
         return said
 
@@ -143,6 +138,15 @@ class Table:
         return words.html_table(heads, self._said())
 
 
+def _how(rows: Sequence[Row]) -> str:
+    """Of a base the ways that fit, or else the one that takes least."""
+    fit = [row for row in rows if row.fits]
+    if fit:
+        return "; ".join(f"{row.method} ({_room(row)})" for row in fit)
+    least = min(rows, key=lambda row: row.gib)
+    return f"{least.method} takes {_room(least)}"
+
+
 def _room(row: Row) -> str:
     level = "" if row.level == "standard" else f", memory '{row.level}'"
     return f"{max(row.gib, 0.1):g} GiB{level}"
@@ -150,6 +154,8 @@ def _room(row: Row) -> str:
 
 def table() -> Table:
     """Which of the known bases fit this machine's GPU, as it is now."""
+    if find_spec("torch") is None:  # it is yet to be installed
+        return Table(fitting(0), gpu=False)
     import torch
 
     from dreambooth_lib.training import FILLED, native_precision

@@ -41,6 +41,7 @@ class Needs:
     memory: int
     disk: int
     drive: int  #: where the run is mirrored
+    way: str = "whole model"  #: what is trained, as :data:`bases.WAYS` has it
 
 
 class NotReady(RuntimeError):
@@ -96,14 +97,13 @@ def preflight(base: str, folder: str | Path, drive: str | Path | None = None) ->
     large = _parameters(base) > _LARGE
     gpu = torch.cuda.is_available()
     checks.append(_gpu(large))
-    free = total = None
-    if gpu:
-        memory.free()
-        free, total = torch.cuda.mem_get_info()
+    memory.free()
+    free, total = torch.cuda.mem_get_info() if gpu else (None, 0)
     needs = needs_of(base, gpu or large, free)
     if free is not None:
         fix = "restart the session to free it, or choose a GPU with more memory."
-        checks += [_optimizer(), _room("GPU memory", free, total, needs.gpu, fix)]
+        by = "" if needs.way == "whole model" else f" by {needs.way}"
+        checks += [_optimizer(), _room("GPU memory", free, total, needs.gpu, fix, by)]
     checks += [_memory(needs.memory), _disk(Path(folder), needs.disk)]
     if drive is not None:
         checks.append(_drive(Path(drive), needs.drive))
@@ -134,7 +134,8 @@ def needs_of(base: str, gpu: bool, free: int | None = None) -> Needs:
             added = _ADDED * weights
             ram = 2 * GIB + 1.25 * _BYTES[way.method] * parameters
             disk, drive = 2.0 * parameters + 6 * added, 3 * added
-    return Needs(int(on_gpu), int(ram), int(disk), int(drive))
+    method = "whole model" if way is None else way.method
+    return Needs(int(on_gpu), int(ram), int(disk), int(drive), method)
 
 
 def _way(base: str, free: int | None) -> bases.Row | None:
@@ -249,9 +250,9 @@ def _cut_off(folder: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _room(name: str, free: int, total: int, needed: int, fix: str) -> Check:
+def _room(name: str, free: int, total: int, needed: int, fix: str, by: str = "") -> Check:
     ok = free >= needed
-    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, about {needed / GIB:.1f} needed"
+    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, about {needed / GIB:.1f} needed{by}"
     return Check(name, ok, found, "" if ok else fix)
 
 
