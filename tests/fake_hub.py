@@ -114,7 +114,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def found(self, path: str, body: bytes) -> tuple[dict[str, str], bytes]:
             match [self.command, *path.strip("/").split("/")]:
-                case ["PUT", "lfs", oid]:
+                case ["PUT", "upload", oid]:
                     assert hashlib.sha256(body).hexdigest() == oid
                     hub.stored[oid] = body
                     return {}, b""
@@ -180,7 +180,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             known = {"oid": one["oid"], "size": one["size"]}
             if one["oid"] in hub.stored:
                 return known
-            return known | {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
+            return known | {"actions": {"upload": {"href": f"{hub.url}/upload/{one['oid']}"}}}
 
         def commit(self, name: str, repo: Repo, body: bytes) -> dict[str, Any]:
             self.may_write()

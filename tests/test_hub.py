@@ -206,7 +206,7 @@ def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, fold
         ("repos/create", 403),
         ("preupload", 403),
         ("objects/batch", 403),
-        ("/lfs/", 403),
+        ("/upload/", 403),
         ("/commit/", 409),
     ],
 )
