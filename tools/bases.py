@@ -144,11 +144,19 @@ def parameters(base: str) -> int:
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
-def needed(base: str, method: str, level: str, precision: str) -> float:
-    """GiB that a way to train a base takes at a level of memory, with the default settings."""
+def needed(base: str, method: str, level: str, precision: str) -> float | None:
+    """GiB that a way to train a base takes at a level of memory, with the default settings.
+
+    None where it does not work: autocast to float16 of bfloat16 weights ends in some layers of SD3.
+    """
     fields = WAYS[method].fields | {"memory": level}
     config = TrainConfig(Subject("photos", "dog"), base, **fields)
-    return round(estimate(config, precision).memory / GIB, 1)
+    try:
+        return round(estimate(config, precision).memory / GIB, 1)
+    except RuntimeError as error:
+        if "autocast" not in str(error):
+            raise
+        return None
 
 
 def main() -> None:
