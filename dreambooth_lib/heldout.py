@@ -18,14 +18,13 @@ from dreambooth_lib.weights import Trainable
 
 BINS = 4  #: equal parts of the schedule, least noise first
 ROWS = 4  #: noised rows of each bin and kind: a picture several times, or several pictures
-BATCH = 8  # rows predicted at a time
 
 
 class HeldOut:
     """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``."""
 
     def __init__(self, config: TrainConfig, family: Family, kinds: dict[str, list[Photo]]):
-        process = family.forward_process(None)
+        process, self.at_a_time = family.forward_process(None), family.at_a_time
         plain = config.replace(crop="center", flip=False)
         default = {
             "subject": config.subject.instance_prompt,
@@ -52,8 +51,8 @@ class HeldOut:
         found = {}
         for kind, noised in self.noised.items():
             errors = []
-            for start in range(0, BINS * ROWS, BATCH):
-                part = slice(start, start + BATCH)
+            for start in range(0, BINS * ROWS, self.at_a_time):
+                part = slice(start, start + self.at_a_time)
                 prediction = model(noised.x_t[part], noised.t[part], None, self.prompts[kind][part])
                 errors.append(per_sample_errors(prediction, noised.target[part]))
             found[kind] = torch.cat(errors).view(BINS, ROWS).mean(1).tolist()

@@ -28,7 +28,6 @@ PROMPTS = ("a {} {noun} on the beach", "a {} {noun} in the snow", "a {} {noun} i
            "a {} {noun} in space")  # fmt: skip
 UNRELATED = ("a car in the city", "a clock on a wooden table")  # the second for cars
 CLASS_SEED = 10_000  #: of the first class picture: no training draws its own from there
-BATCH_PIXELS = 2 * 512 * 512  #: drawn at a time
 JUDGE = families.BUNDLED / "toybox" / "judge"
 
 
@@ -113,9 +112,7 @@ def look(family: Family, subject: Subject, view: View) -> Look:
     seeds += [of_class + i for i in range(view.class_pictures)]
     seeds += [of_class + i for i in range(view.unrelated)]
     wanted = list(zip(view.prompts(subject), seeds, strict=True))
-    # A look comes on top of what training holds, so large pictures are drawn few at a time.
-    batch = max(1, min(8, BATCH_PIXELS // family.resolution**2))
-    images = []
+    images, batch = [], family.at_a_time
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]
         images += draw(family, part, view.inference_steps, view.guidance_scale)
