@@ -119,7 +119,7 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
     elif isinstance(source, TrainConfig):
         family = base_of(source, half)
     elif at is not None:
-        family = restored(source, at)
+        family = restored(source, at, half)
     elif source.finished:
         resolution = source.config.resolution
         family = families.load(str(source.folder), resolution=resolution, half=half, whole=())

@@ -32,10 +32,10 @@ from dreambooth_lib.updates import Updater, interrupts_held
 from dreambooth_lib.watch import Watch, Watched, history, judge, share, view_of
 from dreambooth_lib.weights import (
     Trainable,
-    base_of,
     lets_go,
     precisions,
     put_back,
+    to_be_saved,
     trainable_of,
 )
 
@@ -347,7 +347,7 @@ class Trainer:
                 else:
                     # Its frozen parts may be rounded, or let go of: the base's own are taken.
                     if self.half is not torch.float32 or family.known is not None:
-                        family = base_of(config)
+                        family = to_be_saved(config)
                         Trainable(family, config.trains_text).put(model.state())
                     family.pipeline.save_pretrained(partial, safe_serialization=True)
         self.accelerator.wait_for_everyone()

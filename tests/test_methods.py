@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from dreambooth_lib import families, lora, runs
 from dreambooth_lib.config import TrainConfig
@@ -224,7 +225,11 @@ def test_low_memory_trains_and_resumes_bit_for_bit(
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     half = {value.dtype for value in one["model"].values()}
     assert half == {torch.bfloat16 if memory == "lowest" else torch.float32}
+    saved = [load_file(file) for file in whole.pipeline.glob("*/*.safetensors")]
+    found = {value.dtype for weights in saved for value in weights.values()}
+    assert found - half == ({torch.float32} if memory == "lowest" else set()), "what never trains"
     assert {p.dtype for p in load_source(whole).denoiser.parameters()} == {torch.float32}
+    assert sample(whole, ["a {} dog"], [0], steps=1, at=2)
     assert sample(whole, ["a {} dog"], [0], steps=1)
 
 
