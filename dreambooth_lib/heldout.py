@@ -21,15 +21,14 @@ ROWS = 4  #: noised rows of each bin and kind: a picture several times, or sever
 
 
 class HeldOut:
-    """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``."""
+    """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``.
+
+    A photo's prompt is its caption.
+    """
 
     def __init__(self, config: TrainConfig, family: Family, kinds: dict[str, list[Photo]]):
         process, self.at_a_time = family.forward_process(None), family.at_a_time
         plain = config.replace(crop="center", flip=False)
-        default = {
-            "subject": config.subject.instance_prompt,
-            "class": config.subject.class_prompt,
-        }
         self.noised: dict[str, Noised] = {}
         self.prompts: dict[str, list[str]] = {}
         for kind, photos in kinds.items():
@@ -43,7 +42,7 @@ class HeldOut:
             quantiles = (torch.arange(BINS * ROWS) + 0.5) / (BINS * ROWS)
             t = process.timesteps_at(quantiles)
             self.noised[kind] = process(x_0, noise.to(x_0.device), t.to(x_0.device))
-            self.prompts[kind] = [photos[i].caption or default[kind] for i in shown]
+            self.prompts[kind] = [photos[i].caption or "" for i in shown]
 
     @torch.no_grad()
     def losses(self, model: Trainable) -> dict[str, list[float]]:

@@ -188,11 +188,13 @@ def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
 
     from dreambooth_lib.config import Subject
     from dreambooth_lib.distill import as_class
-    from dreambooth_lib.pictures import Photo
+    from dreambooth_lib.pictures import Photo, captioned
 
     image = Image.new("RGB", (8, 8))
     photos = [Photo("a", image), Photo("b", image, "a ohwx dog on the beach")]
-    captions = [photo.caption for photo in as_class(photos, Subject("p", "dog"))]
+    dog = Subject("p", "dog")
+    photos = captioned(photos, dog.instance_prompt)
+    captions = [photo.caption for photo in as_class(photos, dog)]
     assert captions == ["a dog", "a dog on the beach"]
 
 

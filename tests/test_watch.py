@@ -18,7 +18,7 @@ from dreambooth_lib.data import hold_out, near_groups, to_tensor
 from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.families.base import MOST
 from dreambooth_lib.heldout import BINS, ROWS, HeldOut
-from dreambooth_lib.pictures import Photo, read_pictures
+from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.sampling import load_source, sample
 from dreambooth_lib.training import Trainer, train
@@ -198,7 +198,7 @@ def test_held_out_losses_are_those_of_a_plain_computation(
     tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
     config, family = make_config(tiny_sd2, photos), families.load(tiny_sd2)
-    (held, *_) = read_pictures(photos)
+    (held, *_) = captioned(read_pictures(photos), config.subject.instance_prompt)
     rows = HeldOut(config, family, {"subject": [held], "class": []})
     model = Trainable(family, False).eval()
     torch.manual_seed(5)
