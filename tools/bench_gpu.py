@@ -1,0 +1,479 @@
+"""What training costs on a GPU: ``python -m tools.bench_gpu --work DIR``, into ``DIR/table.md``.
+
+Real architectures with random weights, a fresh process for each measurement, the prediction of
+``dreambooth_lib.estimate`` beside it, and with ``--reference`` diffusers' own script on the same
+files. What lies measured in ``DIR`` is not measured again; a line that fails is told and the rest
+goes on.
+
+    --predict           only the predictions, which need no GPU
+    --tiny              every line on tiny models in seconds, to try the script itself
+    --reference PATH    diffusers' folder examples/dreambooth
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.estimate import GIB, estimate
+from dreambooth_lib.state import replace_file
+from tools import architectures
+
+ROUNDS, WARMUP, TRIES = 20, 5, 60  # updates timed, made before, and tried at most
+CLASS_PICTURES = 24  # drawn; the first batch warms up
+CLOSE = 0.15  # how far a prediction may be off
+_LORA = {"method": "lora", "lora_rank": 16, "memory": "low", "mixed_precision": "bf16"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a base, the settings it is trained with, and what is aimed at."""
+
+    base: str
+    title: str
+    settings: dict[str, Any]
+    #: ("GiB", peak memory at most), ("share", of the reference's seconds a step at most) or
+    #: ("times", the reference's pictures a second at least)
+    target: tuple[str, float]
+    script: str | None = None  #: diffusers' of the same
+    flags: tuple[str, ...] = ()
+    draws: bool = False  #: class pictures, in place of training
+
+    def config(self, folder: Path, work: Path, tiny: bool) -> TrainConfig:
+        """Of one instance and one class picture, drawn by nobody and watched by nobody."""
+        fields: dict[str, Any] = {
+            "batch_size": 1, "steps": 10**6, "checkpoint_every": 10**6, "watch_every": 0,
+            "class_folder": str(work / "class"), "optimizer": "adamw8bit",
+        } | self.settings  # fmt: skip
+        if tiny:  # bits need a GPU, and a CPU computes in float32
+            fields |= {"resolution": 16, "mixed_precision": "auto", "quantize": None}
+            fields |= {"optimizer": "adamw", "prior_inference_steps": 2}
+        subject = Subject(str(work / "instance"), "dog")
+        return TrainConfig(subject=subject, base=str(folder), **fields)
+
+
+LINES = {
+    "sd15-unet": Line(
+        "sd15", "SD 1.5, U-Net",
+        {"resolution": 512, "memory": "standard", "mixed_precision": "fp16"},
+        ("share", 0.6), "train_dreambooth.py",
+    ),
+    "sd15-unet-low": Line(
+        "sd15", "SD 1.5, U-Net, low",
+        {"resolution": 512, "memory": "low", "mixed_precision": "fp16"},
+        ("GiB", 6.0), "train_dreambooth.py", ("--gradient_checkpointing",),
+    ),
+    "sd15-class-pictures": Line(
+        "sd15", "SD 1.5, class pictures, 50 steps",
+        {"resolution": 512, "mixed_precision": "fp16", "prior_inference_steps": 50,
+         "prior_guidance_scale": 7.5, "class_pictures": CLASS_PICTURES, "class_folder": None},
+        ("times", 2.0), "train_dreambooth.py", draws=True,
+    ),
+    "sd15-text-low": Line(
+        "sd15", "SD 1.5, U-Net and text encoder, low",
+        {"resolution": 512, "memory": "low", "mixed_precision": "fp16",
+         "train_text_encoder": True},
+        ("GiB", 8.0), "train_dreambooth.py", ("--gradient_checkpointing", "--train_text_encoder"),
+    ),
+    "sdxl-lora": Line(
+        "sdxl", "SDXL, LoRA of rank 16, low", _LORA | {"resolution": 1024}, ("GiB", 8.0),
+        "train_dreambooth_lora_sdxl.py", ("--rank=16", "--gradient_checkpointing"),
+    ),
+    "sdxl-full": Line(
+        "sdxl", "SDXL, U-Net, lowest",
+        {"resolution": 1024, "memory": "lowest", "mixed_precision": "bf16"}, ("GiB", 14.0),
+    ),
+    "flux-qlora": Line(
+        "flux", "Flux.1, QLoRA (nf4), low", _LORA | {"resolution": 512, "quantize": "nf4"},
+        ("GiB", 10.0),
+    ),
+    "sd35-lora": Line(
+        "sd35", "SD 3.5 medium, LoRA, low", _LORA | {"resolution": 1024}, ("GiB", 12.0),
+        "train_dreambooth_lora_sd3.py", ("--rank=16", "--gradient_checkpointing"),
+    ),
+}  # fmt: skip
+
+
+def measure(line: Line, config: TrainConfig, folder: Path) -> dict[str, float]:
+    """Peak memory and pace of this kit, in a process that does nothing else."""
+    if line.draws:
+        from dreambooth_lib.prior import BATCH, class_pictures
+        from dreambooth_lib.sampling import load_source
+
+        family = load_source(config)
+        times = [time.perf_counter() for _ in class_pictures(config, family, folder)]
+        return {"pictures_per_second": pace(times, BATCH), "peak": peak()}
+    from dreambooth_lib import runs
+    from dreambooth_lib.training import Trainer
+
+    trainer = Trainer(runs.start(config, folder / "run"))
+    before = peak()
+    seconds: list[float] = []
+    for _ in range(TRIES):  # in fp16 the first ones are skipped
+        began = now()
+        if trainer.update() is not None:
+            seconds.append(now() - began)
+        if len(seconds) == WARMUP + ROUNDS:
+            break
+    return {"seconds": median(seconds[WARMUP:]), "peak": peak(), "before_training": before}
+
+
+def reference(line: Line, config: TrainConfig, folder: Path, scripts: Path) -> dict[str, float]:
+    """The same of diffusers' script, left after as many updates, in a process of its own."""
+    import runpy
+
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    times: list[float] = []
+    updates = 1 if line.draws else WARMUP + ROUNDS + 1
+
+    def leave(*_: Any) -> None:
+        times.append(now())
+        if len(times) == updates:
+            raise SystemExit(0)
+
+    register_optimizer_step_post_hook(leave)
+    drawn = folder / "class"
+    sys.argv = [str(scripts / str(line.script)), *arguments(line, config, folder)]
+    sys.path.insert(0, str(scripts))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as left:
+        if len(times) < updates:
+            raise RuntimeError(f"{line.script} ended ({left}) after {len(times)} updates") from left
+    if line.draws:
+        files = sorted(file.stat().st_mtime for file in drawn.iterdir())
+        return {"pictures_per_second": pace(files, 4), "peak": peak()}  # it draws 4 at a time
+    seconds = [later - earlier for earlier, later in pairwise(times)]
+    return {"seconds": median(seconds[WARMUP:]), "peak": peak()}
+
+
+def arguments(line: Line, config: TrainConfig, folder: Path) -> list[str]:
+    """What diffusers' script is told, to do what the kit does by this config."""
+    subject, own = config.subject, config.class_folder
+    precision = "no" if config.mixed_precision == "auto" else config.mixed_precision
+    return [
+        f"--pretrained_model_name_or_path={config.base}",
+        f"--instance_data_dir={subject.pictures}",
+        f"--class_data_dir={own or folder / 'class'}",
+        f"--num_class_images={len(list(Path(own).iterdir())) if own else config.class_pictures}",
+        "--with_prior_preservation",
+        f"--instance_prompt={subject.instance_prompt}",
+        f"--class_prompt={subject.class_prompt}",
+        f"--output_dir={folder / 'out'}",
+        f"--resolution={config.resolution}",
+        f"--mixed_precision={precision}",
+        f"--learning_rate={config.learning_rate}",
+        "--train_batch_size=1",
+        "--max_train_steps=100000",
+        "--checkpointing_steps=100000",
+        "--lr_warmup_steps=0",
+        "--seed=0",
+        *(["--use_8bit_adam"] if config.optimizer == "adamw8bit" else []),
+        *line.flags,
+    ]
+
+
+def pace(times: Sequence[float], batch: int) -> float:
+    """Pictures a second from the moments at which each was there, the first batch left out."""
+    return (len(times) - batch) / (times[-1] - times[batch - 1])
+
+
+def now() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak() -> int:
+    """Most bytes of GPU memory allocated so far; of a process without a GPU, resident ones."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def predict(line: Line, config: TrainConfig) -> dict[str, float]:
+    """What ``estimate`` says before anything is loaded; of drawing it says nothing."""
+    if line.draws:
+        return {}
+    found = estimate(config, config.mixed_precision)
+    return asdict(found) | {"peak": found.memory}
+
+
+@dataclass
+class Bench:
+    """Measurements in a folder: ``bases/``, ``configs/``, ``results/`` and the table."""
+
+    work: Path
+    tiny: bool = False
+    scripts: Path | None = None
+    limit: float = 180.0  #: seconds that one measurement may take
+    asked: list[str] = field(default_factory=lambda: list(LINES))
+
+    def result(self, name: str, side: str) -> dict[str, Any]:
+        file = self.work / "results" / f"{name}.{side}.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def sides(self, name: str) -> list[str]:
+        """What there is to measure of a line."""
+        compared = self.scripts is not None and LINES[name].script is not None
+        return ["kit", "reference"] if compared else ["kit"]
+
+    def missing(self, name: str, sides: Sequence[str]) -> list[str]:
+        """Of these, what has not been measured, or failed."""
+        found = {side: self.result(name, side) for side in sides}
+        return [side for side in sides if not found[side] or "error" in found[side]]
+
+    def base(self, name: str, weights: bool = True) -> Path:
+        """A base's folder, made if it is not there, with weights or of configs alone."""
+        folder = self.work / ("bases" if weights else "configs") / name
+        if not (folder / "model_index.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            made = architectures.ALL[name]
+            architectures.save(made, folder, tiny=self.tiny, weights=weights)
+        return folder
+
+    def one(self, name: str, side: str) -> None:
+        """Make one measurement here and now, and write it down."""
+        line, folder = LINES[name], self.work / "scratch" / f"{name}.{side}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        config = line.config(self.base(line.base, side != "predicted"), self.work, self.tiny)
+        measuring: dict[str, Callable[[], dict[str, float]]] = {
+            "kit": lambda: measure(line, config, folder),
+            "reference": lambda: reference(line, config, folder, Path(str(self.scripts))),
+            "predicted": lambda: predict(line, config),
+        }
+        began = time.perf_counter()
+        found = measuring[side]()
+        self._write(name, side, found | {"device": device(), "took": time.perf_counter() - began})
+        shutil.rmtree(folder)
+
+    def tried(self, name: str, side: str) -> None:
+        """Make one measurement, and write down what fails.
+
+        In a process of its own, so that peaks do not mix; only predictions, which measure nothing,
+        and tiny models are tried in this one.
+        """
+        here = side == "predicted" or (self.tiny and side == "kit")
+        try:
+            if here:
+                self.one(name, side)
+            else:
+                self._apart(["--one", name, side], self.work / "results" / f"{name}.{side}.log")
+        except Exception as error:  # whatever it is, the other lines go on
+            self._write(name, side, {"error": f"{type(error).__name__}: {error}"[:300]})
+
+    def _apart(self, arguments: Sequence[str], log: Path) -> None:
+        """This script in a process of its own. Raises RuntimeError with its last words."""
+        done = subprocess.run(
+            self.command(*arguments), capture_output=True, text=True, timeout=self.limit
+        )
+        log.write_text(done.stdout + done.stderr)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip() or "it said nothing").splitlines()[-1])
+
+    def command(self, *arguments: str) -> list[str]:
+        own = [sys.executable, "-m", "tools.bench_gpu", "--work", str(self.work), *arguments]
+        own += ["--reference", str(self.scripts)] if self.scripts else []
+        return own + (["--tiny"] if self.tiny else [])
+
+    def _write(self, name: str, side: str, found: dict[str, Any]) -> None:
+        file = self.work / "results" / f"{name}.{side}.json"
+        replace_file(file, json.dumps(found, indent=2).encode())
+
+    def run(self, until: float = float("inf"), keep: bool = False) -> None:
+        """Measure all that is asked for and missing; nothing begins after the moment ``until``."""
+        (self.work / "results").mkdir(parents=True, exist_ok=True)
+        save_photos(self.work, 64 if self.tiny else 1024)
+        for name in self.asked:
+            for side in self.missing(name, self.sides(name)):
+                if time.monotonic() < until:
+                    self.tried(name, side)
+                    print(name, side, json.dumps(self.result(name, side)), flush=True)
+            self.write_tables()
+            still = {LINES[n].base for n in self.asked if self.missing(n, self.sides(n))}
+            if LINES[name].base not in still and not keep:
+                shutil.rmtree(self.work / "bases" / LINES[name].base, ignore_errors=True)
+
+    def predictions(self) -> None:
+        """Those that are missing, without a GPU."""
+        (self.work / "results").mkdir(parents=True, exist_ok=True)
+        for name in self.asked:
+            for side in self.missing(name, ["predicted"]):
+                self.tried(name, side)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table, figures only; what is not known is None."""
+        return [row(name, {s: self.result(name, s) for s in SIDES}) for name in LINES]
+
+    def write_tables(self) -> None:
+        rows = self.rows()
+        replace_file(self.work / "table.json", json.dumps(rows, indent=2).encode())
+        replace_file(self.work / "table.md", markdown(rows).encode())
+
+
+SIDES = ("kit", "reference", "predicted")
+
+
+def row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One line's figures, of its results by side."""
+    line, kit, other = LINES[name], found["kit"], found["reference"]
+    quantity = "pictures_per_second" if line.draws else "seconds"
+    compared = kit.get(quantity) and other.get(quantity) and kit[quantity] / other[quantity]
+    predicted = found["predicted"].get("peak")
+    off = kit.get("peak") and predicted and kit["peak"] / predicted
+    measured = kit.get("peak", 0) / GIB or None if line.target[0] == "GiB" else compared
+    return {
+        "name": name,
+        "title": line.title,
+        "target": _target(line),
+        "peak": kit.get("peak"),
+        "before_training": kit.get("before_training"),
+        "predicted": predicted,
+        "measured_of_predicted": off,
+        "close": off and abs(off - 1) <= CLOSE,
+        "pace": kit.get(quantity),
+        "reference_pace": other.get(quantity),
+        "pace_of_reference": compared,
+        "reference_peak": other.get("peak"),
+        "met": measured and _met(line, measured),
+        "draws": line.draws,
+        "device": kit.get("device"),
+        "errors": {side: one["error"] for side, one in found.items() if "error" in one},
+    }
+
+
+def _target(line: Line) -> str:
+    kind, bound = line.target
+    return {
+        "GiB": f"at most {bound:g} GiB",
+        "share": f"at most {bound:.0%} of the reference's seconds a step",
+        "times": f"at least {bound:g} times the reference's pictures a second",
+    }[kind]
+
+
+def _met(line: Line, measured: float) -> bool:
+    kind, bound = line.target
+    return measured >= bound if kind == "times" else measured <= bound
+
+
+_HEAD = ("line", "target", "met", "peak GiB", "of it before training", "predicted GiB",
+         "measured / predicted", "pace", "reference's pace", "pace / reference's",
+         "reference's peak GiB")  # fmt: skip
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table; a cell without a figure says whether it is to come, failed or has none."""
+    devices = sorted({one["device"] for one in rows if one["device"]})
+    lines = [f"Measured on: {', '.join(devices) or 'nothing yet'}.", ""]
+    lines += [_cells(_HEAD), _cells(["---"] * len(_HEAD)), *(_cells(_row(one)) for one in rows)]
+    errors = [(one["name"], side, text) for one in rows for side, text in one["errors"].items()]
+    lines += ["", *(f"- {name}, {side}: {text}" for name, side, text in errors)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    unit = "{:.2f} pictures/s" if one["draws"] else "{:.3f} s/step"
+
+    def cell(value: Any, form: str, side: str, there: bool = True) -> str:
+        if value is not None:
+            return form.format(value)
+        return "failed" if side in one["errors"] else "not yet" if there else "none"
+
+    def gib(name: str, side: str, there: bool = True) -> str:
+        return cell(one[name] and one[name] / GIB, "{:.2f}", side, there)
+
+    compared, trains = LINES[one["name"]].script is not None, not one["draws"]
+    return [
+        one["title"],
+        one["target"],
+        cell(None if one["met"] is None else "no yes".split()[one["met"]], "{}", "kit"),
+        gib("peak", "kit"),
+        gib("before_training", "kit", trains),
+        gib("predicted", "predicted", trains),
+        cell(one["measured_of_predicted"], "{:.2f}", "kit", trains),
+        cell(one["pace"], unit, "kit"),
+        cell(one["reference_pace"], unit, "reference", compared),
+        cell(one["pace_of_reference"], "{:.2f}", "reference", compared),
+        gib("reference_peak", "reference", compared),
+    ]
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+
+
+def save_photos(work: Path, side: int) -> None:
+    """Four smooth random pictures of each kind, as large as a photo made ready is."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for kind in ("instance", "class"):
+        (work / kind).mkdir(parents=True, exist_ok=True)
+        for number in range(4):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((side, side), Image.Resampling.BICUBIC).save(
+                work / kind / f"{number}.jpg"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="a folder on a disk with room")
+    parser.add_argument("--reference", type=Path, help="diffusers' folder examples/dreambooth")
+    parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES), metavar="NAME")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--predict", action="store_true", help="only predict; needs no GPU")
+    parser.add_argument("--keep", action="store_true", help="keep the bases that are done with")
+    parser.add_argument("--minutes", type=float, default=9.0, help="nothing begins after so many")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds of one measurement")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--base", choices=architectures.ALL, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    bench = Bench(
+        given.work.resolve(), given.tiny, given.reference and given.reference.resolve(),
+        given.limit, given.only,
+    )  # fmt: skip
+    if given.one:
+        return bench.one(*given.one)
+    if given.base:
+        bench.base(given.base)
+        return None
+    until = time.monotonic() + 60 * given.minutes
+    if given.predict:
+        bench.predictions()
+    else:  # predictions are made on the CPU meanwhile
+        predicting = subprocess.Popen(
+            bench.command("--predict", "--only", *given.only), stdout=subprocess.DEVNULL
+        )
+        bench.run(until, given.keep)
+        predicting.wait()
+    bench.write_tables()
+    print((bench.work / "table.md").read_text())
+    return None
+
+
+if __name__ == "__main__":
+    main()
