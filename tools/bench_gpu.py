@@ -210,7 +210,8 @@ def predict(line: Line, config: TrainConfig) -> dict[str, float]:
     """What ``estimate`` says before anything is loaded; of drawing it says nothing."""
     if line.draws:
         return {}
-    found = estimate(config, config.mixed_precision)
+    precision = config.mixed_precision
+    found = estimate(config, "bf16" if precision == "auto" else precision)
     return asdict(found) | {"peak": found.memory}
 
 
@@ -402,7 +403,7 @@ def _row(one: dict[str, Any]) -> list[str]:
     return [
         one["title"],
         one["target"],
-        cell(None if one["met"] is None else "no yes".split()[one["met"]], "{}", "kit"),
+        cell(None if one["met"] is None else ["no", "yes"][one["met"]], "{}", "kit"),
         gib("peak", "kit"),
         gib("before_training", "kit", trains),
         gib("predicted", "predicted", trains),
