@@ -70,7 +70,7 @@ ALLOWED = {
     "pages": ("state",),
     "plots": ("choice", "state", "watch", "words"),
     "batches": ("config", "data", "pictures", "latents", "noise", "families.base"),
-    "estimate": ("config", "families", "families.base", "lora", "optim", "weights"),
+    "estimate": ("config", "families", "families.base", "latents", "lora", "optim", "weights"),
     "updates": ("batches", "config", "lora", "optim", "weights"),
     "training": ("batches", "config", "choice", "data", "distill", "estimate", "families",
                  "families.base", "heldout", "lora", "losses", "pictures", "prior", "runs", "state",
