@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from dreambooth_lib import families, lora
 from dreambooth_lib.config import LOW, ConfigError, TrainConfig
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.latents import at_a_time
+from dreambooth_lib.latents import BATCH
 from dreambooth_lib.optim import choose
 from dreambooth_lib.weights import Trainable, lets_go, precisions, trainable_of
 
@@ -190,9 +190,8 @@ def _one_update(
 
 
 def _encoding_pictures(family: Family) -> int:
-    """Most bytes at once while pictures become latents, as many as are taken together."""
-    side = family.resolution
-    pixels = torch.zeros(at_a_time(side), 3, side, side)
+    """Most bytes at once while pictures become latents."""
+    pixels = torch.zeros(BATCH, 3, family.resolution, family.resolution)
     with Alive() as alive:
         for tensor in family.pipeline.vae.state_dict().values():
             alive.without(tensor)

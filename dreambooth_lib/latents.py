@@ -10,13 +10,7 @@ from dreambooth_lib.data import to_tensor
 from dreambooth_lib.families.base import Family, Posterior
 from dreambooth_lib.pictures import Photo
 
-BATCH = 8  # pictures encoded at a time, at most
-PIXELS = 2 * 512**2  # of all of them: eight of 1024 a side would take 10 GiB
-
-
-def at_a_time(resolution: int) -> int:
-    """How many pictures of so many pixels a side are encoded together."""
-    return max(1, min(BATCH, PIXELS // resolution**2))
+BATCH = 8  # pictures encoded at a time
 
 
 class LatentCache:
@@ -68,10 +62,9 @@ class LatentCache:
 
     def _encode(self, mirror: bool) -> Posterior:
         pixels = [to_tensor(p.image, self.resolution, "center", mirror) for p in self.photos]
-        count = at_a_time(self.resolution)
         parts = [
-            self.family.encode_images(torch.stack(pixels[start : start + count]))
-            for start in range(0, len(pixels), count)
+            self.family.encode_images(torch.stack(pixels[start : start + BATCH]))
+            for start in range(0, len(pixels), BATCH)
         ]
         return Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
 

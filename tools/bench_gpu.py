@@ -25,12 +25,11 @@ from statistics import median
 from typing import Any
 
 from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.estimate import GIB, estimate
 from dreambooth_lib.state import replace_file
-from tools import architectures
 
 ROUNDS, WARMUP, TRIES = 20, 5, 60  # updates timed, made before, and tried at most
 CLASS_PICTURES = 24  # drawn; the first batch warms up
+GIB = 2**30
 CLOSE = 0.15  # how far a prediction may be off
 _LORA = {"method": "lora", "lora_rank": 16, "memory": "low", "mixed_precision": "bf16"}
 
@@ -210,6 +209,8 @@ def predict(line: Line, config: TrainConfig) -> dict[str, float]:
     """What ``estimate`` says before anything is loaded; of drawing it says nothing."""
     if line.draws:
         return {}
+    from dreambooth_lib.estimate import estimate
+
     precision = config.mixed_precision
     found = estimate(config, "bf16" if precision == "auto" else precision)
     return asdict(found) | {"peak": found.memory}
@@ -243,6 +244,8 @@ class Bench:
         """A base's folder, made if it is not there, with weights or of configs alone."""
         folder = self.work / ("bases" if weights else "configs") / name
         if not (folder / "model_index.json").exists():
+            from tools import architectures
+
             shutil.rmtree(folder, ignore_errors=True)
             made = architectures.ALL[name]
             architectures.save(made, folder, tiny=self.tiny, weights=weights)
@@ -275,6 +278,9 @@ class Bench:
             if here:
                 self.one(name, side)
             else:
+                base = LINES[name].base
+                if not (self.work / "bases" / base / "model_index.json").exists():
+                    self._apart(["--base", base], self.work / "results" / f"{base}.log")
                 self._apart(["--one", name, side], self.work / "results" / f"{name}.{side}.log")
         except Exception as error:  # whatever it is, the other lines go on
             self._write(name, side, {"error": f"{type(error).__name__}: {error}"[:300]})
@@ -328,6 +334,7 @@ class Bench:
         replace_file(self.work / "table.md", markdown(rows).encode())
 
 
+BASES = list(dict.fromkeys(line.base for line in LINES.values()))
 SIDES = ("kit", "reference", "predicted")
 
 
@@ -451,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing begins after so many")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds of one measurement")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
-    parser.add_argument("--base", choices=architectures.ALL, help=argparse.SUPPRESS)
+    parser.add_argument("--base", choices=BASES, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     bench = Bench(
         given.work.resolve(), given.tiny, given.reference and given.reference.resolve(),

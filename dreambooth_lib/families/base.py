@@ -18,6 +18,10 @@ from dreambooth_lib.noise import Noised
 #: What diffusers calls the precision that a model is loaded in.
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 
+#: Pixels a side from which on pictures pass the autoencoder one at a time: eight of 1024 together
+#: would take 10 GiB to become latents, and 12 back.
+LARGE = 512
+
 #: Prompt conditioning: named tensors whose first dimension is the batch.
 Cond = dict[str, torch.Tensor]
 
@@ -80,6 +84,8 @@ class Family:
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
+        if self.resolution >= LARGE:
+            pipeline.vae.enable_slicing()
 
     def _parts(self, names: Collection[str]) -> list[Any]:
         parts = [getattr(self.pipeline, name, None) for name in names]
