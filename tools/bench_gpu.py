@@ -223,7 +223,7 @@ class Bench:
     work: Path
     tiny: bool = False
     scripts: Path | None = None
-    limit: float = 180.0  #: seconds that one measurement may take
+    limit: float = 240.0  #: seconds that one measurement may take
     asked: list[str] = field(default_factory=lambda: list(LINES))
 
     def result(self, name: str, side: str) -> dict[str, Any]:
@@ -456,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--predict", action="store_true", help="only predict; needs no GPU")
     parser.add_argument("--keep", action="store_true", help="keep the bases that are done with")
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing begins after so many")
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds of one measurement")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of one measurement")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
     parser.add_argument("--base", choices=BASES, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
