@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from dreambooth_lib import families
 from tools import architectures, bench_gpu
-from tools.bench_gpu import LINES, Bench
+from tools.bench_gpu import Bench
+from tools.gpu_table import GIB, LINES, Line
 
 #: A script that draws class pictures where they are missing, and then moves a weight for ever.
 SCRIPT = """
@@ -83,7 +84,7 @@ def test_a_failing_line_is_told_the_rest_goes_on_and_what_is_done_is_not_done_ag
     bench = Bench(tmp_path, tiny=True, asked=asked)
     measure = bench_gpu.measure
 
-    def fails(line: bench_gpu.Line, *rest: Any) -> dict[str, float]:
+    def fails(line: Line, *rest: Any) -> dict[str, float]:
         if line.base == "flux":
             raise MemoryError("no room")
         return measure(line, *rest)
@@ -115,6 +116,13 @@ def test_a_script_that_fails_leaves_its_last_words(tmp_path: Path, scripts: Path
     assert "failed" in (bench.work / "table.md").read_text()
 
 
+def test_what_takes_too_long_is_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, limit=0.01, asked=["sd35-lora"])
+    bench.run()
+    told = bench.result("sd35-lora", "kit")["error"]
+    assert told == "RuntimeError: it took longer than 0 s"
+
+
 def test_the_command_predicts_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.bench_gpu", "--work", str(tmp_path), "--tiny"]
     told = subprocess.check_output([*command, "--predict", "--only", "sd35-lora"], text=True)
@@ -131,7 +139,7 @@ def test_predictions_of_real_architectures_stay_and_meet_their_targets(
 ) -> None:
     bench = Bench(tmp_path, asked=[name])
     bench.predictions()
-    assert least < bench.result(name, "predicted")["peak"] / bench_gpu.GIB < most
+    assert least < bench.result(name, "predicted")["peak"] / GIB < most
     kind, bound = LINES[name].target
     assert kind == "GiB" and most < bound
 
