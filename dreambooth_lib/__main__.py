@@ -26,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
         "figures", help="measure all bundled subjects, with and without the prior"
     )
     figures.add_argument("--seeds", type=int, nargs="+", default=[0])
+    figures.add_argument("--prior-weights", type=float, nargs="+", default=[1.0, 0.0])
+    figures.add_argument("--method", choices=("full", "lora"), default="full")
+    figures.add_argument("--lora-rank", type=int, default=8)
     figures.add_argument("--workers", type=int, default=1, help="processes that share the cores")
     figures.add_argument("--out", type=Path, default=Path("outputs/figures"))
     train = commands.add_parser("train", help="train what a TOML file describes")
@@ -174,7 +177,10 @@ def main() -> None:
             from dreambooth_lib.state import replace_file
 
             shutil.rmtree(given.out / "runs", ignore_errors=True)
-            rows = demo.figures(given.out, given.seeds, workers=given.workers)
+            rows = demo.figures(
+                given.out, given.seeds, given.prior_weights, workers=given.workers,
+                method=given.method, lora_rank=given.lora_rank,
+            )  # fmt: skip
             table = demo.summary(rows)
             replace_file(given.out / "summary.md", f"{table}\n".encode())
             print(table)

@@ -9,10 +9,13 @@ from dreambooth_lib.runs import with_whole_paths
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """Every field by name, as "steps" or "subject.pictures", with whole paths as a run has them."""
+    """Every field by name, as "steps" or "subject.pictures", with whole paths as a run has them.
+
+    As JSON would give it back: what is written down can be compared with it.
+    """
     fields = asdict(with_whole_paths(config))
     subject = {f"subject.{name}": value for name, value in fields.pop("subject").items()}
-    return subject | fields
+    return subject | fields | {"others": list(fields["others"])}
 
 
 def difference(

@@ -126,6 +126,8 @@ class TrainConfig:
     base: str = "toybox"  #: "toybox", a hub id, a folder in diffusers' layout, or a run's folder
     revision: str | None = None  #: the hub revision of the base
     variant: str | None = None  #: the hub variant of the base's files, such as "fp16"
+    #: further subjects of the same run, each with its own identifier, class and prior
+    others: tuple[Subject, ...] = ()
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda of the prior preservation loss; 0 trains without it
@@ -252,6 +254,8 @@ class TrainConfig:
                 f"train_token is set but method is '{self.method}'; set method to 'lora', or leave "
                 "train_token out."
             )
+        if self.others:
+            self._check_others()
         if self.memory in LOW:
             self._check_memory()
         if self.batch_size % self.gradient_accumulation:
@@ -262,6 +266,25 @@ class TrainConfig:
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise ConfigError(
                 f"resolution is {self.resolution}; it must be a multiple of 8, and 8 or more."
+            )
+
+    def _check_others(self) -> None:
+        """Several subjects must be told apart, and each needs a prior of its own class."""
+        identifiers = [subject.identifier for subject in self.subjects]
+        if len(set(identifiers)) < len(identifiers):
+            raise ConfigError(
+                f"the subjects' identifiers are {', '.join(identifiers)}; give each its own."
+            )
+        if self.train_token:
+            raise ConfigError(
+                "train_token is set but there are others, and one word is all that it learns; "
+                "leave train_token out, or train one subject."
+            )
+        nouns = sorted({subject.class_noun for subject in self.subjects})
+        if self.class_folder is not None and len(nouns) > 1:
+            raise ConfigError(
+                f"class_folder holds pictures of one class but the subjects are of {len(nouns)} "
+                f"({', '.join(nouns)}); leave it out."
             )
 
     def _check_memory(self) -> None:
@@ -282,6 +305,16 @@ class TrainConfig:
                 "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
                 "it to 'auto', or memory to 'low'."
             )
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """All subjects, the first one first."""
+        return self.subject, *self.others
+
+    @property
+    def apart(self) -> "tuple[TrainConfig, ...]":
+        """For each subject the config that has it alone."""
+        return tuple(self.replace(subject=subject, others=()) for subject in self.subjects)
 
     @property
     def trains_text(self) -> bool:
@@ -310,9 +343,11 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict without the fields that are None, as TOML and JSON want it."""
+        """A plain dict without the fields that are None or empty, as TOML and JSON want it."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return fields | {"subject": {k: v for k, v in fields["subject"].items() if v}}
+        subject, *others = ({k: v for k, v in vars(s).items() if v} for s in self.subjects)
+        del fields["others"]
+        return fields | {"subject": subject} | ({"others": others} if others else {})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
@@ -321,7 +356,14 @@ class TrainConfig:
         subject = fields.pop("subject", None)
         if not isinstance(subject, dict):
             raise ConfigError("the config has no [subject] table with pictures and class_noun.")
-        return cls(subject=_build(Subject, subject, "subject."), **_known(cls, fields, ""))
+        others = fields.pop("others", [])
+        if not isinstance(others, list) or not all(isinstance(other, dict) for other in others):
+            raise ConfigError("others is not a list of tables; write each as [[others]].")
+        return cls(
+            subject=_build(Subject, subject, "subject."),
+            others=tuple(_build(Subject, other, "others.") for other in others),
+            **_known(cls, fields, ""),
+        )
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "TrainConfig":
@@ -333,7 +375,9 @@ class TrainConfig:
             raise ConfigError(f"there is no config file {path}; check the path.") from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}; mend that line.") from None
-        for table, key in ((fields.get("subject", {}), "pictures"), (fields, "class_folder")):
+        others = fields["others"] if isinstance(fields.get("others"), list) else []
+        tables = [(table, "pictures") for table in (fields.get("subject"), *others)]
+        for table, key in (*tables, (fields, "class_folder")):
             if isinstance(table, dict) and key in table:
                 table[key] = str((path.parent / table[key]).resolve())
         base = path.parent / str(fields.get("base", "toybox"))

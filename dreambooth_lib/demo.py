@@ -107,6 +107,8 @@ def personalise(
 def figures(
     out: Path,
     seeds: Sequence[int] = (0,),
+    prior_weights: Sequence[float] = (1.0, 0.0),
+    *,
     workers: int = 1,
     view: View = VIEW,
     **settings: Any,
@@ -121,7 +123,7 @@ def figures(
     configs = [
         TrainConfig(subject=subject, prior_weight=prior_weight, seed=seed, **settings)
         for subject in bundled_subjects()
-        for prior_weight in (1.0, 0.0)
+        for prior_weight in prior_weights
         for seed in seeds
     ]
     rows: list[dict[str, Any]] = []

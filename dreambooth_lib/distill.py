@@ -20,10 +20,9 @@ from dreambooth_lib.pictures import Photo
 
 
 def as_class(photos: list[Photo], subject: Subject) -> list[Photo]:
-    """The subject's pictures with the class noun in place of the subject in their captions."""
+    """The subject's captioned pictures with the class noun in place of the subject."""
     of_class = [
-        (photo.caption or subject.instance_prompt).replace(subject.token, subject.class_noun)
-        for photo in photos
+        (photo.caption or "").replace(subject.token, subject.class_noun) for photo in photos
     ]
     return [replace(p, caption=text) for p, text in zip(photos, of_class, strict=True)]
 

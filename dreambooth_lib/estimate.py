@@ -34,7 +34,7 @@ class Estimate:
     """Bytes of GPU memory at the worst moment of training, by what they hold, and the work."""
 
     weights: int  #: of the base's parts that are there in training, as they lie in memory
-    encoding: int  #: of text encoders that are there before all else and then let go of
+    encoding: int  #: before training: text encoders that are let go of, pictures made latents
     moments: int  #: of the optimizer, and the averaged weights where the config keeps them
     working: int  #: gradients and activations together, when they are most
     flops: float  #: floating-point operations of one update
@@ -108,6 +108,7 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     with FakeTensorMode():
         for module in modules:
             _give_shapes(module)
+        encoding = max(encoding, weights + _encoding_pictures(family))
         working, flops = _one_update(family, trainable, config, half)
     if few is not None:  # a layer at a time is unpacked
         working += max(m.weight.numel() for m in _linears(family.denoiser)) * half.itemsize
@@ -185,6 +186,16 @@ def _one_update(
             loss = trainable(x_t, t, given, prompts).float().square().mean()
         loss.backward()
     return alive.most, float(config.gradient_accumulation * alive.flops)
+
+
+def _encoding_pictures(family: Family) -> int:
+    """Most bytes at once while pictures become latents."""
+    pixels = torch.zeros(family.at_a_time, 3, family.resolution, family.resolution)
+    with Alive() as alive:
+        for tensor in family.pipeline.vae.state_dict().values():
+            alive.without(tensor)
+        family.encode_images(pixels)
+    return alive.most
 
 
 def _size(module: torch.nn.Module, few: float | None, half: torch.dtype) -> float:

@@ -18,19 +18,17 @@ from dreambooth_lib.weights import Trainable
 
 BINS = 4  #: equal parts of the schedule, least noise first
 ROWS = 4  #: noised rows of each bin and kind: a picture several times, or several pictures
-BATCH = 8  # rows predicted at a time
 
 
 class HeldOut:
-    """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``."""
+    """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``.
+
+    A photo's prompt is its caption.
+    """
 
     def __init__(self, config: TrainConfig, family: Family, kinds: dict[str, list[Photo]]):
-        process = family.forward_process(None)
+        process, self.at_a_time = family.forward_process(None), family.at_a_time
         plain = config.replace(crop="center", flip=False)
-        default = {
-            "subject": config.subject.instance_prompt,
-            "class": config.subject.class_prompt,
-        }
         self.noised: dict[str, Noised] = {}
         self.prompts: dict[str, list[str]] = {}
         for kind, photos in kinds.items():
@@ -44,7 +42,7 @@ class HeldOut:
             quantiles = (torch.arange(BINS * ROWS) + 0.5) / (BINS * ROWS)
             t = process.timesteps_at(quantiles)
             self.noised[kind] = process(x_0, noise.to(x_0.device), t.to(x_0.device))
-            self.prompts[kind] = [photos[i].caption or default[kind] for i in shown]
+            self.prompts[kind] = [photos[i].caption or "" for i in shown]
 
     @torch.no_grad()
     def losses(self, model: Trainable) -> dict[str, list[float]]:
@@ -52,8 +50,8 @@ class HeldOut:
         found = {}
         for kind, noised in self.noised.items():
             errors = []
-            for start in range(0, BINS * ROWS, BATCH):
-                part = slice(start, start + BATCH)
+            for start in range(0, BINS * ROWS, self.at_a_time):
+                part = slice(start, start + self.at_a_time)
                 prediction = model(noised.x_t[part], noised.t[part], None, self.prompts[kind][part])
                 errors.append(per_sample_errors(prediction, noised.target[part]))
             found[kind] = torch.cat(errors).view(BINS, ROWS).mean(1).tolist()

@@ -10,8 +10,6 @@ from dreambooth_lib.data import to_tensor
 from dreambooth_lib.families.base import Family, Posterior
 from dreambooth_lib.pictures import Photo
 
-BATCH = 8  # pictures encoded at a time
-
 
 class LatentCache:
     """Pictures as latents. ``sample`` draws from each posterior, so caching changes no statistic.
@@ -62,9 +60,10 @@ class LatentCache:
 
     def _encode(self, mirror: bool) -> Posterior:
         pixels = [to_tensor(p.image, self.resolution, "center", mirror) for p in self.photos]
+        size = self.family.at_a_time
         parts = [
-            self.family.encode_images(torch.stack(pixels[start : start + BATCH]))
-            for start in range(0, len(pixels), BATCH)
+            self.family.encode_images(torch.stack(pixels[start : start + size]))
+            for start in range(0, len(pixels), size)
         ]
         return Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
 

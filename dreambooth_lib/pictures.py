@@ -43,6 +43,11 @@ class Photo:
     caption: str | None = None
 
 
+def captioned(photos: list[Photo], prompt: str) -> list[Photo]:
+    """The photos, those without a caption of their own with this prompt as theirs."""
+    return [replace(photo, caption=photo.caption or prompt) for photo in photos]
+
+
 def read_pictures(source: str | Path) -> list[Photo]:
     """All pictures of a folder (not of its sub-folders) or a zip, sorted by name.
 

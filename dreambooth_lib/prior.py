@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import families
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.sampling import draw
+from dreambooth_lib.sampling import alone, draw
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
-
-BATCH = 8  # pictures sampled at a time
 
 
 def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
@@ -55,8 +53,9 @@ def class_pictures(
     paths = {number: place / f"{number:05d}.png" for number in mine}
     missing = [number for number in mine if not paths[number].exists()]
     yield from (path for number, path in paths.items() if number not in missing)
-    for start in range(0, len(missing), BATCH):
-        numbers = missing[start : start + BATCH]
+    batch = alone(family)
+    for start in range(0, len(missing), batch):
+        numbers = missing[start : start + batch]
         wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
         images = draw(family, wanted, config.prior_inference_steps, config.prior_guidance_scale)
         for number, image in zip(numbers, images, strict=True):

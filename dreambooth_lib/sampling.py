@@ -46,7 +46,7 @@ def sample(
     steps: int = 25,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> list[Sample]:
     """Every prompt with every seed, prompts outermost.
 
@@ -61,6 +61,7 @@ def sample(
         of_base = base_defaults(source if isinstance(source, str) else "")["guidance_scale"]
         guidance_scale = source.config.guidance_scale if isinstance(source, Run) else of_base
     family = load_source(source, at)
+    batch_size = batch_size or alone(family)
     wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []
     for start in range(0, len(wanted), batch_size):
@@ -68,6 +69,11 @@ def sample(
         images = draw(family, part, steps, guidance_scale, negative_prompt)
         samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
     return samples
+
+
+def alone(family: "Family") -> int:
+    """Pictures to draw at once where nothing but the model is in memory: 8 of 512 pixels."""
+    return min(8, 4 * family.at_a_time)
 
 
 def draw(
@@ -113,7 +119,7 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
     elif isinstance(source, TrainConfig):
         family = base_of(source, half)
     elif at is not None:
-        family = restored(source, at)
+        family = restored(source, at, half)
     elif source.finished:
         resolution = source.config.resolution
         family = families.load(str(source.folder), resolution=resolution, half=half, whole=())

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,22 +21,22 @@ from dreambooth_lib import families, lora
 from dreambooth_lib.batches import Batch, Batches, seeded
 from dreambooth_lib.choice import best_of, has_peaked
 from dreambooth_lib.config import LOW, TrainConfig
-from dreambooth_lib.data import hold_out
+from dreambooth_lib.data import alternating, hold_out
 from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
-from dreambooth_lib.pictures import Photo, read_pictures
+from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Updater, interrupts_held
 from dreambooth_lib.watch import Watch, Watched, history, judge, share, view_of
 from dreambooth_lib.weights import (
     Trainable,
-    base_of,
     lets_go,
     precisions,
     put_back,
+    to_be_saved,
     trainable_of,
 )
 
@@ -67,6 +68,9 @@ FILLED = 0.9
 
 #: Total, instance and prior loss, the last None without a prior.
 Losses = tuple[float, float, float | None]
+
+#: Photos of each subject, or of each one's class.
+Groups = list[list[Photo]]
 
 #: From the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
 Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
@@ -161,7 +165,10 @@ class Trainer:
             )
         self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         hub = config.base, config.revision, config.variant
-        instance = read_pictures(config.subject.pictures)
+        instance = [
+            captioned(read_pictures(subject.pictures), subject.instance_prompt)
+            for subject in config.subjects
+        ]
         loading = precisions(config, self.half)
         if lets_go(config):
             loading |= {"prompts": self._prompts(instance), "device": accelerator.device}
@@ -171,7 +178,7 @@ class Trainer:
         classes = self._class_pictures()
         instance, classes = self._watch(instance, classes)
         if config.prior == "distilled" and config.prior_weight > 0:
-            classes = as_class(instance, config.subject)
+            classes = [as_class(*of) for of in zip(instance, config.subjects, strict=True)]
         self.batches = Batches(config, family, instance, classes, run.folder.parent / "latents")
         self.teacher = teacher_of(family, config, self.half)
         accelerator.wait_for_everyone()
@@ -187,45 +194,55 @@ class Trainer:
             if self.step < config.steps:  # an earlier, shorter end must not be drawn from
                 shutil.rmtree(run.pipeline, ignore_errors=True)
 
-    def _prompts(self, instance: list[Photo]) -> set[str]:
+    def _prompts(self, instance: Groups) -> set[str]:
         """Every prompt that this run will ever ask for."""
-        config = self.config
-        subject, own = config.subject, config.class_folder
-        photos = [*instance, *as_class(instance, subject), *(read_pictures(own) if own else [])]
-        captions = {photo.caption for photo in photos if photo.caption}
-        looks = view_of(self.run).prompts(subject) if config.watch_every else []
-        return {subject.instance_prompt, subject.class_prompt, *captions, *looks}
+        own = self.config.class_folder
+        photos = [*read_pictures(own)] if own else []
+        prompts = {subject.class_prompt for subject in self.config.subjects}
+        for group, subject in zip(instance, self.config.subjects, strict=True):
+            photos += [*group, *as_class(group, subject)]
+            prompts |= set(view_of(self.run).prompts(subject)) if self.config.watch_every else set()
+        return prompts | {photo.caption for photo in photos if photo.caption}
 
-    def _class_pictures(self) -> list[Photo]:
+    def _class_pictures(self) -> Groups:
+        """For each subject those of its class; subjects of one class have the same."""
         config, accelerator = self.config, self.accelerator
         if config.prior_weight == 0 or config.prior != "generated":
-            return []
-        if config.class_folder is not None:
-            return read_pictures(config.class_folder)
+            return [[] for _ in config.subjects]
         folder = self.run.folder.parent / "class_pictures"
         rank, processes = accelerator.process_index, accelerator.num_processes
-        with accelerator.autocast():
-            for _ in class_pictures(config, self.family, folder, rank, processes):
-                pass
-        accelerator.wait_for_everyone()
-        return read_pictures(set_folder(config, self.family, folder))[: config.class_pictures]
+        found = []
+        for one in config.apart:
+            place: str | Path | None = config.class_folder
+            if place is None:
+                with accelerator.autocast():
+                    for _ in class_pictures(one, self.family, folder, rank, processes):
+                        pass
+                accelerator.wait_for_everyone()
+                place = set_folder(one, self.family, folder)
+            count = None if config.class_folder else config.class_pictures
+            found.append(captioned(read_pictures(place)[:count], one.subject.class_prompt))
+        return found
 
-    def _watch(
-        self, instance: list[Photo], classes: list[Photo]
-    ) -> tuple[list[Photo], list[Photo]]:
+    def _watch(self, instance: Groups, classes: Groups) -> tuple[Groups, Groups]:
         """Begin to watch, if the config asks for it; gives what is left to train on."""
         config = self.config
         self.watch: Watch | None = None
         if not config.watch_every:
             return instance, classes
-        photos = [photo.image for photo in instance]
-        spared = min(ROWS, len(classes) // 8)
-        instance, held = hold_out(instance) if config.hold_out else (instance, [])
-        kinds = {"subject": held, "class": classes[len(classes) - spared :]}
+        photos = [[photo.image for photo in group] for group in instance]
+        nothing: list[Photo] = []
+        parts = [hold_out(g) if config.hold_out else (g, nothing) for g in instance]
+        ends = [len(group) - min(ROWS, len(group) // 8) for group in classes]
+        kinds = {
+            "subject": alternating([held for _, held in parts]),
+            "class": alternating([g[end:] for g, end in zip(classes, ends, strict=True)]),
+        }
         if self.accelerator.is_main_process:
             rows = HeldOut(config, self.family, kinds)
             self.watch = Watch(self.run, photos, rows, judge(config, self.accelerator.device))
-        return instance, classes[: len(classes) - spared]
+        left = [group[:end] for group, end in zip(classes, ends, strict=True)]
+        return [group for group, _ in parts], left
 
     def update(self) -> Step | None:
         """One optimizer update; None where fp16 loss scaling skipped it, to be made again."""
@@ -347,7 +364,7 @@ class Trainer:
                 else:
                     # Its frozen parts may be rounded, or let go of: the base's own are taken.
                     if self.half is not torch.float32 or family.known is not None:
-                        family = base_of(config)
+                        family = to_be_saved(config)
                         Trainable(family, config.trains_text).put(model.state())
                     family.pipeline.save_pretrained(partial, safe_serialization=True)
         self.accelerator.wait_for_everyone()

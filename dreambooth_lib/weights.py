@@ -19,6 +19,18 @@ def base_of(config: TrainConfig, half: torch.dtype = torch.float32) -> Family:
     return families.load(*hub, resolution=config.resolution, **given)
 
 
+def to_be_saved(config: TrainConfig) -> Family:
+    """A config's base to put tuned weights into: in float32, but for what trained in bfloat16.
+
+    An average of such weights is finer than these.
+    """
+    hub = config.base, config.revision, config.variant
+    loading = precisions(config, torch.float32)
+    if config.ema_decay is not None:
+        loading["master"] = torch.float32
+    return families.load(*hub, **loading)
+
+
 def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
     """How a base is loaded to be trained: in ``half`` but for the weights that move.
 
@@ -98,14 +110,15 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
     return trainable
 
 
-def restored(run: Run, step: int) -> Family:
-    """The family as it was at a checkpoint, with the averaged weights if the run keeps them.
+def restored(run: Run, step: int, half: torch.dtype = torch.float32) -> Family:
+    """The family as it was at a checkpoint, in ``half``, with the averaged weights if it has them.
 
     LoRA weights are merged into their base, so that it is plain models, unless that is quantized.
 
     Raises :class:`RunError` where the run has no checkpoint of that step.
     """
-    family, config = as_trained(run, step), run.config
+    config = run.config
+    family = _as_trained(base_of(config, half), run, step)
     if config.train_token:
         tokens.merge(family)
     merge = config.method == "lora" and config.quantize is None
@@ -113,9 +126,12 @@ def restored(run: Run, step: int) -> Family:
 
 
 def as_trained(run: Run, step: int) -> Family:
-    """As :func:`restored`, with LoRA weights apart from their base."""
+    """As :func:`restored`, to be saved: with LoRA weights apart from their base."""
+    return _as_trained(to_be_saved(run.config), run, step)
+
+
+def _as_trained(family: Family, run: Run, step: int) -> Family:
     config = run.config
-    family = base_of(config)
     if config.method == "lora":
         lora.attach(family, config)
     put_back(Trainable(family, config.trains_text), run, step)

@@ -57,9 +57,12 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Page]:
 def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path) -> None:
     for number in (SETUP, PARAMETERS):
         page.run(number)
-    assert "to fix" not in page.run(PREFLIGHT)
+    page.run(PREFLIGHT)
+    page.wait_for(PREFLIGHT, "memory")
+    assert "to fix" not in page.text(PREFLIGHT)
     page.shoot(PREFLIGHT, "1-preflight")
-    assert "Beginning a new run." in page.run(BEGIN)
+    page.run(BEGIN)
+    page.wait_for(BEGIN, "Beginning a new run.")
 
     page.run(SUBJECT)
     page.upload(SUBJECT, sorted((BUNDLED / "subjects" / "candy_turtle").glob("*.png"))[:3])
@@ -67,7 +70,8 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     page.wait_for(SUBJECT, "3 pictures")
     page.shoot(SUBJECT, "2-subject")
 
-    assert "prior_weight=1.0" in page.run(SETTINGS)
+    page.run(SETTINGS)
+    page.wait_for(SETTINGS, "prior_weight=1.0")
     weight = float(page.drag(SETTINGS, "λ, prior weight", 40))
     steps = int(page.drag(SETTINGS, "training steps", 2))
     assert weight > 1 and steps > STEPS
@@ -82,8 +86,9 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     page.start(TRAIN)
     page.wait_for(TRAIN, re.compile(r"Step ([89]|1\d):"))
     page.interrupt()
-    said = page.finish(TRAIN)
-    assert "run this cell again to go on" in said and "Traceback" not in said
+    page.finish(TRAIN)
+    page.wait_for(TRAIN, "run this cell again to go on")
+    assert "Traceback" not in page.text(TRAIN)
     page.shoot(TRAIN, "5-interrupted")
     (folder,) = [path.parent for path in (tmp_path / "runs").glob("*/config.toml")]
     reached = max(runs.resume(folder).checkpoints())
@@ -98,8 +103,8 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     assert run.config.prior_weight == lower < weight
     assert [row["step"] for row in run.log()] == list(range(1, steps + 1))
 
-    chosen = page.run(CHECKPOINT)
-    assert "Chosen ★:" in chosen
+    page.run(CHECKPOINT)
+    page.wait_for(CHECKPOINT, "Chosen ★:")
     page.drag(CHECKPOINT, "checkpoint", -400)
     page.wait_for(CHECKPOINT, "The base")
     page.drag(CHECKPOINT, "checkpoint", 800)

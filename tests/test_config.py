@@ -58,8 +58,8 @@ ALL_FIELDS: dict[str, Any] = {
     "quantize": "nf4",
     "train_token": True,
 }
-#: Refused beside others of these; tests/test_methods.py has it.
-ALONE = {"memory"}
+#: Refused beside others of these; tests/test_methods.py and tests/test_several.py have them.
+ALONE = {"memory", "others"}
 
 
 def full() -> TrainConfig:

@@ -52,7 +52,8 @@ def test_the_subject_is_learnt_and_the_class_is_kept(tuned):
 def test_figures_are_shared_out_and_summed_up(tiny_sd2, tmp_path):
     tiny = {"base": tiny_sd2, "steps": 1, "batch_size": 1, "class_pictures": 1, "watch_every": 0}
     view = View(class_pictures=8, unrelated=0, inference_steps=1)
-    rows = demo.figures(tmp_path, [0, 1], 2, view, **tiny, prior_inference_steps=1)
+    tiny |= {"prior_inference_steps": 1, "method": "lora"}
+    rows = demo.figures(tmp_path, [0, 1], workers=2, view=view, **tiny)
     names = [subject.name for subject in demo.bundled_subjects()]
     found = sorted((r["name"], r["prior_weight"], r["training_seed"]) for r in rows)
     assert found == sorted(product(names, (0.0, 1.0), (0, 1)))

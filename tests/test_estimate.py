@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreambooth_lib import families, runs
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.estimate import Alive, estimate, fitted, ways_out
+from dreambooth_lib.families import base
 from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
 
@@ -110,6 +111,23 @@ def test_each_level_of_memory_takes_less_than_the_one_before(config: Make) -> No
         for memory in ("standard", "low", "lowest")
     ]
     assert levels == sorted(levels, reverse=True) and len(set(levels)) == 3
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_pictures_that_become_latents_are_counted_large_ones_one_at_a_time(
+    large: bool, config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "PIXELS", 16 * 16 * (1 if large else 8))
+    asked = config("sd1", method="lora", lora_rank=1, seed=int(large))
+    family = families.load(asked.base, **precisions(asked, torch.float32))
+    with Alive() as alive:
+        for weight in family.pipeline.vae.state_dict().values():
+            alive.without(weight)
+        for pixels in torch.zeros(8, 3, 16, 16).split(1 if large else 8):
+            family.encode_images(pixels)
+    found = estimate(asked, "no")
+    # The CPU's own convolutions take some room besides.
+    assert found.encoding - found.weights == pytest.approx(alive.most, rel=0.25)
 
 
 def test_a_frozen_copy_for_the_distilled_prior_is_counted(config: Make) -> None:

@@ -161,11 +161,14 @@ def test_half_precision_of_sdxl_takes_the_autoencoder_that_bears_it(
     fixed = plain.vae
     fixed.decoder.conv_in.weight.data += 1
     fixed.save_pretrained(tmp_path / "fixed")
-    monkeypatch.setattr(stable_diffusion_xl, "HALF_VAE", str(tmp_path / "fixed"))
+    monkeypatch.setattr(stable_diffusion_xl, "HALF_VAE", "/no/such")
     own = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
     own.vae.register_to_config(force_upcast=True)
     own.save_pretrained(tmp_path / "base")
     wanted = AutoencoderKL.from_pretrained(tmp_path / "fixed").decoder.conv_in.weight
+    with pytest.raises(ValueError, match=r"needs another autoencoder in float16, and '/no/such'"):
+        families.load(str(tmp_path / "base"), half=torch.float16)
+    monkeypatch.setattr(stable_diffusion_xl, "HALF_VAE", str(tmp_path / "fixed"))
     half = families.load(str(tmp_path / "base"), half=torch.float16).pipeline.vae
     assert torch.equal(half.decoder.conv_in.weight, wanted.half())
     for kept in (torch.float32, torch.bfloat16):

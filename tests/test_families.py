@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dreambooth_lib import families
+from dreambooth_lib import families, sampling
 from dreambooth_lib.families import BaseError, locate
 from dreambooth_lib.families.base import rows
 
@@ -133,3 +133,12 @@ def test_rows_of_conditioning_are_picked_in_the_order_asked_for() -> None:
     picked = rows(cond, [2, 0, 2])
     assert picked["a"].tolist() == [2, 0, 2]
     assert picked["b"].tolist() == [[4, 5], [0, 1], [4, 5]]
+
+
+@pytest.mark.parametrize(("side", "beside", "alone"), [(64, 8, 8), (512, 2, 8), (1024, 1, 4)])
+def test_large_pictures_are_handled_few_at_a_time(
+    tiny_sd1: str, side: int, beside: int, alone: int
+) -> None:
+    family = families.load(tiny_sd1, resolution=side)
+    assert (family.at_a_time, sampling.alone(family)) == (beside, alone)
+    assert family.pipeline.vae.use_slicing == (beside < 8)

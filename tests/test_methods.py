@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from dreambooth_lib import families, lora, runs
 from dreambooth_lib.config import TrainConfig
@@ -187,11 +188,13 @@ def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
 
     from dreambooth_lib.config import Subject
     from dreambooth_lib.distill import as_class
-    from dreambooth_lib.pictures import Photo
+    from dreambooth_lib.pictures import Photo, captioned
 
     image = Image.new("RGB", (8, 8))
     photos = [Photo("a", image), Photo("b", image, "a ohwx dog on the beach")]
-    captions = [photo.caption for photo in as_class(photos, Subject("p", "dog"))]
+    dog = Subject("p", "dog")
+    photos = captioned(photos, dog.instance_prompt)
+    captions = [photo.caption for photo in as_class(photos, dog)]
     assert captions == ["a dog", "a dog on the beach"]
 
 
@@ -224,7 +227,11 @@ def test_low_memory_trains_and_resumes_bit_for_bit(
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     half = {value.dtype for value in one["model"].values()}
     assert half == {torch.bfloat16 if memory == "lowest" else torch.float32}
+    saved = [load_file(file) for file in whole.pipeline.glob("*/*.safetensors")]
+    found = {value.dtype for weights in saved for value in weights.values()}
+    assert found - half == ({torch.float32} if memory == "lowest" else set()), "what never trains"
     assert {p.dtype for p in load_source(whole).denoiser.parameters()} == {torch.float32}
+    assert sample(whole, ["a {} dog"], [0], steps=1, at=2)
     assert sample(whole, ["a {} dog"], [0], steps=1)
 
 

@@ -176,7 +176,7 @@ def test_pictures_do_not_depend_on_what_was_drawn_beside_them(
         return np.stack([np.asarray(photo.image).astype(int) for photo in photos])
 
     together = pixels(tmp_path / "together")
-    monkeypatch.setattr(prior, "BATCH", 2)
+    monkeypatch.setattr(prior, "alone", lambda family: 2)
     apart = pixels(tmp_path / "apart")
     assert np.abs(together - apart).max() <= 1
     assert np.abs(together[0] - together[1]).max() > 1
@@ -203,7 +203,7 @@ def test_two_processes_make_disjoint_shares_of_the_same_set(
 def test_a_generator_left_early_leaves_whole_pictures_only_and_is_gone_on_with(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prior, "BATCH", 2)
+    monkeypatch.setattr(prior, "alone", lambda family: 2)
     making = class_pictures(config, family, tmp_path)
     for _ in range(3):
         next(making)

@@ -28,6 +28,7 @@ from dreambooth_lib.training import Trainer
 from dreambooth_lib.watch import JUDGE
 
 ROUNDS, WARMUP = 30, 3
+PROMPTS, FEW, MANY = 25, 512, 2048  # of an evaluation: prompts drawn, pictures embedded
 
 
 def unet_seconds(trainer: Trainer) -> float:
@@ -36,7 +37,7 @@ def unet_seconds(trainer: Trainer) -> float:
     unet = trainer.family.denoiser
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_t, t = torch.randn(rows, channels, side, side), torch.randint(0, 1000, (rows,))
-    context = trainer.batches.cond["encoder_hidden_states"][:1].expand(rows, -1, -1)
+    context = trainer.batches.known([""] * rows)["encoder_hidden_states"]
     began = time.perf_counter()
     unet(x_t, t, context).sample.square().mean().backward()
     seconds = time.perf_counter() - began
@@ -75,7 +76,8 @@ def evaluation(folder: Path) -> dict[str, float]:
     from kept embeddings to a table's rows.
     """
     bundled = load_benchmark(BUNDLED_SUBJECTS)
-    one = replace(bundled, subjects=bundled.subjects[:1])
+    few = {kind: prompts[:PROMPTS] for kind, prompts in bundled.prompts.items()}
+    one = replace(bundled, subjects=bundled.subjects[:1], prompts=few)
     protocol = Protocol(pictures=2, class_pictures=8)
     methods = {"base": lambda _: "toybox"}
     began = time.perf_counter()
@@ -84,11 +86,11 @@ def evaluation(folder: Path) -> dict[str, float]:
     drawn_in = time.perf_counter() - began
     encoder = Encoder(JUDGE)
     rng = np.random.default_rng(0)
-    files = [folder / f"noise{i}.png" for i in range(2048)]
+    files = [folder / f"noise{i}.png" for i in range(MANY)]
     for file in files:
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
     began = time.perf_counter()
-    of_files(encoder, files[:512], folder / "kept")
+    of_files(encoder, files[:FEW], folder / "kept")
     embedded_in = time.perf_counter() - began
     before = peak_mb()
     of_files(encoder, files, folder / "kept")
@@ -99,9 +101,9 @@ def evaluation(folder: Path) -> dict[str, float]:
     assert rows
     return {
         "drawn_per_second": drawn / drawn_in,
-        "embedded_per_second": 512 / embedded_in,
+        "embedded_per_second": FEW / embedded_in,
         "scored_per_second": drawn / (time.perf_counter() - began),
-        "mb_more_for_2048_pictures_than_for_512": grown,
+        f"mb_more_for_{MANY}_pictures_than_for_{FEW}": grown,
     }
 
 

@@ -18,6 +18,9 @@ from dreambooth_lib.noise import Noised
 #: What diffusers calls the precision that a model is loaded in.
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 
+#: Pictures at once beside all that a training holds, and their pixels in all.
+MOST, PIXELS = 8, 2 * 512 * 512
+
 #: Prompt conditioning: named tensors whose first dimension is the batch.
 Cond = dict[str, torch.Tensor]
 
@@ -82,6 +85,13 @@ class Family:
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
+        if self.at_a_time < MOST:  # decoding many large pictures takes more than drawing them
+            pipeline.vae.enable_slicing()
+
+    @property
+    def at_a_time(self) -> int:
+        """Pictures to draw, encode or predict at once beside all that a training holds."""
+        return max(1, min(MOST, PIXELS // self.resolution**2))
 
     def _parts(self, names: Collection[str]) -> list[Any]:
         parts = [getattr(self.pipeline, name, None) for name in names]

@@ -28,7 +28,13 @@ class StableDiffusionXL(Family):
         config = AutoencoderKL.load_config(path, subfolder="vae", **options)
         if half is not torch.float16 or not config.get("force_upcast"):
             return {}
-        return {"vae": AutoencoderKL.from_pretrained(HALF_VAE, **{DTYPE: half})}
+        try:
+            return {"vae": AutoencoderKL.from_pretrained(HALF_VAE, **{DTYPE: half})}
+        except OSError as error:
+            raise ValueError(
+                f"'{path}' needs another autoencoder in float16, and '{HALF_VAE}' cannot be had "
+                "from the Hub; check the network, or set mixed_precision to 'no' or 'bf16'."
+            ) from error
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

@@ -120,6 +120,7 @@ def look_by_look(run: Run) -> Pictures.Image:
         seen = watch.drawn(run, step)
         cells.append([seen.subject, seen.of_class, seen.unrelated])
     rows = [f"step {step}" if step else "the base" for step in steps]
-    subject = run.config.subject
-    columns = [f"the subject: {subject.token}", f"its class: {subject.class_prompt}", "unrelated"]
+    tokens = ", ".join(subject.token for subject in run.config.subjects)
+    classes = ", ".join(dict.fromkeys(s.class_prompt for s in run.config.subjects))
+    columns = [f"the subject: {tokens}", f"its class: {classes}", "unrelated"]
     return pages.matrix(rows, columns, cells)

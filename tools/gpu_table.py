@@ -1,0 +1,174 @@
+"""The lines of the benchmark on a GPU: what each measures, aims at and found, as a table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth_lib.config import Subject, TrainConfig
+
+CLASS_PICTURES = 24  # drawn; the first batch warms up
+GIB = 2**30
+CLOSE = 0.15  # how far a prediction may be off
+_LORA = {"method": "lora", "lora_rank": 16, "memory": "low", "mixed_precision": "bf16"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a base, the settings it is trained with, and what is aimed at."""
+
+    base: str
+    title: str
+    settings: dict[str, Any]
+    #: ("GiB", peak memory at most), ("share", of the reference's seconds a step at most) or
+    #: ("times", the reference's pictures a second at least)
+    target: tuple[str, float]
+    script: str | None = None  #: diffusers' of the same
+    flags: tuple[str, ...] = ()
+    draws: bool = False  #: class pictures, in place of training
+
+    def config(self, folder: Path, work: Path, tiny: bool) -> TrainConfig:
+        """Of one instance and one class picture, drawn by nobody and watched by nobody."""
+        fields: dict[str, Any] = {
+            "batch_size": 1, "steps": 10**6, "checkpoint_every": 10**6, "watch_every": 0,
+            "class_folder": str(work / "class"), "optimizer": "adamw8bit",
+        } | self.settings  # fmt: skip
+        if tiny:  # bits need a GPU, and a CPU computes in float32
+            fields |= {"resolution": 16, "mixed_precision": "auto", "quantize": None}
+            fields |= {"optimizer": "adamw", "prior_inference_steps": 2}
+        subject = Subject(str(work / "instance"), "dog")
+        return TrainConfig(subject=subject, base=str(folder), **fields)
+
+
+LINES = {
+    "sd15-unet": Line(
+        "sd15", "SD 1.5, U-Net",
+        {"resolution": 512, "memory": "standard", "mixed_precision": "fp16"},
+        ("share", 0.6), "train_dreambooth.py",
+    ),
+    "sd15-unet-low": Line(
+        "sd15", "SD 1.5, U-Net, low",
+        {"resolution": 512, "memory": "low", "mixed_precision": "fp16"},
+        ("GiB", 6.0), "train_dreambooth.py", ("--gradient_checkpointing",),
+    ),
+    "sd15-class-pictures": Line(
+        "sd15", "SD 1.5, class pictures, 50 steps",
+        {"resolution": 512, "mixed_precision": "fp16", "prior_inference_steps": 50,
+         "prior_guidance_scale": 7.5, "class_pictures": CLASS_PICTURES, "class_folder": None},
+        ("times", 2.0), "train_dreambooth.py", draws=True,
+    ),
+    "sd15-text-low": Line(
+        "sd15", "SD 1.5, U-Net and text encoder, low",
+        {"resolution": 512, "memory": "low", "mixed_precision": "fp16",
+         "train_text_encoder": True},
+        ("GiB", 8.0), "train_dreambooth.py", ("--gradient_checkpointing", "--train_text_encoder"),
+    ),
+    "sdxl-lora": Line(
+        "sdxl", "SDXL, LoRA of rank 16, low", _LORA | {"resolution": 1024}, ("GiB", 8.0),
+        "train_dreambooth_lora_sdxl.py", ("--rank=16", "--gradient_checkpointing"),
+    ),
+    "sdxl-full": Line(
+        "sdxl", "SDXL, U-Net, lowest",
+        {"resolution": 1024, "memory": "lowest", "mixed_precision": "bf16"}, ("GiB", 14.0),
+    ),
+    "flux-qlora": Line(
+        "flux", "Flux.1, QLoRA (nf4), low", _LORA | {"resolution": 512, "quantize": "nf4"},
+        ("GiB", 10.0),
+    ),
+    "sd35-lora": Line(
+        "sd35", "SD 3.5 medium, LoRA, low", _LORA | {"resolution": 1024}, ("GiB", 12.0),
+        "train_dreambooth_lora_sd3.py", ("--rank=16", "--gradient_checkpointing"),
+    ),
+}  # fmt: skip
+
+
+BASES = list(dict.fromkeys(line.base for line in LINES.values()))
+SIDES = ("kit", "reference", "predicted")
+
+
+def row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One line's figures, of its results by side."""
+    line, kit, other = LINES[name], found["kit"], found["reference"]
+    quantity = "pictures_per_second" if line.draws else "seconds"
+    compared = kit.get(quantity) and other.get(quantity) and kit[quantity] / other[quantity]
+    predicted = found["predicted"].get("peak")
+    off = kit.get("peak") and predicted and kit["peak"] / predicted
+    measured = kit.get("peak", 0) / GIB or None if line.target[0] == "GiB" else compared
+    return {
+        "name": name,
+        "title": line.title,
+        "target": _target(line),
+        "peak": kit.get("peak"),
+        "before_training": kit.get("before_training"),
+        "predicted": predicted,
+        "measured_of_predicted": off,
+        "close": off and abs(off - 1) <= CLOSE,
+        "pace": kit.get(quantity),
+        "reference_pace": other.get(quantity),
+        "pace_of_reference": compared,
+        "reference_peak": other.get("peak"),
+        "met": measured and _met(line, measured),
+        "draws": line.draws,
+        "device": kit.get("device"),
+        "errors": {side: one["error"] for side, one in found.items() if "error" in one},
+    }
+
+
+def _target(line: Line) -> str:
+    kind, bound = line.target
+    return {
+        "GiB": f"at most {bound:g} GiB",
+        "share": f"at most {bound:.0%} of the reference's seconds a step",
+        "times": f"at least {bound:g} times the reference's pictures a second",
+    }[kind]
+
+
+def _met(line: Line, measured: float) -> bool:
+    kind, bound = line.target
+    return measured >= bound if kind == "times" else measured <= bound
+
+
+_HEAD = ("line", "target", "met", "peak GiB", "of it before training", "predicted GiB",
+         "measured / predicted", "pace", "reference's pace", "pace / reference's",
+         "reference's peak GiB")  # fmt: skip
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table; a cell without a figure says whether it is to come, failed or has none."""
+    devices = sorted({one["device"] for one in rows if one["device"]})
+    lines = [f"Measured on: {', '.join(devices) or 'nothing yet'}.", ""]
+    lines += [_cells(_HEAD), _cells(["---"] * len(_HEAD)), *(_cells(_row(one)) for one in rows)]
+    errors = [(one["name"], side, text) for one in rows for side, text in one["errors"].items()]
+    lines += ["", *(f"- {name}, {side}: {text}" for name, side, text in errors)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    unit = "{:.2f} pictures/s" if one["draws"] else "{:.3f} s/step"
+
+    def cell(value: Any, form: str, side: str, there: bool = True) -> str:
+        if value is not None:
+            return form.format(value)
+        return "failed" if side in one["errors"] else "not yet" if there else "none"
+
+    def gib(name: str, side: str, there: bool = True) -> str:
+        return cell(one[name] and one[name] / GIB, "{:.2f}", side, there)
+
+    compared, trains = LINES[one["name"]].script is not None, not one["draws"]
+    return [
+        one["title"],
+        one["target"],
+        cell(None if one["met"] is None else ["no", "yes"][one["met"]], "{}", "kit"),
+        gib("peak", "kit"),
+        gib("before_training", "kit", trains),
+        gib("predicted", "predicted", trains),
+        cell(one["measured_of_predicted"], "{:.2f}", "kit", trains),
+        cell(one["pace"], unit, "kit"),
+        cell(one["reference_pace"], unit, "reference", compared),
+        cell(one["pace_of_reference"], "{:.2f}", "reference", compared),
+        gib("reference_peak", "reference", compared),
+    ]
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
