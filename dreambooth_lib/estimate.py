@@ -89,7 +89,7 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
 
     ``precision`` is what the GPU computes in: "fp16", "bf16" or "no". Of a base on the hub only its
     configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
-    Raises as :func:`dreambooth_lib.families.load` does.
+    Raises as :func:`dreambooth_lib.families.load` and :func:`dreambooth_lib.weights.precisions` do.
     """
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     family = families.skeleton(config.base, config.revision, **precisions(config, half))
@@ -120,18 +120,23 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
 def fitted(config: TrainConfig, precision: str, free: int) -> TrainConfig:
     """The config with its memory level "auto" decided: the first that takes at most ``free`` bytes.
 
-    A level that the config's other fields rule out is passed over; if none fits it is the last.
+    A level that the config's other fields or the base rule out is passed over; if none fits it is
+    the last.
     """
     if config.memory != "auto":
         return config
-    for level in ("standard", *LOW):
+    found = config.replace(memory="standard")
+    enough = estimate(found, precision).memory <= free
+    for level in LOW:
+        if enough:
+            break
         try:
             one = config.replace(memory=level)
+            enough = estimate(one, precision).memory <= free
         except ConfigError:
             continue
-        if estimate(one, precision).memory <= free:
-            break
-    return one
+        found = one
+    return found
 
 
 def ways_out(config: TrainConfig, precision: str) -> str:

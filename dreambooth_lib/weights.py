@@ -34,8 +34,16 @@ def to_be_saved(config: TrainConfig) -> Family:
 def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
     """How a base is loaded to be trained: in ``half`` but for the weights that move.
 
-    As :func:`dreambooth_lib.families.load` takes it.
+    As :func:`dreambooth_lib.families.load` takes it. Raises :class:`ConfigError` where the family
+    cannot compute in ``half`` with the weights that the level of memory keeps.
     """
+    hub = config.base, config.revision
+    if config.memory == "lowest" and half is torch.float16 and not families.adapter(*hub).mixes:
+        raise ConfigError(
+            f"memory is 'lowest', whose weights are bfloat16, and '{config.base}' cannot compute "
+            "with them in float16; set memory to 'low', method to 'lora', or mixed_precision to "
+            "'bf16' where the GPU has it."
+        )
     moved = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
     return {
         "resolution": config.resolution,

@@ -9,7 +9,7 @@ import torch
 from dreambooth_lib import bases, families, preflight
 from dreambooth_lib.bases import GIB, KNOWN, WAYS, Table, fitting, known, ways
 from dreambooth_lib.training import FILLED
-from tools.bases import needed, parameters, save_configs
+from tools.bases import configs, needed, parameters
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -28,18 +28,11 @@ XL = "stabilityai/stable-diffusion-xl-base-1.0"
 def test_figures_are_what_is_estimated_of_the_architectures(
     name: str, base: str, method: str, level: str, tmp_path: Path
 ) -> None:
-    path, one = save_configs(name, tmp_path / name), known(base)
+    path, one = configs(name, tmp_path / name), known(base)
     assert one is not None and parameters(path) == one.parameters
     assert families.outline(path).resolution == one.resolution
     stored = one.gib["fp16"][list(WAYS).index(method)][WAYS[method].levels.index(level)]
     assert needed(path, method, level, "fp16") == pytest.approx(stored, abs=0.11)
-
-
-def test_the_architectures_have_the_sizes_that_are_published(tmp_path: Path) -> None:
-    published = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "flux": 11_901_408_320}
-    for name, count in published.items():
-        denoiser = families.skeleton(save_configs(name, tmp_path / name)).denoiser
-        assert sum(parameter.numel() for parameter in denoiser.parameters()) == count
 
 
 def test_every_base_has_a_figure_for_every_way_and_each_level_takes_less() -> None:
@@ -68,7 +61,10 @@ def test_the_first_level_that_fits_is_taken() -> None:
 
 
 def test_more_memory_fits_more() -> None:
-    fits = [{row[:2] for row in fitting(gib * GIB, "bf16") if row.fits} for gib in (0, 13, 36, 200)]
+    fits = [
+        {(row.base.name, row.method) for row in fitting(gib * GIB, "bf16") if row.fits}
+        for gib in (0, 13, 36, 200)
+    ]
     assert not fits[0] and fits[0] < fits[1] < fits[2] < fits[3]
     assert len(fits[3]) == len(KNOWN) * len(WAYS)
     assert {row.base.base for row in fitting(13 * GIB) if row.fits} >= {"toybox", SD, XL}

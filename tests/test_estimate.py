@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreambooth_lib import families, runs
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.config import ConfigError, TrainConfig
 from dreambooth_lib.estimate import Alive, estimate, fitted, ways_out
 from dreambooth_lib.families import base
 from dreambooth_lib.training import Trainer
@@ -152,6 +152,20 @@ def test_auto_takes_the_first_level_that_fits(config: Make) -> None:
     assert fitted(asked, "fp16", 1).memory == "lowest"
     assert fitted(asked.replace(max_grad_norm=1.0), "fp16", 1).memory == "standard"
     assert fitted(asked.replace(memory="low"), "fp16", 1 << 40).memory == "low"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, config: Make) -> None:
+    asked = config(family)
+    lowest = asked.replace(memory="lowest")
+    assert estimate(lowest, "bf16").memory > 0
+    if family == "sd3":
+        with pytest.raises(ConfigError, match=r"memory is 'lowest'.* cannot compute.*float16; set"):
+            estimate(lowest, "fp16")
+        assert fitted(asked, "fp16", 1).memory == "low"
+        assert "'lowest'" not in ways_out(asked, "fp16")
+    else:
+        assert estimate(lowest, "fp16").memory > 0
 
 
 def test_ways_out_of_too_little_memory_are_named_with_what_they_take(config: Make) -> None:

@@ -26,7 +26,7 @@ class Part:
 
     kind: str
     config: dict[str, Any]
-    tiny: dict[str, Any]
+    tiny: dict[str, Any] = field(default_factory=dict)  #: empty where no tiny one is wanted
 
     def settings(self, tiny: bool) -> dict[str, Any]:
         return self.config | (self.tiny if tiny else {})
@@ -100,6 +100,7 @@ def _clip_l(kind: str = "CLIPTextModel") -> Part:
     return _clip(kind, 768, 12, 12, "quick_gelu", 768)
 
 
+_OPEN_CLIP_H = _clip("CLIPTextModel", 1024, 23, 16, "gelu", 512)
 _BIG_G = _clip("CLIPTextModelWithProjection", 1280, 32, 20, "gelu", 1280)
 _T5_XXL = Part(
     "T5EncoderModel",
@@ -147,6 +148,26 @@ SD15 = Architecture(
     {"safety_checker": [None, None], "feature_extractor": [None, None],
      "requires_safety_checker": False},
 )  # fmt: skip
+
+SD21 = Architecture(
+    "StableDiffusionPipeline",
+    {
+        "unet": Part(
+            "UNet2DConditionModel",
+            {
+                "sample_size": 96,
+                "cross_attention_dim": 1024,
+                "attention_head_dim": [5, 10, 20, 20],
+                "use_linear_projection": True,
+            },
+        ),
+        "text_encoder": _OPEN_CLIP_H,
+        "vae": _vae(latent_channels=4, sample_size=768, scaling_factor=0.18215),
+    },
+    {"tokenizer": "clip"},
+    ("DDIMScheduler", _OF_SD | {"prediction_type": "v_prediction", "set_alpha_to_one": False}),
+    torch.float32,
+)
 
 SDXL = Architecture(
     "StableDiffusionXLPipeline",
@@ -280,7 +301,34 @@ FLUX = Architecture(
     ),
 )  # fmt: skip
 
-ALL = {"sd15": SD15, "sdxl": SDXL, "sd35": SD35_MEDIUM, "flux": FLUX}
+Z_IMAGE = Architecture(
+    "ZImagePipeline",
+    {
+        "transformer": Part("ZImageTransformer2DModel", {}),
+        "text_encoder": Part(
+            "Qwen3Model",
+            {
+                "vocab_size": 151936,
+                "hidden_size": 2560,
+                "intermediate_size": 9728,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+            },
+        ),
+        "vae": _vae(
+            latent_channels=16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159,
+            use_quant_conv=False, use_post_quant_conv=False,
+        ),
+    },
+    {"tokenizer": "clip"},  # its words do not matter where nothing is read
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+)  # fmt: skip
+
+ALL = {
+    "sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sd35": SD35_MEDIUM, "flux": FLUX, "z_image": Z_IMAGE,
+}  # fmt: skip
 
 
 def on_meta(part: Part, tiny: bool = False) -> torch.nn.Module:

@@ -62,6 +62,8 @@ class Family:
     large_encoder_names: ClassVar[tuple[str, ...]] = ()
     #: Whether the pipeline has ``load_textual_inversion``.
     loads_words: ClassVar[bool] = True
+    #: Whether the denoiser computes in float16 with bfloat16 weights, by autocast.
+    mixes: ClassVar[bool] = True
     #: Ends of the names of the denoiser's layers that LoRA may adapt.
     attention_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     feed_forward_layers: ClassVar[tuple[str, ...]] = ("ff.net.0.proj", "ff.net.2")

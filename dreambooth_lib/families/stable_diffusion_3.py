@@ -14,6 +14,7 @@ class StableDiffusion3(Family):
     encoder_names = ("text_encoder", "text_encoder_2")
     large_encoder_names = ("text_encoder_3",)
     loads_words = False
+    mixes = False  # it joins what its norms gave in the weights' type, which autocast refuses
     attention_layers = (*Family.attention_layers, *_ADDED)
     feed_forward_layers = (
         *Family.feed_forward_layers, "ff_context.net.0.proj", "ff_context.net.2"
