@@ -19,7 +19,7 @@ class HubError(ValueError):
 def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
     """Write ``README.md`` and its pictures into a pipeline's folder; gives the card's path.
 
-    The card says how to draw the subject, what it was trained on and with, and how the pictures of
+    The card says how to draw each subject, what it was trained on and with, and how the pictures of
     ``step``, the checkpoint that the folder holds, scored; ``samples.png`` has the pictures and
     ``curves.png`` the looks at the run. Only if ``photos`` is asked for does ``photos.png`` show
     what it was trained on. Raises ``RunError`` where the run has no look at that step, and
@@ -27,15 +27,18 @@ def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) ->
     """
     from dreambooth_lib.state import replace_file, save_png
 
-    folder, seen = Path(folder), watch.drawn(run, step)
+    folder, subjects = Path(folder), run.config.subjects
+    seen = watch.apart(watch.drawn(run, step), len(subjects))
     page = pages.matrix(
-        [f"step {step}"], [run.config.subject.token, run.config.subject.class_prompt],
-        [[seen.subject, seen.of_class]],
-    )  # fmt: skip
+        [subject.token for subject in subjects],
+        [f"at step {step}", "others of its class"],
+        [[one.subject, one.of_class] for one in seen],
+    )
     save_png(page, folder / "samples.png")
     plots.watched(watch.history(run), folder / "curves.png")
     if photos:
-        shown = [photo.image for photo in pictures.read_pictures(run.config.subject.pictures)]
+        read = [photo for one in subjects for photo in pictures.read_pictures(one.pictures)]
+        shown = [photo.image for photo in read]
         save_png(pages.grid(shown, 6), folder / "photos.png")
     card = folder / "README.md"
     replace_file(card, _card(run, step, photos).encode())
@@ -93,7 +96,7 @@ def _first_line(error: Exception) -> str:
 
 
 def usage(run: Run, model: str | Path, base: str = "") -> str:
-    """The Python that draws a run's subject by plain diffusers, its model being at ``model``.
+    """The Python that draws a run's subjects by plain diffusers, its model being at ``model``.
 
     ``model`` is a folder or, if there is none, a name on the Hub; ``base`` is where that of a LoRA
     is, if not where the run had it. Raises ``BaseError`` where the base of a run that learnt a new
@@ -106,12 +109,13 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     if config.train_token:
         adapter = families.adapter(config.base, config.revision)
         load += tokens.usage(adapter, model, config.subject.identifier)
-    prompt = f"{config.subject.instance_prompt} on the beach"
+    prompts = [f"{subject.instance_prompt} on the beach" for subject in config.subjects]
+    draw = 'pipeline("{}", guidance_scale={:g}).images[0]'
     return "\n".join([
         "from diffusers import DiffusionPipeline",
         f'pipeline = DiffusionPipeline.from_pretrained("{first}")',
         *load,
-        f'pipeline("{prompt}", guidance_scale={config.guidance_scale:g}).images[0]',
+        *[draw.format(prompt, config.guidance_scale) for prompt in prompts],
     ])  # fmt: skip
 
 
@@ -136,7 +140,7 @@ def licence_of(base: str) -> dict[str, Any]:
 def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
-    config, subject = run.config, run.config.subject
+    config, subjects = run.config, run.config.subjects
     of_hub = not Path(families.locate(config.base)).exists()
     lora = config.method == "lora"
     # A folder's path would tell of the machine, and be of no use elsewhere.
@@ -150,6 +154,7 @@ def _card(run: Run, step: int, photos: bool) -> str:
     )
     rows = {row.step: row for row in watch.history(run)}
     fidelity, adherence, kept = choice.shares_of(rows[step], rows[0])
+    named = " and ".join(f"“{one.token}” is one {one.class_noun}" for one in subjects)
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
     how = f", by LoRA of rank {config.lora_rank}" if lora else ""
     what = f"A LoRA of `{base}`, to be loaded on top of it" if lora else f"`{base}` personalised"
@@ -158,12 +163,12 @@ def _card(run: Run, step: int, photos: bool) -> str:
 {header.to_yaml()}
 ---
 
-# {subject.token}
+# {", ".join(subject.token for subject in subjects)}
 
 {what}, by DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)):
-“{subject.token}” is one {subject.class_noun}, learnt from a few photos of it.
+{named}, learnt from a few photos.
 
-![the subject and its class](samples.png)
+![what was learnt, and its class](samples.png)
 ![the looks at it while it trained](curves.png)
 {"![the photos](photos.png)" if photos else ""}
 
@@ -183,8 +188,9 @@ def _prior(config: TrainConfig) -> str:
     if not config.prior_weight:
         return "no prior preservation"
     by = f"prior preservation with λ {config.prior_weight:g}"
+    classes = " and of ".join(f"“{subject.class_prompt}”" for subject in config.subjects)
     if config.prior == "distilled":
-        return f"{by}, by the base's own predictions for “{config.subject.class_prompt}”"
+        return f"{by}, by the base's own predictions of {classes}"
     if config.class_folder is not None:
         return f"{by} and the trainer's own class pictures"
-    return f"{by} and {config.class_pictures} class pictures of “{config.subject.class_prompt}”"
+    return f"{by} and {config.class_pictures} class pictures of {classes}"
