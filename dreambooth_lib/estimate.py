@@ -37,12 +37,13 @@ class Estimate:
     encoding: int  #: before training: text encoders that are let go of, pictures made latents
     moments: int  #: of the optimizer, and the averaged weights where the config keeps them
     working: int  #: gradients and activations together, when they are most
+    looking: int  #: what drawing takes while the run is looked at, 0 without looks
     flops: float  #: floating-point operations of one update
 
     @property
     def memory(self) -> int:
         """Peak allocated bytes."""
-        return max(self.weights + self.moments + self.working, self.encoding)
+        return max(self.weights + self.moments + max(self.working, self.looking), self.encoding)
 
 
 class Alive(TorchDispatchMode):
@@ -110,11 +111,13 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
             _give_shapes(module)
         encoding = max(encoding, weights + _encoding_pictures(family))
         working, flops = _one_update(family, trainable, config, half)
+        looking = _looking(family, trainable, config, half) if config.watch_every else 0
     if few is not None:  # a layer at a time is unpacked
-        working += max(m.weight.numel() for m in _linears(family.denoiser)) * half.itemsize
+        unpacked = max(m.weight.numel() for m in _linears(family.denoiser)) * half.itemsize
+        working, looking = working + unpacked, looking and looking + unpacked
     moments = numbers * _MOMENTS[choose(config, "cuda")]
     moments += 4 * numbers * (config.ema_decay is not None)
-    return Estimate(int(weights), int(encoding), int(moments), working, flops)
+    return Estimate(int(weights), int(encoding), int(moments), working, looking, flops)
 
 
 def fitted(config: TrainConfig, precision: str, free: int) -> TrainConfig:
@@ -177,20 +180,38 @@ def _one_update(
     if config.memory in LOW:
         for parameter in lora.trained(trainable):
             parameter.register_post_accumulate_grad_hook(_forget)
-    autocast = torch.autocast(
-        "cpu",
-        half,
-        enabled=half is not torch.float32,
-        cache_enabled=config.memory not in LOW,
-    )
     with Alive() as alive:
         for tensor in (*trainable.parameters(), *trainable.buffers()):
             alive.without(tensor)
-        with autocast:
+        with _autocast(config, half):
             given = None if config.trains_text else cond
             loss = trainable(x_t, t, given, prompts).float().square().mean()
         loss.backward()
     return alive.most, float(config.gradient_accumulation * alive.flops)
+
+
+@torch.no_grad()
+def _looking(family: Family, trainable: Trainable, config: TrainConfig, half: torch.dtype) -> int:
+    """Most bytes at once while pictures are drawn with guidance, and become pixels."""
+    vae, rows = family.pipeline.vae, family.at_a_time
+    prompts = [config.subject.instance_prompt] * rows * 2
+    channels, side = family.latent_size
+    x_t, t = torch.zeros(len(prompts), channels, side, side), torch.full([len(prompts)], 500)
+    cond = family.blank_prompts(prompts)
+    with Alive() as alive:
+        for module in (trainable, vae):
+            for tensor in (*module.parameters(), *module.buffers()):
+                alive.without(tensor)
+        with _autocast(config, half):
+            trainable(x_t, t, cond, prompts)
+        vae.decode(x_t[:rows].to(half))
+    return alive.most
+
+
+def _autocast(config: TrainConfig, half: torch.dtype) -> torch.autocast:
+    """As in training, but on the CPU, where tensors without values are."""
+    enabled, cached = half is not torch.float32, config.memory not in LOW
+    return torch.autocast("cpu", half, enabled=enabled, cache_enabled=cached)
 
 
 def _encoding_pictures(family: Family) -> int:

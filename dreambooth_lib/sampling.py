@@ -150,11 +150,22 @@ def _half() -> "torch.dtype":
 
 
 def _placed(family: "Family", half: "torch.dtype") -> "Family":
-    """On the GPU, if there is one."""
+    """On the GPU, if there is one: whole, or part after part where all would fill half of it.
+
+    So drawing takes no more of a GPU than training did, which lets go of what it does not need.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        from accelerate import PartialState
+    if not torch.cuda.is_available():
+        return family
+    from accelerate import PartialState
 
-        family.pipeline.to(PartialState().device, half)
+    device, pipeline = PartialState().device, family.pipeline
+    parts = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
+    size = sum(weight.nbytes for part in parts for weight in part.state_dict().values())
+    free, _ = torch.cuda.mem_get_info(device)
+    if size > free / 2:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device, half)
     return family

@@ -240,7 +240,8 @@ class Trainer:
         }
         if self.accelerator.is_main_process:
             rows = HeldOut(config, self.family, kinds)
-            self.watch = Watch(self.run, photos, rows, judge(config, self.accelerator.device))
+            place = "cpu" if config.memory in LOW else self.accelerator.device
+            self.watch = Watch(self.run, photos, rows, judge(config, place))
         left = [group[:end] for group, end in zip(classes, ends, strict=True)]
         return [group for group, _ in parts], left
 

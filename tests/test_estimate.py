@@ -11,6 +11,7 @@ from dreambooth_lib import families, runs
 from dreambooth_lib.config import ConfigError, TrainConfig
 from dreambooth_lib.estimate import Alive, estimate, fitted, ways_out
 from dreambooth_lib.families import base
+from dreambooth_lib.sampling import draw
 from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
 
@@ -128,6 +129,21 @@ def test_pictures_that_become_latents_are_counted_large_ones_one_at_a_time(
     found = estimate(asked, "no")
     # The CPU's own convolutions take some room besides.
     assert found.encoding - found.weights == pytest.approx(alive.most, rel=0.25)
+
+
+def test_drawing_for_a_look_is_counted_where_there_are_looks(config: Make) -> None:
+    asked = config("sd1", memory="low", method="lora", lora_rank=1, watch_every=2)
+    found = estimate(asked, "no")
+    family = families.load(asked.base, **precisions(asked, torch.float32))
+    with torch.no_grad(), Alive() as alive:
+        for module in (family.denoiser, *family.text_encoders, family.pipeline.vae):
+            for weight in module.state_dict().values():
+                alive.without(weight)
+        draw(family, [("a dog", seed) for seed in range(family.at_a_time)], 1, 3.0)
+    # The pipeline makes its noise and its pixels of latents besides.
+    assert found.looking == pytest.approx(alive.most, rel=0.25)
+    assert found.memory >= found.weights + found.moments + found.looking
+    assert estimate(asked.replace(watch_every=0), "no").looking == 0
 
 
 def test_a_frozen_copy_for_the_distilled_prior_is_counted(config: Make) -> None:

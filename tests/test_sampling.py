@@ -13,7 +13,7 @@ from dreambooth_lib import families, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.sampling import Sample, fill, sample
+from dreambooth_lib.sampling import Sample, fill, load_source, sample
 from dreambooth_lib.training import train
 
 Make = Callable[..., TrainConfig]
@@ -180,3 +180,22 @@ def test_drawing_leaves_weights_trainable(tiny_sd1: str) -> None:
     prediction = family.predict(torch.randn(1, 4, 8, 8), torch.tensor([5]), cond)
     prediction.sum().backward()
     assert all(p.grad is not None for p in family.denoiser.parameters())
+
+
+def test_parts_take_turns_on_a_gpu_that_all_together_would_fill(
+    tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pictures either way; the GPU is the CPU here, of as much memory as is said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    modules = [one for one in families.load(tiny_sd1).pipeline.components.values()
+               if isinstance(one, torch.nn.Module)]  # fmt: skip
+    size = sum(weight.nbytes for one in modules for weight in one.state_dict().values()) // 2
+    drawn = []
+    for free, hooks in ((2 * size + 1, 0), (2 * size - 1, len(modules))):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        placed = load_source(tiny_sd1)
+        assert placed.denoiser.dtype is torch.bfloat16
+        assert len(getattr(placed.pipeline, "_all_hooks", [])) == hooks
+        drawn.append(pixels(sample(placed, ["a dog", "a cat"], seeds=[0], **QUICK)))
+    assert np.array_equal(*drawn)
