@@ -26,6 +26,7 @@ HEADS = {
     "pres": "subject leaking into the class (PRES) ↓",
     "class_diversity": "class variety ↑",
     "prior_drift": "class drift ↓",
+    "unrelated_drift": "drift of another prompt ↓",
     "class_kid": "class distance (KID) ↓",
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.watch import View
@@ -67,16 +68,21 @@ def test_ablations_differ_in_one_thing_each(subject: Subject, tmp_path: Path) ->
             assert of_lora <= changed
             changed -= of_lora
         assert len(changed - {"subject", "prior_weight"}) <= 1, name
-    folders = [Path(kinds[f"{count} photos"].subject.pictures) for count in (1, 2, 3, 4)]
+    names = ("1 photo", "2 photos", "3 photos", "4 photos")
+    folders = [Path(kinds[name].subject.pictures) for name in names]
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 2, 3, 4]
 
 
 def test_kinds_are_trained_with_every_seed(subject: Subject, tmp_path: Path) -> None:
     kinds = {"default": studies.plain(subject), "no prior": studies.plain(subject)}
     kinds["no prior"] = kinds["no prior"].replace(prior_weight=0.0)
-    studies.over_seeds(kinds, tmp_path, Here())
+    studies.over_seeds(subject, kinds, tmp_path, Here())
     rows = (tmp_path / "means.md").read_text().splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| default (2)", "| no prior (2)"]
+    names = [row.split(" | ")[0] for row in rows]
+    assert names == ["| the base", "| default (2)", "| no prior (2)"]
+    for name in ("means.png", "sheet.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 300
     assert (tmp_path / "table.csv").read_text().count("-seed1,") == 2
 
 

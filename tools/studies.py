@@ -20,6 +20,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 
 import torch
 
@@ -31,6 +32,7 @@ from dreambooth_lib.state import replace_file, save_png
 from dreambooth_lib.sweep import VIEW, grid, recommend, sweep, table
 from dreambooth_lib.tables import to_csv
 from dreambooth_lib.training import train
+from dreambooth_lib.words import HEADS
 
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 STEPS = (100, 200, 300, 400, 500)
@@ -40,6 +42,10 @@ SCORED = replace(VIEW, class_pictures=48, unrelated=4, inference_steps=12, first
 SEEDS = 5  # trainings of each kind
 ABLATION_STEPS = 300  # the prior's effects are whole by then, in three fifths of the default's time
 MEMORY_STEPS = 100  # this is about bf16's rounding, and a CPU is slow at it
+#: What over_seeds tells of, with the base's own by their names in a sweep's table.
+MEASURES = {"subject_fidelity": "", "prompt_adherence": "base_adherence",
+            "class_diversity": "base_diversity", "pres": "base_pres",
+            "prior_drift": "", "unrelated_drift": ""}  # fmt: skip
 STUDENT_T = (12.706, 4.303, 3.182, 2.776)  # the 97.5% quantile of 1 to 4 degrees of freedom
 
 
@@ -212,7 +218,7 @@ def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
         place.mkdir(parents=True, exist_ok=True)
         for photo in photos[:count]:
             shutil.copy(photo, place)
-        fewer[f"{count} photos"] = of_subject(pictures=str(place))
+        fewer[f"{count} photos" if count > 1 else "1 photo"] = of_subject(pictures=str(place))
     return {
         "default": default,
         "no prior": default.replace(prior_weight=0.0),
@@ -237,34 +243,83 @@ def memory_levels(subject: Subject) -> dict[str, TrainConfig]:
     return {level: default.replace(memory=level) for level in levels}
 
 
-def over_seeds(kinds: Mapping[str, TrainConfig], out: Path, executor: Executor) -> None:
-    """Each kind trained with ``SEEDS`` seeds: the means of its last step's scores."""
+def over_seeds(
+    subject: Subject, kinds: Mapping[str, TrainConfig], out: Path, executor: Executor
+) -> None:
+    """Each kind trained with ``SEEDS`` seeds: its last step's scores and their means, and pictures.
+
+    ``means.md`` and ``means.png`` have the means, ``sheet.png`` the pictures of the first seed.
+    """
     configs = {
-        f"{name.replace(' ', '-')}-seed{seed}": config.replace(seed=seed)
+        cell(name, seed): config.replace(seed=seed)
         for seed in range(SEEDS)
         for name, config in kinds.items()
     }
     (steps,) = {config.steps for config in kinds.values()}
     rows = run(configs, out, [steps], executor)
-    shown = ("subject_fidelity", "prompt_adherence", "class_diversity", "pres", "prior_drift")
-    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in shown)} |",
-             f"|---|{'---|' * len(shown)}"]  # fmt: skip
-    for name in kinds:
-        own = [row for row in rows if row["cell"].rpartition("-")[0] == name.replace(" ", "-")]
-        if own:
-            cells = [interval([row[measure] for row in own]) for measure in shown]
-            lines.append(f"| {name} ({len(own)}) | {' | '.join(cells)} |")
+    base = {name: rows[0][of_base] for name, of_base in MEASURES.items() if of_base}
+    own = {name: [row for row in rows if row["cell"].rpartition("-")[0] == cell(name)]
+           for name in kinds}  # fmt: skip
+    shown = [HEADS[name] for name in MEASURES]
+    lines = [f"| | {' | '.join(shown)} |", f"|---|{'---|' * len(shown)}"]
+    first = [f"{base[name]:.3f}" if name in base else "" for name in MEASURES]
+    lines.append(f"| the base | {' | '.join(first)} |")
+    for name, of_kind in own.items():
+        if of_kind:
+            cells = [interval([row[measure] for row in of_kind]) for measure in MEASURES]
+            lines.append(f"| {name} ({len(of_kind)}) | {' | '.join(cells)} |")
     replace_file(out / "means.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
+    draw_means({name: of_kind for name, of_kind in own.items() if of_kind}, base, out / "means.png")
+    done = [name for name in kinds if (out / cell(name, 0) / "pipeline").exists()]
+    looks = [watch.drawn(runs.resume(out / cell(name, 0)), steps) for name in done]
+    pictures = [[seen.subject[:: VIEW.seeds], seen.of_class[:4]] for seen in looks]
+    title = f"{subject.name} after {steps} updates, training seed 0"
+    page = pages.matrix(done, ["the subject in four scenes", "its class"], pictures, title)
+    save_png(page, out / "sheet.png")
+
+
+def cell(kind: str, seed: int | None = None) -> str:
+    """A kind's name as its runs have it."""
+    return kind.replace(" ", "-") + ("" if seed is None else f"-seed{seed}")
+
+
+def draw_means(
+    rows: Mapping[str, Sequence[Mapping[str, float]]], base: Mapping[str, float], path: Path
+) -> None:
+    """A panel for each measure: every training as a dot, means with their intervals, the base."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * len(MEASURES) + 1.5, 0.3 * len(rows) + 1.2), dpi=110,
+                    layout="constrained")  # fmt: skip
+    panels = figure.subplots(1, len(MEASURES), sharey=True)
+    for axes, name in zip(panels, MEASURES, strict=True):
+        for place, of_kind in enumerate(rows.values()):
+            values = [row[name] for row in of_kind]
+            axes.plot(values, [place] * len(values), ".", color="tab:blue", alpha=0.35)
+            axes.errorbar(fmean(values), place, xerr=half_width(values), fmt="o", capsize=3,
+                          color="tab:blue")  # fmt: skip
+        if name in base:
+            axes.axvline(base[name], color="gray", linestyle=":")
+            axes.set_title("dotted: the base", fontsize="small", color="gray")
+        axes.set_xlabel(fill(HEADS[name], 27))
+        axes.grid(axis="y", color="#e4e4e4")
+    panels[0].set_yticks(range(len(rows)), list(rows))
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.savefig(path)
 
 
 def interval(values: Sequence[float]) -> str:
     """The mean and its 95% interval by Student's t."""
-    mean = fmean(values)
+    half = half_width(values)
+    return f"{fmean(values):.3f}" + (f" ± {half:.3f}" if half else "")
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the interval of :func:`interval`; 0 of one value, which says nothing."""
     if len(values) < 2:
-        return f"{mean:.3f}"
-    half = STUDENT_T[len(values) - 2] * stdev(values) / len(values) ** 0.5
-    return f"{mean:.3f} ± {half:.3f}"
+        return 0.0
+    return STUDENT_T[len(values) - 2] * stdev(values) / len(values) ** 0.5
 
 
 def main() -> None:
@@ -286,9 +341,10 @@ def main() -> None:
             study_auto(subjects, given.out, executor)
         elif given.study == "ablations":
             out = given.out / "ablations"
-            over_seeds(ablations(subjects[0], out / "photos"), out, executor)
+            kinds = ablations(subjects[0], out / "photos")
+            over_seeds(subjects[0], kinds, out, executor)
         else:
-            over_seeds(memory_levels(subjects[0]), given.out / "memory", executor)
+            over_seeds(subjects[0], memory_levels(subjects[0]), given.out / "memory", executor)
 
 
 if __name__ == "__main__":
