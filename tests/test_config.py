@@ -280,6 +280,15 @@ def test_a_finished_run_as_a_base_has_the_defaults_of_its_own_base(tmp_path: Pat
     assert TrainConfig(subject=DOG, base=str(tmp_path)).learning_rate == 5e-6
 
 
+def test_looks_are_rarer_where_they_cost_more_beside_an_update() -> None:
+    other = dataclasses.replace(DOG, identifier="hta")
+    assert TrainConfig(DOG).watch_every == 100
+    assert TrainConfig(DOG, others=(other,)).watch_every == 200, "each is drawn"
+    assert TrainConfig(DOG, method="lora").watch_every == 200
+    assert TrainConfig(DOG, base="owner/model", method="lora", others=(other,)).watch_every == 800
+    assert TrainConfig(DOG, others=(other,), watch_every=7).watch_every == 7
+
+
 def test_lora_has_a_learning_rate_of_its_own() -> None:
     assert TrainConfig(DOG, method="lora").learning_rate == 3e-3
     assert TrainConfig(DOG, "owner/model", method="lora").learning_rate == 1e-4
