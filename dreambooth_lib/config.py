@@ -14,7 +14,7 @@ DEFAULT_IDENTIFIER = "ohwx"
 _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox": {
         "learning_rate": 3e-4,
-        "lora_learning_rate": 3e-3,
+        "lora_learning_rate": 4e-3,
         "steps": 500,
         "batch_size": 2,
         "class_pictures": 48,

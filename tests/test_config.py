@@ -290,7 +290,7 @@ def test_looks_are_rarer_where_they_cost_more_beside_an_update() -> None:
 
 
 def test_lora_has_a_learning_rate_of_its_own() -> None:
-    assert TrainConfig(DOG, method="lora").learning_rate == 3e-3
+    assert TrainConfig(DOG, method="lora").learning_rate == 4e-3
     assert TrainConfig(DOG, "owner/model", method="lora").learning_rate == 1e-4
     assert TrainConfig(DOG, "owner/model").learning_rate == 5e-6
     assert TrainConfig(DOG, method="lora", learning_rate=2e-4).learning_rate == 2e-4
