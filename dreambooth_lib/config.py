@@ -170,7 +170,7 @@ class TrainConfig:
     batch_size: int = _BY_BASE  #: instance pictures an update, and as many class pictures,
     #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
     gradient_accumulation: int = 1  #: micro-batches an update is split into
-    #: None is 3e-4 for toybox and 5e-6 (the paper's) otherwise; by LoRA 3e-3 and 1e-4
+    #: None is 3e-4 for toybox and 5e-6 (the paper's) otherwise; by LoRA 4e-3 and 1e-4
     learning_rate: float = _BY_BASE
     lr_schedule: str = "constant"
     warmup_steps: int = 0
