@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,15 @@ OPTIMIZER_HOOKS = {
 }
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a shell's foreground: what it starts in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("memory", ["standard", "low"])
 @pytest.mark.parametrize("moment", OPTIMIZER_HOOKS)
 def test_an_interrupt_around_the_optimizers_step_waits_for_the_updates_end(
@@ -266,6 +275,7 @@ def test_an_interrupt_around_the_optimizers_step_waits_for_the_updates_end(
     assert same(weights(whole_run.pipeline), weights(run.pipeline))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupts_are_held_within_a_block_only() -> None:
     with pytest.raises(KeyboardInterrupt), interrupts_held():
         signal.raise_signal(signal.SIGINT)
