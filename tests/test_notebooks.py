@@ -108,6 +108,19 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
 
 
 @pytest.mark.slow
+def test_the_main_notebook_trains_and_keeps_a_lora(tmp_path: Path) -> None:
+    settings = '"steps": 4, "watch_every": 2, "method": "lora", "prior": "distilled"'
+    file = write("01_dreambooth", tmp_path, f"SETTINGS = {{{settings}}}")
+    assert start(file, sys.executable).wait() == 0, file.with_suffix(".log").read_text()[-3000:]
+    shown = json.loads(file.read_text())
+    assert "Finished at step 4." in said(shown) and "⚠" not in said(shown)
+    assert "load_lora_weights" in said(shown)
+    (weights,) = (tmp_path / "models" / "patch_dog").glob("*.safetensors")
+    assert not (tmp_path / "runs" / "class_pictures").exists(), "none are needed"
+    assert 1e5 < weights.stat().st_size < 1e7
+
+
+@pytest.mark.slow
 def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) -> None:
     settings = 'SETTINGS = {"steps": 30, "class_pictures": 4, "watch_every": 3}'
     file, folder = write("01_dreambooth", tmp_path, settings), tmp_path / "runs" / "patch_dog"
