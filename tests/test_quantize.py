@@ -30,6 +30,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Of the CPU's own kernels those that a GPU does not have want larger layers than a test has.
     """
+    monkeypatch.setattr(families, "_has_gpu", lambda: True)
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     for kind in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
         quantizer = getattr(bnb_quantizer, kind)
@@ -48,6 +49,12 @@ def started(
         return runs.start(config, tmp_path / name)
 
     return start
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_quantizing_is_refused_in_a_sentence(started: Callable[..., Run]) -> None:
+    with pytest.raises(BaseError, match=r"quantize is 'nf4', which needs a GPU, .*leave quantize"):
+        Trainer(started("run", "sd1", quantize="nf4"))
 
 
 @pytest.mark.parametrize(

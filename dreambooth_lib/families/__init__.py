@@ -63,7 +63,7 @@ def load(
     precision. LoRA weights come merged into their base, but for one that they were trained
     quantized on, which is quantized again. The hub token is the one that huggingface_hub finds by
     itself; it is never passed or kept. Raises :class:`BaseError` for a base that is not there or
-    whose family is unknown.
+    whose family is unknown, or to be quantized without a GPU.
     """
     path = locate(base)
     if (Path(path) / MADE_OF).exists():
@@ -74,8 +74,19 @@ def load(
                 f"quantized; train on '{below}', or leave quantize out."
             )
         return compose({base: 1.0}, **loading)
+    if loading.get("quantize") is not None and not _has_gpu():
+        raise BaseError(
+            f"quantize is '{loading['quantize']}', which needs a GPU, and there is none here; "
+            "leave quantize out, or run this where there is one."
+        )
     hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
     return _adapter(base, path, revision).from_pretrained(path, **(loading | hub))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
