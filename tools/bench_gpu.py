@@ -12,6 +12,7 @@ not measured again; a line that fails is told and the rest goes on.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.state import replace_file
 from tools import check_gpu
 from tools.gpu_measure import measure, predict, reference
@@ -104,6 +104,7 @@ class Bench:
         try:
             if here:
                 self.one(name, side)
+                told |= {"ram": held(os.getpid())} if side == "kit" else {}
             else:
                 self._make(LINES[name].base)
                 log = self.work / "results" / f"{name}.{side}.log"

@@ -44,7 +44,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "whole lowest, bf16": _BF16 | {"memory": "lowest"},
     "whole lowest, fp16": _FP16 | {"memory": "lowest"},
     "DoRA, bf16": _LORA | _BF16 | {"dora": True},
-    "LoRA low with text encoder, bf16": _LORA | _BF16 | {"memory": "low", "train_text_encoder": True},
+    "LoRA low with text encoder, bf16": _LORA
+    | _BF16
+    | {"memory": "low", "train_text_encoder": True},
     "QLoRA nf4, bf16": _LORA | _BF16 | {"quantize": "nf4"},
     "QLoRA int8, bf16": _LORA | _BF16 | {"quantize": "int8"},
     "LoRA, distilled prior, bf16": _LORA | _BF16 | {"prior": "distilled"},
@@ -59,14 +61,15 @@ def check(name: str, folder: Path, tiny: bool) -> str:
     import dreambooth_lib as db
     from dreambooth_lib.families import BUNDLED
 
+    shutil.rmtree(folder, ignore_errors=True)
     fields = {
         "steps": STEPS, "watch_every": STEPS // 2, "class_pictures": 8, "prior_inference_steps": 10,
         "checkpoint_every": STEPS // 4,
     } | WAYS[name]  # fmt: skip
-    if tiny:  # a CPU computes in float32 here, and quantizing needs a GPU
-        fields |= {"mixed_precision": "no", "quantize": None, "memory": "standard"}
+    if tiny:  # a CPU computes in float32, and quantizing needs a GPU
+        fields |= {"base": _tiny(folder / "base"), "resolution": 16, "judge": "toybox",
+                   "mixed_precision": "no", "quantize": None, "learning_rate": 3e-3}  # fmt: skip
     subject = db.load_subject(str(BUNDLED / "subjects" / "patch_dog"), "dog")
-    shutil.rmtree(folder, ignore_errors=True)
     made = []
     run = db.start(db.TrainConfig(subject=subject, **fields), folder / "run")
     for step in db.train(run):
@@ -89,6 +92,14 @@ def check(name: str, folder: Path, tiny: bool) -> str:
     seconds, memory = median(step.seconds for step in made[STOP:]), made[-1].memory_mb
     peak = "" if memory is None else f", {memory:.0f} MiB"
     return f"loss {before:.4f} to {after:.4f}, {1000 * seconds:.0f} ms a step{peak}"
+
+
+def _tiny(place: Path) -> str:
+    """A tiny random base in place of the embedded one; its path."""
+    from tools import architectures
+
+    architectures.save(architectures.ALL["sd15"], place, tiny=True)
+    return str(place)
 
 
 def run(work: Path, names: Sequence[str], tiny: bool = False, until: float = math.inf) -> None:
@@ -165,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
-    parser.add_argument("--tiny", action="store_true", help="in float32 on a CPU, to try the script")
+    parser.add_argument(
+        "--tiny", action="store_true", help="in float32 on a CPU, to try the script"
+    )
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     work = given.work.resolve()

@@ -49,7 +49,9 @@ class Kind:
     base: str
     files: str  #: as they are published
     settings: dict[str, Any] = field(default_factory=dict)
-    loads: bool = True  #: whether a CPU loads it as a GPU does
+    #: whether a CPU loads it as a GPU does; what does not is given a T5 of one layer, which encodes
+    #: the prompts in seconds and is let go of before anything else
+    loads: bool = True
 
 
 KINDS = {
@@ -79,10 +81,13 @@ ROWS = {
 
 
 def held(pid: int) -> int:
-    """Bytes of a process's memory that the system cannot drop."""
-    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    """Bytes of a process's memory that the system cannot drop; 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
     kinds = dict(line.split(":", 1) for line in status)
-    return 1024 * sum(int(kinds[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+    return 1024 * sum(int(kinds.get(one, "0").split()[0]) for one in ("RssAnon", "RssShmem"))
 
 
 def watch(command: Sequence[str], limit: float, log: Path) -> dict[str, dict[str, Any]]:
@@ -141,7 +146,7 @@ def watch(command: Sequence[str], limit: float, log: Path) -> dict[str, dict[str
 
 @contextmanager
 def measured(name: str) -> Iterator[dict[str, Any]]:
-    """In a process that :func:`watch` runs: measure this; what the dict is given is told besides."""
+    """In a process that :func:`watch` runs: measure this; what the dict is given is told too."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _tell({"begin": name})
@@ -179,7 +184,9 @@ def as_device(folder: Path) -> Any:
             file.unlink()
             self.held.add(storage.data_ptr())
             made = torch.empty(0, dtype=tensor.dtype)
-            return made.set_(storage, 0, tensor.shape, torch.empty(tensor.shape, device="meta").stride())
+            return made.set_(
+                storage, 0, tensor.shape, torch.empty(tensor.shape, device="meta").stride()
+            )
 
         def hold(self, *modules: torch.nn.Module) -> None:
             done: set[int] = set()
@@ -244,7 +251,7 @@ def train(kind: Kind, work: Path, tiny: bool) -> None:
 
 
 def on_device(trainer: Any, device: Any) -> None:
-    """Put what a GPU would hold there: all models, and the optimizer's state, as if it had stepped."""
+    """Put what a GPU would hold there: all models, and the state of an optimizer that stepped."""
     import torch
 
     parts = trainer.family.pipeline.components.values()
@@ -267,7 +274,7 @@ def due(config: Any) -> int:
 
 
 def note_look(run: Any, step: int) -> None:
-    """Write down a look that was not taken, of grey pictures; that of the first of STEPS is best."""
+    """Write down a look that was not taken, of grey pictures; the first of STEPS is best."""
     from PIL import Image
 
     from dreambooth_lib import watch as looks
@@ -343,6 +350,10 @@ def prepare(kind: Kind, work: Path, tiny: bool) -> None:
 
     shutil.rmtree(work, ignore_errors=True)
     made = replace(architectures.ALL[kind.base], dtype=getattr(torch, kind.files))
+    if not kind.loads:
+        encoder = made.models["text_encoder_2"]
+        shallow = replace(encoder, config=encoder.config | {"num_layers": 1})
+        made = replace(made, models=made.models | {"text_encoder_2": shallow})
     architectures.save(made, work / "base", tiny=tiny, zeros=True)
     save_photos(work, 64)
 
@@ -361,7 +372,7 @@ def measure(name: str, folder: Path, limit: float, tiny: bool) -> dict[str, dict
         if job == "drive":
             shutil.rmtree(work / "drive", ignore_errors=True)
     if not KINDS[name].loads:
-        found["load"] = {"error": "not measured: a quantized base needs a GPU"}
+        found["load"] = {"error": "not measured here, as a quantized base needs a GPU"}
     shutil.rmtree(work)
     return found
 
