@@ -107,11 +107,11 @@ def test_a_failure_while_tensors_are_written_leaves_the_older_state_whole(
 ) -> None:
     save_state(tmp_path / "s", {"value": torch.ones(2)})
 
-    def failing(tensors: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def failing(path: Path, tensors: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(state, "save_file", failing)
+    monkeypatch.setattr(state, "write_tensors", failing)
     with pytest.raises(OSError, match="no space"):
         save_state(tmp_path / "s", {"value": torch.zeros(2)})
     assert load_state(tmp_path / "s")["value"].tolist() == [1, 1]
