@@ -94,9 +94,9 @@ def make_schedule(config: TrainConfig, optimizer: "torch.optim.Optimizer", step:
     )
 
 
-#: Bytes of gradients that are checked and used together: so many wait for the last of them, and
-#: the host waits for the GPU once for each such heap instead of once for each parameter.
-HEAP = 64 * 2**20
+#: Numbers of gradients that are checked and used together, 64 MiB in float32: the host waits for
+#: the GPU once for each such heap instead of once for each parameter.
+HEAP = 2**24
 
 
 class InBackward:
@@ -125,7 +125,7 @@ class InBackward:
         self.scale, self.clean = scale, 0
         self.trying, self.overflowed = scale is not None, False
         self._waiting: list[torch.nn.Parameter] = []
-        self._bytes = 0  # of their gradients
+        self._numbers = 0  # of their gradients
         #: What the optimizer steps: the parameter itself, or what stands for one in bfloat16.
         stepped = [
             parameter
@@ -145,7 +145,7 @@ class InBackward:
         Raises FloatingPointError for a gradient that is not finite where there is no scale.
         """
         self._generator, self.overflowed = generator, False
-        self._waiting, self._bytes = [], 0  # of a pass that was interrupted
+        self._waiting, self._numbers = [], 0  # of a pass that was interrupted
         (loss if self.scale is None else loss * self.scale).backward()
         self._step()
         if self.scale is None:
@@ -162,8 +162,8 @@ class InBackward:
     def _take(self, parameter: "torch.nn.Parameter") -> None:
         if parameter.grad is not None:
             self._waiting.append(parameter)
-            self._bytes += parameter.grad.nbytes
-        if self._bytes >= HEAP:
+            self._numbers += parameter.numel()
+        if self._numbers >= HEAP:
             self._step()
 
     def _step(self) -> None:
@@ -171,7 +171,7 @@ class InBackward:
         import torch
 
         parameters = self._waiting
-        self._waiting, self._bytes = [], 0
+        self._waiting, self._numbers = [], 0
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
         for parameter in parameters:
             parameter.grad = None
