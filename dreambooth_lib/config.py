@@ -55,7 +55,8 @@ _CHOICES = {
     "memory": ("auto", "standard", "low", "lowest"),
     "quantize": (None, "nf4", "int8"),
 }
-#: Levels of memory at which weights are updated within the backward pass.
+#: Levels of memory with gradient checkpointing, at which a whole model is updated within the
+#: backward pass.
 LOW = ("low", "lowest")
 _AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
                  "checkpoints_kept", "prior_inference_steps", "lora_rank",
@@ -176,8 +177,8 @@ class TrainConfig:
     warmup_steps: int = 0
     optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU
     weight_decay: float = 0.01
-    #: the norm that all gradients together are cut to; None is 1, or none at low memory, since it
-    #: needs all of them at once
+    #: the norm that all gradients together are clipped to; None is 1, or none where weights are
+    #: updated within the backward pass, since it needs all of them at once
     max_grad_norm: float | None = None
     dropout: float = 0.0  #: of the denoiser's own dropout layers
     #: keep an average of the weights, which the run ends with; None is 0.98 for toybox, else none;
@@ -185,9 +186,10 @@ class TrainConfig:
     ema_decay: float | None = _BY_BASE
     mixed_precision: str = "auto"  #: "auto": bf16 where the GPU has it, else fp16; "no" on a CPU
     gradient_checkpointing: bool = False  #: about 20% slower for much less memory
-    #: "standard": float32 weights; "low": gradient checkpointing, and each weight is updated within
-    #: the backward pass, so that gradients never exist together; "lowest": bfloat16 weights too,
-    #: rounded stochastically; "auto": the first of these that fits the GPU, "standard" on a CPU
+    #: "standard": float32 weights; "low": gradient checkpointing, and the weights of a whole model
+    #: are updated within the backward pass, so that gradients never exist together; "lowest":
+    #: bfloat16 weights too, rounded stochastically; "auto": the first of these that fits the GPU,
+    #: "standard" on a CPU
     memory: str = "auto"
 
     # Pictures
@@ -198,7 +200,9 @@ class TrainConfig:
     guidance_scale: float = _BY_BASE  #: of the run's pictures; None is 3.25 for toybox, 5 otherwise
 
     seed: int = 0
-    checkpoint_every: int = 100  #: updates between checkpoints; the last step always has one
+    #: updates between checkpoints; None is at each validation, or every 250 updates without any;
+    #: the last step always has one
+    checkpoint_every: int | None = None
     checkpoints_kept: int = 2  #: the newest ones; the best is kept besides
 
     # Watching for overfitting
@@ -261,8 +265,13 @@ class TrainConfig:
             )
         if self.others:
             self._check_others()
-        if self.memory in LOW:
-            self._check_memory()
+        if self.memory == "lowest" and self.mixed_precision == "no":
+            raise ConfigError(
+                "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
+                "it to 'auto', or memory to 'low'."
+            )
+        if self.steps_in_backward:
+            self._check_in_backward()
         if self.batch_size % self.gradient_accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} does not split into gradient_accumulation "
@@ -292,7 +301,7 @@ class TrainConfig:
                 f"({', '.join(nouns)}); leave it out."
             )
 
-    def _check_memory(self) -> None:
+    def _check_in_backward(self) -> None:
         """What an update within the backward pass cannot mean is refused."""
         level = f"memory is '{self.memory}', which updates weights within the backward pass,"
         if self.max_grad_norm is not None:
@@ -304,11 +313,6 @@ class TrainConfig:
             raise ConfigError(
                 f"{level} and gradient_accumulation is {self.gradient_accumulation}, which keeps "
                 "gradients; set it to 1, or memory to 'standard'."
-            )
-        if self.memory == "lowest" and self.mixed_precision == "no":
-            raise ConfigError(
-                "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
-                "it to 'auto', or memory to 'low'."
             )
 
     @property
@@ -325,6 +329,14 @@ class TrainConfig:
     def trains_text(self) -> bool:
         """Whether text encoders, or their embedding of a new word, change in training."""
         return self.train_text_encoder or self.train_token
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether weights are updated within the backward pass, each heap of gradients freed.
+
+        A LoRA's gradients are small: stepping them one by one would only cost time.
+        """
+        return self.memory in LOW and self.method == "full"
 
     @property
     def draws_class_pictures(self) -> bool:

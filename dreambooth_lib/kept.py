@@ -1,5 +1,6 @@
 """A checkpoint kept as a model: a folder for plain diffusers with its card, and a zip of it."""
 
+import json
 from pathlib import Path
 from zipfile import ZIP_STORED, ZipFile
 
@@ -12,9 +13,10 @@ from dreambooth_lib.runs import Run
 def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
     """Make ``folder`` the model that a checkpoint is, with its card, and a zip beside it; the zip.
 
-    That is the pipeline, or of a LoRA run what diffusers' ``load_lora_weights`` takes; ``photos``
-    is :func:`hub.write_card`'s. Each appears when it is whole, and is as it was before where this
-    fails. Raises ``RunError`` where the run has no checkpoint of that step, or did not look at it.
+    That is the pipeline in half precision, or of a LoRA run what diffusers' ``load_lora_weights``
+    takes; ``photos`` is :func:`hub.write_card`'s. Each appears when it is whole, and is as it was
+    before where this fails. Raises ``RunError`` where the run has no checkpoint of that step, or
+    did not look at it.
     """
     from dreambooth_lib.state import replacing_folder
 
@@ -27,8 +29,20 @@ def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
                 (partial / MADE_OF).unlink()
         else:
             family.pipeline.save_pretrained(partial, safe_serialization=True)
+            for file in partial.glob("text_encoder*/config.json"):
+                _load_whole(file)
         hub.write_card(run, step, partial, photos)
     return pack(folder)
+
+
+def _load_whole(file: Path) -> None:
+    """Let a text encoder's config ask for float32, as diffusers loads all else if not told.
+
+    transformers would load it as the file has it, and the two do not compute with each other.
+    """
+    config = json.loads(file.read_text())
+    config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+    file.write_text(json.dumps(config, indent=2))
 
 
 def pack(folder: Path) -> Path:

@@ -1,11 +1,13 @@
 """A run kept in a second place, such as Drive, and taken back from there after a disconnect.
 
 MIRROR/...                 the run's folder without what is hidden; of its checkpoints the newest
-                           and the best, as a drive has little room
+                           and the best, as a drive has little room; large ones have their weights
+                           in float16, and the pipeline that follows from these is left out
 MIRROR/photos/             the subject's pictures: an upload is gone with the session, too
 MIRROR/class_photos/       the user's own class pictures
 MIRROR/class_pictures/     the sets that the base drew for this class
-MIRROR/.mirror.json        whose copy it is, and each part's files, sizes and times at the run
+MIRROR/.mirror.json        whose copy it is, whether the run has finished, and each part's files:
+                           size and time at the run, and size here
 
 A file, a checkpoint and the pipeline each appear when they are whole: they are written beside and
 renamed. Whatever is cut short, the mirror holds a run that can go on.
@@ -25,10 +27,12 @@ from typing import Any
 
 from dreambooth_lib import runs
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.copies import again, copy, copy_file, is_there, shown, stamp_of
+from dreambooth_lib.copies import Stamp, again, copy, copy_file, is_there, shown, stamp_of
 from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.runs import Run, RunError
 
+#: Bytes above which weights are rounded, and a pipeline is left out: a free drive has 15 GB in all.
+LARGE = 2**30
 STATE = ".mirror.json"  # in the mirror
 IDENTITY = ".mirror"  # at the run: the word that its mirror knows it by
 
@@ -67,6 +71,7 @@ def mirror(run: Run, folder: str | Path) -> str | None:
         if known is None:
             return f"{folder} holds something else than this run; mirror it to another folder."
         failures = _copy_parts(run, folder, known)
+        known["finished"] = run.finished
         again(_write, folder, known)
     except (OSError, ValueError) as error:
         failures = [str(error)]
@@ -169,14 +174,56 @@ def _copy_parts(run: Run, folder: Path, known: dict[str, Any]) -> list[str]:
     for name, source in parts.items():
         stamp, place = stamp_of(source), folder / name
         try:
-            if stamps.get(name) != stamp or not is_there(place, stamp):
-                again(copy, source, place, patient=not failures)
-                stamps[name] = stamp
+            stamps[name] = _without(stamps.get(name, []), stamp, place)
+            if not _is_current(stamps[name], stamp, place):
+                again(_copy, source, place, patient=not failures)
+                sizes = {one: size for one, size, _ in stamp_of(place)}
+                stamps[name] = [[*row, sizes[row[0]]] for row in stamp]
             if place.parent.name == "checkpoints":
                 _drop(folder, parts, stamps)
         except OSError as error:
             failures.append(str(error))
     return failures
+
+
+def _copy(source: Path, place: Path) -> None:
+    """Copy a part, a checkpoint's weights rounded to half as many bytes where they are large."""
+    from dreambooth_lib.state import TENSORS, replacing_folder, round_weights
+
+    if place.parent.name != "checkpoints" or not _is_large(source / TENSORS):
+        copy(source, place)
+        return
+    with replacing_folder(place) as partial:
+        for name in shown(source):
+            (round_weights if name.name == TENSORS else copy_file)(source / name, partial / name)
+
+
+def _is_large(path: Path) -> bool:
+    return sum(size for _, size, _ in stamp_of(path)) > LARGE
+
+
+def _is_current(known: Sequence[Any], stamp: Stamp, place: Path) -> bool:
+    """Whether a part's copy is there, whole, and of what the part is now.
+
+    A run that was restored has the sizes of its mirror.
+    """
+    if len(known) != len(stamp):
+        return False
+    for (name, was, then, *at_mirror), (now_name, now, time) in zip(known, stamp, strict=True):
+        size = at_mirror[0] if at_mirror else was
+        same = (name, then) == (now_name, time) and now in (was, size)
+        if not same or not is_there(place, [[name, size, time]]):
+            return False
+    return True
+
+
+def _without(known: Sequence[Any], stamp: Stamp, place: Path) -> list[Any]:
+    """Remove from a folder's copy the files that the folder no longer has; gives what is left."""
+    names = {name for name, *_ in stamp}
+    for name, *_ in known:
+        if name not in names and (place / name).exists():
+            _empty((place / name).rename(place / f".{name}.gone")).unlink()
+    return [row for row in known if row[0] in names]
 
 
 def _parts(run: Run) -> dict[str, Path]:
@@ -196,7 +243,8 @@ def _parts(run: Run) -> dict[str, Path]:
             parts |= _pictures(str(manifest.parent), f"class_pictures/{manifest.parent.name}")
     files = [p for p in shown(run.folder) if p.parts[0] not in ("checkpoints", "pipeline")]
     files.sort(key=lambda path: (len(path.parts), path), reverse=True)
-    whole = [run.pipeline] if run.pipeline.exists() else []
+    # A large pipeline is the base with a checkpoint's weights: train makes it anew from these.
+    whole = [run.pipeline] if run.pipeline.exists() and not _is_large(run.pipeline) else []
     whole += _checkpoints(run)
     names = files + [path.relative_to(run.folder) for path in whole]
     return parts | {name.as_posix(): run.folder / name for name in names}
@@ -234,8 +282,13 @@ def _discard(folder: Path) -> None:
         hidden = folder.rename(folder.with_name(f".{folder.name}.gone"))
     for file in hidden.rglob("*"):
         if file.is_file():
-            os.truncate(file, 0)
+            _empty(file)
     shutil.rmtree(hidden)
+
+
+def _empty(file: Path) -> Path:
+    os.truncate(file, 0)
+    return file
 
 
 def _identity(run: Run) -> str:
@@ -276,7 +329,7 @@ def _write(folder: Path, known: dict[str, Any]) -> None:
 def _take(folder: Path, partial: Path, local: Path) -> None:
     known = _read(folder) or {"parts": {}}
     stamps = known["parts"].items()
-    times = {Path(part) / name: time for part, stamp in stamps for name, _, time in stamp}
+    times = {Path(part) / name: time for part, stamp in stamps for name, _, time, *_ in stamp}
     for name in again(shown, folder):
         shared = name.parts[0] == "class_pictures"  # by all runs that lie beside each other
         place = (local.parent if shared else partial) / name
@@ -361,14 +414,15 @@ def _found(folder: Path) -> Found | None:
     try:
         run = runs.resume(folder)
         files = [run.folder / name for name in ("config.toml", "log.jsonl")]
-        stamps = (_read(folder) or {"parts": {}})["parts"]
+        known = _read(folder) or {"parts": {}}
+        stamps = known["parts"]
         # A drive has no times but its own, so a mirror keeps the run's.
         times = [stamps[f.name][0][2] if f.name in stamps else f.stat().st_mtime_ns
                  for f in files if f.exists()]  # fmt: skip
         return Found(
             run,
             step=max(run.checkpoints(), default=0),
-            finished=run.finished,
+            finished=run.finished or known.get("finished", False),
             when=datetime.fromtimestamp(max(times) / 1e9, UTC),
         )
     except (OSError, ValueError):  # no run, or not one that can be gone on with

@@ -3,7 +3,7 @@
 RUN/config.toml
 RUN/log.jsonl               one row an update
 RUN/watch.jsonl, watch/     what was seen on the way (see watch.py)
-RUN/checkpoints/000100/     weights, optimizer state (see state.py)
+RUN/checkpoints/000100/     weights, and the newest one's optimizer state (see state.py)
 RUN/pipeline/               the tuned pipeline in diffusers' layout, or its LoRA weights
 """
 
@@ -76,17 +76,25 @@ class Run:
     def save_checkpoint(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
         """Write the state of ``step``, then drop the oldest ones beyond those to keep.
 
-        The ``best`` step's is kept besides.
+        The ``best`` step's is kept besides. Only the newest keeps the optimizer's state, without
+        which the others can still be drawn from.
         """
-        from dreambooth_lib.state import save_state
+        from dreambooth_lib.state import drop_optimizer, save_state
 
         save_state(self.folder / "checkpoints" / f"{step:06d}", state)
-        for old, path in list(self.checkpoints().items())[: -self.config.checkpoints_kept]:
-            if old != best:
+        older = [(old, path) for old, path in self.checkpoints().items() if old < step]
+        spare = len(self.checkpoints()) - self.config.checkpoints_kept
+        for number, (old, path) in enumerate(older):
+            if number < spare and old != best:
                 shutil.rmtree(path)
+            else:
+                drop_optimizer(path)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state, or None where the run has none yet."""
+        """The newest checkpoint's state, or None where the run has none yet.
+
+        It lacks "optimizer" where a newer checkpoint was removed by hand.
+        """
         from dreambooth_lib.state import load_state
 
         found = list(self.checkpoints().values())

@@ -1,26 +1,36 @@
 """Training state on disk: nested state dicts as safetensors and JSON, written beside and renamed.
 
-No pickle: every tensor goes to ``tensors.safetensors`` under its path, everything else to
-``state.json``, with each tensor's place marked. A folder therefore either exists whole or not at
-all, whatever moment the process is killed at.
+No pickle: every tensor goes to a safetensors file under its path, everything else to
+``state.json``, with each tensor's place marked. The optimizer's tensors have a file of their own,
+so that an older checkpoint can drop them and keep its weights. A folder either exists whole or not
+at all, whatever moment the process is killed at.
 """
 
 import io
 import json
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
+#: The tensors of a state's key "optimizer", and all others.
+OPTIMIZER, TENSORS = "optimizer.safetensors", "tensors.safetensors"
+
+#: How safetensors names the dtypes that a state may hold.
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _TENSOR = "__tensor__"
 _TUPLE = "__tuple__"
 _INT_KEYS = "__int_keys__"
@@ -29,28 +39,109 @@ _INT_KEYS = "__int_keys__"
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     """Write a nested dict of tensors, numbers, strings, lists and tuples to ``folder``, atomically.
 
-    Dict keys are strings or ints (optimizers index their state by int). An older folder of that
-    name is replaced only after the new one lies whole on disk.
+    Dict keys are strings or ints (optimizers index their state by int). One tensor at a time is
+    brought to the CPU, so that memory need not hold them all twice. An older folder of that name is
+    replaced only after the new one lies whole on disk.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _split(state, "", tensors)
+    files: dict[str, dict[str, torch.Tensor]] = {TENSORS: {}, OPTIMIZER: {}}
+    for path, tensor in tensors.items():
+        files[OPTIMIZER if path.startswith("/optimizer/") else TENSORS][path] = tensor
     with replacing_folder(folder) as partial:
-        save_file(tensors, partial / "tensors.safetensors")
+        for name, held in files.items():
+            if held or name == TENSORS:
+                write_tensors(partial / name, held)
         (partial / "state.json").write_text(json.dumps(tree))
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Write a safetensors file tensor by tensor: safetensors' own writer wants all on the CPU.
+
+    ``tensors`` may be read lazily, as from an open safetensors file; ``dtypes`` says what to cast.
+    """
+    types = {name: tensor.dtype for name, tensor in tensors.items()} | dict(dtypes or {})
+    # The widest first, so that each begins at a multiple of its own width.
+    types = dict(sorted(types.items(), key=lambda item: -item[1].itemsize))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, dtype in types.items():
+        shape = list(tensors[name].shape)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype in types.items():
+            tensor = tensors[name].detach().to("cpu", dtype).contiguous()
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[str, Any]:
     """Read what :func:`save_state` wrote; tensors come back on the CPU in their own dtypes.
 
-    With ``keys`` only those entries are read, as far as they are there.
+    With ``keys`` only those entries are read, as far as they are there. What
+    :func:`drop_optimizer` took away is left out.
     """
     folder = Path(folder)
     replacing_folder(folder).recover()
     tree = json.loads((folder / "state.json").read_text())
-    if keys is not None:
-        tree = {key: value for key, value in tree.items() if key in keys}
-    with safe_open(folder / "tensors.safetensors", "pt") as tensors:
-        return _join(tree, tensors)
+    with ExitStack() as stack:
+        homes: dict[str, Any] = {}
+        for path in (folder / TENSORS, folder / OPTIMIZER):
+            if path.exists():
+                file = stack.enter_context(safe_open(path, "pt"))
+                homes |= dict.fromkeys(file.keys(), file)
+        tree = {
+            key: value
+            for key, value in tree.items()
+            if (keys is None or key in keys)
+            and not (key == "optimizer" and any(path not in homes for path in _paths(value)))
+        }
+        return {key: _join(value, homes) for key, value in tree.items()}
+
+
+def drop_optimizer(folder: Path) -> None:
+    """Drop the optimizer's tensors of a saved state: what is left can be drawn from."""
+    (folder / OPTIMIZER).unlink(missing_ok=True)
+
+
+def round_weights(source: Path, target: Path) -> None:
+    """Copy a safetensors file with its float32 matrices in float16; half the bytes.
+
+    Vectors stay as they are, such as norms and biases, which are near 1 and few. So does a matrix
+    that float16 cannot hold.
+    """
+    with safe_open(source, "pt") as file:
+        names = list(file.keys())
+        dtypes = {}
+        for name in names:
+            tensor = file.get_tensor(name)
+            wide = tensor.dtype is torch.float32 and tensor.ndim > 1
+            if wide and bool(tensor.half().isfinite().all()):
+                dtypes[name] = torch.float16
+        write_tensors(target, _Lazy(file, names), dtypes)
+
+
+class _Lazy(Mapping[str, torch.Tensor]):
+    """The tensors of an open safetensors file, each read when it is asked for."""
+
+    def __init__(self, file: Any, names: list[str]):
+        self._file, self._names = file, names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class replacing_folder:
@@ -124,7 +215,7 @@ def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         while path in tensors:  # as {"a/b": x, "a": {"b": y}} would have it
             path += "'"
-        tensors[path] = value.detach().cpu().clone().contiguous()
+        tensors[path] = value
         return {_TENSOR: path}
     if isinstance(value, dict):
         tree = {str(k): _split(v, f"{path}/{k}", tensors) for k, v in value.items()}
@@ -139,14 +230,23 @@ def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     return value
 
 
-def _join(tree: Any, tensors: Any) -> Any:
-    """The reverse of :func:`_split`; ``tensors`` is an open safetensors file."""
+def _paths(tree: Any) -> Iterator[str]:
+    """Every tensor's path in what :func:`_split` gave."""
+    if isinstance(tree, dict) and _TENSOR in tree:
+        yield tree[_TENSOR]
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _paths(value)
+
+
+def _join(tree: Any, tensors: Mapping[str, Any]) -> Any:
+    """The reverse of :func:`_split`; ``tensors`` is the open safetensors file of each path."""
     if isinstance(tree, list):
         return [_join(v, tensors) for v in tree]
     if not isinstance(tree, dict):
         return tree
     if _TENSOR in tree:
-        return tensors.get_tensor(tree[_TENSOR])
+        return tensors[tree[_TENSOR]].get_tensor(tree[_TENSOR])
     if _TUPLE in tree:
         return tuple(_join(v, tensors) for v in tree[_TUPLE])
     if _INT_KEYS in tree:

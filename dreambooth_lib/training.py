@@ -66,6 +66,12 @@ class Step:
 #: How much of the GPU's free memory an estimate may take; the allocator needs some of its own.
 FILLED = 0.9
 
+#: Tries of one update in float16, each at half the loss scale, before it is given up.
+SKIPS = 30
+
+#: Updates between checkpoints of a run that never validates and says nothing else.
+RARELY = 250
+
 #: Total, instance and prior loss, the last None without a prior.
 Losses = tuple[float, float, float | None]
 
@@ -141,6 +147,7 @@ class Trainer:
         precision = native_precision(run.config.mixed_precision, device)
         config = fitting(run.config, precision, device)
         self.run, self.config, self.objective, self.step = run, config, objective, 0
+        self.skipped = 0  # updates in a row that fp16 loss scaling left out
         if config.method == "full" and config.memory == "lowest" and precision == "no":
             precision = "bf16"  # what its weights are
         if is_initialized() and AcceleratorState().mixed_precision != precision:
@@ -150,7 +157,7 @@ class Trainer:
         self.accelerator = accelerator = Accelerator(
             mixed_precision=precision, kwargs_handlers=[keep]
         )
-        if config.memory in LOW and accelerator.num_processes > 1:
+        if config.steps_in_backward and accelerator.num_processes > 1:
             raise ValueError(
                 f"memory is '{config.memory}', which updates weights before their gradients could "
                 f"cross {accelerator.num_processes} processes; set it to 'standard'."
@@ -256,9 +263,11 @@ class Trainer:
         with interrupts_held():
             try:
                 if not self.updater.move(self.step):
+                    self._skip()
                     return None
             except FloatingPointError:
                 self._check_finite("gradient", [math.nan])
+            self.skipped = 0
             self.step += 1
             gpu = torch.cuda.is_available()
             memory = torch.cuda.max_memory_allocated() / 2**20 if gpu else None
@@ -267,9 +276,19 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.run.append("log", {k: v for k, v in asdict(step).items() if k != "watched"})
         watched = self.look()
-        if self._look_due() or self._due(config.checkpoint_every):
+        if self._look_due() or self._due(config.checkpoint_every or config.watch_every or RARELY):
             self.save_checkpoint()
         return replace(step, watched=watched)
+
+    def _skip(self) -> None:
+        """Count an update that loss scaling left out. Raises where a smaller scale is no help."""
+        self.skipped += 1
+        if self.skipped == SKIPS:
+            raise NonFiniteLoss(
+                f"the gradients overflow float16 at step {self.step + 1} of {self.run.folder}, "
+                f"however the loss is scaled ({SKIPS} tries); the last good checkpoint is kept: "
+                "use mixed_precision 'no', or 'bf16' where the GPU has it."
+            )
 
     def _gradients(self, batch: Batch) -> Losses:
         """A batch's losses, with their gradients ready for the updater to move the weights."""

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from dreambooth_lib import lora
 from dreambooth_lib.batches import seeded
-from dreambooth_lib.config import LOW, TrainConfig
+from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.optim import InBackward, choose, make_optimizer, make_schedule
 from dreambooth_lib.weights import Trainable, copy_weights
 
@@ -19,7 +19,7 @@ from dreambooth_lib.weights import Trainable, copy_weights
 class Updater:
     """The optimizer of what is trained, and its state; one object in each process.
 
-    At low memory the backward pass is what moves the weights, so that it waits for :meth:`move`.
+    Where the backward pass itself moves the weights, it waits for :meth:`move`.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, trainable: Trainable):
@@ -29,9 +29,9 @@ class Updater:
         if config.optimizer == "auto" and accelerator.is_main_process:
             accelerator.print(f"optimizer: {choose(config, device_type)} (auto, {device_type})")
         self.inside: InBackward | None = None
-        self.pending: Any = None  # at low memory a loss whose backward pass is to come
-        if config.memory in LOW:
-            scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        self.pending: Any = None  # there, a loss whose backward pass is to come
+        if config.steps_in_backward:
+            scale = None if accelerator.scaler is None else accelerator.scaler.get_scale()
             self.inside = InBackward(config, self.parameters, device_type, scale)
             self.adam = self.inside.optimizer
             self.model = accelerator.prepare(trainable)
@@ -82,16 +82,20 @@ class Updater:
         Raises FloatingPointError where a gradient turns out not to be finite.
         """
         if self.inside is None:
+            scaler = self.accelerator.scaler
+            scale = 0.0 if scaler is None else scaler.get_scale()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.accelerator.optimizer_step_was_skipped:
+            # Not accelerate's optimizer_step_was_skipped: a fused optimizer's step is called even
+            # where it moves nothing. The scale always falls then.
+            if scaler is not None and scaler.get_scale() < scale:
                 return False
         else:
             seed = seeded(self.config.seed, step, 4).initial_seed()
-            self.inside.begin(torch.Generator(self.accelerator.device).manual_seed(seed))
+            generator = torch.Generator(self.accelerator.device).manual_seed(seed)
             loss, self.pending = self.pending, None
-            (loss * self.inside.scale).backward()
-            self.inside.end()
+            if not self.inside.backward(loss, generator):
+                return False
         self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
@@ -123,8 +127,8 @@ class Updater:
         }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
-        if self.inside is not None:
-            state["scale"] = [self.inside.scale, self.inside.clean]
+        if self.inside is not None and self.inside.scale is not None:
+            state["scale"] = [self.inside.scale, self.inside.clean, self.inside.trying]
         elif self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return state
@@ -132,19 +136,28 @@ class Updater:
     def restore(self, saved: dict[str, Any], step: int) -> None:
         """Take up a :meth:`state` of ``step`` updates, of any level of memory.
 
-        The config may have been changed since: its rate and decay count, not the saved ones.
+        The config may have been changed since: its rate and decay count, not the saved ones. A
+        state without the optimizer's begins that anew, with a sentence.
         """
         self.trainable.put(saved["model"])
-        own = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})
+        own = self.adam.state_dict()
+        if "optimizer" in saved:
+            # Groups are many or one by the level of memory; the parameters' order is the same.
+            self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own["param_groups"]})
+        else:
+            self.accelerator.print(
+                f"The checkpoint of step {step} holds weights alone; the optimizer begins anew."
+            )
         for group in self.adam.param_groups:
             group["initial_lr"] = group["lr"] = self.config.learning_rate
         self.schedule = make_schedule(self.config, self.adam, step)
         if self.ema is not None and "ema" in saved:
             self.ema.load_state_dict(saved["ema"])
-            self.ema.to(self.accelerator.device)
-        if self.inside is not None and "scale" in saved:
-            self.inside.scale, self.inside.clean = saved["scale"]
+            # A copy on a drive may be in half precision.
+            self.ema.to(self.accelerator.device, torch.float32)
+        if self.inside is not None and self.inside.scale is not None and "scale" in saved:
+            self.inside.scale, self.inside.clean, *trying = saved["scale"]
+            self.inside.trying = any(trying)
         elif self.accelerator.scaler is not None and "scaler" in saved:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
 

@@ -87,7 +87,10 @@ class Trainable(torch.nn.Module):
         own = self.state()
         if own.keys() != state.keys():
             raise KeyError(f"a state of {len(state)} tensors for {len(own)} trained parameters")
-        copy_weights(state.values(), (own[name] for name in state))
+        if any(one.is_meta for one in own.values()):  # of a base without values
+            self.load_state_dict(state, strict=False, assign=True)
+        else:
+            copy_weights(state.values(), (own[name] for name in state))
 
 
 def trainable_of(family: Family, config: TrainConfig) -> Trainable:
@@ -133,9 +136,17 @@ def restored(run: Run, step: int, half: torch.dtype = torch.float32) -> Family:
     return families.merged(family) if merge else family
 
 
-def as_trained(run: Run, step: int) -> Family:
-    """As :func:`restored`, to be saved: with LoRA weights apart from their base."""
-    return _as_trained(to_be_saved(run.config), run, step)
+def as_trained(run: Run, step: int, half: torch.dtype = torch.float16) -> Family:
+    """As :func:`restored`, to be saved: a model in ``half``, or LoRA weights alone.
+
+    Of a LoRA's base only the configs are read, not the weights: they may be too many for the
+    memory, and what is saved has none of them.
+    """
+    config = run.config
+    if config.method == "full":
+        return _as_trained(base_of(config, half), run, step)
+    names = precisions(config, torch.float32)
+    return _as_trained(families.skeleton(config.base, config.revision, **names), run, step)
 
 
 def _as_trained(family: Family, run: Run, step: int) -> Family:
@@ -159,9 +170,8 @@ def put_back(trainable: Trainable, run: Run, step: int) -> None:
         )
     state = load_state(found[step], ("model", "ema"))
     if "ema" in state:
-        copy_weights(state["ema"]["shadow_params"], lora.trained(trainable))
-    else:
-        trainable.put(state["model"])
+        state["model"] = dict(zip(state["model"], state["ema"]["shadow_params"], strict=True))
+    trainable.put(state["model"])
 
 
 @torch.no_grad()

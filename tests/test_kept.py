@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
-from dreambooth_lib import copies, hub, kept, runs, training, weights
+from dreambooth_lib import copies, families, hub, kept, runs, training, weights
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
 
@@ -44,7 +45,7 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     expected = denoiser(weights.restored(run, 2).pipeline)
     found = denoiser(DiffusionPipeline.from_pretrained(folder))
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(found[name], value.half().float()) for name, value in expected.items())
     assert archive == tmp_path / "models" / "my-dog.zip"
     with zipfile.ZipFile(archive) as packed:
         assert all(info.compress_type == zipfile.ZIP_STORED for info in packed.infolist())
@@ -58,6 +59,47 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     exec("\n".join(code[:-1]), scope)
     assert "a ohwx dog on the beach" in code[-1] and len(code) == 3
     assert denoiser(scope["pipeline"]).keys() == expected.keys()
+
+
+def test_a_kept_model_is_of_half_precision_and_draws_whatever_dtype_is_asked_for(
+    trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, folder = trained(train_text_encoder=True), tmp_path / "models" / "my-dog"
+    kept.keep(run, 2, folder)
+    for part in ("unet", "text_encoder", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        assert {v.dtype for v in load_file(file).values() if v.is_floating_point()} == {
+            torch.float16
+        }
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert pipeline("a dog", num_inference_steps=1, height=16, width=16).images
+    halves = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    assert halves.unet.dtype is halves.text_encoder.dtype is torch.float16
+
+
+@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"train_text_encoder": True},
+                                    {"train_token": True}, {"ema_decay": 0.5}])  # fmt: skip
+def test_a_lora_is_kept_without_the_weights_of_its_base(
+    fields: dict[str, Any], trained: Callable[..., Run], photos: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    subject = Subject(photos, "dog", "<rex>")
+    run = trained(method="lora", lora_rank=2, subject=subject, **fields)
+
+    def loaded(*given: Any, **named: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    last = max(run.checkpoints())
+    with monkeypatch.context() as patch:
+        patch.setattr(families.base.Family, "from_pretrained", loaded)
+        kept.keep(run, last, tmp_path / "models" / "my-dog")
+    for name in ("pytorch_lora_weights.safetensors", "word/token.safetensors"):
+        if (run.pipeline / name).exists():
+            one, other = (
+                load_file(folder / name) for folder in (run.pipeline, tmp_path / "models/my-dog")
+            )
+            assert one.keys() == other.keys() and len(one) > 0
+            assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from dreambooth_lib import families, lora, runs
+from dreambooth_lib import families, lora, optim, runs
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import BaseError
 from dreambooth_lib.runs import Run
@@ -235,6 +235,23 @@ def test_low_memory_trains_and_resumes_bit_for_bit(
     assert sample(whole, ["a {} dog"], [0], steps=1)
 
 
+@pytest.mark.parametrize(
+    "schedule", [{"lr_schedule": "linear"}, {"warmup_steps": 3}, {"lr_schedule": "cosine"}]
+)
+@pytest.mark.parametrize("memory", ["standard", "low", "lowest"])
+def test_a_resumed_run_uses_its_schedules_rates(
+    memory: str, schedule: dict[str, Any], started: Callable[..., Run]
+) -> None:
+    fields = {"memory": memory, "steps": 4, "prior_weight": 0.0, "watch_every": 0} | schedule
+    whole, broken = started("whole", "sd1", **fields), started("broken", "sd1", **fields)
+    list(train(whole))
+    for _ in islice(train(broken), 2):
+        pass
+    list(train(runs.resume(broken.folder)))
+    one, other = (load_state(run.checkpoints()[4])["model"] for run in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_low_memory_gives_what_standard_does(method: str, started: Callable[..., Run]) -> None:
     # The norm of all gradients is never cut at so high a limit.
@@ -268,7 +285,10 @@ def test_lowest_keeps_its_average_and_its_end_in_float32(started: Callable[..., 
         assert torch.allclose(kept[name], value, atol=1e-2)
 
 
-def test_gradients_never_exist_together_at_low(started: Callable[..., Run]) -> None:
+def test_gradients_never_exist_together_at_low(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "HEAP", 1)
     trainer = Trainer(started("run", "sd1", memory="low"))
     most = 0
 
@@ -280,6 +300,18 @@ def test_gradients_never_exist_together_at_low(started: Callable[..., Run]) -> N
         parameter.register_post_accumulate_grad_hook(count)
     trainer.update()
     assert most <= 3 < len(trainer.updater.parameters)
+
+
+def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) -> None:
+    fields = {"method": "lora", "batch_size": 2, "max_grad_norm": 1e-3, "gradient_accumulation": 2}
+    runs_ = [started(level, "sd1", memory=level, **fields) for level in ("standard", "low")]
+    trainer = Trainer(runs_[1])
+    assert trainer.updater.inside is None and trainer.family.known is not None
+    assert trainer.family.denoiser.is_gradient_checkpointing
+    losses = [[step.loss for step in train(run)] for run in runs_]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, other = (load_state(run.checkpoints()[2])["model"] for run in runs_)
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_photos
+from safetensors.torch import load_file
 
 from dreambooth_lib import copies, mirrors, runs
 from dreambooth_lib.config import TrainConfig
@@ -24,6 +25,7 @@ from dreambooth_lib.mirrors import (
     restore,
 )
 from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.state import load_state
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import Watched
 
@@ -245,6 +247,51 @@ def test_a_pipeline_is_copied_whole_and_goes_when_the_run_goes_on(run: Run, driv
     shutil.rmtree(run.pipeline)
     assert mirror(run, drive / "my-dog") is None
     assert not (drive / "my-dog" / "pipeline").exists()
+
+
+def full_state(step: int) -> State:
+    moments = {"state": {0: {"m": torch.ones(64)}}, "param_groups": [{"lr": 0.1}]}
+    return {"step": step, "model": {"w": torch.full((8, 8), 1 / 3 * step)}, "optimizer": moments}
+
+
+def test_of_an_older_checkpoint_only_the_optimizers_state_goes(
+    run: Run, drive: Path, faults: Faults
+) -> None:
+    looked_at(run, {0: 0.1, 300: 0.8})
+    run.save_checkpoint(300, full_state(300))
+    assert mirror(run, drive / "my-dog") is None
+    looked_at(run, {400: 0.5})
+    run.save_checkpoint(400, full_state(400), best=300)
+    faults.sources.clear()
+    assert mirror(run, drive / "my-dog") is None
+    there = drive / "my-dog" / "checkpoints"
+    files = {path.name: sorted(f.name for f in path.iterdir()) for path in there.iterdir()}
+    whole = ["optimizer.safetensors", "state.json", "tensors.safetensors"]
+    assert files == {"000300": whole[1:], "000400": whole}
+    assert not any(path.parent.name == "000300" for path in faults.sources), "copied again"
+
+
+def test_large_weights_are_rounded_and_a_large_pipeline_is_left_out(
+    run: Run, drive: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "LARGE", 100)
+    run.save_checkpoint(300, full_state(300))
+    run.pipeline.mkdir()
+    (run.pipeline / "weights.safetensors").write_bytes(bytes(101))
+    assert mirror(run, drive / "my-dog") is None
+    there = drive / "my-dog" / "checkpoints" / "000300"
+    (weight,) = load_state(there)["model"].values()
+    assert weight.dtype is torch.float16 and weight.mean().item() == pytest.approx(100, abs=0.1)
+    assert load_state(there)["optimizer"]["state"][0]["m"].dtype is torch.float32
+    assert not (drive / "my-dog" / "pipeline").exists()
+    found = newest_run(drive)
+    assert found is not None and found.finished and found.step == 300
+    faults.sources.clear()
+    assert mirror(run, drive / "my-dog") is None and faults.sources == []
+    back = restore(drive / "my-dog", run.folder.parent / "back")
+    faults.sources.clear()
+    assert mirror(back, drive / "my-dog") is None
+    assert [p.name for p in faults.sources if "checkpoints" in p.parts] == [], "copied again"
 
 
 @pytest.mark.parametrize("fault", ["fail", "cut"])
@@ -487,6 +534,29 @@ def test_a_run_goes_on_after_a_disconnect_as_if_there_had_been_none(
     assert ends[0] == ends[1]
     found = newest_run(drive)
     assert found is not None and found.finished and found.step == 4
+
+
+def test_a_large_run_goes_on_and_makes_its_pipeline_from_what_the_drive_has(
+    tmp_path: Path, drive: Path, tiny_sd1: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "LARGE", 100)
+    photos = save_photos(tmp_path / "uploads" / "rex")
+    config = make_config(tiny_sd1, photos, steps=4, checkpoint_every=2, ema_decay=0.5)
+    run = runs.start(config, tmp_path / "runs" / "my-dog")
+    for step in train(run):
+        if step.step == 2:
+            assert mirror(run, drive / "half-way") is None
+    assert mirror(run, drive / "my-dog") is None
+    half_way = restore(drive / "half-way", tmp_path / "again" / "my-dog")
+    assert [step.step for step in train(half_way)] == [3, 4]
+    done = restore(drive / "my-dog", tmp_path / "back" / "my-dog")
+    assert not done.finished and list(train(done)) == [] and done.finished
+    expected, *found = (
+        load_file(next((r.pipeline / "unet").glob("*.safetensors"))) for r in (run, done, half_way)
+    )
+    for weights in found:
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        assert all(torch.allclose(weights[k], expected[k], atol=2e-3) for k in expected)
 
 
 # Finding

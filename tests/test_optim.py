@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dreambooth_lib import optim
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.optim import (
     InBackward,
@@ -132,27 +133,36 @@ def test_what_bfloat16_can_hold_is_not_moved() -> None:
     assert torch.equal(rounded(exact, generator(1)).float(), exact)
 
 
-def in_backward(config: TrainConfig, dtype: torch.dtype, scale: float = 1.0) -> Any:
+def in_backward(config: TrainConfig, dtype: torch.dtype, scale: float | None = None) -> Any:
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8).to(dtype)
     return layer, InBackward(config, list(layer.parameters()), "cpu", scale)
 
 
+@pytest.mark.parametrize("heap", [1, 10**9], ids=["one by one", "together"])
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("scale", [None, 1024.0])
 def test_steps_within_the_backward_pass_are_those_after_it(
-    name: str, scale: float, photos: str, make_config: Make
+    name: str,
+    scale: float | None,
+    heap: int,
+    photos: str,
+    make_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(optim, "HEAP", heap)
     config = make_config("toybox", photos, optimizer=name, memory="low", learning_rate=0.01)
     layer, inside = in_backward(config, torch.float32, scale)
     torch.manual_seed(0)
     plain = torch.nn.Linear(8, 8)
     optimizer = make_optimizer(config, plain.parameters(), "cpu")
+    if scale is not None:  # the first pass only shows that the scale fits
+        before = layer.weight.detach().clone()
+        assert not inside.backward(layer(torch.ones(4, 8)).sum(), generator())
+        assert torch.equal(layer.weight, before) and not inside.optimizer.state
     for step in range(5):
         x = torch.randn(4, 8, generator=generator(step))
-        inside.begin(generator())
-        (layer(x).square().mean() * scale).backward()
-        inside.end()
+        assert inside.backward(layer(x).square().mean(), generator())
         assert all(parameter.grad is None for parameter in layer.parameters())
         plain(x).square().mean().backward()
         optimizer.step()
@@ -169,36 +179,94 @@ def test_bfloat16_weights_move_by_less_than_their_spacing_on_average(
     weight = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
     inside = InBackward(config, [weight], "cpu")
     for step in range(20):
-        inside.begin(generator(step))
-        weight.float().sum().backward()
+        assert inside.backward(weight.float().sum(), generator(step))
     assert weight.dtype is torch.bfloat16
     assert weight.double().mean().item() == pytest.approx(1 - 20e-4, abs=2e-4)
 
 
-def test_an_overflow_leaves_its_weight_and_halves_the_scale(photos: str, make_config: Make) -> None:
-    config = make_config("toybox", photos, memory="low")
-    layer, inside = in_backward(config, torch.float32, 1024.0)
+def overflowing(layer: Any, infinite: bool) -> torch.Tensor:
+    """A loss whose gradient to the weight, but not to the bias, is infinite if asked."""
+    loss = layer(torch.ones(1, 8)).sum()
+    if infinite:
+        handle = layer.weight.register_hook(lambda gradient: gradient * float("inf"))
+        layer.weight.register_post_accumulate_grad_hook(lambda _: handle.remove())
+    return loss
+
+
+def test_nothing_moves_before_a_pass_has_shown_that_the_scale_fits(
+    photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "HEAP", 1)  # else weight and bias are left out together
+    layer, inside = in_backward(
+        make_config("toybox", photos, memory="low"), torch.float32, scale=1024.0
+    )
     before = [parameter.detach().clone() for parameter in layer.parameters()]
-    inside.begin(generator())
-    layer.weight.register_hook(lambda gradient: gradient * float("inf"))
-    (layer(torch.ones(1, 8)).sum() * inside.scale).backward()
-    inside.end()
-    assert inside.scale == 512.0
-    assert torch.equal(layer.weight, before[0]) and not torch.equal(layer.bias, before[1])
+    for scale in (512.0, 256.0):
+        assert not inside.backward(overflowing(layer, True), generator())
+        assert inside.scale == scale
+    assert not inside.backward(overflowing(layer, False), generator())
+    assert all(map(torch.equal, layer.parameters(), before)) and inside.scale == 256.0
+    assert inside.backward(overflowing(layer, False), generator())
+    moved = [parameter.detach().clone() for parameter in layer.parameters()]
+    assert not torch.equal(moved[0], before[0]) and not torch.equal(moved[1], before[1])
+    # One that fitted so far and overflows is left out of its update, and tried again.
+    assert inside.backward(overflowing(layer, True), generator())
+    assert torch.equal(layer.weight, moved[0]) and not torch.equal(layer.bias, moved[1])
+    assert inside.scale == 128.0 and inside.trying
 
 
-def test_the_scale_is_doubled_after_enough_clean_updates(photos: str, make_config: Make) -> None:
-    _, inside = in_backward(make_config("toybox", photos, memory="low"), torch.float32, 8.0)
-    for _ in range(inside.GROWTH):
-        inside.begin(generator())
-        inside.end()
-    assert inside.scale == 16.0
+@pytest.mark.parametrize("scale", [8.0, 1.0])
+def test_the_scale_is_doubled_and_tried_after_enough_clean_updates(
+    scale: float, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InBackward, "GROWTH", 3)
+    layer, inside = in_backward(
+        make_config("toybox", photos, memory="low"), torch.float32, scale=scale
+    )
+    made = [inside.backward(overflowing(layer, False), generator()) for _ in range(5)]
+    assert made == [False, True, True, True, False] and inside.scale == 2 * scale
 
 
 def test_without_a_scale_a_gradient_that_is_not_finite_is_an_error(
     photos: str, make_config: Make
 ) -> None:
     layer, inside = in_backward(make_config("toybox", photos, memory="low"), torch.float32)
-    inside.begin(generator())
     with pytest.raises(FloatingPointError, match="not finite"):
-        (layer(torch.ones(1, 8)).sum() * float("nan")).backward()
+        inside.backward(layer(torch.ones(1, 8)).sum() * float("nan"), generator())
+
+
+def test_the_host_waits_for_a_gpu_once_a_heap_and_never_for_a_parameter(
+    photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("toybox", photos, memory="low", optimizer="adamw8bit")
+    from bitsandbytes.optim import optimizer as of_bitsandbytes
+
+    waits: list[str] = []
+    monkeypatch.setattr(of_bitsandbytes, "sync_gpu", lambda _: waits.append("parameter"))
+    asked = torch.Tensor.__bool__
+
+    def counted(tensor: torch.Tensor) -> bool:
+        waits.append("heap")
+        return asked(tensor)
+
+    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
+    inside = InBackward(config, list(layers.parameters()), "cpu")
+    loss = layers(torch.ones(1, 64)).sum()
+    monkeypatch.setattr(torch.Tensor, "__bool__", counted)
+    inside.backward(loss, generator())
+    assert waits == ["heap"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_after_a_state_is_loaded_the_schedules_rates_are_used(
+    name: str, photos: str, make_config: Make
+) -> None:
+    config = make_config("toybox", photos, memory="low", optimizer=name, learning_rate=0.01)
+    layer, inside = in_backward(config, torch.float32)
+    inside.backward(layer(torch.ones(1, 8)).sum(), generator())
+    inside.optimizer.load_state_dict(inside.optimizer.state_dict())
+    for group in inside.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = layer.weight.detach().clone()
+    inside.backward(layer(torch.ones(1, 8)).sum(), generator())
+    assert torch.equal(layer.weight, before)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dreambooth_lib import runs
 from dreambooth_lib.config import ConfigError, TrainConfig
 from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.state import load_state
 
 Make = Callable[..., TrainConfig]
 
@@ -185,6 +188,22 @@ def test_a_checkpoint_cut_by_a_kill_is_not_seen(run: Run) -> None:
     run.save_checkpoint(4, {"step": 4})
     assert not partial.exists()
     assert run.load_checkpoint() == {"step": 4}
+
+
+def test_only_the_newest_checkpoint_has_the_optimizers_state(run: Run) -> None:
+    moments = {"state": {0: {"exp_avg": torch.ones(4)}}, "param_groups": []}
+    for step in (1, 2, 3, 4):
+        state = {"step": step, "model": {"w": torch.full((4,), step)}, "optimizer": moments}
+        run.save_checkpoint(step, state, best=1)
+    assert list(run.checkpoints()) == [1, 3, 4]
+    kept = {step: load_state(path) for step, path in run.checkpoints().items()}
+    assert {step for step, state in kept.items() if "optimizer" in state} == {4}
+    assert all(state["model"]["w"].tolist() == [step] * 4 for step, state in kept.items())
+    loaded = run.load_checkpoint()
+    assert loaded is not None and loaded["step"] == 4 and "optimizer" in loaded
+    shutil.rmtree(run.checkpoints()[4])
+    loaded = run.load_checkpoint()
+    assert loaded is not None and loaded["step"] == 3 and "optimizer" not in loaded
 
 
 def test_a_failing_write_keeps_all_older_checkpoints(run: Run) -> None:

@@ -1,14 +1,24 @@
 """State folders: what comes back, and that no failure or kill ever costs the older state."""
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dreambooth_lib import state
-from dreambooth_lib.state import load_state, replace_file, replacing_folder, save_state
+from dreambooth_lib.state import (
+    drop_optimizer,
+    load_state,
+    replace_file,
+    replacing_folder,
+    round_weights,
+    save_state,
+    write_tensors,
+)
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -95,6 +105,88 @@ def test_two_tensors_never_take_one_anothers_place(tmp_path: Path) -> None:
     assert_equal(load_state(tmp_path / "s"), given)
 
 
+def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
+    given = {
+        "bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),  # odd: what follows must be aligned
+        "flags": torch.tensor([True, False, True]),
+        "wide": torch.randn(3, 5, dtype=torch.float64),
+        "half": torch.randn(7).bfloat16(),
+        "transposed": torch.randn(4, 2).t(),
+        "number": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+    }
+    write_tensors(tmp_path / "x.safetensors", given)
+    assert_equal(dict(sorted(load_file(tmp_path / "x.safetensors").items())),
+                 {name: value.contiguous() for name, value in sorted(given.items())})  # fmt: skip
+
+
+def test_one_tensor_at_a_time_is_brought_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: set[int] = set()
+    most = 0
+    real = torch.Tensor.to
+
+    def counted(tensor: torch.Tensor, *given: Any) -> torch.Tensor:
+        nonlocal most
+        copied = real(tensor, *given, copy=True)  # as from a GPU
+        alive.add(id(copied))
+        weakref.finalize(copied, alive.discard, id(copied))
+        most = max(most, len(alive))
+        return copied
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    save_state(tmp_path / "s", {str(n): torch.full((4,), float(n)) for n in range(9)})
+    monkeypatch.undo()
+    assert 1 <= most <= 2
+    assert load_state(tmp_path / "s")["8"].tolist() == [8, 8, 8, 8]
+
+
+FULL: dict[str, Any] = {
+    "step": 3,
+    "model": {"w": torch.ones(2, 2)},
+    "optimizer": {"state": {0: {"exp_avg": torch.ones(2, 2)}}, "param_groups": [{"lr": 0.1}]},
+}
+
+
+def test_an_optimizers_state_can_be_dropped_and_the_rest_stays(tmp_path: Path) -> None:
+    save_state(tmp_path / "s", FULL)
+    assert_equal(load_state(tmp_path / "s"), FULL)
+    drop_optimizer(tmp_path / "s")
+    drop_optimizer(tmp_path / "s")
+    rest = {"step": 3, "model": FULL["model"]}
+    assert_equal(load_state(tmp_path / "s"), rest)
+    assert_equal(load_state(tmp_path / "s", ("model", "optimizer")), {"model": FULL["model"]})
+
+
+def test_a_state_of_one_file_is_read_as_before(tmp_path: Path) -> None:
+    save_state(tmp_path / "s", FULL)
+    files = [tmp_path / "s" / name for name in (state.TENSORS, state.OPTIMIZER)]
+    every = load_file(files[0]) | load_file(files[1])
+    files[1].unlink()
+    save_file(every, files[0])
+    assert_equal(load_state(tmp_path / "s"), FULL)
+
+
+def test_rounding_halves_matrices_and_leaves_what_it_would_harm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = {
+        "matrix": torch.randn(64, 64),
+        "convolution": torch.randn(4, 4, 3, 3),
+        "norm": torch.randn(64),
+        "too large": torch.full((2, 2), 1e5),
+        "bfloat16": torch.randn(2, 2).bfloat16(),
+        "moments": torch.ones(2, 2, dtype=torch.uint8),
+    }
+    write_tensors(tmp_path / "a.safetensors", given)
+    round_weights(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    found = load_file(tmp_path / "b.safetensors")
+    for name, value in given.items():
+        rounded = name in ("matrix", "convolution")
+        assert found[name].dtype is (torch.float16 if rounded else value.dtype), name
+        assert torch.equal(found[name], value.half() if rounded else value), name
+
+
 def test_a_newer_state_replaces_the_older_one_and_leaves_no_leftovers(tmp_path: Path) -> None:
     save_state(tmp_path / "s", {"value": 1, "gone": torch.ones(2)})
     save_state(tmp_path / "s", {"value": 2})
@@ -107,11 +199,11 @@ def test_a_failure_while_tensors_are_written_leaves_the_older_state_whole(
 ) -> None:
     save_state(tmp_path / "s", {"value": torch.ones(2)})
 
-    def failing(tensors: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def failing(path: Path, tensors: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(state, "save_file", failing)
+    monkeypatch.setattr(state, "write_tensors", failing)
     with pytest.raises(OSError, match="no space"):
         save_state(tmp_path / "s", {"value": torch.zeros(2)})
     assert load_state(tmp_path / "s")["value"].tolist() == [1, 1]
