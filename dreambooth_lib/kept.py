@@ -6,6 +6,7 @@ from zipfile import ZIP_STORED, ZipFile
 from dreambooth_lib import hub, lora, weights
 from dreambooth_lib.copies import again, copy_file, shown
 from dreambooth_lib.families import MADE_OF
+from dreambooth_lib.families.precision import save
 from dreambooth_lib.runs import Run
 
 
@@ -26,7 +27,7 @@ def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
             if Path(config.base).is_absolute():  # of use to no other machine
                 (partial / MADE_OF).unlink()
         else:
-            family.pipeline.save_pretrained(partial, safe_serialization=True)
+            save(family.pipeline, partial)
         hub.write_card(run, step, partial, photos)
     return pack(folder)
 

@@ -35,9 +35,15 @@ def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
     """How a base is loaded to be trained: in ``half`` but for the weights that move.
 
     As :func:`dreambooth_lib.families.load` takes it. Raises :class:`ConfigError` where the family
-    cannot compute in ``half`` with the weights that the level of memory keeps.
+    cannot compute in ``half``, or not with the weights that the level of memory keeps.
     """
     hub = config.base, config.revision
+    if half is torch.float16 and not families.adapter(*hub).computes_in(half):
+        raise ConfigError(
+            f"'{config.base}' gives NaN in float16, which this GPU computes in; train it on one "
+            "with bfloat16, such as an L4 or A100, set mixed_precision to 'no' where memory "
+            "allows, or choose another base."
+        )
     if config.memory == "lowest" and half is torch.float16 and not families.adapter(*hub).mixes:
         raise ConfigError(
             f"memory is 'lowest', whose weights are bfloat16, and '{config.base}' cannot compute "
