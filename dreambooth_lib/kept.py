@@ -1,12 +1,12 @@
 """A checkpoint kept as a model: a folder for plain diffusers with its card, and a zip of it."""
 
-import json
 from pathlib import Path
 from zipfile import ZIP_STORED, ZipFile
 
 from dreambooth_lib import hub, lora, weights
 from dreambooth_lib.copies import again, copy_file, shown
 from dreambooth_lib.families import MADE_OF
+from dreambooth_lib.families.precision import save
 from dreambooth_lib.runs import Run
 
 
@@ -28,21 +28,9 @@ def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
             if Path(config.base).is_absolute():  # of use to no other machine
                 (partial / MADE_OF).unlink()
         else:
-            family.pipeline.save_pretrained(partial, safe_serialization=True)
-            for file in partial.glob("text_encoder*/config.json"):
-                _load_whole(file)
+            save(family.pipeline, partial)
         hub.write_card(run, step, partial, photos)
     return pack(folder)
-
-
-def _load_whole(file: Path) -> None:
-    """Let a text encoder's config ask for float32, as diffusers loads all else if not told.
-
-    transformers would load it as the file has it, and the two do not compute with each other.
-    """
-    config = json.loads(file.read_text())
-    config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-    file.write_text(json.dumps(config, indent=2))
 
 
 def pack(folder: Path) -> Path:

@@ -41,7 +41,8 @@ def class_pictures(
     """Yield the paths of ``config.class_pictures`` PNG files, making those that are missing.
 
     ``folder`` holds the sets of all runs. Of several processes each makes its own share and yields
-    only those; all are there once every process is through.
+    only those; all are there once every process is through. A black picture counts as missing: it
+    is of a base that overflowed. Raises :class:`NonFinite` where the base does so here.
     """
     from dreambooth_lib.state import replace_file, save_png
 
@@ -51,7 +52,7 @@ def class_pictures(
         replace_file(place / "manifest.json", made_by.encode())
     mine = range(config.class_pictures or 0)[rank::processes]
     paths = {number: place / f"{number:05d}.png" for number in mine}
-    missing = [number for number in mine if not paths[number].exists()]
+    missing = [number for number in mine if not _drawn(paths[number])]
     yield from (path for number, path in paths.items() if number not in missing)
     batch = alone(family)
     for start in range(0, len(missing), batch):
@@ -61,6 +62,15 @@ def class_pictures(
         for number, image in zip(numbers, images, strict=True):
             save_png(image, paths[number])
             yield paths[number]
+
+
+def _drawn(path: Path) -> bool:
+    from PIL import Image
+
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return image.getbbox() is not None  # None where all is black
 
 
 def set_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:

@@ -1,11 +1,13 @@
 """Seeded pictures from a base or a run, through its own diffusers pipeline."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import families
 from dreambooth_lib.config import Subject, TrainConfig, base_defaults
+from dreambooth_lib.families.precision import NonFinite
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.weights import base_of, restored
 
@@ -83,8 +85,17 @@ def draw(
     guidance_scale: float,
     negative_prompt: str = "",
 ) -> list["Image.Image"]:
-    """One batch of (prompt, seed) pairs; training mode is put back as it was."""
+    """One batch of (prompt, seed) pairs; training mode is put back as it was.
+
+    Raises :class:`NonFinite` where the base computed NaN or infinity, or a picture is all black.
+    """
     import torch
+
+    latents: list[torch.Tensor] = []
+
+    def last(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [tensors["latents"]]
+        return tensors
 
     modules = [family.denoiser, *family.text_encoders]
     was_training = [module.training for module in modules]
@@ -93,17 +104,39 @@ def draw(
     family.pipeline.set_progress_bar_config(disable=True)
     try:
         with torch.inference_mode():
-            return family.pipeline(
+            images = family.pipeline(
                 **family.prompt_arguments([prompt for prompt, _ in wanted], negative_prompt),
                 generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 height=family.resolution,
                 width=family.resolution,
+                callback_on_step_end=last,
+                output_type="np",
             ).images
+            finite = all(one.isfinite().all() for one in latents)
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.train(training)
+    if not finite:
+        part = f"the {family.denoiser_name} or a text encoder"
+        raise NonFinite.of(part, family.name, "latents that are not finite", _computes_in(family))
+    dtype = family.pipeline.vae.dtype
+    if not math.isfinite(images.sum()):
+        raise NonFinite.of("the autoencoder", family.name, "pictures that are not finite", dtype)
+    if not images.max((1, 2, 3)).all():
+        raise NonFinite.of("the autoencoder", family.name, "a picture that is all black", dtype)
+    return family.pipeline.image_processor.numpy_to_pil(images)
+
+
+def _computes_in(family: "Family") -> "torch.dtype":
+    """The precision of the denoiser's products, which autocast decides where it is on."""
+    import torch
+
+    kind = family.denoiser.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return family.denoiser.dtype
 
 
 def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
@@ -125,7 +158,7 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
         family = families.load(str(source.folder), resolution=resolution, half=half, whole=())
     else:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
-    return _placed(family, half)
+    return _placed(family)
 
 
 def compose(loras: Mapping[Run | str, float]) -> "Family":
@@ -134,9 +167,8 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
     Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; the weights
     are 1 for each as it was trained. Raises ``BaseError`` where they are not all of one base.
     """
-    half = _half()
     folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
-    return _placed(families.compose(folders, half=half, whole=()), half)
+    return _placed(families.compose(folders, half=_half(), whole=()))
 
 
 def _half() -> "torch.dtype":
@@ -149,7 +181,7 @@ def _half() -> "torch.dtype":
     return torch.bfloat16 if bf16 else torch.float16
 
 
-def _placed(family: "Family", half: "torch.dtype") -> "Family":
+def _placed(family: "Family") -> "Family":
     """On the GPU, if there is one: whole, or part after part where all would fill half of it.
 
     So drawing takes no more of a GPU than training did, which lets go of what it does not need.
@@ -167,5 +199,5 @@ def _placed(family: "Family", half: "torch.dtype") -> "Family":
     if size > free / 2:
         pipeline.enable_model_cpu_offload(device=device)
     else:
-        pipeline.to(device, half)
+        pipeline.to(device)
     return family

@@ -24,6 +24,7 @@ from dreambooth_lib.config import LOW, TrainConfig
 from dreambooth_lib.data import alternating, hold_out
 from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.precision import save
 from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
@@ -331,9 +332,15 @@ class Trainer:
 
     def _check_finite(self, what: str, values: Sequence[float | None]) -> None:
         if not all(math.isfinite(value) for value in values if value is not None):
+            fix = "lower learning_rate, or use mixed_precision 'no'"
+            if self.step == 0 and self.half is torch.float16:  # no weight has moved yet
+                fix = (
+                    "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, "
+                    f"or choose another base than '{self.config.base}'"
+                )
             raise NonFiniteLoss(
                 f"the {what} is {values[0]} at step {self.step + 1} of {self.run.folder}; the last "
-                "good checkpoint is kept: lower learning_rate, or use mixed_precision 'no'."
+                f"good checkpoint is kept: {fix}."
             )
 
     def _loss(self, batch: Batch) -> Loss:
@@ -386,5 +393,5 @@ class Trainer:
                     if self.half is not torch.float32 or family.known is not None:
                         family = to_be_saved(config)
                         Trainable(family, config.trains_text).put(model.state())
-                    family.pipeline.save_pretrained(partial, safe_serialization=True)
+                    save(family.pipeline, partial)
         self.accelerator.wait_for_everyone()

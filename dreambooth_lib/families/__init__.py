@@ -63,7 +63,7 @@ def load(
     precision. LoRA weights come merged into their base, but for one that they were trained
     quantized on, which is quantized again. The hub token is the one that huggingface_hub finds by
     itself; it is never passed or kept. Raises :class:`BaseError` for a base that is not there or
-    whose family is unknown, or to be quantized without a GPU.
+    whose family is unknown or cannot compute in ``half``, or to be quantized without a GPU.
     """
     path = locate(base)
     if (Path(path) / MADE_OF).exists():
@@ -80,7 +80,13 @@ def load(
             "leave quantize out, or run this where there is one."
         )
     hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
-    return _adapter(base, path, revision).from_pretrained(path, **(loading | hub))
+    adapter = _adapter(base, path, revision)
+    if not adapter.computes_in(loading.get("half")):
+        raise BaseError(
+            f"the base '{base}' gives NaN in float16, and this GPU has no bfloat16; use a GPU that "
+            "has it, such as an L4 or A100, or another base."
+        )
+    return adapter.from_pretrained(path, **(loading | hub))
 
 
 def _has_gpu() -> bool:

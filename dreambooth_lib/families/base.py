@@ -13,6 +13,11 @@ import torch
 from packaging.version import Version
 
 from dreambooth_lib import memory
+from dreambooth_lib.families.precision import (
+    NonFinite,
+    autoencoder_dtype,
+    outside_autocast,
+)
 from dreambooth_lib.noise import Noised
 
 #: What diffusers calls the precision that a model is loaded in.
@@ -62,6 +67,8 @@ class Family:
     large_encoder_names: ClassVar[tuple[str, ...]] = ()
     #: Whether the pipeline has ``load_textual_inversion``.
     loads_words: ClassVar[bool] = True
+    #: Half precisions that the base can compute in.
+    halves: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     #: Whether the denoiser computes in float16 with bfloat16 weights, by autocast.
     mixes: ClassVar[bool] = True
     #: Ends of the names of the denoiser's layers that LoRA may adapt.
@@ -87,6 +94,8 @@ class Family:
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
+        if pipeline.vae is not None:
+            pipeline.vae.decode = outside_autocast(pipeline.vae)
         if self.at_a_time < MOST:  # decoding many large pictures takes more than drawing them
             pipeline.vae.enable_slicing()
 
@@ -94,6 +103,11 @@ class Family:
     def at_a_time(self) -> int:
         """Pictures to draw, encode or predict at once beside all that a training holds."""
         return max(1, min(MOST, PIXELS // self.resolution**2))
+
+    @property
+    def name(self) -> str:
+        """Where the base was loaded from: a folder or a hub id."""
+        return self.pipeline.config.get("_name_or_path") or type(self.pipeline).__name__
 
     def _parts(self, names: Collection[str]) -> list[Any]:
         parts = [getattr(self.pipeline, name, None) for name in names]
@@ -115,6 +129,7 @@ class Family:
     ) -> "Family":
         """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``.
 
+        The autoencoder is in float32 where ``half`` is float16, which many overflow.
         ``quantize`` is as in ``TrainConfig``; what it concerns is put on the GPU at once. With
         ``prompts`` the text encoders are loaded first and alone, encode these on ``device`` and
         make room for the rest: no other prompt is known then.
@@ -122,8 +137,7 @@ class Family:
         from diffusers import DiffusionPipeline
 
         index = DiffusionPipeline.load_config(path, **options)
-        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
-        dtypes = {name: master for part in whole for name in names[part]}
+        dtypes = cls._dtypes(half, whole, master)
         given: dict[str, Any] = {"use_safetensors": True, DTYPE: {"default": half} | dtypes}
         given |= cls.options | options
         if quantize is not None:
@@ -137,10 +151,23 @@ class Family:
             memory.free()
             encoders = (*cls.encoder_names, *cls.large_encoder_names)
             given |= {name: None for name in encoders if name in index}
-        given |= cls.replaced(path, half, options)
         family = cls(DiffusionPipeline.from_pretrained(path, **given), resolution)
         family.known = known
         return family
+
+    @classmethod
+    def _dtypes(
+        cls, half: torch.dtype, whole: Collection[str], master: torch.dtype
+    ) -> dict[str, torch.dtype]:
+        """The precision of each part that is not in ``half``, as :meth:`from_pretrained` has it."""
+        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
+        moved = {name: master for part in whole for name in names[part]}
+        return moved | {"vae": autoencoder_dtype(half)}
+
+    @classmethod
+    def computes_in(cls, half: torch.dtype | None) -> bool:
+        """Whether the base can compute in a precision; None is float32."""
+        return half in (None, torch.float32, *cls.halves)
 
     @classmethod
     def quantized_names(cls) -> tuple[str, ...]:
@@ -192,8 +219,7 @@ class Family:
         import transformers
 
         index = diffusers.DiffusionPipeline.load_config(path, **options)
-        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
-        masters = {name for part in whole for name in names[part]}
+        dtypes = cls._dtypes(half, whole, master)
         parts: dict[str, Any] = dict(cls.options)
         for name, (library, class_name) in _named_parts(index):
             if name in parts or class_name is None:
@@ -210,17 +236,12 @@ class Family:
                 given = kind.config_class.from_pretrained(path, subfolder=name, **options)
                 make = kind
             with torch.device("meta"):
-                parts[name] = make(given).to(master if name in masters else half)
+                parts[name] = make(given).to(dtypes.get(name, half))
             # Some layers overflow in float16: transformers keeps them whole.
             for module_name, module in parts[name].named_modules():
                 if module_name.rpartition(".")[2] in _kept_whole(kind, half):
                     module.to(torch.float32)
         return cls(getattr(diffusers, index["_class_name"])(**parts), resolution)
-
-    @classmethod
-    def replaced(cls, path: str, half: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
-        """Parts of the pipeline, by name, that others stand in for at this precision."""
-        return {}
 
     @classmethod
     def outline(cls, path: str, **options: Any) -> Outline:
@@ -260,7 +281,8 @@ class Family:
     def encode_images(self, pixels: torch.Tensor) -> Posterior:
         """Pixels [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser expects them."""
         vae = self.pipeline.vae
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        with torch.autocast(vae.device.type, enabled=False):
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
@@ -314,13 +336,20 @@ def rows(cond: Cond, index: list[int]) -> Cond:
 
 
 class Known:
-    """Prompts that were encoded once, looked up from then on."""
+    """Prompts that were encoded once, looked up from then on.
+
+    Raises :class:`NonFinite` where the text encoders give NaN or infinity.
+    """
 
     def __init__(self, family: Family, prompts: Collection[str]):
         distinct = sorted(set(prompts))
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
         with torch.no_grad():
             self.cond = family.cond_of(distinct)
+        for value in self.cond.values():
+            if not value.isfinite().all():
+                gave = "conditioning that is not finite"
+                raise NonFinite.of("a text encoder", family.name, gave, value.dtype)
 
     def __call__(self, prompts: list[str]) -> Cond:
         """What the denoiser is told of each prompt. Raises KeyError for one that is not known."""

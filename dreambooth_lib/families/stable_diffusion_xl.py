@@ -1,14 +1,11 @@
 """Stable Diffusion XL: two text encoders, and the picture's size told to the denoiser."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from dreambooth_lib.families.base import DTYPE, Cond, Family
+from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.noise import DiscreteNoise
-
-#: SDXL's own autoencoder gives NaN in float16; these weights draw the same and do not.
-HALF_VAE = "madebyollin/sdxl-vae-fp16-fix"
 
 
 class StableDiffusionXL(Family):
@@ -20,21 +17,6 @@ class StableDiffusionXL(Family):
         "hidden": "prompt_embeds",
         "pooled": "pooled_prompt_embeds",
     }
-
-    @classmethod
-    def replaced(cls, path: str, half: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
-        from diffusers import AutoencoderKL
-
-        config = AutoencoderKL.load_config(path, subfolder="vae", **options)
-        if half is not torch.float16 or not config.get("force_upcast"):
-            return {}
-        try:
-            return {"vae": AutoencoderKL.from_pretrained(HALF_VAE, **{DTYPE: half})}
-        except OSError as error:
-            raise ValueError(
-                f"'{path}' needs another autoencoder in float16, and '{HALF_VAE}' cannot be had "
-                "from the Hub; check the network, or set mixed_precision to 'no' or 'bf16'."
-            ) from error
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

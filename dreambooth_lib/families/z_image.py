@@ -1,6 +1,6 @@
 """Z-Image: one transformer over picture and text, prompts of their own lengths."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,6 +13,7 @@ LENGTH = 32  #: tokens of a short prompt in the chat's form
 class ZImage(Family):
     """Adapter of a ``ZImagePipeline`` (arXiv 2511.22699)."""
 
+    halves: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)  # float16 it overflows: NaN
     encoder_names = ()
     large_encoder_names = ("text_encoder",)
     feed_forward_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
