@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("run", type=Path)
     sample.add_argument("prompts", nargs="+", help="{} stands for the identifier")
     sample.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    sample.add_argument("--steps", type=int, help="of denoising; the base's own if left out")
+    sample.add_argument("--guidance-scale", type=float, help="the run's if left out")
     sample.add_argument("--out", type=Path, help="a folder; RUN/samples if left out")
     evaluate = commands.add_parser(
         "evaluate", help="the paper's evaluation: a data set's subjects, base against tuned runs"
@@ -69,8 +71,9 @@ def run_evaluate(given: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from dreambooth_lib import demo, dreambench, evaluation, pages, tables
-    from dreambooth_lib.config import Subject, base_defaults
+    from dreambooth_lib.config import Subject
     from dreambooth_lib.encoders import Encoder
+    from dreambooth_lib.sampling import inference_of
     from dreambooth_lib.state import replace_file, save_png
 
     state = PartialState()
@@ -79,8 +82,10 @@ def run_evaluate(given: argparse.Namespace) -> None:
         with state.main_process_first():
             dreambench.download(given.dataset)
     benchmark = dreambench.load_benchmark(given.dataset or demo.BUNDLED_SUBJECTS)
-    scale = base_defaults(given.base)["guidance_scale"]
-    protocol = dreambench.Protocol(pictures=given.pictures, guidance_scale=scale)
+    own = inference_of(given.base)
+    protocol = dreambench.Protocol(
+        pictures=given.pictures, steps=own.enough, guidance_scale=own.guidance_scale
+    )
 
     def config(subject: Subject) -> TrainConfig:
         return TrainConfig(
@@ -154,13 +159,14 @@ def run_train(config: Path, out: Path | None) -> None:
     run_training(runs.resume(folder))
 
 
-def run_sample(run: Path, prompts: list[str], seeds: list[int], out: Path | None) -> None:
+def run_sample(given: argparse.Namespace) -> None:
     from dreambooth_lib.sampling import sample
 
-    folder = out or run / "samples"
+    folder, wanted = given.out or given.run / "samples", (given.prompts, given.seeds)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, made in enumerate(sample(runs.resume(run), prompts, seeds)):
-        path = folder / f"{number // len(seeds):02d}-seed{made.seed}.png"
+    drawing = {"steps": given.steps, "guidance_scale": given.guidance_scale}
+    for number, made in enumerate(sample(runs.resume(given.run), *wanted, **drawing)):
+        path = folder / f"{number // len(given.seeds):02d}-seed{made.seed}.png"
         made.image.save(path)
         print(path)
 
@@ -191,7 +197,7 @@ def main() -> None:
         elif given.command == "resume":
             run_training(runs.resume(given.run))
         else:
-            run_sample(given.run, given.prompts, given.seeds, given.out)
+            run_sample(given)
     except ValueError as error:  # what the user can mend is a ValueError with one sentence
         raise SystemExit(f"error: {error}") from error
 

@@ -46,8 +46,8 @@ class Protocol:
 
     pictures: int = 4  #: of each prompt, seeds 0, 1, ...
     class_pictures: int = 24  #: of the class prompt, seeds from CLASS_SEED on
-    steps: int = 25
-    guidance_scale: float = 5.0
+    steps: int | None = None  #: None: as many as finish the base's pictures
+    guidance_scale: float | None = None  #: None: the base's own
     negative_prompt: str = ""
     batch_size: int = 8
 
@@ -248,8 +248,13 @@ def draw_all(
                 (subject.class_prompt if p.prompt is None else prompts[p.prompt], p.seed)
                 for p in part
             ]
+            own, scale = family.inference, wanted.guidance_scale
             images = draw(
-                family, asked, wanted.steps, wanted.guidance_scale, wanted.negative_prompt
+                family,
+                asked,
+                wanted.steps or own.enough,
+                own.guidance_scale if scale is None else scale,
+                wanted.negative_prompt,
             )
             for picture, image in zip(part, images, strict=True):
                 save_png(image, out / picture.path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
     """Everything that a class picture depends on, besides its number."""
-    scheduler = family.pipeline.scheduler
+    scheduler, (steps, guidance_scale) = family.pipeline.scheduler, _drawing(config, family)
     quantized = {"quantize": config.quantize} if config.quantize else {}
     return quantized | {
         "base": config.base,
@@ -28,8 +28,8 @@ def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
         "prompt": config.subject.class_prompt,
         "sampler": type(scheduler).__name__,
         "sampler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-        "inference_steps": config.prior_inference_steps,
-        "guidance_scale": config.prior_guidance_scale,
+        "inference_steps": steps,
+        "guidance_scale": guidance_scale,
         "resolution": family.resolution,
         "seeds": f"{config.seed} + picture number",
     }
@@ -58,7 +58,7 @@ def class_pictures(
     for start in range(0, len(missing), batch):
         numbers = missing[start : start + batch]
         wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
-        images = draw(family, wanted, config.prior_inference_steps, config.prior_guidance_scale)
+        images = draw(family, wanted, *_drawing(config, family))
         for number, image in zip(numbers, images, strict=True):
             save_png(image, paths[number])
             yield paths[number]
@@ -71,6 +71,12 @@ def _drawn(path: Path) -> bool:
         return False
     with Image.open(path) as image:
         return image.getbbox() is not None  # None where all is black
+
+
+def _drawing(config: TrainConfig, family: "Family") -> tuple[int, float]:
+    """Steps and guidance scale of class pictures: the config's, or else the base's own."""
+    steps, scale, own = config.prior_inference_steps, config.prior_guidance_scale, family.inference
+    return steps or own.enough, own.guidance_scale if scale is None else scale
 
 
 def set_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.config import DRAWING, TrainConfig
 
 #: What a run is of: with another, its checkpoints would not fit or mean something else.
 _FIXED = ("subject", "others", "base", "revision", "variant", "train_text_encoder", "method",
@@ -120,15 +120,16 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
 def begin(config: TrainConfig, folder: str | Path) -> Run:
     """Start a run, or go on with the one in the folder, from now on with this config.
 
-    Raises :class:`RunError` where that run is of another subject or trains other weights, where it
-    has come further than ``config.steps``, and where it has finished and more than its steps and
-    its early stop is to be changed: its config would no longer say how it was trained.
+    How pictures are drawn stays as it was where the config leaves that to the base. Raises
+    :class:`RunError` where that run is of another subject or trains other weights, where it has
+    come further than ``config.steps``, and where it has finished and more than its steps and its
+    early stop is to be changed: its config would no longer say how it was trained.
     """
     if not (Path(folder) / "config.toml").exists():
         return start(config, folder)
     if why := refusal(config, folder):
         raise RunError(why)
-    news = vars(with_whole_paths(config))
+    news = vars(_drawn_as(resume(folder), with_whole_paths(config)))
     return resume(folder, **{field.name: news[field.name] for field in dataclasses.fields(config)})
 
 
@@ -137,7 +138,7 @@ def refusal(config: TrainConfig, folder: str | Path) -> str | None:
     if not (Path(folder) / "config.toml").exists():
         return None
     begun = resume(folder)
-    olds, news = vars(begun.config), vars(with_whole_paths(config))
+    olds, news = vars(begun.config), vars(_drawn_as(begun, with_whole_paths(config)))
     for field in [name for name in olds if olds[name] != news[name]]:
         if field in _FIXED:
             return (
@@ -156,6 +157,12 @@ def refusal(config: TrainConfig, folder: str | Path) -> str | None:
             "on with it, or begin a new run."
         )
     return None
+
+
+def _drawn_as(begun: Run, config: TrainConfig) -> TrainConfig:
+    """The config, with a run's settings for drawing where it leaves them to the base."""
+    left = [name for name in DRAWING if getattr(config, name) is None]
+    return config.replace(**{name: getattr(begun.config, name) for name in left})
 
 
 def with_whole_paths(config: TrainConfig) -> TrainConfig:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import families
-from dreambooth_lib.config import Subject, TrainConfig, base_defaults
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.families.precision import NonFinite
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.weights import base_of, restored
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dreambooth_lib.families.base import Family
+    from dreambooth_lib.families.inference import Inference
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def sample(
     seeds: list[int],
     *,
     at: int | None = None,
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
     batch_size: int | None = None,
@@ -54,15 +55,15 @@ def sample(
 
     ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a
     base as in ``TrainConfig.base``. Each picture's noise comes from its seed alone, whatever the
-    batch size; the same seed is the same noise in base and tuned model. Without a
-    ``guidance_scale`` it is the run's or the base's, as ``TrainConfig.guidance_scale`` says. Raises
-    :class:`RunError` for a run that has not finished.
+    batch size; the same seed is the same noise in base and tuned model. ``steps`` and
+    ``guidance_scale`` left out are those of :func:`inference_of`. Raises :class:`RunError` for a
+    run that has not finished.
     """
     subject = source.config.subject if isinstance(source, Run) else None
-    if guidance_scale is None:
-        of_base = base_defaults(source if isinstance(source, str) else "")["guidance_scale"]
-        guidance_scale = source.config.guidance_scale if isinstance(source, Run) else of_base
     family = load_source(source, at)
+    own = inference_of(source)
+    steps = own.steps if steps is None else steps
+    guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or alone(family)
     wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []
@@ -71,6 +72,28 @@ def sample(
         images = draw(family, part, steps, guidance_scale, negative_prompt)
         samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
     return samples
+
+
+def inference_of(source: "Run | Family | TrainConfig | str") -> "Inference":
+    """Steps and guidance that a source is drawn with: its config's, or else its base's own.
+
+    Raises ``BaseError`` for a base that is not there.
+    """
+    if not isinstance(source, Run | TrainConfig | str):
+        return source.inference
+    if isinstance(source, str):
+        return families.inference(source)
+    config = source.config if isinstance(source, Run) else source
+    if isinstance(source, Run) and source.finished:
+        own = families.inference(str(source.folder))  # its base may be gone
+    else:
+        own = families.inference(config.base, config.revision)
+    scale, steps = config.guidance_scale, config.validation_inference_steps
+    return replace(
+        own,
+        guidance_scale=own.guidance_scale if scale is None else scale,
+        validation=own.validation if steps is None else steps,
+    )
 
 
 def alone(family: "Family") -> int:

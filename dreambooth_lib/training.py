@@ -24,6 +24,7 @@ from dreambooth_lib.config import LOW, TrainConfig
 from dreambooth_lib.data import alternating, hold_out
 from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.inference import warning
 from dreambooth_lib.families.precision import save
 from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
@@ -102,6 +103,7 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     """
     trainer = Trainer(run, objective)
     try:
+        trainer.warn()
         trainer.look()
         while not trainer.finished():
             step = trainer.update()
@@ -323,6 +325,13 @@ class Trainer:
                 found = self.watch.look(self.step, self.updater.trainable, self.family)
         self.accelerator.wait_for_everyone()
         return found
+
+    def warn(self) -> None:
+        """Print what a person should know of the base before its training begins."""
+        family = self.family
+        sentence = warning(self.config.base, family.inference, family.undistilled)
+        if sentence is not None and self.step == 0:
+            self.accelerator.print(sentence)
 
     def finished(self) -> bool:
         """Whether the last step is made, or no better one is to be expected."""

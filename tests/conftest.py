@@ -168,6 +168,7 @@ def make_config() -> Callable[..., TrainConfig]:
             "batch_size": 2,
             "class_pictures": 4,
             "prior_inference_steps": 2,
+            "validation_inference_steps": 2,
             "learning_rate": 1e-3,
             "watch_every": 0,
         }

@@ -57,7 +57,7 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     scope: dict[str, Any] = {}
     code = hub.usage(run, folder).splitlines()
     exec("\n".join(code[:-1]), scope)
-    assert "a ohwx dog on the beach" in code[-1] and len(code) == 3
+    assert "a ohwx dog on the beach" in code[-1] and len(code) == 6
     assert denoiser(scope["pipeline"]).keys() == expected.keys()
 
 

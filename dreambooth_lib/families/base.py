@@ -1,11 +1,12 @@
 """What the training loop needs to know of a model family, and no more.
 
-An adapter is a subclass of :class:`Family`; seven things differ between families and are its own:
-the names of the pipeline's parts, the resolution, the noise, prompts, latents, the denoiser's call
-and what LoRA attaches to. Nothing outside an adapter asks which family it has.
+An adapter is a subclass of :class:`Family`; eight things differ between families and are its own:
+the names of the pipeline's parts, the resolution, the noise, prompts, latents, the denoiser's call,
+what LoRA attaches to, and in how many steps and with what guidance its bases draw. Nothing outside
+an adapter asks which family it has.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from packaging.version import Version
 
 from dreambooth_lib import memory
+from dreambooth_lib.families.inference import Inference, few_by_name
 from dreambooth_lib.families.precision import (
     NonFinite,
     autoencoder_dtype,
@@ -74,6 +76,12 @@ class Family:
     #: Ends of the names of the denoiser's layers that LoRA may adapt.
     attention_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     feed_forward_layers: ClassVar[tuple[str, ...]] = ("ff.net.0.proj", "ff.net.2")
+    #: Steps and guidance of a base of which nothing more is known.
+    usual: ClassVar[Inference] = Inference(steps=50, guidance_scale=5.0, enough=28, validation=28)
+    #: The base to train in place of a distilled one.
+    undistilled: ClassVar[str] = ""
+    #: The precision that its bases' cards draw in on a GPU, by torch's name.
+    card_dtype: ClassVar[str] = "bfloat16"
     #: What the pipeline's ``from_pretrained`` is given besides.
     options: ClassVar[dict[str, Any]] = {}
     #: What the pipeline's call names the tensors that ``encode_prompts`` gives.
@@ -90,6 +98,7 @@ class Family:
         self.frozen = self._parts(("vae", *self.large_encoder_names))
         #: The prompts that are known, if the text encoders were let go of.
         self.known: Known | None = None
+        self.inference = self.usual  #: what its base is drawn with
         #: Pixels a side that it is worked with at; the base's own if none is asked for.
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
@@ -257,6 +266,13 @@ class Family:
             path, subfolder="tokenizer", **options
         )
         return Outline(cls.native_resolution(denoiser, vae), tokenizer)
+
+    @classmethod
+    def inference_for(
+        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
+    ) -> Inference:
+        """Steps and guidance of a base, by its names and the configs of these two parts."""
+        return few_by_name(names) or cls.usual
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:

@@ -1,10 +1,12 @@
 """Stable Diffusion XL: two text encoders, and the picture's size told to the denoiser."""
 
-from typing import ClassVar
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.families.inference import Inference, few_by_name, few_by_scheduler
 from dreambooth_lib.noise import DiscreteNoise
 
 
@@ -13,10 +15,20 @@ class StableDiffusionXL(Family):
 
     denoiser_name = "unet"
     encoder_names = ("text_encoder", "text_encoder_2")
+    #: The pipeline's own; half of its steps are enough, as in diffusers' scripts for DreamBooth.
+    usual = Inference(steps=50, guidance_scale=5.0, enough=25, validation=25)
+    undistilled = "stabilityai/stable-diffusion-xl-base-1.0"
+    card_dtype = "float16"
     call_names: ClassVar[dict[str, str]] = {
         "hidden": "prompt_embeds",
         "pooled": "pooled_prompt_embeds",
     }
+
+    @classmethod
+    def inference_for(
+        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
+    ) -> Inference:
+        return few_by_scheduler(scheduler, denoiser) or few_by_name(names) or cls.usual
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)
