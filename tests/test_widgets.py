@@ -24,7 +24,7 @@ from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.widgets import side_by_side
 from dreambooth_lib.widgets.settings import python_of
-from dreambooth_lib.widgets.subject import uploaded
+from dreambooth_lib.widgets.upload import uploaded
 
 Make = Callable[..., TrainConfig]
 

@@ -2,15 +2,14 @@
 
 import html
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
 
 from dreambooth_lib import choice, families
-from dreambooth_lib.config import Subject, TrainConfig, base_defaults
+from dreambooth_lib.config import ConfigError, Subject, TrainConfig, base_defaults
 from dreambooth_lib.pace import Pace, measure
-from dreambooth_lib.widgets.parts import View, control, hinted
+from dreambooth_lib.widgets.parts import View, control, from_here, hinted
 from dreambooth_lib.widgets.side_by_side import release
 from dreambooth_lib.widgets.subject import SubjectPanel
 
@@ -73,6 +72,18 @@ class SettingsPanel(View):
             said |= {"method": "lora", "quantize": given.quantize or "nf4"}
         return given.replace(**said)
 
+    def check(self, subject: SubjectPanel | None = None) -> None:
+        """Raise the first error that stands; with the panel that is shown, if they have another's.
+
+        That is a ``ConfigError``: what the sliders say is not for the pictures that are shown.
+        """
+        super().check()
+        if subject is not None and subject is not self._given:
+            raise ConfigError(
+                "the settings of step 3 are not for the pictures that step 2 shows; run the cell "
+                "of step 3 again."
+            )
+
     def _show(self) -> None:
         config = self.config
         code = html.escape(python_of(config, HINTS))
@@ -111,10 +122,8 @@ def python_of(config: TrainConfig, always: Any = ()) -> str:
     """
     subject, plain = config.subject, TrainConfig(config.subject, config.base)
     words = _differing(subject, Subject(subject.pictures, subject.class_noun), ("class_noun",))
-    here = Path.cwd()  # what lies below it is named from there
-    source = Path(subject.pictures)
-    pictures = str(source.relative_to(here) if source.is_relative_to(here) else source)
-    lines = [f"    subject=db.Subject({', '.join([repr(pictures), *words])}),",
+    pictures = repr(from_here(subject.pictures))
+    lines = [f"    subject=db.Subject({', '.join([pictures, *words])}),",
              f"    base={config.base!r},"]  # fmt: skip
     lines += [f"    {text}," for text in _differing(config, plain, always)]
     return "\n".join(["config = db.TrainConfig(", *lines, ")"])
