@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from dreambooth_lib import families
-from tools import architectures, bench_gpu
+from dreambooth_lib import families, runs
+from dreambooth_lib.training import Trainer
+from tools import architectures, bench_gpu, check_gpu, gpu_measure
 from tools.bench_gpu import Bench
 from tools.gpu_table import GIB, LINES, Line
 
@@ -49,8 +51,9 @@ def scripts(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_gpu, "ROUNDS", 2)
-    monkeypatch.setattr(bench_gpu, "WARMUP", 1)
+    monkeypatch.setattr(gpu_measure, "ROUNDS", 2)
+    monkeypatch.setattr(gpu_measure, "WARMUP", 1)
+    monkeypatch.setattr(gpu_measure, "PROFILED", 1)
 
 
 def rehearse(bench: Bench) -> dict[str, dict[str, Any]]:
@@ -62,7 +65,7 @@ def rehearse(bench: Bench) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_all_lines_make_a_table_with_every_cell(tmp_path: Path, scripts: Path) -> None:
-    bench = Bench(tmp_path / "work", tiny=True, scripts=scripts)
+    bench = Bench(tmp_path / "work", tiny=True, scripts=scripts, checked=[])
     found = rehearse(bench)
     table = (tmp_path / "work" / "table.md").read_text()
     assert "not yet" not in table and "failed" not in table
@@ -71,7 +74,9 @@ def test_all_lines_make_a_table_with_every_cell(tmp_path: Path, scripts: Path) -
         line = LINES[name]
         assert row["errors"] == {} and row["met"] in (True, False)
         assert row["pace"] > 0 and row["peak"] > 0
-        assert (row["predicted"] is None) == line.draws
+        assert (row["predicted"] is None) == line.draws and row["ram"] > 0
+        for part in ("floor", "busy", "floor_busy"):
+            assert line.draws if row[part] is None else row[part] > 0
         assert (row["reference_pace"] is None) == (line.script is None)
     assert found["sd15-unet"]["reference_pace"] == pytest.approx(0.003, rel=1)
     assert not list((tmp_path / "work" / "bases").iterdir())  # they are large
@@ -81,35 +86,36 @@ def test_a_failing_line_is_told_the_rest_goes_on_and_what_is_done_is_not_done_ag
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["flux-qlora", "sd35-lora"]
-    bench = Bench(tmp_path, tiny=True, asked=asked)
+    bench = Bench(tmp_path, tiny=True, asked=asked, checked=[])
     measure = bench_gpu.measure
 
-    def fails(line: Line, *rest: Any) -> dict[str, float]:
+    def fails(line: Line, *rest: Any) -> Iterator[dict[str, float]]:
         if line.base == "flux":
             raise MemoryError("no room")
-        return measure(line, *rest)
+        yield from measure(line, *rest)
 
     monkeypatch.setattr(bench_gpu, "measure", fails)
     found = rehearse(bench)
     assert found["flux-qlora"]["errors"] == {"kit": "MemoryError: no room"}
     assert found["sd35-lora"]["pace"] > 0
     assert "- flux-qlora, kit: MemoryError: no room" in (tmp_path / "table.md").read_text()
-    monkeypatch.setattr(bench_gpu, "measure", lambda *_: {"seconds": 7.0, "peak": 2**30})
+    monkeypatch.setattr(bench_gpu, "measure", lambda *_: iter([{"seconds": 7.0, "peak": 2**30}]))
     again = rehearse(bench)
     assert again["flux-qlora"]["pace"] == 7.0 and again["flux-qlora"]["errors"] == {}
     assert again["sd35-lora"] == found["sd35-lora"]
 
 
 def test_nothing_begins_once_the_time_is_up(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, tiny=True, asked=["flux-qlora"])
-    bench.run(until=time.monotonic())
+    bench = Bench(tmp_path, tiny=True, asked=["flux-qlora"], until=time.monotonic())
+    bench.run()
+    assert not list((tmp_path / "checks").glob("*"))
     assert not list((tmp_path / "results").iterdir())
     assert "not yet" in (tmp_path / "table.md").read_text()
 
 
 def test_a_script_that_fails_leaves_its_last_words(tmp_path: Path, scripts: Path) -> None:
     (scripts / "train_dreambooth_lora_sd3.py").write_text("raise ImportError('no such thing')")
-    bench = Bench(tmp_path / "work", tiny=True, scripts=scripts, asked=["sd35-lora"])
+    bench = Bench(tmp_path / "work", tiny=True, scripts=scripts, asked=["sd35-lora"], checked=[])
     bench.run()
     assert "no such thing" in bench.result("sd35-lora", "reference")["error"]
     assert "no such thing" in (bench.work / "results" / "sd35-lora.reference.log").read_text()
@@ -117,10 +123,128 @@ def test_a_script_that_fails_leaves_its_last_words(tmp_path: Path, scripts: Path
 
 
 def test_what_takes_too_long_is_told(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, limit=0.01, asked=["sd35-lora"])
+    bench = Bench(tmp_path, limit=0.01, asked=["sd35-lora"], checked=[])
     bench.run()
     told = bench.result("sd35-lora", "kit")["error"]
     assert told == "RuntimeError: it took longer than 0 s"
+
+
+def test_what_is_worth_most_is_measured_first(tmp_path: Path, scripts: Path) -> None:
+    order = Bench(tmp_path, scripts=scripts).to_do()
+    assert order[:6] == [
+        ("sd15-unet", "kit"), ("sd15-unet", "reference"), ("sd15-unet-low", "kit"),
+        ("sd15-class-pictures", "kit"), ("sd15-class-pictures", "reference"),
+        ("sd15-text-low", "kit"),
+    ]  # fmt: skip
+    assert [name for name, side in order[6:] if side == "kit"] == list(LINES)[4:]
+    assert {side for _, side in order[10:]} == {"reference"} and len(order) == 14
+
+
+def test_a_cut_call_is_gone_on_with_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, done = ["sd15-unet", "sd15-unet-low", "sd35-lora"], []
+
+    def measured(line: Line, *_: Any) -> Iterator[dict[str, float]]:
+        done.append(line.title)
+        yield {"seconds": 1.0, "peak": 2**30}
+        bench.until = time.monotonic() if len(done) == 2 else bench.until
+
+    monkeypatch.setattr(bench_gpu, "measure", measured)
+    bench = Bench(tmp_path, tiny=True, asked=asked, checked=[])
+    bench.run()
+    assert done == [LINES[name].title for name in asked[:2]]
+    assert (tmp_path / "table.md").read_text().count("1.000 s/step") == 2
+    bench = Bench(tmp_path, tiny=True, asked=asked, checked=[])
+    bench.run()
+    assert done == [LINES[name].title for name in asked]
+
+
+def test_what_goes_on_when_the_time_is_up_is_cut_and_done_by_the_next_call(
+    tmp_path: Path, scripts: Path
+) -> None:
+    asked = ["sd35-lora"]
+    bench = Bench(tmp_path / "work", tiny=True, scripts=scripts, asked=asked, checked=[])
+    (bench.work / "results").mkdir(parents=True)
+    bench.until = time.monotonic() + 0.2
+    bench.tried("sd35-lora", "reference")
+    assert "the time was up" in bench.result("sd35-lora", "reference")["error"]
+    assert ("sd35-lora", "reference") in bench.to_do()
+
+
+def test_what_was_measured_before_a_failure_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("the profiler does not start")
+
+    monkeypatch.setattr(gpu_measure, "busy", fails)
+    found = rehearse(Bench(tmp_path, tiny=True, asked=["sd35-lora"], checked=[]))["sd35-lora"]
+    assert found["pace"] > 0 and found["peak"] > 0 and found["floor"] is None
+    assert found["errors"] == {"kit": "RuntimeError: the profiler does not start"}
+
+
+def test_the_floor_moves_no_weight(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, tiny=True)
+    bench_gpu.save_photos(tmp_path, 64)
+    line = LINES["sd15-unet-low"]  # whose weights move in the backward pass
+    trainer = Trainer(
+        runs.start(line.config(bench.base(line.base), tmp_path, True), tmp_path / "run")
+    )
+    before = {name: weight.clone() for name, weight in trainer.updater.trainable.state().items()}
+    gpu_measure.passes_of(trainer)()
+    after = trainer.updater.trainable.state()
+    assert all(weight.equal(after[name]) for name, weight in before.items())
+
+
+def test_it_needs_no_package_that_only_draws_emoji(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['resvg_py'] = None\n"
+        "from tools import architectures, bench_gpu\n"
+        "from pathlib import Path\n"
+        "architectures.save(architectures.ALL['sd15'], Path(sys.argv[1]), tiny=True)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "base")], check=True)
+    assert (tmp_path / "base" / "model_index.json").exists()
+
+
+def test_without_a_gpu_it_says_what_needs_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--work", str(tmp_path)])
+    assert "there is no NVIDIA GPU here to measure; --predict and" in capsys.readouterr().err
+
+
+def test_a_way_is_trained_interrupted_resumed_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_gpu, "STEPS", 8)
+    monkeypatch.setattr(check_gpu, "STOP", 5)
+    told = check_gpu.check("LoRA, fp16", tmp_path / "way", tiny=True)
+    assert told.startswith("loss ") and told.endswith(" ms a step")
+
+
+def test_ways_that_fail_are_told_and_tried_again_and_those_that_are_ok_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = tmp_path / "python"
+    fails.write_text(
+        "#!/bin/sh\necho $* >> " + str(tmp_path / "calls") + "\necho no such thing\nexit 1"
+    )
+    fails.chmod(0o755)
+    monkeypatch.setattr(check_gpu.sys, "executable", str(fails))
+    names, work = ["whole, fp16", "LoRA, fp16", "DoRA, bf16"], tmp_path / "checks"
+    work.mkdir()
+    check_gpu.note(work, "LoRA, fp16", True, "loss 1 to 0.5, 3 ms a step")
+    check_gpu.run(work, names)
+    check_gpu.run(work, names, until=time.monotonic())
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+    assert capsys.readouterr().out.count("failed: ") == 2
+    told = check_gpu.markdown(work)
+    assert "- failed: whole, fp16: no such thing" in told
+    assert "- ok: LoRA, fp16: loss 1 to 0.5, 3 ms a step" in told
+    assert "- not checked yet: whole, as it comes;" in told
 
 
 def test_the_command_predicts_without_a_gpu(tmp_path: Path) -> None:

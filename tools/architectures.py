@@ -346,11 +346,15 @@ def parameters(part: Part) -> int:
     return sum(parameter.numel() for parameter in on_meta(part).parameters())
 
 
-def save(made: Architecture, folder: Path, *, tiny: bool = False, weights: bool = True) -> None:
+def save(
+    made: Architecture, folder: Path, *, tiny: bool = False, weights: bool = True,
+    zeros: bool = False,
+) -> None:  # fmt: skip
     """Write a pipeline's folder in diffusers' layout, of configs alone without ``weights``.
 
     Weights are made and written a file at a time, on the GPU if there is one: of Flux.1 no more
-    than 4 GB are ever in memory.
+    than 4 GB are ever in memory. With ``zeros`` they are that, in files with holes, which take no
+    room on the disk.
     """
     index: dict[str, Any] = {"_class_name": made.kind, "_diffusers_version": diffusers.__version__}
     for name, part in made.models.items():
@@ -362,7 +366,7 @@ def save(made: Architecture, folder: Path, *, tiny: bool = False, weights: bool 
             model.config.architectures = [part.kind]
             model.config.save_pretrained(folder / name)
         if weights:
-            _write_weights(model, folder / name, part.weights, made.dtype)
+            _write_weights(model, folder / name, part.weights, made.dtype, zeros)
     for name, kind in made.tokenizers.items():
         tokenizer = _TOKENIZERS[kind](folder / name)
         index[name] = ["transformers", type(tokenizer).__name__]
@@ -392,20 +396,39 @@ def _t5_tokenizer(folder: Path) -> Any:
 _TOKENIZERS = {"clip": _clip_tokenizer, "t5": _t5_tokenizer}
 
 
-def _write_weights(model: torch.nn.Module, folder: Path, stem: str, dtype: torch.dtype) -> None:
-    """Random weights, in one file or in shards with the index that goes with them."""
+def _write_weights(
+    model: torch.nn.Module, folder: Path, stem: str, dtype: torch.dtype, zeros: bool
+) -> None:
+    """Weights in one file or in shards with the index that goes with them."""
     shards = list(_shards(_shapes(model), dtype.itemsize))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     where: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else stem
-        made = {name: _random(name, shape, device, dtype) for name, shape in shapes.items()}
-        save_file(made, folder / f"{file}.safetensors", {"format": "pt"})
+        if zeros:
+            _write_zeros(shapes, dtype, folder / f"{file}.safetensors")
+        else:
+            made = {name: _random(name, shape, device, dtype) for name, shape in shapes.items()}
+            save_file(made, folder / f"{file}.safetensors", {"format": "pt"})
         where |= dict.fromkeys(shapes, f"{file}.safetensors")
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": where}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_zeros(shapes: dict[str, torch.Size], dtype: torch.dtype, file: Path) -> None:
+    """A safetensors file of zeros: the length of its header, the header, and a hole."""
+    kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:

@@ -86,6 +86,17 @@ BASES = list(dict.fromkeys(line.base for line in LINES.values()))
 SIDES = ("kit", "reference", "predicted")
 
 
+def rank(name: str, side: str) -> int:
+    """When a side of a line is measured: 0 for SD 1.5's with what its targets ask, then 1, 2.
+
+    That is the kit's side of the other bases, and at last the reference of what compares nothing.
+    """
+    line = LINES[name]
+    if side == "kit" or line.target[0] != "GiB":
+        return 0 if line.base == "sd15" else 1
+    return 2
+
+
 def row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One line's figures, of its results by side."""
     line, kit, other = LINES[name], found["kit"], found["reference"]
@@ -104,6 +115,10 @@ def row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "measured_of_predicted": off,
         "close": off and abs(off - 1) <= CLOSE,
         "pace": kit.get(quantity),
+        "busy": kit.get("busy"),
+        "floor": kit.get("floor"),
+        "floor_busy": kit.get("floor_busy"),
+        "ram": kit.get("ram"),
         "reference_pace": other.get(quantity),
         "pace_of_reference": compared,
         "reference_peak": other.get("peak"),
@@ -129,8 +144,8 @@ def _met(line: Line, measured: float) -> bool:
 
 
 _HEAD = ("line", "target", "met", "peak GiB", "of it before training", "predicted GiB",
-         "measured / predicted", "pace", "reference's pace", "pace / reference's",
-         "reference's peak GiB")  # fmt: skip
+         "measured / predicted", "pace", "of it the GPU is busy", "floor", "of it busy",
+         "reference's pace", "pace / reference's", "reference's peak GiB", "RAM GiB")  # fmt: skip
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -164,9 +179,11 @@ def _row(one: dict[str, Any]) -> list[str]:
         gib("predicted", "predicted", trains),
         cell(one["measured_of_predicted"], "{:.2f}", "kit", trains),
         cell(one["pace"], unit, "kit"),
+        *(cell(one[part], unit, "kit", trains) for part in ("busy", "floor", "floor_busy")),
         cell(one["reference_pace"], unit, "reference", compared),
         cell(one["pace_of_reference"], "{:.2f}", "reference", compared),
         gib("reference_peak", "reference", compared),
+        gib("ram", "kit"),
     ]
 
 

@@ -11,7 +11,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import resvg_py
 from PIL import Image
 
 #: Drawing sets the base is trained on -> (package version, credit, licence).
@@ -75,6 +74,8 @@ def svg(path: Path, name: str) -> str | None:
 
 def render(svg_text: str, size: int) -> Image.Image:
     """RGBA of the drawing's own extent, its longer side ``size`` pixels."""
+    import resvg_py  # here, as the world's words are read where nothing is drawn
+
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg_text, width=2 * size, height=2 * size))
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     box = picture.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()

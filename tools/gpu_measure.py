@@ -1,0 +1,191 @@
+"""One measurement of the benchmark on a GPU, in a process that does nothing else.
+
+Seconds are medians with the GPU waited for. Beside them stand the seconds that the GPU is busy, by
+the profiler, without what it waits for; and the floor, which is the denoiser's own forward and
+backward pass of the same batch, with the same autocast and checkpointing.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dreambooth_lib.config import TrainConfig
+from tools.gpu_table import Line
+
+ROUNDS, WARMUP, TRIES = 20, 5, 60  # updates timed, made before, and tried at most
+PROFILED = 3  # updates that the profiler follows
+
+
+def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str, float]]:
+    """Pace and peak memory of this kit; then, one after the other, what explains the pace."""
+    if line.draws:
+        from dreambooth_lib.prior import class_pictures
+        from dreambooth_lib.sampling import alone, load_source
+
+        family = load_source(config)
+        times = [time.perf_counter() for _ in class_pictures(config, family, folder)]
+        yield {"pictures_per_second": pace(times, alone(family)), "peak": peak()}
+        return
+    from dreambooth_lib import runs
+    from dreambooth_lib.training import Trainer
+
+    trainer = Trainer(runs.start(config, folder / "run"))
+    before = peak()
+    seconds: list[float] = []
+    for _ in range(TRIES):  # in fp16 the first ones are skipped
+        began = now()
+        if trainer.update() is not None:
+            seconds.append(now() - began)
+        if len(seconds) == WARMUP + ROUNDS:
+            break
+    yield {"seconds": median(seconds[WARMUP:]), "peak": peak(), "before_training": before}
+    yield {"busy": busy(trainer.update)}
+    passes = passes_of(trainer)
+    yield {"floor": median(timed(passes, WARMUP + ROUNDS)[WARMUP:])}
+    yield {"floor_busy": busy(passes)}
+
+
+def passes_of(trainer: Any) -> Callable[[], None]:
+    """The forward and backward pass of a trainer's denoiser alone, on its first batch.
+
+    The gradients are given back and dropped: nothing that waits for them moves a weight.
+    """
+    import torch
+
+    batch = trainer.batches.at(0)
+    moved = [p for p in trainer.family.denoiser.parameters() if p.requires_grad]
+
+    def passes() -> None:
+        with trainer.accelerator.autocast():
+            made = trainer.family.predict(batch.noised.x_t, batch.noised.t, batch.cond)
+            loss = made.float().square().mean()
+        torch.autograd.grad(loss, moved, allow_unused=True)
+
+    return passes
+
+
+def timed(work: Callable[[], Any], times: int) -> list[float]:
+    """Seconds of each call."""
+    seconds = []
+    for _ in range(times):
+        began = now()
+        work()
+        seconds.append(now() - began)
+    return seconds
+
+
+def busy(work: Callable[[], Any]) -> float:
+    """Seconds of a call in which the device computes; on a CPU all of them."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        return median(timed(work, PROFILED))
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        timed(work, PROFILED)
+    spent = [
+        event.self_device_time_total
+        for event in seen.events() or ()
+        if event.device_type is DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return sum(spent) / 1e6 / PROFILED
+
+
+def reference(
+    line: Line, config: TrainConfig, folder: Path, scripts: Path
+) -> Iterator[dict[str, float]]:
+    """The same of diffusers' script, left after as many updates, in a process of its own."""
+    import runpy
+
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    times: list[float] = []
+    updates = 1 if line.draws else WARMUP + ROUNDS + 1
+
+    def leave(*_: Any) -> None:
+        times.append(now())
+        if len(times) == updates:
+            raise SystemExit(0)
+
+    register_optimizer_step_post_hook(leave)
+    drawn = folder / "class"
+    sys.argv = [str(scripts / str(line.script)), *arguments(line, config, folder)]
+    sys.path.insert(0, str(scripts))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as left:
+        if len(times) < updates:
+            raise RuntimeError(f"{line.script} ended ({left}) after {len(times)} updates") from left
+    if line.draws:
+        files = sorted(file.stat().st_mtime for file in drawn.iterdir())
+        yield {"pictures_per_second": pace(files, 4), "peak": peak()}  # it draws 4 at a time
+        return
+    seconds = [later - earlier for earlier, later in pairwise(times)]
+    yield {"seconds": median(seconds[WARMUP:]), "peak": peak()}
+
+
+def arguments(line: Line, config: TrainConfig, folder: Path) -> list[str]:
+    """What diffusers' script is told, to do what the kit does by this config."""
+    subject, own = config.subject, config.class_folder
+    precision = "no" if config.mixed_precision == "auto" else config.mixed_precision
+    return [
+        f"--pretrained_model_name_or_path={config.base}",
+        f"--instance_data_dir={subject.pictures}",
+        f"--class_data_dir={own or folder / 'class'}",
+        f"--num_class_images={len(list(Path(own).iterdir())) if own else config.class_pictures}",
+        "--with_prior_preservation",
+        f"--instance_prompt={subject.instance_prompt}",
+        f"--class_prompt={subject.class_prompt}",
+        f"--output_dir={folder / 'out'}",
+        f"--resolution={config.resolution}",
+        f"--mixed_precision={precision}",
+        f"--learning_rate={config.learning_rate}",
+        "--train_batch_size=1",
+        "--max_train_steps=100000",
+        "--checkpointing_steps=100000",
+        "--lr_warmup_steps=0",
+        "--seed=0",
+        *(["--use_8bit_adam"] if config.optimizer == "adamw8bit" else []),
+        *line.flags,
+    ]
+
+
+def pace(times: Sequence[float], batch: int) -> float:
+    """Pictures a second from the moments at which each was there, the first batch left out."""
+    return (len(times) - batch) / (times[-1] - times[batch - 1])
+
+
+def now() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak() -> int:
+    """Most bytes of GPU memory allocated so far; of a process without a GPU, resident ones."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def predict(line: Line, config: TrainConfig) -> Iterator[dict[str, float]]:
+    """What ``estimate`` says before anything is loaded; of drawing it says nothing."""
+    if line.draws:
+        yield {}
+        return
+    from dreambooth_lib.estimate import estimate
+
+    precision = config.mixed_precision
+    found = estimate(config, "bf16" if precision == "auto" else precision)
+    yield asdict(found) | {"peak": found.memory}
