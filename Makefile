@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 COLAB := .venv-colab
 RUN := $(VENV)/bin/python
+WHEELS := outputs/gpu-wheels
 
-.PHONY: demo test figures bench base lint
+.PHONY: demo test figures bench gpu gpu-wheels ram base lint
 demo: $(VENV)/ready  ## personalise the embedded base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
@@ -19,6 +20,26 @@ figures: $(VENV)/ready  ## every bundled subject, with and without the prior
 
 bench: $(VENV)/ready  ## a step beside the U-Net alone, an evaluation's pace: outputs/bench.json
 	$(RUN) -m tools.bench
+
+# With the machine's own Python and packages, and in a folder beside them those of outputs/gpu-wheels.
+gpu:  ## what training costs on an NVIDIA GPU, and which ways of it work: outputs/gpu/table.md
+	if [ -d $(WHEELS) ] && [ ! -d $(WHEELS)/here ]; then \
+	    $(PYTHON) -m pip install --quiet --no-index --no-deps --target $(WHEELS)/here $(WHEELS)/*.whl; fi
+	PYTHONPATH=$(WHEELS)/here:$(CURDIR) $(PYTHON) -m tools.bench_gpu --work outputs/gpu \
+	    $(if $(REFERENCE),--reference $(REFERENCE))
+
+# For Python 3.12 with CUDA 13; of bitsandbytes only the libraries for that.
+gpu-wheels:  ## what make gpu needs besides torch, transformers, accelerate and peft, to take along
+	rm -rf $(WHEELS)
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(WHEELS) --only-binary=:all: \
+	    --python-version 3.12 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 \
+	    diffusers==0.39.0 bitsandbytes tomli_w
+	cd $(WHEELS) && $(PYTHON) -m zipfile -e bitsandbytes-*.whl parts && cd parts && \
+	    find . -name 'libbitsandbytes_*' ! -name '*_cuda130.so' ! -name '*_cpu.so' -delete && \
+	    $(PYTHON) -m zipfile -c $$(ls -d ../bitsandbytes-*.whl) * && rm -r ../parts
+
+ram: $(VENV)/ready  ## what a run takes of a session's memory: outputs/ram/table.md (30 GB of disk)
+	$(RUN) -m tools.ram
 
 base: $(VENV)/ready  ## make data/toybox anew (hours)
 	$(RUN) -m tools.toybox build
