@@ -327,6 +327,14 @@ class TrainConfig:
         return self.train_text_encoder or self.train_token
 
     @property
+    def steps_in_backward(self) -> bool:
+        """Whether weights are updated within the backward pass, each heap of gradients freed.
+
+        A LoRA's gradients are small: stepping them one by one would only cost time.
+        """
+        return self.memory in LOW and self.method == "full"
+
+    @property
     def draws_class_pictures(self) -> bool:
         """Whether the run needs class pictures that its base must draw."""
         asked = self.prior == "generated" and self.prior_weight > 0

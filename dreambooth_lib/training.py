@@ -25,6 +25,7 @@ from dreambooth_lib.data import alternating, hold_out
 from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import ROWS, HeldOut
+from dreambooth_lib.levels import native_precision, settle
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
@@ -62,9 +63,6 @@ class Step:
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
     watched: Watched | None = None  #: what a look after this update found, where one was due
 
-
-#: How much of the GPU's free memory an estimate may take; the allocator needs some of its own.
-FILLED = 0.9
 
 #: Total, instance and prior loss, the last None without a prior.
 Losses = tuple[float, float, float | None]
@@ -114,32 +112,15 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
         raise
 
 
-def native_precision(mixed_precision: str, device: torch.device) -> str:
-    """What "auto" means on a device: bf16 where it is native, else fp16; "no" on a CPU."""
-    if mixed_precision != "auto":
-        return mixed_precision
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def fitting(config: TrainConfig, precision: str, device: torch.device) -> TrainConfig:
-    """The config with the level of memory that "auto" means on a device."""
-    if config.memory != "auto" or device.type != "cuda":
-        return config
-    from dreambooth_lib.estimate import fitted
-
-    free, _ = torch.cuda.mem_get_info(device)
-    return fitted(config, precision, int(FILLED * free))
-
-
 class Trainer:
     """One process's live objects of a run; :func:`train` drives it."""
 
     def __init__(self, run: Run, objective: Objective = prior_preservation):
         device = PartialState().device
-        precision = native_precision(run.config.mixed_precision, device)
-        config = fitting(run.config, precision, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # an earlier run's
+        config = settle(run, device)
+        precision = native_precision(config.mixed_precision, device)
         self.run, self.config, self.objective, self.step = run, config, objective, 0
         if config.method == "full" and config.memory == "lowest" and precision == "no":
             precision = "bf16"  # what its weights are

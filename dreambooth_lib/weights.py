@@ -135,7 +135,7 @@ def restored(run: Run, step: int, half: torch.dtype = torch.float32) -> Family:
 
 def as_trained(run: Run, step: int) -> Family:
     """As :func:`restored`, to be saved: with LoRA weights apart from their base."""
-    return _as_trained(to_be_saved(run.config), run, step)
+    return _as_trained(to_be_saved(run.settled), run, step)
 
 
 def _as_trained(family: Family, run: Run, step: int) -> Family:
