@@ -207,10 +207,9 @@ def table() -> Table:
         return Table(fitting(0), gpu=False)
     import torch
 
-    from dreambooth_lib.training import FILLED, native_precision
+    from dreambooth_lib.levels import FILLED, native_precision
 
     if not torch.cuda.is_available():
         return Table(fitting(0), gpu=False)
-    memory.free()
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = memory.gpu_bytes()
     return Table(fitting(FILLED * free, native_precision("auto", torch.device("cuda"))))

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import families, memory, metrics, pages, plots, prior, runs
+from dreambooth_lib import families, levels, memory, metrics, pages, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.encoders import Encoder
@@ -129,6 +129,7 @@ def figures(
         for seed in seeds
     ]
     rows: list[dict[str, Any]] = []
+    levels.share(out / "runs", configs)
     for row in _rows(configs, out, view, workers):
         rows.append(row)
         replace_file(out / "metrics.json", json.dumps({"subjects": rows}, indent=2).encode())

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib import runs
+from dreambooth_lib import levels, runs
 from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
@@ -105,6 +105,7 @@ class Tuned:
     def __call__(self, subject: Subject) -> Run:
         run = started(self.folder, self.config, subject)
         if not run.finished:
+            levels.share(self.folder, [run.config])  # with the first subject, for all
             for _ in train(run):
                 pass
         return run

@@ -1,6 +1,7 @@
 """A run's folder: its config, its log, its checkpoints and the pipeline it ends with.
 
 RUN/config.toml
+RUN/memory.json             what its memory "auto" was decided to mean (see levels.py)
 RUN/log.jsonl               one row an update
 RUN/watch.jsonl, watch/     what was seen on the way (see watch.py)
 RUN/checkpoints/000100/     weights, and the newest one's optimizer state (see state.py)
@@ -25,12 +26,23 @@ class RunError(ValueError):
     """A run's folder that is not there, not empty or not readable."""
 
 
+#: In a run's folder or a study's: what memory "auto" means there, as fields of the config.
+DECIDED = "memory.json"
+
+
 @dataclass(frozen=True)
 class Run:
     """A run on disk; made by :func:`start` or :func:`resume`."""
 
     folder: Path
     config: TrainConfig
+
+    @property
+    def settled(self) -> TrainConfig:
+        """The config that it trains with: with what "auto" was decided to mean, once it was."""
+        if self.config.memory != "auto":
+            return self.config
+        return self.config.replace(**decided(self.folder))
 
     @property
     def pipeline(self) -> Path:
@@ -99,6 +111,12 @@ class Run:
 
         found = list(self.checkpoints().values())
         return load_state(found[-1]) if found else None
+
+
+def decided(folder: Path) -> dict[str, Any]:
+    """What memory "auto" was decided to mean in a folder; empty where nothing was."""
+    file = folder / DECIDED
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def start(config: TrainConfig, folder: str | Path) -> Run:

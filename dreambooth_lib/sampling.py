@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib import families
+from dreambooth_lib import families, memory
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.families.precision import NonFinite
 from dreambooth_lib.runs import Run, RunError
@@ -218,8 +218,10 @@ def _placed(family: "Family") -> "Family":
     device, pipeline = PartialState().device, family.pipeline
     parts = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
     size = sum(weight.nbytes for part in parts for weight in part.state_dict().values())
-    free, _ = torch.cuda.mem_get_info(device)
-    if size > free / 2:
+    # A quantized base is there already.
+    here = sum(w.nbytes for part in parts for w in part.state_dict().values() if w.is_cuda)
+    free, _ = memory.gpu_bytes(device)
+    if size > (free + here) / 2:
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)

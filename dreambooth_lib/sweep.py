@@ -1,6 +1,7 @@
 """Studies of settings: many configs, one table. Steps are free: each run is scored on its way.
 
 FOLDER/class_pictures/, latents/   made once, shared by all cells
+FOLDER/memory.json                 the level of memory that all cells train at (see levels.py)
 FOLDER/CELL/                       a run; its looks are the table's rows
 FOLDER/table.csv                   a row a cell and step; FOLDER/failures.json where cells failed
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import choice, memory, prior, runs, sampling, watch
+from dreambooth_lib import choice, levels, memory, prior, runs, sampling, watch
 from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run, RunError
@@ -83,6 +84,10 @@ def sweep(
     }
     for name, config in wanted.items():
         _check_same(folder / name, config, steps, _view_of(view, config))
+    if executor is None:
+        levels.share(folder, wanted.values())
+    else:  # its workers have the GPU
+        executor.submit(levels.share, folder, list(wanted.values())).result()
     _share_class_pictures(wanted.values(), folder)
     errors: dict[str, str] = {}
     cells = {name: (folder / name, config, view, threads) for name, config in wanted.items()}

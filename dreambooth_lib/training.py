@@ -27,6 +27,7 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference import warning
 from dreambooth_lib.families.precision import save
 from dreambooth_lib.heldout import ROWS, HeldOut
+from dreambooth_lib.levels import native_precision, settle
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
@@ -64,9 +65,6 @@ class Step:
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
     watched: Watched | None = None  #: what a look after this update found, where one was due
 
-
-#: How much of the GPU's free memory an estimate may take; the allocator needs some of its own.
-FILLED = 0.9
 
 #: Tries of one update in float16, each at half the loss scale, before it is given up.
 SKIPS = 30
@@ -123,32 +121,15 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
         raise
 
 
-def native_precision(mixed_precision: str, device: torch.device) -> str:
-    """What "auto" means on a device: bf16 where it is native, else fp16; "no" on a CPU."""
-    if mixed_precision != "auto":
-        return mixed_precision
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def fitting(config: TrainConfig, precision: str, device: torch.device) -> TrainConfig:
-    """The config with the level of memory that "auto" means on a device."""
-    if config.memory != "auto" or device.type != "cuda":
-        return config
-    from dreambooth_lib.estimate import fitted
-
-    free, _ = torch.cuda.mem_get_info(device)
-    return fitted(config, precision, int(FILLED * free))
-
-
 class Trainer:
     """One process's live objects of a run; :func:`train` drives it."""
 
     def __init__(self, run: Run, objective: Objective = prior_preservation):
         device = PartialState().device
-        precision = native_precision(run.config.mixed_precision, device)
-        config = fitting(run.config, precision, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # an earlier run's
+        config = settle(run, device)
+        precision = native_precision(config.mixed_precision, device)
         self.run, self.config, self.objective, self.step = run, config, objective, 0
         self.skipped = 0  # updates in a row that fp16 loss scaling left out
         if config.method == "full" and config.memory == "lowest" and precision == "no":

@@ -8,7 +8,7 @@ import torch
 
 from dreambooth_lib import bases, families, preflight
 from dreambooth_lib.bases import GIB, KNOWN, WAYS, Table, fitting, known, ways
-from dreambooth_lib.training import FILLED
+from dreambooth_lib.levels import FILLED
 from tools.bases import configs, needed, parameters
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -88,7 +88,7 @@ def test_the_table_says_what_fits_in_words_and_signs() -> None:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_table_is_of_this_machine(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     found = bases.table()

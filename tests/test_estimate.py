@@ -8,9 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreambooth_lib import families, runs
+from dreambooth_lib.allocations import Alive
 from dreambooth_lib.config import ConfigError, TrainConfig
-from dreambooth_lib.estimate import Alive, estimate, fitted, ways_out
+from dreambooth_lib.estimate import _estimate, estimate, ways_out
 from dreambooth_lib.families import base
+from dreambooth_lib.levels import first_fitting
 from dreambooth_lib.sampling import draw
 from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
@@ -119,7 +121,8 @@ def test_pictures_that_become_latents_are_counted_large_ones_one_at_a_time(
     large: bool, config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "PIXELS", 16 * 16 * (1 if large else 8))
-    asked = config("sd1", method="lora", lora_rank=1, seed=int(large))
+    _estimate.cache_clear()
+    asked = config("sd1", method="lora", lora_rank=1, prior="none")
     family = families.load(asked.base, **precisions(asked, torch.float32))
     with Alive() as alive:
         for weight in family.pipeline.vae.state_dict().values():
@@ -156,20 +159,6 @@ def test_a_frozen_copy_for_the_distilled_prior_is_counted(config: Make) -> None:
     assert lora[0] == lora[1]
 
 
-def test_auto_takes_the_first_level_that_fits(config: Make) -> None:
-    asked = config("sd1")
-    assert asked.memory == "auto"
-    needs = {
-        memory: estimate(asked.replace(memory=memory), "fp16").memory
-        for memory in ("standard", "low", "lowest")
-    }
-    for level, need in needs.items():
-        assert fitted(asked, "fp16", need).memory == level
-    assert fitted(asked, "fp16", 1).memory == "lowest"
-    assert fitted(asked.replace(max_grad_norm=1.0), "fp16", 1).memory == "standard"
-    assert fitted(asked.replace(memory="low"), "fp16", 1 << 40).memory == "low"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, config: Make) -> None:
     asked = config(family)
@@ -178,7 +167,8 @@ def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, config:
     if family == "sd3":
         with pytest.raises(ConfigError, match=r"memory is 'lowest'.* cannot compute.*float16; set"):
             estimate(lowest, "fp16")
-        assert fitted(asked, "fp16", 1).memory == "low"
+        low = first_fitting([asked.replace(mixed_precision="fp16")], 1)
+        assert low == {"memory": "low"}
         assert "'lowest'" not in ways_out(asked, "fp16")
     else:
         assert estimate(lowest, "fp16").memory > 0

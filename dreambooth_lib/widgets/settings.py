@@ -8,7 +8,7 @@ from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
 
 from dreambooth_lib import choice, families
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig, base_defaults
-from dreambooth_lib.pace import Pace, measure
+from dreambooth_lib.pace import Pace, checkpoints, measure
 from dreambooth_lib.widgets.parts import View, control, from_here, hinted
 from dreambooth_lib.widgets.side_by_side import release
 from dreambooth_lib.widgets.subject import SubjectPanel
@@ -174,18 +174,18 @@ def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
 
 
 def _memory(config: TrainConfig) -> str:
-    """What the run takes of the GPU, told from the base's configs; nothing without a GPU."""
+    """What a new run takes of the GPU, told from the base's configs; nothing without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return ""
+    from dreambooth_lib import levels, memory
     from dreambooth_lib.estimate import GIB, estimate
-    from dreambooth_lib.training import fitting, native_precision
 
     device = torch.device("cuda")
-    precision = native_precision(config.mixed_precision, device)
-    config = fitting(config, precision, device)
-    need, (_, total) = estimate(config, precision).memory, torch.cuda.mem_get_info()
+    config = levels.fresh(config, device)
+    need = estimate(config, levels.native_precision(config.mixed_precision, device)).memory
+    _, total = memory.gpu_bytes(device)
     return (
         f" It takes about <b>{need / GIB:.1f} GiB</b> of the GPU's {total / GIB:.1f}, at memory "
         f"level '{config.memory}'."
@@ -194,8 +194,10 @@ def _memory(config: TrainConfig) -> str:
 
 def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
     minutes = pace.seconds(config) / 60
-    looks = f", and looks of {pace.look:.1f} s every {config.watch_every}" if pace.look else ""
+    looks = f", looks of {pace.look:.1f} s every {config.watch_every}" if pace.look else ""
+    saves = f"{checkpoints(config)} checkpoints of {pace.checkpoint:.1f} s"
     return (
         f"Training takes about <b>{max(1, round(minutes))} min</b> on this machine: {config.steps} "
-        f"updates of {pace.update:.2f} s{looks}, as measured. Class pictures come on top.{memory}"
+        f"updates of {pace.update:.2f} s{looks} and {saves}, as measured. Class pictures come on "
+        f"top.{memory}"
     )
