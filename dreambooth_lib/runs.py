@@ -25,6 +25,7 @@ _FIXED = ("subject", "others", "base", "revision", "variant", "train_text_encode
 class RunError(ValueError):
     """A run's folder that is not there, not empty or not readable."""
 
+
 #: In a run's folder or a study's: what memory "auto" means there, as fields of the config.
 DECIDED = "memory.json"
 

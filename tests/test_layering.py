@@ -61,7 +61,8 @@ ALLOWED = {
     "mirrors": ("choice", "config", "copies", "pictures", "runs", "state", "watch"),
     "memory": (),
     "bases": ("levels", "memory", "words"),
-    "preflight": ("bases", "colab", "families", "levels", "memory", "packages", "words"),
+    "needs": ("bases", "families", "levels"),
+    "preflight": ("colab", "families", "levels", "memory", "needs", "packages", "words"),
     "prior": ("config", "families", "families.base", "sampling", "state"),
     "encoders": ("state",),
     "metrics": ("encoders",),
@@ -78,8 +79,8 @@ ALLOWED = {
     "levels": ("config", "estimate", "memory", "runs", "state"),
     "updates": ("batches", "config", "lora", "optim", "weights"),
     "training": ("batches", "config", "choice", "data", "distill", "estimate", "families",
-                 "families.base", "heldout", "levels", "lora", "losses", "pictures", "prior", "runs",
-                 "state", "updates", "watch", "weights"),
+                 "families.base", "heldout", "levels", "lora", "losses", "pictures", "prior",
+                 "runs", "state", "updates", "watch", "weights"),
 }  # fmt: skip
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")
