@@ -43,7 +43,7 @@ class Estimate:
     working: int  #: gradients and activations together, when they are most
     looking: int  #: what drawing takes while the run is looked at, 0 without looks
     flops: float  #: floating-point operations of one update
-    preparing: int = 0  #: before training: class pictures drawn, the base copied as a teacher
+    preparing: int = 0  #: before it: class pictures drawn, the base copied to be a teacher
     scoring: int = 0  #: of the encoder that scores pictures, where it is on the GPU
 
     @property
@@ -65,17 +65,12 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
 
 def _in_kind(config: TrainConfig) -> TrainConfig:
     """A config without what changes no shape, so that a study's are counted once."""
-    few = {
-        "prior_weight": float(config.prior_weight > 0),
-        "watch_every": min(1, config.watch_every),
-    }
-    few |= {
-        "class_pictures": min(1, config.class_pictures),
-        "class_folder": config.class_folder and ".",
-    }
-    one = {"steps": 1, "seed": 0, "learning_rate": 1.0, "weight_decay": 0.0, "warmup_steps": 0}
+    one: dict[str, Any] = {"steps": 1, "seed": 0, "learning_rate": 1.0, "weight_decay": 0.0}
+    one |= {name: min(1, getattr(config, name)) for name in ("watch_every", "class_pictures")}
+    one |= {"prior_weight": float(config.prior_weight > 0), "warmup_steps": 0, "early_stop": False}
+    one["class_folder"] = config.class_folder and "."
     subject = Subject("photos", "dog")
-    return config.replace(subject=subject, others=(), early_stop=False, **one, **few)
+    return config.replace(subject=subject, others=(), **one)
 
 
 @lru_cache
@@ -90,7 +85,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     quantized = [getattr(family.pipeline, name, None) for name in family.quantized_names()]
     sizes = {m: _size(m, few if m in quantized else None, half) for m in modules}
     gone = family.frozen[1:] + family.text_encoders if lets_go(config) else []
-    encoding = sum(sizes.pop(module) for module in gone)
+    encoding = float(sum(sizes.pop(module) for module in gone))
     weights, taught = sum(sizes.values()), 0
     teaching = config.prior == "distilled" and config.prior_weight > 0 and config.method == "full"
     if teaching:  # the copy is made as its weights are, and then rounded
@@ -111,13 +106,13 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     if few is not None:  # a layer at a time is unpacked
         unpacked = max(m.weight.numel() for m in _linears(family.denoiser).values()) * half.itemsize
         working, looking, preparing = (n and n + unpacked for n in (working, looking, preparing))
-    preparing = max(preparing, scoring + taught) and weights + max(preparing, scoring + taught)
+    preparing = int(weights) + max(preparing, scoring + taught)
     if teaching:
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
     moments = numbers * _MOMENTS[choose(config, "cuda")]
     moments += 4 * numbers * (config.ema_decay is not None)
     return Estimate(
-        int(weights), int(encoding), int(moments), working, looking, flops, int(preparing), scoring
+        int(weights), int(encoding), int(moments), working, looking, flops, preparing, scoring
     )
 
 

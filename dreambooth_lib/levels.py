@@ -37,20 +37,25 @@ def native_precision(mixed_precision: str, device: "torch.device") -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def is_gpu(device: "torch.device") -> bool:
+    """Whether a level of memory is decided at all; without a GPU "auto" is "standard"."""
+    return device.type == "cuda"
+
+
 def settle(run: Run, device: "torch.device") -> TrainConfig:
     """The run's config with the level of memory that it trains at, on its every process alike.
 
     Decides it where that was not done before, for the run or for the folder that it lies in, or
     where the GPU cannot hold what was decided; writes that into the run's folder and prints it.
     """
-    if run.config.memory != "auto" or device.type != "cuda":
+    if run.config.memory != "auto" or not is_gpu(device):
         return run.settled
     return run.config.replace(**_by_the_first(lambda: _of_run(run, device)))
 
 
 def fresh(config: TrainConfig, device: "torch.device") -> TrainConfig:
     """The config as a run of it that begins now would train; nothing is written or printed."""
-    if config.memory != "auto" or device.type != "cuda":
+    if config.memory != "auto" or not is_gpu(device):
         return config
     free, _ = memory.gpu_bytes(device)
     return config.replace(**first_fitting([_on(config, device)], FILLED * free, _processes()))
@@ -66,7 +71,7 @@ def share(folder: str | Path, configs: Iterable[TrainConfig]) -> None:
 
     device, folder = PartialState().device, Path(folder)
     asked = [_on(config, device) for config in configs if config.memory == "auto"]
-    if asked and device.type == "cuda":
+    if asked and is_gpu(device):
         _by_the_first(lambda: _decide(folder, asked, decided(folder), "study", device))
 
 

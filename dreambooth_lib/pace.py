@@ -15,6 +15,7 @@ from dreambooth_lib.config import TrainConfig
 _NEVER = 10**6  # updates
 _UPDATES = 3
 _TRIES = 40  # in fp16 the first updates are skipped until the loss is scaled so that it fits
+_RARELY = 250  # updates between checkpoints where a config asks for none and for no looks
 _WRITTEN = 2**28  # bytes at most, to measure the disk by
 
 
@@ -35,7 +36,9 @@ class Pace:
 
 def checkpoints(config: TrainConfig) -> int:
     """How many checkpoints a run writes: after each look, every so many steps, and at its end."""
-    every = [each for each in (config.watch_every, config.checkpoint_every) if each]
+    # One that says nothing and never looks has some too.
+    own = config.checkpoint_every or (0 if config.watch_every else _RARELY)
+    every = [each for each in (config.watch_every, own) if each]
     saved = {step for each in every for step in range(each, config.steps, each)}
     return len(saved | {config.steps})
 

@@ -27,7 +27,7 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference import warning
 from dreambooth_lib.families.precision import save
 from dreambooth_lib.heldout import ROWS, HeldOut
-from dreambooth_lib.levels import native_precision, settle
+from dreambooth_lib.levels import is_gpu, native_precision, settle
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
@@ -126,7 +126,7 @@ class Trainer:
 
     def __init__(self, run: Run, objective: Objective = prior_preservation):
         device = PartialState().device
-        if device.type == "cuda":
+        if is_gpu(device):
             torch.cuda.reset_peak_memory_stats(device)  # an earlier run's
         config = settle(run, device)
         precision = native_precision(config.mixed_precision, device)

@@ -1,5 +1,6 @@
 """The notebooks' views: what they show, what they give, and that no error is passed over."""
 
+import gc
 import html
 import io
 import json
@@ -299,6 +300,75 @@ def test_minutes_are_shown_only_once_they_are_measured(
     assert "<b>6 min</b>" in settings.time.value
     settings.controls["resolution"].value = 8
     assert not settings.time.value, "that was of another resolution"
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"checkpoint_every": 2, "watch_every": 0}, [2, 4, 5]),
+        ({"checkpoint_every": 4, "watch_every": 3}, [3, 4, 5]),
+        ({"checkpoint_every": 100, "watch_every": 0}, [5]),
+    ],
+)
+def test_predicted_time_has_the_checkpoints_that_a_run_writes(
+    changes: dict[str, Any], steps: list[int], started: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = started(steps=5, **changes)
+    saved, save = [], Run.save_checkpoint
+
+    def counting(run: Run, step: int, *given: Any) -> None:
+        saved.append(step)
+        save(run, step, *given)
+
+    monkeypatch.setattr(Run, "save_checkpoint", counting)
+    list(training.train(run))
+    assert saved == steps and pace.checkpoints(run.config) == len(steps)
+    plain, slow = (pace.Pace(1.0, 2.0, checkpoint) for checkpoint in (0.0, 30.0))
+    assert slow.seconds(run.config) - plain.seconds(run.config) == 30 * len(steps)
+
+
+def test_a_checkpoint_is_timed_by_its_bytes_on_the_disk(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = started(watch_every=0, prior_weight=0).config
+    assert 0 < pace.measure(config).checkpoint < 10
+    monkeypatch.setattr(pace, "_seconds_to_write", lambda size, folder: float(size))
+    run = runs.start(config.replace(steps=1), tmp_path / "one")
+    list(training.train(run))
+    file = sum(f.stat().st_size for f in run.checkpoints()[1].iterdir())
+    assert pace.measure(config).checkpoint == pytest.approx(file, rel=0.1)
+
+
+def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
+    settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer's parts hold each other, and so the GPU, until they are collected."""
+    import torch
+
+    class Parts:
+        def __init__(self) -> None:
+            self.itself = self
+
+    left: list[weakref.ref[Parts]] = []
+
+    def measured(config: TrainConfig) -> pace.Pace:
+        left.append(weakref.ref(Parts()))
+        return pace.Pace(1.0, 0.0)
+
+    def free(*_: Any) -> tuple[int, int]:
+        return (1 if any(one() for one in left) else 14 << 30), 15 << 30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr("dreambooth_lib.widgets.settings.measure", measured)
+    gc.disable()
+    try:
+        settings.predict.click()
+    finally:
+        gc.enable()
+    assert "level 'standard'" in settings.time.value
 
 
 def test_updates_that_the_loss_scale_skips_are_not_measured(
