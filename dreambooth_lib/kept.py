@@ -11,6 +11,7 @@ from dreambooth_lib import hub, lora, weights
 from dreambooth_lib.copies import again, copy_file, shown
 from dreambooth_lib.families import MADE_OF
 from dreambooth_lib.runs import Run
+from dreambooth_lib.words import size_in_words
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -72,6 +73,6 @@ def download_link(file: str | Path) -> "HTML":
     """
     from IPython.display import HTML
 
-    name, size = os.path.relpath(file), os.path.getsize(file) / 1e6
+    name = os.path.relpath(file)
     link = f'<a href="{quote(Path(name).as_posix())}" download>{html.escape(name)}</a>'
-    return HTML(f"{link} ({size:,.{0 if size >= 10 else 1}f} MB)")
+    return HTML(f"{link} ({size_in_words(os.path.getsize(file))})")

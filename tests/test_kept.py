@@ -162,4 +162,6 @@ def test_a_link_names_the_file_its_size_and_no_more_than_it(
         '<a href="models/50%25%20%3Cb%3Eof%3C-b%3E%20%22rex%22%20%231%3F.zip" download>'
         "models/50% &lt;b&gt;of&lt;-b&gt; &quot;rex&quot; #1?.zip</a> (2.3 MB)"
     )
-    assert "(2.3 MB)" in kept.download_link("models" / Path(file.name)).data
+    with file.open("r+b") as grown:
+        grown.truncate(4_265_000_000)  # as a model's; the disk holds no more than before
+    assert "(4.3 GB)" in kept.download_link("models" / Path(file.name)).data

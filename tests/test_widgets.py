@@ -192,6 +192,8 @@ def test_after_a_bad_input_no_pictures_are_left_to_train_on(
     for fails in panel_fails:
         with pytest.raises(DataError):
             fails()
+    subject.source.value = "/nor/such"
+    assert subject.note.value.count("⚠") == 1, "only what was tried last is of interest"
     subject.source.value = photos
     assert len(pictures(subject)) == 2 and subject.note.layout.display == "none"
     assert subject.config.subject.pictures == photos
@@ -208,7 +210,8 @@ def test_files_that_the_server_would_not_take_are_named_with_what_to_do(
     press(subject.upload, {upload._NOTE: b'{"files": 1, "bytes": 18900000}'})
     assert "a file of 19 MB in all" in subject.note.value
     monkeypatch.setenv(upload.LIMIT, "209715200")
-    assert upload.megabytes(upload.limit()) == "210 MB"
+    press(subject.upload, {upload._NOTE: b'{"files": 99, "bytes": 310000000}'})
+    assert "takes 210 MB at once" in subject.note.value and "make lab" not in subject.note.value
     monkeypatch.setenv(upload.LIMIT, "much")
     with pytest.raises(ConfigError, match="DREAMBOOTH_UPLOAD_LIMIT is 'much'"):
         upload.limit()
