@@ -1,6 +1,10 @@
 """A checkpoint kept as a model: a folder for plain diffusers with its card, and a zip of it."""
 
+import html
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 from zipfile import ZIP_STORED, ZipFile
 
 from dreambooth_lib import hub, lora, weights
@@ -8,6 +12,10 @@ from dreambooth_lib.copies import again, copy_file, shown
 from dreambooth_lib.families import MADE_OF
 from dreambooth_lib.families.precision import save
 from dreambooth_lib.runs import Run
+from dreambooth_lib.words import size_in_words
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 
 def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
@@ -57,3 +65,16 @@ def copy_to(folder: str | Path, file: Path) -> str | None:
             "gone, and run this again: the file itself is whole."
         )
     return None
+
+
+def download_link(file: str | Path) -> "HTML":
+    """Make a link that downloads a file in JupyterLab and the classic Notebook, with its size.
+
+    Without ``download`` Lab opens the file, and fails at a zip. The link is relative, as both look
+    for it from the notebook's folder, which is this kernel's.
+    """
+    from IPython.display import HTML
+
+    name = os.path.relpath(file)
+    link = f'<a href="{quote(Path(name).as_posix())}" download>{html.escape(name)}</a>'
+    return HTML(f"{link} ({size_in_words(os.path.getsize(file))})")

@@ -189,3 +189,20 @@ def test_a_drive_that_fails_costs_a_sentence(
     monkeypatch.setattr(shutil, "copyfile", full)
     said = kept.copy_to(drive, archive)
     assert said is not None and said.count("\n") == 0 and "No space left" in said
+
+
+def test_a_link_names_the_file_its_size_and_no_more_than_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "models" / '50% <b>of</b> "rex" #1?.zip'.replace("/", "-")
+    file.parent.mkdir()
+    file.write_bytes(b"0" * 2_340_000)
+    said = kept.download_link(file).data
+    assert said == (
+        '<a href="models/50%25%20%3Cb%3Eof%3C-b%3E%20%22rex%22%20%231%3F.zip" download>'
+        "models/50% &lt;b&gt;of&lt;-b&gt; &quot;rex&quot; #1?.zip</a> (2.3 MB)"
+    )
+    with file.open("r+b") as grown:
+        grown.truncate(4_265_000_000)  # as a model's; the disk holds no more than before
+    assert "(4.3 GB)" in kept.download_link("models" / Path(file.name)).data

@@ -78,8 +78,6 @@ class SubjectPanel(View):
                 source = colab.save_uploads(source, self.uploads)
                 self._when = f" (uploaded {datetime.now():%H:%M})"
             self.photos = read_pictures(source)
-            # There are good pictures again, before the settings hear of them.
-            self.mend(self.use, self._read, self._read_typed, self._read_uploaded)
             self._used = self.source.value = str(source)
             self._show()
         except Exception as error:
@@ -96,7 +94,8 @@ class SubjectPanel(View):
         self.fail(error, self.use)
 
     def _clear(self) -> None:
-        """Show no pictures, and say nothing of any."""
+        """Show no pictures, and say nothing of any, not even what was wrong with earlier ones."""
+        self.mend(self.use, self._read, self._read_typed, self._read_uploaded)
         self.photos, self._used = [], ""
         for text in (self._title, self.findings, self._crops_title):
             text.value = ""
@@ -118,6 +117,8 @@ class SubjectPanel(View):
     def config(self) -> TrainConfig:
         """The run's config with this subject. Raises what the panel says is wrong."""
         self.check()
+        if not self.photos:  # reading them was interrupted
+            raise DataError("no pictures are chosen; run the cell of step 2 again.")
         noun, name = self.class_noun.value.strip(), self.given.subject.name
         if self._pictures != self.given.subject.pictures:
             uploaded = Path(self._pictures).is_relative_to(self.uploads.resolve())

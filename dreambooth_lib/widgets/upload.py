@@ -15,6 +15,7 @@ from ipywidgets import HTML, FileUpload, HBox, Layout
 
 from dreambooth_lib.config import ConfigError
 from dreambooth_lib.pictures import DataError
+from dreambooth_lib.words import size_in_words
 
 #: The environment variable that says how many bytes this server takes in a message, if not 10 MiB.
 LIMIT = "DREAMBOOTH_UPLOAD_LIMIT"
@@ -66,11 +67,6 @@ def limit() -> int:
     return int(said) - _HEAD
 
 
-def megabytes(size: int) -> str:
-    """A number of bytes as people say it: "18 MB"; below 10 MB with one digit more."""
-    return f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
-
-
 def button() -> FileUpload:
     """The button; where it is displayed, :func:`guard` must be."""
     made = FileUpload(accept="image/*,.zip", multiple=True, description="Upload pictures")
@@ -81,7 +77,7 @@ def button() -> FileUpload:
 
 def row(button: FileUpload) -> HBox:
     """The button, with how much it takes."""
-    text = f"three to six pictures or one zip, all together below <b>{megabytes(limit())}</b>. "
+    text = f"three to six pictures or one zip, all together below <b>{size_in_words(limit())}</b>. "
     text += f"For more: {ELSE[0].lower()}{ELSE[1:]}."
     line = HTML(f'<div style="line-height: 1.4">{text}</div>')
     return HBox([button, line], layout=Layout(flex_flow="row wrap", align_items="center"))
@@ -103,9 +99,10 @@ def taken(button: FileUpload) -> dict[str, bytes]:
     if files.keys() == {_NOTE}:
         found = json.loads(files[_NOTE])
         what = f"{found['files']} pictures" if found["files"] > 1 else "a file"
+        otherwise = "" if LIMIT in os.environ else ", or start Jupyter by 'make lab'"
         raise DataError(
-            f"{what} of {megabytes(found['bytes'])} in all did not arrive: this Jupyter server "
-            f"takes {megabytes(limit())} at once. {ELSE}, or start Jupyter by 'make lab'."
+            f"{what} of {size_in_words(found['bytes'])} in all did not arrive: this Jupyter server "
+            f"takes {size_in_words(limit())} at once. {ELSE}{otherwise}."
         )
     return files
 
