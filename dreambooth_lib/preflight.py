@@ -25,7 +25,7 @@ class Check:
     name: str
     ok: bool
     found: str
-    fix: str = ""  #: one sentence on what to do, or to think of; empty where all is well
+    fix: str = ""  #: one sentence on what to do; empty where all is well
 
 
 class NotReady(RuntimeError):
@@ -264,12 +264,13 @@ def _room(
 def _base(base: str) -> Check:
     try:
         path = families.locate(base)
-        advice = families.distilled(base) or ""
+        sentence = families.distilled(base)
     except families.BaseError as error:
         found, _, fix = str(error).partition("; ")
         return Check("base", False, found, f"{fix[:1].upper()}{fix[1:]}")
+    advice = f". {sentence}" if sentence else ""
     if Path(path).exists():
-        return Check("base", True, f"'{base}' is on this machine", advice)
+        return Check("base", True, f"'{base}' is on this machine{advice}")
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
@@ -278,7 +279,7 @@ def _base(base: str) -> Check:
     try:
         url = hf_hub_url(base, "model_index.json")
         get_hf_file_metadata(url, token=colab.hub_token() or False, timeout=TIMEOUT)
-        return Check("base", True, f"'{base}' is on the Hub", advice)
+        return Check("base", True, f"'{base}' is on the Hub{advice}")
     except GatedRepoError:
         fix = f"Accept the terms on the Hub's page of {base}, and give your token {secret}."
     except RepositoryNotFoundError:
@@ -289,8 +290,8 @@ def _base(base: str) -> Check:
     except Exception as error:  # the Hub's client raises many kinds, all meaning no answer
         cached = try_to_load_from_cache(base, "model_index.json")
         if isinstance(cached, str) and any(Path(cached).parent.glob("unet/*.safetensors")):
-            found = f"'{base}' was downloaded before; the Hub does not answer"
-            return Check("base", True, found, advice)
+            found = f"'{base}' was downloaded before; the Hub does not answer{advice}"
+            return Check("base", True, found)
         found += f" ({type(error).__name__})"
         fix = "Check the network, or train the base 'toybox', which is here."
     return Check("base", False, found, fix)

@@ -4,6 +4,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,49 @@ def test_a_lora_is_kept_without_the_weights_of_its_base(
             )
             assert one.keys() == other.keys() and len(one) > 0
             assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("family", "half", "asked"),
+    [("sd1", torch.float16, (50, 7.5)), ("flux", torch.bfloat16, (28, 3.5))],
+)
+def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
+    family: str, half: torch.dtype, asked: tuple[int, float], gpu: bool,
+    tiny_bases: Callable[[str], str], trained: Callable[..., Run], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Executed as they are, but that the GPU is this CPU and one step is drawn."""
+    run = trained(base=tiny_bases(family), method="lora", resolution=16, steps=2)
+    kept.keep(run, 2, tmp_path / "model")
+    placed: list[Any] = []
+    drawn: list[Any] = []
+
+    def call(pipeline: Any, prompt: str, **how: Any) -> Any:
+        drawn.append((prompt, *how.values()))
+        return SimpleNamespace(images=["picture"])
+
+    kind = type(DiffusionPipeline.from_pretrained(run.config.base))
+    monkeypatch.setattr(kind, "__call__", call)
+    monkeypatch.setattr(kind, "to", lambda self, *given, **named: placed.append(given))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    scope: dict[str, Any] = {}
+    exec(hub.usage(run, tmp_path / "model"), scope)
+    parts = scope["pipeline"].components.values()
+    found = {part.dtype for part in parts if isinstance(part, torch.nn.Module)}
+    assert found == {half if gpu else torch.float32}
+    assert placed == [("cuda" if gpu else "cpu",)]
+    assert drawn == [("a ohwx dog on the beach", *asked)]
+
+
+def test_the_lines_of_a_lora_whose_base_is_gone_leave_out_what_is_not_known(
+    trained: Callable[..., Run], tiny_sd1: str, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_sd1, tmp_path / "base")
+    run = trained(base=str(base), method="lora", steps=2)
+    assert "num_inference_steps=50, guidance_scale=7.5)" in hub.usage(run, "me/my-dog")
+    shutil.rmtree(base)
+    assert hub.usage(run, "me/my-dog").endswith('pipeline("a ohwx dog on the beach").images[0]')
 
 
 @pytest.mark.parametrize("dora", [False, True])
