@@ -7,6 +7,7 @@ python -m dreambooth_lib sample runs/my-dog "a {} dog on the beach" --seeds 0 1 
 
 import argparse
 import shutil
+import signal
 from pathlib import Path
 
 from dreambooth_lib import runs
@@ -66,14 +67,13 @@ def run_evaluate(given: argparse.Namespace) -> None:
     Under ``accelerate launch`` all processes train each subject together and then share out the
     subjects to draw; the first one scores.
     """
-    from accelerate import PartialState
-
     from dreambooth_lib import demo, dreambench, evaluation, pages, tables
     from dreambooth_lib.config import Subject, base_defaults
     from dreambooth_lib.encoders import Encoder
+    from dreambooth_lib.processes import join_group
     from dreambooth_lib.state import replace_file, save_png
 
-    state = PartialState()
+    state = join_group()
     if given.download:
         given.dataset = given.dataset or Path("dreambench")
         with state.main_process_first():
@@ -103,7 +103,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
         methods["dreambooth"](subject)
     rank, processes = state.process_index, state.num_processes
     for at in dreambench.draw_all(benchmark, methods, given.out, protocol, rank, processes):
-        print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
+        state.print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
     state.wait_for_everyone()
     if not state.is_main_process:
         return
@@ -135,18 +135,34 @@ def run_demo(subject_name: str | None, out: Path) -> None:
 
 
 def run_training(run: Run) -> None:
+    from dreambooth_lib.processes import join_group
     from dreambooth_lib.training import train
 
-    for step in train(run):
-        prior = "" if step.prior_loss is None else f" prior {step.prior_loss:.4f}"
-        print(f"step {step.step}/{run.config.steps} instance {step.instance_loss:.4f}{prior}")
-    print(run.pipeline)
+    state = join_group()
+    try:
+        for step in train(run):
+            prior = "" if step.prior_loss is None else f" prior {step.prior_loss:.4f}"
+            losses = f"instance {step.instance_loss:.4f}{prior}"
+            state.print(f"step {step.step}/{run.config.steps} {losses}")
+    except KeyboardInterrupt:
+        state.print(f"interrupted; 'python -m dreambooth_lib resume {run.folder}' goes on.")
+        raise SystemExit(128 + signal.SIGINT) from None
+    state.print(run.pipeline)
+
+
+def join() -> None:
+    """Join the group of processes before anything else, and say of how many it is."""
+    from dreambooth_lib.processes import join_group
+
+    state = join_group()
+    if state.num_processes > 1:
+        state.print(f"{state.num_processes} processes work together, on {state.device.type}")
 
 
 def run_train(config: Path, out: Path | None) -> None:
-    from accelerate import PartialState
+    from dreambooth_lib.processes import join_group
 
-    state = PartialState()
+    state = join_group()
     wanted, folder = TrainConfig.from_toml(config), out or Path("runs") / config.stem
     if state.is_main_process:
         runs.start(wanted, folder)
@@ -171,6 +187,8 @@ def main() -> None:
     given = parser().parse_args()
     demo.quiet()
     try:
+        if given.command in ("train", "resume", "evaluate"):
+            join()
         if given.command == "demo":
             run_demo(given.subject, given.out)
         elif given.command == "figures":

@@ -5,7 +5,7 @@ the names of the pipeline's parts, the resolution, the noise, prompts, latents, 
 and what LoRA attaches to. Nothing outside an adapter asks which family it has.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -267,6 +267,13 @@ class Family:
     def encode_prompts(self, prompts: list[str]) -> Cond:
         """What the denoiser is told of each prompt, with gradients to the text encoders."""
         raise NotImplementedError
+
+    def without_effect(self) -> Iterable[torch.nn.Parameter]:
+        """Parameters of the text encoders that no prompt's conditioning depends on.
+
+        They would get no gradient, for which several processes would wait in vain.
+        """
+        return ()
 
     def cond_of(self, prompts: list[str]) -> Cond:
         """As :meth:`encode_prompts`, of known prompts where the text encoders were let go of."""
