@@ -135,8 +135,10 @@ def run_demo(subject_name: str | None, out: Path) -> None:
 
 
 def run_training(run: Run) -> None:
+    from dreambooth_lib.choice import best_of
     from dreambooth_lib.processes import join_group
     from dreambooth_lib.training import train
+    from dreambooth_lib.watch import history, share
 
     state = join_group()
     try:
@@ -147,6 +149,10 @@ def run_training(run: Run) -> None:
     except KeyboardInterrupt:
         state.print(f"interrupted; 'python -m dreambooth_lib resume {run.folder}' goes on.")
         raise SystemExit(128 + signal.SIGINT) from None
+    if looks := history(run):
+        if (took := share(run)) > 0.2:
+            state.print(f"looks took {took:.0%} of the training time; watch_every makes them fewer")
+        state.print(f"best is {best_of(looks).reason}")
     state.print(run.pipeline)
 
 
@@ -182,10 +188,12 @@ def run_sample(run: Path, prompts: list[str], seeds: list[int], out: Path | None
 
 
 def main() -> None:
-    from dreambooth_lib import demo
+    from dreambooth_lib.notices import quiet
 
     given = parser().parse_args()
-    demo.quiet()
+    quiet()
+    from dreambooth_lib import demo
+
     try:
         if given.command in ("train", "resume", "evaluate"):
             join()

@@ -31,7 +31,7 @@ from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Updater, interrupts_held
-from dreambooth_lib.watch import Watch, Watched, history, judge, share, view_of
+from dreambooth_lib.watch import Watch, Watched, history, judge, view_of
 from dreambooth_lib.weights import (
     Trainable,
     lets_go,
@@ -360,9 +360,6 @@ class Trainer:
             put_back(model, self.run, self._best() or self.step)
         else:
             self.updater.take_average()
-        if self.watch is not None:
-            text = f"watching took {share(self.run):.0%} of the training time"
-            self.accelerator.print(f"{text}; best is {best_of(history(self.run)).reason}")
         if self.accelerator.is_main_process:
             family, config = self.family, self.config
             with replacing_folder(self.run.pipeline) as partial:

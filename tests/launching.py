@@ -11,9 +11,11 @@ ROOT = Path(__file__).parent.parent
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def launched(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launched(
+    *words: str, python: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A command on one thread a process, from this checkout."""
     given = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    given |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    given |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240}
-    return subprocess.run([sys.executable, *words], env=given, check=False, **settings)
+    return subprocess.run([python or sys.executable, *words], env=given, check=False, **settings)
