@@ -218,8 +218,10 @@ def main() -> None:
             run_training(runs.resume(given.run))
         else:
             run_sample(given.run, given.prompts, given.seeds, given.out)
-    except ValueError as error:  # what the user can mend is a ValueError with one sentence
-        raise SystemExit(f"error: {error}") from error
+    except Exception as error:  # the library's own say in a sentence what the user can mend
+        if isinstance(error, ValueError) or type(error).__module__.startswith("dreambooth_lib."):
+            raise SystemExit(f"error: {error}") from error
+        raise
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from accelerate import Accelerator
 from launching import launched
 
-from dreambooth_lib import families
+from dreambooth_lib import __main__, families
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.notices import hide_casts
+from dreambooth_lib.runs import RunError
+from dreambooth_lib.training import NonFiniteLoss, OutOfMemory
 from dreambooth_lib.updates import Updater
 from dreambooth_lib.weights import trainable_of
 
@@ -52,6 +55,19 @@ def test_the_command_prints_its_steps_and_no_more(
         assert re.fullmatch(said, line), line
 
 
+@pytest.mark.parametrize("error", [OutOfMemory, NonFiniteLoss, RunError])
+def test_the_commands_own_errors_are_sentences(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("set memory to 'low'.")
+
+    monkeypatch.setattr(__main__, "run_train", fail)
+    monkeypatch.setattr(sys, "argv", ["dreambooth_lib", "train", "config.toml"])
+    with pytest.raises(SystemExit, match=r"^error: set memory to 'low'\.$"):
+        __main__.main()
+
+
 def test_a_notebooks_run_prints_nothing(
     tmp_path: Path, tiny_sd1: str, photos: str, clip_folder: Path, make_config: Make
 ) -> None:
@@ -75,6 +91,7 @@ def test_casts_to_8_bits_are_not_told(
 
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     monkeypatch.setattr(logger, "filters", [])
+    caplog.set_level(logging.WARNING, logger.name)
     layer = Linear8bitLt(8, 8, has_fp16_weights=False)
     layer.load_state_dict(torch.nn.Linear(8, 8).state_dict())
     layer.to("cpu")

@@ -96,6 +96,8 @@ def test_quantizing_tells_nothing_that_is_as_it_should_be(
 ) -> None:
     for name in ("diffusers", "transformers"):  # which keep their records to themselves
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    for name in ("diffusers", "transformers", "bitsandbytes"):
+        caplog.set_level(logging.WARNING, name)
     list(islice(train(started("run", family, quantize=bits)), 1))
     told = [record.getMessage() for record in caplog.records]
     assert not [line for line in told if "MatMul8bitLt" in line or "will be ignored" in line]
