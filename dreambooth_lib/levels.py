@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import memory
 from dreambooth_lib.config import LOW, ConfigError, TrainConfig
+from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import DECIDED, Run, decided
 
 if TYPE_CHECKING:
@@ -67,9 +68,7 @@ def share(folder: str | Path, configs: Iterable[TrainConfig]) -> None:
     What was decided there before is kept, unless the GPU can no longer hold it. Nothing is done
     without a GPU, or where no config says "auto".
     """
-    from accelerate import PartialState
-
-    device, folder = PartialState().device, Path(folder)
+    device, folder = join_group().device, Path(folder)
     asked = [_on(config, device) for config in configs if config.memory == "auto"]
     if asked and is_gpu(device):
         _by_the_first(lambda: _decide(folder, asked, decided(folder), "study", device))
@@ -170,17 +169,14 @@ def _on(config: TrainConfig, device: "torch.device") -> TrainConfig:
 
 
 def _processes() -> int:
-    from accelerate import PartialState
-
-    return PartialState().num_processes
+    return join_group().num_processes
 
 
 def _by_the_first(decide: Callable[[], Level]) -> Level:
     """What the first process decides, in every process; so is an error."""
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState()
+    state = join_group()
     if state.num_processes == 1:
         return decide()
     found: list[Any] = [None]

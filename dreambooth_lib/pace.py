@@ -11,6 +11,7 @@ from typing import Any
 
 from dreambooth_lib import levels, memory, runs
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.processes import join_group
 
 _NEVER = 10**6  # updates
 _UPDATES = 3
@@ -50,12 +51,10 @@ def measure(config: TrainConfig) -> Pace:
     a batch of class pictures, which is no part of the pace. Raises as
     :func:`dreambooth_lib.training.train` does.
     """
-    from accelerate import PartialState
-
     from dreambooth_lib.training import NonFiniteLoss, Trainer
 
     memory.free()
-    brief = levels.fresh(config, PartialState().device).replace(
+    brief = levels.fresh(config, join_group().device).replace(
         steps=_NEVER,
         checkpoint_every=_NEVER,
         watch_every=_NEVER if config.watch_every else 0,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_lib import families, memory
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.families.precision import NonFinite
+from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.weights import base_of, restored
 
@@ -213,9 +214,7 @@ def _placed(family: "Family") -> "Family":
 
     if not torch.cuda.is_available():
         return family
-    from accelerate import PartialState
-
-    device, pipeline = PartialState().device, family.pipeline
+    device, pipeline = join_group().device, family.pipeline
     parts = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
     size = sum(weight.nbytes for part in parts for weight in part.state_dict().values())
     # A quantized base is there already.

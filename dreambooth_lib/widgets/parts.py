@@ -2,9 +2,7 @@
 
 import html
 import io
-import logging
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,6 @@ STYLE = {"description_width": "9em"}
 WIDE = "32em"
 #: Jupyter's own red, in its dark theme too; the classic Notebook has none. Lines may be long.
 _RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
-
-
-def quiet() -> None:
-    """Keep what diffusers and transformers say and show of themselves out of the notebook.
-
-    What bitsandbytes lacks for speed on a CPU is not told either. Errors, and downloads from the
-    Hub, still show.
-    """
-    for library in ("diffusers", "transformers"):
-        own = import_module(f"{library}.utils.logging")
-        own.set_verbosity_error()
-        own.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class View(VBox):
