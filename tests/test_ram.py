@@ -82,9 +82,10 @@ def test_what_lies_on_the_device_is_no_memory_and_a_copy_of_it_is(tmp_path: Path
         """
 import sys, time, torch
 from pathlib import Path
-from tools.ram import as_device, measured
+from tools.ram import measured
+from tools.ram_jobs import Device
 model = torch.nn.Linear(5_000, 10_000, bias=False)  # 200 MB
-device = as_device(Path(sys.argv[1]))
+device = Device(Path(sys.argv[1]))
 device.hold(model)
 with measured("it"), device:
     assert model.weight.sum() == 0
@@ -98,21 +99,22 @@ with measured("it"), device:
 """,
         tmp_path,
     )
-    assert found["before"] < 450 * MB
+    assert found["before"] < 600 * MB
     assert 190 * MB < found["peak"] - found["before"] < 260 * MB
 
 
 @pytest.mark.slow
-def test_all_jobs_make_a_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_all_jobs_make_a_table(tmp_path: Path, name: str) -> None:
     command = [sys.executable, "-m", "tools.ram", "--tiny", "--work", str(tmp_path)]
-    subprocess.run([*command, "--only", "sd15"], check=True)
-    found = json.loads((tmp_path / "table.json").read_text())["sd15"]
+    subprocess.run([*command, "--only", name], check=True)
+    found = json.loads((tmp_path / "table.json").read_text())[name]
     assert list(found) == list(ram.ROWS) and not any("error" in of for of in found.values())
     assert all(0 < of["peak"] < GB for of in found.values())
     assert found["checkpoint"]["bytes"] < found["checkpoint"]["runs"]
-    assert found["export"]["bytes"] < found["keep"]["bytes"]
+    assert 0 < found["export"]["bytes"] < found["keep"]["bytes"]
     assert "none" not in (tmp_path / "table.md").read_text()
-    assert not (tmp_path / "sd15").exists()  # it is large
+    assert not (tmp_path / name).exists()  # it is large
 
 
 def test_a_job_that_takes_too_much_is_told_and_the_table_has_the_others() -> None:

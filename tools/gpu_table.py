@@ -9,7 +9,7 @@ from dreambooth_lib.config import Subject, TrainConfig
 
 CLASS_PICTURES = 24  # drawn; the first batch warms up
 GIB = 2**30
-CLOSE = 0.15  # how far a prediction may be off
+CLOSE = 0.1  # how far a prediction may be off
 _LORA = {"method": "lora", "lora_rank": 16, "memory": "low", "mixed_precision": "bf16"}
 
 

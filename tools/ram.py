@@ -23,17 +23,15 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import count
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 GB = 10**9
 EVERY = 0.005  # seconds between samples
 LIMIT = 10.0  # GB; a session of 12.7 has as much beside the process of CUDA
-STEPS = (250, 500)  # with a checkpoint and a look each, the earlier one being the best
 _LORA = {"method": "lora", "memory": "low"}
 
 
@@ -49,20 +47,20 @@ class Kind:
     base: str
     files: str  #: as they are published
     settings: dict[str, Any] = field(default_factory=dict)
-    #: whether a CPU loads it as a GPU does; what does not is given a T5 of one layer, which encodes
-    #: the prompts in seconds and is let go of before anything else
-    loads: bool = True
+    #: whether its base is quantized, which a job of its own loads; to write the run it lies as it
+    #: is, with a T5 of one layer, which encodes the prompts in seconds and is let go of then
+    quantized: bool = False
 
 
 KINDS = {
     "sd15": Kind("SD 1.5, whole", "sd15", "float32", {"memory": "standard"}),
     "sdxl": Kind("SDXL, LoRA", "sdxl", "float32", _LORA),
-    # A quantized base needs a GPU; its LoRA is the same one.
-    "flux": Kind("Flux.1, LoRA as of QLoRA", "flux", "bfloat16", _LORA, loads=False),
+    "flux": Kind("Flux.1, QLoRA", "flux", "bfloat16", _LORA, quantized=True),
 }
 #: What each process does; those that are measured, in order, with their rows in the table.
 JOBS = {
-    "train": ("load", "checkpoint", "pipeline"),
+    "train": ("load", "checkpoint", "pipeline", "resume"),
+    "quantize": ("load",),
     "drive": ("drive",),
     "keep": ("keep",),
     "export": ("export",),
@@ -71,6 +69,7 @@ ROWS = {
     "load": "load the base to train it",
     "checkpoint": "write a checkpoint",
     "pipeline": "write the pipeline at the end",
+    "resume": "take up the newest checkpoint",
     "drive": "copy the run to Drive",
     "keep": "keep a checkpoint as a model, with its zip",
     "export": "write the file for A1111 and ComfyUI",
@@ -160,185 +159,6 @@ def _tell(what: dict[str, Any]) -> None:
     sys.stdin.readline()  # until it was taken note of
 
 
-# What a GPU would hold.
-
-
-def as_device(folder: Path) -> Any:
-    """A torch mode with ``hold``: what is put there lies on no CPU, until it is copied."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Device(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.held: set[int] = set()
-            self.numbers = count()
-
-        def hole(self, tensor: torch.Tensor) -> torch.Tensor:
-            """Zeros of a tensor's shape, in a mapped file."""
-            file = folder / f"{next(self.numbers)}"
-            size = tensor.numel() * tensor.itemsize
-            if size == 0:
-                return tensor
-            storage = torch.UntypedStorage.from_file(str(file), True, size)
-            file.unlink()
-            self.held.add(storage.data_ptr())
-            made = torch.empty(0, dtype=tensor.dtype)
-            return made.set_(
-                storage, 0, tensor.shape, torch.empty(tensor.shape, device="meta").stride()
-            )
-
-        def hold(self, *modules: torch.nn.Module) -> None:
-            done: set[int] = set()
-            for module in modules:
-                for tensor in (*module.parameters(), *module.buffers()):
-                    if id(tensor) not in done:
-                        done.add(id(tensor))
-                        tensor.data = self.hole(tensor)
-
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if func in (torch.Tensor.cpu, torch.Tensor.to) and out is args[0]:
-                places = [*args[1:], *(kwargs or {}).values()]
-                place = any(isinstance(one, (str, torch.device)) for one in places)
-                kept = out.untyped_storage().data_ptr() in self.held
-                if kept and (place or func is torch.Tensor.cpu):
-                    return out.clone()
-            return out
-
-    return Device()
-
-
-# The jobs, each in a process of its own.
-
-
-def config_of(kind: Kind, work: Path, tiny: bool) -> Any:
-    from dreambooth_lib.config import Subject, TrainConfig
-
-    settings: dict[str, Any] = {
-        "resolution": 16 if tiny else 64, "mixed_precision": "bf16", "optimizer": "adamw8bit",
-        "class_folder": str(work / "class"), "judge": "toybox",
-    } | kind.settings  # fmt: skip
-    return TrainConfig(Subject(str(work / "instance"), "dog"), str(work / "base"), **settings)
-
-
-def train(kind: Kind, work: Path, tiny: bool) -> None:
-    """Load a base for training, and write the checkpoints and the pipeline of a run."""
-    from dreambooth_lib import runs
-    from dreambooth_lib.training import Trainer
-
-    run = runs.start(config_of(kind, work, tiny), work / "run")
-    with measured("load"):
-        trainer = Trainer(run)
-    (work / "device").mkdir()
-    device = as_device(work / "device")
-    on_device(trainer, device)
-    for step in (0, *STEPS):
-        note_look(run, step)
-    written = 0
-    with device:
-        with measured("checkpoint") as told:
-            for step in STEPS:
-                trainer.step = step
-                trainer.save_checkpoint()
-                written += size(run.checkpoints()[step])
-            told |= {"bytes": written / len(STEPS), "runs": written / len(STEPS) * due(run.config)}
-        with measured("pipeline") as told:
-            trainer.save_pipeline()
-            told["bytes"] = size(run.pipeline)
-
-
-def on_device(trainer: Any, device: Any) -> None:
-    """Put what a GPU would hold there: all models, and the state of an optimizer that stepped."""
-    import torch
-
-    parts = trainer.family.pipeline.components.values()
-    device.hold(trainer.updater.trainable, *(p for p in parts if isinstance(p, torch.nn.Module)))
-    adam = trainer.updater.adam
-    for number, group in enumerate(adam.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            adam.init_state(group, parameter, number, index)
-    for state in adam.state.values():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and "qmap" not in name:
-                state[name] = device.hole(value)
-
-
-def due(config: Any) -> int:
-    """How many checkpoints a whole run writes."""
-    every = [one for one in (config.watch_every, config.checkpoint_every) if one]
-    steps = range(1, config.steps + 1)
-    return sum(step == config.steps or any(step % one == 0 for one in every) for step in steps)
-
-
-def note_look(run: Any, step: int) -> None:
-    """Write down a look that was not taken, of grey pictures; the first of STEPS is best."""
-    from PIL import Image
-
-    from dreambooth_lib import watch as looks
-    from dreambooth_lib.state import save_png
-
-    found = dict.fromkeys(looks.Watched.__dataclass_fields__, 0.5)
-    found["subject_fidelity"] = {0: 0.4, STEPS[0]: 0.9}.get(step, 0.5)
-    rows = {"subject": [0.1], "class": [0.1]}
-    kinds = {"subject": len(looks.PROMPTS), "class": 3, "unrelated": 1}
-    for name, pictures in kinds.items():
-        for number in range(pictures):
-            grey = Image.new("RGB", (64, 64), "grey")
-            save_png(grey, looks.folder(run, step) / f"{name}-{number}.png")
-    found |= {"step": step, "held_out": rows, "fidelity": {}, "bleeding": {}}
-    run.append("watch", asdict(looks.Watched(**found)))
-    run.append("log", {"step": step, "loss": 0.1, "instance_loss": 0.1, "prior_loss": 0.1,
-                       "lr": 1e-6, "seconds": 1.0, "memory_mb": None})  # fmt: skip
-
-
-def drive(kind: Kind, work: Path, tiny: bool) -> None:
-    """Mirror the run."""
-    from dreambooth_lib import mirrors, runs
-
-    with measured("drive") as told:
-        problem = mirrors.mirror(runs.resume(work / "run"), work / "drive")
-        if problem is not None:
-            raise RuntimeError(problem)
-        told["bytes"] = size(work / "drive")
-
-
-def keep(kind: Kind, work: Path, tiny: bool) -> None:
-    """Keep the best checkpoint as a model."""
-    from dreambooth_lib import kept, runs
-    from dreambooth_lib.choice import best_checkpoint
-
-    run = runs.resume(work / "run")
-    with measured("keep") as told:
-        packed = kept.keep(run, best_checkpoint(run).step, work / "kept" / "model")
-        told["bytes"] = packed.stat().st_size
-
-
-def export(kind: Kind, work: Path, tiny: bool) -> None:
-    """Write one file of what was kept."""
-    from dreambooth_lib import exports
-
-    folder, file = work / "kept" / "model", work / "exported.safetensors"
-    with measured("export") as told:
-        if kind.settings.get("method") == "lora":
-            exports.lora_file(folder / "pytorch_lora_weights.safetensors", file)
-        else:
-            exports.single_file(folder, file)
-        told["bytes"] = file.stat().st_size
-
-
-DO: dict[str, Callable[[Kind, Path, bool], None]] = {
-    "train": train, "drive": drive, "keep": keep, "export": export,
-}  # fmt: skip
-
-
-def size(place: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-
-
 # All of it.
 
 
@@ -350,7 +170,8 @@ def prepare(kind: Kind, work: Path, tiny: bool) -> None:
 
     shutil.rmtree(work, ignore_errors=True)
     made = replace(architectures.ALL[kind.base], dtype=getattr(torch, kind.files))
-    if not kind.loads:
+    if kind.quantized:
+        architectures.save(made, work / "whole", tiny=tiny, zeros=True)
         encoder = made.models["text_encoder_2"]
         shallow = replace(encoder, config=encoder.config | {"num_layers": 1})
         made = replace(made, models=made.models | {"text_encoder_2": shallow})
@@ -364,15 +185,14 @@ def measure(name: str, folder: Path, limit: float, tiny: bool) -> dict[str, dict
     own = [sys.executable, "-m", "tools.ram", "--work", str(folder), *(["--tiny"] * tiny)]
     subprocess.run([*own, "--one", name, "prepare"], check=True)
     for job, rows in JOBS.items():
+        if job == "quantize" and not KINDS[name].quantized:
+            continue
         log = folder / f"{name}.{job}.log"
         try:
             found |= watch([*own, "--one", name, job], limit, log)
-        except (TooMuch, RuntimeError) as error:
-            found |= {row: {"error": f"{error}"} for row in rows if row not in found}
-        if job == "drive":
             shutil.rmtree(work / "drive", ignore_errors=True)
-    if not KINDS[name].loads:
-        found["load"] = {"error": "not measured here, as a quantized base needs a GPU"}
+        except (TooMuch, RuntimeError) as error:
+            found |= {row: {"error": f"{error}"} for row in rows}
     shutil.rmtree(work)
     return found
 
@@ -390,7 +210,7 @@ def markdown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         "a checkpoint": ("checkpoint", "bytes"),
         "checkpoints, in a run of the default length": ("checkpoint", "runs"),
         "the pipeline": ("pipeline", "bytes"),
-        "Drive, after the run": ("drive", "bytes"),
+        "the run's copy on Drive": ("drive", "bytes"),
         "a kept model's zip": ("keep", "bytes"),
         "the file for A1111 and ComfyUI": ("export", "bytes"),
     }
@@ -426,7 +246,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = given.work.resolve()
     if given.one:
         name, job = given.one
-        (prepare if job == "prepare" else DO[job])(KINDS[name], work / name, given.tiny)
+        if job == "prepare":
+            prepare(KINDS[name], work / name, given.tiny)
+        else:
+            from tools.ram_jobs import DO
+
+            DO[job](KINDS[name], work / name, given.tiny)
         return
     work.mkdir(parents=True, exist_ok=True)
     file = work / "table.json"
