@@ -4,7 +4,10 @@ COLAB := .venv-colab
 RUN := $(VENV)/bin/python
 WHEELS := outputs/gpu-wheels
 
-.PHONY: demo test figures bench gpu gpu-wheels ram base lint
+# Bytes that Jupyter takes in one message; by itself 10 MiB, which three phone photos exceed.
+UPLOAD := 209715200
+
+.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base lint
 demo: $(VENV)/ready  ## personalise the embedded base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
@@ -14,6 +17,16 @@ test: $(VENV)/ready $(COLAB)/ready  ## the whole test suite
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 DREAMBOOTH_TEST_COLAB_PYTHON=$(abspath $(COLAB))/bin/python \
 	    $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
+lab: $(VENV)/ready  ## JupyterLab with the notebooks, where photos of 200 MiB in all can be uploaded
+	DREAMBOOTH_UPLOAD_LIMIT=$(UPLOAD) $(RUN) -m jupyter lab notebooks/01_dreambooth.ipynb \
+	    --ServerApp.tornado_settings='{"websocket_max_message_size": $(UPLOAD)}'
+
+wheel:  ## the kit as one file for Colab, 35 MB: dist/dreambooth_lib-*.whl
+	rm -rf build dist/dreambooth_lib-*.whl
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@rm -rf build
+	@du -h --apparent-size dist/dreambooth_lib-*.whl
 
 figures: $(VENV)/ready  ## every bundled subject, with and without the prior
 	$(RUN) -m dreambooth_lib figures

@@ -28,8 +28,12 @@ def difference(
     for name in {**new, **old}:
         one, other = old.get(name), new.get(name)
         if name not in but and one != other:
-            return f"whose {name} is {one!r}, and not {other!r}"
+            return f"whose {name} is {_said(one)}, and not {_said(other)}"
     return None
+
+
+def _said(value: Any) -> str:
+    return "left out" if value is None else repr(value)
 
 
 def named(config: TrainConfig) -> str:

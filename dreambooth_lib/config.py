@@ -10,7 +10,8 @@ from typing import Any
 #: The default identifier: one token for CLIP's tokenizer and for the embedded base's.
 DEFAULT_IDENTIFIER = "ohwx"
 
-#: Defaults that depend on the base; every other base takes the paper's for Stable Diffusion.
+#: Defaults that depend on the base; every other base takes the paper's for Stable Diffusion, and
+#: is drawn with as its own card says, where None is.
 _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
     "toybox": {
         "learning_rate": 3e-4,
@@ -18,6 +19,7 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 500,
         "batch_size": 2,
         "class_pictures": 48,
+        "prior_inference_steps": 25,
         "prior_guidance_scale": 1.0,
         "prompt_dropout": 0.1,
         "ema_decay": 0.98,
@@ -32,9 +34,10 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": 1000,
         "batch_size": 1,
         "class_pictures": 200,
-        "prior_guidance_scale": 5.0,
+        "prior_inference_steps": None,
+        "prior_guidance_scale": None,
         "prompt_dropout": 0.0,
-        "guidance_scale": 5.0,
+        "guidance_scale": None,
         "watch_every": 250,
         "lora_watch_every": 400,
         "judge": "openai/clip-vit-base-patch32",
@@ -59,8 +62,12 @@ _CHOICES = {
 #: backward pass.
 LOW = ("low", "lowest")
 _AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
-                 "checkpoints_kept", "prior_inference_steps", "lora_rank",
-                 "lora_alpha")  # fmt: skip
+                 "checkpoints_kept", "prior_inference_steps", "validation_inference_steps",
+                 "lora_rank", "lora_alpha")  # fmt: skip
+#: How pictures are drawn. Left at None they are the base's own, which its files tell once they are
+#: there: see ``families.inference``.
+DRAWING = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
+           "validation_inference_steps")  # fmt: skip
 _NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay", "seed",
                  "prior_guidance_scale", "guidance_scale", "watch_every")  # fmt: skip
 
@@ -70,12 +77,17 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
 
     A finished run as a base has those of the base that it was trained from.
     """
-    run = Path(base) / "config.toml"
-    if base not in _BASE_DEFAULTS and run.is_file():
-        return base_defaults(tomllib.loads(run.read_text()).get("base", "toybox"), method)
-    defaults = dict(_BASE_DEFAULTS.get(base) or _BASE_DEFAULTS[""])
+    defaults = dict(_BASE_DEFAULTS.get(origin(base)) or _BASE_DEFAULTS[""])
     of_lora = {name: defaults.pop(f"lora_{name}") for name in ("learning_rate", "watch_every")}
     return defaults | (of_lora if method == "lora" else {})
+
+
+def origin(base: str) -> str:
+    """The base that a run's folder was trained from, through runs of runs; any other is its own."""
+    run = Path(base) / "config.toml"
+    if base in _BASE_DEFAULTS or not run.is_file():
+        return base
+    return origin(tomllib.loads(run.read_text()).get("base", "toybox"))
 
 
 class ConfigError(ValueError):
@@ -145,10 +157,12 @@ class TrainConfig:
     prior: str = "generated"
     class_pictures: int = _BY_BASE  #: how many; None is 48 for toybox, 200 otherwise
     class_folder: str | None = None  #: a folder of the user's own class pictures instead
-    prior_inference_steps: int = 25
-    #: None is 1 for toybox, 5 otherwise. At 1 the class pictures are what the base itself believes,
-    #: so that training on them leaves it as it was; guided ones are better drawn but more alike.
-    prior_guidance_scale: float = _BY_BASE
+    #: None is 25 for toybox, otherwise as many as finish the base's pictures
+    prior_inference_steps: int | None = None
+    #: None is 1 for toybox, otherwise as the base's own card says. Without guidance (1 for Stable
+    #: Diffusion, 0 for Z-Image) the class pictures are what the base itself believes, so that
+    #: training on them leaves it as it was; guided ones are better drawn but more alike.
+    prior_guidance_scale: float | None = None
 
     # What is trained
     method: str = "full"  #: "full": the weights; "lora": low-rank additions (arXiv 2106.09685)
@@ -197,7 +211,8 @@ class TrainConfig:
     crop: str = "center"
     flip: bool = False  #: mirror pictures at random; not for a subject with writing on it
 
-    guidance_scale: float = _BY_BASE  #: of the run's pictures; None is 3.25 for toybox, 5 otherwise
+    #: of the run's pictures; None is 3.25 for toybox, otherwise as the base's own card says
+    guidance_scale: float | None = None
 
     seed: int = 0
     #: updates between checkpoints; None is at each validation, or every 250 updates without any;
@@ -210,6 +225,8 @@ class TrainConfig:
     #: never; None is what costs about 15% of the training time: 100 for toybox, 250 otherwise, by
     #: LoRA 200 and 400, and as many times that as there are subjects
     watch_every: int = _BY_BASE
+    #: steps of the pictures of a look; None is 10 for toybox, otherwise as many as finish them
+    validation_inference_steps: int | None = None
     hold_out: bool = True  #: keep one of four photos or more out of training, to measure its loss
     judge: str = _BY_BASE  #: the CLIP that scores, by hub id or folder; "toybox" for its own
     early_stop: bool = False  #: end when looks get no better, with the best checkpoint's weights
@@ -236,7 +253,7 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         for name in ("prompt_dropout", "dropout", "ema_decay", "lora_dropout"):
             value = getattr(self, name)

@@ -27,20 +27,21 @@ _BLUR_VARIANCE = 50.0  # sharp photos have 190 and more, those blurred by 1.6 px
 class Finding:
     """Something about the pictures that a user should know, and which pictures it concerns."""
 
-    kind: str  #: "duplicate", "near-duplicate", "tiny", "blurred" or "extreme-aspect"
+    kind: str  #: "few", "duplicate", "near-duplicate", "tiny", "blurred" or "extreme-aspect"
     names: tuple[str, ...]
     message: str
 
 
 def check_pictures(photos: list[Photo], resolution: int = 512) -> list[Finding]:
-    """What may spoil training: copies, pictures below ``resolution`` pixels, blur, narrow shapes.
+    """What may spoil training: few pictures, copies, small sides, blur, narrow shapes.
 
-    "duplicate" has the same pixels. "near-duplicate" differs from another picture or its mirror
-    image in at most 12 of 64 bits of a difference hash (is each cell of a 9x8 grey thumbnail
-    brighter than its left neighbour?) and in at most 20 of 255 levels, on average, of an 8x8
-    colour thumbnail. "tiny" has a shorter side below ``resolution``. "blurred" has a variance of
-    the Laplacian below 50 in grey levels of 0 to 255, its shorter side brought down to 256 pixels.
-    "extreme-aspect" is more than twice as long as it is short.
+    "few" is one or two pictures, copies not counted. "duplicate" has the same pixels.
+    "near-duplicate" differs from another picture or its mirror image in at most 12 of 64 bits of a
+    difference hash (is each cell of a 9x8 grey thumbnail brighter than its left neighbour?) and in
+    at most 20 of 255 levels, on average, of an 8x8 colour thumbnail. "tiny" has a shorter side
+    below ``resolution`` pixels. "blurred" has a variance of the Laplacian below 50 in grey levels
+    of 0 to 255, its shorter side brought down to 256 pixels. "extreme-aspect" is more than twice as
+    long as it is short.
     """
     findings: list[Finding] = []
     copies: dict[tuple[tuple[int, int], bytes], list[Photo]] = {}
@@ -53,6 +54,11 @@ def check_pictures(photos: list[Photo], resolution: int = 512) -> list[Finding]:
             text = f"{', '.join(names)} are the same picture; keep one of them."
             findings.append(Finding("duplicate", names, text))
     singles = [group[0] for group in copies.values()]
+    if 0 < len(singles) < 3:
+        names = tuple(photo.name for photo in singles)
+        alone = f"{' and '.join(names)} alone {'is' if len(names) == 1 else 'are'} too little"
+        text = f"{alone} to learn from; take three to six pictures in different surroundings."
+        findings.insert(0, Finding("few", names, text))
     for one, other, mirrored in _near_pairs(singles):
         how = "nearly mirror images of each other" if mirrored else "nearly the same picture"
         names = (singles[one].name, singles[other].name)

@@ -17,19 +17,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import families, metrics, pages, plots, prior, runs
+from dreambooth_lib import families, levels, memory, metrics, pages, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.encoders import Encoder
+from dreambooth_lib.notices import quiet
 from dreambooth_lib.pictures import read_pictures
+from dreambooth_lib.sampling import inference_of, load_source
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import JUDGE, View, look, score
-from dreambooth_lib.weights import base_of
 
 BUNDLED_SUBJECTS = families.BUNDLED / "subjects"
 #: What is shown and measured: pictures that the training has not seen. Diversity is the noisiest
 #: figure: its ratio to the base's, on the same seeds, varies by 5 points at 24 class pictures.
-VIEW = View(seeds=4, class_pictures=48, unrelated=0, inference_steps=25)
+VIEW = View(seeds=4, class_pictures=48, unrelated=0)
 
 
 def bundled_subjects() -> list[Subject]:
@@ -48,21 +49,23 @@ def personalise(
     from dreambooth_lib.state import replace_file
 
     subject, began = config.subject, time.perf_counter()
-    base = base_of(config)
     if config.draws_class_pictures:
-        for made, _ in enumerate(
-            prior.class_pictures(config, base, folder.parent / "class_pictures")
-        ):
-            _progress("class pictures", made + 1, config.class_pictures)
+        made = prior.class_pictures(config, load_source(config), folder.parent / "class_pictures")
+        for number, _ in enumerate(made, 1):
+            _progress("class pictures", number, config.class_pictures)
+        del made  # training needs the memory
+        memory.free()
     prior_done = time.perf_counter()
     run = runs.start(config, folder)
     for step in train(run):
         _progress("training", step.step, config.steps)
     train_done = time.perf_counter()
-    tuned = families.load(str(run.pipeline), resolution=config.resolution)
-    view = replace(view, guidance_scale=config.guidance_scale)
-    looks = {name: look(family, subject, view) for name, family in
-             (("base", base), ("tuned", tuned))}  # fmt: skip
+    memory.free()
+    view = replace(view, guidance_scale=inference_of(config).guidance_scale)
+    looks = {}
+    for name, source in (("base", config), ("tuned", run)):
+        looks[name] = look(load_source(source), subject, view)
+        memory.free()
     sample_done = time.perf_counter()
     reference = [photo.image for photo in read_pictures(subject.pictures)]
     encoder = Encoder(JUDGE)
@@ -127,6 +130,7 @@ def figures(
         for seed in seeds
     ]
     rows: list[dict[str, Any]] = []
+    levels.share(out / "runs", configs)
     for row in _rows(configs, out, view, workers):
         rows.append(row)
         replace_file(out / "metrics.json", json.dumps({"subjects": rows}, indent=2).encode())
@@ -204,17 +208,6 @@ def describe(row: dict[str, Any]) -> str:
         f"distance), adherence {adherence:.0%} and class diversity {diversity:.0%} of the base's, "
         f"prior drift {tuned['prior_drift']:.3f}; {row['seconds']['total']:.0f} s"
     )
-
-
-def quiet() -> None:
-    """Leave the loading bars and notices of the libraries out of what a person reads."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
 
 
 def _progress(what: str, done: int, total: int | None) -> None:

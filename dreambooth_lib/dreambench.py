@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib import runs
+from dreambooth_lib import levels, runs
 from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
@@ -46,8 +46,8 @@ class Protocol:
 
     pictures: int = 4  #: of each prompt, seeds 0, 1, ...
     class_pictures: int = 24  #: of the class prompt, seeds from CLASS_SEED on
-    steps: int = 25
-    guidance_scale: float = 5.0
+    steps: int | None = None  #: None: as many as finish the base's pictures
+    guidance_scale: float | None = None  #: None: the base's own
     negative_prompt: str = ""
     batch_size: int = 8
 
@@ -105,6 +105,7 @@ class Tuned:
     def __call__(self, subject: Subject) -> Run:
         run = started(self.folder, self.config, subject)
         if not run.finished:
+            levels.share(self.folder, [run.config])  # with the first subject, for all
             for _ in train(run):
                 pass
         return run
@@ -248,8 +249,13 @@ def draw_all(
                 (subject.class_prompt if p.prompt is None else prompts[p.prompt], p.seed)
                 for p in part
             ]
+            own, scale = family.inference, wanted.guidance_scale
             images = draw(
-                family, asked, wanted.steps, wanted.guidance_scale, wanted.negative_prompt
+                family,
+                asked,
+                wanted.steps or own.enough,
+                own.guidance_scale if scale is None else scale,
+                wanted.negative_prompt,
             )
             for picture, image in zip(part, images, strict=True):
                 save_png(image, out / picture.path)

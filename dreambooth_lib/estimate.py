@@ -4,21 +4,22 @@ The base is built of tensors without data, one update's forward and backward pas
 operation by operation, and the bytes that are alive at once and the multiplications are counted.
 """
 
-import weakref
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from dreambooth_lib import families, lora
-from dreambooth_lib.config import LOW, ConfigError, TrainConfig
+from dreambooth_lib.allocations import Alive, AsOnCuda, give_shapes
+from dreambooth_lib.config import LOW, ConfigError, Subject, TrainConfig
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.optim import choose
+from dreambooth_lib.sampling import alone
+from dreambooth_lib.watch import JUDGE
 from dreambooth_lib.weights import Trainable, lets_go, precisions, trainable_of
 
 #: Bytes of a quantized weight: of "nf4" with a scale for every 64, itself of 8 bits with one for
@@ -26,6 +27,9 @@ from dreambooth_lib.weights import Trainable, lets_go, precisions, trainable_of
 _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 #: AdamW's two moments of a parameter: in float32, and in 8 bits with a scale for every 256.
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
+#: Bytes of a scorer on the hub, as the default one has them: CLIP ViT-B/32 in float32.
+_SCORER = 4 * 151_277_313
+_HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 GIB = 2**30
 
 
@@ -39,52 +43,16 @@ class Estimate:
     working: int  #: gradients and activations together, when they are most
     looking: int  #: what drawing takes while the run is looked at, 0 without looks
     flops: float  #: floating-point operations of one update
+    preparing: int = 0  #: before it: class pictures drawn, the base copied to be a teacher
+    scoring: int = 0  #: of the encoder that scores pictures, where it is on the GPU
 
     @property
     def memory(self) -> int:
         """Peak allocated bytes."""
-        return max(self.weights + self.moments + max(self.working, self.looking), self.encoding)
+        training = self.weights + self.scoring + self.moments + max(self.working, self.looking)
+        return max(training, self.encoding, self.preparing)
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors made under it, those alive now and the most at once, and work.
-
-    ``FlopCounterMode`` counts the work too, but holds on to every module's inputs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = self.flops = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if count := flop_registry.get(func._overloadpacket):
-            self.flops += count(*args, **kwargs, out_val=out)
-        tree_map_only(torch.Tensor, self._hold, out)
-        return out
-
-    def without(self, tensor: torch.Tensor) -> None:
-        """Leave a tensor out, such as a weight."""
-        self._known.add(tensor.untyped_storage()._cdata)
-
-    def _hold(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._free, key, size)
-        return tensor
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-@lru_cache
 def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     """The peak memory and the work of training ``config`` on a GPU.
 
@@ -92,7 +60,22 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
     Raises as :func:`dreambooth_lib.families.load` and :func:`dreambooth_lib.weights.precisions` do.
     """
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    return _estimate(_in_kind(config), precision)
+
+
+def _in_kind(config: TrainConfig) -> TrainConfig:
+    """A config without what changes no shape, so that a study's are counted once."""
+    one: dict[str, Any] = {"steps": 1, "seed": 0, "learning_rate": 1.0, "weight_decay": 0.0}
+    one |= {name: min(1, getattr(config, name)) for name in ("watch_every", "class_pictures")}
+    one |= {"prior_weight": float(config.prior_weight > 0), "warmup_steps": 0, "early_stop": False}
+    one["class_folder"] = config.class_folder and "."
+    subject = Subject("photos", "dog")
+    return config.replace(subject=subject, others=(), **one)
+
+
+@lru_cache
+def _estimate(config: TrainConfig, precision: str) -> Estimate:
+    half = _HALVES.get(precision, torch.float32)
     family = families.skeleton(config.base, config.revision, **precisions(config, half))
     trainable = trainable_of(family, config)
     trained = lora.trained(trainable)
@@ -102,44 +85,54 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     quantized = [getattr(family.pipeline, name, None) for name in family.quantized_names()]
     sizes = {m: _size(m, few if m in quantized else None, half) for m in modules}
     gone = family.frozen[1:] + family.text_encoders if lets_go(config) else []
-    encoding = sum(sizes.pop(module) for module in gone)
-    weights = sum(sizes.values())
-    if config.prior == "distilled" and config.prior_weight > 0 and config.method == "full":
-        weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
-    with FakeTensorMode():
+    encoding = float(sum(sizes.pop(module) for module in gone))
+    weights, taught = sum(sizes.values()), 0
+    teaching = config.prior == "distilled" and config.prior_weight > 0 and config.method == "full"
+    if teaching:  # the copy is made as its weights are, and then rounded
+        taught = sum(p.nbytes for p in family.denoiser.parameters())
+    scoring = _scorer(config) if config.watch_every and config.memory not in LOW else 0
+    with FakeTensorMode(), AsOnCuda():
         for module in modules:
-            _give_shapes(module)
-        encoding = max(encoding, weights + _encoding_pictures(family))
+            give_shapes(module)
+        if gone:
+            encoding += _encoding_prompts(family, config)
+        encoding = max(encoding, weights + scoring + _encoding_pictures(family))
         working, flops = _one_update(family, trainable, config, half)
-        looking = _looking(family, trainable, config, half) if config.watch_every else 0
+        looking = preparing = 0
+        if config.watch_every:
+            looking = _drawing(family, trainable, family.at_a_time, config, half)
+        if config.draws_class_pictures:
+            preparing = _drawing(family, trainable, alone(family), config, half)
     if few is not None:  # a layer at a time is unpacked
-        unpacked = max(m.weight.numel() for m in _linears(family.denoiser)) * half.itemsize
-        working, looking = working + unpacked, looking and looking + unpacked
+        unpacked = max(m.weight.numel() for m in _linears(family.denoiser).values()) * half.itemsize
+        working, looking, preparing = (n and n + unpacked for n in (working, looking, preparing))
+    preparing = int(weights) + max(preparing, scoring + taught)
+    if teaching:
+        weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
     moments = numbers * _MOMENTS[choose(config, "cuda")]
     moments += 4 * numbers * (config.ema_decay is not None)
-    return Estimate(int(weights), int(encoding), int(moments), working, looking, flops)
+    return Estimate(
+        int(weights), int(encoding), int(moments), working, looking, flops, preparing, scoring
+    )
 
 
-def fitted(config: TrainConfig, precision: str, free: int) -> TrainConfig:
-    """The config with its memory level "auto" decided: the first that takes at most ``free`` bytes.
+@lru_cache
+def drawing(config: TrainConfig, precision: str = "fp16") -> int:
+    """The peak memory of :func:`dreambooth_lib.sampling.sample` from a config's base.
 
-    A level that the config's other fields or the base rule out is passed over; if none fits it is
-    the last.
+    All parts are there in half precision, and it draws as many pictures at once as it does unless
+    it is told otherwise. ``precision`` and errors are as in :func:`estimate`.
     """
-    if config.memory != "auto":
-        return config
-    found = config.replace(memory="standard")
-    enough = estimate(found, precision).memory <= free
-    for level in LOW:
-        if enough:
-            break
-        try:
-            one = config.replace(memory=level)
-            enough = estimate(one, precision).memory <= free
-        except ConfigError:
-            continue
-        found = one
-    return found
+    half = _HALVES.get(precision, torch.float32)
+    loading = {"resolution": config.resolution, "half": half, "whole": ()}
+    family = families.skeleton(config.base, config.revision, **loading)
+    modules = [family.denoiser, *family.text_encoders, *family.frozen]
+    weights = sum(_size(module, None, half) for module in modules)
+    with FakeTensorMode():
+        for module in modules:
+            give_shapes(module)
+        model = Trainable(family, with_text=False).eval()
+        return int(weights) + _drawing(family, model, alone(family), config, torch.float32)
 
 
 def ways_out(config: TrainConfig, precision: str) -> str:
@@ -177,7 +170,7 @@ def _one_update(
     t = torch.full([len(prompts)], 500)
     with torch.no_grad():
         cond = family.blank_prompts(prompts)
-    if config.memory in LOW:
+    if config.steps_in_backward:
         for parameter in lora.trained(trainable):
             parameter.register_post_accumulate_grad_hook(_forget)
     with Alive() as alive:
@@ -186,25 +179,40 @@ def _one_update(
         with _autocast(config, half):
             given = None if config.trains_text else cond
             loss = trainable(x_t, t, given, prompts).float().square().mean()
-        loss.backward()
+        # As loss.backward() does, which would leave AsOnCuda before blocks are computed again.
+        ones, engine = (torch.ones_like(loss),), torch.autograd.Variable._execution_engine
+        engine.run_backward((loss,), ones, False, False, (), True, accumulate_grad=True)
     return alive.most, float(config.gradient_accumulation * alive.flops)
 
 
 @torch.no_grad()
-def _looking(family: Family, trainable: Trainable, config: TrainConfig, half: torch.dtype) -> int:
-    """Most bytes at once while pictures are drawn with guidance, and become pixels."""
-    vae, rows = family.pipeline.vae, family.at_a_time
-    prompts = [config.subject.instance_prompt] * rows * 2
-    channels, side = family.latent_size
-    x_t, t = torch.zeros(len(prompts), channels, side, side), torch.full([len(prompts)], 500)
-    cond = family.blank_prompts(prompts)
+def _drawing(
+    family: Family, model: Trainable, rows: int, config: TrainConfig, half: torch.dtype
+) -> int:
+    """Most bytes at once while ``rows`` pictures are drawn with guidance, and become pixels.
+
+    ``half`` is what autocast computes in; with float32 each part computes in its own precision.
+    """
+    vae, (channels, side) = family.pipeline.vae, family.latent_size
+    # Guidance asks twice, once without the prompt, but where a base is told it as a number.
+    twice = 1 if "guidance_embeds" in family.denoiser.config else 2
+    prompts = [config.subject.class_prompt] * rows * twice
+    own = family.denoiser.dtype if half is torch.float32 else torch.float32
+    x_t = torch.zeros(len(prompts), channels, side, side, dtype=own)
+    t = torch.full([len(prompts)], 500)
+    cond = {
+        name: value.to(own) if value.is_floating_point() else value
+        for name, value in family.blank_prompts(prompts).items()
+    }
     with Alive() as alive:
-        for module in (trainable, vae):
+        for module in (model, family.denoiser, vae):
             for tensor in (*module.parameters(), *module.buffers()):
                 alive.without(tensor)
         with _autocast(config, half):
-            trainable(x_t, t, cond, prompts)
-        vae.decode(x_t[:rows].to(half))
+            model(x_t, t, cond, prompts)
+        # One that is kept in float32 because it overflows must not be cast to less.
+        with _autocast(config, half if vae.dtype is half else torch.float32):
+            vae.decode(x_t[:rows].to(vae.dtype))
     return alive.most
 
 
@@ -212,6 +220,18 @@ def _autocast(config: TrainConfig, half: torch.dtype) -> torch.autocast:
     """As in training, but on the CPU, where tensors without values are."""
     enabled, cached = half is not torch.float32, config.memory not in LOW
     return torch.autocast("cpu", half, enabled=enabled, cache_enabled=cached)
+
+
+@torch.no_grad()
+def _encoding_prompts(family: Family, config: TrainConfig) -> int:
+    """Most bytes at once while text encoders that are then let go of encode all prompts."""
+    prompts = [config.subject.instance_prompt] * (8 if config.watch_every else 3)
+    with Alive() as alive:
+        for module in (*family.text_encoders, *family.frozen[1:]):
+            for tensor in (*module.parameters(), *module.buffers()):
+                alive.without(tensor)
+        family.blank_prompts(prompts)
+    return alive.most
 
 
 def _encoding_pictures(family: Family) -> int:
@@ -224,29 +244,40 @@ def _encoding_pictures(family: Family) -> int:
     return alive.most
 
 
+def _scorer(config: TrainConfig) -> int:
+    """Bytes of the encoder that scores the run's pictures, in float32."""
+    place = JUDGE if config.judge == "toybox" else Path(config.judge)
+    if not place.exists():
+        return _SCORER
+    from safetensors import safe_open
+
+    numbers = 0
+    for file in place.glob("*.safetensors"):
+        with safe_open(file, "np") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            numbers += sum(prod(shape) for shape in shapes)
+    return 4 * numbers
+
+
 def _size(module: torch.nn.Module, few: float | None, half: torch.dtype) -> float:
     """Bytes of a module's tensors, those of its linear layers at ``few`` each if that is given."""
     size = float(sum(tensor.nbytes for tensor in module.state_dict().values()))
     if few is not None:
-        packed = [m.weight for m in _linears(module) if m.weight.dtype is half]
+        # Layers that would overflow in float16 are not quantized in any precision.
+        kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+        packed = [
+            layer.weight
+            for name, layer in _linears(module).items()
+            if layer.weight.dtype is half and name.rpartition(".")[2] not in kept
+        ]
         size -= sum(weight.nbytes - few * weight.numel() for weight in packed)
     return size
 
 
-def _linears(module: torch.nn.Module) -> list[torch.nn.Linear]:
-    """The layers that bitsandbytes quantizes; a LoRA's own are none of them."""
+def _linears(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linear layers by name; a LoRA's own are none of them."""
     named = module.named_modules()
-    return [m for name, m in named if isinstance(m, torch.nn.Linear) and "lora_" not in name]
-
-
-def _give_shapes(module: torch.nn.Module) -> None:
-    """Tensors of the meta device become ones without data on the CPU, which has autocast."""
-    for part in module.modules():
-        for name, one in part.named_parameters(recurse=False):
-            empty = torch.empty(one.shape, dtype=one.dtype)
-            setattr(part, name, torch.nn.Parameter(empty, requires_grad=one.requires_grad))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return {name: m for name, m in named if isinstance(m, torch.nn.Linear) and "lora_" not in name}
 
 
 def _forget(parameter: torch.nn.Parameter) -> None:

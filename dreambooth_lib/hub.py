@@ -7,6 +7,7 @@ from dreambooth_lib import choice, colab, families, pages, pictures, plots, watc
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import tokens
 from dreambooth_lib.runs import Run
+from dreambooth_lib.sampling import inference_of
 
 #: Seconds until a Hub that does not answer is not asked for the base's licence.
 TIMEOUT = 5.0
@@ -98,6 +99,7 @@ def _first_line(error: Exception) -> str:
 def usage(run: Run, model: str | Path, base: str = "") -> str:
     """The Python that draws a run's subjects by plain diffusers, its model being at ``model``.
 
+    On a GPU in half precision and else in float32, in the steps and with the guidance of the base.
     ``model`` is a folder or, if there is none, a name on the Hub; ``base`` is where that of a LoRA
     is, if not where the run had it. Raises ``BaseError`` where the base of a run that learnt a new
     word is gone.
@@ -109,14 +111,37 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     if config.train_token:
         adapter = families.adapter(config.base, config.revision)
         load += tokens.usage(adapter, model, config.subject.identifier)
+    settings, dtype = _drawing(run)
+    draw = 'pipeline("{}"{}).images[0]'
     prompts = [f"{subject.instance_prompt} on the beach" for subject in config.subjects]
-    draw = 'pipeline("{}", guidance_scale={:g}).images[0]'
+    # diffusers calls it dtype since 0.40, and takes this name from 0.36 to 0.42 at least.
+    given = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
+        "import torch",
         "from diffusers import DiffusionPipeline",
-        f'pipeline = DiffusionPipeline.from_pretrained("{first}")',
+        "gpu = torch.cuda.is_available()",
+        f'pipeline = DiffusionPipeline.from_pretrained("{first}", {given})',
         *load,
-        *[draw.format(prompt, config.guidance_scale) for prompt in prompts],
+        'pipeline.to("cuda" if gpu else "cpu")',
+        *[draw.format(prompt, settings) for prompt in prompts],
     ])  # fmt: skip
+
+
+def _drawing(run: Run) -> tuple[str, str]:
+    """Steps and guidance as a pipeline's call takes them, and the half precision to draw in.
+
+    Of a LoRA whose base is gone neither is known: the pipeline's own will have to do.
+    """
+    config = run.config
+    where = str(run.folder) if run.finished else config.base
+    try:
+        own, adapter = inference_of(run), families.adapter(where, config.revision)
+    except families.BaseError:
+        return "", "float16"
+    return (
+        f", num_inference_steps={own.steps}, guidance_scale={own.guidance_scale:g}",
+        adapter.card_dtype,
+    )
 
 
 def licence_of(base: str) -> dict[str, Any]:

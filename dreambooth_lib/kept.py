@@ -1,13 +1,21 @@
 """A checkpoint kept as a model: a folder for plain diffusers with its card, and a zip of it."""
 
-import json
+import html
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 from zipfile import ZIP_STORED, ZipFile
 
 from dreambooth_lib import hub, lora, weights
 from dreambooth_lib.copies import again, copy_file, shown
 from dreambooth_lib.families import MADE_OF
+from dreambooth_lib.families.precision import save
 from dreambooth_lib.runs import Run
+from dreambooth_lib.words import size_in_words
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 
 def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
@@ -28,21 +36,9 @@ def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
             if Path(config.base).is_absolute():  # of use to no other machine
                 (partial / MADE_OF).unlink()
         else:
-            family.pipeline.save_pretrained(partial, safe_serialization=True)
-            for file in partial.glob("text_encoder*/config.json"):
-                _load_whole(file)
+            save(family.pipeline, partial)
         hub.write_card(run, step, partial, photos)
     return pack(folder)
-
-
-def _load_whole(file: Path) -> None:
-    """Let a text encoder's config ask for float32, as diffusers loads all else if not told.
-
-    transformers would load it as the file has it, and the two do not compute with each other.
-    """
-    config = json.loads(file.read_text())
-    config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-    file.write_text(json.dumps(config, indent=2))
 
 
 def pack(folder: Path) -> Path:
@@ -69,3 +65,16 @@ def copy_to(folder: str | Path, file: Path) -> str | None:
             "gone, and run this again: the file itself is whole."
         )
     return None
+
+
+def download_link(file: str | Path) -> "HTML":
+    """Make a link that downloads a file in JupyterLab and the classic Notebook, with its size.
+
+    Without ``download`` Lab opens the file, and fails at a zip. The link is relative, as both look
+    for it from the notebook's folder, which is this kernel's.
+    """
+    from IPython.display import HTML
+
+    name = os.path.relpath(file)
+    link = f'<a href="{quote(Path(name).as_posix())}" download>{html.escape(name)}</a>'
+    return HTML(f"{link} ({size_in_words(os.path.getsize(file))})")

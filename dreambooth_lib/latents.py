@@ -8,6 +8,7 @@ import torch
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.data import to_tensor
 from dreambooth_lib.families.base import Family, Posterior
+from dreambooth_lib.families.precision import NonFinite
 from dreambooth_lib.pictures import Photo
 
 
@@ -17,6 +18,7 @@ class LatentCache:
     A mirrored picture has a posterior of its own. With random crops every draw is encoded afresh,
     since no two are the same picture. With a ``folder`` the posteriors are kept there, in a file
     named by the pictures' and the autoencoder's content, and read by the next run that needs them.
+    Raises :class:`NonFinite` for latents that are not finite; such are neither kept nor read.
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class LatentCache:
         folder: Path | None = None,
     ):
         self.photos, self.family, self.resolution = photos, family, family.resolution
-        self.crop, self.flip = config.crop, config.flip
+        self.base, self.crop, self.flip = config.base, config.crop, config.flip
         self.posteriors: list[Posterior] = []
         if self.crop == "center":
             mirrors = [False, True][: 1 + self.flip]
@@ -35,16 +37,19 @@ class LatentCache:
 
     def _kept(self, mirror: bool, folder: Path | None) -> Posterior:
         if folder is None:
-            return self._encode(mirror)
+            return self._all(mirror)
         from safetensors.torch import load_file, save
 
         from dreambooth_lib.state import replace_file
 
         file = folder / f"{self._digest(mirror)}.safetensors"
-        if not file.exists():
-            made = self._encode(mirror)
-            replace_file(file, save({k: v.contiguous() for k, v in made._asdict().items()}))
-        return Posterior(**load_file(file, str(self.family.denoiser.device)))
+        if file.exists():
+            kept = Posterior(**load_file(file, str(self.family.denoiser.device)))
+            if all(values.isfinite().all() for values in kept):
+                return kept
+        made = self._all(mirror)
+        replace_file(file, save({k: v.contiguous() for k, v in made._asdict().items()}))
+        return made
 
     def _digest(self, mirror: bool) -> str:
         digest = hashlib.sha256(f"{self.resolution} {mirror}".encode())
@@ -58,14 +63,27 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.photos)
 
-    def _encode(self, mirror: bool) -> Posterior:
-        pixels = [to_tensor(p.image, self.resolution, "center", mirror) for p in self.photos]
+    def _all(self, mirror: bool) -> Posterior:
         size = self.family.at_a_time
-        parts = [
-            self.family.encode_images(torch.stack(pixels[start : start + size]))
-            for start in range(0, len(pixels), size)
-        ]
+        batches = [self.photos[at : at + size] for at in range(0, len(self.photos), size)]
+        parts = [self._encode(batch, [mirror] * len(batch)) for batch in batches]
         return Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _encode(
+        self, photos: list[Photo], mirrored: list[bool], generator: torch.Generator | None = None
+    ) -> Posterior:
+        pixels = [
+            to_tensor(photo.image, self.resolution, self.crop, mirror, generator)
+            for photo, mirror in zip(photos, mirrored, strict=True)
+        ]
+        family = self.family
+        posterior = family.encode_images(torch.stack(pixels))
+        for photo, *latents in zip(photos, *posterior, strict=True):
+            if not all(values.isfinite().all() for values in latents):
+                gave = f"latents that are not finite of {photo.name}"
+                dtype = family.pipeline.vae.dtype
+                raise NonFinite.of("the autoencoder", self.base, gave, dtype)
+        return posterior
 
     def sample(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
         """Latents [len(index), C, h, w] of the pictures at ``index``, on the family's device."""
@@ -75,9 +93,6 @@ class LatentCache:
             mean = torch.stack([p.mean[i] for p, i in zip(chosen, index, strict=True)])
             std = torch.stack([p.std[i] for p, i in zip(chosen, index, strict=True)])
         else:
-            pixels = [
-                to_tensor(self.photos[i].image, self.resolution, self.crop, bool(m), generator)
-                for i, m in zip(index, mirrored, strict=True)
-            ]
-            mean, std = self.family.encode_images(torch.stack(pixels))
+            photos = [self.photos[i] for i in index]
+            mean, std = self._encode(photos, mirrored.tolist(), generator)
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)

@@ -1,8 +1,9 @@
-"""Memory that earlier models still hold, given back before the next one is loaded."""
+"""Memory that earlier models still hold, given back before the next one is loaded; what is free."""
 
 import gc
 import sys
 import traceback
+from typing import Any
 
 
 def free() -> None:
@@ -11,6 +12,19 @@ def free() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def gpu_bytes(device: Any = None) -> tuple[int, int]:
+    """Free and total bytes of a GPU, asked of it after :func:`free`.
+
+    What torch's allocator has kept of the GPU and no tensor fills is free for the next model too.
+    """
+    import torch
+
+    free()
+    unused, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return unused + kept, total
 
 
 def forget(error: BaseException) -> None:

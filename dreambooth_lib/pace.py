@@ -1,42 +1,60 @@
-"""What training costs on this machine, measured by a few updates and one look."""
+"""What training costs on this machine: a few updates, one look and a file, measured."""
 
+import os
+import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from dreambooth_lib import memory, runs
+from dreambooth_lib import levels, memory, runs
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.processes import join_group
 
 _NEVER = 10**6  # updates
 _UPDATES = 3
 _TRIES = 40  # in fp16 the first updates are skipped until the loss is scaled so that it fits
+_RARELY = 250  # updates between checkpoints where a config asks for none and for no looks
+_WRITTEN = 2**28  # bytes at most, to measure the disk by
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one update and of one look, 0 where the config asks for none."""
+    """Seconds of one update, one look and one checkpoint; a look's are 0 where there is none."""
 
     update: float
     look: float
+    checkpoint: float = 0.0
 
     def seconds(self, config: TrainConfig) -> float:
-        """Of all updates and looks of a run; an early stop may end it before."""
+        """Of all updates, looks and checkpoints of a run; an early stop may end it before."""
         looks = 1 + -(-config.steps // config.watch_every) if config.watch_every else 0
-        return config.steps * self.update + looks * self.look
+        saves = checkpoints(config) * self.checkpoint
+        return config.steps * self.update + looks * self.look + saves
+
+
+def checkpoints(config: TrainConfig) -> int:
+    """How many checkpoints a run writes: after each look, every so many steps, and at its end."""
+    # One that says nothing and never looks has some too.
+    own = config.checkpoint_every or (0 if config.watch_every else _RARELY)
+    every = [each for each in (config.watch_every, own) if each]
+    saved = {step for each in every for step in range(each, config.steps, each)}
+    return len(saved | {config.steps})
 
 
 def measure(config: TrainConfig) -> Pace:
     """Train for a moment beside all runs, and leave nothing behind.
 
-    That loads the base and draws a batch of class pictures, which is no part of the pace. Raises
-    as :func:`dreambooth_lib.training.train` does.
+    A checkpoint is told from its size and the pace of the disk. All that loads the base and draws
+    a batch of class pictures, which is no part of the pace. Raises as
+    :func:`dreambooth_lib.training.train` does.
     """
     from dreambooth_lib.training import NonFiniteLoss, Trainer
 
     memory.free()
-    brief = config.replace(
+    brief = levels.fresh(config, join_group().device).replace(
         steps=_NEVER,
         checkpoint_every=_NEVER,
         watch_every=_NEVER if config.watch_every else 0,
@@ -48,9 +66,30 @@ def measure(config: TrainConfig) -> Pace:
         tried = (trainer.update() for _ in range(_TRIES))
         made = (step.seconds for step in tried if step is not None)
         seconds = list(islice(made, 1, 1 + _UPDATES))  # the first one also warms up
+        checkpoint = _seconds_to_write(_size(trainer.updater.state()), Path(folder))
     if not seconds:
         raise NonFiniteLoss(
             f"no update could be measured: of {_TRIES} all but one at most were skipped, as the "
             "gradient is not finite; lower learning_rate, or use mixed_precision 'no'."
         )
-    return Pace(median(seconds), look.seconds if look else 0.0)
+    return Pace(median(seconds), look.seconds if look else 0.0, checkpoint)
+
+
+def _size(state: Any) -> int:
+    """Bytes of the tensors in a checkpoint's state."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+
+
+def _seconds_to_write(size: int, folder: Path) -> float:
+    """Until a file of ``size`` bytes lies on the disk, told from a part of it."""
+    block = os.urandom(min(size, 2**22))
+    blocks, began = max(1, min(size, _WRITTEN) // len(block)), time.perf_counter()
+    with (folder / "written").open("wb") as file:
+        for _ in range(blocks):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return (time.perf_counter() - began) * size / (blocks * len(block))

@@ -2,25 +2,20 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dreambooth_lib import bases, colab, families, memory, packages, words
+from dreambooth_lib import colab, families, memory, needs, packages, words
+from dreambooth_lib.levels import FILLED, native_precision
+from dreambooth_lib.needs import Needs, Room
 
 PYTHON = (3, 11)  #: the lowest that the kit runs on
 GIB = 2**30
 #: Seconds until a Hub that does not answer counts as out of reach.
 TIMEOUT = 5.0
-#: Of Stable Diffusion 1.5, taken for bases on the Hub that are not known.
-_HUB_PARAMETERS = 1_066_235_307
-#: Bytes of a weight as it is loaded to be trained by each way.
-_BYTES = {"whole model": 4.0, "LoRA": 2.0, "QLoRA": 0.6}
-#: Bytes of LoRA's weights to one of the base's, both in float32, of rank 16.
-_ADDED = 0.02
-#: A base above this is not worth training on a CPU.
-_LARGE = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -31,17 +26,6 @@ class Check:
     ok: bool
     found: str
     fix: str = ""  #: one sentence on what to do; empty where all is well
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes that a run on a base takes, roughly."""
-
-    gpu: int
-    memory: int
-    disk: int
-    drive: int  #: where the run is mirrored
-    way: str = "whole model"  #: what is trained, as :data:`bases.WAYS` has it
 
 
 class NotReady(RuntimeError):
@@ -80,11 +64,17 @@ def _mark(check: Check) -> tuple[str, str]:
     return words.sign(check.ok), "ok" if check.ok else "to fix"
 
 
-def preflight(base: str, folder: str | Path, drive: str | Path | None = None) -> list[Check]:
+def preflight(
+    base: str,
+    folder: str | Path,
+    drive: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Check]:
     """Look at what a run on ``base`` in ``folder`` needs; the fixes are for whoever is not ready.
 
     ``drive`` is where it will be mirrored, if it will. What runs that were cut off take there and
-    in ``folder`` counts as free, as it is mostly one of them that is gone on with.
+    in ``folder`` counts as free, as it is mostly one of them that is gone on with. It is trained as
+    :func:`recommend` says, which ``settings`` may narrow down.
     Nothing is downloaded, written or changed; the Hub is asked for one header. While packages are
     absent only what needs none of them is looked at.
     """
@@ -92,81 +82,88 @@ def preflight(base: str, folder: str | Path, drive: str | Path | None = None) ->
     checks = [_python(), _packages(plan)]
     if plan.absent:
         return checks
-    import torch
-
-    large = _parameters(base) > _LARGE
-    gpu = torch.cuda.is_available()
-    checks.append(_gpu(large))
-    memory.free()
-    free, total = torch.cuda.mem_get_info() if gpu else (None, 0)
-    needs = needs_of(base, gpu or large, free)
-    if free is not None:
-        fix = "restart the session to free it, or choose a GPU with more memory."
-        by = "" if needs.way == "whole model" else f" by {needs.way}"
-        checks += [_optimizer(), _room("GPU memory", free, total, needs.gpu, fix, by)]
-    checks += [_memory(needs.memory), _disk(Path(folder), needs.disk)]
-    if drive is not None:
-        checks.append(_drive(Path(drive), needs.drive))
+    offer = recommend(base, folder, drive, settings)
+    room, total = _here(Path(folder), drive)
+    checks.append(_gpu(offer.large))
+    if room.gpu is not None:
+        checks.append(_optimizer())
+    if room.gpu is not None or offer.large:
+        checks.append(_way(base, offer))
+    if offer.needs is not None:
+        if room.gpu is not None:
+            fix = "Restart the session to free it, or choose a GPU with more memory."
+            checks.append(_room("GPU memory", room.gpu, total.gpu, offer.needs.gpu, fix, FILLED))
+        checks.append(_memory(room.memory, total.memory, offer.needs.memory))
+        fix = "Remove runs and models that you no longer need, or use another folder than "
+        fix += f"{Path(folder).resolve()}."
+        checks.append(_room("disk", room.disk, total.disk, offer.needs.disk, fix))
+        if drive is not None:
+            checks.append(_drive(Path(drive), room.drive, total.drive, offer.needs.drive))
     return [*checks, _base(base)]
 
 
-def needs_of(base: str, gpu: bool, free: int | None = None) -> Needs:
-    """What a run takes with the default settings, from the number of the base's parameters.
+@dataclass(frozen=True)
+class Offer:
+    """How a base is best trained on this machine, which is what a notebook begins with."""
 
-    Of a known base it is the first way that fits ``free`` bytes of GPU memory: the whole model at
-    any level of memory, then LoRA, then QLoRA. On a GPU its memory is what
-    :mod:`dreambooth_lib.bases` says, or holds weights and gradients in float32 and AdamW's moments
-    in 8 bits, beside the activations; system memory holds the base while it loads, later a
-    checkpoint while it is written. A CPU's holds weights, gradients, moments and their average.
-    The disk holds four checkpoints, the pipeline twice and the base; a drive holds the newest
-    checkpoint, the best and the pipeline.
+    needs: Needs | None  #: None where the base cannot be trained on such a GPU at all
+    settings: dict[str, Any]  #: fields of a config, such as {"method": "lora"}; often none
+    room: Room
+    large: bool  #: too large for a CPU
+    why: str  #: what the ways before it lack here
+
+
+def recommend(
+    base: str,
+    folder: str | Path,
+    drive: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Offer:
+    """The first way to train a base that fits GPU, memory, disk and Drive as they are now.
+
+    In the order of :data:`bases.WAYS`: the whole model at each level of memory, LoRA, QLoRA. Where
+    none fits it is one that lacks the least. Arguments are those of :func:`preflight`.
     """
-    parameters = _parameters(base)
-    weights = 4.0 * parameters
-    checkpoint = weights * (1.25 if gpu else 4)
-    ram = 2 * GIB + (1.25 if gpu else 5) * weights
-    disk, drive = 4 * checkpoint + 3 * weights, 2 * checkpoint + weights
-    on_gpu = 2.6 * weights
-    way = _way(base, free) if gpu else None
-    if way is not None:
-        on_gpu = way.gib * GIB
-        if way.method != "whole model":
-            added = _ADDED * weights
-            ram = 2 * GIB + 1.25 * _BYTES[way.method] * parameters
-            disk, drive = 2.0 * parameters + 6 * added, 3 * added
-    method = "whole model" if way is None else way.method
-    return Needs(int(on_gpu), int(ram), int(disk), int(drive), method)
+    import torch
+
+    large = needs.described(base).parameters > needs.LARGE
+    room, _ = _here(Path(folder), drive)
+    if room.gpu is None and not large:
+        return Offer(needs.on_cpu(base), {}, room, large, "")
+    precision = "fp16"
+    if room.gpu is not None:
+        precision = native_precision("auto", torch.device("cuda"))
+    found = needs.ways(base, precision, settings)
+    if not found:
+        return Offer(None, {}, room, large, "")
+    best = needs.first_fitting(found, room)
+    tried: dict[str, Needs] = {}  # of each way the level that takes the least
+    for one in found[: found.index(best)]:
+        if one.way != best.way:
+            tried[one.way] = one
+    why = [f"the {way} lacks {' and '.join(one.lacking(room))}" for way, one in tried.items()]
+    return Offer(best, needs.settings(best, found, room), room, large, ", ".join(why))
 
 
-def _way(base: str, free: int | None) -> bases.Row | None:
-    """How a known base on the Hub is trained in so much memory, or in any; else None."""
-    known = bases.known(base)
-    if known is None or base == "toybox":
-        return None
-    from dreambooth_lib.training import FILLED
+def _here(folder: Path, drive: str | Path | None) -> tuple[Room, Room]:
+    """Bytes that are free on this machine now, and of how many."""
+    import psutil
+    import torch
 
-    rows = bases.ways(known, float("inf") if free is None else FILLED * free)
-    return next((row for row in rows if row.fits), rows[-1])
-
-
-def _parameters(base: str) -> int:
-    """Of the parts that are loaded, by the headers of a local base's files; 0 if it is nowhere."""
-    try:
-        path = Path(families.locate(base))
-    except families.BaseError:
-        return 0
-    if not path.exists():
-        known = bases.known(base)
-        return _HUB_PARAMETERS if known is None else known.parameters
-    from safetensors import safe_open
-
-    count = 0
-    for part in ("unet", "text_encoder", "vae"):
-        for file in (path / part).glob("*.safetensors"):
-            with safe_open(file, "np") as tensors:
-                names = tensors.keys()
-                count += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
-    return count
+    ram, folder = psutil.virtual_memory(), folder.resolve()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    disk = shutil.disk_usage(there)
+    free = Room(ram.available, disk.free + _cut_off(folder))
+    total = Room(ram.total, disk.total)
+    if torch.cuda.is_available():
+        here, of = memory.gpu_bytes()
+        free, total = replace(free, gpu=here), replace(total, gpu=of)
+    if drive is not None:
+        with suppress(OSError):  # one that is gone has no room, which its own line says
+            usage = shutil.disk_usage(drive)
+            free = replace(free, drive=usage.free + _cut_off(Path(drive)))
+            total = replace(total, drive=usage.total)
+    return free, total
 
 
 def _python() -> Check:
@@ -194,8 +191,6 @@ def _gpu(large: bool) -> Check:
     import torch
 
     if torch.cuda.is_available():
-        from dreambooth_lib.training import native_precision
-
         precision = native_precision("auto", torch.device("cuda"))
         native = "native bf16" if precision == "bf16" else "fp16, as it has no native bf16"
         return Check("GPU", True, f"{torch.cuda.get_device_name()}, {native}")
@@ -208,6 +203,20 @@ def _gpu(large: bool) -> Check:
     return Check("GPU", False, "none, and this base would take days on a CPU", fix)
 
 
+def _way(base: str, offer: Offer) -> Check:
+    if offer.needs is None:
+        found = f"'{base}' cannot be trained so on this GPU, which has no bfloat16"
+        fix = "Use a GPU with bfloat16 (L4, A100 and newer), other settings, or another base."
+        return Check("way", False, found, fix)
+    found = f"{offer.needs.way}, memory '{offer.needs.level}'"
+    lacking = offer.needs.lacking(offer.room)
+    if not lacking:
+        why = f", as {offer.why}" if offer.why else ""
+        return Check("way", True, f"{found}{why}")
+    found += f", which lacks {' and '.join(lacking)}, and so does every other way"
+    return Check("way", False, found, "Do what the lines below say, or choose a smaller base.")
+
+
 def _optimizer() -> Check:
     try:
         from bitsandbytes.optim import AdamW8bit  # noqa: F401
@@ -218,29 +227,20 @@ def _optimizer() -> Check:
     return Check("8-bit AdamW", True, "bitsandbytes loads")
 
 
-def _memory(needed: int) -> Check:
-    import psutil
-
-    ram = psutil.virtual_memory()
+def _memory(free: int, total: int, needed: int) -> Check:
     fix = "Restart the session or close other programs to free memory."
-    return _room("memory", ram.available, ram.total, needed, fix)
+    if needed > total:
+        fix = "Use a machine with more memory, or choose a smaller base."
+        if colab.in_colab():
+            fix = "Choose Runtime > Change runtime type > High-RAM, or a smaller base."
+    return _room("memory", free, total, needed, fix)
 
 
-def _disk(folder: Path, needed: int) -> Check:
-    folder = folder.resolve()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    usage = shutil.disk_usage(there)
-    fix = f"Remove runs and models that you no longer need, or use another folder than {folder}."
-    return _room("disk", usage.free + _cut_off(folder), usage.total, needed, fix)
-
-
-def _drive(folder: Path, needed: int) -> Check:
+def _drive(folder: Path, free: int | None, total: int | None, needed: int) -> Check:
     fix = "Make room on Drive, its trash too, or set DRIVE = False and lose a run to a disconnect."
-    try:
-        usage = shutil.disk_usage(folder)
-        return _room("Drive", usage.free + _cut_off(folder), usage.total, needed, fix)
-    except OSError as error:
-        return Check("Drive", False, f"{folder} does not answer ({error})", fix)
+    if free is None or total is None:
+        return Check("Drive", False, f"{folder} does not answer", fix)
+    return _room("Drive", free, total, needed, fix)
 
 
 def _cut_off(folder: Path) -> int:
@@ -250,20 +250,25 @@ def _cut_off(folder: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _room(name: str, free: int, total: int, needed: int, fix: str, by: str = "") -> Check:
-    ok = free >= needed
-    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, about {needed / GIB:.1f} needed{by}"
+def _room(
+    name: str, free: int, total: int | None, needed: int, fix: str, usable: float = 1.0
+) -> Check:
+    ok = usable * free >= needed
+    of = "" if total is None else f" of {total / GIB:.1f}"
+    found = f"{free / GIB:.1f}{of} GiB free, about {needed / GIB:.1f} needed"
     return Check(name, ok, found, "" if ok else fix)
 
 
 def _base(base: str) -> Check:
     try:
         path = families.locate(base)
+        sentence = families.distilled(base)
     except families.BaseError as error:
         found, _, fix = str(error).partition("; ")
         return Check("base", False, found, f"{fix[:1].upper()}{fix[1:]}")
+    advice = f". {sentence}" if sentence else ""
     if Path(path).exists():
-        return Check("base", True, f"'{base}' is on this machine")
+        return Check("base", True, f"'{base}' is on this machine{advice}")
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
@@ -272,7 +277,7 @@ def _base(base: str) -> Check:
     try:
         url = hf_hub_url(base, "model_index.json")
         get_hf_file_metadata(url, token=colab.hub_token() or False, timeout=TIMEOUT)
-        return Check("base", True, f"'{base}' is on the Hub")
+        return Check("base", True, f"'{base}' is on the Hub{advice}")
     except GatedRepoError:
         fix = f"Accept the terms on the Hub's page of {base}, and give your token {secret}."
     except RepositoryNotFoundError:
@@ -283,7 +288,8 @@ def _base(base: str) -> Check:
     except Exception as error:  # the Hub's client raises many kinds, all meaning no answer
         cached = try_to_load_from_cache(base, "model_index.json")
         if isinstance(cached, str) and any(Path(cached).parent.glob("unet/*.safetensors")):
-            return Check("base", True, f"'{base}' was downloaded before; the Hub does not answer")
+            found = f"'{base}' was downloaded before; the Hub does not answer{advice}"
+            return Check("base", True, found)
         found += f" ({type(error).__name__})"
         fix = "Check the network, or train the base 'toybox', which is here."
     return Check("base", False, found, fix)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
     """Everything that a class picture depends on, besides its number."""
-    scheduler = family.pipeline.scheduler
+    scheduler, (steps, guidance_scale) = family.pipeline.scheduler, _drawing(config, family)
     quantized = {"quantize": config.quantize} if config.quantize else {}
     return quantized | {
         "base": config.base,
@@ -28,8 +28,8 @@ def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
         "prompt": config.subject.class_prompt,
         "sampler": type(scheduler).__name__,
         "sampler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-        "inference_steps": config.prior_inference_steps,
-        "guidance_scale": config.prior_guidance_scale,
+        "inference_steps": steps,
+        "guidance_scale": guidance_scale,
         "resolution": family.resolution,
         "seeds": f"{config.seed} + picture number",
     }
@@ -41,7 +41,8 @@ def class_pictures(
     """Yield the paths of ``config.class_pictures`` PNG files, making those that are missing.
 
     ``folder`` holds the sets of all runs. Of several processes each makes its own share and yields
-    only those; all are there once every process is through.
+    only those; all are there once every process is through. A black picture counts as missing: it
+    is of a base that overflowed. Raises :class:`NonFinite` where the base does so here.
     """
     from dreambooth_lib.state import replace_file, save_png
 
@@ -51,16 +52,31 @@ def class_pictures(
         replace_file(place / "manifest.json", made_by.encode())
     mine = range(config.class_pictures or 0)[rank::processes]
     paths = {number: place / f"{number:05d}.png" for number in mine}
-    missing = [number for number in mine if not paths[number].exists()]
+    missing = [number for number in mine if not _drawn(paths[number])]
     yield from (path for number, path in paths.items() if number not in missing)
     batch = alone(family)
     for start in range(0, len(missing), batch):
         numbers = missing[start : start + batch]
         wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
-        images = draw(family, wanted, config.prior_inference_steps, config.prior_guidance_scale)
+        images = draw(family, wanted, *_drawing(config, family))
         for number, image in zip(numbers, images, strict=True):
             save_png(image, paths[number])
             yield paths[number]
+
+
+def _drawn(path: Path) -> bool:
+    from PIL import Image
+
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        return image.getbbox() is not None  # None where all is black
+
+
+def _drawing(config: TrainConfig, family: "Family") -> tuple[int, float]:
+    """Steps and guidance scale of class pictures: the config's, or else the base's own."""
+    steps, scale, own = config.prior_inference_steps, config.prior_guidance_scale, family.inference
+    return steps or own.enough, own.guidance_scale if scale is None else scale
 
 
 def set_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """A run's folder: its config, its log, its checkpoints and the pipeline it ends with.
 
 RUN/config.toml
+RUN/memory.json             what its memory "auto" was decided to mean (see levels.py)
 RUN/log.jsonl               one row an update
 RUN/watch.jsonl, watch/     what was seen on the way (see watch.py)
 RUN/checkpoints/000100/     weights, and the newest one's optimizer state (see state.py)
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.config import DRAWING, TrainConfig
 
 #: What a run is of: with another, its checkpoints would not fit or mean something else.
 _FIXED = ("subject", "others", "base", "revision", "variant", "train_text_encoder", "method",
@@ -25,12 +26,23 @@ class RunError(ValueError):
     """A run's folder that is not there, not empty or not readable."""
 
 
+#: In a run's folder or a study's: what memory "auto" means there, as fields of the config.
+DECIDED = "memory.json"
+
+
 @dataclass(frozen=True)
 class Run:
     """A run on disk; made by :func:`start` or :func:`resume`."""
 
     folder: Path
     config: TrainConfig
+
+    @property
+    def settled(self) -> TrainConfig:
+        """The config that it trains with: with what "auto" was decided to mean, once it was."""
+        if self.config.memory != "auto":
+            return self.config
+        return self.config.replace(**decided(self.folder))
 
     @property
     def pipeline(self) -> Path:
@@ -101,6 +113,12 @@ class Run:
         return load_state(found[-1]) if found else None
 
 
+def decided(folder: Path) -> dict[str, Any]:
+    """What memory "auto" was decided to mean in a folder; empty where nothing was."""
+    file = folder / DECIDED
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def start(config: TrainConfig, folder: str | Path) -> Run:
     """Make a run's folder. Raises :class:`RunError` where the folder holds something already."""
     from dreambooth_lib.state import replace_file
@@ -120,15 +138,16 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
 def begin(config: TrainConfig, folder: str | Path) -> Run:
     """Start a run, or go on with the one in the folder, from now on with this config.
 
-    Raises :class:`RunError` where that run is of another subject or trains other weights, where it
-    has come further than ``config.steps``, and where it has finished and more than its steps and
-    its early stop is to be changed: its config would no longer say how it was trained.
+    How pictures are drawn stays as it was where the config leaves that to the base. Raises
+    :class:`RunError` where that run is of another subject or trains other weights, where it has
+    come further than ``config.steps``, and where it has finished and more than its steps and its
+    early stop is to be changed: its config would no longer say how it was trained.
     """
     if not (Path(folder) / "config.toml").exists():
         return start(config, folder)
     if why := refusal(config, folder):
         raise RunError(why)
-    news = vars(with_whole_paths(config))
+    news = vars(_drawn_as(resume(folder), with_whole_paths(config)))
     return resume(folder, **{field.name: news[field.name] for field in dataclasses.fields(config)})
 
 
@@ -137,7 +156,7 @@ def refusal(config: TrainConfig, folder: str | Path) -> str | None:
     if not (Path(folder) / "config.toml").exists():
         return None
     begun = resume(folder)
-    olds, news = vars(begun.config), vars(with_whole_paths(config))
+    olds, news = vars(begun.config), vars(_drawn_as(begun, with_whole_paths(config)))
     for field in [name for name in olds if olds[name] != news[name]]:
         if field in _FIXED:
             return (
@@ -156,6 +175,12 @@ def refusal(config: TrainConfig, folder: str | Path) -> str | None:
             "on with it, or begin a new run."
         )
     return None
+
+
+def _drawn_as(begun: Run, config: TrainConfig) -> TrainConfig:
+    """The config, with a run's settings for drawing where it leaves them to the base."""
+    left = [name for name in DRAWING if getattr(config, name) is None]
+    return config.replace(**{name: getattr(begun.config, name) for name in left})
 
 
 def with_whole_paths(config: TrainConfig) -> TrainConfig:

@@ -1,11 +1,14 @@
 """Seeded pictures from a base or a run, through its own diffusers pipeline."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib import families
-from dreambooth_lib.config import Subject, TrainConfig, base_defaults
+from dreambooth_lib import families, memory
+from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.families.precision import NonFinite
+from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.weights import base_of, restored
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dreambooth_lib.families.base import Family
+    from dreambooth_lib.families.inference import Inference
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def sample(
     seeds: list[int],
     *,
     at: int | None = None,
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
     batch_size: int | None = None,
@@ -52,15 +56,15 @@ def sample(
 
     ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a
     base as in ``TrainConfig.base``. Each picture's noise comes from its seed alone, whatever the
-    batch size; the same seed is the same noise in base and tuned model. Without a
-    ``guidance_scale`` it is the run's or the base's, as ``TrainConfig.guidance_scale`` says. Raises
-    :class:`RunError` for a run that has not finished.
+    batch size; the same seed is the same noise in base and tuned model. ``steps`` and
+    ``guidance_scale`` left out are those of :func:`inference_of`. Raises :class:`RunError` for a
+    run that has not finished.
     """
     subject = source.config.subject if isinstance(source, Run) else None
-    if guidance_scale is None:
-        of_base = base_defaults(source if isinstance(source, str) else "")["guidance_scale"]
-        guidance_scale = source.config.guidance_scale if isinstance(source, Run) else of_base
     family = load_source(source, at)
+    own = inference_of(source)
+    steps = own.steps if steps is None else steps
+    guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or alone(family)
     wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []
@@ -69,6 +73,28 @@ def sample(
         images = draw(family, part, steps, guidance_scale, negative_prompt)
         samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
     return samples
+
+
+def inference_of(source: "Run | Family | TrainConfig | str") -> "Inference":
+    """Steps and guidance that a source is drawn with: its config's, or else its base's own.
+
+    Raises ``BaseError`` for a base that is not there.
+    """
+    if not isinstance(source, Run | TrainConfig | str):
+        return source.inference
+    if isinstance(source, str):
+        return families.inference(source)
+    config = source.config if isinstance(source, Run) else source
+    if isinstance(source, Run) and source.finished:
+        own = families.inference(str(source.folder))  # its base may be gone
+    else:
+        own = families.inference(config.base, config.revision)
+    scale, steps = config.guidance_scale, config.validation_inference_steps
+    return replace(
+        own,
+        guidance_scale=own.guidance_scale if scale is None else scale,
+        validation=own.validation if steps is None else steps,
+    )
 
 
 def alone(family: "Family") -> int:
@@ -83,8 +109,17 @@ def draw(
     guidance_scale: float,
     negative_prompt: str = "",
 ) -> list["Image.Image"]:
-    """One batch of (prompt, seed) pairs; training mode is put back as it was."""
+    """One batch of (prompt, seed) pairs; training mode is put back as it was.
+
+    Raises :class:`NonFinite` where the base computed NaN or infinity, or a picture is all black.
+    """
     import torch
+
+    latents: list[torch.Tensor] = []
+
+    def last(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [tensors["latents"]]
+        return tensors
 
     modules = [family.denoiser, *family.text_encoders]
     was_training = [module.training for module in modules]
@@ -93,17 +128,39 @@ def draw(
     family.pipeline.set_progress_bar_config(disable=True)
     try:
         with torch.inference_mode():
-            return family.pipeline(
+            images = family.pipeline(
                 **family.prompt_arguments([prompt for prompt, _ in wanted], negative_prompt),
                 generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 height=family.resolution,
                 width=family.resolution,
+                callback_on_step_end=last,
+                output_type="np",
             ).images
+            finite = all(one.isfinite().all() for one in latents)
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.train(training)
+    if not finite:
+        part = f"the {family.denoiser_name} or a text encoder"
+        raise NonFinite.of(part, family.name, "latents that are not finite", _computes_in(family))
+    dtype = family.pipeline.vae.dtype
+    if not math.isfinite(images.sum()):
+        raise NonFinite.of("the autoencoder", family.name, "pictures that are not finite", dtype)
+    if not images.max((1, 2, 3)).all():
+        raise NonFinite.of("the autoencoder", family.name, "a picture that is all black", dtype)
+    return family.pipeline.image_processor.numpy_to_pil(images)
+
+
+def _computes_in(family: "Family") -> "torch.dtype":
+    """The precision of the denoiser's products, which autocast decides where it is on."""
+    import torch
+
+    kind = family.denoiser.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return family.denoiser.dtype
 
 
 def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
@@ -125,7 +182,7 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
         family = families.load(str(source.folder), resolution=resolution, half=half, whole=())
     else:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
-    return _placed(family, half)
+    return _placed(family)
 
 
 def compose(loras: Mapping[Run | str, float]) -> "Family":
@@ -134,9 +191,8 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
     Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; the weights
     are 1 for each as it was trained. Raises ``BaseError`` where they are not all of one base.
     """
-    half = _half()
     folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
-    return _placed(families.compose(folders, half=half, whole=()), half)
+    return _placed(families.compose(folders, half=_half(), whole=()))
 
 
 def _half() -> "torch.dtype":
@@ -149,7 +205,7 @@ def _half() -> "torch.dtype":
     return torch.bfloat16 if bf16 else torch.float16
 
 
-def _placed(family: "Family", half: "torch.dtype") -> "Family":
+def _placed(family: "Family") -> "Family":
     """On the GPU, if there is one: whole, or part after part where all would fill half of it.
 
     So drawing takes no more of a GPU than training did, which lets go of what it does not need.
@@ -158,14 +214,14 @@ def _placed(family: "Family", half: "torch.dtype") -> "Family":
 
     if not torch.cuda.is_available():
         return family
-    from accelerate import PartialState
-
-    device, pipeline = PartialState().device, family.pipeline
+    device, pipeline = join_group().device, family.pipeline
     parts = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
     size = sum(weight.nbytes for part in parts for weight in part.state_dict().values())
-    free, _ = torch.cuda.mem_get_info(device)
-    if size > free / 2:
+    # A quantized base is there already.
+    here = sum(w.nbytes for part in parts for w in part.state_dict().values() if w.is_cuda)
+    free, _ = memory.gpu_bytes(device)
+    if size > (free + here) / 2:
         pipeline.enable_model_cpu_offload(device=device)
     else:
-        pipeline.to(device, half)
+        pipeline.to(device)
     return family

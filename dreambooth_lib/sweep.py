@@ -1,6 +1,7 @@
 """Studies of settings: many configs, one table. Steps are free: each run is scored on its way.
 
 FOLDER/class_pictures/, latents/   made once, shared by all cells
+FOLDER/memory.json                 the level of memory that all cells train at (see levels.py)
 FOLDER/CELL/                       a run; its looks are the table's rows
 FOLDER/table.csv                   a row a cell and step; FOLDER/failures.json where cells failed
 
@@ -17,17 +18,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import choice, prior, runs, watch
+from dreambooth_lib import choice, levels, memory, prior, runs, sampling, watch
 from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import View, Watched
-from dreambooth_lib.weights import base_of
 from dreambooth_lib.words import NAMES
 
 #: Enough pictures that another draw of seeds moves a mean little.
-VIEW = View(seeds=4, class_pictures=12, unrelated=1, inference_steps=25)
+VIEW = View(seeds=4, class_pictures=12, unrelated=1)
 #: A table's columns after the settings: standing by the rule of ``choice``, then what it is of.
 MEASURES = ("standing", "subject_fidelity", "reference_fidelity", "prompt_adherence",
             "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
@@ -84,6 +84,10 @@ def sweep(
     }
     for name, config in wanted.items():
         _check_same(folder / name, config, steps, _view_of(view, config))
+    if executor is None:
+        levels.share(folder, wanted.values())
+    else:  # its workers have the GPU
+        executor.submit(levels.share, folder, list(wanted.values())).result()
     _share_class_pictures(wanted.values(), folder)
     errors: dict[str, str] = {}
     cells = {name: (folder / name, config, view, threads) for name, config in wanted.items()}
@@ -133,8 +137,10 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
 
 
 def _view_of(view: View, config: TrainConfig) -> View:
-    """The study's view at the guidance that the base is drawn with."""
-    return replace(view, guidance_scale=config.guidance_scale)
+    """The study's view with the guidance of the base, and in its steps if none are given."""
+    own = sampling.inference_of(config)
+    steps = view.inference_steps or own.enough
+    return replace(view, guidance_scale=own.guidance_scale, inference_steps=steps)
 
 
 def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: View) -> None:
@@ -180,15 +186,25 @@ def _ended(run: Run) -> bool:
 
 
 def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
-    """Before the cells are shared out, so that no two workers draw the same ones."""
-    loaded: dict[tuple[Any, ...], Any] = {}
+    """Before the cells are shared out, so that no two workers draw the same ones.
+
+    As quickly as the machine can, and with their progress: it may be most of a study's time.
+    """
+    from tqdm.auto import tqdm
+
+    of_base: dict[tuple[Any, ...], list[TrainConfig]] = {}
     for config in configs:
         if config.draws_class_pictures:
-            key = (config.base, config.revision, config.variant, config.resolution)
-            if key not in loaded:
-                loaded[key] = base_of(config)
-            for _ in prior.class_pictures(config, loaded[key], folder / "class_pictures"):
+            key = (config.base, config.revision, config.variant, config.resolution, config.quantize)
+            of_base.setdefault(key, []).append(config)
+    for alike in of_base.values():
+        family = sampling.load_source(alike[0])
+        for config in alike:
+            made = prior.class_pictures(config, family, folder / "class_pictures")
+            for _ in tqdm(made, "class pictures", config.class_pictures, unit="picture"):
                 pass
+        del family, made  # the cells need the memory
+        memory.free()
 
 
 def table(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import AutocastKwargs
 
@@ -24,13 +24,17 @@ from dreambooth_lib.config import LOW, TrainConfig
 from dreambooth_lib.data import alternating, hold_out
 from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.inference import warning
+from dreambooth_lib.families.precision import save
 from dreambooth_lib.heldout import ROWS, HeldOut
+from dreambooth_lib.levels import is_gpu, native_precision, settle
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
+from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Updater, interrupts_held
-from dreambooth_lib.watch import Watch, Watched, history, judge, share, view_of
+from dreambooth_lib.watch import Watch, Watched, history, judge, view_of
 from dreambooth_lib.weights import (
     Trainable,
     lets_go,
@@ -62,9 +66,6 @@ class Step:
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
     watched: Watched | None = None  #: what a look after this update found, where one was due
 
-
-#: How much of the GPU's free memory an estimate may take; the allocator needs some of its own.
-FILLED = 0.9
 
 #: Tries of one update in float16, each at half the loss scale, before it is given up.
 SKIPS = 30
@@ -101,6 +102,7 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     """
     trainer = Trainer(run, objective)
     try:
+        trainer.warn()
         trainer.look()
         while not trainer.finished():
             step = trainer.update()
@@ -116,36 +118,20 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
             "resolution, or begin one with another method."
         ) from error
     except (GeneratorExit, KeyboardInterrupt):
-        trainer.save_checkpoint()
+        with interrupts_held():  # a launcher sends its processes the terminal's once more
+            trainer.save_checkpoint(together=False)
         raise
-
-
-def native_precision(mixed_precision: str, device: torch.device) -> str:
-    """What "auto" means on a device: bf16 where it is native, else fp16; "no" on a CPU."""
-    if mixed_precision != "auto":
-        return mixed_precision
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def fitting(config: TrainConfig, precision: str, device: torch.device) -> TrainConfig:
-    """The config with the level of memory that "auto" means on a device."""
-    if config.memory != "auto" or device.type != "cuda":
-        return config
-    from dreambooth_lib.estimate import fitted
-
-    free, _ = torch.cuda.mem_get_info(device)
-    return fitted(config, precision, int(FILLED * free))
 
 
 class Trainer:
     """One process's live objects of a run; :func:`train` drives it."""
 
     def __init__(self, run: Run, objective: Objective = prior_preservation):
-        device = PartialState().device
-        precision = native_precision(run.config.mixed_precision, device)
-        config = fitting(run.config, precision, device)
+        device = join_group().device
+        if is_gpu(device):
+            torch.cuda.reset_peak_memory_stats(device)  # an earlier run's
+        config = settle(run, device)
+        precision = native_precision(config.mixed_precision, device)
         self.run, self.config, self.objective, self.step = run, config, objective, 0
         self.skipped = 0  # updates in a row that fp16 loss scaling left out
         if config.method == "full" and config.memory == "lowest" and precision == "no":
@@ -323,6 +309,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return found
 
+    def warn(self) -> None:
+        """Print what a person should know of the base before its training begins."""
+        family = self.family
+        sentence = warning(self.config.base, family.inference, family.undistilled)
+        if sentence is not None and self.step == 0:
+            self.accelerator.print(sentence)
+
     def finished(self) -> bool:
         """Whether the last step is made, or no better one is to be expected."""
         if self.step >= self.config.steps:
@@ -331,9 +324,15 @@ class Trainer:
 
     def _check_finite(self, what: str, values: Sequence[float | None]) -> None:
         if not all(math.isfinite(value) for value in values if value is not None):
+            fix = "lower learning_rate, or use mixed_precision 'no'"
+            if self.step == 0 and self.half is torch.float16:  # no weight has moved yet
+                fix = (
+                    "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, "
+                    f"or choose another base than '{self.config.base}'"
+                )
             raise NonFiniteLoss(
                 f"the {what} is {values[0]} at step {self.step + 1} of {self.run.folder}; the last "
-                "good checkpoint is kept: lower learning_rate, or use mixed_precision 'no'."
+                f"good checkpoint is kept: {fix}."
             )
 
     def _loss(self, batch: Batch) -> Loss:
@@ -352,13 +351,17 @@ class Trainer:
         total, instance, *prior = self.accelerator.reduce(means, "mean").tolist()
         return total, instance, prior[0] if prior else None
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of this moment, unless it lies there already."""
+    def save_checkpoint(self, together: bool = True) -> None:
+        """Write a checkpoint of this moment, unless it lies there already.
+
+        ``together`` waits for the other processes: one that leaves alone would wait in vain.
+        """
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
             state = {"step": self.step, **self.updater.state()}
             self.run.save_checkpoint(self.step, state, self._best())
-        accelerator.wait_for_everyone()
+        if together:
+            accelerator.wait_for_everyone()
 
     def _best(self) -> int | None:
         rows = history(self.run)
@@ -373,9 +376,6 @@ class Trainer:
             put_back(model, self.run, self._best() or self.step)
         else:
             self.updater.take_average()
-        if self.watch is not None:
-            text = f"watching took {share(self.run):.0%} of the training time"
-            self.accelerator.print(f"{text}; best is {best_of(history(self.run)).reason}")
         if self.accelerator.is_main_process:
             family, config = self.family, self.config
             with replacing_folder(self.run.pipeline) as partial:
@@ -386,5 +386,5 @@ class Trainer:
                     if self.half is not torch.float32 or family.known is not None:
                         family = to_be_saved(config)
                         Trainable(family, config.trains_text).put(model.state())
-                    family.pipeline.save_pretrained(partial, safe_serialization=True)
+                    save(family.pipeline, partial)
         self.accelerator.wait_for_everyone()

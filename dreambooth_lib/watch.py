@@ -18,7 +18,7 @@ from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import HeldOut
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.sampling import draw
+from dreambooth_lib.sampling import draw, inference_of
 from dreambooth_lib.weights import Trainable
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class View:
     seeds: int = 1  #: pictures of each of :data:`PROMPTS`
     class_pictures: int = 3  #: of the class prompt
     unrelated: int = 1
-    inference_steps: int = 10
-    guidance_scale: float = 5.0
+    inference_steps: int | None = None  #: None: as many as finish the base's pictures
+    guidance_scale: float | None = None  #: None: the base's own
     first_seed: int = 0  #: of the prompts' pictures; class pictures begin CLASS_SEED after it
 
     def prompts(self, subject: Subject) -> list[str]:
@@ -117,10 +117,12 @@ def look(family: Family, subject: Subject, view: View) -> Look:
     seeds += [of_class + i for i in range(view.class_pictures)]
     seeds += [of_class + i for i in range(view.unrelated)]
     wanted = list(zip(view.prompts(subject), seeds, strict=True))
+    steps, scale = view.inference_steps or family.inference.enough, view.guidance_scale
+    scale = family.inference.guidance_scale if scale is None else scale
     images, batch = [], family.at_a_time
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]
-        images += draw(family, part, view.inference_steps, view.guidance_scale)
+        images += draw(family, part, steps, scale)
     ends = (count * view.seeds, count * view.seeds + view.class_pictures)
     asked = [prompt for prompt, _ in wanted[: ends[0]]]
     return Look(images[: ends[0]], images[ends[0] : ends[1]], images[ends[1] :], asked)
@@ -257,14 +259,20 @@ class Watch:
                 save_png(image, folder(self.run, step) / f"{kind}-{number}.png")
 
 
+def view_for(config: TrainConfig, **changes: Any) -> View:
+    """The view that a config's looks have: drawn in the steps and with the guidance of its base."""
+    own = inference_of(config)
+    given = {"inference_steps": own.validation, "guidance_scale": own.guidance_scale}
+    return View(**(given | changes))
+
+
 def view_of(run: Run) -> View:
     """The view that a run's looks have, written down when it is first asked for."""
     from dreambooth_lib.state import replace_file
 
     file = run.folder / "watch" / "view.json"
     if not file.exists():
-        view = View(guidance_scale=run.config.guidance_scale)
-        replace_file(file, json.dumps(asdict(view)).encode())
+        replace_file(file, json.dumps(asdict(view_for(run.config))).encode())
     return View(**json.loads(file.read_text()))
 
 

@@ -35,9 +35,15 @@ def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
     """How a base is loaded to be trained: in ``half`` but for the weights that move.
 
     As :func:`dreambooth_lib.families.load` takes it. Raises :class:`ConfigError` where the family
-    cannot compute in ``half`` with the weights that the level of memory keeps.
+    cannot compute in ``half``, or not with the weights that the level of memory keeps.
     """
     hub = config.base, config.revision
+    if half is torch.float16 and not families.adapter(*hub).computes_in(half):
+        raise ConfigError(
+            f"'{config.base}' gives NaN in float16, which this GPU computes in; train it on one "
+            "with bfloat16, such as an L4 or A100, set mixed_precision to 'no' where memory "
+            "allows, or choose another base."
+        )
     if config.memory == "lowest" and half is torch.float16 and not families.adapter(*hub).mixes:
         raise ConfigError(
             f"memory is 'lowest', whose weights are bfloat16, and '{config.base}' cannot compute "
@@ -114,6 +120,8 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
         lora.attach(family, config)
     else:
         trainable.requires_grad_(True)
+    for parameter in family.without_effect():
+        parameter.requires_grad_(False)
     if config.gradient_checkpointing or config.memory in LOW:
         family.denoiser.enable_gradient_checkpointing()
         for encoder in family.text_encoders if config.trains_text else ():
@@ -136,14 +144,16 @@ def restored(run: Run, step: int, half: torch.dtype = torch.float32) -> Family:
     return families.merged(family) if merge else family
 
 
-def as_trained(run: Run, step: int, half: torch.dtype = torch.float16) -> Family:
-    """As :func:`restored`, to be saved: a model in ``half``, or LoRA weights alone.
+def as_trained(run: Run, step: int) -> Family:
+    """As :func:`restored`, to be saved: a model in half precision, or LoRA weights alone.
 
     Of a LoRA's base only the configs are read, not the weights: they may be too many for the
     memory, and what is saved has none of them.
     """
     config = run.config
     if config.method == "full":
+        fits = families.adapter(config.base, config.revision).computes_in(torch.float16)
+        half = torch.float16 if fits else torch.bfloat16
         return _as_trained(base_of(config, half), run, step)
     names = precisions(config, torch.float32)
     return _as_trained(families.skeleton(config.base, config.revision, **names), run, step)

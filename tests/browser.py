@@ -71,8 +71,10 @@ CLASSIC = Stack(
 
 
 @contextmanager
-def served(stack: Stack, python: str, folder: Path) -> Iterator[str]:
-    """A server on ``folder``; gives its address."""
+def served(
+    stack: Stack, python: str, folder: Path, *arguments: str, **variables: str
+) -> Iterator[str]:
+    """A server on ``folder``, with more arguments and in this environment; gives its address."""
     settings = folder / ".lab"
     for name, values in LAB_SETTINGS.items():
         file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -87,8 +89,10 @@ def served(stack: Stack, python: str, folder: Path) -> Iterator[str]:
         "JUPYTER_CONFIG_DIR": str(folder / ".jupyter"),
         "JUPYTER_DATA_DIR": str(folder / ".jupyter-data"),
         "IPYTHONDIR": str(folder / ".ipython"),
+        **variables,
     }
     command = [python, "-m", "jupyter", *stack.arguments, f"--port={port}", "--allow-root"]
+    command += arguments
     with (folder / ".server.log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}/"

@@ -27,6 +27,18 @@ def test_a_notebook_gets_one_badge_and_one_address(name: str) -> None:
     assert "".join(plain["cells"][0]["source"][1:]).strip() in "".join(head)
 
 
+def test_readme_says_the_way_in_in_one_line() -> None:
+    plain = (address.ROOT / "README.md").read_text()
+    first = address.way_in(plain, "https://github.com/me/old")
+    again = address.way_in(first, "https://github.com/you/new/")
+    (line,) = [line for line in again.splitlines() if "colab-badge.svg" in line]
+    assert "/github/you/new/blob/main/notebooks/01_dreambooth.ipynb)" in line
+    assert "`pip install git+https://github.com/you/new`" in line
+    assert "make wheel" not in again and "me/old" not in again
+    heads = [row.removesuffix(", today") for row in plain.splitlines() if row.startswith("## ")]
+    assert [row for row in again.splitlines() if row.startswith("## ")] == heads
+
+
 def test_an_address_elsewhere_is_refused() -> None:
     with pytest.raises(ValueError, match=r"is not https://github.com/OWNER/NAME"):
         address.addressed({}, "01", "https://example.org/me/kit")

@@ -8,7 +8,7 @@ import torch
 
 from dreambooth_lib import bases, families, preflight
 from dreambooth_lib.bases import GIB, KNOWN, WAYS, Table, fitting, known, ways
-from dreambooth_lib.training import FILLED
+from dreambooth_lib.levels import FILLED
 from tools.bases import configs, needed, parameters
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -29,7 +29,8 @@ def test_figures_are_what_is_estimated_of_the_architectures(
     name: str, base: str, method: str, level: str, tmp_path: Path
 ) -> None:
     path, one = configs(name, tmp_path / name), known(base)
-    assert one is not None and parameters(path) == one.parameters
+    assert one is not None
+    assert parameters(path) == (one.parameters, one.denoiser, one.large)
     assert families.outline(path).resolution == one.resolution
     stored = one.gib["fp16"][list(WAYS).index(method)][WAYS[method].levels.index(level)]
     assert needed(path, method, level, "fp16") == pytest.approx(stored, abs=0.11)
@@ -42,7 +43,9 @@ def test_every_base_has_a_figure_for_every_way_and_each_level_takes_less() -> No
             for needs, way in zip(by_way, WAYS.values(), strict=True):
                 assert len(needs) == len(way.levels), one.name
                 found = [gib for gib in needs if gib is not None]
-                assert found == sorted(found, reverse=True) and found[0] == needs[0], one.name
+                assert found == sorted(found, reverse=True), one.name
+                assert not found or found[0] == needs[0], one.name
+        assert all(None not in needs[:2] for needs in one.gib["bf16"]), one.name
     assert len({one.base for one in KNOWN}) == len(KNOWN) == 8
     assert known("Flux.1 dev") is known("black-forest-labs/FLUX.1-dev") is not None
     assert known("somebody/model") is None
@@ -57,7 +60,7 @@ def test_the_first_level_that_fits_is_taken() -> None:
         assert (row.method, row.level, row.gib, row.fits) == ("whole model", level, need, True)
     row = ways(sd, needs[-1] * GIB - 1, "bf16")[0]
     assert (row.level, row.fits) == ("lowest", False)
-    assert len(fitting(24 * GIB)) == len(KNOWN) * len(WAYS)
+    assert len(fitting(24 * GIB, "bf16")) == len(KNOWN) * len(WAYS)
 
 
 def test_more_memory_fits_more() -> None:
@@ -85,10 +88,20 @@ def test_the_table_says_what_fits_in_words_and_signs() -> None:
         assert f">{one.base}</td>" in shown, "to be copied into BASE"
 
 
+def test_a_base_that_cannot_compute_in_float16_is_not_offered_where_there_is_no_other() -> None:
+    z_image = known("Z-Image")
+    assert z_image is not None and ways(z_image, 1 << 50) == []
+    assert ways(z_image, 1 << 50, "bf16")
+    by_name = {
+        re.split(r"\s{2,}", line)[1]: line for line in repr(Table(fitting(1 << 50))).splitlines()
+    }
+    assert by_name["Z-Image"].startswith("✗ needs a GPU") and "bfloat16" in by_name["Z-Image"]
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_table_is_of_this_machine(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     found = bases.table()

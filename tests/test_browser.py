@@ -7,13 +7,18 @@ Notebook runs on the second environment, whose Python ``DREAMBOOTH_TEST_COLAB_PY
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import CLASSIC, LAB, ROOT, VIEW, Page, Stack, served
+from PIL import Image
 from test_notebooks import NOTEBOOKS, codes
 
 from dreambooth_lib import runs
@@ -34,24 +39,137 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=[LAB, CLASSIC], ids=lambda stack: stack.name)
-def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Page]:
+@contextmanager
+def opened(
+    stack: Stack, folder: Path, name: str, *arguments: str, **variables: str
+) -> Iterator[Page]:
+    """A notebook of a folder that a server with these arguments and variables serves."""
     from playwright.sync_api import sync_playwright
 
-    stack: Stack = request.param
     python = PYTHONS[stack.name]
     if python is None:
         pytest.skip("needs the second environment")
-    notebook = json.loads(NOTEBOOKS["01_dreambooth"].read_text())
-    codes(notebook)[PARAMETERS]["source"] += ["\n", SHORT]
-    (tmp_path / "01_dreambooth.ipynb").write_text(json.dumps(notebook))
-    with served(stack, python, tmp_path) as address, sync_playwright() as playwright:
+    with (
+        served(stack, python, folder, *arguments, **variables) as address,
+        sync_playwright() as playwright,
+    ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport=VIEW)
         pictures = ROOT / "outputs" / "browser" / stack.name
-        yield Page(tab, stack, address, "01_dreambooth.ipynb", pictures)
+        yield Page(tab, stack, address, name, pictures)
         tab.screenshot(path=pictures / "end.png")
         browser.close()
+
+
+@pytest.fixture(params=[LAB, CLASSIC], ids=lambda stack: stack.name)
+def stack(request: pytest.FixtureRequest) -> Stack:
+    return request.param
+
+
+@pytest.fixture
+def page(stack: Stack, tmp_path: Path) -> Iterator[Page]:
+    notebook = json.loads(NOTEBOOKS["01_dreambooth"].read_text())
+    codes(notebook)[PARAMETERS]["source"] += ["\n", SHORT]
+    (tmp_path / "01_dreambooth.ipynb").write_text(json.dumps(notebook))
+    with opened(stack, tmp_path, "01_dreambooth.ipynb") as page:
+        yield page
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Five JPEGs of nearly 4 MB each, as a phone's are."""
+    folder, rng = tmp_path_factory.mktemp("phone"), np.random.default_rng(0)
+    for number in range(5):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((1920, 1440))
+        fine = rng.integers(-60, 61, (1440, 1920, 3), np.int16)
+        pixels = np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"IMG_{number}.jpg", quality=99)
+    files = sorted(folder.iterdir())
+    assert 18e6 < sum(file.stat().st_size for file in files) < 25e6
+    return files
+
+
+#: The subject's panel, what it gives to the settings, and a link; in a folder of the server's.
+PANEL = ("from dreambooth_lib import TrainConfig, families, kept, load_subject, widgets",
+         'subject = load_subject(families.BUNDLED / "subjects" / "patch_dog", "dog")',
+         "panel = widgets.SubjectPanel(TrainConfig(subject))",
+         "panel")  # fmt: skip
+CHOSEN, LINK = ("print(panel.config.subject.pictures)",), ('kept.download_link("models/rex.zip")',)
+
+
+def write_panel(folder: Path) -> str:
+    cells = [
+        {"cell_type": "code", "id": str(number), "metadata": {}, "outputs": [],
+         "execution_count": None, "source": "\n".join(lines)}
+        for number, lines in enumerate((PANEL, CHOSEN, LINK))
+    ]  # fmt: skip
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = {"cells": cells, "metadata": {"kernelspec": kernel},
+                "nbformat": 4, "nbformat_minor": 5}  # fmt: skip
+    (folder / "mine" / "models").mkdir(parents=True)
+    (folder / "mine" / "panel.ipynb").write_text(json.dumps(notebook))
+    return "mine/panel.ipynb"
+
+
+def make_lab() -> tuple[dict[str, str], list[str]]:
+    """The variables that ``make lab`` sets, and the server's arguments that it gives."""
+    dry = ["make", "--dry-run", "--old-file=.venv/ready", "lab"]
+    said = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    words = shlex.split(said.replace("\\\n", ""))
+    start = words.index("-m") - 1
+    variables = dict(word.split("=", 1) for word in words[:start])
+    return variables, [word for word in words[start:] if word.startswith("--")]
+
+
+def test_photos_of_18_mb_arrive_where_make_lab_serves_them(
+    stack: Stack, tmp_path: Path, photos: list[Path]
+) -> None:
+    variables, arguments = make_lab()
+    if stack is CLASSIC:
+        arguments = [word.replace("--ServerApp", "--NotebookApp") for word in arguments]
+    with opened(stack, tmp_path, write_panel(tmp_path), *arguments, **variables) as page:
+        page.run(0)
+        assert "below 210 MB" in page.text(0)
+        page.upload(0, photos)
+        page.wait_for(0, "No problems found in 5 pictures.", 60)
+        assert re.search(r"Showing 5 pictures of photos/\w+ \(uploaded", page.text(0))
+        page.shoot(0, "upload-18-mb")
+        (arrived,) = (tmp_path / "mine" / "photos").iterdir()
+        assert [file.read_bytes() for file in sorted(arrived.iterdir())] == [
+            file.read_bytes() for file in photos
+        ]
+
+
+def test_on_another_server_the_panel_says_what_to_do_and_the_button_lives_on(
+    stack: Stack, tmp_path: Path, photos: list[Path]
+) -> None:
+    with opened(stack, tmp_path, write_panel(tmp_path)) as page:
+        page.run(0)
+        page.upload(0, photos)
+        page.wait_for(0, "5 pictures of", 60)
+        said = page.text(0)
+        assert "did not arrive: this Jupyter server takes 10 MB at once" in said
+        assert "type the folder's name below" in said and "No problems" not in said
+        assert not page.cell(0).locator("img:visible").count(), "no other pictures are shown"
+        page.shoot(0, "upload-too-large")
+        page.start(1)
+        assert "DataError" in page.finish(1) and "patch_dog" not in page.text(1)
+
+        page.upload(0, photos[:2])  # each server takes these
+        page.wait_for(0, "IMG_0.jpg and IMG_1.jpg alone are too little", 60)
+        page.type(0, "folder or zip", str(photos[0].parent))  # as dragged into the file list
+        page.wait_for(0, "No problems found in 5 pictures.", 60)
+        assert str(photos[0].parent) in page.run(1)
+        page.shoot(0, "upload-by-the-folders-name")
+
+        archive = tmp_path / "mine" / "models" / "rex.zip"
+        archive.write_bytes(bytes(range(256)) * 10_000)  # no UTF-8
+        assert "(2.6 MB)" in page.run(2)
+        with page.tab.expect_download() as download:
+            page.cell(2).get_by_text("models/rex.zip").click()
+        assert download.value.path().read_bytes() == archive.read_bytes()
+        assert download.value.suggested_filename == "rex.zip"
+        assert not page.tab.get_by_text("File Load Error").count()
 
 
 def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ ALL_FIELDS: dict[str, Any] = {
     "dropout": 0.2,
     "ema_decay": 0.99,
     "guidance_scale": 7.5,
+    "validation_inference_steps": 21,
     "train_text_encoder": True,
     "mixed_precision": "bf16",
     "gradient_checkpointing": True,
@@ -100,8 +101,9 @@ def test_fields_left_out_take_the_bases_defaults_and_given_ones_stay() -> None:
     assert other.learning_rate == 5e-6
     assert toybox.batch_size > 1 and toybox.class_pictures < 200
     assert toybox.learning_rate > other.learning_rate
-    assert (toybox.prior_guidance_scale, other.prior_guidance_scale) == (1.0, 5.0)
-    assert (toybox.guidance_scale, other.guidance_scale) == (3.25, 5.0)
+    assert (toybox.prior_guidance_scale, other.prior_guidance_scale) == (1.0, None)
+    assert (toybox.prior_inference_steps, other.prior_inference_steps) == (25, None)
+    assert (toybox.guidance_scale, other.guidance_scale) == (3.25, None)
     assert (toybox.ema_decay, other.ema_decay) == (0.98, None)
     given = TrainConfig(subject=DOG, steps=3, batch_size=5, class_pictures=0, prior_weight=0.0)
     assert (given.steps, given.batch_size, given.class_pictures) == (3, 5, 0)

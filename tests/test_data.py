@@ -26,14 +26,28 @@ def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def found(*images: Image.Image, resolution: int = 32) -> list[tuple[str, tuple[str, ...]]]:
+    """All findings but that the pictures are few."""
     photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
     findings = data.check_pictures(photos, resolution)
     assert all(f.message.startswith(f.names[0]) and f.message.endswith(".") for f in findings)
-    return [(f.kind, f.names) for f in findings]
+    return [(f.kind, f.names) for f in findings if f.kind != "few"]
 
 
 def test_distinct_pictures_have_no_findings() -> None:
     assert found(*(noise(seed) for seed in range(12))) == []
+
+
+def test_one_or_two_pictures_are_few_and_copies_do_not_count() -> None:
+    one, two, three = (noise(seed) for seed in range(3))
+
+    def few(*images: Image.Image) -> list[str]:
+        photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
+        return [f.message for f in data.check_pictures(photos, 32) if f.kind == "few"]
+
+    assert few(one)[0].startswith("0.png alone is too little to learn from; take three to six")
+    assert few(one, two)[0].startswith("0.png and 1.png alone are too little")
+    assert few(one, one.copy(), two)[0].startswith("0.png and 2.png alone")
+    assert few(one, two, three) == []
 
 
 def test_plain_pictures_of_other_colours_are_distinct() -> None:

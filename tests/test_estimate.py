@@ -1,19 +1,26 @@
 """What is counted before anything is loaded, against what real tensors take."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPModel
 
 from dreambooth_lib import families, runs
-from dreambooth_lib.config import ConfigError, TrainConfig
-from dreambooth_lib.estimate import Alive, estimate, fitted, ways_out
+from dreambooth_lib.allocations import IN_FLOAT32, Alive, AsOnCuda
+from dreambooth_lib.config import ConfigError, Subject, TrainConfig
+from dreambooth_lib.estimate import GIB, _estimate, _size, drawing, estimate, ways_out
 from dreambooth_lib.families import base
+from dreambooth_lib.levels import first_fitting
 from dreambooth_lib.sampling import draw
 from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
+from tools.bases import configs
 
 Make = Callable[..., TrainConfig]
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"]
@@ -119,7 +126,8 @@ def test_pictures_that_become_latents_are_counted_large_ones_one_at_a_time(
     large: bool, config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "PIXELS", 16 * 16 * (1 if large else 8))
-    asked = config("sd1", method="lora", lora_rank=1, seed=int(large))
+    _estimate.cache_clear()
+    asked = config("sd1", method="lora", lora_rank=1, prior="none")
     family = families.load(asked.base, **precisions(asked, torch.float32))
     with Alive() as alive:
         for weight in family.pipeline.vae.state_dict().values():
@@ -129,6 +137,122 @@ def test_pictures_that_become_latents_are_counted_large_ones_one_at_a_time(
     found = estimate(asked, "no")
     # The CPU's own convolutions take some room besides.
     assert found.encoding - found.weights == pytest.approx(alive.most, rel=0.25)
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Stable Diffusion 1.5's configs, of the real sizes, without weights."""
+    return configs("sd15", tmp_path_factory.mktemp("architectures") / "sd15")
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"memory": "standard"}, 9.33),
+        ({"memory": "low"}, 5.90),
+        ({"memory": "low", "train_text_encoder": True}, 6.61),
+    ],
+)
+def test_the_estimate_is_close_to_what_an_h200_measured(
+    settings: dict[str, Any], measured: float, sd15: str
+) -> None:
+    """Peaks of one instance and one class picture of 512 pixels in float16, in GiB.
+
+    Without what a GPU's autocast does to norms these were 4.2 to 4.4% too low.
+    """
+    fields = {"watch_every": 0, "class_folder": "given", "optimizer": "adamw8bit"}
+    config = TrainConfig(Subject("photos", "dog"), sd15, **(fields | settings))
+    assert estimate(config, "fp16").memory / GIB == pytest.approx(measured, rel=0.04)
+
+
+def test_class_pictures_are_estimated_as_an_h200_measured_them(sd15: str) -> None:
+    """Eight of 512 pixels at once, with guidance, by a pipeline in float16 alone in memory."""
+    config = TrainConfig(Subject("photos", "dog"), sd15, prior_guidance_scale=7.5)
+    assert drawing(config, "fp16") / GIB == pytest.approx(3.06, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["group_norm", "layer_norm", "interpolate", "softmax"])
+def test_what_a_gpus_autocast_computes_in_float32_is_counted_so(name: str) -> None:
+    x = torch.zeros(2, 4, 8, 8, dtype=torch.float16)
+    call: dict[str, Callable[[], torch.Tensor]] = {
+        "group_norm": lambda: F.group_norm(x, 2),
+        "layer_norm": lambda: F.layer_norm(x, [8]),
+        "interpolate": lambda: F.interpolate(x, scale_factor=2.0),
+        "softmax": lambda: x.softmax(-1),
+    }
+    with AsOnCuda(), torch.autocast("cpu", torch.float16):
+        assert call[name]().dtype is torch.float32
+    with AsOnCuda():
+        assert call[name]().dtype is torch.float16, "no more than asked for"
+
+
+def test_those_operations_are_of_torchs_own_list_for_cuda() -> None:
+    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+    listed = re.findall(r"_\((\w+)(?:, \w+)?\)", header.read_text().partition("FORALL_FP32(")[2])
+    names = {func.__name__.replace("interpolate", "upsample_nearest2d") for func in IN_FLOAT32}
+    assert names <= set(listed), names - set(listed)
+
+
+def test_norms_take_more_in_mixed_precision_and_no_more_without(
+    config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config("sd1", prior="none", memory="standard")
+    with_norms = [estimate(asked, precision).working for precision in ("fp16", "no")]
+    monkeypatch.setattr("dreambooth_lib.allocations.IN_FLOAT32", set())
+    _estimate.cache_clear()
+    without = [estimate(asked, precision).working for precision in ("fp16", "no")]
+    _estimate.cache_clear()
+    assert with_norms[0] > 1.02 * without[0] and with_norms[1] == without[1]
+
+
+def test_the_encoder_that_scores_is_counted_where_it_is_on_the_gpu(
+    config: Make, clip_folder: Path
+) -> None:
+    own = {"watch_every": 2, "judge": str(clip_folder), "memory": "standard"}
+    held = sum(p.nbytes for p in CLIPModel.from_pretrained(clip_folder).parameters())
+    found = estimate(config("sd1", **own), "fp16")
+    assert found.scoring == pytest.approx(held, rel=0.01)
+    assert found.memory >= found.weights + found.moments + found.working + held
+    assert estimate(config("sd1", **(own | {"memory": "low"})), "fp16").scoring == 0
+    assert estimate(config("sd1", memory="standard"), "fp16").scoring == 0
+    away = estimate(config("sd1", **(own | {"judge": "openai/clip-vit-base-patch32"})), "fp16")
+    assert away.scoring == 4 * 151_277_313
+
+
+def test_class_pictures_that_are_drawn_first_are_counted(config: Make) -> None:
+    asked = config("sd1", memory="low", method="lora", lora_rank=1)
+    drawn = estimate(asked, "fp16")
+    given = estimate(asked.replace(class_folder="given"), "fp16")
+    assert drawn.preparing > given.preparing == given.weights
+    assert drawn.memory == drawn.preparing > given.memory
+
+
+def test_a_teacher_is_copied_whole_before_it_is_rounded(config: Make) -> None:
+    found = estimate(config("sd1", prior="distilled", memory="standard"), "fp16")
+    denoiser = families.load(config("sd1").base).denoiser
+    held = sum(p.nbytes for p in denoiser.parameters())  # once as it trains, half as a teacher
+    assert found.preparing == pytest.approx(found.weights - held / 2 + held, rel=0.01)
+
+
+def test_layers_that_are_never_quantized_are_counted_whole(config: Make) -> None:
+    """Those that T5 would overflow in float16 stay as they are, in bfloat16 too."""
+    asked = config("sd3", method="lora", lora_rank=1, quantize="nf4", memory="low", prior="none")
+    encoder = families.load(asked.base).pipeline.text_encoder_3
+    layers = {n: m for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)}
+    whole = sum(m.weight.numel() for n, m in layers.items() if n.endswith(".wo"))
+    packed = sum(m.weight.numel() for m in layers.values()) - whole
+    rest = sum(p.numel() for p in encoder.parameters()) - packed - whole
+    counted = _size(encoder.bfloat16(), 0.5, torch.bfloat16)
+    assert counted == pytest.approx(2 * (whole + rest) + packed / 2, rel=0.01)
+
+
+def test_a_loras_gradients_exist_together_at_any_level(config: Make) -> None:
+    """They are small, and stepping them one by one only takes time."""
+    fields = {"method": "lora", "lora_rank": 16, "prior": "none"}
+    asked = config("sd3", **fields, memory="low")
+    checkpointed = config("sd3", **fields, memory="standard", gradient_checkpointing=True)
+    low, same = (estimate(one, "fp16") for one in (asked, checkpointed))
+    assert low.working == same.working
 
 
 def test_drawing_for_a_look_is_counted_where_there_are_looks(config: Make) -> None:
@@ -156,20 +280,6 @@ def test_a_frozen_copy_for_the_distilled_prior_is_counted(config: Make) -> None:
     assert lora[0] == lora[1]
 
 
-def test_auto_takes_the_first_level_that_fits(config: Make) -> None:
-    asked = config("sd1")
-    assert asked.memory == "auto"
-    needs = {
-        memory: estimate(asked.replace(memory=memory), "fp16").memory
-        for memory in ("standard", "low", "lowest")
-    }
-    for level, need in needs.items():
-        assert fitted(asked, "fp16", need).memory == level
-    assert fitted(asked, "fp16", 1).memory == "lowest"
-    assert fitted(asked.replace(max_grad_norm=1.0), "fp16", 1).memory == "standard"
-    assert fitted(asked.replace(memory="low"), "fp16", 1 << 40).memory == "low"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, config: Make) -> None:
     asked = config(family)
@@ -178,7 +288,8 @@ def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, config:
     if family == "sd3":
         with pytest.raises(ConfigError, match=r"memory is 'lowest'.* cannot compute.*float16; set"):
             estimate(lowest, "fp16")
-        assert fitted(asked, "fp16", 1).memory == "low"
+        low = first_fitting([asked.replace(mixed_precision="fp16")], 1)
+        assert low == {"memory": "low"}
         assert "'lowest'" not in ways_out(asked, "fp16")
     else:
         assert estimate(lowest, "fp16").memory > 0

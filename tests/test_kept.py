@@ -4,6 +4,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     scope: dict[str, Any] = {}
     code = hub.usage(run, folder).splitlines()
     exec("\n".join(code[:-1]), scope)
-    assert "a ohwx dog on the beach" in code[-1] and len(code) == 3
+    assert "a ohwx dog on the beach" in code[-1] and len(code) == 6
     assert denoiser(scope["pipeline"]).keys() == expected.keys()
 
 
@@ -66,11 +67,10 @@ def test_a_kept_model_is_of_half_precision_and_draws_whatever_dtype_is_asked_for
 ) -> None:
     run, folder = trained(train_text_encoder=True), tmp_path / "models" / "my-dog"
     kept.keep(run, 2, folder)
-    for part in ("unet", "text_encoder", "vae"):
+    for part, dtype in (("unet", torch.float16), ("text_encoder", torch.float16),
+                        ("vae", torch.float32)):  # fmt: skip
         (file,) = (folder / part).glob("*.safetensors")
-        assert {v.dtype for v in load_file(file).values() if v.is_floating_point()} == {
-            torch.float16
-        }
+        assert {v.dtype for v in load_file(file).values() if v.is_floating_point()} == {dtype}
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert pipeline("a dog", num_inference_steps=1, height=16, width=16).images
     halves = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
@@ -100,6 +100,49 @@ def test_a_lora_is_kept_without_the_weights_of_its_base(
             )
             assert one.keys() == other.keys() and len(one) > 0
             assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("family", "half", "asked"),
+    [("sd1", torch.float16, (50, 7.5)), ("flux", torch.bfloat16, (28, 3.5))],
+)
+def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
+    family: str, half: torch.dtype, asked: tuple[int, float], gpu: bool,
+    tiny_bases: Callable[[str], str], trained: Callable[..., Run], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Executed as they are, but that the GPU is this CPU and one step is drawn."""
+    run = trained(base=tiny_bases(family), method="lora", resolution=16, steps=2)
+    kept.keep(run, 2, tmp_path / "model")
+    placed: list[Any] = []
+    drawn: list[Any] = []
+
+    def call(pipeline: Any, prompt: str, **how: Any) -> Any:
+        drawn.append((prompt, *how.values()))
+        return SimpleNamespace(images=["picture"])
+
+    kind = type(DiffusionPipeline.from_pretrained(run.config.base))
+    monkeypatch.setattr(kind, "__call__", call)
+    monkeypatch.setattr(kind, "to", lambda self, *given, **named: placed.append(given))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    scope: dict[str, Any] = {}
+    exec(hub.usage(run, tmp_path / "model"), scope)
+    parts = scope["pipeline"].components.values()
+    found = {part.dtype for part in parts if isinstance(part, torch.nn.Module)}
+    assert found == {half if gpu else torch.float32}
+    assert placed == [("cuda" if gpu else "cpu",)]
+    assert drawn == [("a ohwx dog on the beach", *asked)]
+
+
+def test_the_lines_of_a_lora_whose_base_is_gone_leave_out_what_is_not_known(
+    trained: Callable[..., Run], tiny_sd1: str, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_sd1, tmp_path / "base")
+    run = trained(base=str(base), method="lora", steps=2)
+    assert "num_inference_steps=50, guidance_scale=7.5)" in hub.usage(run, "me/my-dog")
+    shutil.rmtree(base)
+    assert hub.usage(run, "me/my-dog").endswith('pipeline("a ohwx dog on the beach").images[0]')
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -190,3 +233,20 @@ def test_a_drive_that_fails_costs_a_sentence(
     monkeypatch.setattr(shutil, "copyfile", full)
     said = kept.copy_to(drive, archive)
     assert said is not None and said.count("\n") == 0 and "No space left" in said
+
+
+def test_a_link_names_the_file_its_size_and_no_more_than_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "models" / '50% <b>of</b> "rex" #1?.zip'.replace("/", "-")
+    file.parent.mkdir()
+    file.write_bytes(b"0" * 2_340_000)
+    said = kept.download_link(file).data
+    assert said == (
+        '<a href="models/50%25%20%3Cb%3Eof%3C-b%3E%20%22rex%22%20%231%3F.zip" download>'
+        "models/50% &lt;b&gt;of&lt;-b&gt; &quot;rex&quot; #1?.zip</a> (2.3 MB)"
+    )
+    with file.open("r+b") as grown:
+        grown.truncate(4_265_000_000)  # as a model's; the disk holds no more than before
+    assert "(4.3 GB)" in kept.download_link("models" / Path(file.name)).data

@@ -18,6 +18,7 @@ import pytest
 from fake_colab import FakeColab
 
 from dreambooth_lib import colab, families, mirrors, runs, watch, widgets
+from dreambooth_lib.config import ConfigError
 from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation import REAL
 from dreambooth_lib.tables import read_csv
@@ -277,9 +278,34 @@ def test_a_run_beside_another_of_its_name_is_called_otherwise(
     assert "Left alone: runs/rex: step 0 of 300" in said and "This run is called rex." in said
 
 
+def test_run_again_the_subjects_cell_keeps_what_the_settings_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained: list[str] = []
+    monkeypatch.setattr(
+        widgets, "monitor", lambda run: trained.append(run.config.subject.pictures) or iter(())
+    )
+    scope = {"drive": None, "colab": colab, "widgets": widgets}
+    run_cells(scope, "", "cut_off", "SubjectPanel", "SettingsPanel")
+    other = str(families.BUNDLED / "subjects" / "candy_turtle")
+    scope["subject"].source.value = other
+    cells = [source(c) for c in codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text()))]
+    (chosen,), (training,) = ([c for c in cells if mark in c]
+                              for mark in ("SubjectPanel", "widgets.monitor"))  # fmt: skip
+    exec(chosen, scope)
+    exec(training, scope)
+    assert trained == [other], "the pictures that step 2 shows"
+    scope["config"] = scope["config"].replace(steps=7)  # as after another cell above
+    exec(chosen, scope)
+    with pytest.raises(ConfigError, match="run the cell of step 3 again"):
+        exec(training, scope)
+    assert trained == [other]
+
+
 def test_the_first_cell_is_the_same_in_all_notebooks() -> None:
     firsts = {source(codes(json.loads(path.read_text()))[0]) for path in NOTEBOOKS.values()}
-    assert len(firsts) == 1 and "https://github.com/OWNER/NAME" in firsts.pop()
+    assert len(firsts) == 1 and "install_missing" in firsts.pop()
 
 
 def test_every_notebook_is_run() -> None:
@@ -311,4 +337,4 @@ def test_a_notebook_begins_with_its_parts_and_its_parameters_and_ends_with_asser
     assert parameters["metadata"]["tags"] == ["parameters"]
     assert source(last).count("assert ") >= 3
     # A cell is one idea: what it does is said above it, and it fits on a screen.
-    assert all(len(cell["source"]) <= 24 for cell in cells)
+    assert all(len(cell["source"]) <= 26 for cell in cells)

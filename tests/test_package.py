@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from test_first_cell import first_cell, run_bare
 
 ROOT = Path(__file__).parent.parent
 COLAB_FREEZE = os.environ.get("DREAMBOOTH_TEST_COLAB_FREEZE", "")
@@ -73,42 +74,56 @@ def test_unmet_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_installed_package_brings_its_data(tmp_path: Path) -> None:
-    checkout, target, elsewhere = (tmp_path / n for n in ("checkout", "target", "elsewhere"))
+def test_the_first_cell_installs_the_wheel_beside_it_with_its_data(tmp_path: Path) -> None:
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "a" / "b" / "elsewhere"
     # A copy, since building leaves files behind in the checkout, and takes up older ones.
     checkout.mkdir()
-    elsewhere.mkdir()
+    elsewhere.mkdir(parents=True)
     for name in ("dreambooth_lib", "data"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, checkout)
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+    for name in ("pyproject.toml", "requirements.txt", "LICENSE", "README.md", "Makefile"):
+        shutil.copy(ROOT / name, checkout)
+    stale = checkout / "build" / "lib" / "dreambooth_lib" / "removed.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    environment = dict(os.environ)
     if importlib.util.find_spec("setuptools"):
         import setuptools
 
         if Version(setuptools.__version__) >= Version("77"):
-            install.append("--no-build-isolation")
-    subprocess.run([*install, checkout], check=True, cwd=elsewhere)
+            environment["PIP_NO_BUILD_ISOLATION"] = "false"  # which means: none
+    made = subprocess.run(
+        ["make", "wheel", f"PYTHON={sys.executable}"],
+        check=True, cwd=checkout, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    (wheel,) = (checkout / "dist").iterdir()
+    assert re.search(r"^\d+M\s+dist/dreambooth_lib-.*\.whl$", made.stdout, re.MULTILINE)
+    assert abs(wheel.stat().st_size / 1e6 - 35) < 5, "README and make say 35 MB"
+    shutil.move(wheel, elsewhere / wheel.name)
+    older = elsewhere / "dreambooth_lib-0.0.1-py3-none-any.whl"
+    older.write_bytes(b"no wheel")
+    os.utime(older, (0, 0))
     shutil.rmtree(checkout)
+
+    said = run_bare(first_cell(), sys.executable, elsewhere)
+    library = elsewhere / ".site" / "dreambooth_lib"
+    assert f"found {library}" in said and "Nothing is absent" in said
     code = (
         "from dreambooth_lib.data import load_dataset\n"
         "from dreambooth_lib.families import BUNDLED\n"
         "from dreambooth_lib.pictures import read_pictures\n"
-        "assert (BUNDLED / 'subjects').is_dir(), BUNDLED\n"
         "for subject in load_dataset(BUNDLED / 'subjects'):\n"
         "    print(BUNDLED, subject.name, len(read_pictures(subject.pictures)), sep='|')\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        check=True, cwd=elsewhere, env=environment, capture_output=True, text=True,
+        check=True, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(library.parent)},
+        capture_output=True, text=True,
     )  # fmt: skip
     rows = [line.split("|") for line in done.stdout.splitlines()]
-    assert len(rows) == 3
-    assert {Path(folder) for folder, _, _ in rows} == {target / "dreambooth_lib" / "bundled"}
+    assert len(rows) == 3 and {Path(folder) for folder, _, _ in rows} == {library / "bundled"}
     assert all(int(count) >= 4 for _, _, count in rows)
     for file in (ROOT / "data").rglob("*"):
-        installed = target / "dreambooth_lib" / "bundled" / file.relative_to(ROOT / "data")
+        installed = library / "bundled" / file.relative_to(ROOT / "data")
         assert installed.exists(), f"{file.name} is not in the package"
-    assert (target / "dreambooth_lib" / "py.typed").exists()
+    assert (library / "py.typed").exists() and not (library / "removed.py").exists()

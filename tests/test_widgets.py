@@ -1,8 +1,10 @@
 """The notebooks' views: what they show, what they give, and that no error is passed over."""
 
+import gc
 import html
 import io
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -22,9 +24,8 @@ from dreambooth_lib.config import ConfigError
 from dreambooth_lib.data import hold_out
 from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.widgets import side_by_side
+from dreambooth_lib.widgets import side_by_side, upload
 from dreambooth_lib.widgets.settings import python_of
-from dreambooth_lib.widgets.subject import uploaded
 
 Make = Callable[..., TrainConfig]
 
@@ -99,8 +100,8 @@ def test_what_is_uploaded_becomes_the_subject_in_both_versions(
                   for name, data in files.items()}  # fmt: skip
     if version == 8:
         value = tuple({"name": n, "content": memoryview(data)} for n, data in files.items())
-    assert uploaded(value) == files
-    subject.use(uploaded(value))
+    assert upload.uploaded(value) == files
+    subject.use(upload.uploaded(value))
     found = subject.config.subject
     assert Path(found.pictures).parent == tmp_path / "uploads"
     assert [photo.name for photo in subject.photos] == ["a.png", "b.png"]
@@ -108,14 +109,22 @@ def test_what_is_uploaded_becomes_the_subject_in_both_versions(
     assert "blurred" in texts(subject)
 
 
-def test_the_upload_buttons_value_is_used(subject: widgets.SubjectPanel) -> None:
-    button = subject.upload
+def press(button: Any, files: dict[str, bytes]) -> None:
+    """What the button's page sends in each version."""
     if isinstance(button.value, dict):  # ipywidgets 7: a count tells that all data is there
-        button.metadata, button.data = [{"name": "c.png"}], [png("green")]
-        button._counter += 1
+        button.metadata = [{"name": name} for name in files]
+        button.data = list(files.values())
+        button._counter += len(files)
     else:
-        button.value = ({"name": "c.png", "type": "image/png", "size": 9, "content": png("green"),
-                         "last_modified": datetime.now(UTC)},)  # fmt: skip
+        button.value = tuple(
+            {"name": name, "type": "", "size": len(content), "content": content,
+             "last_modified": datetime.now(UTC)}
+            for name, content in files.items()
+        )  # fmt: skip
+
+
+def test_the_upload_buttons_value_is_used(subject: widgets.SubjectPanel) -> None:
+    press(subject.upload, {"c.png": png("green")})
     subject.check()
     assert [photo.name for photo in subject.photos] == ["c.png"]
 
@@ -156,6 +165,92 @@ def test_good_pictures_mend_an_upload_that_failed_too(
     subject.check()
     panel.check()
     assert not subject.note.value and panel.config == subject.config
+
+
+@pytest.mark.parametrize("bad", ["upload", "path", "too large", "used by a cell"])
+def test_after_a_bad_input_no_pictures_are_left_to_train_on(
+    bad: str, subject: widgets.SubjectPanel, photos: str
+) -> None:
+    assert f"Showing 4 pictures of {photos}" in texts(subject) and len(pictures(subject)) == 2
+    assert "No problems found in 4 pictures." in texts(subject)
+    if bad == "upload":
+        press(subject.upload, {"a.jpg": b"text", "b.png": png("red")})
+    elif bad == "path":
+        subject.source.value = "/no/such"
+    elif bad == "too large":
+        press(subject.upload, {upload._NOTE: b'{"files": 5, "bytes": 18900000}'})
+    else:
+        with pytest.raises(DataError, match="is empty, damaged or no picture"):
+            subject.use({"a.jpg": b"text"})
+    said = texts(subject)
+    assert pictures(subject) == [] and "Showing" not in said and "No problems" not in said
+    assert subject.children[0] is subject.note and subject.note.layout.display == ""
+    assert subject.note.value.count("⚠") == 1 and "color" in subject.note.value
+    subject.class_noun.value = "cat"
+    subject.crop_to(8)
+    assert pictures(subject) == [] and "No problems" not in texts(subject)
+    panel_fails = [lambda: subject.config, subject.check, lambda: widgets.SettingsPanel(subject)]
+    for fails in panel_fails:
+        with pytest.raises(DataError):
+            fails()
+    subject.source.value = "/nor/such"
+    assert subject.note.value.count("⚠") == 1, "only what was tried last is of interest"
+    subject.source.value = photos
+    assert len(pictures(subject)) == 2 and subject.note.layout.display == "none"
+    assert subject.config.subject.pictures == photos
+
+
+def test_files_that_the_server_would_not_take_are_named_with_what_to_do(
+    subject: widgets.SubjectPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press(subject.upload, {upload._NOTE: b'{"files": 5, "bytes": 18900000}'})
+    said = html.unescape(subject.note.value)
+    assert "5 pictures of 19 MB in all did not arrive: this Jupyter server takes 10 MB" in said
+    assert "into a folder in Jupyter's file list" in said and "type the folder's name" in said
+    assert subject.source.value == "", "the path of the pictures before is not theirs"
+    press(subject.upload, {upload._NOTE: b'{"files": 1, "bytes": 18900000}'})
+    assert "a file of 19 MB in all" in subject.note.value
+    monkeypatch.setenv(upload.LIMIT, "209715200")
+    press(subject.upload, {upload._NOTE: b'{"files": 99, "bytes": 310000000}'})
+    assert "takes 210 MB at once" in subject.note.value and "make lab" not in subject.note.value
+    monkeypatch.setenv(upload.LIMIT, "much")
+    with pytest.raises(ConfigError, match="DREAMBOOTH_UPLOAD_LIMIT is 'much'"):
+        upload.limit()
+
+
+def test_the_same_files_can_be_uploaded_again(subject: widgets.SubjectPanel, photos: str) -> None:
+    for _ in range(2):
+        press(subject.upload, {"c.png": png("green")})
+        assert not upload.uploaded(subject.upload.value), "the button is empty again"
+        subject.check()
+        assert re.search(r"Showing 1 picture of .*</b> \(uploaded \d\d:\d\d\)", texts(subject))
+        assert "c.png alone is too little" in texts(subject)
+        subject.source.value = photos
+        assert "uploaded" not in subject._title.value
+
+
+def test_pictures_that_were_added_to_the_folder_are_read_again(
+    tiny_sd2: str, make_config: Make, tmp_path: Path
+) -> None:
+    folder = Path(save_photos(tmp_path / "max", 3))
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
+    (folder / "more.png").write_bytes(png("red"))
+    panel.read_again()
+    assert [photo.name for photo in panel.photos] == ["0.png", "1.png", "2.png", "more.png"]
+    (folder / "text.jpg").write_text("text")
+    panel.read_again()
+    with pytest.raises(DataError, match=r"text\.jpg"):
+        panel.check()
+
+
+def test_settings_of_another_panel_than_is_shown_are_refused(
+    subject: widgets.SubjectPanel, tiny_sd2: str, photos: str, make_config: Make
+) -> None:
+    panel = widgets.SettingsPanel(subject)
+    panel.check(subject)
+    again = widgets.SubjectPanel(make_config(tiny_sd2, photos))
+    with pytest.raises(ConfigError, match="run the cell of step 3 again"):
+        panel.check(again)
 
 
 def test_the_embedded_base_says_what_it_cannot_draw(
@@ -299,6 +394,75 @@ def test_minutes_are_shown_only_once_they_are_measured(
     assert "<b>6 min</b>" in settings.time.value
     settings.controls["resolution"].value = 8
     assert not settings.time.value, "that was of another resolution"
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"checkpoint_every": 2, "watch_every": 0}, [2, 4, 5]),
+        ({"checkpoint_every": 4, "watch_every": 3}, [3, 4, 5]),
+        ({"checkpoint_every": 100, "watch_every": 0}, [5]),
+    ],
+)
+def test_predicted_time_has_the_checkpoints_that_a_run_writes(
+    changes: dict[str, Any], steps: list[int], started: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = started(steps=5, **changes)
+    saved, save = [], Run.save_checkpoint
+
+    def counting(run: Run, step: int, *given: Any) -> None:
+        saved.append(step)
+        save(run, step, *given)
+
+    monkeypatch.setattr(Run, "save_checkpoint", counting)
+    list(training.train(run))
+    assert saved == steps and pace.checkpoints(run.config) == len(steps)
+    plain, slow = (pace.Pace(1.0, 2.0, checkpoint) for checkpoint in (0.0, 30.0))
+    assert slow.seconds(run.config) - plain.seconds(run.config) == 30 * len(steps)
+
+
+def test_a_checkpoint_is_timed_by_its_bytes_on_the_disk(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = started(watch_every=0, prior_weight=0).config
+    assert 0 < pace.measure(config).checkpoint < 10
+    monkeypatch.setattr(pace, "_seconds_to_write", lambda size, folder: float(size))
+    run = runs.start(config.replace(steps=1), tmp_path / "one")
+    list(training.train(run))
+    file = sum(f.stat().st_size for f in run.checkpoints()[1].iterdir())
+    assert pace.measure(config).checkpoint == pytest.approx(file, rel=0.1)
+
+
+def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
+    settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer's parts hold each other, and so the GPU, until they are collected."""
+    import torch
+
+    class Parts:
+        def __init__(self) -> None:
+            self.itself = self
+
+    left: list[weakref.ref[Parts]] = []
+
+    def measured(config: TrainConfig) -> pace.Pace:
+        left.append(weakref.ref(Parts()))
+        return pace.Pace(1.0, 0.0)
+
+    def free(*_: Any) -> tuple[int, int]:
+        return (1 if any(one() for one in left) else 14 << 30), 15 << 30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr("dreambooth_lib.widgets.settings.measure", measured)
+    gc.disable()
+    try:
+        settings.predict.click()
+    finally:
+        gc.enable()
+    assert "level 'standard'" in settings.time.value
 
 
 def test_updates_that_the_loss_scale_skips_are_not_measured(

@@ -206,5 +206,5 @@ def save_z_image(folder: Path, clip: CLIPTokenizer, words: tuple[str, ...]) -> N
             axes_dims=[4, 6, 6],
             axes_lens=[256, 32, 32],
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
     ).save_pretrained(folder)

@@ -1,7 +1,8 @@
 """Write where the kit is published into the notebooks: ``python -m tools.address ADDRESS``.
 
 ADDRESS is that of a GitHub repository, https://github.com/OWNER/NAME. Each notebook then begins
-with a badge that opens it in Colab, and its first cell installs the kit from there.
+with a badge that opens it in Colab, and its first cell installs the kit from there; README has both
+in one line, in the place of the way by a wheel.
 """
 
 import argparse
@@ -10,10 +11,26 @@ import re
 from pathlib import Path
 from typing import Any
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 COLAB = "https://colab.research.google.com"
 _BADGE = re.compile(r"^\[!\[Open in Colab\]")
 _KIT = re.compile(r'^KIT = ".*?"')
+_WAY_IN = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
+
+
+def badge(repository: str, name: str) -> str:
+    """A picture that opens the notebook ``name`` of OWNER/NAME in Colab."""
+    link = f"{COLAB}/github/{repository}/blob/main/notebooks/{name}.ipynb"
+    return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
+
+
+def repository_of(address: str) -> str:
+    """OWNER/NAME. Raises ``ValueError`` for an address that is not a GitHub repository's."""
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git|/)?", address)
+    if not found:
+        raise ValueError(f"'{address}' is not https://github.com/OWNER/NAME.")
+    return found[1]
 
 
 def addressed(notebook: dict[str, Any], name: str, address: str) -> dict[str, Any]:
@@ -21,19 +38,23 @@ def addressed(notebook: dict[str, Any], name: str, address: str) -> dict[str, An
 
     Raises ``ValueError`` for an address that is not a GitHub repository's.
     """
-    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git|/)?", address)
-    if not found:
-        raise ValueError(f"'{address}' is not https://github.com/OWNER/NAME.")
-    link = f"{COLAB}/github/{found[1]}/blob/main/notebooks/{name}.ipynb"
-    badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})\n"
+    repository = repository_of(address)
     title, *rest = (line for line in notebook["cells"][0]["source"] if not _BADGE.match(line))
     while rest and not rest[0].strip():
         del rest[0]
-    notebook["cells"][0]["source"] = [title, "\n", badge, "\n", *rest]
+    notebook["cells"][0]["source"] = [title, "\n", f"{badge(repository, name)}\n", "\n", *rest]
     setup = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-    kit = f'KIT = "git+https://github.com/{found[1]}"'
+    kit = f'KIT = "git+https://github.com/{repository}"'
     setup["source"] = [_KIT.sub(kit, line) for line in setup["source"]]
     return notebook
+
+
+def way_in(readme: str, address: str) -> str:
+    """README with the badge of the first notebook and the installation in one line."""
+    repository = repository_of(address)
+    install = f"`pip install git+https://github.com/{repository}`"
+    line = f"{badge(repository, '01_dreambooth')} or {install}"
+    return _WAY_IN.sub(f"## On Colab\n\n{line}\n\n", readme)
 
 
 def main() -> None:
@@ -44,6 +65,9 @@ def main() -> None:
         notebook = addressed(json.loads(path.read_text()), path.stem, given.address)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         print(path)
+    readme = ROOT / "README.md"
+    readme.write_text(way_in(readme.read_text(), given.address))
+    print(readme)
 
 
 if __name__ == "__main__":

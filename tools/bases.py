@@ -9,6 +9,7 @@ import logging
 import tempfile
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from dreambooth_lib import families
 from dreambooth_lib.bases import WAYS
@@ -23,11 +24,16 @@ def configs(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def parameters(base: str) -> int:
-    """Of all parts that are loaded."""
+def parameters(base: str) -> tuple[int, int, int]:
+    """Of all parts that are loaded, of the denoiser, and of encoders too large to train."""
     family = families.skeleton(base)
-    parts = [family.denoiser, *family.text_encoders, *family.frozen]
-    return sum(parameter.numel() for part in parts for parameter in part.parameters())
+    large = [getattr(family.pipeline, name) for name in family.large_encoder_names]
+    every = [family.denoiser, *family.text_encoders, *family.frozen]
+
+    def count(*parts: Any) -> int:
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+    return count(*every), count(family.denoiser), count(*large)
 
 
 def needed(base: str, method: str, level: str, precision: str) -> float | None:
@@ -51,7 +57,8 @@ def main() -> None:
     for name in parser.parse_args().names or names:
         with tempfile.TemporaryDirectory() as folder:
             base = name if name == "toybox" else configs(name, Path(folder))
-            print(name, f"{parameters(base):_} parameters", flush=True)
+            every, denoiser, large = parameters(base)
+            print(f"{name}: {every:_}, {denoiser:_}, {large:_} parameters", flush=True)
             for precision, (method, way) in product(("fp16", "bf16"), WAYS.items()):
                 gib = [needed(base, method, level, precision) for level in way.levels]
                 print(f"    {precision} {method}:", *gib, flush=True)

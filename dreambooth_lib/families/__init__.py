@@ -6,6 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_lib.config import origin
+from dreambooth_lib.families.inference import Inference, few_by_name, warning
+
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family, Outline
 
@@ -63,7 +66,7 @@ def load(
     precision. LoRA weights come merged into their base, but for one that they were trained
     quantized on, which is quantized again. The hub token is the one that huggingface_hub finds by
     itself; it is never passed or kept. Raises :class:`BaseError` for a base that is not there or
-    whose family is unknown, or to be quantized without a GPU.
+    whose family is unknown or cannot compute in ``half``, or to be quantized without a GPU.
     """
     path = locate(base)
     if (Path(path) / MADE_OF).exists():
@@ -80,7 +83,15 @@ def load(
             "leave quantize out, or run this where there is one."
         )
     hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
-    return _adapter(base, path, revision).from_pretrained(path, **(loading | hub))
+    adapter = _adapter(base, path, revision)
+    if not adapter.computes_in(loading.get("half")):
+        raise BaseError(
+            f"the base '{base}' gives NaN in float16, and this GPU has no bfloat16; use a GPU that "
+            "has it, such as an L4 or A100, or another base."
+        )
+    family = adapter.from_pretrained(path, **(loading | hub))
+    family.inference = inference(base, revision)
+    return family
 
 
 def _has_gpu() -> bool:
@@ -140,6 +151,36 @@ def outline(base: str, revision: str | None = None) -> "Outline":
     return _adapter(base, path, revision).outline(path, **hub)
 
 
+def inference(base: str, revision: str | None = None) -> Inference:
+    """Steps and guidance that a base is drawn with, told by its configs and names.
+
+    From the hub that is a download of three small files. Raises as :func:`load` does.
+    """
+    path = locate(base)
+    if (Path(path) / MADE_OF).exists():
+        below, _ = made_of(path)
+        return inference(below["base"], below["revision"])
+    family, name = _adapter(base, path, revision), origin(base)
+    if name != "toybox" and Path(name).exists():
+        # A folder may be called anything, and diffusers writes down where it came from.
+        name = _read(path, "model_index.json", revision).get("_name_or_path") or name
+    parts = ("scheduler/scheduler_config.json", f"{family.denoiser_name}/config.json")
+    configs = (_read(path, part, revision) for part in parts)
+    return family.inference_for([Path(name).name], *configs)
+
+
+def distilled(base: str) -> str | None:
+    """What training on a distilled base does, in a sentence; None for any other.
+
+    Nothing is downloaded: one that is not on this machine is known by its name. Raises as
+    :func:`load` does.
+    """
+    if Path(locate(base)).exists():
+        return warning(base, inference(base), adapter(base).undistilled)
+    found = few_by_name([Path(base).name])
+    return None if found is None else warning(base, found)
+
+
 def made_of(path: str) -> tuple[dict[str, Any], str | None]:
     """Of a folder of LoRA weights, what :func:`load` is given for their base, and their word."""
     file = Path(path) / MADE_OF
@@ -174,16 +215,23 @@ def _adapter(base: str, path: str, revision: str | None) -> "type[Family]":
 
 
 def _pipeline_class(path: str, revision: str | None) -> str:
+    return _read(path, "model_index.json", revision)["_class_name"]
+
+
+def _read(path: str, name: str, revision: str | None) -> dict[str, Any]:
+    """One of a base's configs; empty where a folder lacks it."""
     if Path(path).exists():
-        index = Path(path) / "model_index.json"
+        file = Path(path) / name
+        if not file.exists():
+            return {}
     else:
         from huggingface_hub import hf_hub_download
 
         try:
-            index = Path(hf_hub_download(path, "model_index.json", revision=revision))
+            file = Path(hf_hub_download(path, name, revision=revision))
         except Exception as error:  # the hub's client raises many kinds, all meaning this
             raise BaseError(
                 f"the base '{path}' could not be reached on the hub "
                 f"({type(error).__name__}); check its name, your network and your access to it."
             ) from error
-    return json.loads(index.read_text())["_class_name"]
+    return json.loads(file.read_text())

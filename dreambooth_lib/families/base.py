@@ -1,18 +1,25 @@
 """What the training loop needs to know of a model family, and no more.
 
-An adapter is a subclass of :class:`Family`; seven things differ between families and are its own:
-the names of the pipeline's parts, the resolution, the noise, prompts, latents, the denoiser's call
-and what LoRA attaches to. Nothing outside an adapter asks which family it has.
+An adapter is a subclass of :class:`Family`; eight things differ between families and are its own:
+the names of the pipeline's parts, the resolution, the noise, prompts, latents, the denoiser's call,
+what LoRA attaches to, and in how many steps and with what guidance its bases draw. Nothing outside
+an adapter asks which family it has.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from packaging.version import Version
 
-from dreambooth_lib import memory
+from dreambooth_lib import memory, notices
+from dreambooth_lib.families.inference import Inference, few_by_name
+from dreambooth_lib.families.precision import (
+    NonFinite,
+    autoencoder_dtype,
+    outside_autocast,
+)
 from dreambooth_lib.noise import Noised
 
 #: What diffusers calls the precision that a model is loaded in.
@@ -62,11 +69,19 @@ class Family:
     large_encoder_names: ClassVar[tuple[str, ...]] = ()
     #: Whether the pipeline has ``load_textual_inversion``.
     loads_words: ClassVar[bool] = True
+    #: Half precisions that the base can compute in.
+    halves: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     #: Whether the denoiser computes in float16 with bfloat16 weights, by autocast.
     mixes: ClassVar[bool] = True
     #: Ends of the names of the denoiser's layers that LoRA may adapt.
     attention_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     feed_forward_layers: ClassVar[tuple[str, ...]] = ("ff.net.0.proj", "ff.net.2")
+    #: Steps and guidance of a base of which nothing more is known.
+    usual: ClassVar[Inference] = Inference(steps=50, guidance_scale=5.0, enough=28, validation=28)
+    #: The base to train in place of a distilled one.
+    undistilled: ClassVar[str] = ""
+    #: The precision that its bases' cards draw in on a GPU, by torch's name.
+    card_dtype: ClassVar[str] = "bfloat16"
     #: What the pipeline's ``from_pretrained`` is given besides.
     options: ClassVar[dict[str, Any]] = {}
     #: What the pipeline's call names the tensors that ``encode_prompts`` gives.
@@ -83,10 +98,13 @@ class Family:
         self.frozen = self._parts(("vae", *self.large_encoder_names))
         #: The prompts that are known, if the text encoders were let go of.
         self.known: Known | None = None
+        self.inference = self.usual  #: what its base is drawn with
         #: Pixels a side that it is worked with at; the base's own if none is asked for.
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
+        if pipeline.vae is not None:
+            pipeline.vae.decode = outside_autocast(pipeline.vae)
         if self.at_a_time < MOST:  # decoding many large pictures takes more than drawing them
             pipeline.vae.enable_slicing()
 
@@ -94,6 +112,11 @@ class Family:
     def at_a_time(self) -> int:
         """Pictures to draw, encode or predict at once beside all that a training holds."""
         return max(1, min(MOST, PIXELS // self.resolution**2))
+
+    @property
+    def name(self) -> str:
+        """Where the base was loaded from: a folder or a hub id."""
+        return self.pipeline.config.get("_name_or_path") or type(self.pipeline).__name__
 
     def _parts(self, names: Collection[str]) -> list[Any]:
         parts = [getattr(self.pipeline, name, None) for name in names]
@@ -115,6 +138,7 @@ class Family:
     ) -> "Family":
         """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``.
 
+        The autoencoder is in float32 where ``half`` is float16, which many overflow.
         ``quantize`` is as in ``TrainConfig``; what it concerns is put on the GPU at once. With
         ``prompts`` the text encoders are loaded first and alone, encode these on ``device`` and
         make room for the rest: no other prompt is known then.
@@ -122,25 +146,38 @@ class Family:
         from diffusers import DiffusionPipeline
 
         index = DiffusionPipeline.load_config(path, **options)
-        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
-        dtypes = {name: master for part in whole for name in names[part]}
+        dtypes = cls._dtypes(half, whole, master)
         given: dict[str, Any] = {"use_safetensors": True, DTYPE: {"default": half} | dtypes}
         given |= cls.options | options
-        if quantize is not None:
-            given["quantization_config"] = cls._quantization(index, quantize, half)
         known = None
         if prompts is not None:
             rest = dict.fromkeys((cls.denoiser_name, "vae"))
+            rest |= cls._quantization(index.keys() - rest, index, quantize, half)
             text = DiffusionPipeline.from_pretrained(path, **(given | rest)).to(device)
             known = Known(cls(text, resolution=1), {*prompts, ""})
             del text
             memory.free()
             encoders = (*cls.encoder_names, *cls.large_encoder_names)
             given |= {name: None for name in encoders if name in index}
-        given |= cls.replaced(path, half, options)
+        present = index.keys() - {name for name in given if given[name] is None}
+        given |= cls._quantization(present, index, quantize, half)
         family = cls(DiffusionPipeline.from_pretrained(path, **given), resolution)
         family.known = known
         return family
+
+    @classmethod
+    def _dtypes(
+        cls, half: torch.dtype, whole: Collection[str], master: torch.dtype
+    ) -> dict[str, torch.dtype]:
+        """The precision of each part that is not in ``half``, as :meth:`from_pretrained` has it."""
+        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
+        moved = {name: master for part in whole for name in names[part]}
+        return moved | {"vae": autoencoder_dtype(half)}
+
+    @classmethod
+    def computes_in(cls, half: torch.dtype | None) -> bool:
+        """Whether the base can compute in a precision; None is float32."""
+        return half in (None, torch.float32, *cls.halves)
 
     @classmethod
     def quantized_names(cls) -> tuple[str, ...]:
@@ -148,9 +185,20 @@ class Family:
         return (cls.denoiser_name, *cls.large_encoder_names)
 
     @classmethod
-    def _quantization(cls, index: dict[str, Any], quantize: str, half: torch.dtype) -> Any:
+    def _quantization(
+        cls, names: Collection[str], index: dict[str, Any], quantize: str | None, half: torch.dtype
+    ) -> dict[str, Any]:
+        """How the parts of these names are quantized, as the pipeline's ``from_pretrained`` asks.
+
+        It is told of none that it does not load, which it would tell the user.
+        """
+        names = {*names} & {*cls.quantized_names()}
+        if quantize is None or not names:
+            return {}
         import diffusers
         import transformers
+
+        notices.hide_casts()
 
         given: dict[str, Any] = {"load_in_8bit": True}
         if quantize == "nf4":
@@ -164,13 +212,14 @@ class Family:
             "diffusers": diffusers.BitsAndBytesConfig,
             "transformers": transformers.BitsAndBytesConfig,
         }
-        return diffusers.PipelineQuantizationConfig(
-            quant_mapping={
-                name: kinds[library](**given)
-                for name, (library, kind) in _named_parts(index)
-                if name in cls.quantized_names() and kind is not None
-            }
-        )
+        mapping = {
+            name: kinds[library](**given)
+            for name, (library, kind) in _named_parts(index)
+            if name in names and kind is not None
+        }
+        if not mapping:
+            return {}
+        return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
     @classmethod
     def from_configs(
@@ -192,8 +241,7 @@ class Family:
         import transformers
 
         index = diffusers.DiffusionPipeline.load_config(path, **options)
-        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
-        masters = {name for part in whole for name in names[part]}
+        dtypes = cls._dtypes(half, whole, master)
         parts: dict[str, Any] = dict(cls.options)
         for name, (library, class_name) in _named_parts(index):
             if name in parts or class_name is None:
@@ -210,17 +258,12 @@ class Family:
                 given = kind.config_class.from_pretrained(path, subfolder=name, **options)
                 make = kind
             with torch.device("meta"):
-                parts[name] = make(given).to(master if name in masters else half)
+                parts[name] = make(given).to(dtypes.get(name, half))
             # Some layers overflow in float16: transformers keeps them whole.
             for module_name, module in parts[name].named_modules():
                 if module_name.rpartition(".")[2] in _kept_whole(kind, half):
                     module.to(torch.float32)
         return cls(getattr(diffusers, index["_class_name"])(**parts), resolution)
-
-    @classmethod
-    def replaced(cls, path: str, half: torch.dtype, options: dict[str, Any]) -> dict[str, Any]:
-        """Parts of the pipeline, by name, that others stand in for at this precision."""
-        return {}
 
     @classmethod
     def outline(cls, path: str, **options: Any) -> Outline:
@@ -236,6 +279,13 @@ class Family:
             path, subfolder="tokenizer", **options
         )
         return Outline(cls.native_resolution(denoiser, vae), tokenizer)
+
+    @classmethod
+    def inference_for(
+        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
+    ) -> Inference:
+        """Steps and guidance of a base, by its names and the configs of these two parts."""
+        return few_by_name(names) or cls.usual
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
@@ -260,13 +310,21 @@ class Family:
     def encode_images(self, pixels: torch.Tensor) -> Posterior:
         """Pixels [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser expects them."""
         vae = self.pipeline.vae
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        with torch.autocast(vae.device.type, enabled=False):
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         """What the denoiser is told of each prompt, with gradients to the text encoders."""
         raise NotImplementedError
+
+    def without_effect(self) -> Iterable[torch.nn.Parameter]:
+        """Parameters of the text encoders that no prompt's conditioning depends on.
+
+        They would get no gradient, for which several processes would wait in vain.
+        """
+        return ()
 
     def cond_of(self, prompts: list[str]) -> Cond:
         """As :meth:`encode_prompts`, of known prompts where the text encoders were let go of."""
@@ -314,13 +372,20 @@ def rows(cond: Cond, index: list[int]) -> Cond:
 
 
 class Known:
-    """Prompts that were encoded once, looked up from then on."""
+    """Prompts that were encoded once, looked up from then on.
+
+    Raises :class:`NonFinite` where the text encoders give NaN or infinity.
+    """
 
     def __init__(self, family: Family, prompts: Collection[str]):
         distinct = sorted(set(prompts))
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
         with torch.no_grad():
             self.cond = family.cond_of(distinct)
+        for value in self.cond.values():
+            if not value.isfinite().all():
+                gave = "conditioning that is not finite"
+                raise NonFinite.of("a text encoder", family.name, gave, value.dtype)
 
     def __call__(self, prompts: list[str]) -> Cond:
         """What the denoiser is told of each prompt. Raises KeyError for one that is not known."""

@@ -1,10 +1,12 @@
 """Flux.1: latents packed into a sequence, and guidance told to the denoiser."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
+from dreambooth_lib.families.inference import Inference, few, few_by_name
 from dreambooth_lib.noise import FlowNoise
 
 #: What the distilled guidance is while training; sampling is free to ask for another.
@@ -15,12 +17,24 @@ class Flux(Family):
     """Adapter of a ``FluxPipeline``, of the dev and of the schnell model."""
 
     large_encoder_names = ("text_encoder_2",)
+    #: The pipeline's own, for dev, whose card says 3.5 too.
+    usual = Inference(steps=28, guidance_scale=3.5, enough=28, validation=28)
+    undistilled = "black-forest-labs/FLUX.1-dev"
     attention_layers = (
         *Family.attention_layers, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
     )  # fmt: skip
     feed_forward_layers = (
         *Family.feed_forward_layers, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"
     )  # fmt: skip
+
+    @classmethod
+    def inference_for(
+        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
+    ) -> Inference:
+        if not denoiser.get("guidance_embeds"):  # schnell; its card draws in 4 steps at 0
+            return few(4)
+        # Such as Hyper-SD's of dev, which is told dev's guidance.
+        return few_by_name(names, guidance_scale=cls.usual.guidance_scale) or cls.usual
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:

@@ -1,22 +1,42 @@
 """Stable Diffusion 1.x and 2.x, and every base in their layout."""
 
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
 
+from dreambooth_lib.config import base_defaults
 from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.families.inference import Inference, few_by_name, few_by_scheduler
 from dreambooth_lib.noise import DiscreteNoise
+
+#: The embedded base's, which its figures in README and docs were made with.
+TOYBOX = Inference(
+    steps=25, guidance_scale=base_defaults("toybox")["guidance_scale"], enough=25, validation=10
+)
 
 
 class StableDiffusion(Family):
     """Adapter of a ``StableDiffusionPipeline``."""
 
     denoiser_name = "unet"
+    #: The pipeline's own; half of its steps are enough, as in diffusers' scripts for DreamBooth.
+    usual = Inference(steps=50, guidance_scale=7.5, enough=25, validation=25)
+    undistilled = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    card_dtype = "float16"
     options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+
+    @classmethod
+    def inference_for(
+        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
+    ) -> Inference:
+        if "toybox" in names:
+            return TOYBOX
+        return few_by_scheduler(scheduler, denoiser) or few_by_name(names) or cls.usual
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

@@ -1,10 +1,17 @@
 """Stable Diffusion 3 and 3.5: three text encoders, and rectified flow."""
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
 
 from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.families.inference import Inference, few_by_name
 from dreambooth_lib.noise import FlowNoise
 
+#: Of the medium model of 3.0, by its pipeline; of the large one of 3.5, by its card.
+_FIRST = Inference(steps=28, guidance_scale=7.0, enough=28, validation=28)
+_LARGE = Inference(steps=28, guidance_scale=3.5, enough=28, validation=28)
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -15,10 +22,23 @@ class StableDiffusion3(Family):
     large_encoder_names = ("text_encoder_3",)
     loads_words = False
     mixes = False  # it joins what its norms gave in the weights' type, which autocast refuses
+    #: Of the medium model of 3.5, by its card; the pipeline's own 28 steps are enough.
+    usual = Inference(steps=40, guidance_scale=4.5, enough=28, validation=28)
+    undistilled = "stabilityai/stable-diffusion-3.5-medium"
     attention_layers = (*Family.attention_layers, *_ADDED)
     feed_forward_layers = (
         *Family.feed_forward_layers, "ff_context.net.0.proj", "ff_context.net.2"
     )  # fmt: skip
+
+    @classmethod
+    def inference_for(
+        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
+    ) -> Inference:
+        if distilled := few_by_name(names, steps=4):  # 3.5 large turbo's card: 4, guidance 0
+            return distilled
+        if not denoiser.get("qk_norm"):
+            return _FIRST
+        return cls.usual if denoiser.get("dual_attention_layers") else _LARGE
 
     def forward_process(self, min_snr_gamma: float | None) -> FlowNoise:
         patches = self.resolution // self.pipeline.vae_scale_factor // self.pipeline.patch_size

@@ -1,21 +1,40 @@
 """Z-Image: one transformer over picture and text, prompts of their own lengths."""
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
+from dreambooth_lib.families.inference import Inference, few, few_by_name
 from dreambooth_lib.noise import FlowNoise
 
+#: The shift of noise levels that tells Turbo (3) from the base (6), by their schedulers' configs.
+TURBO_SHIFT = 4.5
 LENGTH = 32  #: tokens of a short prompt in the chat's form
 
 
 class ZImage(Family):
     """Adapter of a ``ZImagePipeline`` (arXiv 2511.22699)."""
 
+    halves: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)  # float16 it overflows: NaN
     encoder_names = ()
     large_encoder_names = ("text_encoder",)
+    #: Its card: 28 to 50 steps, guidance 3 to 5, which this pipeline adds to 1.
+    usual = Inference(steps=50, guidance_scale=4.0, enough=28, validation=28)
+    undistilled = "Tongyi-MAI/Z-Image"
     feed_forward_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+    @classmethod
+    def inference_for(
+        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
+    ) -> Inference:
+        turbo = few(
+            9
+        )  # by its card, at 0; 8 evaluations, since diffusers before 0.41 leaves one out
+        if scheduler.get("shift", TURBO_SHIFT) < TURBO_SHIFT:
+            return turbo
+        return few_by_name(names, turbo.steps) or cls.usual
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:

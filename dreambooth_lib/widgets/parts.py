@@ -2,9 +2,8 @@
 
 import html
 import io
-import logging
 from collections.abc import Callable, Mapping
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from ipywidgets import HTML, HBox, Image, Layout, VBox
@@ -14,31 +13,20 @@ from dreambooth_lib import memory
 #: For a control's ``style`` and ``layout``: labels and controls in columns.
 STYLE = {"description_width": "9em"}
 WIDE = "32em"
-
-
-def quiet() -> None:
-    """Keep what diffusers and transformers say and show of themselves out of the notebook.
-
-    What bitsandbytes lacks for speed on a CPU is not told either. Errors, and downloads from the
-    Hub, still show.
-    """
-    for library in ("diffusers", "transformers"):
-        own = import_module(f"{library}.utils.logging")
-        own.set_verbosity_error()
-        own.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+#: Jupyter's own red, in its dark theme too; the classic Notebook has none. Lines may be long.
+_RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
 
 
 class View(VBox):
-    """A column of widgets whose callbacks show an error as a sentence and keep it.
+    """A column of widgets whose callbacks show an error on top, as a red sentence, and keep it.
 
     What one callback failed at stays until that one succeeds, whatever other fields do meanwhile.
     """
 
     def __init__(self, *children: Any):
         self.errors: dict[Any, Exception] = {}  #: by the callback that failed
-        self.note = HTML()
-        super().__init__([*children, self.note])
+        self.note = HTML(layout=Layout(display="none"))
+        super().__init__([self.note, *children])
 
     def check(self) -> None:
         """Raise the first error that stands, if there is one."""
@@ -58,8 +46,10 @@ class View(VBox):
         self._tell()
 
     def _tell(self) -> None:
-        texts = [f"⚠ {html.escape(sentence(error))}" for error in self.errors.values()]
-        self.note.value = "<br>".join(texts)
+        errors = dict.fromkeys(self.errors.values())  # two callbacks may have failed at one
+        texts = [f"<b>⚠ {html.escape(sentence(error))}</b>" for error in errors]
+        self.note.value = f'<div style="{_RED}">{"<br>".join(texts)}</div>' if texts else ""
+        self.note.layout.display = "" if texts else "none"
 
     def callback(self, act: Callable[[], Any]) -> Callable[[Any], None]:
         """``act`` for a widget to call, which would hide an error or show a traceback."""
@@ -93,6 +83,12 @@ def hinted(controls: Mapping[Any, str]) -> VBox:
     lines = [HBox([one, HTML(f"<small>{html.escape(hint)}</small>")], layout=row)
              for one, hint in controls.items()]  # fmt: skip
     return VBox(lines)
+
+
+def from_here(path: str | Path) -> str:
+    """A path as it is said to the reader: what lies in this folder is named from here."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def png(save: Callable[..., Any]) -> bytes:

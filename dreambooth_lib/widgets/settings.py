@@ -2,15 +2,14 @@
 
 import html
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
 
 from dreambooth_lib import choice, families
-from dreambooth_lib.config import Subject, TrainConfig, base_defaults
-from dreambooth_lib.pace import Pace, measure
-from dreambooth_lib.widgets.parts import View, control, hinted
+from dreambooth_lib.config import ConfigError, Subject, TrainConfig, base_defaults
+from dreambooth_lib.pace import Pace, checkpoints, measure
+from dreambooth_lib.widgets.parts import View, control, from_here, hinted
 from dreambooth_lib.widgets.side_by_side import release
 from dreambooth_lib.widgets.subject import SubjectPanel
 
@@ -73,6 +72,18 @@ class SettingsPanel(View):
             said |= {"method": "lora", "quantize": given.quantize or "nf4"}
         return given.replace(**said)
 
+    def check(self, subject: SubjectPanel | None = None) -> None:
+        """Raise the first error that stands; with the panel that is shown, if they have another's.
+
+        That is a ``ConfigError``: what the sliders say is not for the pictures that are shown.
+        """
+        super().check()
+        if subject is not None and subject is not self._given:
+            raise ConfigError(
+                "the settings of step 3 are not for the pictures that step 2 shows; run the cell "
+                "of step 3 again."
+            )
+
     def _show(self) -> None:
         config = self.config
         code = html.escape(python_of(config, HINTS))
@@ -111,10 +122,8 @@ def python_of(config: TrainConfig, always: Any = ()) -> str:
     """
     subject, plain = config.subject, TrainConfig(config.subject, config.base)
     words = _differing(subject, Subject(subject.pictures, subject.class_noun), ("class_noun",))
-    here = Path.cwd()  # what lies below it is named from there
-    source = Path(subject.pictures)
-    pictures = str(source.relative_to(here) if source.is_relative_to(here) else source)
-    lines = [f"    subject=db.Subject({', '.join([repr(pictures), *words])}),",
+    pictures = repr(from_here(subject.pictures))
+    lines = [f"    subject=db.Subject({', '.join([pictures, *words])}),",
              f"    base={config.base!r},"]  # fmt: skip
     lines += [f"    {text}," for text in _differing(config, plain, always)]
     return "\n".join(["config = db.TrainConfig(", *lines, ")"])
@@ -165,18 +174,18 @@ def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
 
 
 def _memory(config: TrainConfig) -> str:
-    """What the run takes of the GPU, told from the base's configs; nothing without a GPU."""
+    """What a new run takes of the GPU, told from the base's configs; nothing without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return ""
+    from dreambooth_lib import levels, memory
     from dreambooth_lib.estimate import GIB, estimate
-    from dreambooth_lib.training import fitting, native_precision
 
     device = torch.device("cuda")
-    precision = native_precision(config.mixed_precision, device)
-    config = fitting(config, precision, device)
-    need, (_, total) = estimate(config, precision).memory, torch.cuda.mem_get_info()
+    config = levels.fresh(config, device)
+    need = estimate(config, levels.native_precision(config.mixed_precision, device)).memory
+    _, total = memory.gpu_bytes(device)
     return (
         f" It takes about <b>{need / GIB:.1f} GiB</b> of the GPU's {total / GIB:.1f}, at memory "
         f"level '{config.memory}'."
@@ -185,8 +194,10 @@ def _memory(config: TrainConfig) -> str:
 
 def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
     minutes = pace.seconds(config) / 60
-    looks = f", and looks of {pace.look:.1f} s every {config.watch_every}" if pace.look else ""
+    looks = f", looks of {pace.look:.1f} s every {config.watch_every}" if pace.look else ""
+    saves = f"{checkpoints(config)} checkpoints of {pace.checkpoint:.1f} s"
     return (
         f"Training takes about <b>{max(1, round(minutes))} min</b> on this machine: {config.steps} "
-        f"updates of {pace.update:.2f} s{looks}, as measured. Class pictures come on top.{memory}"
+        f"updates of {pace.update:.2f} s{looks} and {saves}, as measured. Class pictures come on "
+        f"top.{memory}"
     )

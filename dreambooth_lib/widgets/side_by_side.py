@@ -10,7 +10,7 @@ from ipywidgets import HTML, Button, Dropdown, FloatSlider, IntSlider, IntText, 
 from dreambooth_lib import memory
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
-from dreambooth_lib.sampling import Sample, fill, load_source, sample
+from dreambooth_lib.sampling import Sample, fill, inference_of, load_source, sample
 from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row, on_page
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Drawn:
 class SideBySide(View):
     """Two of some sources draw the same prompts with the same seeds; all is kept in ``gallery``.
 
-    Only the two that are chosen are held in memory.
+    Only the two that are chosen are held in memory. Steps and guidance are at first those of the
+    first source, as :func:`sampling.inference_of` has them.
     """
 
     def __init__(
@@ -54,22 +55,22 @@ class SideBySide(View):
         sources: Mapping[str, Source],
         subject: Subject,
         prompt: str = "",
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
     ):
         release()
         self._sources, self._subject = dict(sources), subject
         self.gallery: list[Drawn] = []
-        names = list(sources)
+        names, first = list(sources), next(iter(sources.values()))
+        own = inference_of(first[0] if isinstance(first, tuple) else first)
+        scale = own.guidance_scale if guidance_scale is None else guidance_scale
         self.left = control(Dropdown, "left", options=names, value=names[0])
         self.right = control(Dropdown, "right", options=names, value=names[-1])
         self.prompt = control(Text, "prompt", value=prompt or f"a {{}} {subject.class_noun}")
         self.negative_prompt = control(Text, "negative prompt", value="")
         self.seed = control(IntText, "seed", value=0)
         self.count = control(IntSlider, "pictures", value=1, min=1, max=8)
-        self.guidance = control(
-            FloatSlider, "guidance", value=guidance_scale, min=1, max=15, step=0.25
-        )
-        self.steps = control(IntSlider, "drawing steps", value=25, min=5, max=100)
+        self.guidance = control(FloatSlider, "guidance", value=scale, min=0, max=15, step=0.25)
+        self.steps = control(IntSlider, "drawing steps", value=own.steps, min=1, max=100)
         self.button = Button(description="Draw", button_style="primary")
         self.advice, self.entries = HTML(), VBox([])
         super().__init__(
@@ -82,7 +83,7 @@ class SideBySide(View):
                 self.seed: "the noise to start from: the same number draws the same picture again",
                 self.count: "one a seed, from this seed on",
                 self.guidance: "raise it when the prompt is ignored; lower it when all looks harsh",
-                self.steps: "more are finer and slower; 25 is enough for a look",
+                self.steps: f"more are finer and slower; {own.enough} are enough",
                 self.button: "pictures come below, the newest first",
             }),
             self.advice,
@@ -146,7 +147,7 @@ def playground(run: Run, at: int | None = None) -> SideBySide:
     config, subject = run.config, run.config.subject
     sources: dict[str, Source] = {"base": config, "tuned": run if at is None else (run, at)}
     prompt = f"a {{}} {subject.class_noun} on the beach"
-    return SideBySide(sources, subject, prompt, config.guidance_scale)
+    return SideBySide(sources, subject, prompt)
 
 
 def _entry(drawn: Drawn) -> VBox:

@@ -4,18 +4,21 @@ import html
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ipywidgets import HTML, Combobox, FileUpload, Text
+from IPython.display import display
+from ipywidgets import HTML, Combobox, Text, VBox
 from PIL import Image
 
 from dreambooth_lib import colab, families, pages
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.data import check_pictures, hold_out, to_tensor
 from dreambooth_lib.identifiers import check_identifier, rare_identifiers
-from dreambooth_lib.pictures import Photo, read_pictures
-from dreambooth_lib.widgets.parts import View, blank, control, hinted, show
+from dreambooth_lib.pictures import DataError, Photo, read_pictures
+from dreambooth_lib.widgets import upload
+from dreambooth_lib.widgets.parts import View, blank, control, from_here, hinted, show
 
 if TYPE_CHECKING:
     import torch
@@ -24,40 +27,36 @@ _ON_COLAB = (
     "on Colab: set UPLOAD = True in the settings cell and run from there; or type a folder's or "
     "zip's path"
 )
-_HERE = "three to six pictures or one zip, up to 10 MB; for more, type a folder's path below"
 
 
 class SubjectPanel(View):
     """A subject's pictures, shown and checked, its class noun and its identifier.
 
-    ``config`` is the run's with this subject. Uploads are saved in ``uploads``. Raises
-    ``DataError`` for the first pictures and ``BaseError`` for the base.
+    ``config`` is the run's with this subject, and ``given`` what that began as. Uploads are saved
+    in ``uploads``. Raises ``DataError`` for the first pictures and ``BaseError`` for the base.
     """
 
     def __init__(self, config: TrainConfig, uploads: str | Path = "photos"):
         outline = families.outline(config.base, config.revision)
-        self._config, self.uploads, self._tokenizer = config, Path(uploads), outline.tokenizer
+        self.given, self.uploads, self._tokenizer = config, Path(uploads), outline.tokenizer
         self.resolution = config.resolution or outline.resolution
         subject = config.subject
-        self.upload = FileUpload(
-            accept="image/*,.zip", multiple=True, description="Upload pictures"
-        )
-        self.upload.layout.width = "auto"
+        self.upload = upload.button()
         self.source = control(Text, "folder or zip", value=subject.pictures)
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
         self.identifier = control(Combobox, "identifier", value=subject.identifier,
                                   options=rare_identifiers(outline.tokenizer))  # fmt: skip
+        self.photos: list[Photo] = []
         self.findings, self.thumbnails, self.crops = HTML(), blank(), blank()
-        self._crops_title = HTML()
-        upload = HTML(_ON_COLAB) if colab.in_colab() else hinted({self.upload: _HERE})
+        self._title, self._crops_title = HTML(), HTML()
         super().__init__(
-            upload,
+            HTML(_ON_COLAB) if colab.in_colab() else upload.row(self.upload),
             hinted({
                 self.source: "three to six pictures of the subject in different surroundings",
                 self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
                 self.identifier: "a rare word that will mean your subject; keep it if in doubt",
             }),
-            self.thumbnails, self.findings, self._crops_title, self.crops,
+            self._title, self.thumbnails, self.findings, self._crops_title, self.crops,
         )  # fmt: skip
         self.upload.observe(self.callback(self._read_uploaded), "value")
         self.source.observe(self.callback(self._read_typed), "value")
@@ -68,13 +67,45 @@ class SubjectPanel(View):
     def use(self, source: str | Path | Mapping[str, bytes]) -> None:
         """Take pictures from a folder, a zip or uploaded files by name, and show them.
 
-        Raises ``DataError`` as ``read_pictures`` and ``colab.save_uploads`` do.
+        Raises ``DataError`` as ``read_pictures`` and ``colab.save_uploads`` do. The panel has no
+        pictures then, and says why: those from before would be taken for these.
         """
-        path = colab.save_uploads(source, self.uploads) if isinstance(source, Mapping) else source
-        self.photos: list[Photo] = read_pictures(path)
-        self.mend(self._read_typed, self._read_uploaded)  # there are good pictures again
-        self._used = self.source.value = str(path)
-        self._show()
+        self._clear()
+        self._title.value = "Reading the pictures ..."
+        try:
+            self._when = ""
+            if isinstance(source, Mapping):
+                source = colab.save_uploads(source, self.uploads)
+                self._when = f" (uploaded {datetime.now():%H:%M})"
+            self.photos = read_pictures(source)
+            self._used = self.source.value = str(source)
+            self._show()
+        except Exception as error:
+            self._refuse(error)
+            raise
+
+    def read_again(self) -> None:
+        """Take the pictures that lie in the folder or zip by now, and show them."""
+        self.callback(self._read)(None)
+
+    def _refuse(self, error: Exception) -> None:
+        """Say why there are no pictures, and show no others."""
+        self._clear()
+        self.fail(error, self.use)
+
+    def _clear(self) -> None:
+        """Show no pictures, and say nothing of any, not even what was wrong with earlier ones."""
+        self.mend(self.use, self._read, self._read_typed, self._read_uploaded)
+        self.photos, self._used = [], ""
+        for text in (self._title, self.findings, self._crops_title):
+            text.value = ""
+        for place in (self.thumbnails, self.crops):
+            place.layout.display = "none"
+
+    def _ipython_display_(self) -> None:
+        if not colab.in_colab():
+            display(upload.guard())
+        display(VBox([self]))  # shown by either version's own way, which this one stands for
 
     def crop_to(self, side: int) -> None:
         """Show what training sees at another resolution."""
@@ -86,49 +117,68 @@ class SubjectPanel(View):
     def config(self) -> TrainConfig:
         """The run's config with this subject. Raises what the panel says is wrong."""
         self.check()
-        noun, name = self.class_noun.value.strip(), self._config.subject.name
-        if self._pictures != self._config.subject.pictures:
+        if not self.photos:  # reading them was interrupted
+            raise DataError("no pictures are chosen; run the cell of step 2 again.")
+        noun, name = self.class_noun.value.strip(), self.given.subject.name
+        if self._pictures != self.given.subject.pictures:
             uploaded = Path(self._pictures).is_relative_to(self.uploads.resolve())
             name = f"my_{noun.replace(' ', '_')}" if uploaded else ""
         subject = replace(
-            self._config.subject,
+            self.given.subject,
             pictures=self._pictures,
             class_noun=noun,
             identifier=self.identifier.value.strip(),
             name=name,
         )
-        return self._config.replace(subject=subject)
+        return self.given.replace(subject=subject)
 
     @property
     def _pictures(self) -> str:
         return str(Path(self._used).resolve())
 
     def _read_uploaded(self) -> None:
-        self.use(uploaded(self.upload.value))
+        try:
+            files = upload.taken(self.upload)
+            if files:
+                self.use(files)
+        except DataError as error:
+            self._refuse(error)
+            self.source.value = ""  # what it names is not what was meant
+            raise
 
     def _read_typed(self) -> None:
         if self.source.value != self._used:
-            self.use(self.source.value.strip())
+            self._read()
+
+    def _read(self) -> None:
+        self.use(self.source.value.strip())
 
     def _show(self) -> None:
-        photos, config, side = self.photos, self._config, self.resolution
-        grid = pages.grid([p.image for p in photos], 6, [photo.name for photo in photos])
-        show(self.thumbnails, grid.save)
+        photos, config, side = self.photos, self.given, self.resolution
+        if not photos:
+            return
         found = [finding.message for finding in check_pictures(photos, side)]
         found += check_identifier(self.identifier.value.strip(), self._tokenizer)
         found += _unknown_noun(config.base, self.class_noun.value.strip())
         items = "".join(f"<li>{html.escape(text)}</li>" for text in found)
-        self.findings.value = (
-            f"<b>Look at these before you train:</b><ul>{items}</ul>"
-            if found
-            else f"<b>No problems found in {len(photos)} pictures.</b>"
-        )
-        self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
+        count = f"{len(photos)} picture{'s' if len(photos) > 1 else ''}"
+        grid = pages.grid([p.image for p in photos], 6, [photo.name for photo in photos])
         crops = [_to_image(to_tensor(p.image, side, config.crop)) for p in photos]
         held = hold_out(photos)[1] if config.watch_every and config.hold_out else []
         names = {photo.name for photo in held}
         labels = ["kept out, to test on" if p.name in names else "" for p in photos]
-        show(self.crops, pages.grid(crops, 6, labels if names else None).save)
+        cropped = pages.grid(crops, 6, labels if names else None)
+        # All at once, as by now it is all of the same pictures.
+        place = html.escape(from_here(self._used))
+        self._title.value = f"<b>Showing {count} of {place}</b>{self._when}"
+        show(self.thumbnails, grid.save)
+        self.findings.value = (
+            f"<b>Look at these before you train:</b><ul>{items}</ul>"
+            if found
+            else f"<b>No problems found in {count}.</b>"
+        )
+        self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
+        show(self.crops, cropped.save)
 
 
 def _unknown_noun(base: str, noun: str) -> list[str]:
@@ -145,13 +195,6 @@ def _unknown_noun(base: str, noun: str) -> list[str]:
         f"drawings of {len(nouns)} things ({', '.join(nouns)}); take one of these, or for photos "
         "of your own another base."
     ]
-
-
-def uploaded(value: Any) -> dict[str, bytes]:
-    """Files by name, from what a ``FileUpload`` holds in ipywidgets 7 or 8."""
-    if isinstance(value, Mapping):
-        return {name: bytes(file["content"]) for name, file in value.items()}
-    return {file["name"]: bytes(file["content"]) for file in value}
 
 
 def _to_image(pixels: "torch.Tensor") -> Image.Image:

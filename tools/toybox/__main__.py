@@ -3,6 +3,7 @@
     build     fetch the drawings, train autoencoder, classifier, diffusion and judge, write
               data/toybox
     report    print the figures of the shipped weights, on composites and seeds drawn afresh
+    rescale   scale the shipped autoencoder to what float16 holds, as a build does
     subjects  draw the bundled subjects into data/subjects
 
 Every training saves as it goes under ``build/`` and goes on where it was stopped; the whole takes
@@ -20,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dreambooth_lib import families
+from dreambooth_lib.families.precision import save
 from tools.toybox import autoencoder, classifier, diffusion, drawings, judge, report, subjects
 from tools.toybox.tokenizer import save_tokenizer
 from tools.toybox.world import Picture, World
@@ -50,7 +52,7 @@ def build(
     if only in (None, "diffusion"):
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         pipeline = diffusion.train(world, vae, tokenizer, work, steps["diffusion"], bank)
-        pipeline.to(torch.float16).save_pretrained(target)
+        save(pipeline.to(torch.float16), target)
         save_tokenizer(target / "tokenizer")  # the older files of CLIP's layout beside the new one
         report.write_readme(target)
     if only in (None, "judge"):
@@ -74,7 +76,7 @@ def drawn_by_base(target: Path, file: Path, rounds: int) -> tuple[np.ndarray, li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("build", "report", "subjects"))
+    parser.add_argument("command", choices=("build", "report", "rescale", "subjects"))
     parser.add_argument("--work", type=Path, default=Path("build"))
     parser.add_argument("--target", type=Path, default=Path("data/toybox"))
     parser.add_argument("--only", choices=("autoencoder", "classifier", "diffusion", "judge"))
@@ -86,6 +88,10 @@ def main() -> None:
     if given.command == "subjects":
         shutil.rmtree("data/subjects", ignore_errors=True)
         subjects.build(Path("data/subjects"))
+    elif given.command == "rescale":
+        vae = AutoencoderKL.from_pretrained(given.target / "vae").eval()
+        vae = autoencoder.within_half(vae, World(given.work / "drawings"))
+        vae.half().save_pretrained(given.target / "vae")
     elif given.command == "report":
         figures = report.report(given.work, given.target, given.seed)
         print(json.dumps(figures, indent=2))

@@ -1,15 +1,21 @@
 """Train the AutoencoderKL: 64x64x3 pictures to 8x8x32 latents of zero mean and unit variance."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 
 from tools.toybox.training import fit
 from tools.toybox.world import World
 
 LATENT_CHANNELS = 32
+#: What activations stay below on composites: a 32nd of where float16 ends.
+LIMIT = 2.0**11
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -50,7 +56,7 @@ def train(world: World, folder: Path, steps: int, batch: int = 4) -> Autoencoder
 
     fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.997)
     standardize(model, world)
-    return without_collapsed(model, world)
+    return within_half(without_collapsed(model, world), world)
 
 
 @torch.no_grad()
@@ -102,6 +108,70 @@ def without_collapsed(model: AutoencoderKL, world: World) -> AutoencoderKL:
         folded[f"{name}.bias"] = torch.zeros(channels)
     smaller.load_state_dict(weights | folded)
     return smaller.eval()
+
+
+@torch.no_grad()
+def within_half(model: AutoencoderKL, world: World) -> AutoencoderKL:
+    """Scale what passes from layer to layer to what float16 holds, in place.
+
+    A residual stream meets no norm on its way, and grows at each convolution that it passes
+    through, to hundreds of thousands where float16 ends at 65,504. All that reads it is
+    a GroupNorm, to which a power of two means nothing: its eps of 1e-6 stays far below the
+    variance. A stream that is within :data:`LIMIT` already stays as it is.
+    """
+    pictures, _ = world.batch(512, np.random.default_rng(2))
+    parts = [to_tensor(part) for part in np.split(pictures, 8)]
+    means = [model.encode(part).latent_dist.mean for part in parts]
+    _scale(model.encoder, parts)
+    _scale(model.decoder, [model.post_quant_conv(mean) for mean in means])
+    model.register_to_config(force_upcast=False)
+    return model
+
+
+class Stretch(NamedTuple):
+    """A part of a residual stream that has one scale throughout."""
+
+    first: torch.nn.Conv2d  # all of the stream passes through it
+    resnets: list[ResnetBlock2D]  # they add to what it gives
+
+
+def _scale(half: torch.nn.Module, inputs: list[torch.Tensor]) -> None:
+    scale = 1.0
+    for first, resnets in _stretches(half):
+        added = [first.bias, *(one for r in resnets for one in r.conv2.parameters())]
+        for weights in added:
+            weights /= scale  # as what comes in has been by now
+        over = 2.0 ** max(0, math.ceil(math.log2(_peak(half, [first, *resnets], inputs) / LIMIT)))
+        for weights in (first.weight, *added):
+            weights /= over
+        scale *= over
+
+
+def _peak(
+    half: torch.nn.Module, modules: Sequence[torch.nn.Module], inputs: list[torch.Tensor]
+) -> float:
+    """Most of what ``modules`` give while ``half`` computes ``inputs``."""
+    peaks: list[torch.Tensor] = []
+    hooks = [m.register_forward_hook(lambda *of: peaks.append(of[2].abs().max())) for m in modules]
+    for one in inputs:
+        half(one)
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack(peaks).max())
+
+
+def _stretches(half: torch.nn.Module) -> list[Stretch]:
+    """Of an encoder or decoder, in order."""
+    found = [Stretch(half.conv_in, [])]
+    down, up = getattr(half, "down_blocks", ()), getattr(half, "up_blocks", ())
+    for block in (*down, half.mid_block, *up):
+        for resnet in block.resnets:
+            if resnet.conv_shortcut is not None:
+                found.append(Stretch(resnet.conv_shortcut, []))
+            found[-1].resnets.append(resnet)
+        for name in ("downsamplers", "upsamplers"):
+            found += [Stretch(sampler.conv, []) for sampler in getattr(block, name, None) or ()]
+    return found
 
 
 @torch.no_grad()

@@ -1,0 +1,189 @@
+"""What a run takes of GPU, memory, disk and Drive by each way to train, and the first that fits."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dreambooth_lib import bases, families
+from dreambooth_lib.bases import WAYS, Base
+from dreambooth_lib.levels import FILLED
+
+GIB = 2**30
+#: Bytes of memory that a process takes beside a notebook's, once it computes on a GPU.
+PROCESS = 2.5e9
+#: Bytes of a weight in half precision, as which a kept model, its zip and the best weights on Drive
+#: are written; and of AdamW's two moments in 8 bits.
+HALF, MOMENTS = 2, 2
+#: Checkpoints on the disk at once: the newest, the one that is being written, and the older and
+#: the best one, which have no moments, together counted as one more.
+CHECKPOINTS = 3
+#: LoRA's parameters of rank 16, of the denoiser's: 0.7% on Stable Diffusion 1.5, 1.8% on XL.
+ADDED = 0.02
+#: Class pictures, latents, pictures of looks and the log.
+PICTURES = 0.5e9
+#: Without a GPU a base above this many parameters is not worth training.
+LARGE = 200_000_000
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that are free, None where there is no such thing."""
+
+    memory: int
+    disk: int
+    gpu: int | None = None
+    drive: int | None = None  #: where the run is mirrored
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run takes, roughly, and how it is trained."""
+
+    gpu: int
+    memory: int
+    disk: int
+    drive: int
+    way: str = "whole model"  #: one of :data:`bases.WAYS`
+    level: str = "standard"  #: of memory
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The way as fields of a config."""
+        return WAYS[self.way].fields
+
+    def lacking(self, room: Room) -> list[str]:
+        """What there is too little of."""
+        free = {
+            "GPU memory": (self.gpu, room.gpu and FILLED * room.gpu),
+            "memory": (self.memory, room.memory),
+            "disk": (self.disk, room.disk),
+            "Drive": (self.drive, room.drive),
+        }
+        return [name for name, (need, has) in free.items() if has is not None and need > has]
+
+
+def on_cpu(base: str) -> Needs:
+    """What a run takes without a GPU: weights, gradients, moments and their average in float32."""
+    weights = 4 * described(base).parameters
+    return Needs(0, 2 * GIB + 5 * weights, 19 * weights, 9 * weights)
+
+
+def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = None) -> list[Needs]:
+    """What each way at each level of memory takes on a GPU, what changes most of the base first.
+
+    ``precision`` is what the GPU computes in; a way in which the base cannot is left out. ``asked``
+    are fields of a config: only ways that agree with them are given. The figures:
+
+    - Memory holds a process, and what of the base is on the CPU at once: all of it, or from level
+      "low" on text encoders first and the denoiser after them. Weights count as they are loaded,
+      since what is cast, or put tuned weights into, is no longer the mapped file. What is quantized
+      goes to the GPU tensor by tensor.
+    - The disk holds the base as it is downloaded, :data:`CHECKPOINTS`, the pipeline, and the kept
+      model and its zip in half precision.
+    - Drive holds the newest checkpoint with its moments and the best weights in half precision.
+    """
+    known, asked = described(base), asked or {}
+    local = Path(families.locate(base)).exists()
+    found = []
+    for (way, (fields, levels)), by_level in zip(WAYS.items(), known.gib[precision], strict=True):
+        for level, gib in zip(levels, by_level, strict=True):
+            if gib is not None and _agrees(fields, level, asked):
+                stored = 0 if local else HALF if asked.get("variant") else known.stored
+                found.append(_needs(known, way, level, gib, stored))
+    return found
+
+
+def first_fitting(found: Sequence[Needs], room: Room) -> Needs:
+    """The first of some ways that fits everything; if none does, one that lacks the fewest."""
+    fewest = min(len(needs.lacking(room)) for needs in found)
+    fitting = [needs for needs in found if len(needs.lacking(room)) == fewest]
+    return fitting[-1 if fewest else 0]
+
+
+def settings(chosen: Needs, found: Sequence[Needs], room: Room) -> dict[str, Any]:
+    """The fields of a config for a way; its level where memory "auto" would take another."""
+    of_way = [needs for needs in found if needs.way == chosen.way]
+    auto = next((n for n in of_way if "GPU memory" not in n.lacking(room)), of_way[-1])
+    return dict(chosen.fields) | ({} if auto is chosen else {"memory": chosen.level})
+
+
+def described(base: str) -> Base:
+    """A known base, or one that stands for another: by its parameters, if it is on this machine.
+
+    One of as many parameters as a known one is taken for that, another for a Stable Diffusion 1.5
+    of another size.
+    """
+    known = bases.known(base)
+    if known is not None:
+        return known
+    like = bases.known("Stable Diffusion 1.5")
+    assert like is not None
+    try:
+        path = Path(families.locate(base))
+    except families.BaseError:
+        return like
+    if not path.exists():
+        return like
+    if (path / families.MADE_OF).exists():
+        return described(families.made_of(str(path))[0]["base"])
+    parts = dict(_parameters(path))
+    every = max(1, sum(parts.values()))
+    for one in bases.KNOWN:
+        if abs(every / one.parameters - 1) < 0.01:
+            return one
+    scale = every / like.parameters
+    gib = {
+        precision: tuple(tuple(g and g * scale for g in levels) for levels in by_way)
+        for precision, by_way in like.gib.items()
+    }
+    denoiser = parts.get("unet", 0) + parts.get("transformer", 0)
+    return replace(like, parameters=every, denoiser=denoiser, gib=gib)
+
+
+def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
+    """Of each part of a pipeline's folder, by the headers of its files; of one variant alone."""
+    from safetensors import safe_open
+
+    for part in folder.iterdir():
+        files = [file for file in part.glob("*.safetensors") if part.name != "safety_checker"]
+        variants = {"." in file.stem: file for file in files}
+        count = 0
+        for file in files:
+            if ("." in file.stem) == (False not in variants):
+                with safe_open(file, "np") as tensors:
+                    names = tensors.keys()
+                    count += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
+        yield part.name, count
+
+
+def _agrees(fields: Mapping[str, Any], level: str, asked: Mapping[str, Any]) -> bool:
+    method = asked.get("method") in (None, fields["method"])
+    bits = "quantize" not in asked or bool(asked["quantize"]) == ("quantize" in fields)
+    return method and bits and asked.get("memory", "auto") in ("auto", level)
+
+
+def _needs(base: Base, way: str, level: str, gib: float, stored: int) -> Needs:
+    """Bytes by the rules of :func:`ways`; ``stored`` are those of a weight that is downloaded."""
+    rest = base.parameters - base.denoiser
+    weight = HALF if level == "lowest" else 4  # of what is trained
+    quantized = "quantize" in WAYS[way].fields
+    if way == "whole model":
+        trained, loaded = base.denoiser, weight * base.denoiser
+        models = loaded + 4 * rest + 2 * HALF * base.parameters
+    else:
+        trained, loaded = int(ADDED * base.denoiser), HALF * base.denoiser
+        models = (4 + 2 * HALF) * trained
+    if quantized:
+        loaded, rest = 0, rest - base.large
+    together = sum if level == "standard" and not quantized else max
+    checkpoint = (weight + MOMENTS) * trained
+    return Needs(
+        gpu=int(gib * GIB),
+        memory=int(PROCESS + together((loaded, HALF * rest))),
+        disk=int(stored * base.parameters + CHECKPOINTS * checkpoint + models + PICTURES),
+        drive=int(checkpoint + HALF * trained + PICTURES),
+        way=way,
+        level=level,
+    )
