@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from dreambooth_lib import families, runs
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.training import Trainer
 from tools import architectures, bench_gpu, check_gpu, gpu_measure
 from tools.bench_gpu import Bench
@@ -214,6 +215,12 @@ def test_without_a_gpu_it_says_what_needs_none(
     with pytest.raises(SystemExit):
         bench_gpu.main(["--work", str(tmp_path)])
     assert "there is no NVIDIA GPU here to measure; --predict and" in capsys.readouterr().err
+
+
+def test_every_way_is_a_run_of_its_own() -> None:
+    subject = Subject("photos", "dog")
+    configs = {name: TrainConfig(subject, **fields) for name, fields in check_gpu.WAYS.items()}
+    assert len(set(configs.values())) == len(configs) == 20
 
 
 def test_a_way_is_trained_interrupted_resumed_and_drawn(
