@@ -109,7 +109,7 @@ def test_too_little_of_anything_is_red(
     assert red.keys() == {"way", "GPU memory", "memory", "disk"}
     assert "too little GPU memory, memory and disk" in red["way"].found
     assert red["GPU memory"].found.startswith("1.5 of 15.0 GiB free")
-    machine(gpu="Tesla T4", ram=3.0)
+    machine(gpu="Tesla T4", ram=2.0)
     fix = look(FLUX, tmp_path)["memory"].fix
     assert fix == "Restart the session or close other programs to free memory."
     assert str(tmp_path) in red["disk"].fix
