@@ -90,7 +90,7 @@ def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = N
     found = []
     for (way, (fields, levels)), by_level in zip(WAYS.items(), known.gib[precision], strict=True):
         for level, gib in zip(levels, by_level, strict=True):
-            if gib is not None and _agrees(fields, level, asked):
+            if gib is not None and _agrees(fields, level, levels, asked):
                 stored = 0 if local else HALF if asked.get("variant") else known.stored
                 found.append(_needs(known, way, level, gib, stored))
     return found
@@ -159,10 +159,14 @@ def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
         yield part.name, count
 
 
-def _agrees(fields: Mapping[str, Any], level: str, asked: Mapping[str, Any]) -> bool:
+def _agrees(
+    fields: Mapping[str, Any], level: str, levels: Sequence[str], asked: Mapping[str, Any]
+) -> bool:
     method = asked.get("method") in (None, fields["method"])
     bits = "quantize" not in asked or bool(asked["quantize"]) == ("quantize" in fields)
-    return method and bits and asked.get("memory", "auto") in ("auto", level)
+    wanted = asked.get("memory", "auto")
+    same = wanted in ("auto", level) or (wanted == "lowest" and level == levels[-1])
+    return method and bits and same
 
 
 def _needs(base: Base, way: str, level: str, gib: float, stored: int) -> Needs:

@@ -130,7 +130,7 @@ def recommend(
     room, _ = _here(Path(folder), drive)
     if room.gpu is None and not large:
         return Offer(needs.on_cpu(base), {}, room, large, "")
-    precision = "fp16"
+    precision = "bf16"  # of the GPU that is yet to be found
     if room.gpu is not None:
         precision = native_precision("auto", torch.device("cuda"))
     found = needs.ways(base, precision, settings)

@@ -200,6 +200,8 @@ def test_what_a_person_sets_is_what_is_looked_at(
     assert whole.needs.lacking(whole.room)
     small = preflight.recommend(SD, tmp_path, None, {"method": "lora", "memory": "low"})
     assert small.needs is not None and (small.needs.way, small.needs.level) == ("LoRA", "low")
+    lowest = preflight.recommend(SD, tmp_path, None, {"method": "lora", "memory": "lowest"})
+    assert lowest.needs == small.needs, "a LoRA has no lower level"
 
 
 def test_a_base_that_cannot_compute_in_float16_needs_another_gpu(
