@@ -130,7 +130,7 @@ def recommend(
     room, _ = _here(Path(folder), drive)
     if room.gpu is None and not large:
         return Offer(needs.on_cpu(base), {}, room, large, "")
-    precision = "fp16"
+    precision = "bf16"  # of the GPU that is yet to be found
     if room.gpu is not None:
         precision = native_precision("auto", torch.device("cuda"))
     found = needs.ways(base, precision, settings)
@@ -141,8 +141,17 @@ def recommend(
     for one in found[: found.index(best)]:
         if one.way != best.way:
             tried[one.way] = one
-    why = [f"the {way} lacks {' and '.join(one.lacking(room))}" for way, one in tried.items()]
-    return Offer(best, needs.settings(best, found, room), room, large, ", ".join(why))
+    why = [f"for {_called(way)} {_too_little(one.lacking(room))}" for way, one in tried.items()]
+    return Offer(best, needs.settings(best, found, room), room, large, "; ".join(why))
+
+
+def _called(way: str) -> str:
+    return "the whole model" if way == "whole model" else way
+
+
+def _too_little(lacking: Sequence[str]) -> str:
+    *most, last = lacking
+    return f"there is too little {', '.join(most)}{' and ' if most else ''}{last}"
 
 
 def _here(folder: Path, drive: str | Path | None) -> tuple[Room, Room]:
@@ -205,15 +214,14 @@ def _gpu(large: bool) -> Check:
 
 def _way(base: str, offer: Offer) -> Check:
     if offer.needs is None:
-        found = f"'{base}' cannot be trained so on this GPU, which has no bfloat16"
-        fix = "Use a GPU with bfloat16 (L4, A100 and newer), other settings, or another base."
+        found = f"'{base}' cannot be trained in float16, and this GPU has no bfloat16"
+        fix = "Use a GPU that has it (L4, A100 and newer), or choose another base."
         return Check("way", False, found, fix)
     found = f"{offer.needs.way}, memory '{offer.needs.level}'"
     lacking = offer.needs.lacking(offer.room)
     if not lacking:
-        why = f", as {offer.why}" if offer.why else ""
-        return Check("way", True, f"{found}{why}")
-    found += f", which lacks {' and '.join(lacking)}, and so does every other way"
+        return Check("way", True, f"{found}; {offer.why}" if offer.why else found)
+    found += f", but {_too_little(lacking)}, and there is no other way that fits"
     return Check("way", False, found, "Do what the lines below say, or choose a smaller base.")
 
 

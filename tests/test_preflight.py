@@ -98,9 +98,7 @@ def test_stable_diffusion_on_a_free_colab_gpu(
     assert checks["8-bit AdamW"].ok
     machine(gpu="NVIDIA A100", bf16=True)
     assert look(SD, tmp_path)["GPU"].found == "NVIDIA A100, native bf16"
-    assert look(Z, tmp_path)["way"].found.startswith(
-        "QLoRA, memory 'low', as the whole model lacks"
-    )
+    assert look(Z, tmp_path)["way"].found.startswith("QLoRA, memory 'low'; for the whole")
 
 
 def test_too_little_of_anything_is_red(
@@ -109,9 +107,9 @@ def test_too_little_of_anything_is_red(
     machine(gpu="Tesla T4", vram=1.5, ram=2.0, disk=2.0)
     red = {name: check for name, check in look(SD, tmp_path).items() if not check.ok}
     assert red.keys() == {"way", "GPU memory", "memory", "disk"}
-    assert "lacks GPU memory and memory and disk" in red["way"].found
+    assert "too little GPU memory, memory and disk" in red["way"].found
     assert red["GPU memory"].found.startswith("1.5 of 15.0 GiB free")
-    machine(gpu="Tesla T4", ram=3.0)
+    machine(gpu="Tesla T4", ram=2.0)
     fix = look(FLUX, tmp_path)["memory"].fix
     assert fix == "Restart the session or close other programs to free memory."
     assert str(tmp_path) in red["disk"].fix
@@ -128,7 +126,9 @@ def test_drives_room_is_looked_at_where_a_run_is_mirrored(
     assert whole < 7 * GIB, "a free Drive has 15 GB, and not only for this"
     free_drive(monkeypatch, 5)
     checks = {check.name: check for check in preflight.preflight(SD, tmp_path, tmp_path)}
-    assert checks["way"].found == "LoRA, memory 'standard', as the whole model lacks Drive"
+    assert checks["way"].found == (
+        "LoRA, memory 'standard'; for the whole model there is too little Drive"
+    )
     assert checks["Drive"].ok
     asked = {"method": "full"}
     (red,) = [c for c in preflight.preflight(SD, tmp_path, tmp_path, asked) if c.name == "Drive"]
@@ -200,6 +200,8 @@ def test_what_a_person_sets_is_what_is_looked_at(
     assert whole.needs.lacking(whole.room)
     small = preflight.recommend(SD, tmp_path, None, {"method": "lora", "memory": "low"})
     assert small.needs is not None and (small.needs.way, small.needs.level) == ("LoRA", "low")
+    lowest = preflight.recommend(SD, tmp_path, None, {"method": "lora", "memory": "lowest"})
+    assert lowest.needs == small.needs, "a LoRA has no lower level"
 
 
 def test_a_base_that_cannot_compute_in_float16_needs_another_gpu(

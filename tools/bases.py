@@ -1,13 +1,13 @@
 """Print what `dreambooth_lib.bases` says of each base: parameters and memory, of configs alone.
 
-``python -m tools.bases`` prints the figures of all published architectures, ``python -m tools.bases
-sd15 sdxl`` of some. Nothing is downloaded: what follows are the architectures' numbers.
+``python -m tools.bases`` prints the figures of all published architectures as they stand there,
+``python -m tools.bases sd15 sdxl`` of some. Nothing is downloaded: what follows are the
+architectures' numbers.
 """
 
 import argparse
 import logging
 import tempfile
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,13 @@ def main() -> None:
     for name in parser.parse_args().names or names:
         with tempfile.TemporaryDirectory() as folder:
             base = name if name == "toybox" else configs(name, Path(folder))
-            every, denoiser, large = parameters(base)
-            print(f"{name}: {every:_}, {denoiser:_}, {large:_} parameters", flush=True)
-            for precision, (method, way) in product(("fp16", "bf16"), WAYS.items()):
-                gib = [needed(base, method, level, precision) for level in way.levels]
-                print(f"    {precision} {method}:", *gib, flush=True)
+            print(name, ", ".join(f"{count:_}" for count in parameters(base)), flush=True)
+            for precision in ("fp16", "bf16"):
+                gib = tuple(
+                    tuple(needed(base, method, level, precision) for level in way.levels)
+                    for method, way in WAYS.items()
+                )
+                print(f'    "{precision}": {gib},', flush=True)
 
 
 if __name__ == "__main__":
