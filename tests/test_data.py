@@ -75,7 +75,8 @@ def test_each_finding() -> None:
 def test_load_subject_reads_and_warns(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    noise(1).save(folder / "a.png")
+    for seed, name in enumerate("acd", start=1):
+        noise(seed).save(folder / f"{name}.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "tiny" is no warning
         subject = data.load_subject(folder, "dog")

@@ -41,6 +41,7 @@ def run_bare(cell: str, python: str, folder: Path) -> str:
     """What the cell shows in a notebook of ``folder``, and where the kit was found."""
     (folder / ".cell.py").write_text(cell)
     site = folder / ".site"
+    site.mkdir(exist_ok=True)  # as the environment's own is there before
     environment = os.environ | {"PYTHONPATH": str(site), "PIP_TARGET": str(site),
                                 "IPYTHONDIR": str(folder / ".ipython")}  # fmt: skip
     done = subprocess.run(

@@ -295,7 +295,8 @@ def test_run_again_the_subjects_cell_keeps_what_the_settings_follow(
                               for mark in ("SubjectPanel", "widgets.monitor"))  # fmt: skip
     exec(chosen, scope)
     exec(training, scope)
-    assert trained == [other], "the pictures that step 2 shows"
+    shown = scope["subject"].config.subject.pictures
+    assert trained == [shown] == [other], "what is trained on is what step 2 shows"
     scope["config"] = scope["config"].replace(steps=7)  # as after another cell above
     exec(chosen, scope)
     with pytest.raises(ConfigError, match="run the cell of step 3 again"):
