@@ -29,9 +29,7 @@ class ZImage(Family):
     def inference_for(
         cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
     ) -> Inference:
-        turbo = few(
-            9
-        )  # by its card, at 0; 8 evaluations, since diffusers before 0.41 leaves one out
+        turbo = few(9)  # by its card, at 0; diffusers before 0.41 makes 8 evaluations of them
         if scheduler.get("shift", TURBO_SHIFT) < TURBO_SHIFT:
             return turbo
         return few_by_name(names, turbo.steps) or cls.usual
