@@ -192,7 +192,7 @@ def main() -> None:
             run_training(runs.resume(given.run))
         else:
             run_sample(given.run, given.prompts, given.seeds, given.out)
-    except ValueError as error:  # what the user can mend is a ValueError with one sentence
+    except (ValueError, FloatingPointError) as error:  # what the user can mend, in one sentence
         raise SystemExit(f"error: {error}") from error
 
 
