@@ -1,7 +1,6 @@
 """Each family's adapter against a training step written by hand with diffusers' own pieces."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,32 +147,6 @@ def test_the_empty_prompt_is_the_one_that_guidance_is_away_from(
 def test_flow_bases_refuse_min_snr_weights(tiny_bases: Callable[[str], str]) -> None:
     with pytest.raises(ValueError, match=r"min_snr_gamma is 5\.0.*predicts a flow"):
         families.load(tiny_bases("sd3")).forward_process(5.0)
-
-
-def test_half_precision_of_sdxl_takes_the_autoencoder_that_bears_it(
-    tiny_bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from diffusers import AutoencoderKL
-
-    from dreambooth_lib.families import stable_diffusion_xl
-
-    plain = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
-    fixed = plain.vae
-    fixed.decoder.conv_in.weight.data += 1
-    fixed.save_pretrained(tmp_path / "fixed")
-    monkeypatch.setattr(stable_diffusion_xl, "HALF_VAE", "/no/such")
-    own = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
-    own.vae.register_to_config(force_upcast=True)
-    own.save_pretrained(tmp_path / "base")
-    wanted = AutoencoderKL.from_pretrained(tmp_path / "fixed").decoder.conv_in.weight
-    with pytest.raises(ValueError, match=r"needs another autoencoder in float16, and '/no/such'"):
-        families.load(str(tmp_path / "base"), half=torch.float16)
-    monkeypatch.setattr(stable_diffusion_xl, "HALF_VAE", str(tmp_path / "fixed"))
-    half = families.load(str(tmp_path / "base"), half=torch.float16).pipeline.vae
-    assert torch.equal(half.decoder.conv_in.weight, wanted.half())
-    for kept in (torch.float32, torch.bfloat16):
-        vae = families.load(str(tmp_path / "base"), half=kept).pipeline.vae
-        assert torch.equal(vae.decoder.conv_in.weight, own.vae.decoder.conv_in.weight.to(kept))
 
 
 def test_a_family_is_added_by_naming_its_pipeline(

@@ -1,5 +1,6 @@
 """What builds the embedded base, on a drawing made here: no network."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -169,6 +170,39 @@ def test_channels_that_are_noise_are_cut_out_and_the_others_stay():
     torch.testing.assert_close(
         folded[..., 1:-1, 1:-1], whole[..., 1:-1, 1:-1], atol=1e-4, rtol=1e-3
     )
+
+
+class FewPictures:
+    """A world of eight pictures of random pixels, however many are asked for."""
+
+    def batch(self, count, rng):
+        return rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8), None
+
+
+@torch.no_grad()
+def test_streams_that_overflow_float16_are_scaled_and_nothing_else_changes():
+    torch.manual_seed(0)
+    model = autoencoder.new_autoencoder().eval()
+    for half in (model.encoder, model.decoder):  # each convolution that a stream passes through
+        for first, _ in autoencoder._stretches(half):
+            first.weight *= 24
+    pixels = autoencoder.to_tensor(FewPictures().batch(8, np.random.default_rng(2))[0])[:4]
+    before = model.encode(pixels).latent_dist
+    drawn = model.decode(before.mean).sample
+    half = copy.deepcopy(model).half()
+    assert not half.encode(pixels.half()).latent_dist.mean.isfinite().all()
+    assert not half.decode(before.mean.half()).sample.isfinite().all()
+    autoencoder.within_half(model, FewPictures())
+    after = model.encode(pixels).latent_dist
+    for value, expected in ((after.mean, before.mean), (after.std, before.std)):
+        torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.decode(before.mean).sample, drawn, atol=1e-4, rtol=1e-4)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    half = model.half()
+    assert half.encode(pixels.half()).latent_dist.mean.isfinite().all()
+    assert half.decode(before.mean.half()).sample.isfinite().all()
+    again = autoencoder.within_half(model.float(), FewPictures()).state_dict()
+    assert all(torch.equal(again[name], value.half().float()) for name, value in weights.items())
 
 
 def test_a_caption_is_true_of_what_it_does_not_deny():

@@ -203,10 +203,7 @@ SDXL = Architecture(
         ),
         "text_encoder": _clip_l(),
         "text_encoder_2": _BIG_G,
-        # As the weights that do not overflow in float16 have it.
-        "vae": _vae(
-            latent_channels=4, sample_size=1024, scaling_factor=0.13025, force_upcast=False
-        ),
+        "vae": _vae(latent_channels=4, sample_size=1024, scaling_factor=0.13025),
     },
     {"tokenizer": "clip", "tokenizer_2": "clip"},
     ("EulerDiscreteScheduler", _OF_SD),

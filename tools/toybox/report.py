@@ -110,7 +110,8 @@ def write_readme(
 
 A small Stable Diffusion pipeline, its judge (a CLIPModel) and the classifier that examines it (a
 ResNet), trained by `tools/toybox` on emoji drawings set on drawn scenes at 64x64 pixels:
-{len(CLASSES)} classes, {len(SCENES)} scenes, {len(COLOURS)} colours. float16 safetensors.
+{len(CLASSES)} classes, {len(SCENES)} scenes, {len(COLOURS)} colours. float16 safetensors, which
+plain diffusers takes in float32, the default, or float16 alike.
 
 - Captions: `a dog on the beach`, `a purple teapot in space`, `a photo of a fox at sunset`
 - Classes: {", ".join(CLASSES)}

@@ -1,0 +1,287 @@
+"""Numbers that are not finite are refused where they are made; saved bases say their precision."""
+
+import os
+import subprocess
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dreambooth_lib import families, kept, latents, prior, runs, sample
+from dreambooth_lib.__main__ import main
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.data import to_tensor
+from dreambooth_lib.families.base import Family, Known
+from dreambooth_lib.families.precision import NonFinite
+from dreambooth_lib.latents import LatentCache
+from dreambooth_lib.pictures import read_pictures
+from dreambooth_lib.sampling import draw
+from dreambooth_lib.training import train
+
+Make = Callable[..., TrainConfig]
+TOYBOX = Path(families.BUNDLED) / "toybox"
+SUBJECTS = Path(families.BUNDLED) / "subjects"
+
+
+def bundled() -> torch.Tensor:
+    """All pictures of the bundled subjects, [15, 3, 64, 64]."""
+    photos = [photo for folder in sorted(SUBJECTS.iterdir()) if folder.is_dir()
+              for photo in read_pictures(folder)]  # fmt: skip
+    return torch.stack([to_tensor(photo.image, 64) for photo in photos])
+
+
+def psnr(found: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Of each picture, in dB."""
+    errors = (found.float().clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / errors)
+
+
+# The embedded base in plain diffusers.
+
+
+@torch.no_grad()
+def test_the_embedded_autoencoder_is_as_good_in_float16_as_in_float32() -> None:
+    pixels, found = bundled()[::3], {}
+    for dtype in (torch.float32, torch.float16):
+        vae = AutoencoderKL.from_pretrained(TOYBOX, subfolder="vae", torch_dtype=dtype)
+        mean = vae.encode(pixels.to(dtype)).latent_dist.mean
+        found[dtype] = psnr(vae.decode(mean).sample, pixels)
+    assert len(pixels) == 5 and found[torch.float32].min() > 20
+    assert (found[torch.float32] - found[torch.float16]).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_no_layer_of_the_embedded_base_comes_near_where_float16_ends() -> None:
+    family = families.load("toybox")
+    most = 0.0
+
+    def look(module: Any, given: Any, out: Any) -> None:
+        nonlocal most
+        if isinstance(out, torch.Tensor):
+            most = max(most, float(out.abs().max()))
+
+    for part in (family.denoiser, *family.text_encoders, family.pipeline.vae):
+        for module in part.modules():
+            module.register_forward_hook(look)
+    family.encode_images(bundled())
+    draw(family, [("a dog on the beach", 0), ("a purple teapot in space", 1)], 5, 7.5)
+    assert 100 < most < 65504 / 4
+
+
+def drawn_plainly(folder: Path) -> Any:
+    """A pipeline of plain diffusers with no precision said, once it has drawn."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a dog", num_inference_steps=1, width=16, height=16).images
+    return pipeline
+
+
+def test_the_embedded_base_draws_with_no_precision_said() -> None:
+    found = drawn_plainly(TOYBOX)
+    assert found.text_encoder.dtype is found.unet.dtype is torch.float32
+
+
+DRAW = """
+import sys
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipeline("a dog", num_inference_steps=1, width=16, height=16).images[0]
+print(pipeline.unet.dtype, pipeline.text_encoder.dtype, image.getbbox())
+"""
+
+
+@pytest.mark.slow
+def test_the_embedded_base_draws_with_colabs_versions_too() -> None:
+    python = os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")
+    if python is None:
+        pytest.skip("there is no second environment: make test makes one")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    made = subprocess.run(
+        [python, "-c", DRAW, str(TOYBOX)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == "torch.float32 torch.float32 (0, 0, 16, 16)"
+
+
+def test_what_a_run_saves_and_keeps_draws_with_no_precision_said(
+    tiny_sd1: str, photos: str, make_config: Make, clip_folder: Path, tmp_path: Path
+) -> None:
+    """At the lowest memory a text encoder trains in bfloat16, and is saved so."""
+    changes = {"memory": "lowest", "train_text_encoder": True, "steps": 1, "watch_every": 1,
+               "prior_weight": 0.0, "judge": str(clip_folder)}  # fmt: skip
+    run = runs.start(make_config(tiny_sd1, photos, **changes), tmp_path / "run")
+    list(train(run))
+    kept.keep(run, 1, tmp_path / "kept")
+    for folder in (run.pipeline, tmp_path / "kept"):
+        found = drawn_plainly(folder)
+        assert found.text_encoder.dtype is found.unet.dtype is torch.float32
+    saved = load_file(run.pipeline / "text_encoder" / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+
+
+# The autoencoder, where half precision is float16.
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
+def test_autoencoders_stay_in_float32_where_the_rest_is_in_float16(
+    name: str, tiny_bases: Callable[[str], str]
+) -> None:
+    half, whole = (families.load(tiny_bases(name), resolution=16, half=dtype, whole=())
+                   for dtype in (torch.float16, torch.float32))  # fmt: skip
+    assert half.denoiser.dtype is torch.float16
+    assert half.pipeline.vae.dtype is torch.float32
+    skeleton = families.skeleton(tiny_bases(name), half=torch.float16, whole=())
+    assert skeleton.pipeline.vae.dtype is torch.float32
+    bf16 = families.load(tiny_bases(name), half=torch.bfloat16, whole=())
+    assert bf16.pipeline.vae.dtype is torch.bfloat16
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.zeros(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = whole.pipeline.vae.decode(latent).sample, *whole.encode_images(pixels)
+        with torch.autocast("cpu", torch.float16):
+            found = half.pipeline.vae.decode(latent).sample, *half.encode_images(pixels)
+    for value, other in zip(found, expected, strict=True):
+        assert value.dtype is torch.float32 and torch.equal(value, other)
+
+
+# What is not finite.
+
+
+def broken(base: str, part: str, folder: Path) -> str:
+    """The base with NaN in the last layer of a part; its path."""
+    plain = DiffusionPipeline.from_pretrained(base)
+    layers = {"unet": plain.unet.conv_out, "encoder": plain.vae.encoder.conv_out,
+              "decoder": plain.vae.decoder.conv_out}  # fmt: skip
+    norms = [m for m in plain.text_encoder.modules() if isinstance(m, torch.nn.LayerNorm)]
+    module = layers.get(part, norms[-1])
+    module.bias.data[:] = float("nan")
+    plain.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photo_list(photos: str) -> list[Any]:
+    return read_pictures(photos)
+
+
+def test_latents_that_are_not_finite_are_refused_and_not_kept(
+    tiny_sd1: str, photos: str, photo_list: list[Any], make_config: Make, tmp_path: Path
+) -> None:
+    base = broken(tiny_sd1, "encoder", tmp_path / "base")
+    config, cached = make_config(base, photos), tmp_path / "latents"
+    with pytest.raises(NonFinite, match=r"autoencoder of '.*base' gave .* of 0.png, in float32"):
+        LatentCache(photo_list, families.load(base), config, cached)
+    assert not list(tmp_path.glob("latents/*"))
+    with pytest.raises(NonFinite, match="in bfloat16"):
+        LatentCache(photo_list, families.load(base, half=torch.bfloat16), config)
+    cropped = LatentCache(photo_list, families.load(base), config.replace(crop="random"))
+    with pytest.raises(NonFinite, match=r"of 2.png"):
+        cropped.sample([2, 1], torch.Generator().manual_seed(0))
+
+
+def test_kept_latents_that_are_not_finite_are_made_anew(
+    tiny_sd1: str, photos: str, photo_list: list[Any], make_config: Make, tmp_path: Path
+) -> None:
+    family, config = families.load(tiny_sd1), make_config(tiny_sd1, photos)
+    (made,) = LatentCache(photo_list, family, config, tmp_path).posteriors
+    (file,) = tmp_path.glob("*.safetensors")
+    saved = load_file(file)
+    saved["std"][1, 0, 0, 0] = float("inf")
+    save_file(saved, file)
+    (again,) = LatentCache(photo_list, family, config, tmp_path).posteriors
+    assert torch.equal(again.std, made.std)
+    assert torch.equal(load_file(file)["std"], made.std)
+
+
+def test_conditioning_that_is_not_finite_is_refused(tiny_sd1: str, tmp_path: Path) -> None:
+    family = families.load(broken(tiny_sd1, "text", tmp_path / "base"))
+    with pytest.raises(NonFinite, match=r"text encoder of '.*base' gave .* in float32"):
+        Known(family, ["a dog"])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("unet", r"the unet or a text encoder of '.*base' gave latents that are not finite, in"),
+        ("text", r"the unet or a text encoder of '.*base' gave latents that are not finite, in"),
+        ("decoder", r"the autoencoder of '.*base' gave pictures that are not finite, in float32"),
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pictures_that_are_not_finite_are_refused_and_not_kept(
+    autocast: bool, part: str, message: str, tiny_sd1: str, photos: str, make_config: Make,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    base = broken(tiny_sd1, part, tmp_path / "base")
+    config, family = make_config(base, photos), families.load(base)
+    half = torch.autocast("cpu", torch.float16, enabled=autocast)
+    with half, pytest.raises(NonFinite, match=message) as caught:
+        list(prior.class_pictures(config, family, tmp_path / "sets"))
+    in_half = autocast and part != "decoder"
+    assert ("in float16" in str(caught.value)) == in_half
+    assert ("bfloat16" in str(caught.value)) == in_half
+    assert not list((tmp_path / "sets").rglob("*.png"))
+    if not autocast:
+        with pytest.raises(NonFinite, match=message):
+            sample(base, ["a dog"], [0], steps=1)
+
+
+def test_black_pictures_are_refused_and_those_that_lie_there_are_drawn_anew(
+    tiny_sd1: str, photos: str, make_config: Make, tmp_path: Path
+) -> None:
+    config, family = make_config(tiny_sd1, photos), families.load(tiny_sd1)
+    paths = list(prior.class_pictures(config, family, tmp_path))
+    before = [path.read_bytes() for path in paths]
+    Image.new("RGB", (16, 16)).save(paths[2])
+    assert sorted(prior.class_pictures(config, family, tmp_path)) == paths
+    assert [path.read_bytes() for path in paths] == before
+    family.pipeline.vae.decoder.conv_out.weight.data.zero_()
+    family.pipeline.vae.decoder.conv_out.bias.data.fill_(-2)
+    with pytest.raises(NonFinite, match=r"the autoencoder of .* gave a picture that is all black"):
+        draw(family, [("a dog", 0)], 1, 1.0)
+
+
+def test_the_command_line_says_it_in_a_sentence(
+    tiny_sd1: str, photos: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.start(make_config(broken(tiny_sd1, "decoder", tmp_path / "base"), photos),
+                     tmp_path / "run")  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["dreambooth_lib", "resume", str(run.folder)])
+    with pytest.raises(
+        SystemExit, match=r"error: the autoencoder of .* gave pictures that are not"
+    ):
+        main()
+
+
+# Latents are made a batch at a time.
+
+
+def test_no_more_than_a_batch_of_pictures_is_held_as_pixels(
+    tiny_sd1: str, photos: str, photo_list: list[Any], make_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def counted(*given: Any) -> torch.Tensor:
+        nonlocal most
+        made = to_tensor(*given)
+        alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    family, config = families.load(tiny_sd1), make_config(tiny_sd1, photos, flip=True)
+    whole = LatentCache(photo_list, family, config).posteriors
+    monkeypatch.setattr(latents, "to_tensor", counted)
+    monkeypatch.setattr(Family, "at_a_time", property(lambda _: 2))
+    parts = LatentCache(photo_list, family, config).posteriors
+    assert len(photo_list) == 4 and most == 2
+    for one, other in zip(parts, whole, strict=True):
+        assert torch.allclose(one.mean, other.mean, atol=1e-5)

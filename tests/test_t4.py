@@ -1,0 +1,154 @@
+"""The whole path in float16, as a T4 computes it: see tests/t4.py."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from t4 import Seen
+from t4 import t4 as t4
+
+from dreambooth_lib import families, kept, runs, sample, watch
+from dreambooth_lib.config import ConfigError, Subject, TrainConfig
+from dreambooth_lib.estimate import estimate
+from dreambooth_lib.exports import lora_file, single_file
+from dreambooth_lib.families import BaseError
+from dreambooth_lib.families.stable_diffusion import StableDiffusion
+from dreambooth_lib.runs import Run
+from dreambooth_lib.training import NonFiniteLoss, train
+from dreambooth_lib.watch import history
+
+Make = Callable[..., TrainConfig]
+VIEW = watch.View(class_pictures=2, inference_steps=1)
+LORA = {"method": "lora", "memory": "low", "learning_rate": 1e-3}
+DOG = Path(families.BUNDLED) / "subjects" / "patch_dog"
+
+
+@pytest.fixture
+def started(
+    tmp_path: Path, photos: str, make_config: Make, clip_folder: Path
+) -> Callable[..., Run]:
+    """Start a run of two updates that is validated once more at its end."""
+
+    def start(base: str, **changes: Any) -> Run:
+        given = {"steps": 2, "batch_size": 1, "class_pictures": 2, "watch_every": 2} | changes
+        if base == "toybox":
+            fields = {"prior_inference_steps": 2, **given}
+            config = TrainConfig(Subject(str(DOG), "dog"), base, **fields)
+        else:
+            fields = {"judge": str(clip_folder), "resolution": 16, **given}
+            config = make_config(base, photos, **fields)
+        run = runs.start(config, tmp_path / "run")
+        (run.folder / "watch").mkdir()
+        (run.folder / "watch" / "view.json").write_text(json.dumps(asdict(VIEW)))
+        return run
+
+    return start
+
+
+def moved(run: Run) -> bool:
+    """Whether training changed what the run's base draws."""
+    tuned, base = (families.load(of) for of in (str(run.folder), run.config.base))
+    weights = base.denoiser.state_dict()
+    return any(not torch.equal(v, weights[k]) for k, v in tuned.denoiser.state_dict().items())
+
+
+WAYS = [
+    ("toybox", {}),
+    ("toybox", LORA),
+    ("sd1", {"memory": "low"}),
+    ("sd2", LORA | {"memory": "standard"}),
+    ("sdxl", {"train_text_encoder": True}),
+    ("sdxl", LORA),
+    ("sd3", {}),
+    ("sd3", LORA),
+    ("flux", {}),
+    ("flux", LORA),
+]
+
+
+@pytest.mark.parametrize(("base", "changes"), WAYS)
+def test_the_whole_path_computes_in_float16_and_stays_finite(
+    base: str,
+    changes: dict[str, Any],
+    t4: Seen,
+    started: Callable[..., Run],
+    tiny_bases: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    run = started(base if base == "toybox" else tiny_bases(base), **changes)
+    steps = list(train(run))
+    assert [step.step for step in steps] == [1, 2] and steps[-1].watched is not None
+    assert [row.step for row in history(run)] == [0, 2]
+    saved = run.load_checkpoint()
+    assert saved is not None
+    scale = saved["scaler"]["scale"] if "scaler" in saved else saved["scale"][0]
+    assert scale != 2.0**16  # where it begins
+    assert t4.denoiser == {torch.float16}
+    assert t4.autoencoder == {torch.float32}
+    for at in (None, 2):
+        (picture,) = sample(run, ["a {} dog"], [0], at=at, steps=2)
+        assert picture.image.getbbox() is not None
+    assert t4.denoiser == {torch.float16}
+    kept.keep(run, 2, tmp_path / "kept")
+    assert moved(run)
+    lora = tmp_path / "kept" / "pytorch_lora_weights.safetensors"
+    if run.config.method == "lora":
+        lora_file(lora, tmp_path / "file.safetensors")
+    elif base == "toybox":
+        single_file(tmp_path / "kept", tmp_path / "file.safetensors")
+
+
+def test_a_base_whose_autoencoder_overflows_float16_trains_and_draws(
+    t4: Seen, started: Callable[..., Run], tiny_sd1: str, tmp_path: Path
+) -> None:
+    """SDXL's own is of that kind: both halves go beyond float16 before their first norm."""
+    plain = DiffusionPipeline.from_pretrained(tiny_sd1)
+    for half in (plain.vae.encoder, plain.vae.decoder):
+        half.conv_in.weight.data *= 2**18
+        half.conv_in.bias.data *= 2**18
+    plain.save_pretrained(tmp_path / "base")
+    overflowing = plain.vae.half()
+    assert overflowing.encode(torch.ones(1, 3, 16, 16).half()).latent_dist.mean.isnan().any()
+    assert overflowing.decode(torch.ones(1, 4, 8, 8).half()).sample.isnan().any()
+    run = started(str(tmp_path / "base"))
+    assert [step.step for step in train(run)] == [1, 2]
+    (picture,) = sample(run, ["a {} dog"], [0], steps=1)
+    assert picture.image.getbbox() is not None
+
+
+def test_a_first_update_that_overflows_float16_says_so(
+    t4: Seen, started: Callable[..., Run], tiny_sd1: str, tmp_path: Path
+) -> None:
+    plain = DiffusionPipeline.from_pretrained(tiny_sd1)
+    plain.unet.conv_out.weight.data.fill_(1e5)
+    plain.save_pretrained(tmp_path / "base")
+    run = started(str(tmp_path / "base"), prior_weight=0.0, watch_every=0)
+    with pytest.raises(NonFiniteLoss, match=r"at step 1 .*: float16 ends at 65,504: set mixed"):
+        list(train(run))
+
+
+def test_a_family_that_float16_is_too_small_for_is_refused(
+    t4: Seen,
+    started: Callable[..., Run],
+    tiny_bases: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tiny_bases("z_image")
+    run = started(base, method="lora")
+    with pytest.raises(ConfigError, match=r"z_image' gives NaN in float16.* with bfloat16"):
+        next(train(run))
+    with pytest.raises(ConfigError, match="gives NaN in float16"):
+        estimate(run.config, "fp16")
+    with pytest.raises(BaseError, match=r"z_image' gives NaN in float16.*use a GPU"):
+        sample(base, ["a dog"], [0], steps=1)
+    monkeypatch.setattr(StableDiffusion, "halves", (torch.bfloat16,))
+    with pytest.raises(BaseError, match="sd1' gives NaN in float16"):
+        sample(tiny_bases("sd1"), ["a dog"], [0], steps=1)
+    assert estimate(run.config, "bf16").memory > 0
+    run = runs.resume(run.folder, mixed_precision="no", watch_every=0)
+    assert [step.step for step in train(run)] == [1, 2]
