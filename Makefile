@@ -63,10 +63,12 @@ $(VENV)/ready: requirements.txt constraints.txt pyproject.toml
 	$(RUN) -m pip install --quiet -e ".[test]" -c constraints.txt
 	touch $@
 
-# Colab's versions of what a notebook runs on; the library is read from here.
-$(COLAB)/ready: requirements.txt constraints-colab.txt
-	$(PYTHON) -m venv $(COLAB)
+# What a notebook on Colab finds, at Colab's versions; the library is read from here.
+$(COLAB)/ready: requirements.txt requirements-colab.txt constraints-colab.txt tools/stand_ins.py
+	$(PYTHON) -m venv --clear $(COLAB)
+	$(COLAB)/bin/python -m tools.stand_ins
 	$(COLAB)/bin/python -m pip install --quiet torch -c constraints-colab.txt
-	$(COLAB)/bin/python -m pip install --quiet -r requirements.txt -c constraints-colab.txt \
-	    ipykernel ipython notebook nbmake pytest pytest-timeout
+	$(COLAB)/bin/python -m pip install --quiet -r requirements.txt -r requirements-colab.txt \
+	    -c constraints-colab.txt
+	$(COLAB)/bin/python -m pip install --quiet --target $(COLAB)/numpy-2.0.2 numpy==2.0.2
 	touch $@

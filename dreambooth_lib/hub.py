@@ -11,6 +11,9 @@ from dreambooth_lib.sampling import inference_of
 
 #: Seconds until a Hub that does not answer is not asked for the base's licence.
 TIMEOUT = 5.0
+_LOAD_LORA = """\
+# Where this ends in an ImportError of torchao, as on Colab: pip uninstall -y torchao
+pipeline.load_lora_weights("{}", weight_name="{}")"""
 
 
 class HubError(ValueError):
@@ -107,7 +110,7 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     config = run.config
     lora = config.method == "lora"
     first = (base or config.base) if lora else model
-    load = [f'pipeline.load_lora_weights("{model}")'] if lora else []
+    load = [_LOAD_LORA.format(model, families.LORA_FILE)] if lora else []
     if config.train_token:
         adapter = families.adapter(config.base, config.revision)
         load += tokens.usage(adapter, model, config.subject.identifier)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dreambooth_lib import quantizers
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import MADE_OF, tokens
 from dreambooth_lib.families.base import Family
@@ -22,6 +23,7 @@ _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
 
 def attach(family: Family, config: TrainConfig) -> None:
     """Add the config's adapters, the same ones for the same seed; all but them is frozen."""
+    quantizers.ignore_unusable()
     of_denoiser = family.attention_layers, family.feed_forward_layers
     layers = {family.denoiser: of_denoiser}
     family.denoiser.requires_grad_(False)

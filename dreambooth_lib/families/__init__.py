@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_lib import quantizers
 from dreambooth_lib.config import origin
 from dreambooth_lib.families.inference import Inference, few_by_name, warning
 
@@ -19,6 +20,8 @@ BUNDLED = _PACKAGE / "bundled" if (_PACKAGE / "bundled").exists() else _PACKAGE.
 
 #: In a folder of LoRA weights: the base that they belong to, as :func:`load` takes it.
 MADE_OF = "base.json"
+#: In that folder: the weights, by the name that diffusers gives them. Offline it must be said.
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class BaseError(ValueError):
@@ -111,12 +114,13 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
     if not bases or any(below != bases[0] for below in bases):
         of = ", ".join(f"'{n}' of '{b['base']}'" for n, b in zip(loras, bases, strict=True))
         raise BaseError(f"LoRAs are composed on the base that they share, and these are {of}.")
+    quantizers.ignore_unusable()
     family = load(**(loading | bases[0]))
     names = [f"lora{number}" for number in range(len(paths))]
     for name, (path, (_, word)) in zip(names, found.items(), strict=True):
         if word is not None:
             import_module(f"{__name__}.tokens").load(family, path, word)
-        family.pipeline.load_lora_weights(path, adapter_name=name)
+        family.pipeline.load_lora_weights(path, weight_name=LORA_FILE, adapter_name=name)
     family.pipeline.set_adapters(names, list(paths.values()))
     return family if bases[0].get("quantize") else merged(family)
 

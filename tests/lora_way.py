@@ -1,0 +1,52 @@
+"""The whole way of a LoRA run, by whichever Python runs this: ``python lora_way.py FOLDER JSON``.
+
+It trains the embedded base for a few steps with what JSON says besides, is cut off and goes on, and
+its model is sampled, kept and exported. Prints what was so, and leaves ``unet.safetensors``: the
+denoiser with the LoRA worked in.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+from PIL import ImageChops
+from safetensors.torch import save_file
+
+import dreambooth_lib as db
+from dreambooth_lib import exports, families, hub, kept, training, weights
+from dreambooth_lib.demo import bundled_subjects
+
+
+def way(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    subject = replace(bundled_subjects()[0], identifier="<rex>")
+    config = db.TrainConfig(
+        subject, method="lora", lora_rank=2, steps=3, watch_every=3, class_pictures=2,
+        prior_inference_steps=2, **changes,
+    )  # fmt: skip
+    run = db.start(config, folder / "runs" / "dog")
+    for step in training.train(run):
+        if step.step == 2:
+            break
+    run = db.resume(run.folder)
+    seen = [step.step for step in training.train(run)]
+    finished, third = (
+        db.sample(run, ["a {} dog"], [0], steps=2, at=at)[0].image for at in (None, 3)
+    )
+    model = folder / "models" / "dog"
+    kept.keep(run, 3, model)
+    exports.lora_file(model / families.LORA_FILE, folder / "exported.safetensors")
+    save_file(weights.restored(run, 3).denoiser.state_dict(), folder / "unet.safetensors")
+    *load, _ = hub.usage(run, model, families.locate("toybox")).splitlines()
+    return {
+        "resumed": seen,
+        "same picture": ImageChops.difference(finished, third).getextrema(),
+        "usage": "\n".join(load),
+        "numpy": numpy.__version__,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(way(Path(sys.argv[1]), json.loads(sys.argv[2]))))
