@@ -9,10 +9,14 @@ import argparse
 import shutil
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreambooth_lib import runs
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,18 +160,19 @@ def run_training(run: Run) -> None:
         raise SystemExit(128 + signal.SIGINT) from None
     if looks := history(run):
         if (took := share(run)) > 0.2:
-            state.print(f"looks took {took:.0%} of the training time; watch_every makes them fewer")
+            state.print(f"looks took {took:.0%} of the time; a larger watch_every means fewer")
         state.print(f"best is {best_of(looks).reason}")
     state.print(run.pipeline)
 
 
-def join() -> None:
+def join() -> "PartialState":
     """Join the group of processes before anything else, and say of how many it is."""
     from dreambooth_lib.processes import join_group
 
     state = join_group()
     if state.num_processes > 1:
         state.print(f"{state.num_processes} processes work together, on {state.device.type}")
+    return state
 
 
 def run_train(config: Path, out: Path | None) -> None:
@@ -201,8 +206,7 @@ def main() -> None:
     from dreambooth_lib import demo
 
     try:
-        if given.command in ("train", "resume", "evaluate"):
-            join()
+        state = join() if given.command in ("train", "resume", "evaluate") else None
         if given.command == "demo":
             run_demo(given.subject, given.out)
         elif given.command == "figures":
@@ -223,7 +227,13 @@ def main() -> None:
         elif given.command == "resume":
             run_training(runs.resume(given.run))
         else:
+<<<<<<< ours
             run_sample(given)
+=======
+            run_sample(given.run, given.prompts, given.seeds, given.out)
+        if state is not None:
+            state.destroy_process_group()  # which torch asks for, of those that end well
+>>>>>>> theirs
     except Exception as error:  # the library's own say in a sentence what the user can mend
         if isinstance(error, ValueError) or type(error).__module__.startswith("dreambooth_lib."):
             raise SystemExit(f"error: {error}") from error

@@ -41,12 +41,10 @@ sys.meta_path.insert(0, Finder())
 INNER = """
 import subprocess, sys
 
-import pytest
 import torch
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_no_gpu_is_seen(number):
+def test_no_gpu_is_seen():
     assert not torch.cuda.is_available()
     code = "import torch; print(torch.cuda.is_available())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\\n"
@@ -58,8 +56,10 @@ def test_a_gpu_is_hidden_unless_it_is_asked_for(on_gpu: str, tmp_path: Path) -> 
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(GPU)
     tests = Path(__file__).parent
-    # The suite's own conftest, and none of its tests.
-    (tmp_path / "conftest.py").write_text((tests / "conftest.py").read_text())
+    # Of the suite's own what stands before it imports anything that could look for a GPU, since
+    # torch as it is here cannot be used with one.
+    head, _, _ = (tests / "conftest.py").read_text().partition("\nimport json\n")
+    (tmp_path / "conftest.py").write_text(head)
     (tmp_path / "test_inner.py").write_text(INNER)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "PYTEST"))}
     environment |= {
@@ -79,5 +79,5 @@ def test_a_gpu_is_hidden_unless_it_is_asked_for(on_gpu: str, tmp_path: Path) -> 
     done = subprocess.run(
         [*command, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
-    expected = "2 failed" if on_gpu else "2 passed"
+    expected = "1 failed" if on_gpu else "1 passed"
     assert expected in done.stdout, done.stdout + done.stderr
