@@ -1,5 +1,14 @@
 """Tiny random bases on disk in diffusers' layout, small photos, and configs of a few steps."""
 
+import os
+
+# These are tests of the arithmetic on a CPU: float32, bit for bit. A GPU is hidden from them, from
+# what they start and from the workers, before torch can look for one.
+if not os.environ.get("DREAMBOOTH_TEST_ON_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores as they are
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import json
 from collections.abc import Callable
 from pathlib import Path
