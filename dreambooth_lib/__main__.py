@@ -7,11 +7,16 @@ python -m dreambooth_lib sample runs/my-dog "a {} dog on the beach" --seeds 0 1 
 
 import argparse
 import shutil
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreambooth_lib import runs
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,14 +71,13 @@ def run_evaluate(given: argparse.Namespace) -> None:
     Under ``accelerate launch`` all processes train each subject together and then share out the
     subjects to draw; the first one scores.
     """
-    from accelerate import PartialState
-
     from dreambooth_lib import demo, dreambench, evaluation, pages, tables
     from dreambooth_lib.config import Subject, base_defaults
     from dreambooth_lib.encoders import Encoder
+    from dreambooth_lib.processes import join_group
     from dreambooth_lib.state import replace_file, save_png
 
-    state = PartialState()
+    state = join_group()
     if given.download:
         given.dataset = given.dataset or Path("dreambench")
         with state.main_process_first():
@@ -103,7 +107,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
         methods["dreambooth"](subject)
     rank, processes = state.process_index, state.num_processes
     for at in dreambench.draw_all(benchmark, methods, given.out, protocol, rank, processes):
-        print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
+        state.print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
     state.wait_for_everyone()
     if not state.is_main_process:
         return
@@ -135,18 +139,41 @@ def run_demo(subject_name: str | None, out: Path) -> None:
 
 
 def run_training(run: Run) -> None:
+    from dreambooth_lib.choice import best_of
+    from dreambooth_lib.processes import join_group
     from dreambooth_lib.training import train
+    from dreambooth_lib.watch import history, share
 
-    for step in train(run):
-        prior = "" if step.prior_loss is None else f" prior {step.prior_loss:.4f}"
-        print(f"step {step.step}/{run.config.steps} instance {step.instance_loss:.4f}{prior}")
-    print(run.pipeline)
+    state = join_group()
+    try:
+        for step in train(run):
+            prior = "" if step.prior_loss is None else f" prior {step.prior_loss:.4f}"
+            losses = f"instance {step.instance_loss:.4f}{prior}"
+            state.print(f"step {step.step}/{run.config.steps} {losses}")
+    except KeyboardInterrupt:
+        state.print(f"interrupted; 'python -m dreambooth_lib resume {run.folder}' goes on.")
+        raise SystemExit(128 + signal.SIGINT) from None
+    if looks := history(run):
+        if (took := share(run)) > 0.2:
+            state.print(f"looks took {took:.0%} of the training time; watch_every makes them fewer")
+        state.print(f"best is {best_of(looks).reason}")
+    state.print(run.pipeline)
+
+
+def join() -> "PartialState":
+    """Join the group of processes before anything else, and say of how many it is."""
+    from dreambooth_lib.processes import join_group
+
+    state = join_group()
+    if state.num_processes > 1:
+        state.print(f"{state.num_processes} processes work together, on {state.device.type}")
+    return state
 
 
 def run_train(config: Path, out: Path | None) -> None:
-    from accelerate import PartialState
+    from dreambooth_lib.processes import join_group
 
-    state = PartialState()
+    state = join_group()
     wanted, folder = TrainConfig.from_toml(config), out or Path("runs") / config.stem
     if state.is_main_process:
         runs.start(wanted, folder)
@@ -166,11 +193,14 @@ def run_sample(run: Path, prompts: list[str], seeds: list[int], out: Path | None
 
 
 def main() -> None:
-    from dreambooth_lib import demo
+    from dreambooth_lib.notices import quiet
 
     given = parser().parse_args()
-    demo.quiet()
+    quiet()
+    from dreambooth_lib import demo
+
     try:
+        state = join() if given.command in ("train", "resume", "evaluate") else None
         if given.command == "demo":
             run_demo(given.subject, given.out)
         elif given.command == "figures":
@@ -192,8 +222,12 @@ def main() -> None:
             run_training(runs.resume(given.run))
         else:
             run_sample(given.run, given.prompts, given.seeds, given.out)
-    except ValueError as error:  # what the user can mend is a ValueError with one sentence
-        raise SystemExit(f"error: {error}") from error
+        if state is not None:
+            state.destroy_process_group()  # which torch asks for, of those that end well
+    except Exception as error:  # the library's own say in a sentence what the user can mend
+        if isinstance(error, ValueError) or type(error).__module__.startswith("dreambooth_lib."):
+            raise SystemExit(f"error: {error}") from error
+        raise
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dreambooth_lib import families, metrics, pages, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.encoders import Encoder
+from dreambooth_lib.notices import quiet
 from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import JUDGE, View, look, score
@@ -204,17 +205,6 @@ def describe(row: dict[str, Any]) -> str:
         f"distance), adherence {adherence:.0%} and class diversity {diversity:.0%} of the base's, "
         f"prior drift {tuned['prior_drift']:.3f}; {row['seconds']['total']:.0f} s"
     )
-
-
-def quiet() -> None:
-    """Leave the loading bars and notices of the libraries out of what a person reads."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
 
 
 def _progress(what: str, done: int, total: int | None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import AutocastKwargs
 
@@ -28,9 +28,10 @@ from dreambooth_lib.heldout import ROWS, HeldOut
 from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
+from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Updater, interrupts_held
-from dreambooth_lib.watch import Watch, Watched, history, judge, share, view_of
+from dreambooth_lib.watch import Watch, Watched, history, judge, view_of
 from dreambooth_lib.weights import (
     Trainable,
     lets_go,
@@ -110,7 +111,8 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
             "resolution, or begin one with another method."
         ) from error
     except (GeneratorExit, KeyboardInterrupt):
-        trainer.save_checkpoint()
+        with interrupts_held():  # a launcher sends its processes the terminal's once more
+            trainer.save_checkpoint(together=False)
         raise
 
 
@@ -137,7 +139,7 @@ class Trainer:
     """One process's live objects of a run; :func:`train` drives it."""
 
     def __init__(self, run: Run, objective: Objective = prior_preservation):
-        device = PartialState().device
+        device = join_group().device
         precision = native_precision(run.config.mixed_precision, device)
         config = fitting(run.config, precision, device)
         self.run, self.config, self.objective, self.step = run, config, objective, 0
@@ -333,13 +335,17 @@ class Trainer:
         total, instance, *prior = self.accelerator.reduce(means, "mean").tolist()
         return total, instance, prior[0] if prior else None
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of this moment, unless it lies there already."""
+    def save_checkpoint(self, together: bool = True) -> None:
+        """Write a checkpoint of this moment, unless it lies there already.
+
+        ``together`` waits for the other processes: one that leaves alone would wait in vain.
+        """
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
             state = {"step": self.step, **self.updater.state()}
             self.run.save_checkpoint(self.step, state, self._best())
-        accelerator.wait_for_everyone()
+        if together:
+            accelerator.wait_for_everyone()
 
     def _best(self) -> int | None:
         rows = history(self.run)
@@ -354,9 +360,6 @@ class Trainer:
             put_back(model, self.run, self._best() or self.step)
         else:
             self.updater.take_average()
-        if self.watch is not None:
-            text = f"watching took {share(self.run):.0%} of the training time"
-            self.accelerator.print(f"{text}; best is {best_of(history(self.run)).reason}")
         if self.accelerator.is_main_process:
             family, config = self.family, self.config
             with replacing_folder(self.run.pipeline) as partial:

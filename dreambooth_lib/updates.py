@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from dreambooth_lib import lora
 from dreambooth_lib.batches import seeded
 from dreambooth_lib.config import LOW, TrainConfig
-from dreambooth_lib.optim import InBackward, choose, make_optimizer, make_schedule
+from dreambooth_lib.optim import InBackward, make_optimizer, make_schedule
 from dreambooth_lib.weights import Trainable, copy_weights
 
 
@@ -26,19 +26,19 @@ class Updater:
         self.config, self.accelerator = config, accelerator
         self.parameters = lora.trained(trainable)
         device_type = accelerator.device.type
-        if config.optimizer == "auto" and accelerator.is_main_process:
-            accelerator.print(f"optimizer: {choose(config, device_type)} (auto, {device_type})")
         self.inside: InBackward | None = None
         self.pending: Any = None  # at low memory a loss whose backward pass is to come
         if config.memory in LOW:
             scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
             self.inside = InBackward(config, self.parameters, device_type, scale)
             self.adam = self.inside.optimizer
+            self.schedule = make_schedule(config, self.adam)
             self.model = accelerator.prepare(trainable)
         else:
             self.adam = make_optimizer(config, self.parameters, device_type)
+            # Before accelerate wraps its step, as torch wants it.
+            self.schedule = make_schedule(config, self.adam)
             self.model, self.optimizer = accelerator.prepare(trainable, self.adam)
-        self.schedule = make_schedule(config, self.adam)
         self.ema: Any = None
         if config.ema_decay is not None:
             from diffusers.training_utils import EMAModel

@@ -111,6 +111,8 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
         lora.attach(family, config)
     else:
         trainable.requires_grad_(True)
+    for parameter in family.without_effect():
+        parameter.requires_grad_(False)
     if config.gradient_checkpointing or config.memory in LOW:
         family.denoiser.enable_gradient_checkpointing()
         for encoder in family.text_encoders if config.trains_text else ():

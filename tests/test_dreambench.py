@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import save_photos
+from launching import TWO, launched
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -340,18 +340,15 @@ def test_two_processes_evaluate_what_one_does(
         "Live Subject Prompts\n\n'a {0} {1}'.format(unique_token, class_token),\n"
     )
     tables = []
-    for processes in ("1", "2"):
-        out = tmp_path / processes
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-        launch += ["--num_processes", processes, "--num_machines", "1", "--mixed_precision", "no"]
-        launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
-        launch += ["-m", "dreambooth_lib", "evaluate", str(data), "--base", tiny_sd1, "--encoders"]
-        launch += [str(clip_folder), "--pictures", "3", "--steps", "2", "--class-pictures", "4"]
-        launch += ["--judge", str(clip_folder), "--batch-size", "2", "--out", str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+    for launch in ([], TWO):
+        out = tmp_path / str(len(tables))
+        words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder)]
+        words += ["--pictures", "3", "--steps", "2", "--class-pictures", "4", "--batch-size", "2"]
+        words += ["--judge", str(clip_folder), "--out", str(out)]
+        done = launched(*launch, "-m", "dreambooth_lib", *words)
         assert done.returncode == 0, done.stderr[-2000:]
         tables.append(read_csv(out / "scores.csv"))
+    assert done.stdout.startswith("2 processes work together, on cpu")
     assert len(tables[0]) == len(tables[1]) > 0
     for one, other in zip(*tables, strict=True):
         assert (one.method, one.subject, one.measure) == (
@@ -360,9 +357,3 @@ def test_two_processes_evaluate_what_one_does(
             other.measure,
         )
         assert one.value == pytest.approx(other.value, abs=0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -28,7 +28,7 @@ ALLOWED = {
     "data": ("config", "pictures"),
     "noise": (),
     "losses": ("noise",),
-    "families.base": ("memory", "noise"),
+    "families.base": ("memory", "noise", "notices"),
     "families.tokens": ("families.base",),
     "families.stable_diffusion": ("noise", "families.base"),
     "families.stable_diffusion_xl": ("noise", "families.base"),
@@ -61,6 +61,8 @@ ALLOWED = {
     "memory": (),
     "bases": ("memory", "training", "words"),
     "preflight": ("bases", "colab", "families", "memory", "packages", "training", "words"),
+    "notices": (),
+    "processes": (),
     "prior": ("config", "families", "families.base", "sampling", "state"),
     "encoders": ("state",),
     "metrics": ("encoders",),
@@ -75,8 +77,8 @@ ALLOWED = {
     "estimate": ("config", "families", "families.base", "lora", "optim", "weights"),
     "updates": ("batches", "config", "lora", "optim", "weights"),
     "training": ("batches", "config", "choice", "data", "distill", "estimate", "families",
-                 "families.base", "heldout", "lora", "losses", "pictures", "prior", "runs", "state",
-                 "updates", "watch", "weights"),
+                 "families.base", "heldout", "lora", "losses", "pictures", "prior", "processes",
+                 "runs", "state", "updates", "watch", "weights"),
 }  # fmt: skip
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")

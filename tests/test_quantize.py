@@ -1,5 +1,6 @@
 """QLoRA by bitsandbytes' own kernels on a CPU, and text encoders that make room for training."""
 
+import logging
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -82,6 +83,24 @@ def test_a_quantized_base_trains_its_lora_resumes_and_draws(
     pictures = [sample(whole, ["a {} dog"], [0], steps=1, at=at)[0].image for at in (2, None)]
     assert pictures[0].size == (16, 16)
     assert max(high for _, high in ImageChops.difference(*pictures).getextrema()) <= 1
+
+
+@pytest.mark.parametrize(("family", "bits"), [("sd3", "int8"), ("sdxl", "nf4")])
+def test_quantizing_tells_nothing_that_is_as_it_should_be(
+    family: str,
+    bits: str,
+    started: Callable[..., Run],
+    without_gpu: None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("diffusers", "transformers"):  # which keep their records to themselves
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    for name in ("diffusers", "transformers", "bitsandbytes"):
+        caplog.set_level(logging.WARNING, name)
+    list(islice(train(started("run", family, quantize=bits)), 1))
+    told = [record.getMessage() for record in caplog.records]
+    assert not [line for line in told if "MatMul8bitLt" in line or "will be ignored" in line]
 
 
 def test_the_base_is_quantized_and_its_lora_is_what_is_learnt(

@@ -5,14 +5,14 @@ the names of the pipeline's parts, the resolution, the noise, prompts, latents, 
 and what LoRA attaches to. Nothing outside an adapter asks which family it has.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from packaging.version import Version
 
-from dreambooth_lib import memory
+from dreambooth_lib import memory, notices
 from dreambooth_lib.noise import Noised
 
 #: What diffusers calls the precision that a model is loaded in.
@@ -126,17 +126,18 @@ class Family:
         dtypes = {name: master for part in whole for name in names[part]}
         given: dict[str, Any] = {"use_safetensors": True, DTYPE: {"default": half} | dtypes}
         given |= cls.options | options
-        if quantize is not None:
-            given["quantization_config"] = cls._quantization(index, quantize, half)
         known = None
         if prompts is not None:
             rest = dict.fromkeys((cls.denoiser_name, "vae"))
+            rest |= cls._quantization(index.keys() - rest, index, quantize, half)
             text = DiffusionPipeline.from_pretrained(path, **(given | rest)).to(device)
             known = Known(cls(text, resolution=1), {*prompts, ""})
             del text
             memory.free()
             encoders = (*cls.encoder_names, *cls.large_encoder_names)
             given |= {name: None for name in encoders if name in index}
+        present = index.keys() - {name for name in given if given[name] is None}
+        given |= cls._quantization(present, index, quantize, half)
         given |= cls.replaced(path, half, options)
         family = cls(DiffusionPipeline.from_pretrained(path, **given), resolution)
         family.known = known
@@ -148,9 +149,20 @@ class Family:
         return (cls.denoiser_name, *cls.large_encoder_names)
 
     @classmethod
-    def _quantization(cls, index: dict[str, Any], quantize: str, half: torch.dtype) -> Any:
+    def _quantization(
+        cls, names: Collection[str], index: dict[str, Any], quantize: str | None, half: torch.dtype
+    ) -> dict[str, Any]:
+        """How the parts of these names are quantized, as the pipeline's ``from_pretrained`` asks.
+
+        It is told of none that it does not load, which it would tell the user.
+        """
+        names = {*names} & {*cls.quantized_names()}
+        if quantize is None or not names:
+            return {}
         import diffusers
         import transformers
+
+        notices.hide_casts()
 
         given: dict[str, Any] = {"load_in_8bit": True}
         if quantize == "nf4":
@@ -164,13 +176,14 @@ class Family:
             "diffusers": diffusers.BitsAndBytesConfig,
             "transformers": transformers.BitsAndBytesConfig,
         }
-        return diffusers.PipelineQuantizationConfig(
-            quant_mapping={
-                name: kinds[library](**given)
-                for name, (library, kind) in _named_parts(index)
-                if name in cls.quantized_names() and kind is not None
-            }
-        )
+        mapping = {
+            name: kinds[library](**given)
+            for name, (library, kind) in _named_parts(index)
+            if name in names and kind is not None
+        }
+        if not mapping:
+            return {}
+        return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
     @classmethod
     def from_configs(
@@ -267,6 +280,13 @@ class Family:
     def encode_prompts(self, prompts: list[str]) -> Cond:
         """What the denoiser is told of each prompt, with gradients to the text encoders."""
         raise NotImplementedError
+
+    def without_effect(self) -> Iterable[torch.nn.Parameter]:
+        """Parameters of the text encoders that no prompt's conditioning depends on.
+
+        They would get no gradient, for which several processes would wait in vain.
+        """
+        return ()
 
     def cond_of(self, prompts: list[str]) -> Cond:
         """As :meth:`encode_prompts`, of known prompts where the text encoders were let go of."""

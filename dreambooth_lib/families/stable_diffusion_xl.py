@@ -1,5 +1,7 @@
 """Stable Diffusion XL: two text encoders, and the picture's size told to the denoiser."""
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +51,14 @@ class StableDiffusionXL(Family):
             said = torch.tensor([prompt != "" for prompt in prompts], device=device)
             hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
         return {"hidden": hidden, "pooled": pooled}
+
+    def without_effect(self) -> Iterable[torch.nn.Parameter]:
+        # Of both encoders the last layer but one is read; of the second one, what pools too.
+        encoder = self.pipeline.text_encoder
+        if encoder is None:
+            return ()
+        text = getattr(encoder, "text_model", encoder)  # it has none since transformers 5
+        return chain(text.encoder.layers[-1].parameters(), text.final_layer_norm.parameters())
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])

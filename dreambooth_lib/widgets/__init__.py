@@ -5,7 +5,7 @@ steps, its looks, samples. An error in a view's callback is shown there as a sen
 its ``check()`` and by whatever depends on it, so that a cell cannot pass over it.
 """
 
-from dreambooth_lib.widgets.parts import quiet
+from dreambooth_lib.notices import quiet
 from dreambooth_lib.widgets.prior import class_pictures
 from dreambooth_lib.widgets.settings import SettingsPanel
 from dreambooth_lib.widgets.side_by_side import Drawn, SideBySide, playground

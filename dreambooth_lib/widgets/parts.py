@@ -2,9 +2,7 @@
 
 import html
 import io
-import logging
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 from ipywidgets import HTML, HBox, Image, Layout, VBox
@@ -14,19 +12,6 @@ from dreambooth_lib import memory
 #: For a control's ``style`` and ``layout``: labels and controls in columns.
 STYLE = {"description_width": "9em"}
 WIDE = "32em"
-
-
-def quiet() -> None:
-    """Keep what diffusers and transformers say and show of themselves out of the notebook.
-
-    What bitsandbytes lacks for speed on a CPU is not told either. Errors, and downloads from the
-    Hub, still show.
-    """
-    for library in ("diffusers", "transformers"):
-        own = import_module(f"{library}.utils.logging")
-        own.set_verbosity_error()
-        own.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class View(VBox):

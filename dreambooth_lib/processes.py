@@ -1,0 +1,63 @@
+"""The group of processes that train together, on GPUs or CPUs, as a launcher started them."""
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+#: How long processes wait for each other: one may validate, or draw its share, for hours. Where one
+#: of them ends, its launcher ends the others at once.
+PATIENCE = timedelta(days=1)
+
+#: Where a launcher says how many processes it started: torchrun, and the kinds of MPI.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class LaunchError(ValueError):
+    """Processes that cannot form a group; the message says how to start them."""
+
+
+def join_group() -> "PartialState":
+    """Join the process group, once in each process; without a launcher it is of one process.
+
+    Raises :class:`LaunchError` where fewer processes would train than were asked for, or more than
+    there are GPUs.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    asked = next((int(os.environ[name]) for name in _COUNTS if name in os.environ), 1)
+    if asked == 1 and _started_alone():
+        raise LaunchError(
+            "accelerate started one process though more were asked for, as it does without a GPU "
+            "for each; start them with 'torchrun --standalone --nproc_per_node 2 -m "
+            "dreambooth_lib ...', or set --num_processes to 1."
+        )
+    # Without cpu=True there is never a group on a CPU: each process would train by itself.
+    cpu = asked > 1 and not torch.accelerator.is_available()
+    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if not cpu and torch.cuda.is_available() and here > gpus:
+        raise LaunchError(
+            f"{here} processes were started for {gpus} GPU{'s' * (gpus > 1)}; start as many as "
+            "there are GPUs, or set ACCELERATE_USE_CPU=true to train on the CPU."
+        )
+    state = PartialState(cpu, timeout=PATIENCE)
+    if state.num_processes < asked:
+        raise LaunchError(
+            f"{asked} processes were started and cannot form a group on '{state.device.type}'; set "
+            "ACCELERATE_USE_CPU=true to train on the CPU, or start one."
+        )
+    return state
+
+
+def _started_alone() -> bool:
+    """Whether ``accelerate launch`` was asked for several processes and, without MPI, started one.
+
+    It then says where they would meet, and nothing of who they are.
+    """
+    told = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    return told and "LOCAL_RANK" not in os.environ

@@ -1,0 +1,129 @@
+"""What a run, its command and a notebook print: what a person can act on, and nothing else."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launching import launched
+
+from dreambooth_lib import __main__, families
+from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.notices import hide_casts
+from dreambooth_lib.runs import RunError
+from dreambooth_lib.training import NonFiniteLoss, OutOfMemory
+from dreambooth_lib.updates import Updater
+from dreambooth_lib.weights import trainable_of
+
+Make = Callable[..., TrainConfig]
+PYTHONS = {"newest": None, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")}
+
+#: All that the command says of a training, line by line.
+SAID = [
+    r"step 1/2 instance \d\.\d{4} prior \d\.\d{4}",
+    r"step 2/2 instance \d\.\d{4} prior \d\.\d{4}",
+    r"looks took \d+% of the training time; watch_every makes them fewer",
+    r"best is step \d: .*",
+    r".*/run/pipeline",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_command_prints_its_steps_and_no_more(
+    python: str, tmp_path: Path, tiny_bases: Callable, photos: str, clip_folder: Path,
+    make_config: Make,
+) -> None:  # fmt: skip
+    if python == "colab" and PYTHONS[python] is None:
+        pytest.skip("needs the second environment")
+    config = make_config(
+        tiny_bases("sdxl"), photos, steps=2, watch_every=1, judge=str(clip_folder),
+        train_text_encoder=True, method="lora", lr_schedule="cosine", optimizer="adamw8bit",
+    )  # fmt: skip
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    words = ["-m", "dreambooth_lib", "train", str(tmp_path / "config.toml")]
+    done = launched(*words, "--out", str(tmp_path / "run"), python=PYTHONS[python])
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(SAID), lines
+    for line, said in zip(lines, SAID, strict=True):
+        assert re.fullmatch(said, line), line
+
+
+@pytest.mark.parametrize("error", [OutOfMemory, NonFiniteLoss, RunError])
+def test_the_commands_own_errors_are_sentences(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("set memory to 'low'.")
+
+    monkeypatch.setattr(__main__, "run_train", fail)
+    monkeypatch.setattr(sys, "argv", ["dreambooth_lib", "train", "config.toml"])
+    with pytest.raises(SystemExit, match=r"^error: set memory to 'low'\.$"):
+        __main__.main()
+
+
+@pytest.mark.slow
+def test_a_notebooks_run_prints_nothing(
+    tmp_path: Path, tiny_sd1: str, photos: str, clip_folder: Path, make_config: Make
+) -> None:
+    config = make_config(tiny_sd1, photos, steps=2, watch_every=1, judge=str(clip_folder))
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    code = (
+        "from dreambooth_lib import widgets; widgets.quiet()\n"
+        "import dreambooth_lib as db, sys; folder = sys.argv[1]\n"
+        "run = db.start(db.TrainConfig.from_toml(folder + '/config.toml'), folder + '/run')\n"
+        "for step in db.train(run): pass\n"
+        "db.sample(run, ['a {} dog'], seeds=[0])"
+    )
+    done = launched("-c", code, str(tmp_path))
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stdout + done.stderr
+
+
+def test_casts_to_8_bits_are_not_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes.nn import Linear8bitLt
+
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    monkeypatch.setattr(logger, "filters", [])
+    caplog.set_level(logging.WARNING, logger.name)
+    layer = Linear8bitLt(8, 8, has_fp16_weights=False)
+    layer.load_state_dict(torch.nn.Linear(8, 8).state_dict())
+    layer.to("cpu").eval()  # on a CPU training takes another way
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        layer(torch.randn(2, 8))
+        assert "MatMul8bitLt" in caplog.text + "".join(str(w.message) for w in told)
+        caplog.clear()
+        told.clear()
+        hide_casts()
+        layer(torch.randn(2, 8))
+        logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    assert not told
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_no_warning_of_the_schedule_where_the_loss_is_scaled(
+    resumed: bool, tiny_sd1: str, photos: str, make_config: Make
+) -> None:
+    config = make_config(tiny_sd1, photos, lr_schedule="cosine")
+    family = families.load(tiny_sd1)
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as on a GPU in float16
+    updater = Updater(config, accelerator, trainable_of(family, config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if resumed:
+            updater.restore(updater.state(), 1)
+        for step in range(2):
+            weight = next(iter(updater.parameters))
+            updater.backward(weight.square().sum())
+            assert updater.move(step)
