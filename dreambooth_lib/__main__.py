@@ -155,7 +155,7 @@ def run_training(run: Run) -> None:
         raise SystemExit(128 + signal.SIGINT) from None
     if looks := history(run):
         if (took := share(run)) > 0.2:
-            state.print(f"looks took {took:.0%} of the training time; watch_every makes them fewer")
+            state.print(f"looks took {took:.0%} of the time; a larger watch_every means fewer")
         state.print(f"best is {best_of(looks).reason}")
     state.print(run.pipeline)
 

@@ -28,7 +28,7 @@ PYTHONS = {"newest": None, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON
 SAID = [
     r"step 1/2 instance \d\.\d{4} prior \d\.\d{4}",
     r"step 2/2 instance \d\.\d{4} prior \d\.\d{4}",
-    r"looks took \d+% of the training time; watch_every makes them fewer",
+    r"looks took \d+% of the time; a larger watch_every means fewer",
     r"best is step \d: .*",
     r".*/run/pipeline",
 ]
