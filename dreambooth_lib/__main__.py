@@ -227,13 +227,9 @@ def main() -> None:
         elif given.command == "resume":
             run_training(runs.resume(given.run))
         else:
-<<<<<<< ours
             run_sample(given)
-=======
-            run_sample(given.run, given.prompts, given.seeds, given.out)
         if state is not None:
             state.destroy_process_group()  # which torch asks for, of those that end well
->>>>>>> theirs
     except Exception as error:  # the library's own say in a sentence what the user can mend
         if isinstance(error, ValueError) or type(error).__module__.startswith("dreambooth_lib."):
             raise SystemExit(f"error: {error}") from error
