@@ -36,12 +36,12 @@ from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Updater, interrupts_held
 from dreambooth_lib.watch import Watch, Watched, history, judge, view_of
 from dreambooth_lib.weights import (
-    Trainable,
     lets_go,
     precisions,
     put_back,
     to_be_saved,
     trainable_of,
+    what_is_trained,
 )
 
 
@@ -248,11 +248,12 @@ class Trainer:
         total, instance, prior = self._gradients(batch)
         with interrupts_held():
             try:
-                if not self.updater.move(self.step):
-                    self._skip()
-                    return None
+                made = self.updater.move(self.step)
             except FloatingPointError:
                 self._check_finite("gradient", [math.nan])
+            if not made:
+                self._skip()
+                return None
             self.skipped = 0
             self.step += 1
             gpu = torch.cuda.is_available()
@@ -385,6 +386,6 @@ class Trainer:
                     # Its frozen parts may be rounded, or let go of: the base's own are taken.
                     if self.half is not torch.float32 or family.known is not None:
                         family = to_be_saved(config)
-                        Trainable(family, config.trains_text).put(model.state())
+                        what_is_trained(family, config).put(model.state())
                     save(family.pipeline, partial)
         self.accelerator.wait_for_everyone()

@@ -140,19 +140,23 @@ class Updater:
         state without the optimizer's begins that anew, with a sentence.
         """
         self.trainable.put(saved["model"])
-        own = self.adam.state_dict()
-        if "optimizer" in saved:
+        own, names = self.adam.state_dict()["param_groups"], self.trainable.state().keys()
+        if "optimizer" in saved and saved["model"].keys() == names:
             # Groups are many or one by the level of memory; the parameters' order is the same.
-            self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own["param_groups"]})
+            self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})
         else:
             self.accelerator.print(
-                f"The checkpoint of step {step} holds weights alone; the optimizer begins anew."
+                f"The checkpoint of step {step} has no optimizer's state for just these weights; "
+                "the optimizer begins anew."
             )
         for group in self.adam.param_groups:
             group["initial_lr"] = group["lr"] = self.config.learning_rate
         self.schedule = make_schedule(self.config, self.adam, step)
         if self.ema is not None and "ema" in saved:
-            self.ema.load_state_dict(saved["ema"])
+            averages = dict(zip(saved["model"], saved["ema"]["shadow_params"], strict=True))
+            self.ema.load_state_dict(
+                saved["ema"] | {"shadow_params": [averages[name] for name in names]}
+            )
             # A copy on a drive may be in half precision.
             self.ema.to(self.accelerator.device, torch.float32)
         if self.inside is not None and self.inside.scale is not None and "scale" in saved:

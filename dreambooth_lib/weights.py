@@ -89,11 +89,14 @@ class Trainable(torch.nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def put(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what :meth:`state` gave. Raises KeyError where the names differ."""
-        own = self.state()
-        if own.keys() != state.keys():
-            raise KeyError(f"a state of {len(state)} tensors for {len(own)} trained parameters")
-        if any(one.is_meta for one in own.values()):  # of a base without values
+        """Load what :meth:`state` gave. Raises KeyError where the names differ.
+
+        Parameters without effect may be there besides, as in runs from when they were trained.
+        """
+        own, trained = dict(self.named_parameters()), self.state().keys()
+        if not trained <= state.keys() <= own.keys():
+            raise KeyError(f"a state of {len(state)} tensors for {len(trained)} trained parameters")
+        if any(own[name].is_meta for name in state):  # of a base without values
             self.load_state_dict(state, strict=False, assign=True)
         else:
             copy_weights(state.values(), (own[name] for name in state))
@@ -115,17 +118,23 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
     for module in family.denoiser.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
-    trainable = Trainable(family, config.trains_text).train()
+    trainable = what_is_trained(family, config).train()
+    if config.gradient_checkpointing or config.memory in LOW:
+        family.denoiser.enable_gradient_checkpointing()
+        for encoder in family.text_encoders if config.trains_text else ():
+            encoder.gradient_checkpointing_enable()
+    return trainable
+
+
+def what_is_trained(family: Family, config: TrainConfig) -> Trainable:
+    """The module whose :meth:`Trainable.state` a config's checkpoints hold, LoRA added to it."""
+    trainable = Trainable(family, config.trains_text)
     if config.method == "lora":
         lora.attach(family, config)
     else:
         trainable.requires_grad_(True)
     for parameter in family.without_effect():
         parameter.requires_grad_(False)
-    if config.gradient_checkpointing or config.memory in LOW:
-        family.denoiser.enable_gradient_checkpointing()
-        for encoder in family.text_encoders if config.trains_text else ():
-            encoder.gradient_checkpointing_enable()
     return trainable
 
 
@@ -160,10 +169,7 @@ def as_trained(run: Run, step: int) -> Family:
 
 
 def _as_trained(family: Family, run: Run, step: int) -> Family:
-    config = run.config
-    if config.method == "lora":
-        lora.attach(family, config)
-    put_back(Trainable(family, config.trains_text), run, step)
+    put_back(what_is_trained(family, run.config), run, step)
     return family
 
 

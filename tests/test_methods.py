@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dreambooth_lib import families, lora, optim, runs
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import BaseError
+from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import compose, load_source, sample
 from dreambooth_lib.state import load_state
@@ -342,6 +343,24 @@ def test_a_loras_checkpoint_comes_back_as_plain_models(
         one, other = (getattr(p, name).state_dict() for p in (plain, end.pipeline))
         assert one.keys() == other.keys()
         assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_run_that_trained_weights_without_effect_goes_on(
+    ema: float | None, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = started("run", "sdxl", train_text_encoder=True, prior_weight=0.0, ema_decay=ema)
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusionXL, "without_effect", lambda self: ())
+        for _ in islice(train(run), 1):
+            pass
+    assert len(load_state(run.checkpoints()[1])["model"]) > len(
+        Trainer(runs.resume(run.folder)).updater.trainable.state()
+    )
+    assert "the optimizer begins anew" in capsys.readouterr().out
+    assert [step.step for step in train(runs.resume(run.folder))] == [2]
+    assert sample(run, ["a {} dog"], [0], steps=1) and load_source(run, 2)
 
 
 def test_a_text_encoder_that_never_trains_is_refused(started: Callable[..., Run]) -> None:

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from t4 import Seen
+from t4 import Seen, T4Accelerator
 from t4 import t4 as t4
 
-from dreambooth_lib import families, kept, runs, sample, watch
+from dreambooth_lib import families, kept, runs, sample, training, watch
+from dreambooth_lib.batches import Batch
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 from dreambooth_lib.estimate import estimate
 from dreambooth_lib.exports import lora_file, single_file
 from dreambooth_lib.families import BaseError
 from dreambooth_lib.families.stable_diffusion import StableDiffusion
+from dreambooth_lib.losses import Loss
 from dreambooth_lib.runs import Run
-from dreambooth_lib.training import NonFiniteLoss, train
+from dreambooth_lib.training import NonFiniteLoss, Trainer, prior_preservation, train
 from dreambooth_lib.watch import history
 
 Make = Callable[..., TrainConfig]
@@ -130,6 +132,47 @@ def test_a_first_update_that_overflows_float16_says_so(
     run = started(str(tmp_path / "base"), prior_weight=0.0, watch_every=0)
     with pytest.raises(NonFiniteLoss, match=r"at step 1 .*: float16 ends at 65,504: set mixed"):
         list(train(run))
+
+
+class HighScale(T4Accelerator):
+    """Begins with a loss scale at which gradients overflow."""
+
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+
+
+@pytest.mark.parametrize("memory", ["standard", "low"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_an_update_that_overflows_moves_nothing_and_is_not_counted(
+    optimizer: str, memory: str, t4: Seen, started: Callable[..., Run], tiny_sd1: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(training, "Accelerator", HighScale)
+    run = started(tiny_sd1, optimizer=optimizer, memory=memory, prior_weight=0.0, watch_every=0)
+    trainer = Trainer(run)
+    before = [parameter.detach().clone() for parameter in trainer.updater.parameters]
+    tries = 0
+    while (step := trainer.update()) is None:
+        tries += 1
+        assert all(map(torch.equal, before, trainer.updater.parameters))
+        assert trainer.step == 0 and run.log() == []
+    assert tries >= 5 and step.step == 1
+    assert not any(map(torch.equal, before, trainer.updater.parameters))
+
+
+@pytest.mark.parametrize("memory", ["standard", "low"])
+def test_gradients_that_no_scale_helps_end_the_run_in_a_sentence(
+    memory: str, t4: Seen, started: Callable[..., Run], tiny_sd1: str
+) -> None:
+    def objective(prediction: torch.Tensor, batch: Batch, config: TrainConfig) -> Loss:
+        prediction.register_hook(lambda gradient: gradient * float("nan"))
+        return prior_preservation(prediction, batch, config)
+
+    run = started(tiny_sd1, memory=memory, prior_weight=0.0, watch_every=0)
+    with pytest.raises(NonFiniteLoss, match=r"overflow float16 at step 1 .*use mixed_precision"):
+        list(train(run, objective))
+    assert run.log() == [] and run.checkpoints() == {}
 
 
 def test_a_family_that_float16_is_too_small_for_is_refused(
