@@ -295,7 +295,8 @@ def _base(base: str) -> Check:
         fix = "Choose a base in diffusers' layout."
     except Exception as error:  # the Hub's client raises many kinds, all meaning no answer
         cached = try_to_load_from_cache(base, "model_index.json")
-        if isinstance(cached, str) and any(Path(cached).parent.glob("unet/*.safetensors")):
+        denoisers = ("unet/*.safetensors", "transformer/*.safetensors")
+        if isinstance(cached, str) and any(any(Path(cached).parent.glob(d)) for d in denoisers):
             found = f"'{base}' was downloaded before; the Hub does not answer{advice}"
             return Check("base", True, found)
         found += f" ({type(error).__name__})"

@@ -16,6 +16,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from test_first_cell import first_cell, run_bare
 
+from tools import colab_freeze
+
 ROOT = Path(__file__).parent.parent
 COLAB_FREEZE = os.environ.get("DREAMBOOTH_TEST_COLAB_FREEZE", "")
 CORE = {"torch", "diffusers", "transformers", "accelerate", "numpy", "pillow", "ipywidgets"}
@@ -32,9 +34,8 @@ def required() -> dict[str, Requirement]:
 
 
 def pins(path: Path) -> dict[str, Version]:
-    """What ``pip freeze`` wrote; packages installed from an address have no version there."""
-    found = re.findall(r"^([\w.-]+)==([^\s;#]+)", path.read_text(), flags=re.MULTILINE)
-    return {canonicalize_name(name): Version(version) for name, version in found}
+    found = colab_freeze.pins(path.read_text())
+    return {name: Version(version) for name, version in found.items()}
 
 
 def unmet(wanted: dict[str, Requirement], versions: dict[str, Version]) -> list[str]:

@@ -1,7 +1,6 @@
 """What the notebooks' first cell installs: what is absent, and nothing that would move another."""
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 from dreambooth_lib import packages
 from dreambooth_lib.packages import InstallError, missing_packages
+from tools.colab_freeze import pins
 
 COLAB_FREEZE = os.environ.get("DREAMBOOTH_TEST_COLAB_FREEZE", "")
 #: Colab's runtimes: the present one, and the one before it where that is known to differ.
@@ -133,16 +133,10 @@ def moved(wanted: list[str], here: dict[str, str], environment: dict[str, str]) 
     return found
 
 
-def colab_freeze() -> dict[str, str]:
-    text = Path(COLAB_FREEZE).read_text()
-    found = re.findall(r"^([\w.-]+)==([^\s;#]+)", text, flags=re.MULTILINE)
-    return {canonicalize_name(name): version for name, version in found}
-
-
 @pytest.mark.skipif(not COLAB_FREEZE, reason="DREAMBOOTH_TEST_COLAB_FREEZE is not set")
 @pytest.mark.parametrize("python", RUNTIMES)
 def test_nothing_preinstalled_on_colab_would_move(python: str) -> None:
-    here = colab_freeze() | RUNTIMES[python]
+    here = pins(Path(COLAB_FREEZE).read_text()) | RUNTIMES[python]
     environment = {"python_version": python, "python_full_version": f"{python}.13",
                    "sys_platform": "linux", "platform_machine": "x86_64"}  # fmt: skip
     plan = missing_packages(packages.required(), here, environment)

@@ -366,16 +366,17 @@ def test_a_base_that_cannot_be_had_is_red(
     assert TOKEN not in repr(check), "what an error says is not shown"
 
 
+@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
 def test_a_base_that_was_downloaded_needs_no_network(
-    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch, denoiser: str
 ) -> None:
     failing(monkeypatch, ConnectionError())
     index = tmp_path / "snapshot" / "model_index.json"
-    (index.parent / "unet").mkdir(parents=True)
+    (index.parent / denoiser).mkdir(parents=True)
     index.write_text("{}")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: str(index))
     assert not look(SD, tmp_path)["base"].ok, "a download that failed leaves this much"
-    (index.parent / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (index.parent / denoiser / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert look(SD, tmp_path)["base"].ok
 
 
