@@ -95,7 +95,7 @@ identifier = "hta"
     (tmp_path / "second.toml").write_text(config)
     run = tmp_path / "second"
     shell("train", str(tmp_path / "second.toml"), "--out", str(run))
-    shell("sample", str(run), "a {} turtle on the beach", "--seeds", "7")
+    shell("sample", str(run), "a {} turtle on the beach", "--seeds", "7", "--steps", "3")
     (picture,) = (run / "samples").glob("*.png")
     assert Image.open(picture).size == (64, 64)
 
