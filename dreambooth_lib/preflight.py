@@ -200,8 +200,6 @@ def _gpu(large: bool) -> Check:
     import torch
 
     if torch.cuda.is_available():
-        from dreambooth_lib.training import native_precision
-
         precision = native_precision("auto", torch.device("cuda"))
         native = "native bf16" if precision == "bf16" else "fp16, as it has no native bf16"
         return Check("GPU", True, f"{torch.cuda.get_device_name()}, {native}")

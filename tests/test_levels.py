@@ -166,7 +166,7 @@ def test_all_cells_of_a_study_train_at_one_level(
     without, with_prior = (needs_of(one, "standard") for one in plain)
     assert without < with_prior
     gpu((without + with_prior) / 2 / FILLED)
-    view = View(class_pictures=1, unrelated=1, inference_steps=1)
+    view = View(class_pictures=2, unrelated=1, inference_steps=1)
     done = list(sweep(cells, tmp_path / "study", [2], view))
     assert [cell.error for cell in done] == [None, None]
     found = [runs.resume(tmp_path / "study" / name).settled.memory for name in cells]
