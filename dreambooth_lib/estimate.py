@@ -261,7 +261,8 @@ def _scorer(config: TrainConfig) -> int:
 
 def _size(module: torch.nn.Module, few: float | None, half: torch.dtype) -> float:
     """Bytes of a module's tensors, those of its linear layers at ``few`` each if that is given."""
-    size = float(sum(tensor.nbytes for tensor in module.state_dict().values()))
+    held = dict.fromkeys([*module.parameters(), *module.buffers()])  # one that is shared once
+    size = float(sum(tensor.nbytes for tensor in held))
     if few is not None:
         # Layers that would overflow in float16 are not quantized in any precision.
         kept = getattr(module, "_keep_in_fp32_modules", None) or ()

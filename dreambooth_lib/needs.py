@@ -86,12 +86,12 @@ def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = N
     - Drive holds the newest checkpoint with its moments and the best weights in half precision.
     """
     known, asked = described(base), asked or {}
-    local = Path(families.locate(base)).exists()
     found = []
     for (way, (fields, levels)), by_level in zip(WAYS.items(), known.gib[precision], strict=True):
         for level, gib in zip(levels, by_level, strict=True):
             if gib is not None and _agrees(fields, level, levels, asked):
-                stored = 0 if local else HALF if asked.get("variant") else known.stored
+                stored = HALF if asked.get("variant") else known.stored
+                stored = 0 if base == "toybox" or Path(base).exists() else stored
                 found.append(_needs(known, way, level, gib, stored))
     return found
 

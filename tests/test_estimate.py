@@ -249,11 +249,10 @@ def test_layers_that_are_never_quantized_are_counted_whole(config: Make) -> None
 
 def test_a_loras_gradients_exist_together_at_any_level(config: Make) -> None:
     """They are small, and stepping them one by one only takes time."""
-    fields = {"method": "lora", "lora_rank": 16, "prior": "none"}
-    asked = config("sd3", **fields, memory="low")
-    checkpointed = config("sd3", **fields, memory="standard", gradient_checkpointing=True)
-    low, same = (estimate(one, "fp16") for one in (asked, checkpointed))
-    assert low.working == same.working
+    asked = config("sd3", method="lora", lora_rank=64, prior="none", memory="low")
+    found = estimate(asked, "fp16")
+    numbers = found.moments / (2 + 8 / 256)
+    assert found.working > 4 * numbers
 
 
 def test_drawing_for_a_look_is_counted_where_there_are_looks(config: Make) -> None:
