@@ -167,7 +167,7 @@ def test_on_another_server_the_panel_says_what_to_do_and_the_button_lives_on(
         archive.write_bytes(bytes(range(256)) * 10_000)  # no UTF-8
         assert "(2.6 MB)" in page.run(2)
         with page.tab.expect_download() as download:
-            page.cell(2).get_by_text("models/rex.zip").click()
+            page.cell(2).locator("a", has_text="models/rex.zip").click()
         assert download.value.path().read_bytes() == archive.read_bytes()
         assert download.value.suggested_filename == "rex.zip"
         assert not page.tab.get_by_text("File Load Error").count()
