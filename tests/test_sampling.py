@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 
 from dreambooth_lib import families, runs
 from dreambooth_lib.config import Subject, TrainConfig
@@ -185,6 +186,7 @@ def test_parts_take_turns_on_a_gpu_that_all_together_would_fill(
     tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same pictures either way; the GPU is the CPU here, of as much memory as is said."""
+    PartialState()  # which settles that
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     modules = [one for one in families.load(tiny_sd1).pipeline.components.values()
