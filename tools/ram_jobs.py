@@ -18,6 +18,7 @@ from dreambooth_lib import exports, families, kept, mirrors, runs
 from dreambooth_lib import watch as looks
 from dreambooth_lib.choice import best_checkpoint
 from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.families import base as families_base
 from dreambooth_lib.state import save_png
 from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
@@ -136,8 +137,9 @@ def note_look(run: runs.Run, step: int) -> None:
 def quantize(kind: Kind, work: Path, tiny: bool) -> None:
     """Load a base as QLoRA does, each weight that is quantized being put onto the device at once.
 
-    The libraries ask for a GPU first, and are told that the device is one; the numbers of a
-    quantized weight are not computed, since only where they lie matters.
+    As in training the text encoders come first and alone, and are let go of. The libraries ask for
+    a GPU, and are told that the device is one; neither the numbers of a quantized weight nor what
+    the prompts say is computed, since only where weights lie matters.
     """
     import bitsandbytes
     from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
@@ -159,9 +161,10 @@ def quantize(kind: Kind, work: Path, tiny: bool) -> None:
         quantizer.validate_environment = lambda *_, **__: None
         quantizer.update_device_map = lambda *_: {"": "cpu"}
     families._has_gpu = lambda: True
+    families_base.Known = lambda *_: None
     config = config_of(kind, work, tiny).replace(base=str(work / "whole"), quantize="nf4")
     with measured("load"):
-        families.load(config.base, **precisions(config, torch.float16))
+        families.load(config.base, prompts={""}, **precisions(config, torch.float16))
 
 
 def drive(kind: Kind, work: Path, tiny: bool) -> None:
