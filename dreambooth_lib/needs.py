@@ -9,11 +9,12 @@ from typing import Any
 from dreambooth_lib import bases, families
 from dreambooth_lib.bases import WAYS, Base
 from dreambooth_lib.levels import FILLED
+from dreambooth_lib.mirrors import LARGE as LARGE_ON_DRIVE
 
 GIB = 2**30
 #: Bytes of memory that a process takes beside a notebook's, once it computes on a GPU.
 PROCESS = 2.5e9
-#: Bytes of a weight in half precision, as which a kept model, its zip and the best weights on Drive
+#: Bytes of a weight in half precision, as which a kept model, its zip and large weights on Drive
 #: are written; and of AdamW's two moments in 8 bits.
 HALF, MOMENTS = 2, 2
 #: Checkpoints on the disk at once: the newest, the one that is being written, and the older and
@@ -83,7 +84,8 @@ def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = N
       goes to the GPU tensor by tensor.
     - The disk holds the base as it is downloaded, :data:`CHECKPOINTS`, the pipeline, and the kept
       model and its zip in half precision.
-    - Drive holds the newest checkpoint with its moments and the best weights in half precision.
+    - Drive holds the newest checkpoint with its moments, a newer one while it is copied there, and
+      the best weights; large ones in half precision.
     """
     known, asked = described(base), asked or {}
     found = []
@@ -185,11 +187,15 @@ def _needs(base: Base, way: str, level: str, gib: float, stored: int) -> Needs:
         loaded, rest = 0, rest - base.large
     together = sum if level == "standard" and not quantized else max
     checkpoint = (weight + MOMENTS) * trained
+    # As mirrors has it: large weights are rounded, and the newer copy is whole before the older
+    # one goes.
+    mirrored = min(weight, HALF) if weight * trained > LARGE_ON_DRIVE else weight
+    drive = (2 * (mirrored + MOMENTS) + mirrored) * trained
     return Needs(
         gpu=int(gib * GIB),
         memory=int(PROCESS + together((loaded, HALF * rest))),
         disk=int(stored * base.parameters + CHECKPOINTS * checkpoint + models + PICTURES),
-        drive=int(checkpoint + HALF * trained + PICTURES),
+        drive=int(drive + PICTURES),
         way=way,
         level=level,
     )

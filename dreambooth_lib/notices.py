@@ -16,6 +16,8 @@ def quiet() -> None:
     as they are. Errors still show, as do downloads from the Hub; a level that the environment names
     for a library is kept.
     """
+    # Where flax is installed, as on Colab, diffusers imports it and says that it is deprecated.
+    os.environ.setdefault("USE_FLAX", "0")
     # What is absent for speed on a CPU is told at its import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("diffusers", "transformers"):

@@ -66,7 +66,7 @@ ALLOWED = {
     "mirrors": ("choice", "config", "copies", "pictures", "runs", "state", "watch"),
     "memory": (),
     "bases": ("levels", "memory", "words"),
-    "needs": ("bases", "families", "levels"),
+    "needs": ("bases", "families", "levels", "mirrors"),
     "preflight": ("colab", "families", "levels", "memory", "needs", "packages", "words"),
     "notices": (),
     "processes": (),
