@@ -55,7 +55,11 @@ def test_weights_are_counted_from_the_configs_alone(
     family: str, method: str, config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = config(family, method=method, lora_rank=1, train_text_encoder=family != "z_image")
-    loaded = families.load(asked.base, **precisions(asked, torch.float16))
+    # Z-Image has no float16.
+    half, precision = torch.float16, "fp16"
+    if family == "z_image":
+        half, precision = torch.bfloat16, "bf16"
+    loaded = families.load(asked.base, **precisions(asked, half))
     parts = [loaded.denoiser, *loaded.text_encoders, *loaded.frozen]
     # Some layers of T5 stay in float32 whatever is asked.
     held = sum(p.nbytes for part in parts for p in part.parameters())
@@ -64,7 +68,7 @@ def test_weights_are_counted_from_the_configs_alone(
     ]
     # Not a weight may be read for it.
     monkeypatch.setattr(families, "load", None)
-    found = estimate(asked, "fp16")
+    found = estimate(asked, precision)
     if method == "full":
         assert found.weights == pytest.approx(held, rel=0.02)  # and buffers
         assert found.moments == pytest.approx(sum(trained) * (2 + 8 / 256), rel=0.01)
@@ -280,7 +284,7 @@ def test_a_frozen_copy_for_the_distilled_prior_is_counted(config: Make) -> None:
     assert lora[0] == lora[1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:-1])  # Z-Image has no float16
 def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, config: Make) -> None:
     asked = config(family)
     lowest = asked.replace(memory="lowest")

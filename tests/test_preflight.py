@@ -123,7 +123,7 @@ def test_drives_room_is_looked_at_where_a_run_is_mirrored(
     assert "Drive" not in look(SD, tmp_path)
     assert preflight.preflight(SD, tmp_path, tmp_path)[-2].name == "Drive"
     whole = needs.ways(SD)[0].drive
-    assert whole < 7 * GIB, "a free Drive has 15 GB, and not only for this"
+    assert whole < 9 * GIB, "a free Drive has 15 GB, and not only for this"
     free_drive(monkeypatch, 5)
     checks = {check.name: check for check in preflight.preflight(SD, tmp_path, tmp_path)}
     assert checks["way"].found == (
@@ -250,7 +250,9 @@ def test_each_way_takes_less_than_the_one_before() -> None:
 def test_memory_disk_and_drive_are_what_was_measured_of_stable_diffusion() -> None:
     whole, lora = (found[0] for found in (needs.ways(SD), needs.ways(SD, asked={"method": "lora"})))
     checkpoint = 5_187_079_736  # bytes that one of its U-Net's were, with 8-bit moments
-    assert whole.drive - needs.PICTURES == pytest.approx(checkpoint + 1.72e9, rel=0.01)
+    # There with weights in half precision: two while the newer one is copied, and the best.
+    mirrored = checkpoint - 1.72e9
+    assert whole.drive - needs.PICTURES == pytest.approx(2 * mirrored + 1.72e9, rel=0.01)
     assert whole.disk == pytest.approx(4.27e9 + 3 * checkpoint + 4.27e9 + 4.27e9, rel=0.03)
     assert lora.drive < 1e9
     downloaded = 4 * 1_066_235_307  # its main files are float32
