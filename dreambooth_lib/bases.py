@@ -61,7 +61,7 @@ KNOWN: tuple[Base, ...] = (
     Base(
         "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Stable Diffusion", 512, "CreativeML Open RAIL-M", False,
-        "the paper's settings are for it; a free T4 will do",
+        "the paper's settings are for it; a free T4 should do",
         1_066_235_307, 859_520_964, 0, 4, {
             "fp16": ((9.7, 5.7, 4.1), (5.0, 3.1), (4.5, 2.8)),
             "bf16": ((9.7, 5.7, 4.0), (5.0, 3.1), (4.5, 2.8)),
@@ -79,7 +79,7 @@ KNOWN: tuple[Base, ...] = (
     Base(
         "Stable Diffusion XL 1.0", "stabilityai/stable-diffusion-xl-base-1.0",
         "Stable Diffusion XL", 1024, "Open RAIL++-M", False,
-        "in fp16 with another VAE, as its own draws black",
+        "in fp16 its VAE computes in float32, as it would draw black",
         3_468_837_867, 2_567_463_684, 0, 4, {
             "fp16": ((37.6, 17.1, 12.3), (23.8, 7.7), (19.2, 4.6)),
             "bf16": ((37.6, 17.1, 12.3), (23.8, 7.7), (19.2, 4.6)),
