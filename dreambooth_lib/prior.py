@@ -7,6 +7,7 @@ Change the base, the prompt or the sampler, and another folder is made; sets are
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,13 @@ def _digest_of_weights(config: TrainConfig) -> str:
         of_hub = {name: below[name] for name in ("base", "revision", "variant")}
         digest.update(_digest_of_weights(config.replace(**of_hub)).encode())
     for file in sorted([*path.glob("*.safetensors"), *path.glob("[!.]*/*.safetensors")]):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        stat = file.stat()
+        digest.update(_digest_of(file, stat.st_size, stat.st_mtime_ns))
     return digest.hexdigest()
+
+
+@cache
+def _digest_of(file: Path, size: int, modified: int) -> bytes:
+    """The sha256 of a file, read again only where its size or time is another."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
