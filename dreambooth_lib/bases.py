@@ -177,6 +177,8 @@ class Table:
             on_cpu = base.base == "toybox"
             ok = on_cpu or any(row.fits for row in rows)
             word = "fits" if ok else "too large" if self.gpu and rows else "needs a GPU"
+            if self.gpu and not ok and not rows:
+                word = "needs bfloat16"
             terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
             how = _how(rows) if self.gpu or not on_cpu else "on the CPU too"
             cells = (base.name, base.base, str(base.resolution), how, terms, base.remark)
@@ -185,7 +187,7 @@ class Table:
 
     def __repr__(self) -> str:
         lines = [
-            f"{words.sign(ok)} {word:12} {cells[0]:24} {cells[3]}"
+            f"{words.sign(ok)} {word:14} {cells[0]:24} {cells[3]}"
             for ok, word, cells in self._said()
         ]
         return "\n".join(lines)
@@ -198,7 +200,7 @@ class Table:
 def _how(rows: Sequence[Row]) -> str:
     """Of a base the ways that fit, or else the one that takes least; those that work at all."""
     if not rows:
-        return "on a GPU with bfloat16 only: it cannot compute in float16"
+        return "only on a GPU with bfloat16; it does not work in float16"
     fit = [row for row in rows if row.fits]
     if fit:
         return "; ".join(f"{row.method} ({_room(row)})" for row in fit)

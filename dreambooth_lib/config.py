@@ -282,7 +282,7 @@ class TrainConfig:
             )
         if self.others:
             self._check_others()
-        if self.memory == "lowest" and self.mixed_precision == "no":
+        if self.memory == "lowest" and self.method == "full" and self.mixed_precision == "no":
             raise ConfigError(
                 "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
                 "it to 'auto', or memory to 'low'."

@@ -71,7 +71,7 @@ def mirror(run: Run, folder: str | Path) -> str | None:
         if known is None:
             return f"{folder} holds something else than this run; mirror it to another folder."
         failures = _copy_parts(run, folder, known)
-        known["finished"] = run.finished
+        known["finished"] = run.finished and not failures
         again(_write, folder, known)
     except (OSError, ValueError) as error:
         failures = [str(error)]
@@ -160,6 +160,14 @@ def bring(found: Found, folder: str | Path, drive: str | Path | None = None) -> 
     return restore(run.folder, folder / name)
 
 
+def has_finished(folder: Path) -> bool:
+    """Whether the run in a folder has come to its end, or the run that the folder is a mirror of.
+
+    A mirror may lack the pipeline that a run ends with, and says it of itself.
+    """
+    return (folder / "pipeline").exists() or bool((_read(folder) or {}).get("finished"))
+
+
 def free_name(name: str, *folders: str | Path | None) -> str:
     """The name, or with a number after it, that nothing in these folders has, nor a zip there."""
     places = [path.name for folder in folders if folder is not None for path in _inside(folder)]
@@ -171,9 +179,13 @@ def free_name(name: str, *folders: str | Path | None) -> str:
 def _copy_parts(run: Run, folder: Path, known: dict[str, Any]) -> list[str]:
     stamps, parts = known["parts"], _parts(run)
     failures: list[str] = []
+    newest_failed = False
     for name, source in parts.items():
         stamp, place = stamp_of(source), folder / name
         try:
+            if place.parent.name == "checkpoints" and newest_failed and place.exists():
+                _drop(folder, parts, stamps)
+                continue  # it may be all that there is of an optimizer's state
             stamps[name] = _without(stamps.get(name, []), stamp, place)
             if not _is_current(stamps[name], stamp, place):
                 again(_copy, source, place, patient=not failures)
@@ -183,6 +195,7 @@ def _copy_parts(run: Run, folder: Path, known: dict[str, Any]) -> list[str]:
                 _drop(folder, parts, stamps)
         except OSError as error:
             failures.append(str(error))
+            newest_failed |= place.parent.name == "checkpoints"
     return failures
 
 
@@ -222,7 +235,8 @@ def _without(known: Sequence[Any], stamp: Stamp, place: Path) -> list[Any]:
     names = {name for name, *_ in stamp}
     for name, *_ in known:
         if name not in names and (place / name).exists():
-            _empty((place / name).rename(place / f".{name}.gone")).unlink()
+            file = place / name
+            _empty(file.rename(file.with_name(f".{file.name}.gone"))).unlink()
     return [row for row in known if row[0] in names]
 
 

@@ -1,5 +1,7 @@
 """What a run takes of GPU, memory, disk and Drive by each way to train, and the first that fits."""
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,6 +27,15 @@ CHECKPOINTS = 3
 ADDED, ADDED_MOST = 0.02, 60_000_000
 #: Class pictures, latents, pictures of looks and the log.
 PICTURES = 0.5e9
+#: Which known base one on the Hub is like, by its name or its pipeline's.
+_KINDS = {
+    r"flux": "Flux.1 dev",
+    r"z-?image": "Z-Image",
+    r"diffusion-?3|sd-?3|3\.5": "Stable Diffusion 3.5 medium",
+    r"xl|pony|illustrious": "Stable Diffusion XL 1.0",
+    r"diffusion-2|sd-?2": "Stable Diffusion 2.1",
+    r"": "Stable Diffusion 1.5",
+}
 #: Without a GPU a base above this many parameters is not worth training.
 LARGE = 200_000_000
 
@@ -116,7 +127,8 @@ def described(base: str) -> Base:
     """A known base, or one that stands for another: by its parameters, if it is on this machine.
 
     One of as many parameters as a known one is taken for that, another for a Stable Diffusion 1.5
-    of another size.
+    of another size. One on the Hub is taken for the known base that its name or, once that was
+    read, its ``model_index.json`` tells of.
     """
     known = bases.known(base)
     if known is not None:
@@ -128,7 +140,7 @@ def described(base: str) -> Base:
     except families.BaseError:
         return like
     if not path.exists():
-        return like
+        return _like(base)
     if (path / families.MADE_OF).exists():
         return described(families.made_of(str(path))[0]["base"])
     parts = dict(_parameters(path))
@@ -143,6 +155,28 @@ def described(base: str) -> Base:
     }
     denoiser = parts.get("unet", 0) + parts.get("transformer", 0)
     return replace(like, parameters=every, denoiser=denoiser, gib=gib)
+
+
+def guessed(base: str) -> str:
+    """What :func:`described` takes a base on the Hub for that is not known, to end a sentence."""
+    try:
+        on_hub = not Path(families.locate(base)).exists()
+    except families.BaseError:
+        return ""
+    guess = on_hub and bases.known(base) is None
+    return f", if '{base}' is as large as {described(base).name}" if guess else ""
+
+
+def _like(base: str) -> Base:
+    from huggingface_hub import try_to_load_from_cache
+
+    read = try_to_load_from_cache(base, "model_index.json")
+    said = json.loads(Path(read).read_text())["_class_name"] if isinstance(read, str) else base
+    for pattern, name in _KINDS.items():
+        found = bases.known(name) if re.search(pattern, said.lower()) else None
+        if found is not None:
+            return found
+    raise AssertionError("the last pattern finds all")
 
 
 def _parameters(folder: Path) -> Iterator[tuple[str, int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib import colab, families, memory, needs, packages, words
+from dreambooth_lib import colab, families, memory, mirrors, needs, packages, words
 from dreambooth_lib.levels import FILLED, native_precision
 from dreambooth_lib.needs import Needs, Room
 
@@ -92,6 +92,8 @@ def preflight(
     if offer.needs is not None:
         if room.gpu is not None:
             fix = "Restart the session to free it, or choose a GPU with more memory."
+            if total.gpu is not None and offer.needs.gpu > FILLED * total.gpu:
+                fix = "Choose a GPU with more memory, or leave method and memory to the kit."
             checks.append(_room("GPU memory", room.gpu, total.gpu, offer.needs.gpu, fix, FILLED))
         checks.append(_memory(room.memory, total.memory, offer.needs.memory))
         fix = "Remove runs and models that you no longer need, or use another folder than "
@@ -110,7 +112,7 @@ class Offer:
     settings: dict[str, Any]  #: fields of a config, such as {"method": "lora"}; often none
     room: Room
     large: bool  #: too large for a CPU
-    why: str  #: what the ways before it lack here
+    why: str  #: what the ways before it lack here, or why there is none
 
 
 def recommend(
@@ -135,7 +137,8 @@ def recommend(
         precision = native_precision("auto", torch.device("cuda"))
     found = needs.ways(base, precision, settings)
     if not found:
-        return Offer(None, {}, room, large, "")
+        said = "no way to train agrees with SETTINGS" if needs.ways(base, precision) else ""
+        return Offer(None, {}, room, large, said)
     best = needs.first_fitting(found, room)
     tried: dict[str, Needs] = {}  # of each way the level that takes the least
     for one in found[: found.index(best)]:
@@ -214,14 +217,16 @@ def _gpu(large: bool) -> Check:
 
 def _way(base: str, offer: Offer) -> Check:
     if offer.needs is None:
-        found = f"'{base}' cannot be trained in float16, and this GPU has no bfloat16"
         fix = "Use a GPU that has it (L4, A100 and newer), or choose another base."
+        found = f"'{base}' does not work in float16, and this GPU has no bfloat16"
+        if offer.why:
+            found, fix = offer.why, "Leave method, quantize and memory out of SETTINGS."
         return Check("way", False, found, fix)
-    found = f"{offer.needs.way}, memory '{offer.needs.level}'"
+    found = f"{offer.needs.way}, memory '{offer.needs.level}'{needs.guessed(base)}"
     lacking = offer.needs.lacking(offer.room)
     if not lacking:
         return Check("way", True, f"{found}; {offer.why}" if offer.why else found)
-    found += f", but {_too_little(lacking)}, and there is no other way that fits"
+    found = f"no way to train fits; the closest is the {found}, but {_too_little(lacking)}"
     return Check("way", False, found, "Do what the lines below say, or choose a smaller base.")
 
 
@@ -254,7 +259,7 @@ def _drive(folder: Path, free: int | None, total: int | None, needed: int) -> Ch
 def _cut_off(folder: Path) -> int:
     """Bytes of the runs in a folder that have not finished."""
     begun = [place.parent for place in folder.glob("*/config.toml")]
-    files = [file for run in begun if not (run / "pipeline").exists() for file in run.rglob("*")]
+    files = [file for run in begun if not mirrors.has_finished(run) for file in run.rglob("*")]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -263,7 +268,8 @@ def _room(
 ) -> Check:
     ok = usable * free >= needed
     of = "" if total is None else f" of {total / GIB:.1f}"
-    found = f"{free / GIB:.1f}{of} GiB free, about {needed / GIB:.1f} needed"
+    share = f", {usable:.0%} of it usable" if usable < 1 and not ok else ""
+    found = f"{free / GIB:.1f}{of} GiB free{share}, about {needed / GIB:.1f} needed"
     return Check(name, ok, found, "" if ok else fix)
 
 

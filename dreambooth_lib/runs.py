@@ -147,7 +147,7 @@ def begin(config: TrainConfig, folder: str | Path) -> Run:
         return start(config, folder)
     if why := refusal(config, folder):
         raise RunError(why)
-    news = vars(_drawn_as(resume(folder), with_whole_paths(config)))
+    news = vars(as_begun(resume(folder), with_whole_paths(config)))
     return resume(folder, **{field.name: news[field.name] for field in dataclasses.fields(config)})
 
 
@@ -156,7 +156,7 @@ def refusal(config: TrainConfig, folder: str | Path) -> str | None:
     if not (Path(folder) / "config.toml").exists():
         return None
     begun = resume(folder)
-    olds, news = vars(begun.config), vars(_drawn_as(begun, with_whole_paths(config)))
+    olds, news = vars(begun.config), vars(as_begun(begun, with_whole_paths(config)))
     for field in [name for name in olds if olds[name] != news[name]]:
         if field in _FIXED:
             return (
@@ -177,9 +177,12 @@ def refusal(config: TrainConfig, folder: str | Path) -> str | None:
     return None
 
 
-def _drawn_as(begun: Run, config: TrainConfig) -> TrainConfig:
-    """The config, with a run's settings for drawing where it leaves them to the base."""
-    left = [name for name in DRAWING if getattr(config, name) is None]
+def as_begun(begun: Run, config: TrainConfig) -> TrainConfig:
+    """The config, with a run's own settings where it leaves these to the kit.
+
+    Runs of earlier versions have numbers there: how pictures are drawn, and how often it is saved.
+    """
+    left = [name for name in (*DRAWING, "checkpoint_every") if getattr(config, name) is None]
     return config.replace(**{name: getattr(begun.config, name) for name in left})
 
 

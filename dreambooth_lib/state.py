@@ -80,6 +80,8 @@ def write_tensors(
         for name, dtype in types.items():
             tensor = tensors[name].detach().to("cpu", dtype).contiguous()
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
+    if path.stat().st_size != 8 + len(text) + end:
+        raise OSError(f"{path} was cut short")
 
 
 def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[str, Any]:
@@ -122,7 +124,8 @@ def round_weights(source: Path, target: Path) -> None:
         dtypes = {}
         for name in names:
             tensor = file.get_tensor(name)
-            wide = tensor.dtype is torch.float32 and tensor.ndim > 1
+            moments = name.startswith("/optimizer/")  # of a state from before they had a file
+            wide = tensor.dtype is torch.float32 and tensor.ndim > 1 and not moments
             if wide and bool(tensor.half().isfinite().all()):
                 dtypes[name] = torch.float16
         write_tensors(target, _Lazy(file, names), dtypes)

@@ -83,7 +83,7 @@ def sweep(
         for name, config in configs.items()
     }
     for name, config in wanted.items():
-        _check_same(folder / name, config, steps, _view_of(view, config))
+        _check_same(folder / name, config, steps, _view_of(view, config, folder / name))
     if executor is None:
         levels.share(folder, wanted.values())
     else:  # its workers have the GPU
@@ -125,7 +125,7 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
             run = runs.start(config, folder)
         place = folder / "watch" / "view.json"
         if not place.exists():
-            replace_file(place, json.dumps(asdict(_view_of(view, config))).encode())
+            replace_file(place, json.dumps(asdict(_view_of(view, config, folder))).encode())
         if not _ended(run):
             for _ in train(run):
                 pass
@@ -136,11 +136,19 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
     return None
 
 
-def _view_of(view: View, config: TrainConfig) -> View:
-    """The study's view with the guidance of the base, and in its steps if none are given."""
-    own = sampling.inference_of(config)
-    steps = view.inference_steps or own.enough
-    return replace(view, guidance_scale=own.guidance_scale, inference_steps=steps)
+def _view_of(view: View, config: TrainConfig, folder: Path) -> View:
+    """The study's view with the guidance of the base, and in its steps if none are given.
+
+    A cell that was begun keeps those that it began with.
+    """
+    place = folder / "watch" / "view.json"
+    if place.exists():
+        begun = View(**json.loads(place.read_text()))
+        scale, steps = begun.guidance_scale, begun.inference_steps
+    else:
+        own = sampling.inference_of(config)
+        scale, steps = own.guidance_scale, own.enough
+    return replace(view, guidance_scale=scale, inference_steps=view.inference_steps or steps)
 
 
 def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: View) -> None:
@@ -150,7 +158,7 @@ def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: V
     run, place = runs.resume(folder), folder / "watch" / "view.json"
     # A schedule spans the run: made longer, its earlier steps would have been others.
     free = _LENGTH if config.lr_schedule == "constant" else _LENGTH[1:]
-    other = difference(plain(run.config), plain(config), free)
+    other = difference(plain(run.config), plain(runs.as_begun(run, config)), free)
     if other is None and place.exists():
         other = difference(json.loads(place.read_text()), asdict(view))
     if other is not None:

@@ -112,7 +112,8 @@ class Updater:
             self.ema.copy_to(self.parameters)
             yield
         finally:
-            copy_weights(own, self.parameters)
+            with interrupts_held():
+                copy_weights(own, self.parameters)
 
     def take_average(self) -> None:
         """End with the averaged weights, where they are kept."""
@@ -133,6 +134,13 @@ class Updater:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return state
 
+    def _is_own(self, state: dict[str, Any] | None) -> bool:
+        """Whether a saved state is of this kind of optimizer: in 8 bits there are other moments."""
+        if state is None:
+            return False
+        torchs = isinstance(self.adam, torch.optim.AdamW)
+        return all(("exp_avg" in moments) == torchs for moments in state["state"].values())
+
     def restore(self, saved: dict[str, Any], step: int) -> None:
         """Take up a :meth:`state` of ``step`` updates, of any level of memory.
 
@@ -141,13 +149,13 @@ class Updater:
         """
         self.trainable.put(saved["model"])
         own, names = self.adam.state_dict()["param_groups"], self.trainable.state().keys()
-        if "optimizer" in saved and saved["model"].keys() == names:
+        if saved["model"].keys() == names and self._is_own(saved.get("optimizer")):
             # Groups are many or one by the level of memory; the parameters' order is the same.
             self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})
         else:
             self.accelerator.print(
-                f"The checkpoint of step {step} has no optimizer's state for just these weights; "
-                "the optimizer begins anew."
+                f"The checkpoint of step {step} has no state of this optimizer for these weights, "
+                "so the optimizer starts afresh."
             )
         for group in self.adam.param_groups:
             group["initial_lr"] = group["lr"] = self.config.learning_rate
@@ -159,8 +167,10 @@ class Updater:
             )
             # A copy on a drive may be in half precision.
             self.ema.to(self.accelerator.device, torch.float32)
-        if self.inside is not None and self.inside.scale is not None and "scale" in saved:
-            self.inside.scale, self.inside.clean, *trying = saved["scale"]
+        scale = saved.get("scale", [1.0, 0])
+        # A pair with 1 was written where nothing is scaled.
+        if self.inside is not None and self.inside.scale is not None and scale != [1.0, 0]:
+            self.inside.scale, self.inside.clean, *trying = scale
             self.inside.trying = any(trying)
         elif self.accelerator.scaler is not None and "scaler" in saved:
             self.accelerator.scaler.load_state_dict(saved["scaler"])

@@ -44,7 +44,8 @@ def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
             "with bfloat16, such as an L4 or A100, set mixed_precision to 'no' where memory "
             "allows, or choose another base."
         )
-    if config.memory == "lowest" and half is torch.float16 and not families.adapter(*hub).mixes:
+    rounded = config.memory == "lowest" and config.method == "full"
+    if rounded and half is torch.float16 and not families.adapter(*hub).mixes:
         raise ConfigError(
             f"memory is 'lowest', whose weights are bfloat16, and '{config.base}' cannot compute "
             "with them in float16; set memory to 'low', method to 'lora', or mixed_precision to "

@@ -89,13 +89,13 @@ def test_a_bases_files_and_name_tell_its_steps_and_guidance(name: str, tmp_path:
         assert said is None
 
 
-def test_the_embedded_base_draws_as_its_figures_were_made() -> None:
+def test_the_embedded_base_draws_as_its_figures_were_made(tmp_path: Path) -> None:
     own = families.inference("toybox")
     assert (own.steps, own.enough, own.validation, own.distilled) == (25, 25, 10, False)
     assert own.guidance_scale == base_defaults("toybox")["guidance_scale"] == 3.25
     config = TrainConfig(Subject("photos", "dog"))
     assert watch.view_for(config) == watch.View(inference_steps=10, guidance_scale=3.25)
-    assert sweep._view_of(sweep.VIEW, config).inference_steps == 25
+    assert sweep._view_of(sweep.VIEW, config, tmp_path).inference_steps == 25
 
 
 def inference_offline(base: str) -> Any:
@@ -277,9 +277,25 @@ def test_other_settings_for_drawing_are_another_study(
     view = watch.View(class_pictures=2, inference_steps=1)
     old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0)}
     assert [cell.error for cell in sweep.sweep(old, tmp_path, [2], view)] == [None]
-    new = {"a": plain(tiny_sd1, prior_weight=0.0)}
-    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, and not left out"):
+    new = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=7.0)}
+    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, and not 7\.0"):
         list(sweep.sweep(new, tmp_path, [2], view))
+
+
+def test_a_study_goes_on_as_it_was_drawn_where_that_is_left_to_the_base(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path
+) -> None:
+    old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0, prior_inference_steps=25)}
+    begun = watch.View(class_pictures=2, inference_steps=1)
+    assert [cell.error for cell in sweep.sweep(old, tmp_path, [1], begun)] == [None]
+    new = {"a": plain(tiny_sd1, prior_weight=0.0)}
+    view = watch.View(class_pictures=2)
+    assert [cell.error for cell in sweep.sweep(new, tmp_path, [1, 2], view)] == [None]
+    run = runs.resume(tmp_path / "a")
+    assert watch.view_of(run) == watch.View(
+        class_pictures=2, inference_steps=1, guidance_scale=watch.view_of(run).guidance_scale
+    )
+    assert {row.step for row in watch.history(run)} == {0, 1, 2}
 
 
 @pytest.fixture
@@ -291,10 +307,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     seen = SimpleNamespace(placed=[], drawn=[], freed=0)
     place, draw = sampling._placed, prior.draw
 
-    def placed(family: Family, half: torch.dtype) -> Family:
-        seen.placed.append(half)
+    def placed(family: Family) -> Family:
+        seen.placed.append(family.denoiser.dtype)
         family.on_gpu = True  # type: ignore[attr-defined]
-        return place(family, half)
+        return place(family)
 
     def drawing(family: Family, wanted: list[tuple[str, int]], *settings: Any) -> Any:
         seen.drawn.append((getattr(family, "on_gpu", False), family.denoiser.dtype, len(wanted)))

@@ -67,7 +67,7 @@ ALLOWED = {
     "memory": (),
     "bases": ("levels", "memory", "words"),
     "needs": ("bases", "families", "levels", "mirrors"),
-    "preflight": ("colab", "families", "levels", "memory", "needs", "packages", "words"),
+    "preflight": ("colab", "families", "levels", "memory", "mirrors", "needs", "packages", "words"),
     "notices": (),
     "processes": (),
     "prior": ("config", "families", "families.base", "sampling", "state"),

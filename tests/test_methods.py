@@ -1,5 +1,6 @@
 """Every family with every method and prior: trained, stopped, resumed, saved and read back."""
 
+import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from dreambooth_lib import families, lora, optim, runs
+from dreambooth_lib import families, lora, optim, runs, updates
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import BaseError
 from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
@@ -345,6 +346,40 @@ def test_a_loras_checkpoint_comes_back_as_plain_models(
         assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
 
 
+@pytest.mark.parametrize("order", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
+def test_a_run_goes_on_by_another_optimizer(
+    order: tuple[str, str], started: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = started("run", "sd1", optimizer=order[0], prior_weight=0.0)
+    for _ in islice(train(run), 1):
+        pass
+    assert [step.step for step in train(runs.resume(run.folder, optimizer=order[1]))] == [2]
+    assert "so the optimizer starts afresh" in capsys.readouterr().out
+
+
+def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(started("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
+    for _ in range(2):
+        trainer.update()
+    updater = trainer.updater
+    own = [parameter.detach().clone() for parameter in updater.parameters]
+
+    with pytest.raises(KeyboardInterrupt), updater.averaged():
+        assert not all(map(torch.equal, own, updater.parameters))
+        real = updates.copy_weights
+
+        def interrupted(source: Any, target: Any) -> None:
+            pairs = list(zip(source, target, strict=True))
+            real(*zip(*pairs[:2], strict=True))
+            signal.raise_signal(signal.SIGINT)
+            real(*zip(*pairs[2:], strict=True))
+
+        monkeypatch.setattr(updates, "copy_weights", interrupted)
+    assert all(map(torch.equal, own, updater.parameters))
+
+
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_a_run_that_trained_weights_without_effect_goes_on(
     ema: float | None, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch,
@@ -358,7 +393,7 @@ def test_a_run_that_trained_weights_without_effect_goes_on(
     assert len(load_state(run.checkpoints()[1])["model"]) > len(
         Trainer(runs.resume(run.folder)).updater.trainable.state()
     )
-    assert "the optimizer begins anew" in capsys.readouterr().out
+    assert "the optimizer starts afresh" in capsys.readouterr().out
     assert [step.step for step in train(runs.resume(run.folder))] == [2]
     assert sample(run, ["a {} dog"], [0], steps=1) and load_source(run, 2)
 

@@ -294,6 +294,55 @@ def test_large_weights_are_rounded_and_a_large_pipeline_is_left_out(
     assert [p.name for p in faults.sources if "checkpoints" in p.parts] == [], "copied again"
 
 
+def test_a_run_whose_last_checkpoint_has_not_arrived_has_not_finished_there(
+    run: Run, drive: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "LARGE", 100)
+    run.save_checkpoint(300, full_state(300))
+    assert mirror(run, drive / "my-dog") is None
+    run.save_checkpoint(400, full_state(400))
+    run.pipeline.mkdir()
+    (run.pipeline / "weights.safetensors").write_bytes(bytes(101))
+    faults.names["optimizer.safetensors"] = 3
+    assert mirror(run, drive / "my-dog") is not None
+    found = newest_run(drive)
+    assert found is not None and (found.step, found.finished) == (300, False)
+    assert not mirrors.has_finished(drive / "my-dog")
+    assert mirror(run, drive / "my-dog") is None
+    found = newest_run(drive)
+    assert found is not None and (found.step, found.finished) == (400, True)
+    assert mirrors.has_finished(drive / "my-dog")
+
+
+def test_the_best_keeps_its_optimizers_state_until_the_newest_is_there(
+    run: Run, drive: Path, faults: Faults
+) -> None:
+    looked_at(run, {0: 0.1, 300: 0.8})
+    run.save_checkpoint(300, full_state(300))
+    assert mirror(run, drive / "my-dog") is None
+    looked_at(run, {400: 0.5})
+    run.save_checkpoint(400, full_state(400), best=300)
+    faults.names["optimizer.safetensors"] = 3
+    assert mirror(run, drive / "my-dog") is not None
+    there = drive / "my-dog" / "checkpoints"
+    assert [path.name for path in there.iterdir()] == ["000300"]
+    assert "optimizer" in load_state(there / "000300")
+    assert mirror(run, drive / "my-dog") is None
+    assert "optimizer" not in load_state(there / "000300")
+
+
+def test_a_file_that_left_a_folder_in_a_part_leaves_the_mirror(run: Run, drive: Path) -> None:
+    inside = run.pipeline / "tokenizer"
+    inside.mkdir(parents=True)
+    for name in ("vocab.json", "tokenizer.json"):
+        (inside / name).write_text("{}")
+    assert mirror(run, drive / "my-dog") is None
+    (inside / "vocab.json").unlink()
+    assert mirror(run, drive / "my-dog") is None
+    there = drive / "my-dog" / "pipeline" / "tokenizer"
+    assert [path.name for path in there.iterdir()] == ["tokenizer.json"]
+
+
 @pytest.mark.parametrize("fault", ["fail", "cut"])
 def test_a_passing_fault_is_tried_again(run: Run, drive: Path, faults: Faults, fault: str) -> None:
     faults.fault = getattr(faults, fault)

@@ -1,5 +1,6 @@
 """What is looked at before a run, what counts as red, and how it is shown."""
 
+import json
 import re
 import shutil
 import sys
@@ -93,7 +94,7 @@ def test_stable_diffusion_on_a_free_colab_gpu(
     checks = look(SD, tmp_path)
     assert all(check.ok for check in checks.values()), Table(list(checks.values()))
     assert checks["GPU"].found == "Tesla T4, fp16, as it has no native bf16"
-    assert checks["GPU memory"].found == "14.4 of 15.0 GiB free, about 9.7 needed"
+    assert checks["GPU memory"].found == "14.4 of 15.0 GiB free, about 9.9 needed"
     assert checks["way"].found == "whole model, memory 'standard'"
     assert checks["8-bit AdamW"].ok
     machine(gpu="NVIDIA A100", bf16=True)
@@ -273,6 +274,45 @@ def test_a_local_copy_of_a_known_base_takes_what_that_one_does(
     found = needs.ways(str(tmp_path))
     assert [one.gpu for one in found] == [one.gpu for one in needs.ways(SD35)]
     assert found[-1].disk < needs.ways(SD35)[-1].disk, "it need not be downloaded"
+
+
+@pytest.mark.parametrize(
+    ("base", "like"),
+    [
+        ("RunDiffusion/Juggernaut-XL-v9", "Stable Diffusion XL 1.0"),
+        ("black-forest-labs/FLUX.1-Krea-dev", "Flux.1 dev"),
+        ("stabilityai/stable-diffusion-3.5-large", "Stable Diffusion 3.5 medium"),
+        ("Lykon/dreamshaper-8", "Stable Diffusion 1.5"),
+    ],
+)
+def test_a_base_of_the_hub_that_is_not_known_is_taken_for_one_and_told(
+    base: str, like: str, tmp_path: Path, machine: Callable[..., None],
+    hub: list[dict[str, object]],
+) -> None:  # fmt: skip
+    machine(gpu="Tesla T4")
+    assert needs.described(base).name == like
+    assert f"if '{base}' is as large as {like}" in look(base, tmp_path)["way"].found
+    assert "as large" not in look(SD, tmp_path)["way"].found
+
+
+def test_what_settings_rule_out_is_not_told_of_the_gpu(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
+) -> None:
+    machine(gpu="NVIDIA A100", bf16=True)
+    asked = {"method": "full", "quantize": "nf4"}
+    (way,) = [c for c in preflight.preflight(SD, tmp_path, None, asked) if c.name == "way"]
+    assert not way.ok and way.found == "no way to train agrees with SETTINGS"
+
+
+def test_a_finished_run_on_drive_takes_its_room(tmp_path: Path) -> None:
+    run = tmp_path / "my-dog"
+    (run / "checkpoints" / "000100").mkdir(parents=True)
+    (run / "checkpoints" / "000100" / "tensors.safetensors").write_bytes(bytes(1000))
+    (run / "config.toml").write_text("")
+    mark = run / ".mirror.json"
+    for finished, free in ((False, 1000), (True, 0)):
+        mark.write_text(json.dumps({"identity": "x", "parts": {}, "finished": finished}))
+        assert preflight._cut_off(tmp_path) - free * (not finished) in (0, mark.stat().st_size)
 
 
 def test_one_variant_of_a_local_bases_files_is_counted(tiny_sd1: str, tmp_path: Path) -> None:

@@ -190,6 +190,20 @@ def test_a_checkpoint_cut_by_a_kill_is_not_seen(run: Run) -> None:
     assert run.load_checkpoint() == {"step": 4}
 
 
+def test_a_finished_run_of_earlier_defaults_is_gone_on_with(
+    tmp_path: Path, photos: str, make_config: Make
+) -> None:
+    config = make_config("toybox", photos)
+    before = runs.start(config.replace(checkpoint_every=100), tmp_path / "run")
+    before.pipeline.mkdir()
+    (before.pipeline / "model_index.json").write_text("{}")
+    assert runs.refusal(config, before.folder) is None
+    assert runs.begin(config, before.folder).config.checkpoint_every == 100
+    assert "checkpoint_every 100" in str(
+        runs.refusal(config.replace(checkpoint_every=7), before.folder)
+    )
+
+
 def test_only_the_newest_checkpoint_has_the_optimizers_state(run: Run) -> None:
     moments = {"state": {0: {"exp_avg": torch.ones(4)}}, "param_groups": []}
     for step in (1, 2, 3, 4):

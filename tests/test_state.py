@@ -1,5 +1,6 @@
 """State folders: what comes back, and that no failure or kill ever costs the older state."""
 
+import io
 import math
 import weakref
 from pathlib import Path
@@ -120,6 +121,20 @@ def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
                  {name: value.contiguous() for name, value in sorted(given.items())})  # fmt: skip
 
 
+def test_tensors_that_a_disk_cuts_short_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Short(io.BytesIO):
+        def __exit__(self, *given: Any) -> None:
+            with open(tmp_path / "x.safetensors", "wb") as file:
+                file.write(self.getvalue()[:-1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *given: Short())
+        with pytest.raises(OSError, match="was cut short"):
+            write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+
+
 def test_one_tensor_at_a_time_is_brought_to_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +192,7 @@ def test_rounding_halves_matrices_and_leaves_what_it_would_harm(tmp_path: Path) 
         "too large": torch.full((2, 2), 1e5),
         "bfloat16": torch.randn(2, 2).bfloat16(),
         "moments": torch.ones(2, 2, dtype=torch.uint8),
+        "/optimizer/exp_avg_sq": torch.full((2, 2), 1e-10),  # of one file for all, as before
     }
     write_tensors(tmp_path / "a.safetensors", given)
     round_weights(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
