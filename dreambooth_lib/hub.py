@@ -12,7 +12,7 @@ from dreambooth_lib.sampling import inference_of
 #: Seconds until a Hub that does not answer is not asked for the base's licence.
 TIMEOUT = 5.0
 _LOAD_LORA = """\
-# Where this ends in an ImportError of torchao, as on Colab: pip uninstall -y torchao
+# If this raises an ImportError about torchao (as on Colab), run: pip uninstall -y torchao
 pipeline.load_lora_weights("{}", weight_name="{}")"""
 
 

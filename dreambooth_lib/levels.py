@@ -150,8 +150,8 @@ def _said(
     if before:
         was = "cannot train here" if need is None else f"takes about {need / _GIB:.1f} GiB"
         return (
-            f"The {what} began with memory {_name(before)}. That {was}, and {has}: it goes on "
-            f"with {_name(level)}{now}."
+            f"The {what} started with memory {_name(before)}. That {was}, and {has}, so it "
+            f"continues with {_name(level)}{now}."
         )
     more = _takes(configs, {"memory": "standard"}, processes)
     short = level != {"memory": "standard"} and more is not None

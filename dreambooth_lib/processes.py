@@ -32,8 +32,8 @@ def join_group() -> "PartialState":
     asked = next((int(os.environ[name]) for name in _COUNTS if name in os.environ), 1)
     if asked == 1 and _started_alone():
         raise LaunchError(
-            "accelerate started one process though more were asked for, as it does without a GPU "
-            "for each; start them with 'torchrun --standalone --nproc_per_node 2 -m "
+            "accelerate started only one process, as it does when there is no GPU for each of "
+            "them; start them with 'torchrun --standalone --nproc_per_node 2 -m "
             "dreambooth_lib ...', or set --num_processes to 1."
         )
     # Without cpu=True there is never a group on a CPU: each process would train by itself.

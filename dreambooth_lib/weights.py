@@ -40,7 +40,7 @@ def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
     hub = config.base, config.revision
     if half is torch.float16 and not families.adapter(*hub).computes_in(half):
         raise ConfigError(
-            f"'{config.base}' gives NaN in float16, which this GPU computes in; train it on one "
+            f"'{config.base}' produces NaN in float16, which this GPU computes in; train it on one "
             "with bfloat16, such as an L4 or A100, set mixed_precision to 'no' where memory "
             "allows, or choose another base."
         )

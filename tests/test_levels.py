@@ -121,7 +121,9 @@ def test_a_level_is_written_down_printed_once_and_kept(
     gpu(need["lowest"] / FILLED + 1)
     assert settle(again, CUDA).memory == "lowest"
     said = capsys.readouterr().out
-    assert said.startswith("The run began with memory 'low'.") and "goes on with 'lowest'" in said
+    assert (
+        said.startswith("The run started with memory 'low'.") and "continues with 'lowest'" in said
+    )
     assert runs.resume(run.folder).settled.memory == "lowest"
     asked = runs.resume(run.folder, memory="standard")
     assert settle(asked, CUDA).memory == "standard", "what is asked for counts"

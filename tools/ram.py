@@ -69,7 +69,7 @@ ROWS = {
     "load": "load the base to train it",
     "checkpoint": "write a checkpoint",
     "pipeline": "write the pipeline at the end",
-    "resume": "take up the newest checkpoint",
+    "resume": "resume from the newest checkpoint",
     "drive": "copy the run to Drive",
     "keep": "keep a checkpoint as a model, with its zip",
     "export": "write the file for A1111 and ComfyUI",

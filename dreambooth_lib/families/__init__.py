@@ -89,8 +89,8 @@ def load(
     adapter = _adapter(base, path, revision)
     if not adapter.computes_in(loading.get("half")):
         raise BaseError(
-            f"the base '{base}' gives NaN in float16, and this GPU has no bfloat16; use a GPU that "
-            "has it, such as an L4 or A100, or another base."
+            f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
+            "that has it, such as an L4 or A100, or another base."
         )
     family = adapter.from_pretrained(path, **(loading | hub))
     family.inference = inference(base, revision)

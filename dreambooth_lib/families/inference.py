@@ -79,7 +79,7 @@ def warning(base: str, own: Inference, instead: str = "") -> str | None:
         return None
     other = f"'{instead}'" if instead else "the base that it was distilled from"
     return (
-        f"'{base}' is distilled to draw in about {own.steps} steps, which training on it slowly "
-        f"undoes, so that its pictures lose detail; train {other} instead, or stop as soon as the "
-        "subject is learnt."
+        f"'{base}' is distilled to draw in about {own.steps} steps. Training slowly undoes that, "
+        f"and its pictures lose detail: train {other} instead, or stop as soon as the subject is "
+        "learnt."
     )

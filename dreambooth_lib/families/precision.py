@@ -21,7 +21,7 @@ class NonFinite(FloatingPointError):
                 "choose another base"
             )
         precision = str(dtype).removeprefix("torch.")
-        return cls(f"{part} of '{base}' gave {gave}, in {precision}, and nothing is kept; {fix}.")
+        return cls(f"{part} of '{base}' gave {gave}, in {precision}, and nothing was saved; {fix}.")
 
 
 def autoencoder_dtype(half: torch.dtype) -> torch.dtype:

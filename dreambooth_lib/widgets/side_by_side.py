@@ -83,7 +83,7 @@ class SideBySide(View):
                 self.seed: "the noise to start from: the same number draws the same picture again",
                 self.count: "one a seed, from this seed on",
                 self.guidance: "raise it when the prompt is ignored; lower it when all looks harsh",
-                self.steps: f"more are finer and slower; {own.enough} are enough",
+                self.steps: f"more give finer pictures but take longer; {own.enough} are enough",
                 self.button: "pictures come below, the newest first",
             }),
             self.advice,
