@@ -18,8 +18,9 @@ def quiet() -> None:
     """
     # Where flax is installed, as on Colab, diffusers imports it and says that it is deprecated.
     os.environ.setdefault("USE_FLAX", "0")
-    # What is absent for speed on a CPU is told at its import.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # What they lack for speed on a CPU is told at their import.
+    for name in ("bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for library in ("diffusers", "transformers"):
         # For its import, which other modules may come before, and for processes started from here.
         name = f"{library.upper()}_VERBOSITY"

@@ -40,7 +40,7 @@ def join_group() -> "PartialState":
     cpu = asked > 1 and not torch.accelerator.is_available()
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if not cpu and torch.cuda.is_available() and here > gpus:
+    if asked > 1 and not cpu and torch.cuda.is_available() and here > gpus:
         raise LaunchError(
             f"{here} processes were started for {gpus} GPU{'s' * (gpus > 1)}; start as many as "
             "there are GPUs, or set ACCELERATE_USE_CPU=true to train on the CPU."

@@ -163,7 +163,8 @@ def as_trained(run: Run, step: int) -> Family:
     config = run.config
     if config.method == "full":
         fits = families.adapter(config.base, config.revision).computes_in(torch.float16)
-        half = torch.float16 if fits else torch.bfloat16
+        rounded = run.settled.memory == "lowest"  # its weights are bfloat16 already
+        half = torch.float16 if fits and not rounded else torch.bfloat16
         return _as_trained(base_of(config, half), run, step)
     names = precisions(config, torch.float32)
     return _as_trained(families.skeleton(config.base, config.revision, **names), run, step)

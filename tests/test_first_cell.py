@@ -78,7 +78,7 @@ def test_without_the_kit_the_cell_says_the_one_thing_to_do(folder: Path, python:
 def test_an_address_that_gives_nothing_is_named(folder: Path, python: str) -> None:
     cell = first_cell().replace('KIT = ""', 'KIT = "no/such/kit.whl"')
     said = run_bare(cell, python, folder)
-    assert "The kit is not here, nor at no/such/kit.whl." in said and "Traceback" not in said
+    assert "The kit was not found here or at no/such/kit.whl." in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("place", ["around", "beside", "of-its-name", "drive"])

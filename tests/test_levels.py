@@ -154,7 +154,7 @@ def test_a_run_of_bfloat16_weights_is_kept_in_them(config: Make, tmp_path: Path)
     family = weights.as_trained(run, 1)
     assert family.denoiser.dtype is torch.bfloat16
     (run.folder / "memory.json").unlink()  # as of a run before levels were written down
-    assert weights.as_trained(run, 1).denoiser.dtype is torch.float32
+    assert weights.as_trained(run, 1).denoiser.dtype is torch.float16
 
 
 def test_all_cells_of_a_study_train_at_one_level(
@@ -217,7 +217,7 @@ def test_two_processes_train_at_the_level_that_the_first_decides(
 ) -> None:
     run = runs.start(config(), tmp_path / "run")
     (tmp_path / "two.py").write_text(TWO)
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, *command, str(tmp_path / "two.py"), str(run.folder)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
