@@ -190,7 +190,7 @@ def test_one_process_of_accelerates_where_two_were_asked_for_says_so(
         assert join_group().num_processes == 1
     for name in two.keys() - os.environ.keys():
         monkeypatch.setenv(name, two[name])
-    with pytest.raises(LaunchError, match=r"started one process .*'torchrun --standalone"):
+    with pytest.raises(LaunchError, match=r"started only one process.*'torchrun --standalone"):
         join_group()
 
 
