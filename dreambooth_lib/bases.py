@@ -187,7 +187,7 @@ class Table:
 
     def __repr__(self) -> str:
         lines = [
-            f"{words.sign(ok)} {word:14} {cells[0]:24} {cells[3]}"
+            f"{words.sign(ok)} {word:15} {cells[0]:24} {cells[3]}"
             for ok, word, cells in self._said()
         ]
         return "\n".join(lines)
