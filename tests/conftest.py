@@ -10,7 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores as they are
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ def save_photos(folder: Path, count: int = 4) -> str:
         (draw.ellipse if number % 2 else draw.rectangle)((left, top, left + 9, top + 9), colour)
         image.save(folder / f"{number}.png")
     return str(folder)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a shell's foreground: what it starts in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

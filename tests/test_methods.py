@@ -357,6 +357,7 @@ def test_a_run_goes_on_by_another_optimizer(
     assert "so the optimizer starts afresh" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -241,14 +241,6 @@ OPTIMIZER_HOOKS = {
     "before": register_optimizer_step_pre_hook,
     "after": register_optimizer_step_post_hook,
 }
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """As in a shell's foreground: what it starts in the background ignores interrupts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
