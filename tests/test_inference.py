@@ -84,7 +84,7 @@ def test_a_bases_files_and_name_tell_its_steps_and_guidance(name: str, tmp_path:
     assert own.distilled == (own.steps < 10)
     said = families.distilled(base)
     if own.distilled:
-        assert said is not None and f"about {own.steps} steps" in said and "; train '" in said
+        assert said is not None and f"about {own.steps} steps" in said and ": train '" in said
     else:
         assert said is None
 
