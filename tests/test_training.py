@@ -32,6 +32,7 @@ from dreambooth_lib.training import (
     train,
 )
 from dreambooth_lib.updates import interrupts_held
+from dreambooth_lib.weights import Trainable
 
 Make = Callable[..., TrainConfig]
 
@@ -357,14 +358,14 @@ def test_each_of_these_settings_changes_the_losses(
 def seen_prompts(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every prompt that a run's updates were conditioned on."""
     seen: list[str] = []
-    forward = training.Trainable.forward
+    forward = Trainable.forward
 
     def spy(module: Any, x_t: Any, t: Any, cond: Any, prompts: list[str]) -> torch.Tensor:
         seen.extend(prompts)
         return forward(module, x_t, t, cond, prompts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainable, "forward", spy)
+        patch.setattr(Trainable, "forward", spy)
         list(train(run))
     return seen
 
