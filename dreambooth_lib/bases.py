@@ -140,7 +140,7 @@ def known(base: str) -> Base | None:
 
 
 def ways(base: Base, free: float, precision: str = "fp16") -> list[Row]:
-    """The ways to train a base with ``free`` bytes of GPU memory, computing in ``precision``.
+    """List the ways to train a base with ``free`` bytes of GPU memory in ``precision``.
 
     One that does not work in this precision is left out.
     """
@@ -198,7 +198,7 @@ class Table:
 
 
 def _how(rows: Sequence[Row]) -> str:
-    """Of a base the ways that fit, or else the one that takes least; those that work at all."""
+    """Name the ways that fit of a base's, or else the one that takes least."""
     if not rows:
         return "only on a GPU with bfloat16; it does not work in float16"
     fit = [row for row in rows if row.fits]

@@ -83,7 +83,7 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
 
 
 def origin(base: str) -> str:
-    """The base that a run's folder was trained from, through runs of runs; any other is its own."""
+    """Trace a run's folder to the base it was trained from; any other base is its own."""
     run = Path(base) / "config.toml"
     if base in _BASE_DEFAULTS or not run.is_file():
         return base

@@ -33,7 +33,7 @@ class Finding:
 
 
 def check_pictures(photos: list[Photo], resolution: int = 512) -> list[Finding]:
-    """What may spoil training: few pictures, copies, small sides, blur, narrow shapes.
+    """Find what may spoil training: few pictures, copies, small sides, blur, narrow shapes.
 
     "few" is one or two pictures, copies not counted. "duplicate" has the same pixels.
     "near-duplicate" differs from another picture or its mirror image in at most 12 of 64 bits of a

@@ -64,7 +64,7 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
 
 
 def _in_kind(config: TrainConfig) -> TrainConfig:
-    """A config without what changes no shape, so that a study's are counted once."""
+    """Return a config without what changes no shape, so that a study's are counted once."""
     one: dict[str, Any] = {"steps": 1, "seed": 0, "learning_rate": 1.0, "weight_decay": 0.0}
     one |= {name: min(1, getattr(config, name)) for name in ("watch_every", "class_pictures")}
     one |= {"prior_weight": float(config.prior_weight > 0), "warmup_steps": 0, "early_stop": False}
@@ -118,7 +118,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
 
 @lru_cache
 def drawing(config: TrainConfig, precision: str = "fp16") -> int:
-    """The peak memory of :func:`dreambooth_lib.sampling.sample` from a config's base.
+    """Return the peak memory of :func:`dreambooth_lib.sampling.sample` from a config's base.
 
     All parts are there in half precision, and it draws as many pictures at once as it does unless
     it is told otherwise. ``precision`` and errors are as in :func:`estimate`.
@@ -189,7 +189,7 @@ def _one_update(
 def _drawing(
     family: Family, model: Trainable, rows: int, config: TrainConfig, half: torch.dtype
 ) -> int:
-    """Most bytes at once while ``rows`` pictures are drawn with guidance, and become pixels.
+    """Count the most bytes at once while ``rows`` pictures are drawn and become pixels.
 
     ``half`` is what autocast computes in; with float32 each part computes in its own precision.
     """
@@ -224,7 +224,7 @@ def _autocast(config: TrainConfig, half: torch.dtype) -> torch.autocast:
 
 @torch.no_grad()
 def _encoding_prompts(family: Family, config: TrainConfig) -> int:
-    """Most bytes at once while text encoders that are then let go of encode all prompts."""
+    """Count the most bytes at once while text encoders encode all prompts."""
     prompts = [config.subject.instance_prompt] * (8 if config.watch_every else 3)
     with Alive() as alive:
         for module in (*family.text_encoders, *family.frozen[1:]):
@@ -245,7 +245,7 @@ def _encoding_pictures(family: Family) -> int:
 
 
 def _scorer(config: TrainConfig) -> int:
-    """Bytes of the encoder that scores the run's pictures, in float32."""
+    """Count the bytes of the encoder that scores the run's pictures, in float32."""
     place = JUDGE if config.judge == "toybox" else Path(config.judge)
     if not place.exists():
         return _SCORER
@@ -276,7 +276,7 @@ def _size(module: torch.nn.Module, few: float | None, half: torch.dtype) -> floa
 
 
 def _linears(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers by name; a LoRA's own are none of them."""
+    """Return the linear layers by name; a LoRA's own are none of them."""
     named = module.named_modules()
     return {name: m for name, m in named if isinstance(m, torch.nn.Linear) and "lora_" not in name}
 

@@ -28,7 +28,7 @@ Level = dict[str, Any]
 
 
 def native_precision(mixed_precision: str, device: "torch.device") -> str:
-    """What "auto" means on a device: bf16 where it is native, else fp16; "no" on a CPU."""
+    """Resolve "auto" on a device: bf16 where it is native, else fp16; "no" on a CPU."""
     import torch
 
     if mixed_precision != "auto":
@@ -39,12 +39,12 @@ def native_precision(mixed_precision: str, device: "torch.device") -> str:
 
 
 def is_gpu(device: "torch.device") -> bool:
-    """Whether a level of memory is decided at all; without a GPU "auto" is "standard"."""
+    """Return whether a level of memory is decided at all; without a GPU "auto" is "standard"."""
     return device.type == "cuda"
 
 
 def settle(run: Run, device: "torch.device") -> TrainConfig:
-    """The run's config with the level of memory that it trains at, on its every process alike.
+    """Return the run's config with the level of memory that all its processes train at.
 
     Decides it where that was not done before, for the run or for the folder that it lies in, or
     where the GPU cannot hold what was decided; writes that into the run's folder and prints it.
@@ -55,7 +55,7 @@ def settle(run: Run, device: "torch.device") -> TrainConfig:
 
 
 def fresh(config: TrainConfig, device: "torch.device") -> TrainConfig:
-    """The config as a run of it that begins now would train; nothing is written or printed."""
+    """Resolve a config's level of memory as for a run that begins now, without a trace."""
     if config.memory != "auto" or not is_gpu(device):
         return config
     free, _ = memory.gpu_bytes(device)
@@ -75,7 +75,7 @@ def share(folder: str | Path, configs: Iterable[TrainConfig]) -> None:
 
 
 def first_fitting(configs: Sequence[TrainConfig], free: float, processes: int = 1) -> Level:
-    """The first level at which each config takes at most ``free`` bytes of a GPU.
+    """Return the first level at which each config takes at most ``free`` bytes of a GPU.
 
     One that a config's other fields or its base rule out is passed over, and of several processes
     one that updates weights within the backward pass, before gradients could cross them; gradient
@@ -99,7 +99,7 @@ def _levels(processes: int) -> list[Level]:
 
 
 def _takes(configs: Sequence[TrainConfig], level: Level, processes: int) -> int | None:
-    """The most bytes that one of the configs takes at a level, None where one cannot train so."""
+    """Count the most bytes that a config takes at a level; None where one cannot train so."""
     from dreambooth_lib.estimate import estimate
 
     needs = []
@@ -143,7 +143,7 @@ def _said(
     configs: list[TrainConfig], level: Level, before: Level, need: int | None, what: str,
     free: int, processes: int,
 ) -> str:  # fmt: skip
-    """The sentence that tells a person which level it is, and why."""
+    """Write the sentence that tells a person which level it is, and why."""
     takes = _takes(configs, level, processes)
     now = "" if takes is None else f", which takes about {takes / _GIB:.1f} GiB"
     has = f"this GPU has {free / _GIB:.1f} GiB free"
@@ -173,7 +173,7 @@ def _processes() -> int:
 
 
 def _by_the_first(decide: Callable[[], Level]) -> Level:
-    """What the first process decides, in every process; so is an error."""
+    """Share what the first process decides with every process; so is an error."""
     from accelerate.utils import broadcast_object_list
 
     state = join_group()

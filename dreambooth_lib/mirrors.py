@@ -161,7 +161,7 @@ def bring(found: Found, folder: str | Path, drive: str | Path | None = None) -> 
 
 
 def has_finished(folder: Path) -> bool:
-    """Whether the run in a folder has come to its end, or the run that the folder is a mirror of.
+    """Return whether the run in a folder, or the run that it mirrors, has come to its end.
 
     A mirror may lack the pipeline that a run ends with, and says it of itself.
     """
@@ -216,7 +216,7 @@ def _is_large(path: Path) -> bool:
 
 
 def _is_current(known: Sequence[Any], stamp: Stamp, place: Path) -> bool:
-    """Whether a part's copy is there, whole, and of what the part is now.
+    """Return whether a part's copy is there, whole, and of what the part is now.
 
     A run that was restored has the sizes of its mirror.
     """

@@ -67,7 +67,7 @@ class Needs:
         return WAYS[self.way].fields
 
     def lacking(self, room: Room) -> list[str]:
-        """What there is too little of."""
+        """Return what there is too little of."""
         free = {
             "GPU memory": (self.gpu, room.gpu and FILLED * room.gpu),
             "memory": (self.memory, room.memory),
@@ -78,13 +78,13 @@ class Needs:
 
 
 def on_cpu(base: str) -> Needs:
-    """What a run takes without a GPU: weights, gradients, moments and their average in float32."""
+    """Count what a run takes without a GPU: weights, gradients, moments, their average."""
     weights = 4 * described(base).parameters
     return Needs(0, 2 * GIB + 5 * weights, 19 * weights, 9 * weights)
 
 
 def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = None) -> list[Needs]:
-    """What each way at each level of memory takes on a GPU, what changes most of the base first.
+    """List what each way takes on a GPU by level, what changes most of the base first.
 
     ``precision`` is what the GPU computes in; a way in which the base cannot is left out. ``asked``
     are fields of a config: only ways that agree with them are given. The figures:
@@ -110,21 +110,21 @@ def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = N
 
 
 def first_fitting(found: Sequence[Needs], room: Room) -> Needs:
-    """The first of some ways that fits everything; if none does, one that lacks the fewest."""
+    """Choose the first way that fits everything; if none does, one that lacks the fewest."""
     fewest = min(len(needs.lacking(room)) for needs in found)
     fitting = [needs for needs in found if len(needs.lacking(room)) == fewest]
     return fitting[-1 if fewest else 0]
 
 
 def settings(chosen: Needs, found: Sequence[Needs], room: Room) -> dict[str, Any]:
-    """The fields of a config for a way; its level where memory "auto" would take another."""
+    """Return the fields of a config for a way; its level where memory "auto" would take another."""
     of_way = [needs for needs in found if needs.way == chosen.way]
     auto = next((n for n in of_way if "GPU memory" not in n.lacking(room)), of_way[-1])
     return dict(chosen.fields) | ({} if auto is chosen else {"memory": chosen.level})
 
 
 def described(base: str) -> Base:
-    """A known base, or one that stands for another: by its parameters, if it is on this machine.
+    """Find the known base that a base is, or is like: by its parameters, if it is here.
 
     One of as many parameters as a known one is taken for that, another for a Stable Diffusion 1.5
     of another size. One on the Hub is taken for the known base that its name or, once that was
@@ -158,7 +158,7 @@ def described(base: str) -> Base:
 
 
 def guessed(base: str) -> str:
-    """What :func:`described` takes a base on the Hub for that is not known, to end a sentence."""
+    """Say, to end a sentence, what :func:`described` takes an unknown base on the Hub for."""
     try:
         on_hub = not Path(families.locate(base)).exists()
     except families.BaseError:
@@ -180,7 +180,7 @@ def _like(base: str) -> Base:
 
 
 def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
-    """Of each part of a pipeline's folder, by the headers of its files; of one variant alone."""
+    """Count each part's parameters by the headers of its files, of one variant alone."""
     from safetensors import safe_open
 
     for part in folder.iterdir():
@@ -206,7 +206,7 @@ def _agrees(
 
 
 def _needs(base: Base, way: str, level: str, gib: float, stored: int) -> Needs:
-    """Bytes by the rules of :func:`ways`; ``stored`` are those of a weight that is downloaded."""
+    """Count bytes by the rules of :func:`ways`, ``stored`` for each downloaded weight."""
     rest = base.parameters - base.denoiser
     weight = HALF if level == "lowest" else 4  # of what is trained
     quantized = "quantize" in WAYS[way].fields

@@ -29,14 +29,14 @@ class Pace:
     checkpoint: float = 0.0
 
     def seconds(self, config: TrainConfig) -> float:
-        """Of all updates, looks and checkpoints of a run; an early stop may end it before."""
+        """Add up a run's updates, looks and checkpoints; an early stop may end it before."""
         looks = 1 + -(-config.steps // config.watch_every) if config.watch_every else 0
         saves = checkpoints(config) * self.checkpoint
         return config.steps * self.update + looks * self.look + saves
 
 
 def checkpoints(config: TrainConfig) -> int:
-    """How many checkpoints a run writes: after each look, every so many steps, and at its end."""
+    """Count a run's checkpoints: after each look, every so many steps, and at its end."""
     # One that says nothing and never looks has some too.
     own = config.checkpoint_every or (0 if config.watch_every else _RARELY)
     every = [each for each in (config.watch_every, own) if each]
@@ -76,7 +76,7 @@ def measure(config: TrainConfig) -> Pace:
 
 
 def _size(state: Any) -> int:
-    """Bytes of the tensors in a checkpoint's state."""
+    """Count the bytes of the tensors in a checkpoint's state."""
     import torch
     from torch.utils._pytree import tree_leaves
 

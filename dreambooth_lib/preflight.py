@@ -121,7 +121,7 @@ def recommend(
     drive: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Offer:
-    """The first way to train a base that fits GPU, memory, disk and Drive as they are now.
+    """Return the first way to train a base that fits GPU, memory, disk and Drive as they are now.
 
     In the order of :data:`bases.WAYS`: the whole model at each level of memory, LoRA, QLoRA. Where
     none fits it is one that lacks the least. Arguments are those of :func:`preflight`.
@@ -158,7 +158,7 @@ def _too_little(lacking: Sequence[str]) -> str:
 
 
 def _here(folder: Path, drive: str | Path | None) -> tuple[Room, Room]:
-    """Bytes that are free on this machine now, and of how many."""
+    """Count the bytes that are free on this machine now, and of how many."""
     import psutil
     import torch
 

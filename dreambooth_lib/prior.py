@@ -111,6 +111,6 @@ def _digest_of_weights(config: TrainConfig) -> str:
 
 @cache
 def _digest_of(file: Path, size: int, modified: int) -> bytes:
-    """The sha256 of a file, read again only where its size or time is another."""
+    """Return the sha256 of a file, read again only where its size or time is another."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").digest()

@@ -55,7 +55,7 @@ def join_group() -> "PartialState":
 
 
 def _started_alone() -> bool:
-    """Whether ``accelerate launch`` was asked for several processes and, without MPI, started one.
+    """Return whether ``accelerate launch`` was asked for several processes and started one.
 
     It then says where they would meet, and nothing of who they are.
     """

@@ -103,7 +103,7 @@ class Run:
                 drop_optimizer(path)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state, or None where the run has none yet.
+        """Return the newest checkpoint's state, or None where the run has none yet.
 
         It lacks "optimizer" where a newer checkpoint was removed by hand.
         """
@@ -114,7 +114,7 @@ class Run:
 
 
 def decided(folder: Path) -> dict[str, Any]:
-    """What memory "auto" was decided to mean in a folder; empty where nothing was."""
+    """Return what memory "auto" was decided to mean in a folder; empty where nothing was."""
     file = folder / DECIDED
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -178,7 +178,7 @@ def refusal(config: TrainConfig, folder: str | Path) -> str | None:
 
 
 def as_begun(begun: Run, config: TrainConfig) -> TrainConfig:
-    """The config, with a run's own settings where it leaves these to the kit.
+    """Return the config, with a run's own settings where it leaves these to the kit.
 
     Runs of earlier versions have numbers there: how pictures are drawn, and how often it is saved.
     """

@@ -154,7 +154,7 @@ def draw(
 
 
 def _computes_in(family: "Family") -> "torch.dtype":
-    """The precision of the denoiser's products, which autocast decides where it is on."""
+    """Return the precision of the denoiser's products, which autocast decides where it is on."""
     import torch
 
     kind = family.denoiser.device.type

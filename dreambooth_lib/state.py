@@ -234,7 +234,7 @@ def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _paths(tree: Any) -> Iterator[str]:
-    """Every tensor's path in what :func:`_split` gave."""
+    """Yield every tensor's path in what :func:`_split` gave."""
     if isinstance(tree, dict) and _TENSOR in tree:
         yield tree[_TENSOR]
     elif isinstance(tree, dict | list):
@@ -243,7 +243,7 @@ def _paths(tree: Any) -> Iterator[str]:
 
 
 def _join(tree: Any, tensors: Mapping[str, Any]) -> Any:
-    """The reverse of :func:`_split`; ``tensors`` is the open safetensors file of each path."""
+    """Reverse :func:`_split`; ``tensors`` is the open safetensors file of each path."""
     if isinstance(tree, list):
         return [_join(v, tensors) for v in tree]
     if not isinstance(tree, dict):

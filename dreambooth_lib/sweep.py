@@ -137,7 +137,7 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
 
 
 def _view_of(view: View, config: TrainConfig, folder: Path) -> View:
-    """The study's view with the guidance of the base, and in its steps if none are given.
+    """Return the study's view with the guidance of the base, and in its steps if none are given.
 
     A cell that was begun keeps those that it began with.
     """

@@ -135,7 +135,7 @@ class Updater:
         return state
 
     def _is_own(self, state: dict[str, Any] | None) -> bool:
-        """Whether a saved state is of this kind of optimizer: in 8 bits there are other moments."""
+        """Return whether a saved state is of this kind of optimizer: 8 bits have other moments."""
         if state is None:
             return False
         torchs = isinstance(self.adam, torch.optim.AdamW)

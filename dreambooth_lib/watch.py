@@ -260,7 +260,7 @@ class Watch:
 
 
 def view_for(config: TrainConfig, **changes: Any) -> View:
-    """The view that a config's looks have: drawn in the steps and with the guidance of its base."""
+    """Make the view of a config's looks, drawn in the steps and with the guidance of its base."""
     own = inference_of(config)
     given = {"inference_steps": own.validation, "guidance_scale": own.guidance_scale}
     return View(**(given | changes))

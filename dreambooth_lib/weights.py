@@ -128,7 +128,7 @@ def trainable_of(family: Family, config: TrainConfig) -> Trainable:
 
 
 def what_is_trained(family: Family, config: TrainConfig) -> Trainable:
-    """The module whose :meth:`Trainable.state` a config's checkpoints hold, LoRA added to it."""
+    """Make the module whose :meth:`Trainable.state` a config's checkpoints hold, LoRA added."""
     trainable = Trainable(family, config.trains_text)
     if config.method == "lora":
         lora.attach(family, config)

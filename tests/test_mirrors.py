@@ -254,14 +254,19 @@ def full_state(step: int) -> State:
     return {"step": step, "model": {"w": torch.full((8, 8), 1 / 3 * step)}, "optimizer": moments}
 
 
-def test_of_an_older_checkpoint_only_the_optimizers_state_goes(
-    run: Run, drive: Path, faults: Faults
-) -> None:
+def best_then_newest(run: Run, drive: Path) -> None:
+    """Mirror a run whose best checkpoint is its newest, then give it a newer one."""
     looked_at(run, {0: 0.1, 300: 0.8})
     run.save_checkpoint(300, full_state(300))
     assert mirror(run, drive / "my-dog") is None
     looked_at(run, {400: 0.5})
     run.save_checkpoint(400, full_state(400), best=300)
+
+
+def test_of_an_older_checkpoint_only_the_optimizers_state_goes(
+    run: Run, drive: Path, faults: Faults
+) -> None:
+    best_then_newest(run, drive)
     faults.sources.clear()
     assert mirror(run, drive / "my-dog") is None
     there = drive / "my-dog" / "checkpoints"
@@ -317,11 +322,7 @@ def test_a_run_whose_last_checkpoint_has_not_arrived_has_not_finished_there(
 def test_the_best_keeps_its_optimizers_state_until_the_newest_is_there(
     run: Run, drive: Path, faults: Faults
 ) -> None:
-    looked_at(run, {0: 0.1, 300: 0.8})
-    run.save_checkpoint(300, full_state(300))
-    assert mirror(run, drive / "my-dog") is None
-    looked_at(run, {400: 0.5})
-    run.save_checkpoint(400, full_state(400), best=300)
+    best_then_newest(run, drive)
     faults.names["optimizer.safetensors"] = 3
     assert mirror(run, drive / "my-dog") is not None
     there = drive / "my-dog" / "checkpoints"

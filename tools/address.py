@@ -20,7 +20,7 @@ _WAY_IN = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
 
 
 def badge(repository: str, name: str) -> str:
-    """A picture that opens the notebook ``name`` of OWNER/NAME in Colab."""
+    """Return a picture that opens the notebook ``name`` of OWNER/NAME in Colab."""
     link = f"{COLAB}/github/{repository}/blob/main/notebooks/{name}.ipynb"
     return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
 

@@ -415,7 +415,7 @@ def _write_weights(
 
 
 def _write_zeros(shapes: dict[str, torch.Size], dtype: torch.dtype, file: Path) -> None:
-    """A safetensors file of zeros: the length of its header, the header, and a hole."""
+    """Return a safetensors file of zeros: the length of its header, the header, and a hole."""
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -59,7 +59,7 @@ class Bench:
         return [side for side in sides if not found[side] or "error" in found[side]]
 
     def to_do(self) -> list[tuple[str, str]]:
-        """The measurements that are asked for and missing, what is worth most first."""
+        """Return the measurements that are asked for and missing, what is worth most first."""
         missing = [(n, side) for n in self.asked for side in self.missing(n, self.sides(n))]
         return sorted(missing, key=lambda one: rank(*one))
 

@@ -95,7 +95,7 @@ def check(name: str, folder: Path, tiny: bool) -> str:
 
 
 def _tiny(place: Path) -> str:
-    """A tiny random base in place of the embedded one; its path."""
+    """Return a tiny random base in place of the embedded one; its path."""
     from tools import architectures
 
     architectures.save(architectures.ALL["sd15"], place, tiny=True)
@@ -146,7 +146,7 @@ def note(work: Path, name: str, ok: bool, told: str) -> None:
 
 
 def read(work: Path) -> dict[str, dict[str, Any]]:
-    """What is known of each way, in the order of WAYS."""
+    """Return what is known of each way, in the order of WAYS."""
     known = [json.loads(one.read_text()) for one in sorted(work.glob("*.json"))]
     by_name = {one["name"]: one for one in known}
     return {name: by_name[name] for name in WAYS if name in by_name}
@@ -165,7 +165,7 @@ def line(name: str, known: dict[str, Any]) -> str:
 
 
 def markdown(work: Path) -> str:
-    """A line for each way, those not checked yet by name."""
+    """Return a line for each way, those not checked yet by name."""
     found = read(work)
     left = [name for name in WAYS if name not in found]
     lines = [f"- {line(name, known)}" for name, known in found.items()]

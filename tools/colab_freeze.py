@@ -20,7 +20,7 @@ _OF_TORCH = re.compile(r"setuptools|triton|cuda-.*|nvidia-(?!ml-py).*")
 
 
 def canonical(name: str) -> str:
-    """A distribution's name as packages are compared by it (PEP 503)."""
+    """Return a distribution's name as packages are compared by it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -52,7 +52,7 @@ def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str,
 
 
 def passes_of(trainer: Any) -> Callable[[], None]:
-    """The forward and backward pass of a trainer's denoiser alone, on its first batch.
+    """Return the forward and backward pass of a trainer's denoiser alone, on its first batch.
 
     The gradients are given back and dropped: nothing that waits for them moves a weight.
     """
@@ -101,7 +101,7 @@ def busy(work: Callable[[], Any]) -> float:
 def reference(
     line: Line, config: TrainConfig, folder: Path, scripts: Path
 ) -> Iterator[dict[str, float]]:
-    """The same of diffusers' script, left after as many updates, in a process of its own."""
+    """Measure diffusers' script alike, left after as many updates, in a process of its own."""
     import runpy
 
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -132,7 +132,7 @@ def reference(
 
 
 def arguments(line: Line, config: TrainConfig, folder: Path) -> list[str]:
-    """What diffusers' script is told, to do what the kit does by this config."""
+    """Return what diffusers' script is told, to do what the kit does by this config."""
     subject, own = config.subject, config.class_folder
     precision = "no" if config.mixed_precision == "auto" else config.mixed_precision
     return [
@@ -180,7 +180,7 @@ def peak() -> int:
 
 
 def predict(line: Line, config: TrainConfig) -> Iterator[dict[str, float]]:
-    """What ``estimate`` says before anything is loaded; of drawing it says nothing."""
+    """Return what ``estimate`` says before anything is loaded; of drawing it says nothing."""
     if line.draws:
         yield {}
         return

@@ -45,7 +45,7 @@ def _noting(function: Callable[..., Any], asked: set[str]) -> Callable[..., Any]
 
 
 def asked() -> set[str]:
-    """The modules and distributions that are looked for, by whatever name."""
+    """Return the modules and distributions that are looked for, by whatever name."""
     found: set[str] = set()
     for module, name in ((importlib.util, "find_spec"), (importlib.metadata, "version")):
         setattr(module, name, _noting(getattr(module, name), found))
@@ -61,7 +61,7 @@ def asked() -> set[str]:
 
 
 def versions(names: set[str]) -> dict[str, str | None]:
-    """What is installed of these."""
+    """Return what is installed of these."""
     of_modules = importlib.metadata.packages_distributions()
     wanted = {name for name in names if name not in of_modules}
     wanted |= {one for name in names for one in of_modules.get(name, [])}

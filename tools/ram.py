@@ -80,7 +80,7 @@ ROWS = {
 
 
 def held(pid: int) -> int:
-    """Bytes of a process's memory that the system cannot drop; 0 once it has ended."""
+    """Count the bytes of a process's memory that the system cannot drop; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -198,7 +198,7 @@ def measure(name: str, folder: Path, limit: float, tiny: bool) -> dict[str, dict
 
 
 def markdown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The tables: GB at the peak of each job, then what is written."""
+    """Return the tables: GB at the peak of each job, then what is written."""
     titles = [KINDS[name].title for name in found]
     lines = [_cells(["peak GB of RAM", *titles]), _cells(["---"] * (1 + len(titles)))]
     lines += [

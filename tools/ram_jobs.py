@@ -37,7 +37,7 @@ class Device(TorchFunctionMode):
         self.held: set[int] = set()
 
     def zeros(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """What a GPU would hold: zeros in a mapped file, which is nothing but a hole."""
+        """Return what a GPU would hold: zeros in a mapped file, which is nothing but a hole."""
         if shape.numel() == 0:
             return torch.empty(shape, dtype=dtype)
         file = self.folder / f"{next(self.numbers)}"
@@ -112,7 +112,7 @@ def on_device(trainer: Trainer, device: Device) -> None:
 
 
 def due(config: TrainConfig) -> int:
-    """How many checkpoints a whole run writes."""
+    """Return how many checkpoints a whole run writes."""
     every = [one for one in (config.watch_every, config.checkpoint_every) if one]
     steps = range(1, config.steps + 1)
     return sum(step == config.steps or any(step % one == 0 for one in every) for step in steps)
@@ -201,5 +201,5 @@ DO: dict[str, Callable[[Kind, Path, bool], None]] = {
 
 
 def size(place: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Count the bytes of the files in a folder."""
     return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())

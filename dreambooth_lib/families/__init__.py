@@ -174,7 +174,7 @@ def inference(base: str, revision: str | None = None) -> Inference:
 
 
 def distilled(base: str) -> str | None:
-    """What training on a distilled base does, in a sentence; None for any other.
+    """Say what training on a distilled base does, in a sentence; None for any other.
 
     Nothing is downloaded: one that is not on this machine is known by its name. Raises as
     :func:`load` does.
@@ -223,7 +223,7 @@ def _pipeline_class(path: str, revision: str | None) -> str:
 
 
 def _read(path: str, name: str, revision: str | None) -> dict[str, Any]:
-    """One of a base's configs; empty where a folder lacks it."""
+    """Return one of a base's configs; empty where a folder lacks it."""
     if Path(path).exists():
         file = Path(path) / name
         if not file.exists():

@@ -169,14 +169,14 @@ class Family:
     def _dtypes(
         cls, half: torch.dtype, whole: Collection[str], master: torch.dtype
     ) -> dict[str, torch.dtype]:
-        """The precision of each part that is not in ``half``, as :meth:`from_pretrained` has it."""
+        """Map parts that are not in ``half`` to their precision, as :meth:`from_pretrained` has."""
         names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
         moved = {name: master for part in whole for name in names[part]}
         return moved | {"vae": autoencoder_dtype(half)}
 
     @classmethod
     def computes_in(cls, half: torch.dtype | None) -> bool:
-        """Whether the base can compute in a precision; None is float32."""
+        """Return whether the base can compute in a precision; None is float32."""
         return half in (None, torch.float32, *cls.halves)
 
     @classmethod
@@ -188,7 +188,7 @@ class Family:
     def _quantization(
         cls, names: Collection[str], index: dict[str, Any], quantize: str | None, half: torch.dtype
     ) -> dict[str, Any]:
-        """How the parts of these names are quantized, as the pipeline's ``from_pretrained`` asks.
+        """Describe to the pipeline's ``from_pretrained`` how parts of these names are quantized.
 
         It is told of none that it does not load, which it would tell the user.
         """

@@ -28,14 +28,14 @@ class Inference:
 
 
 def few(steps: int, guidance_scale: float = 0.0) -> Inference:
-    """A distilled base's."""
+    """Describe how a distilled base draws."""
     return Inference(steps, guidance_scale, steps, steps, distilled=True)
 
 
 def few_by_name(
     names: Collection[str], steps: int = 8, guidance_scale: float = 0.0
 ) -> Inference | None:
-    """That of a base which its names say is distilled, in ``steps`` if they do not say in how many.
+    """Describe how a base draws whose names say that it is distilled, by default in ``steps``.
 
     None for any other.
     """
@@ -47,7 +47,7 @@ def few_by_name(
 
 
 def few_by_scheduler(scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]) -> Inference | None:
-    """That of a distilled Stable Diffusion or XL, told by what it is sampled with.
+    """Describe how a distilled Stable Diffusion or XL draws, told by its scheduler.
 
     None for any other.
     """
@@ -71,7 +71,7 @@ def few_by_scheduler(scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]) 
 
 
 def warning(base: str, own: Inference, instead: str = "") -> str | None:
-    """What training on a distilled base does, and what to do, in a sentence; None for any other.
+    """Say what training on a distilled base does, and what to do; None for any other.
 
     ``instead`` is the base to train, where that is known.
     """

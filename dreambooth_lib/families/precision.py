@@ -13,7 +13,7 @@ class NonFinite(FloatingPointError):
 
     @classmethod
     def of(cls, part: str, base: str, gave: str, dtype: torch.dtype) -> "NonFinite":
-        """The error of a ``part`` of ``base`` that ``gave`` something of no use in ``dtype``."""
+        """Make the error of a ``part`` of ``base`` that ``gave`` something useless in ``dtype``."""
         fix = "its files may be damaged: get the base anew, or choose another"
         if dtype is torch.float16:
             fix = (
@@ -25,7 +25,7 @@ class NonFinite(FloatingPointError):
 
 
 def autoencoder_dtype(half: torch.dtype) -> torch.dtype:
-    """What autoencoders compute in where the rest computes in ``half``.
+    """Choose what autoencoders compute in where the rest computes in ``half``.
 
     Many overflow float16, which ends at 65,504, and give NaN or black pictures; as diffusers' own
     training scripts do, the kit keeps them in float32 there.
@@ -34,7 +34,7 @@ def autoencoder_dtype(half: torch.dtype) -> torch.dtype:
 
 
 def outside_autocast(vae: Any) -> Callable[..., Any]:
-    """An autoencoder's ``decode`` that takes any precision and computes in its weights' own.
+    """Make an autoencoder's ``decode`` that takes any precision and computes in its weights' own.
 
     Under autocast its convolutions would compute in float16 all the same.
     """

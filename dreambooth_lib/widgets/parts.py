@@ -86,7 +86,7 @@ def hinted(controls: Mapping[Any, str]) -> VBox:
 
 
 def from_here(path: str | Path) -> str:
-    """A path as it is said to the reader: what lies in this folder is named from here."""
+    """Return a path as it is said to the reader: what lies in this folder is named from here."""
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

@@ -174,7 +174,7 @@ def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
 
 
 def _memory(config: TrainConfig) -> str:
-    """What a new run takes of the GPU, told from the base's configs; nothing without a GPU."""
+    """Say what a new run takes of the GPU, by the base's configs; nothing without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -60,7 +60,7 @@ Object.assign(window.dreamboothUpload, %s);
 
 
 def limit() -> int:
-    """How many bytes of files can be uploaded at once. Raises ``ConfigError`` for no number."""
+    """Read how many bytes can be uploaded at once. Raises ``ConfigError`` for no number."""
     said = os.environ.get(LIMIT, str(_DEFAULT))
     if not said.isdecimal() or int(said) <= _HEAD:
         raise ConfigError(f"{LIMIT} is {said!r}; set it to the bytes that the server takes.")
@@ -68,7 +68,7 @@ def limit() -> int:
 
 
 def button() -> FileUpload:
-    """The button; where it is displayed, :func:`guard` must be."""
+    """Make the button; where it is displayed, :func:`guard` must be."""
     made = FileUpload(accept="image/*,.zip", multiple=True, description="Upload pictures")
     made.layout.width = "auto"
     made.add_class(_CLASS)
@@ -76,7 +76,7 @@ def button() -> FileUpload:
 
 
 def row(button: FileUpload) -> HBox:
-    """The button, with how much it takes."""
+    """Lay out the button with how much it takes."""
     text = f"three to six pictures or one zip, all together below <b>{size_in_words(limit())}</b>. "
     text += f"For more: {ELSE[0].lower()}{ELSE[1:]}."
     line = HTML(f'<div style="line-height: 1.4">{text}</div>')
@@ -84,7 +84,7 @@ def row(button: FileUpload) -> HBox:
 
 
 def guard() -> Javascript:
-    """What weighs the files in the page before they are sent."""
+    """Make the script that weighs the files in the page before they are sent."""
     settings = json.dumps({"bytes": limit(), "note": _NOTE, "button": _CLASS})
     return Javascript(_GUARD % settings)
 

@@ -161,7 +161,7 @@ def _peak(
 
 
 def _stretches(half: torch.nn.Module) -> list[Stretch]:
-    """Of an encoder or decoder, in order."""
+    """List those of an encoder or decoder, in order."""
     found = [Stretch(half.conv_in, [])]
     down, up = getattr(half, "down_blocks", ()), getattr(half, "up_blocks", ())
     for block in (*down, half.mid_block, *up):
