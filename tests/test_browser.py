@@ -113,8 +113,12 @@ def write_panel(folder: Path) -> str:
 
 def make_lab() -> tuple[dict[str, str], list[str]]:
     """The variables that ``make lab`` sets, and the server's arguments that it gives."""
-    dry = ["make", "--dry-run", "--old-file=.venv/ready", "lab"]
-    said = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    dry = ["make", "--dry-run", "--no-print-directory", "--old-file=.venv/ready", "lab"]
+    # The make that runs the tests would have this one name the folder first.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    said = subprocess.run(
+        dry, cwd=ROOT, check=True, capture_output=True, text=True, env=alone
+    ).stdout
     words = shlex.split(said.replace("\\\n", ""))
     start = words.index("-m") - 1
     variables = dict(word.split("=", 1) for word in words[:start])

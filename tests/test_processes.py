@@ -43,6 +43,7 @@ for name, steps in json.loads((folder / "jobs.json").read_text()):
         state.wait_for_everyone()
         list(islice(training.train(runs.resume(folder / "two" / name)), steps))
         state.wait_for_everyone()
+state.destroy_process_group()  # a process that ends before the other can abort without it
 """
 
 
