@@ -11,7 +11,8 @@ import torch
 
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.data import in_turn
-from dreambooth_lib.families.base import Cond, Family, Known, rows
+from dreambooth_lib.families.base import Cond, Family, rows
+from dreambooth_lib.families.prompt_cache import Known
 from dreambooth_lib.latents import LatentCache
 from dreambooth_lib.noise import Noised
 from dreambooth_lib.pictures import Photo

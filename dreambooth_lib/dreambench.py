@@ -25,7 +25,7 @@ from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.sampling import draw, load_source
+from dreambooth_lib.sampling import load_source
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import CLASS_SEED
 
@@ -250,8 +250,7 @@ def draw_all(
                 for p in part
             ]
             own, scale = family.inference, wanted.guidance_scale
-            images = draw(
-                family,
+            images = family.generate(
                 asked,
                 wanted.steps or own.enough,
                 own.guidance_scale if scale is None else scale,

@@ -18,7 +18,6 @@ from dreambooth_lib.allocations import Alive, AsOnCuda, give_shapes
 from dreambooth_lib.config import LOW, ConfigError, Subject, TrainConfig
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.optim import choose
-from dreambooth_lib.sampling import alone
 from dreambooth_lib.watch import JUDGE
 from dreambooth_lib.weights import Trainable, lets_go, precisions, trainable_of
 
@@ -58,7 +57,7 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
 
     ``precision`` is what the GPU computes in: "fp16", "bf16" or "no". Of a base on the hub only its
     configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
-    Raises as :func:`dreambooth_lib.families.load` and :func:`dreambooth_lib.weights.precisions` do.
+    Raises as ``families.load_model`` and :func:`dreambooth_lib.weights.precisions` do.
     """
     return _estimate(_in_kind(config), precision)
 
@@ -102,7 +101,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
         if config.watch_every:
             looking = _drawing(family, trainable, family.at_a_time, config, half)
         if config.draws_class_pictures:
-            preparing = _drawing(family, trainable, alone(family), config, half)
+            preparing = _drawing(family, trainable, family.default_batch_size, config, half)
     if few is not None:  # a layer at a time is unpacked
         unpacked = max(m.weight.numel() for m in _linears(family.denoiser).values()) * half.itemsize
         working, looking, preparing = (n and n + unpacked for n in (working, looking, preparing))
@@ -132,7 +131,9 @@ def drawing(config: TrainConfig, precision: str = "fp16") -> int:
         for module in modules:
             give_shapes(module)
         model = Trainable(family, with_text=False).eval()
-        return int(weights) + _drawing(family, model, alone(family), config, torch.float32)
+        return int(weights) + _drawing(
+            family, model, family.default_batch_size, config, torch.float32
+        )
 
 
 def ways_out(config: TrainConfig, precision: str) -> str:

@@ -112,8 +112,8 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     first = (base or config.base) if lora else model
     load = [_LOAD_LORA.format(model, families.LORA_FILE)] if lora else []
     if config.train_token:
-        adapter = families.adapter(config.base, config.revision)
-        load += tokens.usage(adapter, model, config.subject.identifier)
+        family = families.resolve(config.base, config.revision).family
+        load += tokens.usage(family, model, config.subject.identifier)
     settings, dtype = _drawing(run)
     draw = 'pipeline("{}"{}).images[0]'
     prompts = [f"{subject.instance_prompt} on the beach" for subject in config.subjects]
@@ -138,12 +138,12 @@ def _drawing(run: Run) -> tuple[str, str]:
     config = run.config
     where = str(run.folder) if run.finished else config.base
     try:
-        own, adapter = inference_of(run), families.adapter(where, config.revision)
+        own, family = inference_of(run), families.resolve(where, config.revision).family
     except families.BaseError:
         return "", "float16"
     return (
         f", num_inference_steps={own.steps}, guidance_scale={own.guidance_scale:g}",
-        adapter.card_dtype,
+        family.card_dtype,
     )
 
 

@@ -136,14 +136,14 @@ def described(base: str) -> Base:
     like = bases.known("Stable Diffusion 1.5")
     assert like is not None
     try:
-        path = Path(families.locate(base))
+        found = families.resolve(base)
     except families.BaseError:
         return like
-    if not path.exists():
+    if found.loras:
+        return described(found.name)
+    if not found.is_local:
         return _like(base)
-    if (path / families.MADE_OF).exists():
-        return described(families.made_of(str(path))[0]["base"])
-    parts = dict(_parameters(path))
+    parts = dict(_parameters(Path(found.path)))
     every = max(1, sum(parts.values()))
     for one in bases.KNOWN:
         if abs(every / one.parameters - 1) < 0.01:

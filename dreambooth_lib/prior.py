@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import families
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.sampling import alone, draw
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -55,11 +54,11 @@ def class_pictures(
     paths = {number: place / f"{number:05d}.png" for number in mine}
     missing = [number for number in mine if not _drawn(paths[number])]
     yield from (path for number, path in paths.items() if number not in missing)
-    batch = alone(family)
+    batch = family.default_batch_size
     for start in range(0, len(missing), batch):
         numbers = missing[start : start + batch]
         wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
-        images = draw(family, wanted, *_drawing(config, family))
+        images = family.generate(wanted, *_drawing(config, family))
         for number, image in zip(numbers, images, strict=True):
             save_png(image, paths[number])
             yield paths[number]
@@ -91,22 +90,24 @@ def _text(made_by: dict[str, Any]) -> str:
 
 
 def _digest_of_weights(config: TrainConfig) -> str:
-    """The base's content: a digest of a local denoiser's file, or the hub's commit."""
-    path = Path(families.locate(config.base))
-    if not path.exists():
+    """Return a digest of a local base's weights, or the hub's commit, and of LoRAs on it."""
+    base = families.resolve(config.base, config.revision)
+    folders, content = [lora.path for lora in base.loras], ""
+    if base.is_local:
+        folders.insert(0, base.path)
+    else:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(str(path), "model_index.json", revision=config.revision)
-        return Path(cached).parent.name if isinstance(cached, str) else str(config.revision)
-    digest = hashlib.sha256()
-    if (path / families.MADE_OF).exists():
-        below, _ = families.made_of(str(path))
-        of_hub = {name: below[name] for name in ("base", "revision", "variant")}
-        digest.update(_digest_of_weights(config.replace(**of_hub)).encode())
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("[!.]*/*.safetensors")]):
-        stat = file.stat()
-        digest.update(_digest_of(file, stat.st_size, stat.st_mtime_ns))
-    return digest.hexdigest()
+        revision = base.hub["revision"]
+        cached = try_to_load_from_cache(base.path, "model_index.json", revision=revision)
+        content = Path(cached).parent.name if isinstance(cached, str) else str(revision)
+    for folder in map(Path, folders):
+        digest = hashlib.sha256(content.encode())
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("[!.]*/*.safetensors")]):
+            stat = file.stat()
+            digest.update(_digest_of(file, stat.st_size, stat.st_mtime_ns))
+        content = digest.hexdigest()
+    return content
 
 
 @cache

@@ -1,13 +1,11 @@
 """Seeded pictures from a base or a run, through its own diffusers pipeline."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dreambooth_lib import families, memory
 from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.families.precision import NonFinite
 from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.weights import base_of, restored
@@ -65,12 +63,12 @@ def sample(
     own = inference_of(source)
     steps = own.steps if steps is None else steps
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
-    batch_size = batch_size or alone(family)
+    batch_size = batch_size or family.default_batch_size
     wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
-        images = draw(family, part, steps, guidance_scale, negative_prompt)
+        images = family.generate(part, steps, guidance_scale, negative_prompt)
         samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
     return samples
 
@@ -97,72 +95,6 @@ def inference_of(source: "Run | Family | TrainConfig | str") -> "Inference":
     )
 
 
-def alone(family: "Family") -> int:
-    """Pictures to draw at once where nothing but the model is in memory: 8 of 512 pixels."""
-    return min(8, 4 * family.at_a_time)
-
-
-def draw(
-    family: "Family",
-    wanted: list[tuple[str, int]],
-    steps: int,
-    guidance_scale: float,
-    negative_prompt: str = "",
-) -> list["Image.Image"]:
-    """One batch of (prompt, seed) pairs; training mode is put back as it was.
-
-    Raises :class:`NonFinite` where the base computed NaN or infinity, or a picture is all black.
-    """
-    import torch
-
-    latents: list[torch.Tensor] = []
-
-    def last(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        latents[:] = [tensors["latents"]]
-        return tensors
-
-    modules = [family.denoiser, *family.text_encoders]
-    was_training = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    family.pipeline.set_progress_bar_config(disable=True)
-    try:
-        with torch.inference_mode():
-            images = family.pipeline(
-                **family.prompt_arguments([prompt for prompt, _ in wanted], negative_prompt),
-                generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                height=family.resolution,
-                width=family.resolution,
-                callback_on_step_end=last,
-                output_type="np",
-            ).images
-            finite = all(one.isfinite().all() for one in latents)
-    finally:
-        for module, training in zip(modules, was_training, strict=True):
-            module.train(training)
-    if not finite:
-        part = f"the {family.denoiser_name} or a text encoder"
-        raise NonFinite.of(part, family.name, "latents that are not finite", _computes_in(family))
-    dtype = family.pipeline.vae.dtype
-    if not math.isfinite(images.sum()):
-        raise NonFinite.of("the autoencoder", family.name, "pictures that are not finite", dtype)
-    if not images.max((1, 2, 3)).all():
-        raise NonFinite.of("the autoencoder", family.name, "a picture that is all black", dtype)
-    return family.pipeline.image_processor.numpy_to_pil(images)
-
-
-def _computes_in(family: "Family") -> "torch.dtype":
-    """Return the precision of the denoiser's products, which autocast decides where it is on."""
-    import torch
-
-    kind = family.denoiser.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return family.denoiser.dtype
-
-
 def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
     """The family that draws, on the GPU in half precision if there is one; a config's is its base.
 
@@ -172,14 +104,14 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
         return source
     half = _half()
     if isinstance(source, str):
-        family = families.load(source, half=half, whole=())
+        family = families.load_model(source, half=half, whole=())
     elif isinstance(source, TrainConfig):
         family = base_of(source, half)
     elif at is not None:
         family = restored(source, at, half)
     elif source.finished:
         resolution = source.config.resolution
-        family = families.load(str(source.folder), resolution=resolution, half=half, whole=())
+        family = families.load_model(str(source.folder), resolution=resolution, half=half, whole=())
     else:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
     return _placed(family)

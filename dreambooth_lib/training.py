@@ -165,7 +165,7 @@ class Trainer:
         loading = precisions(config, self.half)
         if lets_go(config):
             loading |= {"prompts": self._prompts(instance), "device": accelerator.device}
-        family = families.load(*hub, **loading)
+        family = families.load_model(*hub, **loading)
         self.family: Family = family
         family.pipeline.to(accelerator.device)
         classes = self._class_pictures()

@@ -18,7 +18,7 @@ from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.heldout import HeldOut
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.sampling import draw, inference_of
+from dreambooth_lib.sampling import inference_of
 from dreambooth_lib.weights import Trainable
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def look(family: Family, subject: Subject, view: View) -> Look:
     images, batch = [], family.at_a_time
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]
-        images += draw(family, part, steps, scale)
+        images += family.generate(part, steps, scale)
     ends = (count * view.seeds, count * view.seeds + view.class_pictures)
     asked = [prompt for prompt, _ in wanted[: ends[0]]]
     return Look(images[: ends[0]], images[ends[0] : ends[1]], images[ends[1] :], asked)

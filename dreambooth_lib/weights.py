@@ -12,40 +12,27 @@ from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.runs import Run, RunError
 
 
-def base_of(config: TrainConfig, half: torch.dtype = torch.float32) -> Family:
-    """A config's base at its resolution, all in ``half``."""
-    hub = config.base, config.revision, config.variant
-    given: dict[str, Any] = {"half": half, "whole": (), "quantize": config.quantize}
-    return families.load(*hub, resolution=config.resolution, **given)
-
-
-def to_be_saved(config: TrainConfig) -> Family:
-    """A config's base to put tuned weights into: in float32, but for what trained in bfloat16.
-
-    An average of such weights is finer than these.
-    """
-    hub = config.base, config.revision, config.variant
-    loading = precisions(config, torch.float32)
-    if config.ema_decay is not None:
-        loading["master"] = torch.float32
-    return families.load(*hub, **loading)
+def base_of(config: TrainConfig, half: torch.dtype = torch.float32, **loading: Any) -> Family:
+    """Load a config's base at its resolution, all in ``half`` if ``loading`` says no more."""
+    own = {"resolution": config.resolution, "half": half, "whole": (), "quantize": config.quantize}
+    return families.load_model(config.base, config.revision, config.variant, **(own | loading))
 
 
 def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
-    """How a base is loaded to be trained: in ``half`` but for the weights that move.
+    """Say how a base is loaded to be trained: in ``half`` but for the weights that move.
 
-    As :func:`dreambooth_lib.families.load` takes it. Raises :class:`ConfigError` where the family
-    cannot compute in ``half``, or not with the weights that the level of memory keeps.
+    As ``families.load_model`` takes it. Raises :class:`ConfigError` where the family cannot compute
+    in ``half``, or not with the weights that the level of memory keeps.
     """
-    hub = config.base, config.revision
-    if half is torch.float16 and not families.adapter(*hub).computes_in(half):
+    in_float16 = half is torch.float16
+    if in_float16 and not _family_of(config).computes_in(half):
         raise ConfigError(
             f"'{config.base}' produces NaN in float16, which this GPU computes in; train it on one "
             "with bfloat16, such as an L4 or A100, set mixed_precision to 'no' where memory "
             "allows, or choose another base."
         )
     rounded = config.memory == "lowest" and config.method == "full"
-    if rounded and half is torch.float16 and not families.adapter(*hub).mixes:
+    if rounded and in_float16 and not _family_of(config).mixes:
         raise ConfigError(
             f"memory is 'lowest', whose weights are bfloat16, and '{config.base}' cannot compute "
             "with them in float16; set memory to 'low', method to 'lora', or mixed_precision to "
@@ -61,8 +48,23 @@ def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
     }
 
 
+def to_be_saved(config: TrainConfig) -> Family:
+    """Load a config's base to put tuned weights into: in float32, or in bfloat16 if so trained.
+
+    An average of such weights is finer than these.
+    """
+    loading = precisions(config, torch.float32)
+    if config.ema_decay is not None:
+        loading["master"] = torch.float32
+    return base_of(config, **loading)
+
+
+def _family_of(config: TrainConfig) -> type[Family]:
+    return families.resolve(config.base, config.revision).family
+
+
 def lets_go(config: TrainConfig) -> bool:
-    """Whether the text encoders make room for training once they have encoded its prompts."""
+    """Return whether the text encoders make room for training once its prompts are encoded."""
     tight = config.memory in LOW or config.quantize is not None
     return tight and not config.trains_text
 
@@ -86,7 +88,7 @@ class Trainable(torch.nn.Module):
         return family.predict(x_t, t, family.cond_of(prompts) if cond is None else cond)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The trained parameters by name."""
+        """Return the trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def put(self, state: dict[str, torch.Tensor]) -> None:
@@ -104,7 +106,7 @@ class Trainable(torch.nn.Module):
 
 
 def trainable_of(family: Family, config: TrainConfig) -> Trainable:
-    """What a config trains of a family, ready for it; all else is frozen.
+    """Make what a config trains of a family ready for it; all else is frozen.
 
     Raises :class:`ConfigError` where text encoders are to train and the family's never do.
     """
@@ -140,14 +142,14 @@ def what_is_trained(family: Family, config: TrainConfig) -> Trainable:
 
 
 def restored(run: Run, step: int, half: torch.dtype = torch.float32) -> Family:
-    """The family as it was at a checkpoint, in ``half``, with the averaged weights if it has them.
+    """Load the family of a checkpoint, in ``half``, with the averaged weights if it has them.
 
     LoRA weights are merged into their base, so that it is plain models, unless that is quantized.
 
     Raises :class:`RunError` where the run has no checkpoint of that step.
     """
-    config = run.config
-    family = _as_trained(base_of(config, half), run, step)
+    config, family = run.config, base_of(run.config, half)
+    put_back(what_is_trained(family, config), run, step)
     if config.train_token:
         tokens.merge(family)
     merge = config.method == "lora" and config.quantize is None
@@ -155,23 +157,20 @@ def restored(run: Run, step: int, half: torch.dtype = torch.float32) -> Family:
 
 
 def as_trained(run: Run, step: int) -> Family:
-    """As :func:`restored`, to be saved: a model in half precision, or LoRA weights alone.
+    """Load a checkpoint to be saved: a model in half precision, or LoRA weights alone.
 
     Of a LoRA's base only the configs are read, not the weights: they may be too many for the
     memory, and what is saved has none of them.
     """
     config = run.config
     if config.method == "full":
-        fits = families.adapter(config.base, config.revision).computes_in(torch.float16)
+        fits = _family_of(config).computes_in(torch.float16)
         rounded = run.settled.memory == "lowest"  # its weights are bfloat16 already
-        half = torch.float16 if fits and not rounded else torch.bfloat16
-        return _as_trained(base_of(config, half), run, step)
-    names = precisions(config, torch.float32)
-    return _as_trained(families.skeleton(config.base, config.revision, **names), run, step)
-
-
-def _as_trained(family: Family, run: Run, step: int) -> Family:
-    put_back(what_is_trained(family, run.config), run, step)
+        family = base_of(config, torch.float16 if fits and not rounded else torch.bfloat16)
+    else:
+        loading = precisions(config, torch.float32)
+        family = families.skeleton(config.base, config.revision, **loading)
+    put_back(what_is_trained(family, config), run, step)
     return family
 
 

@@ -284,4 +284,4 @@ def save_loaded(name: str, plain: Path, by_the_kit: Path) -> None:
     from dreambooth_lib import families
 
     DiffusionPipeline.from_pretrained(name).save_pretrained(plain)
-    families.load(name).pipeline.save_pretrained(by_the_kit)
+    families.load_model(name).pipeline.save_pretrained(by_the_kit)

@@ -306,5 +306,5 @@ def test_weights_are_written_in_shards_with_an_index(
     assert len(files) > 1
     with safe_open(folder / files[0], "pt") as first:
         assert set(first.keys()) == {n for n, f in index["weight_map"].items() if f == files[0]}
-    loaded = families.load(str(tmp_path / "flux"))
+    loaded = families.load_model(str(tmp_path / "flux"))
     assert all(weight.isfinite().all() for weight in loaded.denoiser.state_dict().values())

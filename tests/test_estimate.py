@@ -17,7 +17,6 @@ from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 from dreambooth_lib.estimate import GIB, _estimate, _size, drawing, estimate, ways_out
 from dreambooth_lib.families import base
 from dreambooth_lib.levels import first_fitting
-from dreambooth_lib.sampling import draw
 from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
 from tools.bases import configs
@@ -59,7 +58,7 @@ def test_weights_are_counted_from_the_configs_alone(
     half, precision = torch.float16, "fp16"
     if family == "z_image":
         half, precision = torch.bfloat16, "bf16"
-    loaded = families.load(asked.base, **precisions(asked, half))
+    loaded = families.load_model(asked.base, **precisions(asked, half))
     parts = [loaded.denoiser, *loaded.text_encoders, *loaded.frozen]
     # Some layers of T5 stay in float32 whatever is asked.
     held = sum(p.nbytes for part in parts for p in part.parameters())
@@ -136,7 +135,7 @@ def test_pictures_that_become_latents_are_counted_large_ones_one_at_a_time(
     monkeypatch.setattr(base, "PIXELS", 16 * 16 * (1 if large else 8))
     _estimate.cache_clear()
     asked = config("sd1", method="lora", lora_rank=1, prior="none")
-    family = families.load(asked.base, **precisions(asked, torch.float32))
+    family = families.load_model(asked.base, **precisions(asked, torch.float32))
     with Alive() as alive:
         for weight in family.pipeline.vae.state_dict().values():
             alive.without(weight)
@@ -238,7 +237,7 @@ def test_class_pictures_that_are_drawn_first_are_counted(config: Make) -> None:
 
 def test_a_teacher_is_copied_whole_before_it_is_rounded(config: Make) -> None:
     found = estimate(config("sd1", prior="distilled", memory="standard"), "fp16")
-    denoiser = families.load(config("sd1").base).denoiser
+    denoiser = families.load_model(config("sd1").base).denoiser
     held = sum(p.nbytes for p in denoiser.parameters())  # once as it trains, half as a teacher
     assert found.preparing == pytest.approx(found.weights - held / 2 + held, rel=0.01)
 
@@ -246,7 +245,7 @@ def test_a_teacher_is_copied_whole_before_it_is_rounded(config: Make) -> None:
 def test_layers_that_are_never_quantized_are_counted_whole(config: Make) -> None:
     """Those that T5 would overflow in float16 stay as they are, in bfloat16 too."""
     asked = config("sd3", method="lora", lora_rank=1, quantize="nf4", memory="low", prior="none")
-    encoder = families.load(asked.base).pipeline.text_encoder_3
+    encoder = families.load_model(asked.base).pipeline.text_encoder_3
     layers = {n: m for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)}
     whole = sum(m.weight.numel() for n, m in layers.items() if n.endswith(".wo"))
     packed = sum(m.weight.numel() for m in layers.values()) - whole
@@ -266,12 +265,12 @@ def test_a_loras_gradients_exist_together_at_any_level(config: Make) -> None:
 def test_drawing_for_a_look_is_counted_where_there_are_looks(config: Make) -> None:
     asked = config("sd1", memory="low", method="lora", lora_rank=1, watch_every=2)
     found = estimate(asked, "no")
-    family = families.load(asked.base, **precisions(asked, torch.float32))
+    family = families.load_model(asked.base, **precisions(asked, torch.float32))
     with torch.no_grad(), Alive() as alive:
         for module in (family.denoiser, *family.text_encoders, family.pipeline.vae):
             for weight in module.state_dict().values():
                 alive.without(weight)
-        draw(family, [("a dog", seed) for seed in range(family.at_a_time)], 1, 3.0)
+        family.generate([("a dog", seed) for seed in range(family.at_a_time)], 1, 3.0)
     # The pipeline makes its noise and its pixels of latents besides.
     assert found.looking == pytest.approx(alive.most, rel=0.25)
     assert found.memory >= found.weights + found.moments + found.looking

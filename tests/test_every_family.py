@@ -11,7 +11,6 @@ from dreambooth_lib import families
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.losses import per_sample_errors
-from dreambooth_lib.sampling import draw
 
 #: Those with an adapter of their own beside Stable Diffusion's, which has tests of its own.
 FAMILIES = ["sdxl", "sd3", "flux", "z_image"]
@@ -22,7 +21,7 @@ PROMPTS = ["a dog", "a ohwx dog on the beach in snow"]
 def both(request: pytest.FixtureRequest, tiny_bases: Callable[[str], str]) -> tuple[Family, Any]:
     """An adapter and the same base as a plain diffusers pipeline."""
     path = tiny_bases(request.param)
-    return families.load(path, resolution=16), DiffusionPipeline.from_pretrained(path)
+    return families.load_model(path, resolution=16), DiffusionPipeline.from_pretrained(path)
 
 
 def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, share: float) -> Any:
@@ -104,13 +103,13 @@ def test_an_outline_says_what_the_loaded_base_says(both: tuple[Family, Any]) -> 
     _, plain = both
     path = plain.config._name_or_path
     outline = families.outline(path)
-    assert outline.resolution == families.load(path).resolution
+    assert outline.resolution == families.load_model(path).resolution
     assert outline.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
 
 
 def test_pictures_are_drawn_at_the_resolution_in_hand(both: tuple[Family, Any]) -> None:
     family, plain = both
-    drawn = draw(family, [("a dog", 0), ("a cat", 1)], 2, 2.0)
+    drawn = family.generate([("a dog", 0), ("a cat", 1)], 2, 2.0)
     plain.set_progress_bar_config(disable=True)
     expected = plain(
         prompt=["a dog", "a cat"],
@@ -134,7 +133,7 @@ def test_lora_finds_its_layers(both: tuple[Family, Any]) -> None:
 def test_the_empty_prompt_is_the_one_that_guidance_is_away_from(
     tiny_bases: Callable[[str], str],
 ) -> None:
-    family = families.load(tiny_bases("sdxl"))
+    family = families.load_model(tiny_bases("sdxl"))
     assert family.pipeline.config.force_zeros_for_empty_prompt
     cond = family.encode_prompts(["", "a dog"])
     plain = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
@@ -146,7 +145,7 @@ def test_the_empty_prompt_is_the_one_that_guidance_is_away_from(
 
 def test_flow_bases_refuse_min_snr_weights(tiny_bases: Callable[[str], str]) -> None:
     with pytest.raises(ValueError, match=r"min_snr_gamma is 5\.0.*predicts a flow"):
-        families.load(tiny_bases("sd3")).forward_process(5.0)
+        families.load_model(tiny_bases("sd3")).forward_process(5.0)
 
 
 def test_a_family_is_added_by_naming_its_pipeline(
@@ -158,13 +157,13 @@ def test_a_family_is_added_by_naming_its_pipeline(
         pass
 
     monkeypatch.setitem(families.ADAPTERS, "StableDiffusion3Pipeline", Mine)
-    assert type(families.load(tiny_bases("sd3"))) is Mine
+    assert type(families.load_model(tiny_bases("sd3"))) is Mine
 
 
 def test_only_what_is_named_is_loaded_whole(
     tiny_bases: Callable[[str], str], make_config: Callable[..., TrainConfig]
 ) -> None:
-    family = families.load(tiny_bases("flux"), half=torch.bfloat16, whole=("denoiser",))
+    family = families.load_model(tiny_bases("flux"), half=torch.bfloat16, whole=("denoiser",))
     assert family.denoiser.dtype is torch.float32
     others = {part.dtype for part in (*family.text_encoders, *family.frozen)}
     assert others == {torch.bfloat16}

@@ -161,7 +161,7 @@ def test_the_lines_that_are_printed_load_a_lora_and_its_word_from_the_hub(
     code, _, drawn = hub.usage(run, NAME).rpartition("\n")
     assert "a <rex> dog on the beach" in drawn
     fake_hub.call(run_lines, code, tmp_path / "found")
-    families.load(str(run.folder)).pipeline.save_pretrained(tmp_path / "expected")
+    families.load_model(str(run.folder)).pipeline.save_pretrained(tmp_path / "expected")
     found, expected = weights_of(tmp_path / "found"), weights_of(tmp_path / "expected")
     base = weights_of(Path(tiny_sd1))
     assert found.keys() == expected.keys()
@@ -279,4 +279,4 @@ def test_what_is_on_the_hub_is_looked_at_before_it_is_loaded(
     assert check("maker/gone").fix.startswith("Check its name")
     assert "diffusers' layout" in check("maker/other").fix
     with pytest.raises(families.BaseError, match="'maker/gone' could not be reached on the hub"):
-        fake_hub.call(families.load, "maker/gone")
+        fake_hub.call(families.load_model, "maker/gone")

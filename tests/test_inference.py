@@ -168,7 +168,7 @@ def test_class_images_and_validation_images_are_drawn_as_the_base_is(
         list(train(run))
         assert len(drawn) > 10 and {tuple(how) for _, *how in drawn} == {asked}
         drawn.clear()
-        for source in (run, base, families.load(base), families.load(str(run.folder))):
+        for source in (run, base, families.load_model(base), families.load_model(str(run.folder))):
             sampling.sample(source, ["a dog"], [0])
         playground(run).draw()
         assert len(drawn) == 6 and {tuple(how) for _, *how in drawn} == {of_card}
@@ -215,7 +215,7 @@ def test_a_distilled_base_is_trained_with_a_sentence_and_others_without(
     run = runs.start(plain(turbo, **quick), tmp_path / "runs" / "turbo")
     said = printed(run)
     assert said.count("distilled to draw in about 4 steps") == 1
-    assert f"train '{families.adapter(turbo).undistilled}' instead" in said
+    assert f"train '{families.resolve(turbo).family.undistilled}' instead" in said
     assert "distilled" not in printed(runs.resume(run.folder, steps=4)), "it is said once"
     other = runs.start(plain(tiny_sd1, **quick), tmp_path / "runs" / "other")
     assert "distilled" not in printed(other)
@@ -305,7 +305,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     Only ``load_source`` places a family on it.
     """
     seen = SimpleNamespace(placed=[], drawn=[], freed=0)
-    place, draw = sampling._placed, prior.draw
+    place, draw = sampling._placed, Family.generate
 
     def placed(family: Family) -> Family:
         seen.placed.append(family.denoiser.dtype)
@@ -318,7 +318,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(sampling, "_half", lambda: torch.bfloat16)
     monkeypatch.setattr(sampling, "_placed", placed)
-    monkeypatch.setattr(prior, "draw", drawing)
+    monkeypatch.setattr(Family, "generate", drawing)
     monkeypatch.setattr(
         "dreambooth_lib.memory.free", lambda: setattr(seen, "freed", seen.freed + 1)
     )
@@ -365,7 +365,7 @@ def test_a_set_of_class_images_is_the_same_whichever_precision_draws_it(
     plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path, gpu: SimpleNamespace
 ) -> None:
     config = plain(tiny_sd1)
-    whole, half = families.load(tiny_sd1), sampling.load_source(config)
+    whole, half = families.load_model(tiny_sd1), sampling.load_source(config)
     assert half.denoiser.dtype is torch.bfloat16
     assert prior.manifest(config, whole) == prior.manifest(config, half)
     assert prior.set_folder(config, whole, tmp_path) == prior.set_folder(config, half, tmp_path)
@@ -377,8 +377,8 @@ def test_each_family_draws_without_guidance_where_prompts_are_known_beforehand_t
 ) -> None:
     """As distilled bases are drawn at low memory, where the text encoders have made room."""
     base, wanted = tiny_bases(name), [("a dog", 0), ("a cat", 1)]
-    known = families.load(base, prompts=["a dog", "a cat"], resolution=16)
-    whole = families.load(base, resolution=16)
-    pictures = [sampling.draw(family, wanted, 2, 0.0) for family in (known, whole)]
+    known = families.load_model(base, prompts=["a dog", "a cat"], resolution=16)
+    whole = families.load_model(base, resolution=16)
+    pictures = [family.generate(wanted, 2, 0.0) for family in (known, whole)]
     for one, other in zip(*pictures, strict=True):
         assert one.tobytes() == other.tobytes() and max(high for _, high in one.getextrema()) > 0

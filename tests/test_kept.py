@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from dreambooth_lib import copies, families, hub, kept, runs, training, weights
+from dreambooth_lib import copies, hub, kept, runs, training, weights
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
 
@@ -91,7 +91,7 @@ def test_a_lora_is_kept_without_the_weights_of_its_base(
 
     last = max(run.checkpoints())
     with monkeypatch.context() as patch:
-        patch.setattr(families.base.Family, "from_pretrained", loaded)
+        patch.setattr("dreambooth_lib.families.loading.from_pretrained", loaded)
         kept.keep(run, last, tmp_path / "models" / "my-dog")
     for name in ("pytorch_lora_weights.safetensors", "word/token.safetensors"):
         if (run.pipeline / name).exists():

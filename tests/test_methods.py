@@ -70,7 +70,7 @@ def test_a_run_resumes_bit_for_bit_and_plain_diffusers_reads_what_it_saves(
     kept = getattr(plain, tuned.denoiser_name).state_dict()
     assert kept.keys() == denoiser(tuned).keys()
     assert all(torch.equal(kept[name], value) for name, value in denoiser(tuned).items())
-    base = families.load(whole.config.base)
+    base = families.load_model(whole.config.base)
     assert any(not torch.equal(v, denoiser(base)[name]) for name, v in denoiser(tuned).items())
     (picture,) = sample(whole, ["a {} dog"], [0], steps=1)
     assert picture.image.size == (16, 16)
@@ -108,7 +108,7 @@ def test_lora_starts_at_the_base_and_trains_its_own_weights_only(
     assert any(".ff.net.2." in name for name in names)
     assert len(names) == len(trainer.updater.parameters)
     x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
-    base = families.load(tiny_bases("sd1"))
+    base = families.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         expected = base.predict(x_t, t, base.encode_prompts(["a dog"]))
         trainer.updater.model.eval()
@@ -121,7 +121,7 @@ def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
     changes = {"train_text_encoder": True, "learning_rate": 0.1}
     run = started("run", "sdxl", method="lora", **changes)
     list(train(run))
-    base, tuned = families.load(tiny_bases("sdxl")), load_source(run)
+    base, tuned = families.load_model(tiny_bases("sdxl")), load_source(run)
     for one, other in zip(base.text_encoders, tuned.text_encoders, strict=True):
         name = next(n for n, _ in one.named_parameters() if n.endswith("q_proj.weight"))
         assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
@@ -150,7 +150,7 @@ def test_a_lora_run_is_a_base_that_can_be_trained_on(started: Callable[..., Run]
     second = started("second", "sd1", steps=1).config.replace(base=str(first.folder))
     run = runs.start(second, first.folder.parent / "third")
     list(train(run))
-    merged = denoiser(families.load(str(first.folder)))
+    merged = denoiser(families.load_model(str(first.folder)))
     after = denoiser(load_source(run))
     assert merged.keys() == after.keys()
     assert families.outline(str(first.folder)).resolution == 16
@@ -169,7 +169,7 @@ def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
     batch = trainer.batches.at(2)
     assert batch.prompts == ["a ohwx dog"] * 2 + ["a dog"] * 2
     taught = trainer.teacher(batch)
-    base = families.load(tiny_bases("sd1"))
+    base = families.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         cond = base.encode_prompts(["a dog"] * 2)
         expected = base.predict(batch.noised.x_t[2:], batch.noised.t[2:], cond)
@@ -413,7 +413,7 @@ def test_loras_are_composed_by_their_weights(family: str, started: Callable[...,
     for run in (one, other):
         list(train(run))
     base, first, second = (
-        denoiser(families.load(name))
+        denoiser(families.load_model(name))
         for name in (one.config.base, str(one.folder), str(other.folder))
     )
     both = denoiser(compose({one: 1.0, str(other.folder): -0.5}))

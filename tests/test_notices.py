@@ -115,7 +115,7 @@ def test_no_warning_of_the_schedule_where_the_loss_is_scaled(
     resumed: bool, tiny_sd1: str, photos: str, make_config: Make
 ) -> None:
     config = make_config(tiny_sd1, photos, lr_schedule="cosine")
-    family = families.load(tiny_sd1)
+    family = families.load_model(tiny_sd1)
     accelerator = Accelerator()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as on a GPU in float16
     updater = Updater(config, accelerator, trainable_of(family, config))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dreambooth_lib import families, prior, runs
+from dreambooth_lib import families, runs
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import read_pictures
 from dreambooth_lib.families.base import Family
@@ -24,7 +24,7 @@ Make = Callable[..., TrainConfig]
 
 @pytest.fixture(scope="module")
 def family(tiny_sd1: str) -> Family:
-    return families.load(tiny_sd1)
+    return families.load_model(tiny_sd1)
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def made(config: TrainConfig, family: Family, folder: Path) -> dict[str, str]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seed of each picture drawn from now on."""
     seeds: list[int] = []
-    draw = prior.draw
+    draw = Family.generate
 
     def counting(family: Family, wanted: list[tuple[str, int]], *settings: Any) -> Any:
         seeds.extend(seed for _, seed in wanted)
         return draw(family, wanted, *settings)
 
-    monkeypatch.setattr(prior, "draw", counting)
+    monkeypatch.setattr(Family, "generate", counting)
     return seeds
 
 
@@ -55,13 +55,13 @@ def test_as_many_distinct_pictures_as_asked_for_are_made_of_the_class(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[str] = []
-    draw = prior.draw
+    draw = Family.generate
 
     def spy(family: Family, wanted: list[tuple[str, int]], *settings: Any) -> Any:
         prompts.extend(prompt for prompt, _ in wanted)
         return draw(family, wanted, *settings)
 
-    monkeypatch.setattr(prior, "draw", spy)
+    monkeypatch.setattr(Family, "generate", spy)
     found = made(config, family, tmp_path)
     assert len(set(found.values())) == 5
     assert prompts == ["a dog"] * 5
@@ -121,12 +121,12 @@ def test_other_weights_in_the_same_folder_make_a_set_of_their_own(
     base = tmp_path / "base"
     shutil.copytree(tiny_sd1, base)
     config = make_config(str(base), photos, class_pictures=2)
-    first = made(config, families.load(str(base)), tmp_path / "sets")
+    first = made(config, families.load_model(str(base)), tmp_path / "sets")
     (file,) = (base / "unet").glob("*.safetensors")
     tensors = load_file(file)
     tensors["conv_out.bias"] = tensors["conv_out.bias"] + 1
     save_file(tensors, file, {"format": "pt"})
-    other = made(config, families.load(str(base)), tmp_path / "sets")
+    other = made(config, families.load_model(str(base)), tmp_path / "sets")
     assert len(list((tmp_path / "sets").iterdir())) == 2
     assert list(first.values()) != list(other.values())
 
@@ -136,7 +136,7 @@ def test_another_sampler_makes_a_set_of_its_own(
 ) -> None:
     from diffusers import EulerDiscreteScheduler
 
-    family = families.load(tiny_sd1)
+    family = families.load_model(tiny_sd1)
     ddim = set_folder(config, family, tmp_path)
     scheduler = EulerDiscreteScheduler.from_config(family.pipeline.scheduler.config)
     family.pipeline.scheduler = scheduler
@@ -176,7 +176,7 @@ def test_pictures_do_not_depend_on_what_was_drawn_beside_them(
         return np.stack([np.asarray(photo.image).astype(int) for photo in photos])
 
     together = pixels(tmp_path / "together")
-    monkeypatch.setattr(prior, "alone", lambda family: 2)
+    monkeypatch.setattr(Family, "default_batch_size", 2)
     apart = pixels(tmp_path / "apart")
     assert np.abs(together - apart).max() <= 1
     assert np.abs(together[0] - together[1]).max() > 1
@@ -203,7 +203,7 @@ def test_two_processes_make_disjoint_shares_of_the_same_set(
 def test_a_generator_left_early_leaves_whole_pictures_only_and_is_gone_on_with(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prior, "alone", lambda family: 2)
+    monkeypatch.setattr(Family, "default_batch_size", 2)
     making = class_pictures(config, family, tmp_path)
     for _ in range(3):
         next(making)

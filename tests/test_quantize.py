@@ -17,7 +17,7 @@ from dreambooth_lib.config import ConfigError, TrainConfig
 from dreambooth_lib.estimate import estimate
 from dreambooth_lib.families import BaseError
 from dreambooth_lib.runs import Run
-from dreambooth_lib.sampling import draw, load_source, sample
+from dreambooth_lib.sampling import load_source, sample
 from dreambooth_lib.state import load_state
 from dreambooth_lib.training import Trainer, train
 
@@ -109,10 +109,10 @@ def test_the_base_is_quantized_and_its_lora_is_what_is_learnt(
     run = started("run", "flux", quantize="nf4", learning_rate=0.1)
     list(train(run))
     config = run.config
-    quantized = families.load(config.base, quantize="nf4")
+    quantized = families.load_model(config.base, quantize="nf4")
     drawn = [
-        draw(source, [("a ohwx dog", 0)], 2, 1.0)[0]
-        for source in (families.load(config.base), quantized, load_source(run))
+        source.generate([("a ohwx dog", 0)], 2, 1.0)[0]
+        for source in (families.load_model(config.base), quantized, load_source(run))
     ]
     far = [max(h for _, h in ImageChops.difference(one, drawn[1]).getextrema()) for one in drawn]
     assert far[1] == 0 and far[0] > 0 and far[2] > 5
@@ -137,11 +137,13 @@ def test_known_prompts_draw_what_the_text_encoders_would_have_said(
     family: str, tiny_bases: Callable[[str], str]
 ) -> None:
     prompts = ["a dog", "a ohwx dog"]
-    whole = families.load(tiny_bases(family), resolution=16)
-    known = families.load(tiny_bases(family), resolution=16, prompts=prompts)
+    whole = families.load_model(tiny_bases(family), resolution=16)
+    known = families.load_model(tiny_bases(family), resolution=16, prompts=prompts)
     assert known.text_encoders == [] and len(known.frozen) == 1
     wanted = [(prompt, seed) for prompt in prompts for seed in (0, 1)]
-    for one, other in zip(draw(whole, wanted, 2, 4.0), draw(known, wanted, 2, 4.0), strict=True):
+    for one, other in zip(
+        whole.generate(wanted, 2, 4.0), known.generate(wanted, 2, 4.0), strict=True
+    ):
         assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
     with pytest.raises(KeyError, match="a cat"):
         known.cond_of(["a cat"])

@@ -67,7 +67,7 @@ def test_a_lora_is_added_saved_and_merged_beside_it(
     with pytest.raises((ImportError, OSError)):
         plain_layer()
     config = make_config(tiny_sd1, photos, method="lora", lora_rank=2)
-    family = families.load(tiny_sd1)
+    family = families.load_model(tiny_sd1)
     lora.attach(family, config)
     lora.save(family, config, tmp_path)
     quantizers.ignore_unusable.cache_clear()
@@ -84,7 +84,7 @@ def test_a_lora_is_composed_beside_it(
     with monkeypatch.context() as usable:
         for name in ("is_torchao_available", "is_gptqmodel_available"):
             hold(usable, name, lambda: False)
-        family = families.load(tiny_sd1)
+        family = families.load_model(tiny_sd1)
         lora.attach(family, config)
         lora.save(family, config, tmp_path)
     quantizers.ignore_unusable.cache_clear()

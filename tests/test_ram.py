@@ -130,7 +130,7 @@ def test_files_of_zeros_are_read_as_weights_and_take_no_room(tmp_path: Path) -> 
     from tools import architectures
 
     architectures.save(architectures.ALL["sd15"], tmp_path / "base", tiny=True, zeros=True)
-    family = families.load(str(tmp_path / "base"))
+    family = families.load_model(str(tmp_path / "base"))
     assert all(torch.count_nonzero(one) == 0 for one in family.denoiser.parameters())
     architectures._write_zeros({"w": torch.Size([10**7])}, torch.float32, tmp_path / "w")
     stat = (tmp_path / "w").stat()

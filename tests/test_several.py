@@ -156,7 +156,7 @@ def watch_photos(subject: Subject) -> list[Photo]:
 
 
 def test_looks_are_put_together_and_taken_apart(tiny_sd1: str, photos: str, cat: Subject) -> None:
-    family, view = families.load(tiny_sd1), View(class_pictures=2, inference_steps=1)
+    family, view = families.load_model(tiny_sd1), View(class_pictures=2, inference_steps=1)
     subjects = [Subject(photos, "dog"), cat]
     seen = look_at_all(family, subjects, view)
     for one, subject in zip(apart(seen, 2), subjects, strict=True):

@@ -54,7 +54,7 @@ def started(
 
 def moved(run: Run) -> bool:
     """Whether training changed what the run's base draws."""
-    tuned, base = (families.load(of) for of in (str(run.folder), run.config.base))
+    tuned, base = (families.load_model(of) for of in (str(run.folder), run.config.base))
     weights = base.denoiser.state_dict()
     return any(not torch.equal(v, weights[k]) for k, v in tuned.denoiser.state_dict().items())
 

@@ -60,7 +60,7 @@ def test_only_the_words_row_trains_resumes_and_is_read_back(
     list(train(runs.resume(broken.folder)))
     one, other = (load_state(run.checkpoints()[2])["model"] for run in (whole, broken))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    tuned, base = load_source(whole), families.load(tiny_bases(family))
+    tuned, base = load_source(whole), families.load_model(tiny_bases(family))
     for name, encoder in enumerate(tuned.text_encoders):
         tokenizer = getattr(tuned.pipeline, ("tokenizer", "tokenizer_2")[name])
         before = base.text_encoders[name].get_input_embeddings().weight

@@ -511,7 +511,7 @@ def test_a_batch_that_does_not_split_over_processes_is_refused(
 def test_a_run_serves_as_the_base_of_another(tiny_sd1: str, started: Callable[..., Run]) -> None:
     first = started("first", tiny_sd1, steps=1)
     list(train(first))
-    family = families.load(str(first.folder))
+    family = families.load_model(str(first.folder))
     assert same(family.denoiser.state_dict(), weights(first.pipeline))
     second = started("second", str(first.folder), steps=1)
     list(train(second))

@@ -16,7 +16,7 @@ from dreambooth_lib import best_checkpoint, families, metrics, runs, training, w
 from dreambooth_lib.config import ConfigError, TrainConfig
 from dreambooth_lib.data import hold_out, near_groups, to_tensor
 from dreambooth_lib.encoders import Encoder
-from dreambooth_lib.families.base import MOST
+from dreambooth_lib.families.base import MOST, Family
 from dreambooth_lib.heldout import BINS, ROWS, HeldOut
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.runs import Run, RunError
@@ -101,18 +101,18 @@ def test_an_interrupted_look_is_made_after_resuming(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, whole = started("run"), started("whole")
-    real = watch.draw
+    real = Family.generate
 
     def interrupted(family: Any, *rest: Any) -> Any:
         if len(history(run)) == 1:
             raise KeyboardInterrupt
         return real(family, *rest)
 
-    monkeypatch.setattr(watch, "draw", interrupted)
+    monkeypatch.setattr(Family, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(train(run))
     assert list(run.checkpoints()) == [2] and [row.step for row in history(run)] == [0]
-    monkeypatch.setattr(watch, "draw", real)
+    monkeypatch.setattr(Family, "generate", real)
     losses = [step.loss for step in train(runs.resume(run.folder))]
     assert [row.step for row in history(run)] == [0, 2, 4]
     assert losses == [step.loss for step in train(whole)][2:]
@@ -197,7 +197,7 @@ def test_the_held_out_photo_is_not_trained_on(started: Callable[..., Run]) -> No
 def test_held_out_losses_are_those_of_a_plain_computation(
     tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
-    config, family = make_config(tiny_sd2, photos), families.load(tiny_sd2)
+    config, family = make_config(tiny_sd2, photos), families.load_model(tiny_sd2)
     (held, *_) = captioned(read_pictures(photos), config.subject.instance_prompt)
     rows = HeldOut(config, family, {"subject": [held], "class": []})
     model = Trainable(family, False).eval()

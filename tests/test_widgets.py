@@ -827,7 +827,7 @@ def test_qlora_is_one_of_the_methods(photos: str, make_config: Make) -> None:
 def test_what_others_say_of_themselves_stays_out_of_the_notebook(tmp_path: Path) -> None:
     code = (
         "from dreambooth_lib import families, widgets; widgets.quiet(); "
-        "families.load('toybox'); import bitsandbytes"
+        "families.load_model('toybox'); import bitsandbytes"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""

@@ -26,11 +26,11 @@ def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str,
     """Pace and peak memory of this kit; then, one after the other, what explains the pace."""
     if line.draws:
         from dreambooth_lib.prior import class_pictures
-        from dreambooth_lib.sampling import alone, load_source
+        from dreambooth_lib.sampling import load_source
 
         family = load_source(config)
         times = [time.perf_counter() for _ in class_pictures(config, family, folder)]
-        yield {"pictures_per_second": pace(times, alone(family)), "peak": peak()}
+        yield {"pictures_per_second": pace(times, family.default_batch_size), "peak": peak()}
         return
     from dreambooth_lib import runs
     from dreambooth_lib.training import Trainer

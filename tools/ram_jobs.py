@@ -18,7 +18,7 @@ from dreambooth_lib import exports, families, kept, mirrors, runs
 from dreambooth_lib import watch as looks
 from dreambooth_lib.choice import best_checkpoint
 from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.families import base as families_base
+from dreambooth_lib.families import loading
 from dreambooth_lib.state import save_png
 from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
@@ -161,10 +161,10 @@ def quantize(kind: Kind, work: Path, tiny: bool) -> None:
         quantizer.validate_environment = lambda *_, **__: None
         quantizer.update_device_map = lambda *_: {"": "cpu"}
     families._has_gpu = lambda: True
-    families_base.Known = lambda *_: None
+    loading.Known = lambda *_: None
     config = config_of(kind, work, tiny).replace(base=str(work / "whole"), quantize="nf4")
     with measured("load"):
-        families.load(config.base, prompts={""}, **precisions(config, torch.float16))
+        families.load_model(config.base, prompts={""}, **precisions(config, torch.float16))
 
 
 def drive(kind: Kind, work: Path, tiny: bool) -> None:

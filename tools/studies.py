@@ -118,7 +118,7 @@ def overtrain(subject: Subject, folder: Path) -> list[dict]:
     view = replace(SCORED, guidance_scale=config.guidance_scale)
     photos = [photo.image for photo in read_pictures(subject.pictures)]
     encoder = watch.judge(config)
-    before = watch.look(families.load(config.base), subject, view)
+    before = watch.look(families.load_model(config.base), subject, view)
     base = watch.score(encoder, photos, subject, before, before)
     found = []
     for seen in watch.history(one)[1:]:
@@ -170,7 +170,7 @@ def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
             pass
     view = replace(VIEW, guidance_scale=config.guidance_scale)
     photos = [photo.image for photo in read_pictures(subject.pictures)]
-    looks = [watch.look(families.load(where), subject, view) for where in
+    looks = [watch.look(families.load_model(where), subject, view) for where in
              (config.base, str(one.folder))]  # fmt: skip
     encoder = watch.judge(config)
     base, scores = (watch.score(encoder, photos, subject, seen, looks[0]) for seen in looks)

@@ -6,24 +6,20 @@ what LoRA attaches to, and in how many steps and with what guidance its bases dr
 an adapter asks which family it has.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping
-from importlib.metadata import version
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from packaging.version import Version
 
-from dreambooth_lib import memory, notices
 from dreambooth_lib.families.inference import Inference, few_by_name
-from dreambooth_lib.families.precision import (
-    NonFinite,
-    autoencoder_dtype,
-    outside_autocast,
-)
+from dreambooth_lib.families.precision import NonFinite, outside_autocast
 from dreambooth_lib.noise import Noised
 
-#: What diffusers calls the precision that a model is loaded in.
-DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dreambooth_lib.families.prompt_cache import Known
 
 #: Pictures at once beside all that a training holds, and their pixels in all.
 MOST, PIXELS = 8, 2 * 512 * 512
@@ -37,13 +33,6 @@ class Posterior(NamedTuple):
 
     mean: torch.Tensor
     std: torch.Tensor
-
-
-class Outline(NamedTuple):
-    """What of a base is known without its weights."""
-
-    resolution: int  # pixels a side that the base was made for
-    tokenizer: Any
 
 
 class ForwardProcess(Protocol):
@@ -114,6 +103,11 @@ class Family:
         return max(1, min(MOST, PIXELS // self.resolution**2))
 
     @property
+    def default_batch_size(self) -> int:
+        """Pictures to draw at once where nothing but the model is in memory: 8 of 512 pixels."""
+        return min(8, 4 * self.at_a_time)
+
+    @property
     def name(self) -> str:
         """Where the base was loaded from: a folder or a hub id."""
         return self.pipeline.config.get("_name_or_path") or type(self.pipeline).__name__
@@ -123,177 +117,29 @@ class Family:
         return [part for part in parts if part is not None]
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        resolution: int | None = None,
-        half: torch.dtype = torch.float32,
-        whole: Collection[str] = ("denoiser", "text_encoders"),
-        master: torch.dtype = torch.float32,
-        quantize: str | None = None,
-        prompts: Collection[str] | None = None,
-        device: str | torch.device = "cpu",
-        **options: Any,
-    ) -> "Family":
-        """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``.
-
-        The autoencoder is in float32 where ``half`` is float16, which many overflow.
-        ``quantize`` is as in ``TrainConfig``; what it concerns is put on the GPU at once. With
-        ``prompts`` the text encoders are loaded first and alone, encode these on ``device`` and
-        make room for the rest: no other prompt is known then.
-        """
-        from diffusers import DiffusionPipeline
-
-        index = DiffusionPipeline.load_config(path, **options)
-        dtypes = cls._dtypes(half, whole, master)
-        given: dict[str, Any] = {"use_safetensors": True, DTYPE: {"default": half} | dtypes}
-        given |= cls.options | options
-        known = None
-        if prompts is not None:
-            rest = dict.fromkeys((cls.denoiser_name, "vae"))
-            rest |= cls._quantization(index.keys() - rest, index, quantize, half)
-            text = DiffusionPipeline.from_pretrained(path, **(given | rest)).to(device)
-            known = Known(cls(text, resolution=1), {*prompts, ""})
-            del text
-            memory.free()
-            encoders = (*cls.encoder_names, *cls.large_encoder_names)
-            given |= {name: None for name in encoders if name in index}
-        present = index.keys() - {name for name in given if given[name] is None}
-        given |= cls._quantization(present, index, quantize, half)
-        family = cls(DiffusionPipeline.from_pretrained(path, **given), resolution)
-        family.known = known
-        return family
-
-    @classmethod
-    def _dtypes(
-        cls, half: torch.dtype, whole: Collection[str], master: torch.dtype
-    ) -> dict[str, torch.dtype]:
-        """Map parts that are not in ``half`` to their precision, as :meth:`from_pretrained` has."""
-        names = {"denoiser": (cls.denoiser_name,), "text_encoders": cls.encoder_names}
-        moved = {name: master for part in whole for name in names[part]}
-        return moved | {"vae": autoencoder_dtype(half)}
-
-    @classmethod
     def computes_in(cls, half: torch.dtype | None) -> bool:
         """Return whether the base can compute in a precision; None is float32."""
         return half in (None, torch.float32, *cls.halves)
 
     @classmethod
     def quantized_names(cls) -> tuple[str, ...]:
-        """The parts that quantizing concerns, where a base has them."""
+        """Return the parts that quantizing concerns, where a base has them."""
         return (cls.denoiser_name, *cls.large_encoder_names)
-
-    @classmethod
-    def _quantization(
-        cls, names: Collection[str], index: dict[str, Any], quantize: str | None, half: torch.dtype
-    ) -> dict[str, Any]:
-        """Describe to the pipeline's ``from_pretrained`` how parts of these names are quantized.
-
-        It is told of none that it does not load, which it would tell the user.
-        """
-        names = {*names} & {*cls.quantized_names()}
-        if quantize is None or not names:
-            return {}
-        import diffusers
-        import transformers
-
-        notices.hide_casts()
-
-        given: dict[str, Any] = {"load_in_8bit": True}
-        if quantize == "nf4":
-            given = {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_compute_dtype": half,
-                "bnb_4bit_use_double_quant": True,
-            }
-        kinds = {
-            "diffusers": diffusers.BitsAndBytesConfig,
-            "transformers": transformers.BitsAndBytesConfig,
-        }
-        mapping = {
-            name: kinds[library](**given)
-            for name, (library, kind) in _named_parts(index)
-            if name in names and kind is not None
-        }
-        if not mapping:
-            return {}
-        return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
-
-    @classmethod
-    def from_configs(
-        cls,
-        path: str,
-        *,
-        resolution: int | None = None,
-        half: torch.dtype = torch.float32,
-        whole: Collection[str] = ("denoiser", "text_encoders"),
-        master: torch.dtype = torch.float32,
-        quantize: str | None = None,
-        **options: Any,
-    ) -> "Family":
-        """As :meth:`from_pretrained`, without the weights: all are on the meta device.
-
-        What ``quantize`` concerns is in ``half`` here.
-        """
-        import diffusers
-        import transformers
-
-        index = diffusers.DiffusionPipeline.load_config(path, **options)
-        dtypes = cls._dtypes(half, whole, master)
-        parts: dict[str, Any] = dict(cls.options)
-        for name, (library, class_name) in _named_parts(index):
-            if name in parts or class_name is None:
-                parts[name] = None
-                continue
-            kind = getattr(diffusers if library == "diffusers" else transformers, class_name)
-            if name.startswith(("scheduler", "tokenizer")):
-                parts[name] = kind.from_pretrained(path, subfolder=name, **options)
-                continue
-            given: Any
-            if library == "diffusers":
-                given, make = kind.load_config(path, subfolder=name, **options), kind.from_config
-            else:
-                given = kind.config_class.from_pretrained(path, subfolder=name, **options)
-                make = kind
-            with torch.device("meta"):
-                parts[name] = make(given).to(dtypes.get(name, half))
-            # Some layers overflow in float16: transformers keeps them whole.
-            for module_name, module in parts[name].named_modules():
-                if module_name.rpartition(".")[2] in _kept_whole(kind, half):
-                    module.to(torch.float32)
-        return cls(getattr(diffusers, index["_class_name"])(**parts), resolution)
-
-    @classmethod
-    def outline(cls, path: str, **options: Any) -> Outline:
-        """What is known without the weights; from the hub, a small download."""
-        import transformers
-        from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-
-        # A config is read the same by every class of models.
-        index = DiffusionPipeline.load_config(path, **options)
-        denoiser = UNet2DConditionModel.load_config(path, subfolder=cls.denoiser_name, **options)
-        vae = AutoencoderKL.load_config(path, subfolder="vae", **options)
-        tokenizer = getattr(transformers, index["tokenizer"][1]).from_pretrained(
-            path, subfolder="tokenizer", **options
-        )
-        return Outline(cls.native_resolution(denoiser, vae), tokenizer)
 
     @classmethod
     def inference_for(
         cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
     ) -> Inference:
-        """Steps and guidance of a base, by its names and the configs of these two parts."""
+        """Choose steps and guidance by a base's names and the configs of these two parts."""
         return few_by_name(names) or cls.usual
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
-        """Pixels a side that a base was made for, by its parts' configs."""
+        """Return the pixels a side that a base was made for, by its parts' configs."""
         return denoiser["sample_size"] * vae_scale(vae)
 
     def forward_process(self, min_snr_gamma: float | None) -> ForwardProcess:
-        """The noise that the base was trained with, at the resolution in hand."""
+        """Make the noise that the base was trained with, at the resolution in hand."""
         raise NotImplementedError
 
     @property
@@ -303,12 +149,12 @@ class Family:
         return vae.latent_channels, self.resolution // vae_scale(dict(vae))
 
     def blank_prompts(self, prompts: list[str]) -> Cond:
-        """Conditioning of the right shape where weights have no values."""
+        """Return conditioning of the right shape where weights have no values."""
         return self.encode_prompts(prompts)
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> Posterior:
-        """Pixels [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser expects them."""
+        """Encode pixels [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser expects them."""
         vae = self.pipeline.vae
         with torch.autocast(vae.device.type, enabled=False):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
@@ -316,22 +162,22 @@ class Family:
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        """What the denoiser is told of each prompt, with gradients to the text encoders."""
+        """Return what the denoiser is told of each prompt, with gradients to the text encoders."""
         raise NotImplementedError
 
     def without_effect(self) -> Iterable[torch.nn.Parameter]:
-        """Parameters of the text encoders that no prompt's conditioning depends on.
+        """Return parameters of the text encoders that no prompt's conditioning depends on.
 
         They would get no gradient, for which several processes would wait in vain.
         """
         return ()
 
     def cond_of(self, prompts: list[str]) -> Cond:
-        """As :meth:`encode_prompts`, of known prompts where the text encoders were let go of."""
+        """Encode prompts, or look known ones up where the text encoders were let go of."""
         return self.encode_prompts(prompts) if self.known is None else self.known(prompts)
 
     def prompt_arguments(self, prompts: list[str], negative: str = "") -> dict[str, Any]:
-        """What the pipeline's call is told of prompts."""
+        """Return what the pipeline's call is told of prompts."""
         if self.known is None:
             # None, and not "", for the base's own idea of no prompt: SDXL's is all zeros.
             return {
@@ -343,50 +189,71 @@ class Family:
         return told | {f"negative_{name}": value for name, value in without.items()}
 
     def call_arguments(self, cond: Cond) -> dict[str, Any]:
-        """Prompt conditioning as arguments of the pipeline's call."""
+        """Return prompt conditioning as arguments of the pipeline's call."""
         return {self.call_names[name]: value for name, value in cond.items()}
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        """The prediction [B, C, h, w] for noisy latents, timesteps [B] and prompts."""
+        """Predict [B, C, h, w] from noisy latents, timesteps [B] and prompts."""
         raise NotImplementedError
 
+    def generate(
+        self,
+        wanted: list[tuple[str, int]],
+        steps: int,
+        guidance_scale: float,
+        negative_prompt: str = "",
+    ) -> list["Image.Image"]:
+        """Draw one batch of (prompt, seed) pairs; training mode is put back as it was.
 
-def _kept_whole(kind: Any, half: torch.dtype) -> list[str]:
-    """Ends of the names of the layers that a class of models keeps in float32."""
-    return (getattr(kind, "_keep_in_fp32_modules", None) or []) if half is torch.float16 else []
+        Raises :class:`NonFinite` where the base computed NaN or infinity, or a picture is all
+        black.
+        """
+        latents = torch.zeros(())
 
+        def keep_latents(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> Any:
+            nonlocal latents
+            latents = tensors["latents"]
+            return tensors
 
-def _named_parts(index: dict[str, Any]) -> list[tuple[str, tuple[str, str]]]:
-    """The parts that a ``model_index.json`` names: library and class of each."""
-    return [(name, tuple(value)) for name, value in index.items() if isinstance(value, list)]
+        modules = [self.denoiser, *self.text_encoders]
+        was_training = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        self.pipeline.set_progress_bar_config(disable=True)
+        try:
+            with torch.inference_mode():
+                images = self.pipeline(
+                    **self.prompt_arguments([prompt for prompt, _ in wanted], negative_prompt),
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    height=self.resolution,
+                    width=self.resolution,
+                    callback_on_step_end=keep_latents,
+                    output_type="np",
+                ).images
+                finite = bool(latents.isfinite().all())
+        finally:
+            for module, training in zip(modules, was_training, strict=True):
+                module.train(training)
+        dtype = self.pipeline.vae.dtype
+        if not finite:
+            part, kind = f"the {self.denoiser_name} or a text encoder", self.denoiser.device.type
+            autocast = torch.is_autocast_enabled(kind)  # decides the products' precision
+            dtype = torch.get_autocast_dtype(kind) if autocast else self.denoiser.dtype
+            raise NonFinite.of(part, self.name, "latents that are not finite", dtype)
+        if not math.isfinite(images.sum()):
+            raise NonFinite.of("the autoencoder", self.name, "pictures that are not finite", dtype)
+        if not images.max((1, 2, 3)).all():
+            raise NonFinite.of("the autoencoder", self.name, "a picture that is all black", dtype)
+        return self.pipeline.image_processor.numpy_to_pil(images)
 
 
 def vae_scale(vae: dict[str, Any]) -> int:
-    """Pixels a side for each latent, by an autoencoder's config."""
+    """Return pixels a side for each latent, by an autoencoder's config."""
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def rows(cond: Cond, index: list[int]) -> Cond:
-    """Some rows of prompt conditioning, in the order of ``index``."""
+    """Pick rows of prompt conditioning, in the order of ``index``."""
     return {name: value[index] for name, value in cond.items()}
-
-
-class Known:
-    """Prompts that were encoded once, looked up from then on.
-
-    Raises :class:`NonFinite` where the text encoders give NaN or infinity.
-    """
-
-    def __init__(self, family: Family, prompts: Collection[str]):
-        distinct = sorted(set(prompts))
-        self.row = {prompt: row for row, prompt in enumerate(distinct)}
-        with torch.no_grad():
-            self.cond = family.cond_of(distinct)
-        for value in self.cond.values():
-            if not value.isfinite().all():
-                gave = "conditioning that is not finite"
-                raise NonFinite.of("a text encoder", family.name, gave, value.dtype)
-
-    def __call__(self, prompts: list[str]) -> Cond:
-        """What the denoiser is told of each prompt. Raises KeyError for one that is not known."""
-        return rows(self.cond, [self.row[prompt] for prompt in prompts])

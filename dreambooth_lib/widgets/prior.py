@@ -13,7 +13,7 @@ _SHOWN = 32
 def class_pictures(config: TrainConfig, folder: str | Path) -> Image.Image | None:
     """Draw what is missing for a run in ``folder``, with its progress; gives a page of the first.
 
-    None where the config asks the base for none. Raises as ``families.load`` does.
+    None where the config asks the base for none. Raises as ``families.load_model`` does.
     """
     from tqdm.auto import tqdm
 

@@ -69,7 +69,7 @@ def drawn_by_base(target: Path, file: Path, rounds: int) -> tuple[np.ndarray, li
     """Pictures by the diffusion model of every class, and what they were to show; drawn once."""
     shown = report.wanted(rounds)
     if not file.exists():
-        pictures = report.pictures_of(families.load(str(target)), shown, DRAWN_SEED)
+        pictures = report.pictures_of(families.load_model(str(target)), shown, DRAWN_SEED)
         np.save(file, report.as_array(pictures))
     return np.load(file), shown
 

@@ -12,7 +12,6 @@ from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification
 from dreambooth_lib import families
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.pages import grid
-from dreambooth_lib.sampling import draw
 from tools.toybox import autoencoder, classifier, drawings, judge
 from tools.toybox.tokenizer import IDENTIFIERS
 from tools.toybox.world import CLASSES, COLOURS, SCENES, Picture, World, caption
@@ -27,7 +26,7 @@ def report(work: Path, target: Path, seed: int, rounds: int = 5) -> dict[str, fl
     """
     world = World(work / "drawings", seed=1000 + seed)
     began = time.perf_counter()
-    family = families.load(str(target))
+    family = families.load_model(str(target))
     loaded = time.perf_counter() - began
     encoder = CLIPModel.from_pretrained(target / "judge", torch_dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(target / "judge")
@@ -83,7 +82,7 @@ def pictures_of(
     asked = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
     pictures: list[Image.Image] = []
     for start in range(0, len(asked), batch):
-        pictures += draw(family, asked[start : start + batch], STEPS, GUIDANCE_SCALE)
+        pictures += family.generate(asked[start : start + batch], STEPS, GUIDANCE_SCALE)
     return pictures
 
 
