@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreambooth_lib.choice import Choice, best_checkpoint
-    from dreambooth_lib.config import ConfigError, Subject, TrainConfig
+    from dreambooth_lib.config import Subject, TrainConfig
+    from dreambooth_lib.config_checks import ConfigError
     from dreambooth_lib.data import check_pictures, load_dataset, load_subject
     from dreambooth_lib.identifiers import check_identifier, rare_identifiers
     from dreambooth_lib.pictures import read_pictures
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Choice": "choice",
     "best_checkpoint": "choice",
-    "ConfigError": "config",
+    "ConfigError": "config_checks",
     "Subject": "config",
     "TrainConfig": "config",
     "check_pictures": "data",

@@ -1,11 +1,15 @@
-"""What a run is asked to do: frozen, validated dataclasses, to and from TOML and dicts."""
+"""What a run is asked to do: frozen, validated dataclasses, and the defaults of each base."""
 
 import dataclasses
-import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dreambooth_lib import config_file
+from dreambooth_lib.config_checks import LOW as LOW
+from dreambooth_lib.config_checks import ConfigError as ConfigError
+from dreambooth_lib.config_checks import check
 
 #: The default identifier: one token for CLIP's tokenizer and for the embedded base's.
 DEFAULT_IDENTIFIER = "ohwx"
@@ -47,29 +51,10 @@ _BASE_DEFAULTS: dict[str, dict[str, Any]] = {
 #: Stands for such a default until ``__post_init__`` puts the number in.
 _BY_BASE: Any = None
 
-_CHOICES = {
-    "mixed_precision": ("auto", "no", "fp16", "bf16"),
-    "optimizer": ("auto", "adamw", "adamw8bit"),
-    "lr_schedule": ("constant", "linear", "cosine"),
-    "crop": ("center", "random"),
-    "prior": ("generated", "distilled", "none"),
-    "method": ("full", "lora"),
-    "lora_layers": ("attention", "all"),
-    "memory": ("auto", "standard", "low", "lowest"),
-    "quantize": (None, "nf4", "int8"),
-}
-#: Levels of memory with gradient checkpointing, at which a whole model is updated within the
-#: backward pass.
-LOW = ("low", "lowest")
-_AT_LEAST_ONE = ("steps", "batch_size", "gradient_accumulation", "checkpoint_every",
-                 "checkpoints_kept", "prior_inference_steps", "validation_inference_steps",
-                 "lora_rank", "lora_alpha")  # fmt: skip
 #: How pictures are drawn. Left at None they are the base's own, which its files tell once they are
 #: there: see ``families.inference``.
 DRAWING = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
            "validation_inference_steps")  # fmt: skip
-_NOT_NEGATIVE = ("prior_weight", "class_pictures", "warmup_steps", "weight_decay", "seed",
-                 "prior_guidance_scale", "guidance_scale", "watch_every")  # fmt: skip
 
 
 def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
@@ -88,10 +73,6 @@ def origin(base: str) -> str:
     if base in _BASE_DEFAULTS or not run.is_file():
         return base
     return origin(tomllib.loads(run.read_text()).get("base", "toybox"))
-
-
-class ConfigError(ValueError):
-    """A field that cannot be right; the message names it and says what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -237,75 +218,7 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         if self.prior == "none":
             object.__setattr__(self, "prior_weight", 0.0)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                options = ", ".join("left out" if c is None else f"'{c}'" for c in choices)
-                raise ConfigError(f"{name} is '{getattr(self, name)}'; it can be {options}.")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{field.name} is {value}; it must be a finite number.")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        for name in _NOT_NEGATIVE:
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("prompt_dropout", "dropout", "ema_decay", "lora_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1.")
-        for name in ("learning_rate", "max_grad_norm", "min_snr_gamma"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be above 0.")
-        if self.draws_class_pictures and self.class_pictures == 0:
-            raise ConfigError(
-                f"prior_weight is {self.prior_weight} but class_pictures is 0; ask for class "
-                "pictures, give a class_folder, or set prior_weight to 0."
-            )
-        if self.early_stop and not self.watch_every:
-            raise ConfigError("early_stop needs looks to judge by; set watch_every above 0.")
-        if self.quantize is not None and self.method != "lora":
-            raise ConfigError(
-                f"quantize is '{self.quantize}' but method is '{self.method}': weights of so few "
-                "bits cannot train; set method to 'lora', or leave quantize out."
-            )
-        if self.train_token and self.method != "lora":
-            raise ConfigError(
-                f"train_token is set but method is '{self.method}'; set method to 'lora', or leave "
-                "train_token out."
-            )
-        if self.memory == "lowest" and self.method == "full" and self.mixed_precision == "no":
-            raise ConfigError(
-                "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
-                "it to 'auto', or memory to 'low'."
-            )
-        if self.steps_in_backward:
-            self._check_in_backward()
-        if self.batch_size % self.gradient_accumulation:
-            raise ConfigError(
-                f"batch_size {self.batch_size} does not split into gradient_accumulation "
-                f"{self.gradient_accumulation} equal micro-batches; make it a multiple."
-            )
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise ConfigError(
-                f"resolution is {self.resolution}; it must be a multiple of 8, and 8 or more."
-            )
-
-    def _check_in_backward(self) -> None:
-        """What an update within the backward pass cannot mean is refused."""
-        level = f"memory is '{self.memory}', which updates weights within the backward pass,"
-        if self.max_grad_norm is not None:
-            raise ConfigError(
-                f"{level} and max_grad_norm is {self.max_grad_norm}, which needs all gradients at "
-                "once; leave it out, or set memory to 'standard'."
-            )
-        if self.gradient_accumulation > 1:
-            raise ConfigError(
-                f"{level} and gradient_accumulation is {self.gradient_accumulation}, which keeps "
-                "gradients; set it to 1, or memory to 'standard'."
-            )
+        check(self)
 
     @property
     def trains_text(self) -> bool:
@@ -342,66 +255,18 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict without the fields that are None or empty, as TOML and JSON want it."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return fields | {"subject": {k: v for k, v in vars(self.subject).items() if v}}
+        """Return a plain dict without the fields that are None or empty, as TOML and JSON want."""
+        return config_file.to_dict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
-        """The reverse of :meth:`to_dict`. Raises :class:`ConfigError` for unknown fields."""
-        fields = dict(fields)
-        subject = fields.pop("subject", None)
-        if not isinstance(subject, dict):
-            raise ConfigError("the config has no [subject] table with pictures and class_noun.")
-        if "others" in fields:
-            raise ConfigError(
-                "others is set, but several subjects in one run are no longer supported; train one "
-                "run each, and compose their LoRAs with db.compose."
-            )
-        return cls(subject=_build(Subject, subject, "subject."), **_known(cls, fields, ""))
+        """Reverse :meth:`to_dict`. Raises :class:`ConfigError` for unknown fields."""
+        return config_file.from_dict(cls, fields)
+
+    def to_toml(self) -> str:
+        return config_file.to_toml(self)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "TrainConfig":
         """Read a TOML file; paths in it are taken relative to the file's folder."""
-        path = Path(path)
-        try:
-            fields = tomllib.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"there is no config file {path}; check the path.") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}; mend that line.") from None
-        for table, key in ((fields.get("subject"), "pictures"), (fields, "class_folder")):
-            if isinstance(table, dict) and key in table:
-                table[key] = str((path.parent / table[key]).resolve())
-        base = path.parent / str(fields.get("base", "toybox"))
-        if base.name != "toybox" and base.exists():
-            fields["base"] = str(base.resolve())
-        return cls.from_dict(fields)
-
-    def to_toml(self) -> str:
-        import tomli_w
-
-        return tomli_w.dumps(self.to_dict())
-
-
-def _build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:
-    known = _known(cls, fields, prefix)
-    for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and field.name not in known:
-            raise ConfigError(f"{prefix}{field.name} is missing; the config must name it.")
-    return cls(**known)
-
-
-def _known(cls: Any, fields: dict[str, Any], prefix: str) -> dict[str, Any]:
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
-    for name, value in fields.items():
-        if name not in types:
-            raise ConfigError(f"unknown field '{prefix}{name}'; known are {', '.join(types)}.")
-        wanted = types[name]
-        number = isinstance(value, int) and not isinstance(value, bool)
-        if number and wanted in (float, float | None):
-            fields = fields | {name: float(value)}
-        elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            wanted_name = getattr(wanted, "__name__", str(wanted))
-            raise ConfigError(f"{prefix}{name} is {value!r}; it must be of type {wanted_name}.")
-    return fields
+        return cls.from_dict(config_file.from_toml(path))

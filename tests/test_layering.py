@@ -19,7 +19,9 @@ ROOT = Path(dreambooth_lib.__file__).parent
 
 #: What each module may import of the library, lazily too; imports for type checkers are free.
 ALLOWED = {
-    "config": (),
+    "config": ("config_checks", "config_file"),
+    "config_checks": (),
+    "config_file": ("config_checks",),
     "state": (),
     "words": (),
     "alike": ("config", "runs"),
