@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import levels, runs
-from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.pictures import DataError
-from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.runs import Run, RunError, first_difference, named, plain
 from dreambooth_lib.sampling import load_source
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import CLASS_SEED
@@ -125,10 +124,10 @@ def started(folder: str | Path, config: Callable[[Subject], TrainConfig], subjec
     if not (place / "config.toml").exists():
         return runs.start(wanted, place)
     run = runs.resume(place)
-    if other := difference(plain(run.config), plain(wanted)):
+    if other := first_difference(plain(run.config), plain(wanted)):
         raise RunError(
-            f"{place} holds a run of {named(run.config)} {other}; choose another folder for this "
-            "one."
+            f"{place} holds a run of {named(run.config)} whose {other}; choose another folder for "
+            "this one."
         )
     return run
 
@@ -272,12 +271,15 @@ def _keep_source(out: Path, method: Method, subject: Subject, share: list[Pictur
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
-        other = difference(json.loads(file.read_text()), now)
+        other = first_difference(json.loads(file.read_text()), now)
+        problem = other and f"whose {other}"
     else:
         drawn = any((out / picture.path).exists() for picture in share)
-        other = "of which no source.json says what drew them" if drawn else None
-    if other is not None:
-        raise ValueError(f"{file.parent} holds pictures {other}; choose another folder for these.")
+        problem = "of which no source.json says what drew them" if drawn else None
+    if problem:
+        raise ValueError(
+            f"{file.parent} holds pictures {problem}; choose another folder for these."
+        )
     replace_file(file, json.dumps(now, indent=2).encode())
 
 

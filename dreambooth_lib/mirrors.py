@@ -397,10 +397,10 @@ def _identity_at(folder: Path) -> str:
 def _other(found: Found, pictures: str | Path | None, class_noun: str, base: str) -> str:
     """What a run is of that was not asked for, in words; empty where it is all the same."""
     config = found.run.config
+    own = {"base": config.base, "class noun": config.subject.class_noun}
     asked = {"base": runs.whole_base(base), "class noun": class_noun.strip()}
-    for name, own in (("base", config.base), ("class noun", config.subject.class_noun)):
-        if own != asked[name]:
-            return f"its {name} is {own!r}, and not {asked[name]!r}"
+    if other := runs.first_difference(own, asked):
+        return f"its {other}"
     if pictures is None or not Path(pictures).exists():
         return ""
     folder = found.run.folder

@@ -8,12 +8,12 @@ RUN/checkpoints/000100/     weights, and the newest one's optimizer state (see s
 RUN/pipeline/               the tuned pipeline in diffusers' layout, or its LoRA weights
 """
 
-import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dreambooth_lib.config import DRAWING, TrainConfig
 
@@ -148,26 +148,27 @@ def begin(config: TrainConfig, folder: str | Path) -> Run:
     if why := refusal(config, folder):
         raise RunError(why)
     news = vars(as_begun(resume(folder), with_whole_paths(config)))
-    return resume(folder, **{field.name: news[field.name] for field in dataclasses.fields(config)})
+    return resume(folder, **{field.name: news[field.name] for field in fields(config)})
 
 
 def refusal(config: TrainConfig, folder: str | Path) -> str | None:
-    """Why :func:`begin` would not go on with the run in the folder, in a sentence, or None."""
+    """Say in a sentence why :func:`begin` would not go on with the run in the folder, or None."""
     if not (Path(folder) / "config.toml").exists():
         return None
     begun = resume(folder)
     olds, news = vars(begun.config), vars(as_begun(begun, with_whole_paths(config)))
-    for field in [name for name in olds if olds[name] != news[name]]:
-        if field in _FIXED:
-            return (
-                f"{folder} holds a run whose {field} is {olds[field]!r}, and not {news[field]!r}; "
-                "begin a new run for this one: choose another folder."
-            )
-        if begun.finished and field not in ("steps", "early_stop"):
-            return (
-                f"{folder} holds a run that has finished with {field} {olds[field]!r}, and not "
-                f"{news[field]!r}; begin a new run, or change nothing but steps to go on with it."
-            )
+    free = {"steps", "early_stop"} if begun.finished else olds.keys()
+    other = first_difference(olds, news, free - {*_FIXED})
+    if other and other.name in _FIXED:
+        return (
+            f"{folder} holds a run whose {other}; begin a new run for this one: choose another "
+            "folder."
+        )
+    if other:
+        return (
+            f"{folder} holds a run that has finished with {other.name} {other.old!r}, and not "
+            f"{other.new!r}; begin a new run, or change nothing but steps to go on with it."
+        )
     reached = max(begun.checkpoints(), default=0)
     if config.steps < reached:
         return (
@@ -187,15 +188,15 @@ def as_begun(begun: Run, config: TrainConfig) -> TrainConfig:
 
 
 def with_whole_paths(config: TrainConfig) -> TrainConfig:
-    """As a run keeps it, which must find its pictures and its base whatever folder it is in."""
-    subject = dataclasses.replace(config.subject, pictures=_absolute(config.subject.pictures))
+    """Return a config as a run keeps it, which must find its pictures and base from any folder."""
+    subject = replace(config.subject, pictures=_absolute(config.subject.pictures))
     own = config.class_folder and _absolute(config.class_folder)
     base = whole_base(config.base)
     return config.replace(subject=subject, class_folder=own, base=base)
 
 
 def whole_base(base: str) -> str:
-    """A base as a run's config has it: a local one by its whole path."""
+    """Return a base as a run's config has it: a local one by its whole path."""
     return _absolute(base) if base != "toybox" and Path(base).exists() else base
 
 
@@ -218,3 +219,43 @@ def resume(folder: str | Path, **changes: Any) -> Run:
         config = config.replace(**changes)
         replace_file(folder / "config.toml", config.to_toml().encode())
     return Run(folder, config)
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """Return every field by name, as "steps" or "subject.pictures", with a run's whole paths.
+
+    As JSON would give it back: what is written down can be compared with it.
+    """
+    of_config = asdict(with_whole_paths(config))
+    subject = {f"subject.{name}": value for name, value in of_config.pop("subject").items()}
+    return subject | of_config | {"others": []}  # as studies of earlier versions wrote it down
+
+
+def named(config: TrainConfig) -> str:
+    """Return what a config is of, for a sentence: "patch_dog on toybox"."""
+    return f"{config.subject.name} on {config.base}"
+
+
+class Difference(NamedTuple):
+    """A field that differs; as text "steps is 4, and not 8"."""
+
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        old, new = ("left out" if v is None else repr(v) for v in (self.old, self.new))
+        return f"{self.name} is {old}, and not {new}"
+
+
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()
+) -> Difference | None:
+    """Return the first field that differs, of those that ``but`` does not name; None if none does.
+
+    A field that is missing counts as None.
+    """
+    for name in {**new, **old}:
+        if name not in but and old.get(name) != new.get(name):
+            return Difference(name, old.get(name), new.get(name))
+    return None

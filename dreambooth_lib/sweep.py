@@ -19,9 +19,8 @@ from statistics import fmean
 from typing import Any
 
 from dreambooth_lib import choice, levels, memory, prior, runs, sampling, watch
-from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.runs import Run, RunError, first_difference, named, plain
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import View, Watched
 from dreambooth_lib.words import NAMES
@@ -158,13 +157,13 @@ def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: V
     run, place = runs.resume(folder), folder / "watch" / "view.json"
     # A schedule spans the run: made longer, its earlier steps would have been others.
     free = _LENGTH if config.lr_schedule == "constant" else _LENGTH[1:]
-    other = difference(plain(run.config), plain(runs.as_begun(run, config)), free)
+    other = first_difference(plain(run.config), plain(runs.as_begun(run, config)), free)
     if other is None and place.exists():
-        other = difference(json.loads(place.read_text()), asdict(view))
+        other = first_difference(json.loads(place.read_text()), asdict(view))
     if other is not None:
         raise RunError(
-            f"{folder.parent} holds a study of {named(run.config)} {other}; choose another folder "
-            "for this one."
+            f"{folder.parent} holds a study of {named(run.config)} whose {other}; choose another "
+            "folder for this one."
         )
     seen, reached = {row.step for row in watch.history(run)}, _reached(run)
     unseen = [str(step) for step in steps if step <= reached and step not in seen]
