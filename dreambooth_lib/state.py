@@ -64,7 +64,7 @@ def write_tensors(
 
     ``tensors`` may be read lazily, as from an open safetensors file; ``dtypes`` says what to cast.
     """
-    types = {name: tensor.dtype for name, tensor in tensors.items()} | dict(dtypes or {})
+    types = {name: tensors[name].dtype for name in tensors} | dict(dtypes or {})
     # The widest first, so that each begins at a multiple of its own width.
     types = dict(sorted(types.items(), key=lambda item: -item[1].itemsize))
     header: dict[str, Any] = {}
@@ -91,21 +91,21 @@ def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[
     :func:`drop_optimizer` took away is left out.
     """
     folder = Path(folder)
-    replacing_folder(folder).recover()
+    recover_folder(folder)
     tree = json.loads((folder / "state.json").read_text())
     with ExitStack() as stack:
-        homes: dict[str, Any] = {}
+        stored = _Stored()
         for path in (folder / TENSORS, folder / OPTIMIZER):
             if path.exists():
                 file = stack.enter_context(safe_open(path, "pt"))
-                homes |= dict.fromkeys(file.keys(), file)
+                stored |= dict.fromkeys(file.keys(), file)
         tree = {
             key: value
             for key, value in tree.items()
             if (keys is None or key in keys)
-            and not (key == "optimizer" and any(path not in homes for path in _paths(value)))
+            and not (key == "optimizer" and any(path not in stored for path in _paths(value)))
         }
-        return {key: _join(value, homes) for key, value in tree.items()}
+        return {key: _join(value, stored) for key, value in tree.items()}
 
 
 def drop_optimizer(folder: Path) -> None:
@@ -120,98 +120,21 @@ def round_weights(source: Path, target: Path) -> None:
     that float16 cannot hold.
     """
     with safe_open(source, "pt") as file:
-        names = list(file.keys())
-        dtypes = {}
-        for name in names:
-            tensor = file.get_tensor(name)
+        tensors, dtypes = _Stored.fromkeys(file.keys(), file), {}
+        for name in tensors:
+            tensor = tensors[name]
             moments = name.startswith("/optimizer/")  # of a state from before they had a file
             wide = tensor.dtype is torch.float32 and tensor.ndim > 1 and not moments
             if wide and bool(tensor.half().isfinite().all()):
                 dtypes[name] = torch.float16
-        write_tensors(target, _Lazy(file, names), dtypes)
+        write_tensors(target, tensors, dtypes)
 
 
-class _Lazy(Mapping[str, torch.Tensor]):
-    """The tensors of an open safetensors file, each read when it is asked for."""
-
-    def __init__(self, file: Any, names: list[str]):
-        self._file, self._names = file, names
+class _Stored(dict[str, Any]):
+    """The open safetensors file of each tensor; a tensor is read when it is asked for."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class replacing_folder:
-    """``with replacing_folder(path) as partial``: fill ``partial``; it becomes ``path`` on success.
-
-    On an exception the partial folder is removed and ``path`` stays as it was.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
-        self.old = self.folder.with_name(f".{self.folder.name}.old")
-
-    def recover(self) -> None:
-        """Put the older folder back where a kill came between the two renames."""
-        if self.old.exists() and not self.folder.exists():
-            self.old.rename(self.folder)
-
-    def __enter__(self) -> Path:
-        self.recover()
-        for leftover in (self.partial, self.old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        return self.partial
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        for path in self.partial.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        if self.folder.exists():
-            self.folder.rename(self.old)
-        self.partial.rename(self.folder)
-        shutil.rmtree(self.old, ignore_errors=True)
-
-
-@contextmanager
-def replacing_file(path: str | Path) -> Iterator[Path]:
-    """``with replacing_file(path) as partial``: write ``partial``; it becomes ``path`` on success.
-
-    On an exception the partial file is removed and ``path`` stays as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may write it too
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        _flush(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def replace_file(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that the file is whole or, on failure, as it was before."""
-    with replacing_file(path) as partial:
-        partial.write_bytes(data)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return super().__getitem__(name).get_tensor(name)
 
 
 def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -242,14 +165,14 @@ def _paths(tree: Any) -> Iterator[str]:
             yield from _paths(value)
 
 
-def _join(tree: Any, tensors: Mapping[str, Any]) -> Any:
-    """Reverse :func:`_split`; ``tensors`` is the open safetensors file of each path."""
+def _join(tree: Any, tensors: _Stored) -> Any:
+    """Reverse :func:`_split`."""
     if isinstance(tree, list):
         return [_join(v, tensors) for v in tree]
     if not isinstance(tree, dict):
         return tree
     if _TENSOR in tree:
-        return tensors[tree[_TENSOR]].get_tensor(tree[_TENSOR])
+        return tensors[tree[_TENSOR]]
     if _TUPLE in tree:
         return tuple(_join(v, tensors) for v in tree[_TUPLE])
     if _INT_KEYS in tree:
@@ -257,8 +180,77 @@ def _join(tree: Any, tensors: Mapping[str, Any]) -> Any:
     return {k: _join(v, tensors) for k, v in tree.items()}
 
 
+# Atomic files: what is written beside and renamed is whole or, on failure, as it was before.
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """``with replacing_folder(path) as partial``: fill ``partial``; it becomes ``path`` on success.
+
+    On an exception the partial folder is removed and ``path`` stays as it was.
+    """
+    folder = Path(folder)
+    partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
+    recover_folder(folder)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Put an older folder back where a kill came between the two renames of its replacement."""
+    if _old(folder).exists() and not folder.exists():
+        _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """``with replacing_file(path) as partial``: write ``partial``; it becomes ``path`` on success.
+
+    On an exception the partial file is removed and ``path`` stays as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may write it too
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_file(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that the file is whole or, on failure, as it was before."""
+    with replacing_file(path) as partial:
+        partial.write_bytes(data)
+
+
 def save_png(image: "Image.Image", path: str | Path) -> None:
     """Write a picture as PNG to ``path``, whole or not at all."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
