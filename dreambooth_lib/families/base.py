@@ -14,7 +14,7 @@ import torch
 
 from dreambooth_lib.families.inference import Inference, few_by_name
 from dreambooth_lib.families.precision import NonFinite, outside_autocast
-from dreambooth_lib.noise import Noised
+from dreambooth_lib.noise import FlowNoise, Noised
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,8 +48,8 @@ class ForwardProcess(Protocol):
 class Family:
     """One loaded base: a diffusers pipeline, and how its parts are called in training.
 
-    An adapter names the pipeline's parts in the class variables, and has ``native_resolution``,
-    ``forward_process``, ``encode_prompts`` and ``predict``.
+    An adapter names the pipeline's parts in the class variables, has ``encode_prompts`` and
+    ``predict``, and where its bases differ ``native_resolution`` and ``forward_process``.
     """
 
     denoiser_name: ClassVar[str] = "transformer"
@@ -139,8 +139,13 @@ class Family:
         return denoiser["sample_size"] * vae_scale(vae)
 
     def forward_process(self, min_snr_gamma: float | None) -> ForwardProcess:
-        """Make the noise that the base was trained with, at the resolution in hand."""
-        raise NotImplementedError
+        """Make the noise that the base was trained with, at the resolution in hand.
+
+        That is rectified flow on patches of latents, of two by two if the pipeline says no more.
+        """
+        patch = self.pipeline.vae_scale_factor * getattr(self.pipeline, "patch_size", 2)
+        patches = (self.resolution // patch) ** 2
+        return FlowNoise.of_scheduler(self.pipeline.scheduler, patches, min_snr_gamma)
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
 from dreambooth_lib.families.inference import Inference, few, few_by_name
-from dreambooth_lib.noise import FlowNoise
 
 #: What the distilled guidance is while training; sampling is free to ask for another.
 TRAINING_GUIDANCE = 1.0
@@ -39,10 +38,6 @@ class Flux(Family):
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
         return 128 * vae_scale(vae)  # as the pipeline has it: no config says it
-
-    def forward_process(self, min_snr_gamma: float | None) -> FlowNoise:
-        patches = self.resolution // (2 * self.pipeline.vae_scale_factor)
-        return FlowNoise.of_scheduler(self.pipeline.scheduler, patches**2, min_snr_gamma)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         hidden, pooled, _ = self.pipeline.encode_prompt(

@@ -7,7 +7,6 @@ import torch
 
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.families.inference import Inference, few_by_name
-from dreambooth_lib.noise import FlowNoise
 
 #: Of the medium model of 3.0, by its pipeline; of the large one of 3.5, by its card.
 _FIRST = Inference(steps=28, guidance_scale=7.0, enough=28, validation=28)
@@ -39,10 +38,6 @@ class StableDiffusion3(Family):
         if not denoiser.get("qk_norm"):
             return _FIRST
         return cls.usual if denoiser.get("dual_attention_layers") else _LARGE
-
-    def forward_process(self, min_snr_gamma: float | None) -> FlowNoise:
-        patches = self.resolution // self.pipeline.vae_scale_factor // self.pipeline.patch_size
-        return FlowNoise.of_scheduler(self.pipeline.scheduler, patches**2, min_snr_gamma)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         hidden, _, pooled, _ = self.pipeline.encode_prompt(

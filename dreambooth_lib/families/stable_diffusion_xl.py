@@ -1,38 +1,28 @@
 """Stable Diffusion XL: two text encoders, and the picture's size told to the denoiser."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 
-from dreambooth_lib.families.base import Cond, Family
-from dreambooth_lib.families.inference import Inference, few_by_name, few_by_scheduler
-from dreambooth_lib.noise import DiscreteNoise
+from dreambooth_lib.families.base import Cond
+from dreambooth_lib.families.inference import Inference
+from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(StableDiffusion):
     """Adapter of a ``StableDiffusionXLPipeline`` (arXiv 2307.01952)."""
 
-    denoiser_name = "unet"
     encoder_names = ("text_encoder", "text_encoder_2")
     #: The pipeline's own; half of its steps are enough, as in diffusers' scripts for DreamBooth.
     usual = Inference(steps=50, guidance_scale=5.0, enough=25, validation=25)
     undistilled = "stabilityai/stable-diffusion-xl-base-1.0"
-    card_dtype = "float16"
+    options: ClassVar[dict[str, Any]] = {}
     call_names: ClassVar[dict[str, str]] = {
         "hidden": "prompt_embeds",
         "pooled": "pooled_prompt_embeds",
     }
-
-    @classmethod
-    def inference_for(
-        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
-    ) -> Inference:
-        return few_by_scheduler(scheduler, denoiser) or few_by_name(names) or cls.usual
-
-    def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
-        return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         pipeline = self.pipeline

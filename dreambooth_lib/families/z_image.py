@@ -7,7 +7,6 @@ import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
 from dreambooth_lib.families.inference import Inference, few, few_by_name
-from dreambooth_lib.noise import FlowNoise
 
 #: The shift of noise levels that tells Turbo (3) from the base (6), by their schedulers' configs.
 TURBO_SHIFT = 4.5
@@ -37,10 +36,6 @@ class ZImage(Family):
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
         return 128 * vae_scale(vae)  # as the pipeline has it: no config says it
-
-    def forward_process(self, min_snr_gamma: float | None) -> FlowNoise:
-        patches = self.resolution // (2 * self.pipeline.vae_scale_factor)
-        return FlowNoise.of_scheduler(self.pipeline.scheduler, patches**2, min_snr_gamma)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         device = self.pipeline.text_encoder.device
