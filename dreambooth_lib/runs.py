@@ -55,17 +55,14 @@ class Run:
         return self.pipeline.is_dir() and any(self.pipeline.iterdir())
 
     def log(self) -> list[dict[str, Any]]:
-        """Every logged update, oldest first."""
+        """Return every logged update, oldest first."""
         return self.rows("log")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of ``name.jsonl``, oldest first; a last line cut by a kill is left out."""
-        rows = []
+        """Return the rows of ``name.jsonl``, oldest first, but for a last line cut by a kill."""
         path = self.folder / f"{name}.jsonl"
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-        return rows
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         with (self.folder / f"{name}.jsonl").open("a") as file:
@@ -80,10 +77,9 @@ class Run:
         replace_file(self.folder / f"{name}.jsonl", text.encode())
 
     def checkpoints(self) -> dict[int, Path]:
-        """Whole checkpoints by step, oldest first."""
-        folder = self.folder / "checkpoints"
-        found = [p for p in folder.glob("[0-9]*") if p.is_dir()] if folder.exists() else []
-        return {int(p.name): p for p in sorted(found, key=lambda p: int(p.name))}
+        """Return whole checkpoints by step, oldest first."""
+        found = {int(p.name): p for p in self.folder.glob("checkpoints/[0-9]*") if p.is_dir()}
+        return dict(sorted(found.items()))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
         """Write the state of ``step``, then drop the oldest ones beyond those to keep.
@@ -94,9 +90,11 @@ class Run:
         from dreambooth_lib.state import drop_optimizer, save_state
 
         save_state(self.folder / "checkpoints" / f"{step:06d}", state)
-        older = [(old, path) for old, path in self.checkpoints().items() if old < step]
-        spare = len(self.checkpoints()) - self.config.checkpoints_kept
-        for number, (old, path) in enumerate(older):
+        found = self.checkpoints()
+        spare = len(found) - self.config.checkpoints_kept
+        for number, (old, path) in enumerate(found.items()):
+            if old >= step:
+                break
             if number < spare and old != best:
                 shutil.rmtree(path)
             else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import families, memory
 from dreambooth_lib.config import Subject, TrainConfig
@@ -28,7 +28,7 @@ class Sample:
 
 
 def fill(prompt: str, subject: Subject | None) -> str:
-    """The prompt with the subject in it: ``a {} dog on the beach`` takes the identifier."""
+    """Fill the subject's identifier in: ``a {} dog on the beach`` has a place for it."""
     if "{}" not in prompt:
         return prompt
     if subject is None:
@@ -50,7 +50,7 @@ def sample(
     negative_prompt: str = "",
     batch_size: int | None = None,
 ) -> list[Sample]:
-    """Every prompt with every seed, prompts outermost.
+    """Draw every prompt with every seed, prompts outermost.
 
     ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a
     base as in ``TrainConfig.base``. Each picture's noise comes from its seed alone, whatever the
@@ -74,7 +74,7 @@ def sample(
 
 
 def inference_of(source: "Run | Family | TrainConfig | str") -> "Inference":
-    """Steps and guidance that a source is drawn with: its config's, or else its base's own.
+    """Return a source's steps and guidance: its config's, or else its base's own.
 
     Raises ``BaseError`` for a base that is not there.
     """
@@ -96,29 +96,27 @@ def inference_of(source: "Run | Family | TrainConfig | str") -> "Inference":
 
 
 def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
-    """The family that draws, on the GPU in half precision if there is one; a config's is its base.
+    """Load what draws, on the GPU in half precision if there is one; of a config that is its base.
 
     Raises as :func:`sample` does.
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source
     half = _half()
+    if isinstance(source, TrainConfig):
+        return _placed(base_of(source, half))
     if isinstance(source, str):
-        family = families.load_model(source, half=half, whole=())
-    elif isinstance(source, TrainConfig):
-        family = base_of(source, half)
-    elif at is not None:
-        family = restored(source, at, half)
-    elif source.finished:
-        resolution = source.config.resolution
-        family = families.load_model(str(source.folder), resolution=resolution, half=half, whole=())
-    else:
+        return _placed(families.load_model(source, half=half, whole=()))
+    if at is not None:
+        return _placed(restored(source, at, half))
+    if not source.finished:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
-    return _placed(family)
+    of_run: dict[str, Any] = {"resolution": source.config.resolution, "half": half, "whole": ()}
+    return _placed(families.load_model(str(source.folder), **of_run))
 
 
 def compose(loras: Mapping[Run | str, float]) -> "Family":
-    """What draws with several LoRAs at once: runs or their folders, each with its weight.
+    """Load what draws with several LoRAs at once: runs or their folders, each with its weight.
 
     Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; the weights
     are 1 for each as it was trained. Raises ``BaseError`` where they are not all of one base.
@@ -128,7 +126,6 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
 
 
 def _half() -> "torch.dtype":
-    """The precision to draw in."""
     import torch
 
     if not torch.cuda.is_available():
@@ -138,7 +135,7 @@ def _half() -> "torch.dtype":
 
 
 def _placed(family: "Family") -> "Family":
-    """On the GPU, if there is one: whole, or part after part where all would fill half of it.
+    """Put it on the GPU, if there is one: part after part where all would fill half of that.
 
     So drawing takes no more of a GPU than training did, which lets go of what it does not need.
     """
@@ -148,11 +145,10 @@ def _placed(family: "Family") -> "Family":
         return family
     device, pipeline = join_group().device, family.pipeline
     parts = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
-    size = sum(weight.nbytes for part in parts for weight in part.state_dict().values())
-    # A quantized base is there already.
-    here = sum(w.nbytes for part in parts for w in part.state_dict().values() if w.is_cuda)
+    weights = [weight for part in parts for weight in part.state_dict().values()]
+    here = sum(w.nbytes for w in weights if w.is_cuda)  # a quantized base is there already
     free, _ = memory.gpu_bytes(device)
-    if size > (free + here) / 2:
+    if sum(w.nbytes for w in weights) > (free + here) / 2:
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
