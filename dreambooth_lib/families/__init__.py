@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib import quantizers
 from dreambooth_lib.config import origin
@@ -14,7 +14,6 @@ from dreambooth_lib.families.inference import Inference, few_by_name, warning
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
-    from dreambooth_lib.families.loading import Outline
 
 _PACKAGE = Path(__file__).parent.parent
 #: The bundled data: inside the installed package, or beside it in a checkout.
@@ -87,7 +86,7 @@ class ResolvedBase:
     @cached_property
     def family(self) -> "type[Family]":
         """The adapter of its family. Raises :class:`BaseError` as :func:`load_model` does."""
-        class_name = self._read("model_index.json")["_class_name"]
+        class_name = self.read("model_index.json")["_class_name"]
         if class_name not in ADAPTERS:
             raise BaseError(
                 f"the base '{self.name}' is a {class_name}, which no family adapter knows; use a "
@@ -105,11 +104,11 @@ class ResolvedBase:
         family, name = self.family, origin(self.name)
         if name != "toybox" and Path(name).exists():
             # A folder may be called anything, and diffusers writes down where it came from.
-            name = self._read("model_index.json").get("_name_or_path") or name
+            name = self.read("model_index.json").get("_name_or_path") or name
         parts = ("scheduler/scheduler_config.json", f"{family.denoiser_name}/config.json")
-        return family.inference_for([Path(name).name], *map(self._read, parts))
+        return family.inference_for([Path(name).name], *map(self.read, parts))
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> dict[str, Any]:
         """Return one of its configs; empty where a folder lacks it."""
         if self.is_local:
             file = Path(self.path) / name
@@ -233,21 +232,32 @@ def skeleton(base: str, revision: str | None = None, **loading: Any) -> "Family"
     return from_configs(found.family, found.path, revision=found.hub.get("revision"), **loading)
 
 
-def outline(base: str, revision: str | None = None) -> "Outline":
+class Outline(NamedTuple):
+    """What of a base is known without its weights."""
+
+    resolution: int  #: pixels a side that the base was made for
+    tokenizer: Any
+
+
+def outline(base: str, revision: str | None = None) -> Outline:
     """Return what of a base is known without its weights; from the hub, that is a small download.
 
     Raises as :func:`load_model` does.
     """
-    from dreambooth_lib.families import loading
+    import transformers
 
     found = resolve(base, revision)
-    return loading.outline(found.family, found.path, revision=found.hub.get("revision"))
+    parts = (found.family.denoiser_name, "vae")
+    resolution = found.family.native_resolution(*(found.read(f"{p}/config.json") for p in parts))
+    tokenizer = getattr(transformers, found.read("model_index.json")["tokenizer"][1])
+    own = {"subfolder": "tokenizer", "revision": found.hub.get("revision")}
+    return Outline(resolution, tokenizer.from_pretrained(found.path, **own))
 
 
 def inference(base: str, revision: str | None = None) -> Inference:
     """Return the steps and guidance that a base is drawn with, told by its configs and names.
 
-    From the hub that is a download of three small files. Raises as :func:`load_model` does.
+    From the hub that is a download of three small files.
     """
     return resolve(base, revision).inference
 

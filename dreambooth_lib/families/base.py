@@ -7,14 +7,14 @@ an adapter asks which family it has.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from dreambooth_lib.families.inference import Inference, few_by_name
+from dreambooth_lib.families.inference import Config, Inference, Names, few_by_name
 from dreambooth_lib.families.precision import NonFinite, outside_autocast
-from dreambooth_lib.noise import FlowNoise, Noised
+from dreambooth_lib.noise import DiscreteNoise, FlowNoise
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,16 +33,6 @@ class Posterior(NamedTuple):
 
     mean: torch.Tensor
     std: torch.Tensor
-
-
-class ForwardProcess(Protocol):
-    """See :class:`dreambooth_lib.noise.DiscreteNoise`."""
-
-    def sample_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor: ...
-
-    def timesteps_at(self, quantiles: torch.Tensor) -> torch.Tensor: ...
-
-    def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised: ...
 
 
 class Family:
@@ -127,9 +117,7 @@ class Family:
         return (cls.denoiser_name, *cls.large_encoder_names)
 
     @classmethod
-    def inference_for(
-        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
-    ) -> Inference:
+    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         """Choose steps and guidance by a base's names and the configs of these two parts."""
         return few_by_name(names) or cls.usual
 
@@ -138,7 +126,7 @@ class Family:
         """Return the pixels a side that a base was made for, by its parts' configs."""
         return denoiser["sample_size"] * vae_scale(vae)
 
-    def forward_process(self, min_snr_gamma: float | None) -> ForwardProcess:
+    def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise | FlowNoise:
         """Make the noise that the base was trained with, at the resolution in hand.
 
         That is rectified flow on patches of latents, of two by two if the pipeline says no more.

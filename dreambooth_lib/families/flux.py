@@ -1,12 +1,11 @@
 """Flux.1: latents packed into a sequence, and guidance told to the denoiser."""
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
-from dreambooth_lib.families.inference import Inference, few, few_by_name
+from dreambooth_lib.families.inference import Config, Inference, Names, few, few_by_name
 
 #: What the distilled guidance is while training; sampling is free to ask for another.
 TRAINING_GUIDANCE = 1.0
@@ -27,9 +26,7 @@ class Flux(Family):
     )  # fmt: skip
 
     @classmethod
-    def inference_for(
-        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
-    ) -> Inference:
+    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if not denoiser.get("guidance_embeds"):  # schnell; its card draws in 4 steps at 0
             return few(4)
         # Such as Hyper-SD's of dev, which is told dev's guidance.

@@ -5,6 +5,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+Names = Collection[str]  #: of a base
+Config = Mapping[str, Any]  #: of a base's part
+
 #: What names of distilled bases have in them, as words; "de-turbo" is the reverse.
 _DISTILLED = re.compile(
     r"(?<![a-z])(?<!de-)(turbo|lightning|schnell|lcm|dmd2?|tcd|hyper(-?(sd|sdxl|flux)|$))(?![a-z])"
@@ -32,9 +35,7 @@ def few(steps: int, guidance_scale: float = 0.0) -> Inference:
     return Inference(steps, guidance_scale, steps, steps, distilled=True)
 
 
-def few_by_name(
-    names: Collection[str], steps: int = 8, guidance_scale: float = 0.0
-) -> Inference | None:
+def few_by_name(names: Names, steps: int = 8, guidance_scale: float = 0.0) -> Inference | None:
     """Describe how a base draws whose names say that it is distilled, by default in ``steps``.
 
     None for any other.
@@ -46,7 +47,7 @@ def few_by_name(
     return few(told[0] if told else steps, guidance_scale)
 
 
-def few_by_scheduler(scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]) -> Inference | None:
+def few_by_scheduler(scheduler: Config, denoiser: Config) -> Inference | None:
     """Describe how a distilled Stable Diffusion or XL draws, told by its scheduler.
 
     None for any other.

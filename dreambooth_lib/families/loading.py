@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -21,13 +21,6 @@ DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_
 
 #: What of a base may be loaded in another precision than the rest.
 MOVED = ("denoiser", "text_encoders")
-
-
-class Outline(NamedTuple):
-    """What of a base is known without its weights."""
-
-    resolution: int  # pixels a side that the base was made for
-    tokenizer: Any
 
 
 def from_pretrained(
@@ -55,16 +48,15 @@ def from_pretrained(
     given[DTYPE] = {"default": half} | _dtypes(kind, half, whole, master)
     known = None
     if prompts is not None:
-        rest: dict[str, Any] = dict.fromkeys((kind.denoiser_name, "vae"))
-        rest |= _quantization(kind, index.keys() - rest, index, quantize, half)
-        text = DiffusionPipeline.from_pretrained(path, **(given | rest)).to(device)
+        alone = given | dict.fromkeys((kind.denoiser_name, "vae"))
+        alone |= _quantization(kind, index, alone, quantize, half)
+        text = DiffusionPipeline.from_pretrained(path, **alone).to(device)
         known = Known(kind(text, resolution=1), {*prompts, ""})
         del text
         memory.free()
         encoders = (*kind.encoder_names, *kind.large_encoder_names)
         given |= {name: None for name in encoders if name in index}
-    present = index.keys() - {name for name, value in given.items() if value is None}
-    given |= _quantization(kind, present, index, quantize, half)
+    given |= _quantization(kind, index, given, quantize, half)
     family = kind(DiffusionPipeline.from_pretrained(path, **given), resolution)
     family.known = known
     return family
@@ -117,21 +109,6 @@ def from_configs(
     return kind(getattr(diffusers, index["_class_name"])(**parts), resolution)
 
 
-def outline(kind: type[Family], path: str, revision: str | None = None) -> Outline:
-    """Return what is known without the weights; from the hub, that is a small download."""
-    # A config is read the same by every class of models.
-    index = DiffusionPipeline.load_config(path, revision=revision)
-    denoiser, vae = (
-        diffusers.AutoencoderKL.load_config(path, subfolder=name, revision=revision)
-        for name in (kind.denoiser_name, "vae")
-    )
-    tokenizer = getattr(transformers, index["tokenizer"][1])
-    return Outline(
-        kind.native_resolution(denoiser, vae),
-        tokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision),
-    )
-
-
 def _dtypes(
     kind: type[Family], half: torch.dtype, whole: Collection[str], master: torch.dtype
 ) -> dict[str, torch.dtype]:
@@ -143,14 +120,14 @@ def _dtypes(
 
 def _quantization(
     kind: type[Family],
-    names: Collection[str],
     index: dict[str, Any],
+    given: dict[str, Any],
     quantize: str | None,
     half: torch.dtype,
 ) -> dict[str, Any]:
-    """Describe to the pipeline's ``from_pretrained`` how parts of these names are quantized.
+    """Describe to the pipeline's ``from_pretrained`` how its parts are quantized.
 
-    It is told of none that it does not load, which it would tell the user.
+    It is told of none that ``given`` leaves out, which it would tell the user.
     """
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantize == "nf4":
@@ -163,7 +140,7 @@ def _quantization(
     mapping = {
         name: import_module(library).BitsAndBytesConfig(**settings)
         for name, (library, class_name) in _parts(index).items()
-        if quantize and class_name and name in names and name in kind.quantized_names()
+        if quantize and class_name and given.get(name, ...) and name in kind.quantized_names()
     }
     if not mapping:
         return {}

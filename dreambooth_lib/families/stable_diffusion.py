@@ -1,13 +1,18 @@
 """Stable Diffusion 1.x and 2.x, and every base in their layout."""
 
-from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from dreambooth_lib.config import base_defaults
 from dreambooth_lib.families.base import Cond, Family
-from dreambooth_lib.families.inference import Inference, few_by_name, few_by_scheduler
+from dreambooth_lib.families.inference import (
+    Config,
+    Inference,
+    Names,
+    few_by_name,
+    few_by_scheduler,
+)
 from dreambooth_lib.noise import DiscreteNoise
 
 #: The embedded base's, which its figures in README and docs were made with.
@@ -31,9 +36,7 @@ class StableDiffusion(Family):
     }
 
     @classmethod
-    def inference_for(
-        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
-    ) -> Inference:
+    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if "toybox" in names:
             return TOYBOX
         return few_by_scheduler(scheduler, denoiser) or few_by_name(names) or cls.usual

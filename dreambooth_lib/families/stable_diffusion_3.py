@@ -1,12 +1,9 @@
 """Stable Diffusion 3 and 3.5: three text encoders, and rectified flow."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import torch
 
 from dreambooth_lib.families.base import Cond, Family
-from dreambooth_lib.families.inference import Inference, few_by_name
+from dreambooth_lib.families.inference import Config, Inference, Names, few_by_name
 
 #: Of the medium model of 3.0, by its pipeline; of the large one of 3.5, by its card.
 _FIRST = Inference(steps=28, guidance_scale=7.0, enough=28, validation=28)
@@ -30,9 +27,7 @@ class StableDiffusion3(Family):
     )  # fmt: skip
 
     @classmethod
-    def inference_for(
-        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
-    ) -> Inference:
+    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if distilled := few_by_name(names, steps=4):  # 3.5 large turbo's card: 4, guidance 0
             return distilled
         if not denoiser.get("qk_norm"):

@@ -1,12 +1,11 @@
 """Z-Image: one transformer over picture and text, prompts of their own lengths."""
 
-from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
-from dreambooth_lib.families.inference import Inference, few, few_by_name
+from dreambooth_lib.families.inference import Config, Inference, Names, few, few_by_name
 
 #: The shift of noise levels that tells Turbo (3) from the base (6), by their schedulers' configs.
 TURBO_SHIFT = 4.5
@@ -25,9 +24,7 @@ class ZImage(Family):
     feed_forward_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     @classmethod
-    def inference_for(
-        cls, names: Collection[str], scheduler: Mapping[str, Any], denoiser: Mapping[str, Any]
-    ) -> Inference:
+    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         turbo = few(9)  # by its card, at 0; diffusers before 0.41 makes 8 evaluations of them
         if scheduler.get("shift", TURBO_SHIFT) < TURBO_SHIFT:
             return turbo
