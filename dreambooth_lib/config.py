@@ -14,38 +14,22 @@ from dreambooth_lib.config_checks import check
 #: The default identifier: one token for CLIP's tokenizer and for the embedded base's.
 DEFAULT_IDENTIFIER = "ohwx"
 
-#: Defaults that depend on the base; every other base takes the paper's for Stable Diffusion, and
-#: is drawn with as its own card says, where None is.
-_BASE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "toybox": {
-        "learning_rate": 3e-4,
-        "lora_learning_rate": 4e-3,
-        "steps": 500,
-        "batch_size": 2,
-        "class_pictures": 48,
-        "prior_inference_steps": 25,
-        "prior_guidance_scale": 1.0,
-        "prompt_dropout": 0.1,
-        "ema_decay": 0.98,
-        "guidance_scale": 3.25,
-        "watch_every": 100,
-        "lora_watch_every": 200,
-        "judge": "toybox",
-    },
-    "": {
-        "learning_rate": 5e-6,
-        "lora_learning_rate": 1e-4,
-        "steps": 1000,
-        "batch_size": 1,
-        "class_pictures": 200,
-        "prior_inference_steps": None,
-        "prior_guidance_scale": None,
-        "prompt_dropout": 0.0,
-        "guidance_scale": None,
-        "watch_every": 250,
-        "lora_watch_every": 400,
-        "judge": "openai/clip-vit-base-patch32",
-    },
+#: Defaults that depend on the base: toybox's, and every other's, which are the paper's for Stable
+#: Diffusion; such a base is drawn with as its own card says, where None is.
+_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "learning_rate": (3e-4, 5e-6),
+    "lora_learning_rate": (4e-3, 1e-4),
+    "steps": (500, 1000),
+    "batch_size": (2, 1),
+    "class_pictures": (48, 200),
+    "prior_inference_steps": (25, None),
+    "prior_guidance_scale": (1.0, None),
+    "prompt_dropout": (0.1, 0.0),
+    "ema_decay": (0.98, None),
+    "guidance_scale": (3.25, None),
+    "watch_every": (100, 250),
+    "lora_watch_every": (200, 400),
+    "judge": ("toybox", "openai/clip-vit-base-patch32"),
 }
 
 #: Stands for such a default until ``__post_init__`` puts the number in.
@@ -58,11 +42,12 @@ DRAWING = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
 
 
 def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
-    """What the fields of :class:`TrainConfig` that depend on base and method are for these.
+    """Return the defaults of the fields that depend on base and method.
 
     A finished run as a base has those of the base that it was trained from.
     """
-    defaults = dict(_BASE_DEFAULTS.get(origin(base)) or _BASE_DEFAULTS[""])
+    column = 0 if origin(base) == "toybox" else 1
+    defaults = {name: values[column] for name, values in _DEFAULTS.items()}
     of_lora = {name: defaults.pop(f"lora_{name}") for name in ("learning_rate", "watch_every")}
     return defaults | (of_lora if method == "lora" else {})
 
@@ -70,7 +55,7 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
 def origin(base: str) -> str:
     """Trace a run's folder to the base it was trained from; any other base is its own."""
     run = Path(base) / "config.toml"
-    if base in _BASE_DEFAULTS or not run.is_file():
+    if base in ("", "toybox") or not run.is_file():
         return base
     return origin(tomllib.loads(run.read_text()).get("base", "toybox"))
 
@@ -241,7 +226,7 @@ class TrainConfig:
 
     @classmethod
     def auto(cls, subject: Subject, base: str = "toybox", **changes: Any) -> "TrainConfig":
-        """Settings for a subject that nobody tunes by hand: lambda 1, and as many steps as help.
+        """Make settings that nobody tunes by hand: lambda 1, and as many steps as help.
 
         A run may take half as many steps again as the base's default and ends with the best
         checkpoint's weights, or before once looks no longer get better. Lambda between 0.5 and 2
@@ -251,7 +236,7 @@ class TrainConfig:
         return cls(subject, base, **{"steps": steps, "early_stop": True} | changes)
 
     def replace(self, **changes: Any) -> "TrainConfig":
-        """This config with some fields changed, validated anew."""
+        """Return this config with some fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
