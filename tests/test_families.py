@@ -22,6 +22,20 @@ def test_a_pipelines_folder_is_itself_and_a_finished_run_is_its_pipeline(
     assert locate(str(tmp_path / "run")) == str(tmp_path / "run" / "pipeline")
 
 
+def test_below_loras_is_the_base_that_the_lowest_was_trained_on(tmp_path: Path) -> None:
+    below = {"base": "owner/model", "revision": "main", "variant": None, "quantize": "nf4"}
+    for name, word in (("first", "<rex>"), ("second", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "base.json").write_text(json.dumps(below | {"word": word}))
+        below = {"base": str(tmp_path / name), "revision": None, "variant": None}
+    found = families.resolve(str(tmp_path / "second"))
+    assert (found.name, found.path, found.is_local) == ("owner/model", "owner/model", False)
+    assert found.hub == {"revision": "main", "variant": None}
+    first, second = found.loras
+    assert (first.word, second.word) == ("<rex>", None)
+    assert second.below == below | {"base": first.path}
+
+
 def test_toybox_is_the_embedded_base() -> None:
     assert Path(locate("toybox")).name == "toybox"
     assert Path(locate("toybox")).is_absolute()

@@ -227,3 +227,10 @@ def test_a_failing_write_keeps_all_older_checkpoints(run: Run) -> None:
         run.save_checkpoint(3, {"step": object()})
     assert list(run.checkpoints()) == [1, 2]
     assert run.load_checkpoint() == {"step": 2}
+
+
+def test_the_first_field_that_differs_is_told_with_both_values() -> None:
+    old, new = {"steps": 4, "seed": 0, "gone": 1}, {"steps": 4, "seed": 1}
+    assert str(runs.first_difference(old, new)) == "seed is 0, and not 1"
+    assert str(runs.first_difference(old, new, ["seed"])) == "gone is 1, and not left out"
+    assert runs.first_difference(old, new, ["seed", "gone"]) is None
