@@ -99,13 +99,14 @@ def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[
             if path.exists():
                 file = stack.enter_context(safe_open(path, "pt"))
                 stored |= dict.fromkeys(file.keys(), file)
-        tree = {
-            key: value
-            for key, value in tree.items()
-            if (keys is None or key in keys)
-            and not (key == "optimizer" and any(path not in stored for path in _paths(value)))
-        }
-        return {key: _join(value, stored) for key, value in tree.items()}
+        state = {}
+        for key in tree if keys is None else tree.keys() & keys:
+            try:
+                state[key] = _join(tree[key], stored)
+            except KeyError:  # its tensors were dropped
+                if key != "optimizer":
+                    raise
+        return state
 
 
 def drop_optimizer(folder: Path) -> None:
@@ -154,15 +155,6 @@ def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     return value
-
-
-def _paths(tree: Any) -> Iterator[str]:
-    """Yield every tensor's path in what :func:`_split` gave."""
-    if isinstance(tree, dict) and _TENSOR in tree:
-        yield tree[_TENSOR]
-    elif isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _paths(value)
 
 
 def _join(tree: Any, tensors: _Stored) -> Any:
