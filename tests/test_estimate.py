@@ -66,7 +66,7 @@ def test_weights_are_counted_from_the_configs_alone(
         p.numel() for part in parts[: 1 + len(loaded.text_encoders)] for p in part.parameters()
     ]
     # Not a weight may be read for it.
-    monkeypatch.setattr(families, "load", None)
+    monkeypatch.setattr(families, "load_model", None)
     found = estimate(asked, precision)
     if method == "full":
         assert found.weights == pytest.approx(held, rel=0.02)  # and buffers
