@@ -3,6 +3,7 @@
 Every draw is a function of (seed, step), never of a generator that lives on.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Batches:
     """All pictures as cached latents and all prompts, their captions, as cached conditioning.
 
     ``instance`` has the subject's photos and ``classes`` those of its class, none without a prior.
-    ``folder`` keeps the latents for other runs.
+    ``folder`` keeps the latents for other runs. A ``teacher`` has the last word on the targets.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Batches:
         instance: list[Photo],
         classes: list[Photo],
         folder: Path | None = None,
+        teacher: Callable[[Batch], Noised] | None = None,
     ):
-        self.config, self.size = config, config.batch_size
+        self.config, self.size, self.teacher = config, config.batch_size, teacher
         self.process = family.forward_process(config.min_snr_gamma)
         #: For each kind, instance first: its latents and prompts, picture by picture.
         self.kinds = [
@@ -85,4 +87,5 @@ class Batches:
         part = [start + i for start in starts for i in range(share, self.size, shares)]
         prompts = [batch.prompts[i] for i in part]
         noised = Noised(*(value[part] for value in batch.noised))
-        return Batch(noised, batch.is_prior[part], prompts, rows(batch.cond, part))
+        split = Batch(noised, batch.is_prior[part], prompts, rows(batch.cond, part))
+        return split if self.teacher is None else split._replace(noised=self.teacher(split))

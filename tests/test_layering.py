@@ -75,7 +75,7 @@ ALLOWED = {
     "metrics": ("encoders",),
     "tables": ("evaluation", "state", "words"),
     "evaluation": ("config", "data", "dreambench", "encoders", "metrics", "pictures"),
-    "pace": ("config", "levels", "memory", "processes", "runs", "training"),
+    "pace": ("config", "levels", "memory", "processes", "runs", "setup_run", "training"),
     "dreambench": ("alike", "config", "data", "levels", "pictures", "runs", "sampling", "training",
                    "families.base", "state", "watch"),
     "pages": ("state",),
@@ -85,10 +85,11 @@ ALLOWED = {
                  "watch", "weights"),
     "levels": ("config", "estimate", "memory", "processes", "runs", "state"),
     "updates": ("batches", "config", "lora", "optim", "weights"),
-    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families",
-                 "families.base", "families.inference", "families.precision", "heldout", "levels",
-                 "lora", "losses", "pictures", "prior", "processes", "runs", "state", "updates",
-                 "watch", "weights"),
+    "setup_run": ("batches", "config", "choice", "data", "distill", "families", "families.base",
+                  "families.inference", "families.precision", "heldout", "levels", "lora",
+                  "pictures", "prior", "processes", "runs", "state", "updates", "watch", "weights"),
+    "training": ("batches", "config", "estimate", "losses", "runs", "setup_run", "updates",
+                 "watch"),
 }  # fmt: skip
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")
