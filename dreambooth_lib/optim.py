@@ -1,4 +1,4 @@
-"""AdamW, of 8 bits on a GPU, torch's fused one on a CPU; its schedule, and its rounding."""
+"""AdamW, of 8 bits on a GPU, torch's fused one on a CPU, and its schedule."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -88,17 +88,3 @@ def make_schedule(config: TrainConfig, optimizer: "torch.optim.Optimizer", step:
         num_training_steps=config.steps,
         last_epoch=step - 1,
     )
-
-
-def rounded(value: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":
-    """float32 to bfloat16 by stochastic rounding (arXiv 2010.06192), of the same shape.
-
-    A bfloat16 is the upper half of a float32's bits: random lower bits are added and cut off.
-    """
-    import torch
-
-    bits = value.view(torch.int32)
-    noise = torch.randint(
-        1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32
-    )
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +20,13 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference import warning
 from dreambooth_lib.families.precision import save
 from dreambooth_lib.heldout import ROWS, HeldOut
+from dreambooth_lib.in_backward import InBackward
 from dreambooth_lib.levels import is_gpu, native_precision, settle
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run
-from dreambooth_lib.updates import InBackward, Optimizer
+from dreambooth_lib.updates import Optimizer
 from dreambooth_lib.watch import Watch, Watched, history, judge, view_of
 from dreambooth_lib.weights import (
     lets_go,
@@ -133,20 +135,16 @@ class Session:
 
     def micro_batches(self) -> Iterator[Batch]:
         """Yield this process's parts of the next update's batch, one after the other."""
-        config, accelerator, parts = (
-            self.config,
-            self.accelerator,
-            self.config.gradient_accumulation,
-        )
+        config, accelerator = self.config, self.accelerator
         if config.dropout > 0 or config.lora_dropout > 0:
             torch.manual_seed(seeded(config.seed, self.step, 3).initial_seed())
-        batch, shares = self.batches.at(self.step), accelerator.num_processes * parts
+        batch, parts = self.batches.at(self.step), config.gradient_accumulation
+        first, shares = accelerator.process_index * parts, accelerator.num_processes * parts
         for part in range(parts):
-            share = accelerator.process_index * parts + part
             # Gradients cross processes with the last one only.
             last = part == parts - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                yield self.batches.split(batch, share, shares)
+                yield self.batches.split(batch, first + part, shares)
 
     def warn(self) -> None:
         """Print what a person should know of the base before its training begins."""
@@ -154,6 +152,11 @@ class Session:
         sentence = warning(self.config.base, family.inference, family.undistilled)
         if sentence is not None and self.step == 0:
             self.accelerator.print(sentence)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write down an update, once for all processes."""
+        if self.accelerator.is_main_process:
+            self.run.append("log", row)
 
     def finished(self) -> bool:
         """Return whether the last step is made, or no better one is to be expected."""

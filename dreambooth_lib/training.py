@@ -8,7 +8,7 @@ noise as the run that was never stopped, on one process, in one piece.
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,9 +42,6 @@ class Step:
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
     watched: Watched | None = None  #: what a look after this update found, where one was due
 
-
-#: Tries of one update in float16, each at half the loss scale, before it is given up.
-SKIPS = 30
 
 #: From the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
 Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
@@ -91,39 +88,32 @@ def updates(
     session: Session, objective: Objective = prior_preservation
 ) -> Generator[Step, None, None]:
     """Make the updates that are left of a session: the loop of :func:`train`."""
-    config, optimizer, accelerator = session.config, session.optimizer, session.accelerator
-    skipped = 0  # tries in a row of one update
+    config, optimizer = session.config, session.optimizer
     while not session.finished():
         began, lr, losses = time.perf_counter(), optimizer.lr, []
         with _explained(session), optimizer.guard():
             for part in session.micro_batches():
                 noised = part.noised
-                with accelerator.autocast():
-                    made = session.model(noised.x_t, noised.t, part.cond, part.prompts)
-                    loss = objective(made, part, config)
+                with session.accelerator.autocast():
+                    prediction = session.model(noised.x_t, noised.t, part.cond, part.prompts)
+                    loss = objective(prediction, part, config)
                 optimizer.backward(loss.total / config.gradient_accumulation)
                 losses.append(loss)
             values = _mean(losses, session)
-            del loss, losses, made  # nothing of the graph may outlive the update
             check_finite("loss", *values)
-            with interrupts_held():  # what moves is counted and logged
+            del prediction, loss, losses  # the graph must not outlive the update
+            with interrupts_held():  # what is moved is counted and logged
                 if not optimizer.step():  # float16 overflowed: the same update again
-                    skipped += 1
-                    if skipped == SKIPS:
-                        raise _no_scale_helps(session)
                     continue
-                seconds, peak = time.perf_counter() - began, None
-                if torch.cuda.is_available():
-                    peak = torch.cuda.max_memory_allocated() / 2**20
-                step = Step(session.step, *values, lr, seconds, peak)
-                if accelerator.is_main_process:
-                    row = asdict(step)
-                    del row["watched"]
-                    session.run.append("log", row)
-        skipped = 0
+                step = Step(session.step, *values, lr, time.perf_counter() - began, _peak_mb())
+                session.log({name: v for name, v in vars(step).items() if name != "watched"})
         watched = session.validate()
         session.save_checkpoint_if_due()
         yield replace(step, watched=watched)
+
+
+def _peak_mb() -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
 def _mean(losses: list[Loss], session: Session) -> tuple[float, float, float | None]:
@@ -140,21 +130,13 @@ def _explained(session: Session) -> Iterator[None]:
     try:
         yield
     except NotFinite as error:
-        fix = "lower learning_rate, or use mixed_precision 'no'"
-        if session.step == 0 and session.half is torch.float16:  # no weight has moved yet
-            fix = (
+        fix = error.fix or "lower learning_rate, or use mixed_precision 'no'"
+        if error.fix is None and session.step == 0 and session.half is torch.float16:
+            fix = (  # no weight has moved yet
                 "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, "
                 f"or choose another base than '{session.config.base}'"
             )
         raise NonFiniteLoss(
-            f"{error} at step {session.step + 1} of {session.run.folder}; the last good checkpoint "
-            f"is kept: {fix}."
+            f"{error.what} at step {session.step + 1} of {session.run.folder}{error.tried}; the "
+            f"last good checkpoint is kept: {fix}."
         ) from None
-
-
-def _no_scale_helps(session: Session) -> NonFiniteLoss:
-    return NonFiniteLoss(
-        f"the gradients overflow float16 at step {session.step + 1} of {session.run.folder}, "
-        f"however the loss is scaled ({SKIPS} tries); the last good checkpoint is kept: use "
-        "mixed_precision 'no', or 'bf16' where the GPU has it."
-    )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
-from dreambooth_lib import families, runs, updates
+from dreambooth_lib import families, in_backward, runs
 from dreambooth_lib.allocations import IN_FLOAT32, Alive, AsOnCuda
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 from dreambooth_lib.estimate import GIB, _estimate, _size, drawing, estimate, ways_out
@@ -86,7 +86,7 @@ def test_weights_are_counted_from_the_configs_alone(
 def test_working_memory_and_operations_are_those_of_a_real_update(
     family: str, memory: str, config: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(updates, "HEAP", 1)  # which all gradients of a tiny model would fit
+    monkeypatch.setattr(in_backward, "HEAP", 1)  # which all gradients of a tiny model would fit
     asked = config(family, memory=memory, prior="distilled", optimizer="adamw")
     session = Session(runs.start(asked.replace(prior="none"), tmp_path / "run"))
     batch = session.batches.at(0)

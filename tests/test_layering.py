@@ -85,9 +85,11 @@ ALLOWED = {
                  "watch", "weights"),
     "levels": ("config", "estimate", "memory", "processes", "runs", "state"),
     "updates": ("batches", "config", "lora", "optim", "weights"),
+    "in_backward": ("batches", "config", "updates", "weights"),
     "setup_run": ("batches", "config", "choice", "data", "distill", "families", "families.base",
-                  "families.inference", "families.precision", "heldout", "levels", "lora",
-                  "pictures", "prior", "processes", "runs", "state", "updates", "watch", "weights"),
+                  "families.inference", "families.precision", "heldout", "in_backward", "levels",
+                  "lora", "pictures", "prior", "processes", "runs", "state", "updates", "watch",
+                  "weights"),
     "training": ("batches", "config", "estimate", "losses", "runs", "setup_run", "updates",
                  "watch"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from dreambooth_lib import families, lora, runs, updates
+from dreambooth_lib import families, in_backward, lora, runs, updates
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import BaseError
 from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
@@ -291,7 +291,7 @@ def test_lowest_keeps_its_average_and_its_end_in_float32(started: Callable[..., 
 def test_gradients_never_exist_together_at_low(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(updates, "HEAP", 1)
+    monkeypatch.setattr(in_backward, "HEAP", 1)
     session = Session(started("run", "sd1", memory="low"))
     most = 0
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dreambooth_lib import updates
+from dreambooth_lib import in_backward
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.in_backward import InBackward, rounded
 from dreambooth_lib.optim import (
     OptimizerUnavailable,
     choose,
     make_optimizer,
     make_schedule,
-    rounded,
 )
-from dreambooth_lib.updates import InBackward, NotFinite
+from dreambooth_lib.updates import NotFinite
 
 Make = Callable[..., TrainConfig]
 
@@ -134,7 +134,7 @@ def test_what_bfloat16_can_hold_is_not_moved() -> None:
     assert torch.equal(rounded(exact, generator(1)).float(), exact)
 
 
-def in_backward(config: TrainConfig, dtype: torch.dtype, scale: float | None = None) -> Any:
+def small_layer(config: TrainConfig, dtype: torch.dtype, scale: float | None = None) -> Any:
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8).to(dtype)
     return layer, optimizer_of(config, layer, scale)
@@ -163,9 +163,9 @@ def test_steps_within_the_backward_pass_are_those_after_it(
     make_config: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(updates, "HEAP", heap)
+    monkeypatch.setattr(in_backward, "HEAP", heap)
     config = make_config("toybox", photos, optimizer=name, memory="low", learning_rate=0.01)
-    layer, inside = in_backward(config, torch.float32, scale)
+    layer, inside = small_layer(config, torch.float32, scale)
     torch.manual_seed(0)
     plain = torch.nn.Linear(8, 8)
     optimizer = make_optimizer(config, plain.parameters(), "cpu")
@@ -209,8 +209,8 @@ def overflowing(layer: Any, infinite: bool) -> torch.Tensor:
 def test_nothing_moves_before_a_pass_has_shown_that_the_scale_fits(
     photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(updates, "HEAP", 1)  # else weight and bias are left out together
-    layer, inside = in_backward(
+    monkeypatch.setattr(in_backward, "HEAP", 1)  # else weight and bias are left out together
+    layer, inside = small_layer(
         make_config("toybox", photos, memory="low"), torch.float32, scale=1024.0
     )
     before = [parameter.detach().clone() for parameter in layer.parameters()]
@@ -233,7 +233,7 @@ def test_the_scale_is_doubled_and_tried_after_enough_clean_updates(
     scale: float, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InBackward, "GROWTH", 3)
-    layer, inside = in_backward(
+    layer, inside = small_layer(
         make_config("toybox", photos, memory="low"), torch.float32, scale=scale
     )
     made = [update(inside, overflowing(layer, False)) for _ in range(5)]
@@ -243,7 +243,7 @@ def test_the_scale_is_doubled_and_tried_after_enough_clean_updates(
 def test_without_a_scale_a_gradient_that_is_not_finite_is_an_error(
     photos: str, make_config: Make
 ) -> None:
-    layer, inside = in_backward(make_config("toybox", photos, memory="low"), torch.float32)
+    layer, inside = small_layer(make_config("toybox", photos, memory="low"), torch.float32)
     before = layer.weight.detach().clone()
     with pytest.raises(NotFinite, match="the loss is nan"):
         update(inside, layer(torch.ones(1, 8)).sum() * float("nan"))
@@ -279,7 +279,7 @@ def test_after_a_state_is_loaded_the_schedules_rates_are_used(
     name: str, photos: str, make_config: Make
 ) -> None:
     config = make_config("toybox", photos, memory="low", optimizer=name, learning_rate=0.01)
-    layer, inside = in_backward(config, torch.float32)
+    layer, inside = small_layer(config, torch.float32)
     update(inside, layer(torch.ones(1, 8)).sum())
     inside.adam.load_state_dict(inside.adam.state_dict())
     for group in inside.adam.param_groups:

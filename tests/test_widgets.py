@@ -475,16 +475,16 @@ def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
 def test_updates_that_the_loss_scale_skips_are_not_measured(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, step, tries = started(watch_every=0).config, Optimizer.step, []
+    config, move, tries = started(watch_every=0).config, Optimizer._move, []
 
     def skipping(optimizer: Optimizer) -> bool:
         tries.append(optimizer.updates)
-        return step(optimizer) if len(tries) > 12 else False
+        return move(optimizer) if len(tries) > 12 else False
 
-    monkeypatch.setattr(Optimizer, "step", skipping)
+    monkeypatch.setattr(Optimizer, "_move", skipping)
     assert pace.measure(config).update > 0
     assert len(tries) == 12 + 1 + 3
-    monkeypatch.setattr(Optimizer, "step", lambda optimizer: False)
+    monkeypatch.setattr(Optimizer, "_move", lambda optimizer: False)
     with pytest.raises(training.NonFiniteLoss, match="use mixed_precision 'no'"):
         pace.measure(config)
 
