@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
-    """A CPU generator for one purpose of one step."""
+    """Make a CPU generator for one purpose of one step."""
     from numpy.random import SeedSequence
 
     (state,) = SeedSequence([seed, step, purpose]).generate_state(1, "uint64")
@@ -64,7 +64,7 @@ class Batches:
         self.known = Known(family, {p for _, prompts in self.kinds for p in prompts} | {""})
 
     def at(self, step: int) -> Batch:
-        """One update's whole batch, instance rows first, the same in every process."""
+        """Return one update's whole batch, instance rows first, the same in every process."""
         config, generator = self.config, seeded(self.config.seed, step, 0)
         latents, prompts = [], []
         for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
@@ -82,7 +82,7 @@ class Batches:
         return Batch(self.process(x_0, noise, t), is_prior, prompts, self.known(prompts))
 
     def split(self, batch: Batch, share: int, shares: int) -> Batch:
-        """One of ``shares`` equal parts of a batch, both kinds in it alike."""
+        """Return one of ``shares`` equal parts of a batch, both kinds in it alike."""
         starts = range(0, len(batch.prompts), self.size)
         part = [start + i for start in starts for i in range(share, self.size, shares)]
         prompts = [batch.prompts[i] for i in part]

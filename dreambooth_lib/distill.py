@@ -21,11 +21,9 @@ from dreambooth_lib.pictures import Photo
 
 
 def as_class(photos: list[Photo], subject: Subject) -> list[Photo]:
-    """The subject's captioned pictures with the class noun in place of the subject."""
-    of_class = [
-        (photo.caption or "").replace(subject.token, subject.class_noun) for photo in photos
-    ]
-    return [replace(p, caption=text) for p, text in zip(photos, of_class, strict=True)]
+    """Return the subject's captioned pictures with the class noun in place of the subject."""
+    noun = subject.class_noun
+    return [replace(p, caption=(p.caption or "").replace(subject.token, noun)) for p in photos]
 
 
 class Teacher:
