@@ -36,7 +36,7 @@ class LatentCache:
         return len(self.photos)
 
     def sample(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
-        """Draw latents [len(index), C, h, w] of the pictures at ``index``, on the family's device."""
+        """Draw latents [len(index), C, h, w] of the pictures at ``index`` on the device."""
         share = 0.5 if self.config.flip else 0.0
         mirrored = (torch.rand(len(index), generator=generator) < share).tolist()
         if self.posteriors:
