@@ -3,6 +3,7 @@
 Every draw is a function of (seed, step), never of a generator that lives on.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
 
 def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
-    """A CPU generator for one purpose of one step."""
+    """Make a CPU generator for one purpose of one step."""
     from numpy.random import SeedSequence
 
     (state,) = SeedSequence([seed, step, purpose]).generate_state(1, "uint64")
@@ -38,7 +39,7 @@ class Batches:
     """All pictures as cached latents and all prompts, their captions, as cached conditioning.
 
     ``instance`` has the subject's photos and ``classes`` those of its class, none without a prior.
-    ``folder`` keeps the latents for other runs.
+    ``folder`` keeps the latents for other runs. A ``teacher`` has the last word on the targets.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Batches:
         instance: list[Photo],
         classes: list[Photo],
         folder: Path | None = None,
+        teacher: Callable[[Batch], Noised] | None = None,
     ):
-        self.config, self.size = config, config.batch_size
+        self.config, self.size, self.teacher = config, config.batch_size, teacher
         self.process = family.forward_process(config.min_snr_gamma)
         #: For each kind, instance first: its latents and prompts, picture by picture.
         self.kinds = [
@@ -63,7 +65,7 @@ class Batches:
         self.known = Known(family, {p for _, prompts in self.kinds for p in prompts} | {""})
 
     def at(self, step: int) -> Batch:
-        """One update's whole batch, instance rows first, the same in every process."""
+        """Return one update's whole batch, instance rows first, the same in every process."""
         config, generator = self.config, seeded(self.config.seed, step, 0)
         latents, prompts = [], []
         for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
@@ -81,9 +83,10 @@ class Batches:
         return Batch(self.process(x_0, noise, t), is_prior, prompts, self.known(prompts))
 
     def split(self, batch: Batch, share: int, shares: int) -> Batch:
-        """One of ``shares`` equal parts of a batch, both kinds in it alike."""
+        """Return one of ``shares`` equal parts of a batch, both kinds in it alike."""
         starts = range(0, len(batch.prompts), self.size)
         part = [start + i for start in starts for i in range(share, self.size, shares)]
         prompts = [batch.prompts[i] for i in part]
         noised = Noised(*(value[part] for value in batch.noised))
-        return Batch(noised, batch.is_prior[part], prompts, rows(batch.cond, part))
+        split = Batch(noised, batch.is_prior[part], prompts, rows(batch.cond, part))
+        return split if self.teacher is None else split._replace(noised=self.teacher(split))

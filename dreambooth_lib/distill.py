@@ -6,7 +6,8 @@ The same is known elsewhere as differential output preservation.
 """
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,35 +21,35 @@ from dreambooth_lib.pictures import Photo
 
 
 def as_class(photos: list[Photo], subject: Subject) -> list[Photo]:
-    """The subject's captioned pictures with the class noun in place of the subject."""
-    of_class = [
-        (photo.caption or "").replace(subject.token, subject.class_noun) for photo in photos
-    ]
-    return [replace(p, caption=text) for p, text in zip(photos, of_class, strict=True)]
-
-
-def teacher_of(family: Family, config: TrainConfig, half: torch.dtype) -> "Teacher | None":
-    """The base as teacher, if the config's prior is distilled; made before anything is trained."""
-    if config.prior != "distilled" or config.prior_weight == 0:
-        return None
-    return Teacher(family, config, half)
+    """Return the subject's captioned pictures with the class noun in place of the subject."""
+    noun = subject.class_noun
+    return [replace(p, caption=(p.caption or "").replace(subject.token, noun)) for p in photos]
 
 
 class Teacher:
-    """The frozen base: under LoRA the adapted one switched off, else a copy of its denoiser."""
+    """The frozen base: under LoRA the adapted one switched off, else a copy of its denoiser.
 
-    def __init__(self, family: Family, config: TrainConfig, half: torch.dtype):
-        self.family, self.adapted = family, config.method == "lora"
+    Made before anything is trained; ``autocast`` gives the context that it predicts in.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: TrainConfig,
+        half: torch.dtype,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ):
+        self.family, self.adapted, self.autocast = family, config.method == "lora", autocast
         if not self.adapted:
             self.family = copy.copy(family)
             self.family.denoiser = copy.deepcopy(family.denoiser).to(half).eval()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Noised:
-        """The batch's noised rows with the base's prediction as the class rows' target."""
+        """Return the batch's noised rows, the base's prediction as the class rows' target."""
         noised, index = batch.noised, batch.is_prior.nonzero().flatten().tolist()
         asked = noised.x_t[index], noised.t[index], rows(batch.cond, index)
-        with lora.switched_off(self.family) if self.adapted else nullcontext():
+        with self.autocast(), lora.switched_off(self.family) if self.adapted else nullcontext():
             kept = self.family.predict(*asked)
         target = noised.target.clone()
         target[index] = kept.to(target.dtype)

@@ -21,10 +21,7 @@ ROWS = 4  #: noised rows of each bin and kind: a picture several times, or sever
 
 
 class HeldOut:
-    """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``.
-
-    A photo's prompt is its caption.
-    """
+    """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``."""
 
     def __init__(self, config: TrainConfig, family: Family, kinds: dict[str, list[Photo]]):
         process, self.at_a_time = family.forward_process(None), family.at_a_time
@@ -46,7 +43,7 @@ class HeldOut:
 
     @torch.no_grad()
     def losses(self, model: Trainable) -> dict[str, list[float]]:
-        """Mean squared error of the prediction, by kind, one value a bin."""
+        """Return the mean squared error of the prediction, by kind, one value a bin."""
         found = {}
         for kind, noised in self.noised.items():
             errors = []

@@ -28,31 +28,46 @@ class LatentCache:
         config: TrainConfig,
         folder: Path | None = None,
     ):
-        self.photos, self.family, self.resolution = photos, family, family.resolution
-        self.base, self.crop, self.flip = config.base, config.crop, config.flip
-        self.posteriors: list[Posterior] = []
-        if self.crop == "center":
-            mirrors = [False, True][: 1 + self.flip]
-            self.posteriors = [self._kept(mirror, folder) for mirror in mirrors]
+        self.photos, self.family, self.config = photos, family, config
+        mirrors = [False, True][: 1 + config.flip] if config.crop == "center" else []
+        self.posteriors = [self._kept(mirror, folder) for mirror in mirrors]
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def sample(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
+        """Draw latents [len(index), C, h, w] of the pictures at ``index`` on the device."""
+        share = 0.5 if self.config.flip else 0.0
+        mirrored = (torch.rand(len(index), generator=generator) < share).tolist()
+        if self.posteriors:
+            found = [self.posteriors[m] for m in mirrored]
+            mean = torch.stack([p.mean[i] for p, i in zip(found, index, strict=True)])
+            std = torch.stack([p.std[i] for p, i in zip(found, index, strict=True)])
+        else:
+            mean, std = self._encode([self.photos[i] for i in index], mirrored, generator)
+        return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
     def _kept(self, mirror: bool, folder: Path | None) -> Posterior:
-        if folder is None:
-            return self._all(mirror)
+        """Read all pictures' posteriors from the folder, or encode and write them."""
         from safetensors.torch import load_file, save
 
         from dreambooth_lib.state import replace_file
 
-        file = folder / f"{self._digest(mirror)}.safetensors"
-        if file.exists():
+        file = folder and folder / f"{self._digest(mirror)}.safetensors"
+        if file and file.exists():
             kept = Posterior(**load_file(file, str(self.family.denoiser.device)))
             if all(values.isfinite().all() for values in kept):
                 return kept
-        made = self._all(mirror)
-        replace_file(file, save({k: v.contiguous() for k, v in made._asdict().items()}))
+        size = self.family.at_a_time
+        batches = [self.photos[at : at + size] for at in range(0, len(self.photos), size)]
+        parts = [self._encode(batch, [mirror] * len(batch)) for batch in batches]
+        made = Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        if file:
+            replace_file(file, save({k: v.contiguous() for k, v in made._asdict().items()}))
         return made
 
     def _digest(self, mirror: bool) -> str:
-        digest = hashlib.sha256(f"{self.resolution} {mirror}".encode())
+        digest = hashlib.sha256(f"{self.family.resolution} {mirror}".encode())
         for photo in self.photos:
             digest.update(f"{photo.image.size}".encode() + photo.image.tobytes())
         for weights in self.family.pipeline.vae.state_dict().values():
@@ -60,39 +75,18 @@ class LatentCache:
             digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def _all(self, mirror: bool) -> Posterior:
-        size = self.family.at_a_time
-        batches = [self.photos[at : at + size] for at in range(0, len(self.photos), size)]
-        parts = [self._encode(batch, [mirror] * len(batch)) for batch in batches]
-        return Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
     def _encode(
         self, photos: list[Photo], mirrored: list[bool], generator: torch.Generator | None = None
     ) -> Posterior:
+        family = self.family
         pixels = [
-            to_tensor(photo.image, self.resolution, self.crop, mirror, generator)
+            to_tensor(photo.image, family.resolution, self.config.crop, mirror, generator)
             for photo, mirror in zip(photos, mirrored, strict=True)
         ]
-        family = self.family
         posterior = family.encode_images(torch.stack(pixels))
         for photo, *latents in zip(photos, *posterior, strict=True):
             if not all(values.isfinite().all() for values in latents):
                 gave = f"latents that are not finite of {photo.name}"
                 dtype = family.pipeline.vae.dtype
-                raise NonFinite.of("the autoencoder", self.base, gave, dtype)
+                raise NonFinite.of("the autoencoder", self.config.base, gave, dtype)
         return posterior
-
-    def sample(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
-        """Latents [len(index), C, h, w] of the pictures at ``index``, on the family's device."""
-        mirrored = torch.rand(len(index), generator=generator) < (0.5 if self.flip else 0.0)
-        if self.posteriors:
-            chosen = [self.posteriors[m] for m in mirrored.long().tolist()]
-            mean = torch.stack([p.mean[i] for p, i in zip(chosen, index, strict=True)])
-            std = torch.stack([p.std[i] for p, i in zip(chosen, index, strict=True)])
-        else:
-            photos = [self.photos[i] for i in index]
-            mean, std = self._encode(photos, mirrored.tolist(), generator)
-        return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)

@@ -23,9 +23,10 @@ _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
 
 def attach(family: Family, config: TrainConfig) -> None:
     """Add the config's adapters, the same ones for the same seed; all but them is frozen."""
+    from peft import LoraConfig
+
     quantizers.ignore_unusable()
-    of_denoiser = family.attention_layers, family.feed_forward_layers
-    layers = {family.denoiser: of_denoiser}
+    layers = {family.denoiser: (family.attention_layers, family.feed_forward_layers)}
     family.denoiser.requires_grad_(False)
     for encoder in family.text_encoders if config.trains_text else ():
         encoder.requires_grad_(False)
@@ -34,34 +35,29 @@ def attach(family: Family, config: TrainConfig) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         for module, (attention, feed_forward) in layers.items():
-            names = (*attention, *(feed_forward if config.lora_layers == "all" else ()))
-            module.add_adapter(_settings(config, names))
+            names = [*attention, *(feed_forward if config.lora_layers == "all" else ())]
+            adapter = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=names,
+                use_dora=config.dora,
+            )
+            module.add_adapter(adapter)
             for parameter in trained(module):
                 parameter.data = parameter.data.float()
         if config.train_token:
             tokens.add(family, config.subject.identifier, config.subject.class_noun)
 
 
-def _settings(config: TrainConfig, names: tuple[str, ...]) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(names),
-        use_dora=config.dora,
-    )
-
-
 def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that training moves: of an adapted module its adapters'."""
+    """Return the parameters that training moves: of an adapted module its adapters'."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 @contextmanager
 def switched_off(family: Family) -> Iterator[None]:
-    """The denoiser as the base has it, out of training mode."""
+    """Use the denoiser as the base has it, out of training mode."""
     training = family.denoiser.training
     family.denoiser.disable_adapters()
     family.denoiser.eval()
@@ -91,7 +87,6 @@ def save(family: Family, config: TrainConfig, folder: Path) -> None:
     family.pipeline.save_lora_weights(folder, **saved)
     if config.train_token:
         tokens.save(family, folder)
-    fields = ("base", "revision", "variant", "quantize")
-    base = {field: getattr(config, field) for field in fields}
+    base = {name: getattr(config, name) for name in ("base", "revision", "variant", "quantize")}
     base["word"] = config.subject.identifier if config.train_token else None
     (folder / MADE_OF).write_text(json.dumps(base, indent=2))

@@ -15,7 +15,6 @@ from dreambooth_lib.processes import join_group
 
 _NEVER = 10**6  # updates
 _UPDATES = 3
-_TRIES = 40  # in fp16 the first updates are skipped until the loss is scaled so that it fits
 _RARELY = 250  # updates between checkpoints where a config asks for none and for no looks
 _WRITTEN = 2**28  # bytes at most, to measure the disk by
 
@@ -51,7 +50,8 @@ def measure(config: TrainConfig) -> Pace:
     a batch of class pictures, which is no part of the pace. Raises as
     :func:`dreambooth_lib.training.train` does.
     """
-    from dreambooth_lib.training import NonFiniteLoss, Trainer
+    from dreambooth_lib.setup_run import Session
+    from dreambooth_lib.training import updates
 
     memory.free()
     brief = levels.fresh(config, join_group().device).replace(
@@ -61,17 +61,11 @@ def measure(config: TrainConfig) -> Pace:
         class_pictures=min(config.class_pictures, config.batch_size),
     )
     with TemporaryDirectory() as folder:
-        trainer = Trainer(runs.start(brief, Path(folder) / "run"))
-        look = trainer.look()
-        tried = (trainer.update() for _ in range(_TRIES))
-        made = (step.seconds for step in tried if step is not None)
-        seconds = list(islice(made, 1, 1 + _UPDATES))  # the first one also warms up
-        checkpoint = _seconds_to_write(_size(trainer.updater.state()), Path(folder))
-    if not seconds:
-        raise NonFiniteLoss(
-            f"no update could be measured: of {_TRIES} all but one at most were skipped, as the "
-            "gradient is not finite; lower learning_rate, or use mixed_precision 'no'."
-        )
+        session = Session(runs.start(brief, Path(folder) / "run"))
+        look = session.validate()
+        # The first one also warms up.
+        seconds = [step.seconds for step in islice(updates(session), 1, 1 + _UPDATES)]
+        checkpoint = _seconds_to_write(_size(session.optimizer.state()), Path(folder))
     return Pace(median(seconds), look.seconds if look else 0.0, checkpoint)
 
 

@@ -46,15 +46,13 @@ def class_pictures(
     """
     from dreambooth_lib.state import replace_file, save_png
 
-    place = set_folder(config, family, folder)
-    made_by = _text(manifest(config, family))
+    place, batch = set_folder(config, family, folder), family.default_batch_size
     if rank == 0 and not (place / "manifest.json").exists():
-        replace_file(place / "manifest.json", made_by.encode())
-    mine = range(config.class_pictures or 0)[rank::processes]
+        replace_file(place / "manifest.json", _text(config, family).encode())
+    mine = range(config.class_pictures)[rank::processes]
     paths = {number: place / f"{number:05d}.png" for number in mine}
     missing = [number for number in mine if not _drawn(paths[number])]
     yield from (path for number, path in paths.items() if number not in missing)
-    batch = family.default_batch_size
     for start in range(0, len(missing), batch):
         numbers = missing[start : start + batch]
         wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
@@ -80,13 +78,12 @@ def _drawing(config: TrainConfig, family: "Family") -> tuple[int, float]:
 
 
 def set_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:
-    """Where in ``folder`` the set lies that this config and base make."""
-    text = _text(manifest(config, family))
-    return folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Return where in ``folder`` the set lies that this config and base make."""
+    return folder / hashlib.sha256(_text(config, family).encode()).hexdigest()[:16]
 
 
-def _text(made_by: dict[str, Any]) -> str:
-    return json.dumps(made_by, indent=2, sort_keys=True, default=str)
+def _text(config: TrainConfig, family: "Family") -> str:
+    return json.dumps(manifest(config, family), indent=2, sort_keys=True, default=str)
 
 
 def _digest_of_weights(config: TrainConfig) -> str:

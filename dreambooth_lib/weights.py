@@ -85,7 +85,9 @@ class Trainable(torch.nn.Module):
         self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None, prompts: list[str]
     ) -> torch.Tensor:
         (family,) = self._family
-        return family.predict(x_t, t, family.cond_of(prompts) if cond is None else cond)
+        if cond is None or self.text_encoders:  # those that train encode the prompts anew
+            cond = family.cond_of(prompts)
+        return family.predict(x_t, t, cond)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the trained parameters by name."""

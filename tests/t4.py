@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, is_initialized
 
-from dreambooth_lib import optim, sampling, training
+from dreambooth_lib import in_backward, sampling, setup_run
 from dreambooth_lib.families.base import Family
 
 
@@ -51,9 +51,9 @@ def t4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         seen.watch(family)
 
     monkeypatch.setattr(Family, "__init__", watched)
-    monkeypatch.setattr(training, "native_precision", precision)
-    monkeypatch.setattr(training, "Accelerator", T4Accelerator)
-    monkeypatch.setattr(optim.InBackward, "GROWTH", 1)
+    monkeypatch.setattr(setup_run, "native_precision", precision)
+    monkeypatch.setattr(setup_run, "Accelerator", T4Accelerator)
+    monkeypatch.setattr(in_backward.InBackward, "GROWTH", 1)
     monkeypatch.setattr(sampling, "_half", lambda: torch.float16)
     yield seen
     if is_initialized():

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from dreambooth_lib import families, runs
 from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.training import Trainer
+from dreambooth_lib.setup_run import Session
 from tools import architectures, bench_gpu, check_gpu, gpu_measure
 from tools.bench_gpu import Bench
 from tools.gpu_table import CLOSE, GIB, LINES, Line
@@ -189,12 +189,12 @@ def test_the_floor_moves_no_weight(tmp_path: Path) -> None:
     bench = Bench(tmp_path, tiny=True)
     bench_gpu.save_photos(tmp_path, 64)
     line = LINES["sd15-unet-low"]  # whose weights move in the backward pass
-    trainer = Trainer(
+    session = Session(
         runs.start(line.config(bench.base(line.base), tmp_path, True), tmp_path / "run")
     )
-    before = {name: weight.clone() for name, weight in trainer.updater.trainable.state().items()}
-    gpu_measure.passes_of(trainer)()
-    after = trainer.updater.trainable.state()
+    before = {name: weight.clone() for name, weight in session.trainable.state().items()}
+    gpu_measure.passes_of(session)()
+    after = session.trainable.state()
     assert all(weight.equal(after[name]) for name, weight in before.items())
 
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
-from dreambooth_lib import families, optim, runs
+from dreambooth_lib import families, in_backward, runs
 from dreambooth_lib.allocations import IN_FLOAT32, Alive, AsOnCuda
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 from dreambooth_lib.estimate import GIB, _estimate, _size, drawing, estimate, ways_out
 from dreambooth_lib.families import base
 from dreambooth_lib.levels import first_fitting
-from dreambooth_lib.training import Trainer
+from dreambooth_lib.setup_run import Session
 from dreambooth_lib.weights import precisions
 from tools.bases import configs
 
@@ -85,23 +85,19 @@ def test_weights_are_counted_from_the_configs_alone(
 def test_working_memory_and_operations_are_those_of_a_real_update(
     family: str, memory: str, config: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "HEAP", 1)  # which all gradients of a tiny model would fit
+    monkeypatch.setattr(in_backward, "HEAP", 1)  # which all gradients of a tiny model would fit
     asked = config(family, memory=memory, prior="distilled", optimizer="adamw")
-    trainer = Trainer(runs.start(asked.replace(prior="none"), tmp_path / "run"))
-    trainer.config = asked
-    batch = trainer.batches.at(0)
+    session = Session(runs.start(asked.replace(prior="none"), tmp_path / "run"))
+    batch = session.batches.at(0)
     rows = [0, 0, 1, 1]
     noised = type(batch.noised)(*(value[rows] for value in batch.noised))
     cond = {name: value[rows] for name, value in batch.cond.items()}
     with Alive() as alive:
-        for parameter in trainer.updater.model.state_dict().values():
+        for parameter in session.model.state_dict().values():
             alive.without(parameter)
-        loss = trainer.updater.model(noised.x_t, noised.t, cond, []).square().mean()
-        if trainer.updater.inside is None:
-            loss.backward()
-        else:
-            trainer.updater.inside.optimizer.step = lambda: None  # moments are counted apart
-            trainer.updater.inside.backward(loss, torch.Generator())
+        loss = session.model(noised.x_t, noised.t, cond, []).square().mean()
+        session.optimizer.adam.step = lambda: None  # moments are counted apart
+        session.optimizer.backward(loss)
     found = estimate(asked, "no")
     # The CPU's own convolutions take some room besides.
     assert found.working == pytest.approx(alive.most, rel=0.15)

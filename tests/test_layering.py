@@ -92,10 +92,13 @@ ALLOWED = {
                  "watch", "weights"),
     "levels": ("config", "estimate", "memory", "processes", "runs", "state"),
     "updates": ("batches", "config", "lora", "optim", "weights"),
-    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families",
-                 "families.base", "families.inference", "families.precision", "heldout", "levels",
-                 "lora", "losses", "pictures", "prior", "processes", "runs", "state", "updates",
-                 "watch", "weights"),
+    "in_backward": ("batches", "config", "updates", "weights"),
+    "setup_run": ("batches", "config", "choice", "data", "distill", "families", "families.base",
+                  "families.inference", "families.precision", "heldout", "in_backward", "levels",
+                  "lora", "pictures", "prior", "processes", "runs", "state", "updates", "watch",
+                  "weights"),
+    "training": ("batches", "config", "estimate", "losses", "runs", "setup_run", "updates",
+                 "watch"),
 }  # fmt: skip
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")

@@ -17,8 +17,9 @@ from dreambooth_lib import dreambench, levels, memory, runs, weights
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.estimate import GIB, estimate
 from dreambooth_lib.levels import FILLED, first_fitting, fresh, settle, share
+from dreambooth_lib.setup_run import Session
 from dreambooth_lib.sweep import grid, sweep
-from dreambooth_lib.training import Trainer, train
+from dreambooth_lib.training import train
 from dreambooth_lib.watch import View
 from tools.bases import configs
 
@@ -139,8 +140,8 @@ def test_a_run_trains_and_resumes_at_its_level(
         if step.step == 2:
             break
     gpu(16 * GIB)
-    trainer = Trainer(runs.resume(run.folder))
-    assert trainer.config.memory == "low"
+    session = Session(runs.resume(run.folder))
+    assert session.config.memory == "low"
 
 
 def needs_of(config: TrainConfig, level: str) -> int:
@@ -236,8 +237,8 @@ def test_the_peak_of_memory_is_a_runs_own(
     """What an earlier run of this process took most is no peak of this one."""
     reset: list[Any] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    monkeypatch.setattr("dreambooth_lib.training.is_gpu", lambda device: True)
-    Trainer(runs.start(config(prior="none"), tmp_path / "run"))
+    monkeypatch.setattr("dreambooth_lib.setup_run.is_gpu", lambda device: True)
+    Session(runs.start(config(prior="none"), tmp_path / "run"))
     assert len(reset) == 1
 
 

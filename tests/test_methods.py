@@ -11,14 +11,16 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from dreambooth_lib import families, lora, optim, runs, updates
+from dreambooth_lib import families, in_backward, lora, runs, updates
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import BaseError
 from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import compose, load_source, sample
+from dreambooth_lib.setup_run import Session
 from dreambooth_lib.state import load_state
-from dreambooth_lib.training import Trainer, train
+from dreambooth_lib.training import train
+from dreambooth_lib.training import updates as updates_of
 
 Make = Callable[..., TrainConfig]
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"]
@@ -101,18 +103,18 @@ def test_lora_starts_at_the_base_and_trains_its_own_weights_only(
     started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     run = started("run", "sd1", method="lora", train_text_encoder=True, lora_layers="all")
-    trainer = Trainer(run)
-    names = trainer.updater.model.state()
+    session = Session(run)
+    names = session.trainable.state()
     assert names and all("lora_" in name for name in names)
     assert any(name.startswith("text_encoders.0") for name in names)
     assert any(".ff.net.2." in name for name in names)
-    assert len(names) == len(trainer.updater.parameters)
+    assert len(names) == len(session.optimizer.parameters)
     x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
     base = families.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         expected = base.predict(x_t, t, base.encode_prompts(["a dog"]))
-        trainer.updater.model.eval()
-        assert torch.equal(trainer.updater.model(x_t, t, None, ["a dog"]), expected)
+        session.model.eval()
+        assert torch.equal(session.model(x_t, t, None, ["a dog"]), expected)
 
 
 def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
@@ -129,10 +131,10 @@ def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
 
 def test_lora_does_not_depend_on_what_was_drawn_before(started: Callable[..., Run]) -> None:
     torch.manual_seed(1)
-    one = Trainer(started("one", "sd1", method="lora")).updater.model.state()
+    one = Session(started("one", "sd1", method="lora")).trainable.state()
     torch.manual_seed(2)
-    other = Trainer(started("other", "sd1", method="lora")).updater.model.state()
-    seeded = Trainer(started("seeded", "sd1", method="lora", seed=3)).updater.model.state()
+    other = Session(started("other", "sd1", method="lora")).trainable.state()
+    seeded = Session(started("seeded", "sd1", method="lora", seed=3)).trainable.state()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any(not torch.equal(one[name], seeded[name]) for name in one)
 
@@ -162,18 +164,17 @@ def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
     method: str, started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     run = started("run", "sd1", method=method, prior="distilled", learning_rate=0.05)
-    trainer = Trainer(run)
-    assert trainer.teacher is not None
-    for _ in range(2):
-        trainer.update()
-    batch = trainer.batches.at(2)
+    session = Session(run)
+    assert session.batches.teacher is not None
+    list(islice(updates_of(session), 2))
+    batch = session.batches.at(2)
     assert batch.prompts == ["a ohwx dog"] * 2 + ["a dog"] * 2
-    taught = trainer.teacher(batch)
+    taught = session.batches.teacher(batch)
     base = families.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         cond = base.encode_prompts(["a dog"] * 2)
         expected = base.predict(batch.noised.x_t[2:], batch.noised.t[2:], cond)
-        moved = trainer.updater.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
+        moved = session.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
     assert torch.allclose(taught.target[2:], expected, atol=1e-5)
     assert not torch.allclose(taught.target[2:], moved, atol=1e-3)
     assert torch.equal(taught.target[:2], batch.noised.target[:2])
@@ -201,9 +202,9 @@ def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
 
 
 def test_switching_off_is_undone(started: Callable[..., Run]) -> None:
-    trainer = Trainer(started("run", "sd1", method="lora", learning_rate=0.1))
-    trainer.update()
-    family, x_t, t = trainer.family, torch.ones(1, 4, 8, 8), torch.tensor([5])
+    session = Session(started("run", "sd1", method="lora", learning_rate=0.1))
+    next(updates_of(session))
+    family, x_t, t = session.family, torch.ones(1, 4, 8, 8), torch.tensor([5])
     with torch.no_grad():
         cond = family.encode_prompts(["a dog"])
         before = family.predict(x_t, t, cond)
@@ -290,26 +291,26 @@ def test_lowest_keeps_its_average_and_its_end_in_float32(started: Callable[..., 
 def test_gradients_never_exist_together_at_low(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "HEAP", 1)
-    trainer = Trainer(started("run", "sd1", memory="low"))
+    monkeypatch.setattr(in_backward, "HEAP", 1)
+    session = Session(started("run", "sd1", memory="low"))
     most = 0
 
     def count(_: torch.nn.Parameter) -> None:
         nonlocal most
-        most = max(most, sum(p.grad is not None for p in trainer.updater.parameters))
+        most = max(most, sum(p.grad is not None for p in session.optimizer.parameters))
 
-    for parameter in trainer.updater.parameters:
+    for parameter in session.optimizer.parameters:
         parameter.register_post_accumulate_grad_hook(count)
-    trainer.update()
-    assert most <= 3 < len(trainer.updater.parameters)
+    next(updates_of(session))
+    assert most <= 3 < len(session.optimizer.parameters)
 
 
 def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) -> None:
     fields = {"method": "lora", "batch_size": 2, "max_grad_norm": 1e-3, "gradient_accumulation": 2}
     runs_ = [started(level, "sd1", memory=level, **fields) for level in ("standard", "low")]
-    trainer = Trainer(runs_[1])
-    assert trainer.updater.inside is None and trainer.family.known is not None
-    assert trainer.family.denoiser.is_gradient_checkpointing
+    session = Session(runs_[1])
+    assert type(session.optimizer) is updates.Optimizer and session.family.known is not None
+    assert session.family.denoiser.is_gradient_checkpointing
     losses = [[step.loss for step in train(run)] for run in runs_]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     one, other = (load_state(run.checkpoints()[2])["model"] for run in runs_)
@@ -361,14 +362,13 @@ def test_a_run_goes_on_by_another_optimizer(
 def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(started("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
-    for _ in range(2):
-        trainer.update()
-    updater = trainer.updater
-    own = [parameter.detach().clone() for parameter in updater.parameters]
+    session = Session(started("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
+    list(islice(updates_of(session), 2))
+    optimizer = session.optimizer
+    own = [parameter.detach().clone() for parameter in optimizer.parameters]
 
-    with pytest.raises(KeyboardInterrupt), updater.averaged():
-        assert not all(map(torch.equal, own, updater.parameters))
+    with pytest.raises(KeyboardInterrupt), optimizer.averaged():
+        assert not all(map(torch.equal, own, optimizer.parameters))
         real = updates.copy_weights
 
         def interrupted(source: Any, target: Any) -> None:
@@ -378,7 +378,7 @@ def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights
             real(*zip(*pairs[2:], strict=True))
 
         monkeypatch.setattr(updates, "copy_weights", interrupted)
-    assert all(map(torch.equal, own, updater.parameters))
+    assert all(map(torch.equal, own, optimizer.parameters))
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
@@ -392,7 +392,7 @@ def test_a_run_that_trained_weights_without_effect_goes_on(
         for _ in islice(train(run), 1):
             pass
     assert len(load_state(run.checkpoints()[1])["model"]) > len(
-        Trainer(runs.resume(run.folder)).updater.trainable.state()
+        Session(runs.resume(run.folder)).trainable.state()
     )
     assert "the optimizer starts afresh" in capsys.readouterr().out
     assert [step.step for step in train(runs.resume(run.folder))] == [2]
@@ -403,7 +403,7 @@ def test_a_text_encoder_that_never_trains_is_refused(started: Callable[..., Run]
     from dreambooth_lib.config import ConfigError
 
     with pytest.raises(ConfigError, match=r"train_text_encoder is set .*too large"):
-        Trainer(started("run", "z_image", train_text_encoder=True))
+        Session(started("run", "z_image", train_text_encoder=True))
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])

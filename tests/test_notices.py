@@ -18,7 +18,7 @@ from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.notices import hide_casts
 from dreambooth_lib.runs import RunError
 from dreambooth_lib.training import NonFiniteLoss, OutOfMemory
-from dreambooth_lib.updates import Updater
+from dreambooth_lib.updates import Optimizer
 from dreambooth_lib.weights import trainable_of
 
 Make = Callable[..., TrainConfig]
@@ -118,12 +118,12 @@ def test_no_warning_of_the_schedule_where_the_loss_is_scaled(
     family = families.load_model(tiny_sd1)
     accelerator = Accelerator()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as on a GPU in float16
-    updater = Updater(config, accelerator, trainable_of(family, config))
+    optimizer = Optimizer(config, accelerator, trainable_of(family, config))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if resumed:
-            updater.restore(updater.state(), 1)
-        for step in range(2):
-            weight = next(iter(updater.parameters))
-            updater.backward(weight.square().sum())
-            assert updater.move(step)
+            optimizer.restore(optimizer.state() | {"step": 1})
+        for _ in range(2):
+            weight = next(iter(optimizer.parameters))
+            optimizer.backward(weight.square().sum())
+            assert optimizer.step()

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from dreambooth_lib import optim
+from dreambooth_lib import in_backward
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.in_backward import InBackward, rounded
 from dreambooth_lib.optim import (
-    InBackward,
     OptimizerUnavailable,
     choose,
     make_optimizer,
     make_schedule,
-    rounded,
 )
+from dreambooth_lib.updates import NotFinite
 
 Make = Callable[..., TrainConfig]
 
@@ -133,10 +134,22 @@ def test_what_bfloat16_can_hold_is_not_moved() -> None:
     assert torch.equal(rounded(exact, generator(1)).float(), exact)
 
 
-def in_backward(config: TrainConfig, dtype: torch.dtype, scale: float | None = None) -> Any:
+def small_layer(config: TrainConfig, dtype: torch.dtype, scale: float | None = None) -> Any:
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 8).to(dtype)
-    return layer, InBackward(config, list(layer.parameters()), "cpu", scale)
+    return layer, optimizer_of(config, layer, scale)
+
+
+def optimizer_of(config: TrainConfig, trainable: Any, scale: float | None = None) -> InBackward:
+    accelerator = Accelerator()
+    if scale is not None:  # as on a GPU in float16
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return InBackward(config, accelerator, trainable)
+
+
+def update(optimizer: InBackward, loss: torch.Tensor) -> bool:
+    optimizer.backward(loss)
+    return optimizer.step()
 
 
 @pytest.mark.parametrize("heap", [1, 10**9], ids=["one by one", "together"])
@@ -150,19 +163,19 @@ def test_steps_within_the_backward_pass_are_those_after_it(
     make_config: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(optim, "HEAP", heap)
+    monkeypatch.setattr(in_backward, "HEAP", heap)
     config = make_config("toybox", photos, optimizer=name, memory="low", learning_rate=0.01)
-    layer, inside = in_backward(config, torch.float32, scale)
+    layer, inside = small_layer(config, torch.float32, scale)
     torch.manual_seed(0)
     plain = torch.nn.Linear(8, 8)
     optimizer = make_optimizer(config, plain.parameters(), "cpu")
     if scale is not None:  # the first pass only shows that the scale fits
         before = layer.weight.detach().clone()
-        assert not inside.backward(layer(torch.ones(4, 8)).sum(), generator())
-        assert torch.equal(layer.weight, before) and not inside.optimizer.state
+        assert not update(inside, layer(torch.ones(4, 8)).sum())
+        assert torch.equal(layer.weight, before) and not inside.adam.state
     for step in range(5):
         x = torch.randn(4, 8, generator=generator(step))
-        assert inside.backward(layer(x).square().mean(), generator())
+        assert update(inside, layer(x).square().mean())
         assert all(parameter.grad is None for parameter in layer.parameters())
         plain(x).square().mean().backward()
         optimizer.step()
@@ -177,9 +190,9 @@ def test_bfloat16_weights_move_by_less_than_their_spacing_on_average(
     # Updates of 1e-4 on weights near 1, whose spacing is 8e-3: rounding to nearest loses them all.
     config = make_config("toybox", photos, memory="lowest", learning_rate=1e-4, weight_decay=0.0)
     weight = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
-    inside = InBackward(config, [weight], "cpu")
-    for step in range(20):
-        assert inside.backward(weight.float().sum(), generator(step))
+    inside = optimizer_of(config, torch.nn.ParameterList([weight]))
+    for _ in range(20):
+        assert update(inside, weight.float().sum())
     assert weight.dtype is torch.bfloat16
     assert weight.double().mean().item() == pytest.approx(1 - 20e-4, abs=2e-4)
 
@@ -196,21 +209,21 @@ def overflowing(layer: Any, infinite: bool) -> torch.Tensor:
 def test_nothing_moves_before_a_pass_has_shown_that_the_scale_fits(
     photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "HEAP", 1)  # else weight and bias are left out together
-    layer, inside = in_backward(
+    monkeypatch.setattr(in_backward, "HEAP", 1)  # else weight and bias are left out together
+    layer, inside = small_layer(
         make_config("toybox", photos, memory="low"), torch.float32, scale=1024.0
     )
     before = [parameter.detach().clone() for parameter in layer.parameters()]
     for scale in (512.0, 256.0):
-        assert not inside.backward(overflowing(layer, True), generator())
+        assert not update(inside, overflowing(layer, True))
         assert inside.scale == scale
-    assert not inside.backward(overflowing(layer, False), generator())
+    assert not update(inside, overflowing(layer, False))
     assert all(map(torch.equal, layer.parameters(), before)) and inside.scale == 256.0
-    assert inside.backward(overflowing(layer, False), generator())
+    assert update(inside, overflowing(layer, False))
     moved = [parameter.detach().clone() for parameter in layer.parameters()]
     assert not torch.equal(moved[0], before[0]) and not torch.equal(moved[1], before[1])
     # One that fitted so far and overflows is left out of its update, and tried again.
-    assert inside.backward(overflowing(layer, True), generator())
+    assert update(inside, overflowing(layer, True))
     assert torch.equal(layer.weight, moved[0]) and not torch.equal(layer.bias, moved[1])
     assert inside.scale == 128.0 and inside.trying
 
@@ -220,19 +233,23 @@ def test_the_scale_is_doubled_and_tried_after_enough_clean_updates(
     scale: float, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InBackward, "GROWTH", 3)
-    layer, inside = in_backward(
+    layer, inside = small_layer(
         make_config("toybox", photos, memory="low"), torch.float32, scale=scale
     )
-    made = [inside.backward(overflowing(layer, False), generator()) for _ in range(5)]
+    made = [update(inside, overflowing(layer, False)) for _ in range(5)]
     assert made == [False, True, True, True, False] and inside.scale == 2 * scale
 
 
 def test_without_a_scale_a_gradient_that_is_not_finite_is_an_error(
     photos: str, make_config: Make
 ) -> None:
-    layer, inside = in_backward(make_config("toybox", photos, memory="low"), torch.float32)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        inside.backward(layer(torch.ones(1, 8)).sum() * float("nan"), generator())
+    layer, inside = small_layer(make_config("toybox", photos, memory="low"), torch.float32)
+    before = layer.weight.detach().clone()
+    with pytest.raises(NotFinite, match="the loss is nan"):
+        update(inside, layer(torch.ones(1, 8)).sum() * float("nan"))
+    with pytest.raises(NotFinite, match="the gradient is nan"):
+        update(inside, overflowing(layer, True))
+    assert torch.equal(layer.weight, before)
 
 
 def test_the_host_waits_for_a_gpu_once_a_heap_and_never_for_a_parameter(
@@ -250,10 +267,10 @@ def test_the_host_waits_for_a_gpu_once_a_heap_and_never_for_a_parameter(
         return asked(tensor)
 
     layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
-    inside = InBackward(config, list(layers.parameters()), "cpu")
+    inside = optimizer_of(config, layers)
     loss = layers(torch.ones(1, 64)).sum()
     monkeypatch.setattr(torch.Tensor, "__bool__", counted)
-    inside.backward(loss, generator())
+    update(inside, loss)
     assert waits == ["heap"]
 
 
@@ -262,11 +279,11 @@ def test_after_a_state_is_loaded_the_schedules_rates_are_used(
     name: str, photos: str, make_config: Make
 ) -> None:
     config = make_config("toybox", photos, memory="low", optimizer=name, learning_rate=0.01)
-    layer, inside = in_backward(config, torch.float32)
-    inside.backward(layer(torch.ones(1, 8)).sum(), generator())
-    inside.optimizer.load_state_dict(inside.optimizer.state_dict())
-    for group in inside.optimizer.param_groups:
+    layer, inside = small_layer(config, torch.float32)
+    update(inside, layer(torch.ones(1, 8)).sum())
+    inside.adam.load_state_dict(inside.adam.state_dict())
+    for group in inside.adam.param_groups:
         group["lr"] = 0.0
     before = layer.weight.detach().clone()
-    inside.backward(layer(torch.ones(1, 8)).sum(), generator())
+    update(inside, layer(torch.ones(1, 8)).sum())
     assert torch.equal(layer.weight, before)

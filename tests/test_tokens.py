@@ -16,8 +16,9 @@ from dreambooth_lib.estimate import estimate
 from dreambooth_lib.families import tokens
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import load_source, sample
+from dreambooth_lib.setup_run import Session
 from dreambooth_lib.state import load_state
-from dreambooth_lib.training import Trainer, train
+from dreambooth_lib.training import train
 
 Make = Callable[..., TrainConfig]
 WORD = "<rex>"
@@ -47,9 +48,9 @@ def test_only_the_words_row_trains_resumes_and_is_read_back(
     family: str, with_text: bool, started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     whole = started("whole", family, train_text_encoder=with_text)
-    trainer = Trainer(whole)
-    names = set(trainer.updater.model.state())
-    count = len(trainer.family.text_encoders)
+    session = Session(whole)
+    names = set(session.trainable.state())
+    count = len(session.family.text_encoders)
     assert sum(name.endswith(".word") for name in names) == count
     assert all("lora_" in name or name.endswith(".word") for name in names)
     assert any("text_encoders" in n and "lora_" in n for n in names) == with_text
@@ -79,19 +80,19 @@ def test_only_the_words_row_trains_resumes_and_is_read_back(
 def test_the_word_begins_as_its_class_noun_and_is_worked_with_as_one_token(
     started: Callable[..., Run],
 ) -> None:
-    trainer = Trainer(started("run", "sd1"))
-    pipeline, (encoder,) = trainer.family.pipeline, trainer.family.text_encoders
+    session = Session(started("run", "sd1"))
+    pipeline, (encoder,) = session.family.pipeline, session.family.text_encoders
     assert pipeline.tokenizer.tokenize(f"a {WORD} dog") == ["a</w>", WORD, "dog</w>"]
     word = encoder.get_input_embeddings().word
     assert torch.equal(word, row(encoder, pipeline.tokenizer, "dog</w>"))
     with torch.no_grad():
         one, other = (
-            trainer.family.encode_prompts([f"a {noun} on the beach"])["encoder_hidden_states"]
+            session.family.encode_prompts([f"a {noun} on the beach"])["encoder_hidden_states"]
             for noun in (WORD, "dog")
         )
         assert torch.equal(one, other)
         word.add_(1.0)
-        moved = trainer.family.encode_prompts([f"a {WORD} on the beach"])["encoder_hidden_states"]
+        moved = session.family.encode_prompts([f"a {WORD} on the beach"])["encoder_hidden_states"]
     assert not torch.equal(moved, one)
 
 
@@ -113,9 +114,9 @@ def test_a_known_word_a_large_encoder_and_whole_weights_are_refused(
     photos: str, started: Callable[..., Run]
 ) -> None:
     with pytest.raises(tokens.TokenError, match="'dog' is a word that the base has already"):
-        Trainer(started("known", "sd1", subject=Subject(photos, "cat", "dog")))
+        Session(started("known", "sd1", subject=Subject(photos, "cat", "dog")))
     with pytest.raises(ConfigError, match="train_token is set but the text encoder of"):
-        Trainer(started("large", "z_image"))
+        Session(started("large", "z_image"))
     with pytest.raises(ConfigError, match="train_token is set but method is 'full'"):
         started("full", "sd1", method="full")
 

@@ -19,17 +19,18 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from dreambooth_lib import families, latents, runs, training
+from dreambooth_lib import families, latents, runs, setup_run, training
 from dreambooth_lib.batches import Batch
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.losses import Loss
 from dreambooth_lib.runs import Run
+from dreambooth_lib.setup_run import Session
 from dreambooth_lib.training import (
     NonFiniteLoss,
     Step,
-    Trainer,
     prior_preservation,
     train,
+    updates,
 )
 from dreambooth_lib.updates import interrupts_held
 from dreambooth_lib.weights import Trainable
@@ -435,14 +436,15 @@ def test_a_non_finite_gradient_is_never_written_into_weights_or_checkpoints(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, checkpoint_every=1, steps=6)
-    trainer = Trainer(run)
-    trainer.update()
-    trainer.updater.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    session = Session(run)
+    made = updates(session)
+    next(made)
+    session.optimizer.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLoss):
-        trainer.update()
+        next(made)
     assert list(run.checkpoints()) == [1]
     assert all(torch.isfinite(value).all() for value in training_state(run, 1).values())
-    assert all(torch.isfinite(value).all() for value in trainer.updater.parameters)
+    assert all(torch.isfinite(value).all() for value in session.optimizer.parameters)
 
 
 def test_a_learning_rate_changed_on_resuming_is_used(
@@ -503,7 +505,7 @@ def test_a_batch_that_does_not_split_over_processes_is_refused(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", tiny_sd1, batch_size=3)
-    monkeypatch.setattr(training.Accelerator, "num_processes", 2)
+    monkeypatch.setattr(setup_run.Accelerator, "num_processes", 2)
     with pytest.raises(ValueError, match=r"batch_size 3 .*2 processes"):
         next(train(run))
 
@@ -583,7 +585,7 @@ import json, os, random, runpy, shutil, signal, sys, time
 from pathlib import Path
 
 import accelerate, bitsandbytes, diffusers, torch, transformers
-from dreambooth_lib import runs, state, training
+from dreambooth_lib import batches, runs, state
 
 config, folder, reference = sys.argv[1:]
 
@@ -650,13 +652,13 @@ def in_dropping_a_checkpoint():
 
 def at_any_time():
     """Tells the parent that updates begin; it kills soon after."""
-    real = training.Trainer.update
+    real = batches.Batches.at
 
-    def telling(trainer):
+    def telling(made, step):
         os.write(pipe[1], b"x")
-        return real(trainer)
+        return real(made, step)
 
-    training.Trainer.update = telling
+    batches.Batches.at = telling
 
 
 def in_the_pipeline():

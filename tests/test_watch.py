@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_lib import best_checkpoint, families, metrics, runs, training, watch
+from dreambooth_lib import best_checkpoint, families, metrics, runs, setup_run, watch
 from dreambooth_lib.config import ConfigError, TrainConfig
 from dreambooth_lib.data import hold_out, near_groups, to_tensor
 from dreambooth_lib.encoders import Encoder
@@ -21,7 +21,8 @@ from dreambooth_lib.heldout import BINS, ROWS, HeldOut
 from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.sampling import load_source, sample
-from dreambooth_lib.training import Trainer, train
+from dreambooth_lib.setup_run import Session
+from dreambooth_lib.training import train
 from dreambooth_lib.watch import Watched, history
 from dreambooth_lib.weights import Trainable
 
@@ -123,7 +124,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
 ) -> None:
     run = started("run", watch_every=1, steps=6, checkpoints_kept=1)
     best = {1: 0.9, 2: 0.5, 3: 0.1, 4: 0.0, 5: 0.0, 6: 0.0}
-    monkeypatch.setattr(training, "best_of", lambda rows: choice_of(rows))
+    monkeypatch.setattr(setup_run, "best_of", lambda rows: choice_of(rows))
 
     def choice_of(rows: Any) -> Any:
         class Found:
@@ -140,7 +141,7 @@ def test_an_early_stop_ends_with_the_best_weights(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", watch_every=1, steps=9, early_stop=True, learning_rate=0.1)
-    monkeypatch.setattr(training, "has_peaked", lambda rows: len(rows) > 4)
+    monkeypatch.setattr(setup_run, "has_peaked", lambda rows: len(rows) > 4)
     steps = [step.step for step in train(run)]
     assert steps == [1, 2, 3, 4]
     best = best_checkpoint(run)
@@ -188,16 +189,16 @@ def test_near_groups_join_what_is_alike_by_a_third() -> None:
 
 
 def test_the_held_out_photo_is_not_trained_on(started: Callable[..., Run]) -> None:
-    assert len(Trainer(started("some")).batches.kinds[0][0]) == 3
-    assert len(Trainer(started("all", hold_out=False)).batches.kinds[0][0]) == 4
-    class_pictures = Trainer(started("more", class_pictures=8)).batches.kinds[1][0]
+    assert len(Session(started("some")).batches.kinds[0][0]) == 3
+    assert len(Session(started("all", hold_out=False)).batches.kinds[0][0]) == 4
+    class_pictures = Session(started("more", class_pictures=8)).batches.kinds[1][0]
     assert len(class_pictures) == 7
 
 
 def test_only_what_is_asked_is_known_where_text_encoders_are_let_go_of(
     started: Callable[..., Run],
 ) -> None:
-    known = Trainer(started("run", memory="low", watch_every=1)).family.known
+    known = Session(started("run", memory="low", watch_every=1)).family.known
     assert known is not None
     assert {"a ohwx dog", "a dog", "a ohwx dog in space"} <= known.row.keys()
 

@@ -20,10 +20,13 @@ from ipywidgets import HTML, Image, Widget
 from PIL import Image as Pictures
 
 from dreambooth_lib import TrainConfig, memory, pace, pages, runs, training, watch, widgets
+from dreambooth_lib.batches import Batch, Batches
 from dreambooth_lib.config import ConfigError
 from dreambooth_lib.data import hold_out
 from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.setup_run import Session
+from dreambooth_lib.updates import Optimizer
 from dreambooth_lib.widgets import side_by_side, upload
 from dreambooth_lib.widgets.settings import python_of
 
@@ -472,17 +475,17 @@ def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
 def test_updates_that_the_loss_scale_skips_are_not_measured(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, update, tries = started(watch_every=0).config, training.Trainer.update, []
+    config, move, tries = started(watch_every=0).config, Optimizer._move, []
 
-    def skipping(trainer: training.Trainer) -> Any:
-        tries.append(trainer.step)
-        return update(trainer) if len(tries) > 12 else None
+    def skipping(optimizer: Optimizer) -> bool:
+        tries.append(optimizer.updates)
+        return move(optimizer) if len(tries) > 12 else False
 
-    monkeypatch.setattr(training.Trainer, "update", skipping)
+    monkeypatch.setattr(Optimizer, "_move", skipping)
     assert pace.measure(config).update > 0
     assert len(tries) == 12 + 1 + 3
-    monkeypatch.setattr(training.Trainer, "update", lambda trainer: None)
-    with pytest.raises(training.NonFiniteLoss, match="lower learning_rate"):
+    monkeypatch.setattr(Optimizer, "_move", lambda optimizer: False)
+    with pytest.raises(training.NonFiniteLoss, match="use mixed_precision 'no'"):
         pace.measure(config)
 
 
@@ -514,20 +517,20 @@ def test_monitor_yields_the_steps_of_train_and_shows_curves_and_looks(
 def test_an_interrupt_ends_the_cell_and_says_how_to_go_on(
     started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, update = started(), training.Trainer.update
+    run, at = started(), Batches.at
     whole = [step.loss for step in training.train(started("plain"))]
 
-    def interrupted(trainer: training.Trainer) -> Any:
-        if trainer.step == 3:
+    def interrupted(batches: Batches, step: int) -> Batch:
+        if step == 3:
             raise KeyboardInterrupt
-        return update(trainer)
+        return at(batches, step)
 
-    monkeypatch.setattr(training.Trainer, "update", interrupted)
+    monkeypatch.setattr(Batches, "at", interrupted)
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; run this cell again"):
         for _ in widgets.monitor(run):
             pass
     assert "Interrupted at step 3; run this cell again to go on." in texts(shown[0])
-    monkeypatch.setattr(training.Trainer, "update", update)
+    monkeypatch.setattr(Batches, "at", at)
     again = [(step.step, step.loss) for step in widgets.monitor(runs.resume(run.folder))]
     assert again == [(4, whole[3])]
 
@@ -689,23 +692,23 @@ def test_models_of_earlier_views_are_let_go_of(
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "error"])
-def test_a_trainer_is_gone_once_its_cell_has_ended(
+def test_a_session_is_gone_once_its_cell_has_ended(
     kind: str, started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, update, trainers = started(), training.Trainer.update, []
+    run, finished, sessions = started(), Session.finished, []
 
-    def stopped(trainer: training.Trainer) -> Any:
-        if trainer.step == 2:
-            trainers.append(weakref.ref(trainer))
+    def stopped(session: Session) -> bool:
+        if session.step == 2:
+            sessions.append(weakref.ref(session))
             raise KeyboardInterrupt if kind == "interrupt" else RuntimeError("out of memory")
-        return update(trainer)
+        return finished(session)
 
-    monkeypatch.setattr(training.Trainer, "update", stopped)
+    monkeypatch.setattr(Session, "finished", stopped)
     with pytest.raises((KeyboardInterrupt, RuntimeError)) as kept:  # as a notebook keeps it
         for _ in widgets.monitor(run):
             pass
     memory.free()
-    assert trainers[0]() is None and kept.value is not None and shown
+    assert sessions[0]() is None and kept.value is not None and shown
 
 
 def test_an_error_that_a_view_keeps_holds_nothing_of_where_it_came_from(

@@ -24,20 +24,21 @@ from dreambooth_lib.demo import BUNDLED_SUBJECTS, bundled_subjects
 from dreambooth_lib.dreambench import Protocol, draw_all, load_benchmark
 from dreambooth_lib.encoders import Encoder, of_files
 from dreambooth_lib.evaluation import score
-from dreambooth_lib.training import Trainer
+from dreambooth_lib.setup_run import Session
+from dreambooth_lib.training import updates
 from dreambooth_lib.watch import JUDGE
 
 ROUNDS, WARMUP = 30, 3
 PROMPTS, FEW, MANY = 25, 512, 2048  # of an evaluation: prompts drawn, pictures embedded
 
 
-def unet_seconds(trainer: Trainer) -> float:
-    """One forward and backward of the U-Net at the size of the trainer's batch."""
-    rows = 2 * trainer.config.batch_size
-    unet = trainer.family.denoiser
+def unet_seconds(session: Session) -> float:
+    """One forward and backward of the U-Net at the size of the session's batch."""
+    rows = 2 * session.config.batch_size
+    unet = session.family.denoiser
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_t, t = torch.randn(rows, channels, side, side), torch.randint(0, 1000, (rows,))
-    context = trainer.batches.known([""] * rows)["encoder_hidden_states"]
+    context = session.batches.known([""] * rows)["encoder_hidden_states"]
     began = time.perf_counter()
     unet(x_t, t, context).sample.square().mean().backward()
     seconds = time.perf_counter() - began
@@ -51,15 +52,16 @@ def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
         class_pictures=8, prior_inference_steps=2, steps=10_000, checkpoint_every=10_000,
         watch_every=0,
     )  # fmt: skip
-    trainer = Trainer(runs.start(config, folder / f"{optimizer}-{batch_size}"))
+    session = Session(runs.start(config, folder / f"{optimizer}-{batch_size}"))
+    made = updates(session)
     steps, alone = [], []
     for number in range(WARMUP + ROUNDS):
         began = time.perf_counter()
-        trainer.update()
+        next(made)
         seconds = time.perf_counter() - began
         if number >= WARMUP:
             steps.append(seconds)
-            alone.append(unet_seconds(trainer))
+            alone.append(unet_seconds(session))
     return {
         "batch": f"{batch_size} instance + {batch_size} class",
         "optimizer": optimizer,

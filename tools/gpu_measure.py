@@ -18,7 +18,7 @@ from typing import Any
 from dreambooth_lib.config import TrainConfig
 from tools.gpu_table import Line
 
-ROUNDS, WARMUP, TRIES = 20, 5, 60  # updates timed, made before, and tried at most
+ROUNDS, WARMUP = 20, 5  # updates timed, and made before
 PROFILED = 3  # updates that the profiler follows
 
 
@@ -33,37 +33,37 @@ def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str,
         yield {"pictures_per_second": pace(times, family.default_batch_size), "peak": peak()}
         return
     from dreambooth_lib import runs
-    from dreambooth_lib.training import Trainer
+    from dreambooth_lib.setup_run import Session
+    from dreambooth_lib.training import updates
 
-    trainer = Trainer(runs.start(config, folder / "run"))
+    session = Session(runs.start(config, folder / "run"))
+    made = updates(session)
     before = peak()
     seconds: list[float] = []
-    for _ in range(TRIES):  # in fp16 the first ones are skipped
+    for _ in range(WARMUP + ROUNDS):
         began = now()
-        if trainer.update() is not None:
-            seconds.append(now() - began)
-        if len(seconds) == WARMUP + ROUNDS:
-            break
+        next(made)  # in fp16 the first one takes several tries
+        seconds.append(now() - began)
     yield {"seconds": median(seconds[WARMUP:]), "peak": peak(), "before_training": before}
-    yield {"busy": busy(trainer.update)}
-    passes = passes_of(trainer)
+    yield {"busy": busy(lambda: next(made))}
+    passes = passes_of(session)
     yield {"floor": median(timed(passes, WARMUP + ROUNDS)[WARMUP:])}
     yield {"floor_busy": busy(passes)}
 
 
-def passes_of(trainer: Any) -> Callable[[], None]:
-    """Return the forward and backward pass of a trainer's denoiser alone, on its first batch.
+def passes_of(session: Any) -> Callable[[], None]:
+    """Return the forward and backward pass of a session's denoiser alone, on its first batch.
 
     The gradients are given back and dropped: nothing that waits for them moves a weight.
     """
     import torch
 
-    batch = trainer.batches.at(0)
-    moved = [p for p in trainer.family.denoiser.parameters() if p.requires_grad]
+    batch = session.batches.at(0)
+    moved = [p for p in session.family.denoiser.parameters() if p.requires_grad]
 
     def passes() -> None:
-        with trainer.accelerator.autocast():
-            made = trainer.family.predict(batch.noised.x_t, batch.noised.t, batch.cond)
+        with session.accelerator.autocast():
+            made = session.family.predict(batch.noised.x_t, batch.noised.t, batch.cond)
             loss = made.float().square().mean()
         torch.autograd.grad(loss, moved, allow_unused=True)
 

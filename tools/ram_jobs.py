@@ -19,8 +19,8 @@ from dreambooth_lib import watch as looks
 from dreambooth_lib.choice import best_checkpoint
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.families import loading
+from dreambooth_lib.setup_run import Session
 from dreambooth_lib.state import save_png
-from dreambooth_lib.training import Trainer
 from dreambooth_lib.weights import precisions
 from tools.ram import Kind, measured
 
@@ -77,31 +77,31 @@ def train(kind: Kind, work: Path, tiny: bool) -> None:
     """Load a base for training, write a run's checkpoints and pipeline, and take it up again."""
     run = runs.start(config_of(kind, work, tiny), work / "run")
     with measured("load"):
-        trainer = Trainer(run)
+        session = Session(run)
     device = Device(work / "device")
-    on_device(trainer, device)
+    on_device(session, device)
     for step in (0, *STEPS):
         note_look(run, step)
     written = 0
     with device:
         with measured("checkpoint") as told:
             for step in STEPS:
-                trainer.step = step
-                trainer.save_checkpoint()
+                session.optimizer.updates = step
+                session.save_checkpoint()
                 written += size(run.checkpoints()[step])
             told |= {"bytes": written / len(STEPS), "runs": written / len(STEPS) * due(run.config)}
         with measured("pipeline") as told:
-            trainer.save_pipeline()
+            session.save_pipeline()
             told["bytes"] = size(run.pipeline)
         with measured("resume"):
-            trainer.updater.restore(run.load_checkpoint(), trainer.step)
+            session.optimizer.restore(run.load_checkpoint())
 
 
-def on_device(trainer: Trainer, device: Device) -> None:
+def on_device(session: Session, device: Device) -> None:
     """Put what a GPU would hold there: all models, and the state of an optimizer that stepped."""
-    parts = trainer.family.pipeline.components.values()
-    device.hold(trainer.updater.trainable, *(p for p in parts if isinstance(p, torch.nn.Module)))
-    adam: Any = trainer.updater.adam
+    parts = session.family.pipeline.components.values()
+    device.hold(session.trainable, *(p for p in parts if isinstance(p, torch.nn.Module)))
+    adam: Any = session.optimizer.adam
     for number, group in enumerate(adam.param_groups):
         for index, parameter in enumerate(group["params"]):
             adam.init_state(group, parameter, number, index)
