@@ -161,7 +161,7 @@ def run_training(run: Run) -> None:
     if looks := history(run):
         if (took := share(run)) > 0.2:
             state.print(f"looks took {took:.0%} of the time; a larger watch_every means fewer")
-        state.print(f"best is {best_of(looks).reason}")
+        state.print(f"Best: {best_of(looks).reason}")
     state.print(run.pipeline)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import choice, levels, memory, prior, runs, sampling, watch
+from dreambooth_lib import choice, early_stopping, levels, memory, prior, runs, sampling, watch
 from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run, RunError
@@ -189,7 +189,7 @@ def _reached(run: Run) -> int:
 
 def _ended(run: Run) -> bool:
     """Whether a run has nothing left to do, which a pipeline of fewer steps does not say."""
-    peaked = run.config.early_stop and choice.has_peaked(watch.history(run))
+    peaked = run.config.early_stop and early_stopping.has_peaked(watch.history(run))
     return run.finished and (peaked or _reached(run) >= run.config.steps)
 
 

@@ -19,10 +19,11 @@ from accelerate.utils import AutocastKwargs
 
 from dreambooth_lib import families, lora
 from dreambooth_lib.batches import Batch, Batches, seeded
-from dreambooth_lib.choice import best_of, has_peaked
+from dreambooth_lib.choice import best_of
 from dreambooth_lib.config import LOW, TrainConfig
 from dreambooth_lib.data import alternating, hold_out
 from dreambooth_lib.distill import as_class, teacher_of
+from dreambooth_lib.early_stopping import has_peaked
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference import warning
 from dreambooth_lib.families.precision import save

@@ -52,8 +52,9 @@ ALLOWED = {
     "watch": ("config", "encoders", "families", "families.base", "heldout", "metrics", "runs",
               "sampling", "state", "weights"),
     "choice": ("runs", "watch"),
-    "sweep": ("alike", "config", "choice", "levels", "memory", "prior", "runs", "sampling", "state",
-              "tables", "training", "watch", "words"),
+    "early_stopping": ("choice", "watch"),
+    "sweep": ("alike", "config", "choice", "early_stopping", "levels", "memory", "prior", "runs",
+              "sampling", "state", "tables", "training", "watch", "words"),
     "originals": (),
     "packages": (),
     "colab": ("pictures", "state"),
@@ -85,10 +86,10 @@ ALLOWED = {
                  "watch", "weights"),
     "levels": ("config", "estimate", "memory", "processes", "runs", "state"),
     "updates": ("batches", "config", "lora", "optim", "weights"),
-    "training": ("batches", "config", "choice", "data", "distill", "estimate", "families",
-                 "families.base", "families.inference", "families.precision", "heldout", "levels",
-                 "lora", "losses", "pictures", "prior", "processes", "runs", "state", "updates",
-                 "watch", "weights"),
+    "training": ("batches", "config", "choice", "data", "distill", "early_stopping", "estimate",
+                 "families", "families.base", "families.inference", "families.precision", "heldout",
+                 "levels", "lora", "losses", "pictures", "prior", "processes", "runs", "state",
+                 "updates", "watch", "weights"),
 }  # fmt: skip
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")

@@ -6,14 +6,14 @@ from typing import Any
 
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
 
-from dreambooth_lib import choice, families
+from dreambooth_lib import early_stopping, families
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig, base_defaults
 from dreambooth_lib.pace import Pace, checkpoints, measure
 from dreambooth_lib.widgets.parts import View, control, from_here, hinted
 from dreambooth_lib.widgets.side_by_side import release
 from dreambooth_lib.widgets.subject import SubjectPanel
 
-_LOOKS = {5: "five"}.get(choice.PATIENCE, choice.PATIENCE)
+_LOOKS = {5: "five"}.get(early_stopping.PATIENCE, early_stopping.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 _QLORA = "qlora"  # of the menu alone: a LoRA with quantize
 _SUITS = 0.0  # of the menu alone, which cannot show None: the method's own learning rate
