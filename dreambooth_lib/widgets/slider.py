@@ -4,7 +4,7 @@ from ipywidgets import HTML, SelectionSlider
 
 from dreambooth_lib import choice, watch
 from dreambooth_lib.runs import Run
-from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row, on_page
+from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row
 
 _HINT = "early steps lack the subject, late ones draw it alone: take one that shows both"
 
@@ -60,6 +60,6 @@ class CheckpointSlider(View):
         captions += ["something else"] * len(seen.unrelated)
         pictures = seen.subject + seen.of_class + seen.unrelated
         self.pictures.children = [
-            captioned(picture, caption, on_page(picture, *_WIDTHS))
+            captioned(picture, caption, *_WIDTHS)
             for picture, caption in zip(pictures, captions, strict=True)
         ]
