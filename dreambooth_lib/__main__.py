@@ -147,7 +147,7 @@ def run_training(run: Run) -> None:
     from dreambooth_lib.choice import best_of
     from dreambooth_lib.processes import join_group
     from dreambooth_lib.training import train
-    from dreambooth_lib.watch import history, share
+    from dreambooth_lib.watch_record import history, share
 
     state = join_group()
     try:

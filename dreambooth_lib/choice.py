@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.watch import Watched, history
+from dreambooth_lib.watch_record import Watched, history
 
 Shares = tuple[float, float, float]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dreambooth_lib.choice import best_of
-from dreambooth_lib.watch import Watched
+from dreambooth_lib.watch_record import Watched
 
 PATIENCE = 5  #: looks without a better one before an early stop
 

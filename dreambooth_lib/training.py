@@ -35,7 +35,8 @@ from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Updater, interrupts_held
-from dreambooth_lib.watch import Watch, Watched, history, judge, view_of
+from dreambooth_lib.watch import judge
+from dreambooth_lib.watch_record import Watch, Watched, history, view_of
 from dreambooth_lib.weights import (
     lets_go,
     precisions,

@@ -10,7 +10,7 @@ from dreambooth_lib.choice import best_of, shares, standing
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.early_stopping import has_peaked
 from dreambooth_lib.runs import RunError
-from dreambooth_lib.watch import Watched
+from dreambooth_lib.watch_record import Watched
 
 
 def row(step: int, fidelity: float, adherence: float = 0.5, drift: float = 0.0) -> Watched:

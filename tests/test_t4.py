@@ -22,7 +22,7 @@ from dreambooth_lib.families.stable_diffusion import StableDiffusion
 from dreambooth_lib.losses import Loss
 from dreambooth_lib.runs import Run
 from dreambooth_lib.training import NonFiniteLoss, Trainer, prior_preservation, train
-from dreambooth_lib.watch import history
+from dreambooth_lib.watch_record import history
 
 Make = Callable[..., TrainConfig]
 VIEW = watch.View(class_pictures=2, inference_steps=1)
