@@ -48,9 +48,10 @@ class CheckpointSlider(View):
         use = "The cells below use this one."
         if self.step != at:
             use = f"<i>View only</i>: the cells below use step {self.step} ★."
+        shown = f"Step {at}" if at else "The base"
         self.figures.value = (
-            f"<b>{f'Step {at}' if at else 'The base'}</b>: like your photos {like:.0%}, follows the "
-            f"prompt {follows:.0%}, the rest unchanged {rest:.0%}. {use}"
+            f"<b>{shown}</b>: like your photos {like:.0%}, follows the prompt {follows:.0%}, the rest "
+            f"unchanged {rest:.0%}. {use}"
         )
         seen = drawn(self.run, at)
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
