@@ -45,14 +45,12 @@ class CheckpointSlider(View):
     def _show(self) -> None:
         at = self.slider.value
         like, follows, rest = choice.shares_of(self._rows[at], self._rows[0])
-        use = "The cells below use this one."
-        if self.step != at:
-            use = f"<i>View only</i>: the cells below use step {self.step} ★."
-        shown = f"Step {at}" if at else "The base"
-        self.figures.value = (
-            f"<b>{shown}</b>: like your photos {like:.0%}, follows the prompt {follows:.0%}, the rest "
-            f"unchanged {rest:.0%}. {use}"
+        text = (
+            f"<b>{f'Step {at}' if at else 'The base'}</b>: like your photos {like:.0%}, follows "
+            f"the prompt {follows:.0%}, the rest unchanged {rest:.0%}. "
         )
+        use = f"<i>View only</i>: the cells below use step {self.step} ★."
+        self.figures.value = text + ("The cells below use this one." if self.step == at else use)
         seen = drawn(self.run, at)
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)

@@ -19,8 +19,7 @@ from dreambooth_lib.widgets.side_by_side import release
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Share of the time that may go into drawing curves.
-_SHARE = 0.05
+_SHARE = 0.05  # of the time, that may go into drawing curves
 
 
 class Interrupted(KeyboardInterrupt):
@@ -55,7 +54,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
     except (KeyboardInterrupt, GeneratorExit) as stop:
         memory.forget(stop)
         text = f"interrupted at step {_reached(run)}; run this cell again to go on"
-        view.say(f"{text.capitalize()}.")
+        view.status.value = f"{text.capitalize()}."
         if isinstance(stop, GeneratorExit):
             raise
         raise Interrupted(text) from None
@@ -63,7 +62,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         view.fail(error)
         raise
     view.draw()
-    view.say(f"Finished at step {_reached(run)}.")
+    view.status.value = f"Finished at step {_reached(run)}."
 
 
 def _reached(run: Run) -> int:
@@ -81,13 +80,10 @@ class _Training(View):
         for curves in (self.losses, self.watched):
             curves.layout.width, curves.layout.min_width = "49%", "400px"
 
-    def say(self, text: str) -> None:
-        self.status.value = text
-
     def show(self, step: Step) -> None:
         """Show one more step; curves follow as often as their share of the time allows."""
         prior = "" if step.prior_loss is None else f", prior loss {step.prior_loss:.3f}"
-        self.say(f"Step {step.step}: subject loss {step.instance_loss:.3f}{prior}.")
+        self.status.value = f"Step {step.step}: subject loss {step.instance_loss:.3f}{prior}."
         if step.watched or (time.monotonic() - self._drawn_at) * _SHARE > self._cost:
             self.draw()
 
