@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dreambooth_lib.runs import Run, resume, start
     from dreambooth_lib.sampling import Sample, compose, sample
     from dreambooth_lib.training import Step, train
-    from dreambooth_lib.watch import Watched, history
+    from dreambooth_lib.watch_record import Watched, history
 
 _HOME = {
     "Choice": "choice",
@@ -47,8 +47,8 @@ _HOME = {
     "compose": "sampling",
     "Step": "training",
     "train": "training",
-    "Watched": "watch",
-    "history": "watch",
+    "Watched": "watch_record",
+    "history": "watch_record",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

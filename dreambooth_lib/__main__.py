@@ -147,7 +147,7 @@ def run_training(run: Run) -> None:
     from dreambooth_lib.choice import best_of
     from dreambooth_lib.processes import join_group
     from dreambooth_lib.training import train
-    from dreambooth_lib.watch import history, share
+    from dreambooth_lib.watch_record import history, share
 
     state = join_group()
     try:
@@ -161,7 +161,7 @@ def run_training(run: Run) -> None:
     if looks := history(run):
         if (took := share(run)) > 0.2:
             state.print(f"looks took {took:.0%} of the time; a larger watch_every means fewer")
-        state.print(f"best is {best_of(looks).reason}")
+        state.print(f"Best: {best_of(looks).reason}")
     state.print(run.pipeline)
 
 

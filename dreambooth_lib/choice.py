@@ -1,20 +1,26 @@
-"""Which checkpoint to keep: the rule, its reason in a sentence, and when to stop.
+"""Which checkpoint to keep: the rule, and its reason in words.
 
-A step is judged by three shares, each at most 1: its subject fidelity of the photos' own among
-themselves, its prompt adherence of the frozen base's, and what is left of the rest as it was: 1 -
-the mean drift of the class and of an unrelated prompt. Its standing is their geometric mean, so
-that none can be bought by giving up another: 1% of one weighs as much as 1% of the next. The best
-step has the highest standing, of equals the earliest, and lies on the front: no other step is at
-least as good in all three.
+A step is judged by three shares, each at most 1 (:func:`likeness`, :func:`adherence` and
+:func:`unchanged`). Its standing is their geometric mean, so that none can be bought by giving up
+another: 1% of one weighs as much as 1% of the next. The best step has the highest standing, of
+equals the earliest, and lies on the front: no other step is at least as good in all three.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.watch import Watched, history
+from dreambooth_lib.watch_record import Watched, history
 
-PATIENCE = 5  #: looks without a better one before an early stop
+Shares = tuple[float, float, float]
+
+#: What is said of another step's share that is higher, and lower.
+_CHANGES = (
+    ("looks {} more like the subject", "looks {} less like the subject"),
+    ("follows the prompt {} better", "follows the prompt {} worse"),
+    ("changes {} less of the rest", "changes {} more of the rest"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,21 @@ class Choice:
     front: tuple[int, ...]  #: all steps that no other step beats in every share
 
 
+def likeness(subject_fidelity: float, reference_fidelity: float) -> float:
+    """Return how close the images are to the photos, as a share of the photos' own closeness."""
+    return _share(subject_fidelity, reference_fidelity)
+
+
+def adherence(prompt_adherence: float, base_adherence: float) -> float:
+    """Return how well the images follow their prompts, as a share of how well the base's do."""
+    return _share(prompt_adherence, base_adherence)
+
+
+def unchanged(prior_drift: float, unrelated_drift: float) -> float:
+    """Return how much is left of the rest: 1 - the mean drift of class and unrelated prompt."""
+    return _share(1 - (prior_drift + unrelated_drift) / 2, 1.0)
+
+
 def shares(
     subject_fidelity: float,
     reference_fidelity: float,
@@ -34,29 +55,30 @@ def shares(
     base_adherence: float,
     prior_drift: float,
     unrelated_drift: float,
-) -> tuple[float, float, float]:
-    """Fidelity, adherence and the rest kept as shares in [0, 1], as the rule weighs them."""
-
-    def share(value: float, whole: float) -> float:
-        return min(1.0, max(0.0, value / whole)) if whole > 0 else 1.0
-
+) -> Shares:
+    """Return the three shares in [0, 1], as the rule weighs them."""
     return (
-        share(subject_fidelity, reference_fidelity),
-        share(prompt_adherence, base_adherence),
-        share(1 - (prior_drift + unrelated_drift) / 2, 1.0),
+        likeness(subject_fidelity, reference_fidelity),
+        adherence(prompt_adherence, base_adherence),
+        unchanged(prior_drift, unrelated_drift),
     )
 
 
+def shares_of(row: Watched, base: Watched) -> Shares:
+    """Return the shares of one look beside the frozen base's."""
+    return shares(
+        row.subject_fidelity, row.reference_fidelity, row.prompt_adherence,
+        base.prompt_adherence, row.prior_drift, row.unrelated_drift,
+    )  # fmt: skip
+
+
 def standing(shares: Sequence[float]) -> float:
-    """The geometric mean of the shares, in [0, 1]."""
-    product = 1.0
-    for share in shares:
-        product *= share
-    return product ** (1 / len(shares))
+    """Return the geometric mean of the shares, in [0, 1]."""
+    return math.prod(shares) ** (1 / len(shares))
 
 
 def best_of(rows: Sequence[Watched]) -> Choice:
-    """The best of a run's looks; the first row is the frozen base's and is not eligible.
+    """Return the best of a run's looks; the first row, the frozen base's, is not eligible.
 
     Raises ``ValueError`` where there is no other.
     """
@@ -64,27 +86,13 @@ def best_of(rows: Sequence[Watched]) -> Choice:
     if not found:
         raise ValueError("no step was looked at yet; train until the first look (watch_every).")
     best = max(found, key=lambda step: (round(standing(found[step]), 6), -step))
-    front = tuple(
-        step
-        for step, own in found.items()
-        if not any(_beats(other, own) for other in found.values())
-    )
-    fidelity, adherence, kept = found[best]
-    text = (
-        f"step {best}: its pictures are {fidelity:.0%} as close to the photos as those to each "
-        f"other, follow prompts {adherence:.0%} as well as the base's and leave {kept:.0%} of the "
-        "rest as it was"
-    )
-    last = max(found)
-    if best != last:
-        changes = zip(("fidelity", "adherence", "the rest"), found[best], found[last], strict=True)
-        moved = [f"{name} {b - a:+.0%}" for name, a, b in changes if abs(b - a) >= 0.005]
-        text += f"; by step {last} that moved ({', '.join(moved) or 'hardly'}), which is no gain"
-    return Choice(best, standing(found[best]), f"{text}.", front)
+    every = found.values()
+    front = tuple(step for step, own in found.items() if not any(_beats(it, own) for it in every))
+    return Choice(best, standing(found[best]), _reason(best, found), front)
 
 
 def best_checkpoint(run: Run) -> Choice:
-    """The best step of a run so far, by this module's rule, whose checkpoint the run keeps.
+    """Return the best step of a run so far, whose checkpoint the run keeps.
 
     Raises :class:`RunError` where the run was not watched or no look came yet.
     """
@@ -97,21 +105,27 @@ def best_checkpoint(run: Run) -> Choice:
     return best_of(rows)
 
 
-def has_peaked(rows: Sequence[Watched], patience: int = PATIENCE) -> bool:
-    """Whether the last ``patience`` looks brought no better standing than an earlier one."""
-    found = [row.step for row in rows[1:]]
-    return len(found) > patience and best_of(rows).step < found[-patience]
+def _share(value: float, whole: float) -> float:
+    return min(1.0, max(0.0, value / whole)) if whole > 0 else 1.0
 
 
-def shares_of(row: Watched, base: Watched) -> tuple[float, float, float]:
-    """:func:`shares` of one look beside the frozen base's."""
-    return shares(
-        row.subject_fidelity, row.reference_fidelity, row.prompt_adherence,
-        base.prompt_adherence, row.prior_drift, row.unrelated_drift,
-    )  # fmt: skip
+def _beats(one: Shares, other: Shares) -> bool:
+    """Return whether ``one`` is at least as good in all shares, and better in one."""
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
-def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    """At least as good in all, better in one."""
-    pairs = list(zip(one, other, strict=True))
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+def _reason(best: int, found: dict[int, Shares]) -> str:
+    like, follows, rest = found[best]
+    text = (
+        f"Step {best}: its images are {like:.0%} as close to the photos as the photos are to each "
+        f"other, follow the prompt {follows:.0%} as well as the base's, and leave {rest:.0%} of "
+        "the rest unchanged."
+    )
+    last = max(found)
+    if best == last:
+        return text
+    changes = list(zip(_CHANGES, found[best], found[last], strict=True))
+    gains = [more.format(f"{b - a:.0%}") for (more, _), a, b in changes if b - a >= 0.005]
+    losses = [less.format(f"{a - b:.0%}") for (_, less), a, b in changes if a - b >= 0.005]
+    said = " but ".join(" and ".join(part) for part in (gains, losses) if part)
+    return f"{text} Step {last} {said or 'is hardly different'}."

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib import choice, colab, families, pages, pictures, plots, watch
+from dreambooth_lib import choice, colab, families, pages, pictures, plots
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.families import tokens
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import inference_of
+from dreambooth_lib.watch_record import drawn, history
 
 #: Seconds until a Hub that does not answer is not asked for the base's licence.
 TIMEOUT = 5.0
@@ -32,14 +33,14 @@ def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) ->
     from dreambooth_lib.state import replace_file, save_png
 
     folder, subject = Path(folder), run.config.subject
-    seen = watch.drawn(run, step)
+    seen = drawn(run, step)
     page = pages.matrix(
         [subject.token],
         [f"at step {step}", "others of its class"],
         [[seen.subject, seen.of_class]],
     )
     save_png(page, folder / "samples.png")
-    plots.watched(watch.history(run), folder / "curves.png")
+    plots.watched(history(run), folder / "curves.png")
     if photos:
         shown = [photo.image for photo in pictures.read_pictures(subject.pictures)]
         save_png(pages.grid(shown, 6), folder / "photos.png")
@@ -177,7 +178,7 @@ def _card(run: Run, step: int, photos: bool) -> str:
         tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
         **(licence_of(config.base) if of_hub else {}),
     )
-    rows = {row.step: row for row in watch.history(run)}
+    rows = {row.step: row for row in history(run)}
     fidelity, adherence, kept = choice.shares_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
     how = f", by LoRA of rank {config.lora_rank}" if lora else ""

@@ -265,11 +265,11 @@ def _parts(run: Run) -> dict[str, Path]:
 
 
 def _checkpoints(run: Run) -> list[Path]:
-    from dreambooth_lib import choice, watch
+    from dreambooth_lib import choice, watch_record
 
     found = run.checkpoints()
     wanted = list(found)[-1:]
-    if len(watch.history(run)) > 1:
+    if len(watch_record.history(run)) > 1:
         wanted.append(choice.best_checkpoint(run).step)
     return [found[step] for step in dict.fromkeys(wanted) if step in found]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from dreambooth_lib.watch import Watched
+    from dreambooth_lib.watch_record import Watched
 
 _RULE = "#d0d0d0"
 _STEPS = NAMES["step"]

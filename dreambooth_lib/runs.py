@@ -3,7 +3,7 @@
 RUN/config.toml
 RUN/memory.json             what its memory "auto" was decided to mean (see levels.py)
 RUN/log.jsonl               one row an update
-RUN/watch.jsonl, watch/     what was seen on the way (see watch.py)
+RUN/watch.jsonl, watch/     what was seen on the way (see watch_record.py)
 RUN/checkpoints/000100/     weights, and the newest one's optimizer state (see state.py)
 RUN/pipeline/               the tuned pipeline in diffusers' layout, or its LoRA weights
 """

@@ -12,10 +12,11 @@ from accelerate.utils import AutocastKwargs
 
 from dreambooth_lib import families, lora
 from dreambooth_lib.batches import Batch, Batches, seeded
-from dreambooth_lib.choice import best_of, has_peaked
+from dreambooth_lib.choice import best_of
 from dreambooth_lib.config import LOW, TrainConfig
 from dreambooth_lib.data import hold_out
 from dreambooth_lib.distill import Teacher, as_class
+from dreambooth_lib.early_stopping import has_peaked
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference import warning
 from dreambooth_lib.families.precision import save
@@ -27,7 +28,8 @@ from dreambooth_lib.prior import class_pictures, set_folder
 from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import Run
 from dreambooth_lib.updates import Optimizer
-from dreambooth_lib.watch import Watch, Watched, history, judge, view_of
+from dreambooth_lib.watch import judge
+from dreambooth_lib.watch_record import Watch, Watched, history, view_of
 from dreambooth_lib.weights import (
     lets_go,
     precisions,

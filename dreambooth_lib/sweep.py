@@ -18,11 +18,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import choice, levels, memory, prior, runs, sampling, watch
+from dreambooth_lib import choice, early_stopping, levels, memory, prior, runs, sampling
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run, RunError, first_difference, named, plain
 from dreambooth_lib.training import train
-from dreambooth_lib.watch import View, Watched
+from dreambooth_lib.watch import View
+from dreambooth_lib.watch_record import Watched, history
 from dreambooth_lib.words import NAMES
 
 #: Enough pictures that another draw of seeds moves a mean little.
@@ -165,7 +166,7 @@ def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: V
             f"{folder.parent} holds a study of {named(run.config)} whose {other}; choose another "
             "folder for this one."
         )
-    seen, reached = {row.step for row in watch.history(run)}, _reached(run)
+    seen, reached = {row.step for row in history(run)}, _reached(run)
     unseen = [str(step) for step in steps if step <= reached and step not in seen]
     if unseen:
         raise RunError(
@@ -188,7 +189,7 @@ def _reached(run: Run) -> int:
 
 def _ended(run: Run) -> bool:
     """Whether a run has nothing left to do, which a pipeline of fewer steps does not say."""
-    peaked = run.config.early_stop and choice.has_peaked(watch.history(run))
+    peaked = run.config.early_stop and early_stopping.has_peaked(history(run))
     return run.finished and (peaked or _reached(run) >= run.config.steps)
 
 
@@ -226,7 +227,7 @@ def table(
     for name, config in configs.items():
         if not (Path(folder) / name / "config.toml").exists():
             continue
-        looks = watch.history(runs.resume(Path(folder) / name))
+        looks = history(runs.resume(Path(folder) / name))
         of_cell = {"cell": name} | {field: getattr(config, field) for field in varied}
         for seen in looks[1:]:
             if seen.step in steps:

@@ -18,7 +18,7 @@ from dreambooth_lib.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.runs import Run
 from dreambooth_lib.setup_run import Session
 from dreambooth_lib.updates import NotFinite, check_finite, interrupts_held
-from dreambooth_lib.watch import Watched
+from dreambooth_lib.watch_record import Watched
 
 
 class NonFiniteLoss(FloatingPointError):

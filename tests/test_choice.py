@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from dreambooth_lib import choice, runs
-from dreambooth_lib.choice import best_of, has_peaked, shares, standing
+from dreambooth_lib.choice import best_of, shares, standing
 from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.early_stopping import has_peaked
 from dreambooth_lib.runs import RunError
-from dreambooth_lib.watch import Watched
+from dreambooth_lib.watch_record import Watched
 
 
 def row(step: int, fidelity: float, adherence: float = 0.5, drift: float = 0.0) -> Watched:
@@ -48,9 +49,10 @@ def test_the_best_step_is_the_one_with_the_highest_standing_and_the_reason_says_
     assert found.step == max(products, key=lambda step: products[step]) == 200
     assert found.standing == pytest.approx(products[200] ** (1 / 3))
     assert found.reason == (
-        "step 200: its pictures are 90% as close to the photos as those to each other, follow "
-        "prompts 98% as well as the base's and leave 95% of the rest as it was; by step 500 that "
-        "moved (fidelity +6%, adherence -26%, the rest -35%), which is no gain."
+        "Step 200: its images are 90% as close to the photos as the photos are to each other, "
+        "follow the prompt 98% as well as the base's, and leave 95% of the rest unchanged. Step "
+        "500 looks 6% more like the subject but follows the prompt 26% worse and changes 35% more "
+        "of the rest."
     )
 
 

@@ -18,6 +18,7 @@ from dreambooth_lib import dreambench, families, preflight, prior, runs, samplin
 from dreambooth_lib.config import Subject, TrainConfig, base_defaults
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import train
+from dreambooth_lib.watch_record import history, view_of
 from dreambooth_lib.widgets import playground
 
 Make = Callable[..., TrainConfig]
@@ -292,10 +293,10 @@ def test_a_study_goes_on_as_it_was_drawn_where_that_is_left_to_the_base(
     view = watch.View(class_pictures=2)
     assert [cell.error for cell in sweep.sweep(new, tmp_path, [1, 2], view)] == [None]
     run = runs.resume(tmp_path / "a")
-    assert watch.view_of(run) == watch.View(
-        class_pictures=2, inference_steps=1, guidance_scale=watch.view_of(run).guidance_scale
+    assert view_of(run) == watch.View(
+        class_pictures=2, inference_steps=1, guidance_scale=view_of(run).guidance_scale
     )
-    assert {row.step for row in watch.history(run)} == {0, 1, 2}
+    assert {row.step for row in history(run)} == {0, 1, 2}
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from dreambooth_lib.mirrors import (
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.state import load_state
 from dreambooth_lib.training import train
-from dreambooth_lib.watch import Watched
+from dreambooth_lib.watch_record import Watched
 
 Make = Callable[..., TrainConfig]
 State = dict[str, Any]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from fake_colab import FakeColab
 
-from dreambooth_lib import colab, families, mirrors, preflight, runs, watch, widgets
+from dreambooth_lib import colab, families, mirrors, preflight, runs, watch_record, widgets
 from dreambooth_lib.config import ConfigError
 from dreambooth_lib.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation import REAL
@@ -150,7 +150,7 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
     folder = tmp_path / "runs" / "lambda_study_patch_dog_toybox"
     for weight in ("0.0", "1.0"):
         run = runs.resume(folder / f"prior_weight={weight}")
-        assert [row.step for row in watch.history(run)] == [0, 2, 4]
+        assert [row.step for row in watch_record.history(run)] == [0, 2, 4]
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 7  # curves, front, maps, contact sheets
     assert "stands highest of 4 settings" in said(shown) and "⚠" not in said(shown)

@@ -29,7 +29,7 @@ SAID = [
     r"step 1/2 instance \d\.\d{4} prior \d\.\d{4}",
     r"step 2/2 instance \d\.\d{4} prior \d\.\d{4}",
     r"looks took \d+% of the time; a larger watch_every means fewer",
-    r"best is step \d: .*",
+    r"Best: Step \d: .*",
     r".*/run/pipeline",
 ]
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_lib import plots
-from dreambooth_lib.watch import Watched
+from dreambooth_lib.watch_record import Watched
 
 
 def log(count: int, prior: bool = True) -> list[dict[str, Any]]:

@@ -136,7 +136,7 @@ def test_two_processes_train_as_one_does(
 FAILS = """
 import sys
 
-from dreambooth_lib import runs, training, watch
+from dreambooth_lib import runs, training, watch_record
 from dreambooth_lib.processes import join_group
 
 kind, folder = sys.argv[1:]
@@ -148,7 +148,7 @@ def fail(*given):
 
 
 if kind == "validating" and first:
-    watch.Watch.look = fail
+    watch_record.Watch.look = fail
 for step in training.train(runs.resume(folder)):
     if kind == "looping" and first and step.step == 2:
         fail()

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from dreambooth_lib import choice, sweep, watch
+from dreambooth_lib import choice, sweep
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 from dreambooth_lib.runs import RunError
 from dreambooth_lib.sweep import grid, recommend, table
 from dreambooth_lib.watch import View
+from dreambooth_lib.watch_record import drawn, history
 
 QUICK = View(seeds=4, class_pictures=2, unrelated=1, inference_steps=2)
 
@@ -47,7 +48,7 @@ def test_a_sweep_gives_a_row_a_cell_and_step_and_is_not_run_twice(
     assert len(text) == 5
     assert len(list((tmp_path / "class_pictures").iterdir())) == 1
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
-    seen = watch.history(sweep.runs.resume(tmp_path / "prior_weight=1.0"))
+    seen = history(sweep.runs.resume(tmp_path / "prior_weight=1.0"))
     shares = choice.shares(seen[2].subject_fidelity, seen[2].reference_fidelity,
                            seen[2].prompt_adherence, seen[0].prompt_adherence,
                            seen[2].prior_drift, seen[2].unrelated_drift)  # fmt: skip
@@ -69,7 +70,7 @@ def test_a_finished_study_goes_on_to_more_steps_as_if_it_had_had_them_all(
     short, long = (table(configs, tmp_path / name, [2, 4, 6]) for name in ("short", "long"))
     assert short == long and [row["step"] for row in short] == [2, 4, 6]
     cell = sweep.runs.resume(tmp_path / "short" / "prior_weight=1.0")
-    assert cell.finished and cell.config.steps == 6 and len(watch.drawn(cell, 6).subject) == 16
+    assert cell.finished and cell.config.steps == 6 and len(drawn(cell, 6).subject) == 16
 
     run(configs, tmp_path / "short")  # fewer again: what is there is kept
     cell = sweep.runs.resume(cell.folder)

@@ -24,7 +24,7 @@ from dreambooth_lib.runs import Run
 from dreambooth_lib.setup_run import Session
 from dreambooth_lib.training import NonFiniteLoss, prior_preservation, train, updates
 from dreambooth_lib.updates import Optimizer
-from dreambooth_lib.watch import history
+from dreambooth_lib.watch_record import history
 
 Make = Callable[..., TrainConfig]
 VIEW = watch.View(class_pictures=2, inference_steps=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_lib import best_checkpoint, families, metrics, runs, setup_run, watch
+from dreambooth_lib import best_checkpoint, families, metrics, runs, setup_run, watch, watch_record
 from dreambooth_lib.config import ConfigError, TrainConfig
 from dreambooth_lib.data import hold_out, near_groups, to_tensor
 from dreambooth_lib.encoders import Encoder
@@ -23,7 +23,7 @@ from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.sampling import load_source, sample
 from dreambooth_lib.setup_run import Session
 from dreambooth_lib.training import train
-from dreambooth_lib.watch import Watched, history
+from dreambooth_lib.watch_record import Watched, history
 from dreambooth_lib.weights import Trainable
 
 Make = Callable[..., TrainConfig]
@@ -61,7 +61,7 @@ def test_what_a_look_writes_and_measures(started: Callable[..., Run], clip_folde
     assert base.prior_drift == pytest.approx(0, abs=1e-6) and last.prior_drift > 1e-4
     assert all(len(row.held_out["subject"]) == BINS for row in history(run))
     assert "class" not in last.held_out, "of four class pictures none can be spared"
-    folder = watch.folder(run, 4)
+    folder = watch_record.folder(run, 4)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["class-0.png", "class-1.png", *(f"subject-{i}.png" for i in range(4)),
                      "unrelated-0.png"]  # fmt: skip

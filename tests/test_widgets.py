@@ -27,6 +27,7 @@ from dreambooth_lib.pictures import DataError
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.setup_run import Session
 from dreambooth_lib.updates import Optimizer
+from dreambooth_lib.watch_record import drawn
 from dreambooth_lib.widgets import side_by_side, upload
 from dreambooth_lib.widgets.settings import python_of
 
@@ -585,7 +586,7 @@ def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
     for step in (0, 2, 4):
         slider.slider.value = step
         seen[step] = [picture.tobytes() for picture in pictures(slider)]
-        assert seen[step][0] == watch.drawn(run, step).subject[0].tobytes()
+        assert seen[step][0] == drawn(run, step).subject[0].tobytes()
         assert len(seen[step]) == 4 + 2 + 1
     assert seen[0] != seen[4]
     assert slider.step == 4 and "The cells below use this one." in texts(slider)

@@ -15,12 +15,13 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from dreambooth_lib import exports, families, kept, mirrors, runs
-from dreambooth_lib import watch as looks
+from dreambooth_lib import watch_record as looks
 from dreambooth_lib.choice import best_checkpoint
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.families import loading
 from dreambooth_lib.setup_run import Session
 from dreambooth_lib.state import save_png
+from dreambooth_lib.watch import PROMPTS
 from dreambooth_lib.weights import precisions
 from tools.ram import Kind, measured
 
@@ -123,7 +124,7 @@ def note_look(run: runs.Run, step: int) -> None:
     found: dict[str, Any] = dict.fromkeys(looks.Watched.__dataclass_fields__, 0.5)
     found["subject_fidelity"] = {0: 0.4, STEPS[0]: 0.9}.get(step, 0.5)
     rows = {"subject": [0.1], "class": [0.1]}
-    kinds = {"subject": len(looks.PROMPTS), "class": 3, "unrelated": 1}
+    kinds = {"subject": len(PROMPTS), "class": 3, "unrelated": 1}
     for name, pictures in kinds.items():
         for number in range(pictures):
             grey = Image.new("RGB", (64, 64), "grey")

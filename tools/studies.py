@@ -32,6 +32,7 @@ from dreambooth_lib.state import replace_file, save_png
 from dreambooth_lib.sweep import VIEW, grid, recommend, sweep, table
 from dreambooth_lib.tables import to_csv
 from dreambooth_lib.training import train
+from dreambooth_lib.watch_record import drawn, history
 from dreambooth_lib.words import HEADS
 
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -91,7 +92,7 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
     cells = [
         [
             # Two scenes, and the class.
-            (seen := watch.drawn(runs.resume(folder / name), step)).subject[:: 2 * VIEW.seeds]
+            (seen := drawn(runs.resume(folder / name), step)).subject[:: 2 * VIEW.seeds]
             + seen.of_class[:1]
             for step in STEPS
         ]
@@ -121,11 +122,11 @@ def overtrain(subject: Subject, folder: Path) -> list[dict]:
     before = watch.look(families.load_model(config.base), subject, view)
     base = watch.score(encoder, photos, subject, before, before)
     found = []
-    for seen in watch.history(one)[1:]:
+    for seen in history(one)[1:]:
         file = folder / "scored" / f"{seen.step:06d}.json"
         if not file.exists():
-            drawn = watch.look(weights.restored(one, seen.step), subject, view)
-            scores = watch.score(encoder, photos, subject, drawn, before)
+            again = watch.look(weights.restored(one, seen.step), subject, view)
+            scores = watch.score(encoder, photos, subject, again, before)
             replace_file(file, json.dumps(scores).encode())
         scores = json.loads(file.read_text())
         shares = choice.shares(
@@ -145,7 +146,7 @@ def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> 
         rows = future.result()
         one = runs.resume(out / subject.name)
         replace_file(out / f"{subject.name}.csv", to_csv(rows).encode())
-        plots.watched(watch.history(one), out / f"{subject.name}.png")
+        plots.watched(history(one), out / f"{subject.name}.png")
         found = choice.best_checkpoint(one)
         by_step = {row["step"]: row["standing"] for row in rows}
         best, last = max(by_step, key=lambda step: by_step[step]), max(by_step)
@@ -175,7 +176,7 @@ def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
     encoder = watch.judge(config)
     base, scores = (watch.score(encoder, photos, subject, seen, looks[0]) for seen in looks)
     shares = choice.shares(
-        scores["subject_fidelity"], watch.history(one)[0].reference_fidelity,
+        scores["subject_fidelity"], history(one)[0].reference_fidelity,
         scores["prompt_adherence"], base["prompt_adherence"], scores["prior_drift"],
         scores["unrelated_drift"],
     )  # fmt: skip
@@ -272,7 +273,7 @@ def over_seeds(
     print("\n".join(lines))
     draw_means({name: of_kind for name, of_kind in own.items() if of_kind}, base, out / "means.png")
     done = [name for name in kinds if (out / cell(name, 0) / "pipeline").exists()]
-    looks = [watch.drawn(runs.resume(out / cell(name, 0)), steps) for name in done]
+    looks = [drawn(runs.resume(out / cell(name, 0)), steps) for name in done]
     pictures = [[seen.subject[:: VIEW.seeds], seen.of_class[:4]] for seen in looks]
     title = f"{subject.name} after {steps} updates, training seed 0"
     page = pages.matrix(done, ["the subject in four scenes", "its class"], pictures, title)

@@ -1,18 +1,16 @@
-"""What the views share: errors that are shown and kept, hints, pictures."""
+"""What the panels share: errors that are shown and kept, controls with hints, pictures."""
 
 import html
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ipywidgets import HTML, HBox, Image, Layout, VBox
+from ipywidgets import HTML, Button, HBox, Image, Layout, VBox
 
 from dreambooth_lib import memory
 
-#: For a control's ``style`` and ``layout``: labels and controls in columns.
-STYLE = {"description_width": "9em"}
-WIDE = "32em"
 #: Jupyter's own red, in its dark theme too; the classic Notebook has none. Lines may be long.
 _RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
 
@@ -40,8 +38,8 @@ class View(VBox):
         self._tell()
 
     def mend(self, *acts: Any) -> None:
-        """Drop the errors of these callbacks: what they failed at is well by now."""
-        for act in acts:
+        """Drop the errors of these callbacks, without any those of all."""
+        for act in acts or list(self.errors):
             self.errors.pop(act, None)
         self._tell()
 
@@ -52,7 +50,7 @@ class View(VBox):
         self.note.layout.display = "" if texts else "none"
 
     def callback(self, act: Callable[[], Any]) -> Callable[[Any], None]:
-        """``act`` for a widget to call, which would hide an error or show a traceback."""
+        """Wrap ``act`` for a widget, which would hide its error or show a traceback."""
 
         def call(_event: Any) -> None:
             self.mend(act)
@@ -63,26 +61,41 @@ class View(VBox):
 
         return call
 
+    def on_change(self, act: Callable[[], Any], *fields: Any) -> None:
+        """Call ``act`` whenever one of the fields has another value."""
+        for field in fields:
+            field.observe(self.callback(act), "value")
+
 
 def sentence(error: Exception) -> str:
-    """An error as a reader wants it: ours say what is wrong, others need their kind."""
+    """Return what a reader is told of an error; those that are not the kit's with their kind."""
     known = type(error) is ValueError or type(error).__module__.startswith("dreambooth_lib.")
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def control(kind: type, description: str, **traits: Any) -> Any:
-    """A control with its label; a slider and a text report when they are let go of."""
+    """Make a labelled control; a slider and a text report when they are let go of."""
     if "continuous_update" in kind.class_trait_names():  # type: ignore[attr-defined]
-        traits = {"continuous_update": False} | traits
-    return kind(description=description, style=STYLE, layout=Layout(width=WIDE), **traits)
+        traits["continuous_update"] = False
+    style = {"description_width": "9em"}
+    return kind(description=description, style=style, layout=Layout(width="32em"), **traits)
 
 
 def hinted(controls: Mapping[Any, str]) -> VBox:
-    """Controls below each other, each beside one line that says what to do when."""
+    """Lay out controls below each other, each beside one line that says what to do when."""
     row = Layout(flex_flow="row wrap", align_items="center")
-    lines = [HBox([one, HTML(f"<small>{html.escape(hint)}</small>")], layout=row)
-             for one, hint in controls.items()]  # fmt: skip
-    return VBox(lines)
+    hints = [HTML(f"<small>{html.escape(hint)}</small>") for hint in controls.values()]
+    return VBox([HBox(pair, layout=row) for pair in zip(controls, hints, strict=True)])
+
+
+@contextmanager
+def busy(button: Button) -> Iterator[None]:
+    """Keep a button from being pressed again meanwhile."""
+    button.disabled = True
+    try:
+        yield
+    finally:
+        button.disabled = False
 
 
 def from_here(path: str | Path) -> str:
@@ -91,37 +104,33 @@ def from_here(path: str | Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def png(save: Callable[..., Any]) -> bytes:
-    """What a PIL picture's ``save`` or a figure's ``savefig`` writes."""
+def _png(save: Callable[..., Any]) -> bytes:
     buffer = io.BytesIO()
     save(buffer, format="png")
     return buffer.getvalue()
 
 
 def blank() -> Image:
-    """A place for a page or a figure, hidden until ``show`` fills it."""
+    """Make a place for a page or a figure, hidden until :func:`show` fills it."""
     layout = Layout(max_width="100%", align_self="flex-start", display="none")
     return Image(format="png", layout=layout)
 
 
 def show(place: Image, save: Callable[..., Any]) -> None:
-    place.value = png(save)
+    """Show what a PIL picture's ``save`` or a figure's ``savefig`` writes."""
+    place.value = _png(save)
     place.layout.display = ""
 
 
-def on_page(picture: Any, least: int, most: int) -> int:
-    """How many pixels wide a picture stands on the page: as many as it has, within bounds."""
-    return max(least, min(most, picture.width))
-
-
-def captioned(picture: Any, caption: str, width: int) -> VBox:
-    """One PIL picture of ``width`` pixels with a line of text under it."""
-    shown = Image(value=png(picture.save), format="png", width=width)
+def captioned(picture: Any, caption: str, least: int, most: int) -> VBox:
+    """Lay out a PIL picture, as wide as it is within these pixels, over a line of text."""
+    width = max(least, min(most, picture.width))
+    shown = Image(value=_png(picture.save), format="png", width=width)
     shown.layout.margin = "0"
     text = HTML(f'<div style="line-height: 1.3"><small>{html.escape(caption)}</small></div>')
     return VBox([shown, text], layout=Layout(width=f"{width}px", margin="0 8px 8px 0"))
 
 
 def in_a_row(boxes: list[Any]) -> HBox:
-    """Boxes in a row, on more lines where the page is narrow."""
+    """Lay out boxes in a row, on more lines where the page is narrow."""
     return HBox(boxes, layout=Layout(flex_flow="row wrap"))

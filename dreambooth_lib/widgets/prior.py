@@ -11,7 +11,7 @@ _SHOWN = 32
 
 
 def class_pictures(config: TrainConfig, folder: str | Path) -> Image.Image | None:
-    """Draw what is missing for a run in ``folder``, with its progress; gives a page of the first.
+    """Draw what is missing for a run in ``folder``, with its progress; return a page of the first.
 
     None where the config asks the base for none. Raises as ``families.load_model`` does.
     """

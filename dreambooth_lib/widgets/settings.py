@@ -1,19 +1,22 @@
 """A run's settings as sliders and menus, and as the Python that says the same."""
 
 import html
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+import torch
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
 
-from dreambooth_lib import choice, families
+from dreambooth_lib import early_stopping, families, levels, memory
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig, base_defaults
+from dreambooth_lib.estimate import GIB, estimate
 from dreambooth_lib.pace import Pace, checkpoints, measure
-from dreambooth_lib.widgets.parts import View, control, from_here, hinted
+from dreambooth_lib.widgets.parts import View, busy, control, from_here, hinted
 from dreambooth_lib.widgets.side_by_side import release
 from dreambooth_lib.widgets.subject import SubjectPanel
 
-_LOOKS = {5: "five"}.get(choice.PATIENCE, choice.PATIENCE)
+_LOOKS = {5: "five"}.get(early_stopping.PATIENCE, early_stopping.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 _QLORA = "qlora"  # of the menu alone: a LoRA with quantize
 _SUITS = 0.0  # of the menu alone, which cannot show None: the method's own learning rate
@@ -40,7 +43,8 @@ class SettingsPanel(View):
     """
 
     def __init__(self, given: TrainConfig | SubjectPanel):
-        self._given, config = given, _config_of(given)
+        self._given = given
+        config = self._config_given
         self._own = families.outline(config.base, config.revision).resolution
         self.controls = _controls(config, self._own)
         self.predict = Button(description="Predict the time")
@@ -52,22 +56,19 @@ class SettingsPanel(View):
             self.python,
         )
         self._measured: tuple[TrainConfig, Pace, str] | None = None
-        for one in self.controls.values():
-            one.observe(self.callback(self._show), "value")
+        self.on_change(self._show, *self.controls.values())
         if isinstance(given, SubjectPanel):
-            for field in (given.source, given.class_noun, given.identifier):
-                field.observe(self.callback(self._show), "value")
+            self.on_change(self._show, given.source, given.class_noun, given.identifier)
         self.predict.on_click(self.callback(self._measure))
         self._show()
 
     @property
     def config(self) -> TrainConfig:
         """The config that the controls say. Raises ``ConfigError`` where they contradict."""
-        said = {name: one.value for name, one in self.controls.items()}
-        if said["resolution"] == self._own:
-            said["resolution"] = None
+        given, said = self._config_given, {n: one.value for n, one in self.controls.items()}
+        said["resolution"] = None if said["resolution"] == self._own else said["resolution"]
         said["learning_rate"] = said["learning_rate"] or None
-        given, said["quantize"] = _config_of(self._given), None
+        said["quantize"] = None
         if said["method"] == _QLORA:
             said |= {"method": "lora", "quantize": given.quantize or "nf4"}
         return given.replace(**said)
@@ -84,6 +85,11 @@ class SettingsPanel(View):
                 "of step 3 again."
             )
 
+    @property
+    def _config_given(self) -> TrainConfig:
+        given = self._given
+        return given.config if isinstance(given, SubjectPanel) else given
+
     def _show(self) -> None:
         config = self.config
         code = html.escape(python_of(config, HINTS))
@@ -96,92 +102,80 @@ class SettingsPanel(View):
         self.time.value = _time(config, *self._measured[1:]) if self._measured else ""
 
     def _measure(self) -> None:
-        self.predict.disabled = True
-        release()
-        try:
+        with busy(self.predict):
+            release()
             config = self.config
             self._measured = (_paced(config), measure(config), _memory(config))
-        finally:
-            self.predict.disabled = False
         self._show()
 
 
-def _config_of(given: TrainConfig | SubjectPanel) -> TrainConfig:
-    return given.config if isinstance(given, SubjectPanel) else given
-
-
 def _paced(config: TrainConfig) -> TrainConfig:
-    """A config without what its pace does not depend on."""
+    """Return a config without what its pace does not depend on."""
     return config.replace(steps=1, early_stop=False)
 
 
-def python_of(config: TrainConfig, always: Any = ()) -> str:
-    """Python that makes this config, after ``import dreambooth_lib as db``.
+def python_of(config: TrainConfig, always: Collection[str] = ()) -> str:
+    """Return Python that makes this config, after ``import dreambooth_lib as db``.
 
     Fields at their default are left out, save those in ``always``.
     """
     subject, plain = config.subject, TrainConfig(config.subject, config.base)
     words = _differing(subject, Subject(subject.pictures, subject.class_noun), ("class_noun",))
-    pictures = repr(from_here(subject.pictures))
-    lines = [f"    subject=db.Subject({', '.join([pictures, *words])}),",
-             f"    base={config.base!r},"]  # fmt: skip
-    lines += [f"    {text}," for text in _differing(config, plain, always)]
-    return "\n".join(["config = db.TrainConfig(", *lines, ")"])
+    lines = [
+        f"subject=db.Subject({', '.join([repr(from_here(subject.pictures)), *words])})",
+        f"base={config.base!r}",
+        *_differing(config, plain, always),
+    ]
+    return "\n".join(["config = db.TrainConfig(", *(f"    {line}," for line in lines), ")"])
 
 
-def _differing(given: Any, plain: Any, always: Any) -> list[str]:
-    names = [field.name for field in fields(given)]
+def _differing(given: Any, plain: Any, always: Collection[str]) -> list[str]:
+    values = {field.name: getattr(given, field.name) for field in fields(given)}
     return [
-        f"{name}={getattr(given, name)!r}"
-        for name in names
-        if getattr(given, name) != getattr(plain, name)
-        or (name in always and getattr(given, name) is not None)
+        f"{name}={value!r}"
+        for name, value in values.items()
+        if value != getattr(plain, name) or (name in always and value is not None)
     ]
 
 
 def _controls(config: TrainConfig, own: int) -> dict[str, Any]:
-    values = vars(config) | {"resolution": config.resolution or own}
-    near = {own // 2, own * 3 // 4, own, own * 3 // 2, values["resolution"]}
-    sizes = sorted(side for side in near if side % 8 == 0)
-    sides = [(f"{side}, the base's own" if side == own else str(side), side) for side in sizes]
     own_rate = base_defaults(config.base, config.method)["learning_rate"]
-    if values["learning_rate"] == own_rate:
-        values["learning_rate"] = _SUITS
-    rates = [("what suits the method", _SUITS)]
-    rates += [(f"{rate:g}", rate) for rate in sorted({*_RATES, config.learning_rate})]
-    pictures = max(400, config.class_pictures)
-    texts = [("denoiser", False), ("denoiser and text encoder", True)]
-    methods = [("the whole model", "full"), ("LoRA", "lora"), ("LoRA on 4 bits (QLoRA)", _QLORA)]
-    if config.quantize is not None:
-        values["method"] = _QLORA
-    priors = [("class pictures", "generated"), ("the base as teacher", "distilled")]
-    values["prior"] = "generated" if config.prior == "none" else config.prior
-    made: dict[str, tuple[type, str, dict[str, Any]]] = {
-        "method": (Dropdown, "method", {"options": methods}),
-        "prior_weight": (FloatSlider, "λ, prior weight", {"max": max(3, config.prior_weight)}),
-        "prior": (Dropdown, "class kept by", {"options": priors}),
-        "steps": (IntSlider, "training steps", {"min": 1, "max": max(2000, config.steps)}),
-        "learning_rate": (Dropdown, "learning rate", {"options": rates}),
-        "train_text_encoder": (Dropdown, "what is trained", {"options": texts}),
-        "resolution": (Dropdown, "resolution", {"options": sides}),
-        "class_pictures": (IntSlider, "class pictures", {"max": pictures}),
-        "early_stop": (Checkbox, "stop early", {}),
-    }
+    method = config.method if config.quantize is None else _QLORA
+    prior = "generated" if config.prior == "none" else config.prior
+    rate = _SUITS if config.learning_rate == own_rate else config.learning_rate
+    side = config.resolution or own
+    methods = {"the whole model": "full", "LoRA": "lora", "LoRA on 4 bits (QLoRA)": _QLORA}
+    priors = {"class pictures": "generated", "the base as teacher": "distilled"}
+    rates = {f"{one:g}": one for one in sorted({*_RATES, config.learning_rate})}
+    rates = {"what suits the method": _SUITS} | rates
+    sizes = sorted({own // 2, own * 3 // 4, own, own * 3 // 2, side})
+    sides = {f"{one}, the base's own" if one == own else str(one): one for one in sizes
+             if one % 8 == 0}  # fmt: skip
+    trained = {"denoiser": False, "denoiser and text encoder": True}
+
+    def menu(label: str, options: dict[str, Any], value: Any) -> Any:
+        return control(Dropdown, label, options=list(options.items()), value=value)
+
+    def slider(kind: type, label: str, value: Any, least: int, most: float) -> Any:
+        return control(kind, label, value=value, min=least, max=max(most, value))
+
     return {
-        name: control(kind, label, value=values[name], **traits)
-        for name, (kind, label, traits) in made.items()
+        "method": menu("method", methods, method),
+        "prior_weight": slider(FloatSlider, "λ, prior weight", config.prior_weight, 0, 3),
+        "prior": menu("class kept by", priors, prior),
+        "steps": slider(IntSlider, "training steps", config.steps, 1, 2000),
+        "learning_rate": menu("learning rate", rates, rate),
+        "train_text_encoder": menu("what is trained", trained, config.train_text_encoder),
+        "resolution": menu("resolution", sides, side),
+        "class_pictures": slider(IntSlider, "class pictures", config.class_pictures, 0, 400),
+        "early_stop": control(Checkbox, "stop early", value=config.early_stop),
     }
 
 
 def _memory(config: TrainConfig) -> str:
-    """Say what a new run takes of the GPU, by the base's configs; nothing without a GPU."""
-    import torch
-
+    """Say what a new run takes of the GPU, by the base's configs; without one nothing."""
     if not torch.cuda.is_available():
         return ""
-    from dreambooth_lib import levels, memory
-    from dreambooth_lib.estimate import GIB, estimate
-
     device = torch.device("cuda")
     config = levels.fresh(config, device)
     need = estimate(config, levels.native_precision(config.mixed_precision, device)).memory
@@ -192,12 +186,12 @@ def _memory(config: TrainConfig) -> str:
     )
 
 
-def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
+def _time(config: TrainConfig, pace: Pace, taken: str) -> str:
     minutes = pace.seconds(config) / 60
     looks = f", looks of {pace.look:.1f} s every {config.watch_every}" if pace.look else ""
     saves = f"{checkpoints(config)} checkpoints of {pace.checkpoint:.1f} s"
     return (
         f"Training takes about <b>{max(1, round(minutes))} min</b> on this machine: {config.steps} "
         f"updates of {pace.update:.2f} s{looks} and {saves}, as measured. Class pictures come on "
-        f"top.{memory}"
+        f"top.{taken}"
     )

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipywidgets import HTML, Button, Dropdown, FloatSlider, IntSlider, IntText, Text, VBox
 
@@ -11,7 +11,7 @@ from dreambooth_lib import memory
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
 from dreambooth_lib.sampling import Sample, fill, inference_of, load_source, sample
-from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row, on_page
+from dreambooth_lib.widgets.parts import View, busy, captioned, control, hinted, in_a_row
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -73,24 +73,21 @@ class SideBySide(View):
         self.steps = control(IntSlider, "drawing steps", value=own.steps, min=1, max=100)
         self.button = Button(description="Draw", button_style="primary")
         self.advice, self.entries = HTML(), VBox([])
-        super().__init__(
-            hinted({
-                self.left: "what draws on the left",
-                self.right: "what draws on the right, with the same seeds",
-                self.prompt: "write {} where your subject's secret word goes, e.g. "
-                f"a {{}} {subject.class_noun} in the snow",
-                self.negative_prompt: "what should not be seen; empty is fine",
-                self.seed: "the noise to start from: the same number draws the same picture again",
-                self.count: "one a seed, from this seed on",
-                self.guidance: "raise it when the prompt is ignored; lower it when all looks harsh",
-                self.steps: f"more give finer pictures but take longer; {own.enough} are enough",
-                self.button: "pictures come below, the newest first",
-            }),
-            self.advice,
-            self.entries,
-        )  # fmt: skip
+        hints = {
+            self.left: "what draws on the left",
+            self.right: "what draws on the right, with the same seeds",
+            self.prompt: "write {} where your subject's secret word goes, e.g. "
+            f"a {{}} {subject.class_noun} in the snow",
+            self.negative_prompt: "what should not be seen; empty is fine",
+            self.seed: "the noise to start from: the same number draws the same picture again",
+            self.count: "one a seed, from this seed on",
+            self.guidance: "raise it when the prompt is ignored; lower it when all looks harsh",
+            self.steps: f"more give finer pictures but take longer; {own.enough} are enough",
+            self.button: "pictures come below, the newest first",
+        }
+        super().__init__(hinted(hints), self.advice, self.entries)
         self.button.on_click(self.callback(self.draw))
-        self.prompt.observe(self.callback(self._advise), "value")
+        self.on_change(self._advise, self.prompt)
         self._advise()
 
     def _advise(self) -> None:
@@ -102,62 +99,51 @@ class SideBySide(View):
 
     def draw(self) -> Drawn:
         """Draw what the fields ask for, and show and keep it. Raises as ``sample`` does."""
-        names = dict.fromkeys((self.left.value, self.right.value))
-        prompt = fill(self.prompt.value, self._subject)
-        seeds = [self.seed.value + number for number in range(self.count.value)]
-        self.button.disabled = True
-        try:
-            loaded = self._load(list(names))
+        sources = {name: self._sources[name] for name in (self.left.value, self.right.value)}
+        prompt, first = fill(self.prompt.value, self._subject), self.seed.value
+        seeds = list(range(first, first + self.count.value))
+        steps, scale, without = self.steps.value, self.guidance.value, self.negative_prompt.value
+        how: dict[str, Any] = {"steps": steps, "guidance_scale": scale, "negative_prompt": without}
+        with busy(self.button):
+            _load(list(sources.values()))
             pictures = {
-                name: sample(
-                    loaded[name],
-                    [prompt],
-                    seeds,
-                    steps=self.steps.value,
-                    guidance_scale=self.guidance.value,
-                    negative_prompt=self.negative_prompt.value,
-                )
-                for name in names
+                name: sample(_LOADED[source], [prompt], seeds, **how)
+                for name, source in sources.items()
             }
-        finally:
-            self.button.disabled = False
-        drawn = Drawn(prompt, self.negative_prompt.value, self.guidance.value, self.steps.value,
-                      pictures)  # fmt: skip
+        drawn = Drawn(prompt, without, scale, steps, pictures)
         self.gallery.append(drawn)
         self.entries.children = [_entry(drawn), *self.entries.children]
         return drawn
 
-    def _load(self, names: list[str]) -> "dict[str, Family]":
-        wanted = {name: self._sources[name] for name in names}
-        for source in set(_LOADED) - set(wanted.values()):
-            del _LOADED[source]
-        memory.free()
-        for source in wanted.values():
-            if source not in _LOADED:
-                given = source if isinstance(source, tuple) else (source,)
-                _LOADED[source] = load_source(*given)
-        return {name: _LOADED[source] for name, source in wanted.items()}
-
 
 def playground(run: Run, at: int | None = None) -> SideBySide:
-    """The base beside a run, as it ended or as it was at a checkpoint.
+    """Show the base beside a run, as it ended or as it was at a checkpoint.
 
     Other pairs, such as checkpoints or a study's cells, are :class:`SideBySide` of their own.
     """
-    config, subject = run.config, run.config.subject
-    sources: dict[str, Source] = {"base": config, "tuned": run if at is None else (run, at)}
-    prompt = f"a {{}} {subject.class_noun} on the beach"
-    return SideBySide(sources, subject, prompt)
+    sources: dict[str, Source] = {"base": run.config, "tuned": run if at is None else (run, at)}
+    subject = run.config.subject
+    return SideBySide(sources, subject, f"a {{}} {subject.class_noun} on the beach")
+
+
+def _load(sources: list[Source]) -> None:
+    """Load what is not loaded yet, once all else is gone."""
+    for source in set(_LOADED) - set(sources):
+        del _LOADED[source]
+    memory.free()
+    for source in sources:
+        if source not in _LOADED:
+            given = source if isinstance(source, tuple) else (source,)
+            _LOADED[source] = load_source(*given)
 
 
 def _entry(drawn: Drawn) -> VBox:
     without = f", without “{drawn.negative_prompt}”" if drawn.negative_prompt else ""
-    asked = f"“{drawn.prompt}”{without}"
+    asked = html.escape(f"“{drawn.prompt}”{without}")
     settings = f"guidance {drawn.guidance_scale:g}, {drawn.steps} steps"
     pairs = [
-        captioned(made.image, f"{name}, seed {made.seed}", on_page(made.image, *_WIDTHS))
+        captioned(made.image, f"{name}, seed {made.seed}", *_WIDTHS)
         for of_seed in zip(*drawn.pictures.values(), strict=True)
         for name, made in zip(drawn.pictures, of_seed, strict=True)
     ]
-    title = HTML(f"<b>{html.escape(asked)}</b> <small>{settings}</small>")
-    return VBox([title, in_a_row(pairs)])
+    return VBox([HTML(f"<b>{asked}</b> <small>{settings}</small>"), in_a_row(pairs)])

@@ -2,12 +2,12 @@
 
 from ipywidgets import HTML, SelectionSlider
 
-from dreambooth_lib import choice, watch
+from dreambooth_lib import choice
 from dreambooth_lib.runs import Run
-from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row, on_page
+from dreambooth_lib.watch_record import drawn, history
+from dreambooth_lib.widgets.parts import View, captioned, control, hinted, in_a_row
 
 _HINT = "early steps lack the subject, late ones draw it alone: take one that shows both"
-
 _WIDTHS = 200, 256  # pixels on the page, of the smallest pictures and of the largest
 
 
@@ -20,13 +20,13 @@ class CheckpointSlider(View):
 
     def __init__(self, run: Run):
         self.run, self.best = run, choice.best_checkpoint(run)
-        self._rows = {row.step: row for row in watch.history(run)}
-        options = [(self._label(step), step) for step in self._rows]
-        self.slider = control(SelectionSlider, "checkpoint", options=options, value=self.best.step)
+        self._rows = {row.step: row for row in history(run)}
+        labels = [(self._label(step), step) for step in self._rows]
+        self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
         self.figures, self.pictures = HTML(), in_a_row([])
         reason = HTML(f"<b>Chosen ★:</b> {self.best.reason}")
         super().__init__(reason, hinted({self.slider: _HINT}), self.figures, self.pictures)
-        self.slider.observe(self.callback(self._show), "value")
+        self.on_change(self._show, self.slider)
         self._show()
 
     @property
@@ -44,20 +44,18 @@ class CheckpointSlider(View):
 
     def _show(self) -> None:
         at = self.slider.value
-        seen = watch.drawn(self.run, at)
-        fidelity, adherence, kept = choice.shares_of(self._rows[at], self._rows[0])
-        use = "The cells below use this one."
-        if self.step != at:
-            use = f"<i>View only</i>: the cells below use step {self.step} ★."
-        self.figures.value = (
-            f"<b>{f'Step {at}' if at else 'The base'}</b>: subject fidelity {fidelity:.0%} of the "
-            f"photos' own, prompt adherence {adherence:.0%} of the base's, class kept {kept:.0%}. "
-            f"{use}"
+        like, follows, rest = choice.shares_of(self._rows[at], self._rows[0])
+        text = (
+            f"<b>{f'Step {at}' if at else 'The base'}</b>: like your photos {like:.0%}, follows "
+            f"the prompt {follows:.0%}, the rest unchanged {rest:.0%}. "
         )
+        use = f"<i>View only</i>: the cells below use step {self.step} ★."
+        self.figures.value = text + ("The cells below use this one." if self.step == at else use)
+        seen = drawn(self.run, at)
         captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)
         pictures = seen.subject + seen.of_class + seen.unrelated
         self.pictures.children = [
-            captioned(picture, caption, on_page(picture, *_WIDTHS))
+            captioned(picture, caption, *_WIDTHS)
             for picture, caption in zip(pictures, captions, strict=True)
         ]

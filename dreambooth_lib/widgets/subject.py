@@ -40,28 +40,27 @@ class SubjectPanel(View):
         outline = families.outline(config.base, config.revision)
         self.given, self.uploads, self._tokenizer = config, Path(uploads), outline.tokenizer
         self.resolution = config.resolution or outline.resolution
-        subject = config.subject
+        subject, rare = config.subject, rare_identifiers(outline.tokenizer)
         self.upload = upload.button()
         self.source = control(Text, "folder or zip", value=subject.pictures)
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
-        self.identifier = control(Combobox, "identifier", value=subject.identifier,
-                                  options=rare_identifiers(outline.tokenizer))  # fmt: skip
+        self.identifier = control(Combobox, "identifier", value=subject.identifier, options=rare)
         self.photos: list[Photo] = []
         self.findings, self.thumbnails, self.crops = HTML(), blank(), blank()
         self._title, self._crops_title = HTML(), HTML()
+        hints = {
+            self.source: "three to six pictures of the subject in different surroundings",
+            self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
+            self.identifier: "a rare word that will mean your subject; keep it if in doubt",
+        }
         super().__init__(
             HTML(_ON_COLAB) if colab.in_colab() else upload.row(self.upload),
-            hinted({
-                self.source: "three to six pictures of the subject in different surroundings",
-                self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
-                self.identifier: "a rare word that will mean your subject; keep it if in doubt",
-            }),
+            hinted(hints),
             self._title, self.thumbnails, self.findings, self._crops_title, self.crops,
         )  # fmt: skip
-        self.upload.observe(self.callback(self._read_uploaded), "value")
-        self.source.observe(self.callback(self._read_typed), "value")
-        for field in (self.class_noun, self.identifier):
-            field.observe(self.callback(self._show), "value")
+        self.on_change(self._read_uploaded, self.upload)
+        self.on_change(self._read_typed, self.source)
+        self.on_change(self._show, self.class_noun, self.identifier)
         self.use(subject.pictures)
 
     def use(self, source: str | Path | Mapping[str, bytes]) -> None:
@@ -81,21 +80,17 @@ class SubjectPanel(View):
             self._used = self.source.value = str(source)
             self._show()
         except Exception as error:
-            self._refuse(error)
+            self._clear()
+            self.fail(error, self.use)
             raise
 
     def read_again(self) -> None:
         """Take the pictures that lie in the folder or zip by now, and show them."""
         self.callback(self._read)(None)
 
-    def _refuse(self, error: Exception) -> None:
-        """Say why there are no pictures, and show no others."""
-        self._clear()
-        self.fail(error, self.use)
-
     def _clear(self) -> None:
         """Show no pictures, and say nothing of any, not even what was wrong with earlier ones."""
-        self.mend(self.use, self._read, self._read_typed, self._read_uploaded)
+        self.mend()
         self.photos, self._used = [], ""
         for text in (self._title, self.findings, self._crops_title):
             text.value = ""
@@ -119,30 +114,27 @@ class SubjectPanel(View):
         self.check()
         if not self.photos:  # reading them was interrupted
             raise DataError("no pictures are chosen; run the cell of step 2 again.")
-        noun, name = self.class_noun.value.strip(), self.given.subject.name
-        if self._pictures != self.given.subject.pictures:
-            uploaded = Path(self._pictures).is_relative_to(self.uploads.resolve())
+        subject, noun = self.given.subject, self.class_noun.value.strip()
+        pictures, name = Path(self._used).resolve(), subject.name
+        if str(pictures) != subject.pictures:
+            uploaded = pictures.is_relative_to(self.uploads.resolve())
             name = f"my_{noun.replace(' ', '_')}" if uploaded else ""
         subject = replace(
-            self.given.subject,
-            pictures=self._pictures,
+            subject,
+            pictures=str(pictures),
             class_noun=noun,
             identifier=self.identifier.value.strip(),
             name=name,
         )
         return self.given.replace(subject=subject)
 
-    @property
-    def _pictures(self) -> str:
-        return str(Path(self._used).resolve())
-
     def _read_uploaded(self) -> None:
         try:
             files = upload.taken(self.upload)
             if files:
                 self.use(files)
-        except DataError as error:
-            self._refuse(error)
+        except DataError:
+            self._clear()
             self.source.value = ""  # what it names is not what was meant
             raise
 
@@ -161,28 +153,25 @@ class SubjectPanel(View):
         found += check_identifier(self.identifier.value.strip(), self._tokenizer)
         found += _unknown_noun(config.base, self.class_noun.value.strip())
         items = "".join(f"<li>{html.escape(text)}</li>" for text in found)
-        count = f"{len(photos)} picture{'s' if len(photos) > 1 else ''}"
+        count = f"{len(photos)} picture{'s' * (len(photos) > 1)}"
         grid = pages.grid([p.image for p in photos], 6, [photo.name for photo in photos])
         crops = [_to_image(to_tensor(p.image, side, config.crop)) for p in photos]
         held = hold_out(photos)[1] if config.watch_every and config.hold_out else []
-        names = {photo.name for photo in held}
-        labels = ["kept out, to test on" if p.name in names else "" for p in photos]
-        cropped = pages.grid(crops, 6, labels if names else None)
+        labels = ["kept out, to test on" if p in held else "" for p in photos] if held else None
+        cropped = pages.grid(crops, 6, labels)
         # All at once, as by now it is all of the same pictures.
         place = html.escape(from_here(self._used))
         self._title.value = f"<b>Showing {count} of {place}</b>{self._when}"
         show(self.thumbnails, grid.save)
-        self.findings.value = (
-            f"<b>Look at these before you train:</b><ul>{items}</ul>"
-            if found
-            else f"<b>No problems found in {count}.</b>"
-        )
+        self.findings.value = f"<b>No problems found in {count}.</b>"
+        if found:
+            self.findings.value = f"<b>Look at these before you train:</b><ul>{items}</ul>"
         self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
         show(self.crops, cropped.save)
 
 
 def _unknown_noun(base: str, noun: str) -> list[str]:
-    """A warning where the embedded base has never seen such a thing; other bases have seen most."""
+    """Warn where the embedded base has never seen such a thing; other bases have seen most."""
     if base != "toybox":
         return []
     classifier = families.BUNDLED / "toybox" / "classifier" / "config.json"
@@ -198,6 +187,6 @@ def _unknown_noun(base: str, noun: str) -> list[str]:
 
 
 def _to_image(pixels: "torch.Tensor") -> Image.Image:
-    """The reverse of ``to_tensor``."""
+    """Reverse :func:`to_tensor`."""
     levels = ((pixels + 1) * 127.5).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).numpy())

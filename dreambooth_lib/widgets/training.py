@@ -9,17 +9,17 @@ from IPython.display import display
 from ipywidgets import HTML, Image
 from PIL import Image as Pictures
 
-from dreambooth_lib import memory, pages, plots, watch
+from dreambooth_lib import memory, pages, plots
 from dreambooth_lib.runs import Run
 from dreambooth_lib.training import Objective, Step, prior_preservation, train
+from dreambooth_lib.watch_record import drawn, history
 from dreambooth_lib.widgets.parts import View, blank, in_a_row, show
 from dreambooth_lib.widgets.side_by_side import release
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Share of the time that may go into drawing curves.
-_SHARE = 0.05
+_SHARE = 0.05  # of the time, that may go into drawing curves
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,7 +54,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
     except (KeyboardInterrupt, GeneratorExit) as stop:
         memory.forget(stop)
         text = f"interrupted at step {_reached(run)}; run this cell again to go on"
-        view.say(f"{text[0].upper()}{text[1:]}.")
+        view.status.value = f"{text.capitalize()}."
         if isinstance(stop, GeneratorExit):
             raise
         raise Interrupted(text) from None
@@ -62,7 +62,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         view.fail(error)
         raise
     view.draw()
-    view.say(f"Finished at step {_reached(run)}.")
+    view.status.value = f"Finished at step {_reached(run)}."
 
 
 def _reached(run: Run) -> int:
@@ -80,20 +80,17 @@ class _Training(View):
         for curves in (self.losses, self.watched):
             curves.layout.width, curves.layout.min_width = "49%", "400px"
 
-    def say(self, text: str) -> None:
-        self.status.value = text
-
     def show(self, step: Step) -> None:
-        """One more step; curves follow as often as their share of the time allows."""
+        """Show one more step; curves follow as often as their share of the time allows."""
         prior = "" if step.prior_loss is None else f", prior loss {step.prior_loss:.3f}"
-        self.say(f"Step {step.step}: subject loss {step.instance_loss:.3f}{prior}.")
+        self.status.value = f"Step {step.step}: subject loss {step.instance_loss:.3f}{prior}."
         if step.watched or (time.monotonic() - self._drawn_at) * _SHARE > self._cost:
             self.draw()
 
     def draw(self) -> None:
-        """Curves and looks as they are on disk now."""
+        """Draw curves and looks as they are on disk now."""
         began = time.monotonic()
-        log, looks = self.run.log(), watch.history(self.run)
+        log, looks = self.run.log(), history(self.run)
         if log:
             _show_curves(self.losses, plots.losses(log))
         if len(looks) != self._looks:
@@ -104,22 +101,19 @@ class _Training(View):
 
 
 def _show_curves(place: Image, figure: "Figure") -> None:
-    """At half the width of a page, so that its text stays readable."""
+    """Show a figure at half the width of a page, so that its text stays readable."""
     figure.set_size_inches(6, 4.6)
     show(place, figure.savefig)
 
 
 def look_by_look(run: Run) -> Pictures.Image:
-    """A page of all looks at a run, a row each: subject, class and unrelated pictures.
+    """Make a page of all looks at a run, a row each: subject, class and unrelated pictures.
 
     Raises ``ValueError`` where there was none.
     """
-    steps = [row.step for row in watch.history(run)]
-    cells = []
-    for step in steps:
-        seen = watch.drawn(run, step)
-        cells.append([seen.subject, seen.of_class, seen.unrelated])
-    rows = [f"step {step}" if step else "the base" for step in steps]
+    looks = {row.step: drawn(run, row.step) for row in history(run)}
+    rows = [f"step {step}" if step else "the base" for step in looks]
+    cells = [[seen.subject, seen.of_class, seen.unrelated] for seen in looks.values()]
     subject = run.config.subject
     columns = [f"the subject: {subject.token}", f"its class: {subject.class_prompt}", "unrelated"]
     return pages.matrix(rows, columns, cells)

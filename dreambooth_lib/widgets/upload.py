@@ -24,8 +24,7 @@ _HEAD = 2**16  # bytes of a message beside the files: their names, and what Jupy
 _NOTE = "too large for dreambooth_lib.json"
 _CLASS = "dreambooth-upload"
 
-#: What to do with files that are too large.
-ELSE = (
+ELSE = (  # what to do with files that are too large
     "Drag them into a folder in Jupyter's file list (in JupyterLab on the left) and type the "
     "folder's name below"
 )
@@ -71,15 +70,15 @@ def button() -> FileUpload:
     """Make the button; where it is displayed, :func:`guard` must be."""
     made = FileUpload(accept="image/*,.zip", multiple=True, description="Upload pictures")
     made.layout.width = "auto"
-    made.add_class(_CLASS)
-    return made
+    return made.add_class(_CLASS)
 
 
 def row(button: FileUpload) -> HBox:
     """Lay out the button with how much it takes."""
-    text = f"three to six pictures or one zip, all together below <b>{size_in_words(limit())}</b>. "
-    text += f"For more: {ELSE[0].lower()}{ELSE[1:]}."
-    line = HTML(f'<div style="line-height: 1.4">{text}</div>')
+    line = HTML(
+        '<div style="line-height: 1.4">three to six pictures or one zip, all together below '
+        f"<b>{size_in_words(limit())}</b>. For more: {ELSE[0].lower()}{ELSE[1:]}.</div>"
+    )
     return HBox([button, line], layout=Layout(flex_flow="row wrap", align_items="center"))
 
 
