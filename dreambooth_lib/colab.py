@@ -8,6 +8,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from dreambooth_lib.pictures import DataError
@@ -17,34 +18,28 @@ MOUNT = Path("/content/drive")  #: where Colab mounts Drive
 
 
 def in_colab() -> bool:
-    """Whether this is a notebook on Colab; a script on its machine has no page to ask by."""
+    """Return whether this is a notebook on Colab; a script on its machine has no page to ask by."""
     return "google.colab" in sys.modules
 
 
 def hub_token() -> str | None:
-    """The Hub's token: Colab's secret, else what huggingface_hub finds, else None: anonymous.
+    """Return the Hub's token: Colab's secret, else huggingface_hub's, else None: anonymous.
 
     It is read anew each time and kept nowhere; pass it to huggingface_hub and to nothing else.
+    huggingface_hub asks for the secret, too, but once a session: one that the user adds or grants
+    after that is not seen.
     """
-    token = _secret() if in_colab() else None
-    if token:
-        return token
+    if in_colab():
+        from google.colab import userdata
+
+        with suppress(  # NotebookAccessError: it is there, but not for this notebook
+            userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException
+        ):
+            if token := (userdata.get(SECRET) or "").strip():
+                return token
     from huggingface_hub import get_token
 
     return get_token()
-
-
-def _secret() -> str | None:
-    from google.colab import userdata
-
-    try:
-        return (userdata.get(SECRET) or "").strip()
-    except (
-        userdata.SecretNotFoundError,
-        userdata.NotebookAccessError,  # it is there, but not for this notebook
-        userdata.TimeoutException,  # nobody answered whether it is
-    ):
-        return None
 
 
 def upload(folder: str | Path) -> Path:
@@ -60,7 +55,7 @@ def upload(folder: str | Path) -> Path:
 
 
 def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
-    """Write uploaded pictures, or one zip of them, into ``folder``; gives what load_subject takes.
+    """Write uploaded pictures, or a zip of them, into ``folder``; return what load_subject takes.
 
     Each upload has a sub-folder of its own, named by what is in it, which appears when it is whole:
     another upload neither mixes with it nor changes what an earlier run goes on with. A zip is kept
@@ -102,9 +97,9 @@ def download(file: str | Path) -> None:
 
 
 def mount_drive(folder: str = "dreambooth") -> Path | None:
-    """A folder of the user's Drive, made if it is not there; None outside Colab.
+    """Return a folder of the user's Drive, made if it is not there; None outside Colab.
 
-    Where Drive cannot be had, it warns and gives None: everything but the copy there goes on.
+    Where Drive cannot be had, it warns and returns None: everything but the copy there goes on.
     """
     if not in_colab():
         return None

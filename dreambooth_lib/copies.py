@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ Stamp = list[list[Any]]
 
 
 def again(operation: Callable[..., T], *given: Any, patient: bool = True) -> T:
-    """What the operation gives; if it is ``patient``, an ``OSError`` counts only the third time."""
+    """Return what the operation gives; if ``patient``, only a third ``OSError`` is raised."""
     for wait in WAITS if patient else ():
         try:
             return operation(*given)
@@ -25,28 +25,23 @@ def again(operation: Callable[..., T], *given: Any, patient: bool = True) -> T:
 
 
 def shown(folder: Path) -> list[Path]:
-    """All files in a folder, relative to it, but hidden ones, such as those half-written."""
+    """Return all files in a folder, relative to it, but hidden ones, such as half-written ones."""
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     return [file for file in files if not any(part.startswith(".") for part in file.parts)]
 
 
 def stamp_of(source: Path) -> Stamp:
-    """By which a copy of a file or folder is known to be of what it is now."""
+    """Return what tells whether a copy of a file or folder is of what it is now."""
     names = shown(source) if source.is_dir() else [Path()]
     stats = [(name.as_posix(), (source / name).stat()) for name in names]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def is_there(place: Path, stamp: Stamp) -> bool:
-    """Whether every file of a stamp is at ``place``, whole."""
-    try:
-        return all((place / name).stat().st_size == size for name, size, _ in stamp)
-    except OSError:
-        return False
+def copy(source: Path, place: Path, ways: Mapping[str, Callable[[Path, Path], None]]) -> None:
+    """Copy a file or a folder so that it appears at ``place`` when it is whole.
 
-
-def copy(source: Path, place: Path) -> None:
-    """Copy a file or a folder so that it appears at ``place`` when it is whole."""
+    ``ways`` says how a folder's files of a certain name are copied; else by :func:`copy_file`.
+    """
     from dreambooth_lib.state import replacing_folder
 
     if not source.is_dir():
@@ -54,11 +49,11 @@ def copy(source: Path, place: Path) -> None:
         return
     with replacing_folder(place) as partial:
         for name in shown(source):
-            copy_file(source / name, partial / name)
+            ways.get(name.name, copy_file)(source / name, partial / name)
 
 
 def copy_file(source: Path, place: Path) -> None:
-    """As :func:`copy`, of a file of any size, whatever the free memory."""
+    """Copy a file of any size, whatever the free memory; it appears at ``place`` when whole."""
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f".{place.name}.partial")
     shutil.copyfile(source, partial)

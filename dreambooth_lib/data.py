@@ -43,37 +43,34 @@ def check_pictures(photos: list[Photo], resolution: int = 512) -> list[Finding]:
     of 0 to 255, its shorter side brought down to 256 pixels. "extreme-aspect" is more than twice as
     long as it is short.
     """
-    findings: list[Finding] = []
     copies: dict[tuple[tuple[int, int], bytes], list[Photo]] = {}
     for photo in photos:
         digest = hashlib.sha256(photo.image.tobytes()).digest()
         copies.setdefault((photo.image.size, digest), []).append(photo)
-    for group in copies.values():
-        if len(group) > 1:
-            names = tuple(photo.name for photo in group)
-            text = f"{', '.join(names)} are the same picture; keep one of them."
-            findings.append(Finding("duplicate", names, text))
     singles = [group[0] for group in copies.values()]
-    if 0 < len(singles) < 3:
-        names = tuple(photo.name for photo in singles)
+    names = tuple(photo.name for photo in singles)
+    findings: list[Finding] = []
+    if 0 < len(names) < 3:
         alone = f"{' and '.join(names)} alone {'is' if len(names) == 1 else 'are'} too little"
         text = f"{alone} to learn from; take three to six pictures in different surroundings."
-        findings.insert(0, Finding("few", names, text))
+        findings.append(Finding("few", names, text))
+    for group in copies.values():
+        if len(group) > 1:
+            same = tuple(photo.name for photo in group)
+            text = f"{', '.join(same)} are the same picture; keep one of them."
+            findings.append(Finding("duplicate", same, text))
     for one, other, mirrored in _near_pairs(singles):
         how = "nearly mirror images of each other" if mirrored else "nearly the same picture"
-        names = (singles[one].name, singles[other].name)
-        text = f"{names[0]} and {names[1]} are {how}; keep one of them."
-        findings.append(Finding("near-duplicate", names, text))
-    for photo in photos:
-        findings += _check_picture(photo, resolution)
-    return findings
+        text = f"{names[one]} and {names[other]} are {how}; keep one of them."
+        findings.append(Finding("near-duplicate", (names[one], names[other]), text))
+    return findings + [found for photo in photos for found in _check_picture(photo, resolution)]
 
 
 def near_groups(photos: list[Photo]) -> list[list[int]]:
-    """The photos' numbers in groups of copies and near-duplicates, in order of their first one.
+    """Return the photos' numbers in groups of near-duplicates, in order of their first one.
 
-    As :func:`check_pictures` tells them. What is measured by pairs or by a photo that training did
-    not see must not take two of one group for two pictures.
+    Copies are of one group, too, as :func:`check_pictures` tells them. What is measured by pairs or
+    by a photo that training did not see must not take two of one group for two pictures.
     """
     group = list(range(len(photos)))
     for one, other, _ in _near_pairs(photos):
@@ -83,7 +80,7 @@ def near_groups(photos: list[Photo]) -> list[list[int]]:
 
 
 def hold_out(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
-    """Photos to train on, and one that training never sees (none of fewer than four photos).
+    """Return photos to train on, and one that training never sees (none of fewer than four).
 
     A group of near-duplicates is held out whole: the smallest, of equals the last, and only where
     three photos or more remain.
@@ -97,11 +94,11 @@ def hold_out(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
 
 
 def _near_pairs(photos: list[Photo]) -> Iterator[tuple[int, int, bool]]:
-    """Numbers of two photos that are nearly one picture, and whether mirrored."""
-    prints = [(_print(p.image), _print(ImageOps.mirror(p.image))) for p in photos]
-    for (one, (plain, mirrored)), (other, (print_, _)) in combinations(enumerate(prints), 2):
-        same = _is_near(plain, print_)
-        if same or _is_near(mirrored, print_):
+    """Yield the numbers of two photos that are nearly one picture, and whether mirrored."""
+    prints = [[_print(image) for image in (p.image, ImageOps.mirror(p.image))] for p in photos]
+    for one, other in combinations(range(len(photos)), 2):
+        same, mirrored = (_is_near(print_, prints[other][0]) for print_ in prints[one])
+        if same or mirrored:
             yield one, other, not same
 
 
@@ -119,8 +116,8 @@ def _is_near(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.nda
 def _check_picture(photo: Photo, resolution: int) -> list[Finding]:
     short, long = sorted(photo.image.size)
     scale = min(1.0, 256 / short)
-    size = [max(3, round(side * scale)) for side in photo.image.size]
-    grey = photo.image.convert("L").resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    width, height = (max(3, round(side * scale)) for side in photo.image.size)
+    grey = photo.image.convert("L").resize((width, height), Image.Resampling.LANCZOS)
     g = np.asarray(grey).astype(np.float32)
     laplacian = g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * g[1:-1, 1:-1]
     problems = {
@@ -138,7 +135,7 @@ def _check_picture(photo: Photo, resolution: int) -> list[Finding]:
 def load_subject(
     source: str | Path, class_noun: str, identifier: str = DEFAULT_IDENTIFIER, name: str = ""
 ) -> Subject:
-    """The subject in a folder or zip, after reading all its pictures once.
+    """Return the subject in a folder or zip, after reading all its pictures once.
 
     Warns once per finding of :func:`check_pictures`, save "tiny", which depends on the resolution.
     Raises :class:`DataError` as :func:`read_pictures` does, and ``ConfigError`` for empty words.
@@ -151,20 +148,19 @@ def load_subject(
 
 
 def load_dataset(folder: str | Path) -> list[Subject]:
-    """The subjects of a folder in the DreamBooth data set's layout, in the order of its table.
+    """Return the subjects of a folder in the DreamBooth data set's layout, in its table's order.
 
     ``folder`` or its ``dataset`` holds ``prompts_and_classes.txt`` and a folder per subject. The
     table has the columns ``subject_name,class`` and may have ``type`` ("live" or "object");
     without it, dogs and cats are live. Subjects without a folder are left out. Raises
     :class:`DataError` for a missing or broken table and for folders that are not in it.
     """
-    root = Path(folder)
-    if (root / "dataset" / "prompts_and_classes.txt").is_file():
-        root = root / "dataset"
-    table = root / "prompts_and_classes.txt"
-    if not table.is_file():
+    places = (Path(folder) / "dataset", Path(folder))
+    tables = [place / "prompts_and_classes.txt" for place in places]
+    table = next((table for table in tables if table.is_file()), None)
+    if table is None:
         raise DataError(f"{folder} has no prompts_and_classes.txt; give the data set's folder.")
-    rows = _class_table(table)
+    root, rows = table.parent, _class_table(table)
     folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))}
     for unknown in sorted(folders - rows.keys()):
         raise DataError(f"the folder '{unknown}' is not in the table of {table}; add its class.")
@@ -203,7 +199,7 @@ def to_tensor(
     flip: bool = False,
     generator: "torch.Generator | None" = None,
 ) -> "torch.Tensor":
-    """The picture as float32 of [3, resolution, resolution] in [-1, 1].
+    """Return the picture as float32 of [3, resolution, resolution] in [-1, 1].
 
     The largest square, in the middle or, with ``crop="random"``, at a place that ``generator``
     draws, is resized by Lanczos; ``flip`` mirrors it. Raises :class:`DataError` for another crop.
@@ -227,10 +223,11 @@ def to_tensor(
 
 
 def shuffled(count: int, seed: int, start: int, length: int) -> list[int]:
-    """Items ``start`` to ``start + length - 1`` of an endless stream of 0 to ``count - 1``.
+    """Return items ``start`` to ``start + length - 1`` of a stream of 0 to ``count - 1``.
 
-    The stream goes through all items in a new order each epoch. It depends on nothing but the
-    arguments, so that resuming needs no state. Raises :class:`DataError` if ``count`` is below 1.
+    The stream has no end and goes through all items in a new order each epoch. It depends on
+    nothing but the arguments, so that resuming needs no state. Raises :class:`DataError` if
+    ``count`` is below 1.
     """
     if count < 1:
         raise DataError(f"there are {count} items to shuffle; give 1 or more.")

@@ -11,13 +11,13 @@ _AVOID = {*_KNOWN_BAD, "kkk", "kkkk", "xxx", "nsfw", "nra", "fck", "sht", "dbz",
 
 
 def _merged_tokens(tokenizer: Any) -> list[str]:
-    """Tokens of several letters by index, which in CLIP's vocabulary is from frequent to rare."""
+    """Return tokens of several letters, in CLIP's vocabulary from frequent to rare."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [t for t, _ in vocabulary if len(t.removesuffix("</w>")) > 1 and not t.startswith("<|")]
 
 
 def rare_identifiers(tokenizer: Any, count: int = 20) -> list[str]:
-    """Up to ``count`` words of 3 or 4 letters that are one rare token each, the rarest first.
+    """Return up to ``count`` words of 3 or 4 letters, each one rare token, the rarest first.
 
     Taken from the last 15% of the merged tokens of a ``CLIPTokenizer``, save those that end a
     longer word and known bad ones. Words with a vowel come after all others, so that they are
@@ -34,13 +34,12 @@ def rare_identifiers(tokenizer: Any, count: int = 20) -> list[str]:
 
 
 def check_identifier(identifier: str, tokenizer: Any) -> list[str]:
-    """Warnings, a sentence each, about an identifier; none if it is a rare single token.
+    """Return warnings about an identifier, a sentence each; none if it is one rare token.
 
     A single token counts as common within the first 85% of the merged tokens.
     """
     warned = []
-    tokens = tokenizer.tokenize(identifier)
-    merged = _merged_tokens(tokenizer)
+    tokens, merged = tokenizer.tokenize(identifier), _merged_tokens(tokenizer)
     if len(tokens) != 1:
         warned.append(
             f"identifier '{identifier}' is {len(tokens)} tokens ({', '.join(tokens)}), which are "
@@ -51,9 +50,6 @@ def check_identifier(identifier: str, tokenizer: Any) -> list[str]:
             f"identifier '{identifier}' is a common token of the base, whose meaning would mix "
             "with the subject's; choose one from the list."
         )
-    if identifier.lower() in _KNOWN_BAD:
-        warned.append(
-            f"identifier '{identifier}' is known to be {_KNOWN_BAD[identifier.lower()]}; choose "
-            "another."
-        )
+    if bad := _KNOWN_BAD.get(identifier.lower()):
+        warned.append(f"identifier '{identifier}' is known to be {bad}; choose another.")
     return warned

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 NAME = "dreambooth-lib"
-_CHECKOUT = Path(__file__).parent.parent
 
 
 class InstallError(RuntimeError):
@@ -46,7 +46,7 @@ class Plan:
     pins: list[str]  #: every installed package at its version, as lines of a constraints file
 
     def pip_arguments(self, constraints: str | Path) -> list[str]:
-        """What follows ``pip``; ``constraints`` is the file that holds :attr:`pins`."""
+        """Return what follows ``pip``; the file ``constraints`` holds :attr:`pins`."""
         return ["install", "--quiet", "--constraint", str(constraints), *self.absent]
 
     def __str__(self) -> str:
@@ -57,22 +57,19 @@ class Plan:
 
 
 def required() -> list[str]:
-    """The kit's requirements: the installed package's, or a checkout's ``requirements.txt``."""
+    """Return the kit's requirements: the installed package's, or a checkout's file."""
     try:
         return metadata.requires(NAME) or []
     except metadata.PackageNotFoundError:
-        lines = (_CHECKOUT / "requirements.txt").read_text().splitlines()
+        lines = Path(__file__).parents[1].joinpath("requirements.txt").read_text().splitlines()
         return [bare for line in lines if (bare := line.split("#")[0].strip())]
 
 
 def installed() -> dict[str, str]:
-    """Every installed package's version, by its canonical name."""
-    found: dict[str, str] = {}
-    for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:  # a broken one may have none; of two, Python imports the first
-            found.setdefault(canonicalize_name(name), distribution.version)
-    return found
+    """Return every installed package's version, by its canonical name."""
+    found = [(one.metadata["Name"], one) for one in metadata.distributions()]
+    # A broken one may have no name; of two of a name, Python imports the first.
+    return {canonicalize_name(name): one.version for name, one in reversed(found) if name}
 
 
 def missing_packages(
@@ -96,12 +93,15 @@ def missing_packages(
             absent.append(str(requirement))
         elif not requirement.specifier.contains(version, prereleases=True):
             too_old[str(requirement)] = version
-    pins = [f"{name}=={version}" for name, version in installed.items() if _is_version(version)]
+    pins = []
+    for name, version in installed.items():
+        with suppress(InvalidVersion):  # a system's own packages have some that pip does not take
+            pins.append(f"{name}=={Version(version)}")
     return Plan(absent, too_old, sorted(pins))
 
 
 def install_missing() -> Plan:
-    """Add what is absent and move nothing; gives the plan that was carried out.
+    """Add what is absent and move nothing; return the plan that was carried out.
 
     Raises :class:`InstallError` where pip finds no such way, or cannot reach its index.
     """
@@ -121,12 +121,3 @@ def install_missing() -> Plan:
             )
         importlib.invalidate_caches()
     return plan
-
-
-def _is_version(text: str) -> bool:
-    """Whether pip takes it in a constraint; a system's own packages may have other versions."""
-    try:
-        Version(text)
-    except InvalidVersion:
-        return False
-    return True

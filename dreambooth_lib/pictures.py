@@ -44,12 +44,12 @@ class Photo:
 
 
 def captioned(photos: list[Photo], prompt: str) -> list[Photo]:
-    """The photos, those without a caption of their own with this prompt as theirs."""
+    """Return the photos, those without a caption of their own with this prompt as theirs."""
     return [replace(photo, caption=photo.caption or prompt) for photo in photos]
 
 
 def read_pictures(source: str | Path) -> list[Photo]:
-    """All pictures of a folder (not of its sub-folders) or a zip, sorted by name.
+    """Read all pictures of a folder (not of its sub-folders) or a zip, sorted by name.
 
     Turned upright by EXIF, transparency put on white, 16-bit scaled to 8-bit, the first frame of
     several; a zip's pictures may lie in one sub-folder. Captions come from ``NAME.txt`` beside the
@@ -61,8 +61,7 @@ def read_pictures(source: str | Path) -> list[Photo]:
     path = Path(source)
     try:
         if path.is_dir():
-            files = {p.name: p.read_bytes for p in path.iterdir() if _is_wanted(p)}
-            return _photos(path, files)
+            return _photos(path, {p.name: p.read_bytes for p in path.iterdir() if _is_wanted(p)})
         if not path.exists():
             raise DataError(f"there is no folder or zip {path}; check the path.")
         with zipfile.ZipFile(path) as archive:
@@ -84,7 +83,7 @@ def _is_wanted(path: Path) -> bool:
 
 
 def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, Callable[[], bytes]]:
-    """Checked members by their names without the sub-folder that all pictures lie in."""
+    """Return checked members by their names without the sub-folder that all pictures lie in."""
     members: dict[PurePosixPath, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename.replace("\\", "/")
@@ -138,24 +137,22 @@ def _photos(path: Path, files: dict[str, Callable[[], bytes]]) -> list[Photo]:
         raise DataError(f"{path} has no pictures; put JPEG or PNG files directly into it.")
     captions = _metadata(path, {photo.name for photo in photos}, texts)
     for photo in photos:
-        beside = f"{Path(photo.name).stem}.txt"
-        if beside in texts:
-            captions[photo.name] = _text(path, beside, texts)
-    return [replace(photo, caption=captions.get(photo.name) or None) for photo in photos]
+        caption = _text(path, f"{Path(photo.name).stem}.txt", texts)
+        captions[photo.name] = captions.get(photo.name) if caption is None else caption
+    return [replace(photo, caption=captions[photo.name] or None) for photo in photos]
 
 
-def _text(path: Path, name: str, texts: dict[str, bytes]) -> str:
+def _text(path: Path, name: str, texts: dict[str, bytes]) -> str | None:
     try:
-        return texts[name].decode("utf-8-sig").strip()
+        return texts[name].decode("utf-8-sig").strip() if name in texts else None
     except UnicodeDecodeError:
         raise DataError(f"'{name}' in {path} is not UTF-8; save it as UTF-8 text.") from None
 
 
-def _metadata(path: Path, names: set[str], texts: dict[str, bytes]) -> dict[str, str]:
-    captions: dict[str, str] = {}
-    if "metadata.jsonl" not in texts:
-        return captions
-    for number, line in enumerate(_text(path, "metadata.jsonl", texts).split("\n"), 1):
+def _metadata(path: Path, names: set[str], texts: dict[str, bytes]) -> dict[str, str | None]:
+    captions: dict[str, str | None] = {}
+    lines = (_text(path, "metadata.jsonl", texts) or "").split("\n")
+    for number, line in enumerate(lines, 1):
         where = f"line {number} of 'metadata.jsonl' in {path}"
         if not line.strip():
             continue

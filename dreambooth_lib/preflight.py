@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib import colab, families, memory, mirrors, needs, packages, words
+from dreambooth_lib import colab, families, memory, needs, packages, restoring, words
 from dreambooth_lib.levels import FILLED, native_precision
 from dreambooth_lib.needs import Needs, Room
 
@@ -259,7 +259,7 @@ def _drive(folder: Path, free: int | None, total: int | None, needed: int) -> Ch
 def _cut_off(folder: Path) -> int:
     """Bytes of the runs in a folder that have not finished."""
     begun = [place.parent for place in folder.glob("*/config.toml")]
-    files = [file for run in begun if not mirrors.has_finished(run) for file in run.rglob("*")]
+    files = [file for run in begun if not restoring.has_finished(run) for file in run.rglob("*")]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 from dreambooth_lib import copies, mirrors, runs
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.mirrors import (
+from dreambooth_lib.mirrors import mirror
+from dreambooth_lib.restoring import (
+    Found,
     MirrorError,
     bring,
     cut_off,
     free_name,
-    mirror,
-    newest_run,
+    has_finished,
     restore,
 )
 from dreambooth_lib.runs import Run, RunError
@@ -81,6 +82,11 @@ def wanted(run: Run) -> dict[str, bytes]:
     newest = f"checkpoints/{max(run.checkpoints()):06d}/"
     found = shown(run.folder).items()
     return {n: d for n, d in found if not n.startswith("checkpoints/") or n.startswith(newest)}
+
+
+def newest(*folders: Path | None, base: str = "toybox") -> Found | None:
+    """The run in these folders that is gone on with, whatever its pictures."""
+    return cut_off(True, folders, None, "dog", base)[0]
 
 
 def looked_at(run: Run, fidelity: dict[int, float]) -> None:
@@ -289,8 +295,7 @@ def test_large_weights_are_rounded_and_a_large_pipeline_is_left_out(
     assert weight.dtype is torch.float16 and weight.mean().item() == pytest.approx(100, abs=0.1)
     assert load_state(there)["optimizer"]["state"][0]["m"].dtype is torch.float32
     assert not (drive / "my-dog" / "pipeline").exists()
-    found = newest_run(drive)
-    assert found is not None and found.finished and found.step == 300
+    assert newest(drive) is None and has_finished(drive / "my-dog")
     faults.sources.clear()
     assert mirror(run, drive / "my-dog") is None and faults.sources == []
     back = restore(drive / "my-dog", run.folder.parent / "back")
@@ -310,13 +315,12 @@ def test_a_run_whose_last_checkpoint_has_not_arrived_has_not_finished_there(
     (run.pipeline / "weights.safetensors").write_bytes(bytes(101))
     faults.names["optimizer.safetensors"] = 3
     assert mirror(run, drive / "my-dog") is not None
-    found = newest_run(drive)
+    found = newest(drive)
     assert found is not None and (found.step, found.finished) == (300, False)
-    assert not mirrors.has_finished(drive / "my-dog")
+    assert not has_finished(drive / "my-dog")
     assert mirror(run, drive / "my-dog") is None
-    found = newest_run(drive)
-    assert found is not None and (found.step, found.finished) == (400, True)
-    assert mirrors.has_finished(drive / "my-dog")
+    assert newest(drive) is None and has_finished(drive / "my-dog")
+    assert runs.resume(drive / "my-dog").checkpoints().keys() == {400}
 
 
 def test_the_best_keeps_its_optimizers_state_until_the_newest_is_there(
@@ -536,7 +540,7 @@ def test_a_run_whose_mirror_lost_its_own_notes_is_found_and_restored(
 ) -> None:
     mirror(run, drive / "my-dog")
     (drive / "my-dog" / ".mirror.json").write_text("")
-    found = newest_run(drive)
+    found = newest(drive)
     assert found is not None and found.step == 200
     assert shown(restore(found.run.folder, tmp_path / "back").folder).keys() >= {"log.jsonl"}
     assert "holds something else" in str(mirror(run, drive / "my-dog"))
@@ -553,7 +557,7 @@ def test_a_drive_that_is_gone_holds_no_run_and_restores_none(
     for name in ("iterdir", "stat", "exists", "mkdir"):
         real = getattr(Path, name)
         monkeypatch.setattr(Path, name, lambda *a, real=real, **k: gone(*a, real=real, **k))
-    assert newest_run(drive) is None
+    assert newest(drive) is None
     with pytest.raises(MirrorError, match="Transport endpoint"):
         restore(drive / "my-dog", tmp_path / "back")
     assert "Transport endpoint" in str(mirror(run, drive / "my-dog"))
@@ -573,7 +577,7 @@ def test_a_run_goes_on_after_a_disconnect_as_if_there_had_been_none(
         if step.step == 2:
             assert mirror(run, drive / "my-dog") is None
     lose(run)
-    found = newest_run(run.folder.parent, drive)
+    found = newest(run.folder.parent, drive, base=tiny_sd1)
     assert found is not None and (found.step, found.finished) == (2, False)
     back = restore(found.run.folder, run.folder)
     assert [step.step for step in train(back)] == [3, 4]
@@ -582,8 +586,8 @@ def test_a_run_goes_on_after_a_disconnect_as_if_there_had_been_none(
     assert losses[0] == losses[1]
     ends = [shown(r.pipeline / "unet") for r in (straight, back)]
     assert ends[0] == ends[1]
-    found = newest_run(drive)
-    assert found is not None and found.finished and found.step == 4
+    assert newest(drive, base=tiny_sd1) is None and has_finished(drive / "my-dog")
+    assert max(runs.resume(drive / "my-dog").checkpoints()) == 4
 
 
 def test_a_large_run_goes_on_and_makes_its_pipeline_from_what_the_drive_has(
@@ -612,7 +616,7 @@ def test_a_large_run_goes_on_and_makes_its_pipeline_from_what_the_drive_has(
 # Finding
 
 
-def test_the_newest_run_is_one_that_has_not_finished(
+def test_the_newest_run_that_has_not_finished_is_found(
     tmp_path: Path, photos: str, make_config: Make
 ) -> None:
     def make(name: str, modified: int, finished: bool = False, steps: int = 0) -> None:
@@ -626,19 +630,15 @@ def test_the_newest_run_is_one_that_has_not_finished(
             run.pipeline.mkdir()
             (run.pipeline / "model_index.json").write_text("{}")
 
-    assert newest_run(tmp_path, None, tmp_path / "nowhere") is None
+    assert newest(tmp_path, None, tmp_path / "nowhere") is None
     make("runs/done", 3000, finished=True, steps=4)
-    found = newest_run(tmp_path / "runs")
-    assert found is not None and found.run.folder.name == "done" and found.finished
-    assert (
-        str(found) == f"{tmp_path}/runs/done: finished, 4 steps, last written 1970-01-01 00:50 UTC"
-    )
+    assert newest(tmp_path / "runs") is None
     make("runs/old", 1000, steps=2)
     make("drive/new", 2000, steps=3)
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "config.toml").write_text("steps =")
     (tmp_path / "runs" / "notes.txt").write_text("")
-    found = newest_run(None, tmp_path / "runs", tmp_path / "drive")
+    found = newest(None, tmp_path / "runs", tmp_path / "drive")
     assert found is not None and found.run.folder == tmp_path / "drive" / "new"
     assert (found.step, found.finished) == (3, False)
     assert str(found).endswith("new: step 3 of 4, last written 1970-01-01 00:33 UTC")
@@ -646,13 +646,13 @@ def test_the_newest_run_is_one_that_has_not_finished(
 
 def test_of_a_run_and_its_mirror_the_further_one_is_found(run: Run, drive: Path) -> None:
     mirror(run, drive / "my-dog")
-    found = newest_run(run.folder.parent, drive)
+    found = newest(run.folder.parent, drive)
     assert found is not None and found.run.folder == run.folder, "of equals the first"
     run.append("log", {"step": 201, "loss": 0.4})
-    found = newest_run(drive, run.folder.parent)
+    found = newest(drive, run.folder.parent)
     assert found is not None and found.run.folder == run.folder
     shutil.rmtree(run.folder)
-    found = newest_run(run.folder.parent, drive)
+    found = newest(run.folder.parent, drive)
     assert found is not None and (found.run.folder, found.step) == (drive / "my-dog", 200)
 
 
@@ -664,13 +664,12 @@ def finish(run: Run) -> None:
 def test_a_finished_run_does_not_lose_to_its_own_older_mirror(run: Run, drive: Path) -> None:
     mirror(run, drive / "my-dog")
     finish(run)
-    found = newest_run(run.folder.parent, drive)
-    assert found is not None and found.run.folder == run.folder and found.finished
+    assert newest(run.folder.parent, drive) is None, "the run itself has finished"
     save(run, 300)
     mirror(run, drive / "my-dog")
     shutil.rmtree(run.pipeline)  # gone on with, to more steps
     save(run, 400)
-    found = newest_run(run.folder.parent, drive)
+    found = newest(run.folder.parent, drive)
     assert found is not None and (found.run.folder, found.step) == (run.folder, 400)
 
 
@@ -746,9 +745,9 @@ def test_a_name_is_free_where_no_folder_has_it_nor_a_zip(tmp_path: Path) -> None
 
 def test_a_run_is_brought_beside_another_of_its_name(run: Run, drive: Path) -> None:
     mirror(run, drive / "my-dog")
-    (found,) = [f for f in [newest_run(run.folder.parent)] if f]
+    (found,) = [f for f in [newest(run.folder.parent)] if f]
     assert bring(found, run.folder.parent, drive) == found.run
-    mirrored = newest_run(drive)
+    mirrored = newest(drive)
     assert mirrored is not None
     back = bring(mirrored, run.folder.parent, drive)
     assert back.folder == run.folder.parent / "my-dog-2" and back.checkpoints().keys() == {200}
@@ -758,5 +757,5 @@ def test_a_run_is_brought_beside_another_of_its_name(run: Run, drive: Path) -> N
 
 
 def test_a_run_without_a_mirror_writes_no_word_for_one(run: Run) -> None:
-    newest_run(run.folder.parent)
+    newest(run.folder.parent)
     assert not (run.folder / mirrors.IDENTITY).exists()
