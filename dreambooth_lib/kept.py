@@ -28,17 +28,21 @@ def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
     """
     from dreambooth_lib.state import replacing_folder
 
-    folder, config = Path(folder), run.config
-    family = weights.as_trained(run, step)
-    with replacing_folder(folder) as partial:
-        if config.method == "lora":
-            lora.save(family, config, partial)
-            if Path(config.base).is_absolute():  # of use to no other machine
-                (partial / MADE_OF).unlink()
-        else:
-            save(family.pipeline, partial)
+    with replacing_folder(Path(folder)) as partial:
+        write(run, step, partial)
         hub.write_card(run, step, partial, photos)
-    return pack(folder)
+    return pack(Path(folder))
+
+
+def write(run: Run, step: int, folder: Path) -> None:
+    """Write a checkpoint into a folder as plain diffusers loads it, without a card."""
+    config, family = run.config, weights.as_trained(run, step)
+    if config.method == "lora":
+        lora.save(family, config, folder)
+        if Path(config.base).is_absolute():  # of use to no other machine
+            (folder / MADE_OF).unlink()
+    else:
+        save(family.pipeline, folder)
 
 
 def pack(folder: Path) -> Path:

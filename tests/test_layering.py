@@ -58,7 +58,7 @@ ALLOWED = {
     "packages": (),
     "colab": ("pictures", "state"),
     "copies": ("state",),
-    "exports": ("originals", "state"),
+    "exports": ("config", "families", "originals", "state", "words"),
     "hub": ("choice", "colab", "config", "families", "families.tokens", "pages", "pictures",
             "plots", "runs", "sampling", "state", "watch"),
     "kept": ("copies", "families", "families.precision", "hub", "lora", "runs", "state", "weights",
