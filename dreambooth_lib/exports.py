@@ -243,7 +243,8 @@ def _alpha(model: str, module: str, rank: int, metadata: Mapping[str, Any]) -> f
     from peft.utils.other import get_pattern_key
 
     own = metadata.get(f"{model}.alpha_pattern") or {}
-    alpha = own.get(get_pattern_key(own, module), metadata.get(f"{model}.lora_alpha", rank))
+    alpha = metadata.get(f"{model}.lora_alpha", rank)
+    alpha = own.get(get_pattern_key(list(own), module), alpha)
     return float(alpha * rank**0.5 if metadata.get(f"{model}.use_rslora") else alpha)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 
-_UNET = ChainMap(*DIFFUSERS_TO_LDM_MAPPING["unet"].values())
-_VAE = DIFFUSERS_TO_LDM_MAPPING["vae"]
-_OPEN_CLIP, _OPEN_CLIP_LAYER = DIFFUSERS_TO_LDM_MAPPING["openclip"].values()
+_TABLES: dict[str, Any] = DIFFUSERS_TO_LDM_MAPPING
+_UNET, _VAE = ChainMap(*_TABLES["unet"].values()), _TABLES["vae"]
+_OPEN_CLIP, _OPEN_CLIP_LAYER = _TABLES["openclip"]["layers"], _TABLES["openclip"]["transformer"]
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",

@@ -660,10 +660,10 @@ def test_a_shell_says_of_another_familys_whole_model_that_it_has_no_file(
     shell: Callable[..., str], tmp_path: Path,
 ) -> None:  # fmt: skip
     run = runs.start(make_config(tiny_bases("sd3"), photos), tmp_path / "run")
-    with pytest.raises(SystemExit, match="error: .*sd3' is no Stable Diffusion 1.x, 2.x or XL"):
+    with pytest.raises(SystemExit, match=r"error: .*sd3' is no Stable Diffusion 1\.x, 2\.x or XL"):
         shell("export", run.folder, "--out", tmp_path / "out")
     other = runs.start(make_config(tiny_bases("sd1"), photos), tmp_path / "other")
-    with pytest.raises(SystemExit, match="error: .* has no checkpoint of step 0; it has none"):
+    with pytest.raises(SystemExit, match=r"error: .* has no checkpoint of step 0; it has none"):
         shell("export", other.folder, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(other.folder.glob("tmp*"))
 
