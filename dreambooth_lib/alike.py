@@ -15,7 +15,7 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     """
     fields = asdict(with_whole_paths(config))
     subject = {f"subject.{name}": value for name, value in fields.pop("subject").items()}
-    return subject | fields | {"others": list(fields["others"])}
+    return subject | fields | {"others": []}  # as studies of earlier versions wrote it down
 
 
 def difference(

@@ -3,14 +3,13 @@
 Every draw is a function of (seed, step), never of a generator that lives on.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.data import in_turn
+from dreambooth_lib.data import shuffled
 from dreambooth_lib.families.base import Cond, Family, Known, rows
 from dreambooth_lib.latents import LatentCache
 from dreambooth_lib.noise import Noised
@@ -37,41 +36,39 @@ def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
 class Batches:
     """All pictures as cached latents and all prompts, their captions, as cached conditioning.
 
-    Of each subject ``instance`` has its photos and ``classes`` those of its class, none without a
-    prior; updates take them in turn. ``folder`` keeps the latents for other runs.
+    ``instance`` has the subject's photos and ``classes`` those of its class, none without a prior.
+    ``folder`` keeps the latents for other runs.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         family: Family,
-        instance: Sequence[list[Photo]],
-        classes: Sequence[list[Photo]],
+        instance: list[Photo],
+        classes: list[Photo],
         folder: Path | None = None,
     ):
         self.config, self.size = config, config.batch_size
         self.process = family.forward_process(config.min_snr_gamma)
-        #: For each kind, instance first: its latents and prompts, picture by picture, and how many
-        #: are of each subject.
+        #: For each kind, instance first: its latents and prompts, picture by picture.
         self.kinds = [
             (
                 LatentCache(photos, family, config, folder),
                 [photo.caption or "" for photo in photos],
-                [len(group) for group in groups],
             )
-            for groups in (instance, classes)
-            if (photos := [photo for group in groups for photo in group])
+            for photos in (instance, classes)
+            if photos
         ]
-        self.known = Known(family, {p for _, prompts, _ in self.kinds for p in prompts} | {""})
+        self.known = Known(family, {p for _, prompts in self.kinds for p in prompts} | {""})
 
     def at(self, step: int) -> Batch:
         """One update's whole batch, instance rows first, the same in every process."""
         config, generator = self.config, seeded(self.config.seed, step, 0)
         latents, prompts = [], []
-        for stream, (cache, prompts_of_kind, counts) in enumerate(self.kinds):
+        for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
             # Each kind cycles through all of its pictures in an order of its own.
             seed = 2 * config.seed + stream
-            index = in_turn(counts, seed, step * self.size, self.size)
+            index = shuffled(len(cache), seed, step * self.size, self.size)
             latents.append(cache.sample(index, generator))
             prompts += [prompts_of_kind[i] for i in index]
         x_0 = torch.cat(latents)

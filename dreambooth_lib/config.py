@@ -141,8 +141,6 @@ class TrainConfig:
     base: str = "toybox"  #: "toybox", a hub id, a folder in diffusers' layout, or a run's folder
     revision: str | None = None  #: the hub revision of the base
     variant: str | None = None  #: the hub variant of the base's files, such as "fp16"
-    #: further subjects of the same run, each with its own identifier, class and prior
-    others: tuple[Subject, ...] = ()
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda of the prior preservation loss; 0 trains without it
@@ -223,7 +221,7 @@ class TrainConfig:
     # Watching for overfitting
     #: updates between looks, each of which draws and scores pictures and saves a checkpoint; 0 is
     #: never; None is what costs about 15% of the training time: 100 for toybox, 250 otherwise, by
-    #: LoRA 200 and 400, and as many times that as there are subjects
+    #: LoRA 200 and 400
     watch_every: int = _BY_BASE
     #: steps of the pictures of a look; None is 10 for toybox, otherwise as many as finish them
     validation_inference_steps: int | None = None
@@ -234,9 +232,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
-        defaults = base_defaults(self.base, self.method)
-        defaults["watch_every"] *= len(self.subjects)
-        for name, value in defaults.items():
+        for name, value in base_defaults(self.base, self.method).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.prior == "none":
@@ -280,8 +276,6 @@ class TrainConfig:
                 f"train_token is set but method is '{self.method}'; set method to 'lora', or leave "
                 "train_token out."
             )
-        if self.others:
-            self._check_others()
         if self.memory == "lowest" and self.method == "full" and self.mixed_precision == "no":
             raise ConfigError(
                 "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
@@ -299,25 +293,6 @@ class TrainConfig:
                 f"resolution is {self.resolution}; it must be a multiple of 8, and 8 or more."
             )
 
-    def _check_others(self) -> None:
-        """Several subjects must be told apart, and each needs a prior of its own class."""
-        identifiers = [subject.identifier for subject in self.subjects]
-        if len(set(identifiers)) < len(identifiers):
-            raise ConfigError(
-                f"the subjects' identifiers are {', '.join(identifiers)}; give each its own."
-            )
-        if self.train_token:
-            raise ConfigError(
-                "train_token is set but there are others, and one word is all that it learns; "
-                "leave train_token out, or train one subject."
-            )
-        nouns = sorted({subject.class_noun for subject in self.subjects})
-        if self.class_folder is not None and len(nouns) > 1:
-            raise ConfigError(
-                f"class_folder holds pictures of one class but the subjects are of {len(nouns)} "
-                f"({', '.join(nouns)}); leave it out."
-            )
-
     def _check_in_backward(self) -> None:
         """What an update within the backward pass cannot mean is refused."""
         level = f"memory is '{self.memory}', which updates weights within the backward pass,"
@@ -331,16 +306,6 @@ class TrainConfig:
                 f"{level} and gradient_accumulation is {self.gradient_accumulation}, which keeps "
                 "gradients; set it to 1, or memory to 'standard'."
             )
-
-    @property
-    def subjects(self) -> tuple[Subject, ...]:
-        """All subjects, the first one first."""
-        return self.subject, *self.others
-
-    @property
-    def apart(self) -> "tuple[TrainConfig, ...]":
-        """For each subject the config that has it alone."""
-        return tuple(self.replace(subject=subject, others=()) for subject in self.subjects)
 
     @property
     def trains_text(self) -> bool:
@@ -379,9 +344,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict without the fields that are None or empty, as TOML and JSON want it."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        subject, *others = ({k: v for k, v in vars(s).items() if v} for s in self.subjects)
-        del fields["others"]
-        return fields | {"subject": subject} | ({"others": others} if others else {})
+        return fields | {"subject": {k: v for k, v in vars(self.subject).items() if v}}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
@@ -390,14 +353,12 @@ class TrainConfig:
         subject = fields.pop("subject", None)
         if not isinstance(subject, dict):
             raise ConfigError("the config has no [subject] table with pictures and class_noun.")
-        others = fields.pop("others", [])
-        if not isinstance(others, list) or not all(isinstance(other, dict) for other in others):
-            raise ConfigError("others is not a list of tables; write each as [[others]].")
-        return cls(
-            subject=_build(Subject, subject, "subject."),
-            others=tuple(_build(Subject, other, "others.") for other in others),
-            **_known(cls, fields, ""),
-        )
+        if "others" in fields:
+            raise ConfigError(
+                "others is set, but several subjects in one run are no longer supported; train one "
+                "run each, and compose their LoRAs with db.compose."
+            )
+        return cls(subject=_build(Subject, subject, "subject."), **_known(cls, fields, ""))
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "TrainConfig":
@@ -409,9 +370,7 @@ class TrainConfig:
             raise ConfigError(f"there is no config file {path}; check the path.") from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}; mend that line.") from None
-        others = fields["others"] if isinstance(fields.get("others"), list) else []
-        tables = [(table, "pictures") for table in (fields.get("subject"), *others)]
-        for table, key in (*tables, (fields, "class_folder")):
+        for table, key in ((fields.get("subject"), "pictures"), (fields, "class_folder")):
             if isinstance(table, dict) and key in table:
                 table[key] = str((path.parent / table[key]).resolve())
         base = path.parent / str(fields.get("base", "toybox"))

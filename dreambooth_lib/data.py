@@ -3,9 +3,9 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, combinations, zip_longest
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,12 +94,6 @@ def hold_out(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
     if len(photos) - len(held) < 3:
         return photos, []
     return [p for i, p in enumerate(photos) if i not in held], [photos[i] for i in held]
-
-
-def alternating(groups: Sequence[list[Photo]]) -> list[Photo]:
-    """The groups' photos as one list, the first of each first."""
-    rounds = zip_longest(*groups)
-    return [photo for round_ in rounds for photo in round_ if photo is not None]
 
 
 def _near_pairs(photos: list[Photo]) -> Iterator[tuple[int, int, bool]]:
@@ -230,19 +224,6 @@ def to_tensor(
         square = ImageOps.mirror(square)
     pixels = torch.from_numpy(np.asarray(square).astype(np.float32))
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
-
-
-def in_turn(counts: Sequence[int], seed: int, start: int, length: int) -> list[int]:
-    """As :func:`shuffled`, of items that lie in groups of ``counts``: a group after the other.
-
-    Each group is gone through in an order of its own, however large it is.
-    """
-    first = list(accumulate(counts, initial=0))
-    turns = [(row % len(counts), row // len(counts)) for row in range(start, start + length)]
-    return [
-        first[group] + shuffled(counts[group], seed + (group << 32), turn, 1)[0]
-        for group, turn in turns
-    ]
 
 
 def shuffled(count: int, seed: int, start: int, length: int) -> list[int]:

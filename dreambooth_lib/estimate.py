@@ -70,7 +70,7 @@ def _in_kind(config: TrainConfig) -> TrainConfig:
     one |= {"prior_weight": float(config.prior_weight > 0), "warmup_steps": 0, "early_stop": False}
     one["class_folder"] = config.class_folder and "."
     subject = Subject("photos", "dog", config.subject.identifier)
-    return config.replace(subject=subject, others=(), **one)
+    return config.replace(subject=subject, **one)
 
 
 @lru_cache

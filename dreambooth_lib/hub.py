@@ -23,7 +23,7 @@ class HubError(ValueError):
 def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
     """Write ``README.md`` and its pictures into a pipeline's folder; gives the card's path.
 
-    The card says how to draw each subject, what it was trained on and with, and how the pictures of
+    The card says how to draw the subject, what it was trained on and with, and how the pictures of
     ``step``, the checkpoint that the folder holds, scored; ``samples.png`` has the pictures and
     ``curves.png`` the looks at the run. Only if ``photos`` is asked for does ``photos.png`` show
     what it was trained on. Raises ``RunError`` where the run has no look at that step, and
@@ -31,18 +31,17 @@ def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) ->
     """
     from dreambooth_lib.state import replace_file, save_png
 
-    folder, subjects = Path(folder), run.config.subjects
-    seen = watch.apart(watch.drawn(run, step), len(subjects))
+    folder, subject = Path(folder), run.config.subject
+    seen = watch.drawn(run, step)
     page = pages.matrix(
-        [subject.token for subject in subjects],
+        [subject.token],
         [f"at step {step}", "others of its class"],
-        [[one.subject, one.of_class] for one in seen],
+        [[seen.subject, seen.of_class]],
     )
     save_png(page, folder / "samples.png")
     plots.watched(watch.history(run), folder / "curves.png")
     if photos:
-        read = [photo for one in subjects for photo in pictures.read_pictures(one.pictures)]
-        shown = [photo.image for photo in read]
+        shown = [photo.image for photo in pictures.read_pictures(subject.pictures)]
         save_png(pages.grid(shown, 6), folder / "photos.png")
     card = folder / "README.md"
     replace_file(card, _card(run, step, photos).encode())
@@ -100,7 +99,7 @@ def _first_line(error: Exception) -> str:
 
 
 def usage(run: Run, model: str | Path, base: str = "") -> str:
-    """The Python that draws a run's subjects by plain diffusers, its model being at ``model``.
+    """The Python that draws a run's subject by plain diffusers, its model being at ``model``.
 
     On a GPU in half precision and else in float32, in the steps and with the guidance of the base.
     ``model`` is a folder or, if there is none, a name on the Hub; ``base`` is where that of a LoRA
@@ -115,8 +114,6 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
         adapter = families.adapter(config.base, config.revision)
         load += tokens.usage(adapter, model, config.subject.identifier)
     settings, dtype = _drawing(run)
-    draw = 'pipeline("{}"{}).images[0]'
-    prompts = [f"{subject.instance_prompt} on the beach" for subject in config.subjects]
     # diffusers calls it dtype since 0.40, and takes this name from 0.36 to 0.42 at least.
     given = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
@@ -126,7 +123,7 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
         f'pipeline = DiffusionPipeline.from_pretrained("{first}", {given})',
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
-        *[draw.format(prompt, settings) for prompt in prompts],
+        f'pipeline("{config.subject.instance_prompt} on the beach"{settings}).images[0]',
     ])  # fmt: skip
 
 
@@ -168,7 +165,7 @@ def licence_of(base: str) -> dict[str, Any]:
 def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
-    config, subjects = run.config, run.config.subjects
+    config, subject = run.config, run.config.subject
     of_hub = not Path(families.locate(config.base)).exists()
     lora = config.method == "lora"
     # A folder's path would tell of the machine, and be of no use elsewhere.
@@ -182,7 +179,6 @@ def _card(run: Run, step: int, photos: bool) -> str:
     )
     rows = {row.step: row for row in watch.history(run)}
     fidelity, adherence, kept = choice.shares_of(rows[step], rows[0])
-    named = " and ".join(f"“{one.token}” is one {one.class_noun}" for one in subjects)
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
     how = f", by LoRA of rank {config.lora_rank}" if lora else ""
     what = f"A LoRA of `{base}`, to be loaded on top of it" if lora else f"`{base}` personalised"
@@ -191,10 +187,10 @@ def _card(run: Run, step: int, photos: bool) -> str:
 {header.to_yaml()}
 ---
 
-# {", ".join(subject.token for subject in subjects)}
+# {subject.token}
 
 {what}, by DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)):
-{named}, learnt from a few photos.
+“{subject.token}” is one {subject.class_noun}, learnt from a few photos.
 
 ![what was learnt, and its class](samples.png)
 ![the looks at it while it trained](curves.png)
@@ -216,9 +212,8 @@ def _prior(config: TrainConfig) -> str:
     if not config.prior_weight:
         return "no prior preservation"
     by = f"prior preservation with λ {config.prior_weight:g}"
-    classes = " and of ".join(f"“{subject.class_prompt}”" for subject in config.subjects)
     if config.prior == "distilled":
-        return f"{by}, by the base's own predictions of {classes}"
+        return f"{by}, by the base's own predictions of “{config.subject.class_prompt}”"
     if config.class_folder is not None:
         return f"{by} and the trainer's own class pictures"
-    return f"{by} and {config.class_pictures} class pictures of {classes}"
+    return f"{by} and {config.class_pictures} class pictures of “{config.subject.class_prompt}”"

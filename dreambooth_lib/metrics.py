@@ -48,16 +48,6 @@ def prompt_adherence(pictures: "torch.Tensor", texts: "torch.Tensor") -> float:
     return float((pictures * texts).sum(-1).mean())
 
 
-def bleeding(generated: "torch.Tensor", own: "torch.Tensor", other: "torch.Tensor") -> float:
-    """How much of another subject is in pictures of one: 0 if none, higher the more.
-
-    ``generated [N, D]`` were asked to show the subject of the photos ``own [M, D]``; their mean
-    cosine with the photos ``other [K, D]``, less that of ``own`` with ``other``, which two subjects
-    may have in common. In [-2, 2]; below 0 where pictures are less alike than the photos are.
-    """
-    return subject_fidelity(generated, other) - subject_fidelity(own, other)
-
-
 def diversity(pictures: "torch.Tensor") -> float:
     """How much pictures of one prompt differ: mean ``1 - cosine`` over pairs without self-pairs.
 

@@ -18,7 +18,7 @@ from typing import Any
 from dreambooth_lib.config import DRAWING, TrainConfig
 
 #: What a run is of: with another, its checkpoints would not fit or mean something else.
-_FIXED = ("subject", "others", "base", "revision", "variant", "train_text_encoder", "method",
+_FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "method",
           "lora_rank", "lora_alpha", "lora_layers", "dora", "quantize", "train_token")  # fmt: skip
 
 
@@ -188,12 +188,10 @@ def as_begun(begun: Run, config: TrainConfig) -> TrainConfig:
 
 def with_whole_paths(config: TrainConfig) -> TrainConfig:
     """As a run keeps it, which must find its pictures and its base whatever folder it is in."""
-    subject, *others = (
-        dataclasses.replace(s, pictures=_absolute(s.pictures)) for s in config.subjects
-    )
+    subject = dataclasses.replace(config.subject, pictures=_absolute(config.subject.pictures))
     own = config.class_folder and _absolute(config.class_folder)
     base = whole_base(config.base)
-    return config.replace(subject=subject, others=tuple(others), class_folder=own, base=base)
+    return config.replace(subject=subject, class_folder=own, base=base)
 
 
 def whole_base(base: str) -> str:

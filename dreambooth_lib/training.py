@@ -21,7 +21,7 @@ from dreambooth_lib import families, lora
 from dreambooth_lib.batches import Batch, Batches, seeded
 from dreambooth_lib.choice import best_of, has_peaked
 from dreambooth_lib.config import LOW, TrainConfig
-from dreambooth_lib.data import alternating, hold_out
+from dreambooth_lib.data import hold_out
 from dreambooth_lib.distill import as_class, teacher_of
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference import warning
@@ -75,9 +75,6 @@ RARELY = 250
 
 #: Total, instance and prior loss, the last None without a prior.
 Losses = tuple[float, float, float | None]
-
-#: Photos of each subject, or of each one's class.
-Groups = list[list[Photo]]
 
 #: From the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
 Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
@@ -158,10 +155,8 @@ class Trainer:
             )
         self.half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         hub = config.base, config.revision, config.variant
-        instance = [
-            captioned(read_pictures(subject.pictures), subject.instance_prompt)
-            for subject in config.subjects
-        ]
+        subject = config.subject
+        instance = captioned(read_pictures(subject.pictures), subject.instance_prompt)
         loading = precisions(config, self.half)
         if lets_go(config):
             loading |= {"prompts": self._prompts(instance), "device": accelerator.device}
@@ -171,7 +166,7 @@ class Trainer:
         classes = self._class_pictures()
         instance, classes = self._watch(instance, classes)
         if config.prior == "distilled" and config.prior_weight > 0:
-            classes = [as_class(*of) for of in zip(instance, config.subjects, strict=True)]
+            classes = as_class(instance, subject)
         self.batches = Batches(config, family, instance, classes, run.folder.parent / "latents")
         self.teacher = teacher_of(family, config, self.half)
         accelerator.wait_for_everyone()
@@ -187,56 +182,47 @@ class Trainer:
             if self.step < config.steps:  # an earlier, shorter end must not be drawn from
                 shutil.rmtree(run.pipeline, ignore_errors=True)
 
-    def _prompts(self, instance: Groups) -> set[str]:
+    def _prompts(self, instance: list[Photo]) -> set[str]:
         """Every prompt that this run will ever ask for."""
-        own = self.config.class_folder
-        photos = [*read_pictures(own)] if own else []
-        prompts = {subject.class_prompt for subject in self.config.subjects}
-        for group, subject in zip(instance, self.config.subjects, strict=True):
-            photos += [*group, *as_class(group, subject)]
-            prompts |= set(view_of(self.run).prompts(subject)) if self.config.watch_every else set()
-        return prompts | {photo.caption for photo in photos if photo.caption}
+        config, subject = self.config, self.config.subject
+        own = read_pictures(config.class_folder) if config.class_folder else []
+        photos = [*own, *instance, *as_class(instance, subject)]
+        watched = view_of(self.run).prompts(subject) if config.watch_every else []
+        captions = {photo.caption for photo in photos if photo.caption}
+        return {subject.class_prompt, *watched, *captions}
 
-    def _class_pictures(self) -> Groups:
-        """For each subject those of its class; subjects of one class have the same."""
+    def _class_pictures(self) -> list[Photo]:
         config, accelerator = self.config, self.accelerator
         if config.prior_weight == 0 or config.prior != "generated":
-            return [[] for _ in config.subjects]
-        folder = self.run.folder.parent / "class_pictures"
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        found = []
-        for one in config.apart:
-            place: str | Path | None = config.class_folder
-            if place is None:
-                with accelerator.autocast():
-                    for _ in class_pictures(one, self.family, folder, rank, processes):
-                        pass
-                accelerator.wait_for_everyone()
-                place = set_folder(one, self.family, folder)
-            count = None if config.class_folder else config.class_pictures
-            found.append(captioned(read_pictures(place)[:count], one.subject.class_prompt))
-        return found
+            return []
+        place: str | Path | None = config.class_folder
+        if place is None:
+            folder = self.run.folder.parent / "class_pictures"
+            rank, processes = accelerator.process_index, accelerator.num_processes
+            with accelerator.autocast():
+                for _ in class_pictures(config, self.family, folder, rank, processes):
+                    pass
+            accelerator.wait_for_everyone()
+            place = set_folder(config, self.family, folder)
+        count = None if config.class_folder else config.class_pictures
+        return captioned(read_pictures(place)[:count], config.subject.class_prompt)
 
-    def _watch(self, instance: Groups, classes: Groups) -> tuple[Groups, Groups]:
+    def _watch(
+        self, instance: list[Photo], classes: list[Photo]
+    ) -> tuple[list[Photo], list[Photo]]:
         """Begin to watch, if the config asks for it; gives what is left to train on."""
         config = self.config
         self.watch: Watch | None = None
         if not config.watch_every:
             return instance, classes
-        photos = [[photo.image for photo in group] for group in instance]
-        nothing: list[Photo] = []
-        parts = [hold_out(g) if config.hold_out else (g, nothing) for g in instance]
-        ends = [len(group) - min(ROWS, len(group) // 8) for group in classes]
-        kinds = {
-            "subject": alternating([held for _, held in parts]),
-            "class": alternating([g[end:] for g, end in zip(classes, ends, strict=True)]),
-        }
+        left, held = hold_out(instance) if config.hold_out else (instance, [])
+        end = len(classes) - min(ROWS, len(classes) // 8)
         if self.accelerator.is_main_process:
-            rows = HeldOut(config, self.family, kinds)
+            rows = HeldOut(config, self.family, {"subject": held, "class": classes[end:]})
             place = "cpu" if config.memory in LOW else self.accelerator.device
+            photos = [photo.image for photo in instance]
             self.watch = Watch(self.run, photos, rows, judge(config, place))
-        left = [group[:end] for group, end in zip(classes, ends, strict=True)]
-        return [group for group, _ in parts], left
+        return left, classes[:end]
 
     def update(self) -> Step | None:
         """One optimizer update; None where fp16 loss scaling skipped it, to be made again."""

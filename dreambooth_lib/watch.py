@@ -6,10 +6,8 @@ RUN/watch/000100/...png      its pictures: subject-0.png, class-0.png, unrelated
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import families, metrics
@@ -81,9 +79,6 @@ class Watched:
     unrelated_drift: float  #: of pictures that have nothing to do with the subject
     held_out: dict[str, list[float]]  #: loss by timestep bin, see :mod:`dreambooth_lib.heldout`
     seconds: float  #: what the look cost
-    #: of a run with several subjects, by identifier and class noun, where the above are means
-    fidelity: dict[str, float] = field(default_factory=dict)
-    bleeding: dict[str, float] = field(default_factory=dict)  #: from the other subjects into it
 
 
 def judge(config: TrainConfig, device: "str | torch.device" = "cpu") -> Encoder:
@@ -128,33 +123,6 @@ def look(family: Family, subject: Subject, view: View) -> Look:
     return Look(images[: ends[0]], images[ends[0] : ends[1]], images[ends[1] :], asked)
 
 
-def look_at_all(family: Family, subjects: Sequence[Subject], view: View) -> Look:
-    """The pictures of several subjects as one look, subject by subject; unrelated ones once."""
-    first, *others = subjects
-    looks = [look(family, first, view)]
-    looks += [look(family, other, replace(view, unrelated=0)) for other in others]
-    return Look(
-        [image for seen in looks for image in seen.subject],
-        [image for seen in looks for image in seen.of_class],
-        looks[0].unrelated,
-        [prompt for seen in looks for prompt in seen.prompts],
-    )
-
-
-def apart(seen: Look, count: int) -> list[Look]:
-    """The reverse of :func:`look_at_all`: a look at each of ``count`` subjects."""
-    size, classes = len(seen.subject) // count, len(seen.of_class) // count
-    return [
-        Look(
-            seen.subject[i * size : (i + 1) * size],
-            seen.of_class[i * classes : (i + 1) * classes],
-            seen.unrelated,
-            seen.prompts[i * size : (i + 1) * size],
-        )
-        for i in range(count)
-    ]
-
-
 def score(
     encoder: Encoder,
     photos: "list[Image.Image]",
@@ -178,67 +146,36 @@ def score(
     return scores
 
 
-def score_all(
-    encoder: Encoder,
-    photos: "Sequence[list[Image.Image]]",
-    subjects: Sequence[Subject],
-    seen: Look,
-    before: Look,
-) -> dict[str, Any]:
-    """The means of :func:`score` over the subjects, and of several each one's own fidelity.
-
-    With how much of the others bled into it, the mean of :func:`metrics.bleeding`.
-    """
-    looks, befores = apart(seen, len(subjects)), apart(before, len(subjects))
-    each = [score(encoder, *of) for of in zip(photos, subjects, looks, befores, strict=True)]
-    means: dict[str, Any] = {name: fmean(found[name] for found in each) for name in each[0]}
-    if len(subjects) == 1:
-        return means
-    own = [encoder.images(group) for group in photos]
-    drawn_ = [encoder.images(one.subject) for one in looks]
-    tokens = [subject.token for subject in subjects]
-    bled = [
-        fmean(metrics.bleeding(drawn_[i], own[i], own[j]) for j in range(len(own)) if j != i)
-        for i in range(len(own))
-    ]
-    fidelity = [found["subject_fidelity"] for found in each]
-    return means | {
-        "fidelity": dict(zip(tokens, fidelity, strict=True)),
-        "bleeding": dict(zip(tokens, bled, strict=True)),
-    }
-
-
 class Watch:
     """Looks at a run in training, on disk as said above. A run keeps the view that it began with.
 
-    ``photos`` are all of each subject's, those held out of training too.
+    ``photos`` are all of the subject's, those held out of training too.
     """
 
     def __init__(
         self,
         run: Run,
-        photos: "Sequence[list[Image.Image]]",
+        photos: "list[Image.Image]",
         held_out: HeldOut,
         encoder: Encoder,
     ):
         self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
         self.view = view_of(run)
-        self.reference = fmean(
-            metrics.reference_fidelity(encoder.images(group)) if len(group) > 1 else 1.0
-            for group in photos
-        )
+        self.reference = 1.0
+        if len(photos) > 1:
+            self.reference = metrics.reference_fidelity(encoder.images(photos))
 
     def look(self, step: int, model: Trainable, family: Family) -> Watched:
         """Draw and score the model as it is now, and write both down."""
         began = time.perf_counter()
-        subjects = self.run.config.subjects
+        subject = self.run.config.subject
         training = model.training
         model.eval()
-        seen = look_at_all(family, subjects, self.view)
+        seen = look(family, subject, self.view)
         losses = self.held_out.losses(model)
         model.train(training)
         before = drawn(self.run, 0) if step else seen
-        scores = score_all(self.encoder, self.photos, subjects, seen, before)
+        scores = score(self.encoder, self.photos, subject, seen, before)
         self._save(step, seen)
         found = Watched(
             step=step,
@@ -297,15 +234,16 @@ def drawn(run: Run, step: int) -> Look:
                 found.append(image.convert("RGB"))
         return found
 
-    subjects, pictures = run.config.subjects, images("subject")
-    each = len(pictures) // len(PROMPTS) // len(subjects)
-    prompts = [fill_prompt(p, s) for s in subjects for p in PROMPTS for _ in range(each)]
+    pictures = images("subject")
+    each = len(pictures) // len(PROMPTS)
+    prompts = [fill_prompt(p, run.config.subject) for p in PROMPTS for _ in range(each)]
     return Look(pictures, images("class"), images("unrelated"), prompts)
 
 
 def history(run: Run) -> list[Watched]:
     """Every look so far, the frozen base's first."""
-    return [Watched(**row) for row in run.rows("watch")]
+    known = Watched.__dataclass_fields__  # rows of earlier versions have more
+    return [Watched(**{k: row[k] for k in row if k in known}) for row in run.rows("watch")]
 
 
 def share(run: Run) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dreambooth_lib import runs
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 
 DOG = Subject("photos", "dog")
@@ -59,8 +60,8 @@ ALL_FIELDS: dict[str, Any] = {
     "quantize": "nf4",
     "train_token": True,
 }
-#: Refused beside others of these; tests/test_methods.py and tests/test_several.py have them.
-ALONE = {"memory", "others"}
+#: Refused beside others of these; tests/test_methods.py has it.
+ALONE = {"memory"}
 
 
 def full() -> TrainConfig:
@@ -208,6 +209,18 @@ def test_a_config_without_a_subject_is_refused() -> None:
         TrainConfig.from_dict({"steps": 3})
 
 
+def test_a_config_or_run_of_several_subjects_is_refused(tmp_path: Path) -> None:
+    said = (
+        r"^others is set, but several subjects in one run are no longer supported; train one run "
+        r"each, and compose their LoRAs with db\.compose\.$"
+    )
+    text = full().to_toml() + '\n[[others]]\npictures = "cats"\nclass_noun = "cat"\n'
+    (tmp_path / "config.toml").write_text(text)
+    for read in (TrainConfig.from_toml, lambda file: runs.resume(file.parent)):
+        with pytest.raises(ConfigError, match=said):
+            read(tmp_path / "config.toml")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -283,12 +296,10 @@ def test_a_finished_run_as_a_base_has_the_defaults_of_its_own_base(tmp_path: Pat
 
 
 def test_looks_are_rarer_where_they_cost_more_beside_an_update() -> None:
-    other = dataclasses.replace(DOG, identifier="hta")
     assert TrainConfig(DOG).watch_every == 100
-    assert TrainConfig(DOG, others=(other,)).watch_every == 200, "each is drawn"
     assert TrainConfig(DOG, method="lora").watch_every == 200
-    assert TrainConfig(DOG, base="owner/model", method="lora", others=(other,)).watch_every == 800
-    assert TrainConfig(DOG, others=(other,), watch_every=7).watch_every == 7
+    assert TrainConfig(DOG, base="owner/model", method="lora").watch_every == 400
+    assert TrainConfig(DOG, watch_every=7).watch_every == 7
 
 
 def test_lora_has_a_learning_rate_of_its_own() -> None:

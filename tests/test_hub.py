@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_photos
 from fake_hub import HANG_UP, OWNER, TOKEN, FakeHub, Repo, Request, run_lines, save_loaded
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -58,23 +57,6 @@ def test_a_card_tells_of_class_pictures_only_where_there_were_some(
     text = hub.write_card(other, 2, tmp_path / "model").read_text()
     assert said in " ".join(text.split())
     assert ("4 class pictures" in text) == (not changes)
-
-
-def test_a_card_of_several_subjects_has_each(run: Run, tmp_path: Path) -> None:
-    save_photos(tmp_path / "cats", 3)
-    others = (Subject(str(tmp_path / "cats"), "cat", "hta"),)
-    both = runs.start(run.config.replace(others=others), tmp_path / "run")
-    for _ in training.train(both):
-        pass
-    folder = tmp_path / "model"
-    text = hub.write_card(both, 4, folder, photos=True).read_text()
-    assert "# ohwx dog, hta cat\n" in text and "“hta cat” is one cat" in text
-    assert "class pictures of “a dog” and of “a cat”" in " ".join(text.split())
-    assert all(f'"a {token} on the beach"' in text for token in ("ohwx dog", "hta cat"))
-    hub.write_card(run, 4, tmp_path / "one", photos=True)
-    for name in ("samples.png", "photos.png"):
-        with Image.open(folder / name) as page, Image.open(tmp_path / "one" / name) as less:
-            assert page.height * page.width > less.height * less.width, name
 
 
 def test_a_card_needs_a_look_at_its_step(run: Run, tmp_path: Path) -> None:

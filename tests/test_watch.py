@@ -22,7 +22,7 @@ from dreambooth_lib.pictures import Photo, captioned, read_pictures
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.sampling import load_source, sample
 from dreambooth_lib.training import Trainer, train
-from dreambooth_lib.watch import history
+from dreambooth_lib.watch import Watched, history
 from dreambooth_lib.weights import Trainable
 
 Make = Callable[..., TrainConfig]
@@ -192,6 +192,20 @@ def test_the_held_out_photo_is_not_trained_on(started: Callable[..., Run]) -> No
     assert len(Trainer(started("all", hold_out=False)).batches.kinds[0][0]) == 4
     class_pictures = Trainer(started("more", class_pictures=8)).batches.kinds[1][0]
     assert len(class_pictures) == 7
+
+
+def test_only_what_is_asked_is_known_where_text_encoders_are_let_go_of(
+    started: Callable[..., Run],
+) -> None:
+    known = Trainer(started("run", memory="low", watch_every=1)).family.known
+    assert known is not None
+    assert {"a ohwx dog", "a dog", "a ohwx dog in space"} <= known.row.keys()
+
+
+def test_a_row_that_an_earlier_version_wrote_is_read(started: Callable[..., Run]) -> None:
+    run, row = started("run"), Watched(0, 0.5, 0.9, 0.3, 0.5, 0.0, 0.1, 0.0, {}, 1.0)
+    run.append("watch", asdict(row) | {"fidelity": {}, "bleeding": {}})
+    assert history(run) == [row]
 
 
 def test_held_out_losses_are_those_of_a_plain_computation(

@@ -128,7 +128,7 @@ def note_look(run: runs.Run, step: int) -> None:
         for number in range(pictures):
             grey = Image.new("RGB", (64, 64), "grey")
             save_png(grey, looks.folder(run, step) / f"{name}-{number}.png")
-    found |= {"step": step, "held_out": rows, "fidelity": {}, "bleeding": {}}
+    found |= {"step": step, "held_out": rows}
     run.append("watch", asdict(looks.Watched(**found)))
     run.append("log", {"step": step, "loss": 0.1, "instance_loss": 0.1, "prior_loss": 0.1,
                        "lr": 1e-6, "seconds": 1.0, "memory_mb": None})  # fmt: skip

@@ -54,9 +54,7 @@ class CheckpointSlider(View):
             f"photos' own, prompt adherence {adherence:.0%} of the base's, class kept {kept:.0%}. "
             f"{use}"
         )
-        classes = [subject.class_prompt for subject in self.run.config.subjects]
-        each = len(seen.of_class) // len(classes)
-        captions = [*seen.prompts, *(prompt for prompt in classes for _ in range(each))]
+        captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.of_class)]
         captions += ["something else"] * len(seen.unrelated)
         pictures = seen.subject + seen.of_class + seen.unrelated
         self.pictures.children = [

@@ -120,7 +120,6 @@ def look_by_look(run: Run) -> Pictures.Image:
         seen = watch.drawn(run, step)
         cells.append([seen.subject, seen.of_class, seen.unrelated])
     rows = [f"step {step}" if step else "the base" for step in steps]
-    tokens = ", ".join(subject.token for subject in run.config.subjects)
-    classes = ", ".join(dict.fromkeys(s.class_prompt for s in run.config.subjects))
-    columns = [f"the subject: {tokens}", f"its class: {classes}", "unrelated"]
+    subject = run.config.subject
+    columns = [f"the subject: {subject.token}", f"its class: {subject.class_prompt}", "unrelated"]
     return pages.matrix(rows, columns, cells)
