@@ -30,12 +30,11 @@ _XL = {
     "layers_per_block": 2,
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
-#: How a LoRA's tensors end in diffusers' files, past and present, and at kohya's.
-_ENDINGS = {
-    r"(lora_A|lora\.down|lora_linear_layer\.down)\.weight": "lora_down.weight",
-    r"(lora_B|lora\.up|lora_linear_layer\.up)\.weight": "lora_up.weight",
-    r"lora_magnitude_vector(\.weight)?": "dora_scale",
-}
+#: A LoRA's tensor in diffusers' files, past and present: its model, module and part.
+_TENSOR = re.compile(
+    r"(\w+)\.(.+?)\.(?:lora_|lora\.|lora_linear_layer\.)"
+    r"(?:(?P<down>A|down)\.weight|(?P<up>B|up)\.weight|(?P<dora_scale>magnitude_vector)(\.weight)?)"
+)
 
 
 class ExportError(ValueError):
@@ -86,15 +85,13 @@ def single_file(
 ) -> Path:
     """Write a pipeline's folder in diffusers' layout as one safetensors file with original keys.
 
-    It is of Stable Diffusion 1.x, 2.x or XL; a text encoder with "gelu" for ``hidden_act`` is 2.x's
-    OpenCLIP. One tensor at a time is read and cast, so that memory holds the new file and, as
-    pages that the system may drop, one component.
+    A text encoder with "gelu" for ``hidden_act`` is 2.x's OpenCLIP. One tensor at a time is read
+    and cast, so that memory holds the new file and, as pages that the system may drop, a component.
 
     The file has no place for what 1.x and 2.x predict: with a 2.x A1111 tries the model out and
     ComfyUI guesses from a weight that tuning hardly changes; a 1.x that predicts v has to be set so
-    in either. XL's ``v_pred`` and ``ztsnr`` mark v and a terminal SNR of zero. Both tools know the
-    released sizes alone. Gives the path. Raises :class:`ExportError` for other pipelines and
-    weights, and then leaves ``path`` as it was.
+    in either. XL's ``v_pred`` and ``ztsnr`` mark v and a terminal SNR of zero. Raises
+    :class:`ExportError` for all but Stable Diffusion 1.x, 2.x and XL; ``path`` is then as before.
     """
     folder = Path(pipeline_folder)
     kind = _read_json(folder / "model_index.json")["_class_name"]
@@ -125,20 +122,18 @@ def lora_file(
 ) -> Path:
     """Write a LoRA in diffusers' format, a file or its tensors, as A1111 and ComfyUI load it.
 
-    ``metadata`` is the adapter's, which a file brings along: ``{"unet.r": 4, "unet.lora_alpha": 8,
-    ...}``; without it the scale is 1, as diffusers has it too. A U-Net's LoRA becomes kohya's:
-    diffusers' names with underscores for 1.x and 2.x and the original ones for SDXL, known by its
-    second text encoder or by attention of more than one layer, with an ``alpha`` that gives each
-    module its scale. A transformer's keeps the names ``transformer...lora_A.weight``, which ComfyUI
-    reads; its scale goes into ``lora_B``, as not every reader takes an ``alpha`` there.
-
-    diffusers' ``convert_state_dict_to_kohya`` (0.36 to 0.42) would lose the scale, as it writes the
-    rank for each ``alpha``; it calls 1.x's text encoder ``lora_te1`` and knows no original names.
+    ``metadata`` is the adapter's, which a file brings along: ``{"unet.lora_alpha": 8, ...}``;
+    without it the scale is 1. A U-Net's LoRA becomes kohya's: diffusers' names with underscores for
+    1.x and 2.x and the original ones for SDXL, known by its second text encoder or by attention of
+    more than one layer, with an ``alpha`` that gives each module its scale. A transformer's keeps
+    the names ``transformer...lora_A.weight``, which ComfyUI reads; its scale goes into ``lora_B``,
+    as not every reader takes an ``alpha`` there. (diffusers' ``convert_state_dict_to_kohya`` writes
+    the rank for each ``alpha``, ``lora_te1`` for 1.x's encoder too, and no original names.)
 
     Of a DoRA the magnitudes go along as ``dora_scale``, one for each output. ComfyUI divides by the
     base weight's norm, where training did by the sum's, and A1111 takes them for the inputs', so
-    that for the same pictures it is better fused and exported by :func:`single_file`. Gives the
-    path. Raises :class:`ExportError` for what is no such LoRA, and then leaves ``path`` as it was.
+    that for the same pictures it is better fused and exported by :func:`single_file`. Raises
+    :class:`ExportError` for what is no such LoRA; ``path`` is then as before.
     """
     if isinstance(lora, (str, Path)):
         with safe_open(lora, "pt") as file:
@@ -156,7 +151,7 @@ def lora_file(
     xl = "text_encoder_2" in models or any(".transformer_blocks.1." in name for _, name in modules)
     written: dict[str, torch.Tensor] = {}
     for (model, module), parts in modules.items():
-        down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+        down, up = parts["down"], parts["up"]
         alpha = _alpha(model, module, len(down), own if metadata is None else metadata)
         name = clip_name(module) if model.startswith("text_encoder") else module
         if "transformer" in models:
@@ -220,17 +215,16 @@ def _modules(
     """Group a LoRA's tensors by model and module, under kohya's endings."""
     modules: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        for pattern, ending in _ENDINGS.items():
-            if found := re.fullmatch(rf"(\w+)\.(.+?)\.{pattern}", key):
-                modules.setdefault((found[1], found[2]), {})[ending] = tensor
-                break
-        else:
+        found = _TENSOR.fullmatch(key)
+        if not found:
             raise ExportError(
                 f"the LoRA's tensor '{key}' is not one of a pair of down and up weights in "
                 "diffusers' format; give what save_lora_weights writes."
             )
+        part = next(name for name, text in found.groupdict().items() if text)
+        modules.setdefault((found[1], found[2]), {})[part] = tensor
     for (model, module), parts in modules.items():
-        if not {"lora_down.weight", "lora_up.weight"} <= set(parts):
+        if not {"down", "up"} <= parts.keys():
             raise ExportError(
                 f"the LoRA's module '{model}.{module}' lacks its down or its up weight; "
                 "write the LoRA anew with save_lora_weights."

@@ -86,19 +86,16 @@ def _vae_name(name: str, config: Mapping[str, Any]) -> str:
         return _VAE[name]
     last = len(config["block_out_channels"]) - 1
     name = name.replace("to_out.0.", "to_out.").replace("conv_shortcut", "nin_shortcut")
+    name = name.replace("resnets.", "block.").replace("samplers.0.", "sample.")
     match name.split("."):
-        case [side, "mid_block", "resnets", j, *rest]:
+        case [side, "mid_block", "block", j, *rest]:
             place = f"{side}.mid.block_{int(j) + 1}"
         case [side, "mid_block", "attentions", j, part, *rest]:
             place = f"{side}.mid.attn_{int(j) + 1}.{_ATTENTION[part]}"
-        case ["encoder", "down_blocks", i, "resnets", j, *rest]:
-            place = f"encoder.down.{i}.block.{j}"
-        case ["encoder", "down_blocks", i, "downsamplers", "0", *rest]:
-            place = f"encoder.down.{i}.downsample"
-        case ["decoder", "up_blocks", i, "resnets", j, *rest]:
-            place = f"decoder.up.{last - int(i)}.block.{j}"
-        case ["decoder", "up_blocks", i, "upsamplers", "0", *rest]:
-            place = f"decoder.up.{last - int(i)}.upsample"
+        case ["encoder", "down_blocks", i, "block" | "downsample" as kind, *rest]:
+            place = f"encoder.down.{i}.{kind}"
+        case ["decoder", "up_blocks", i, "block" | "upsample" as kind, *rest]:
+            place = f"decoder.up.{last - int(i)}.{kind}"
         case _:
             raise KeyError(name)
     return ".".join([place, *rest])
