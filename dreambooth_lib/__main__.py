@@ -1,4 +1,4 @@
-"""``python -m dreambooth_lib``: demo, figures, train, resume, sample, evaluate.
+"""``python -m dreambooth_lib``: demo, figures, train, resume, sample, export, evaluate.
 
 python -m dreambooth_lib demo
 accelerate launch -m dreambooth_lib train config.toml --out runs/my-dog
@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="of denoising; the base's own if left out")
     sample.add_argument("--guidance-scale", type=float, help="the run's if left out")
     sample.add_argument("--out", type=Path, help="a folder; RUN/samples if left out")
+    export = commands.add_parser("export", help="write the file that A1111 and ComfyUI load")
+    export.add_argument("run", type=Path)
+    export.add_argument("--step", type=int, help="a checkpoint's; the last one's if left out")
+    export.add_argument("--out", type=Path, help="a file or a folder; RUN/exports if left out")
     evaluate = commands.add_parser(
         "evaluate", help="the paper's evaluation: a data set's subjects, base against tuned runs"
     )
@@ -198,6 +202,19 @@ def run_sample(given: argparse.Namespace) -> None:
         print(path)
 
 
+def run_export(given: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
+    from dreambooth_lib import exports, kept
+
+    run = runs.resume(given.run)
+    exports.refuse(run)
+    step = max(run.checkpoints(), default=0) if given.step is None else given.step
+    with TemporaryDirectory(dir=run.folder) as model:  # as large as the run's pipeline
+        kept.write(run, step, Path(model))
+        print(exports.export(run, model, given.out or run.folder / "exports"))
+
+
 def main() -> None:
     from dreambooth_lib.notices import quiet
 
@@ -226,6 +243,8 @@ def main() -> None:
             run_evaluate(given)
         elif given.command == "resume":
             run_training(runs.resume(given.run))
+        elif given.command == "export":
+            run_export(given)
         else:
             run_sample(given)
         if state is not None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 from zipfile import ZIP_STORED, ZipFile
 
-from dreambooth_lib import hub, lora, weights
+from dreambooth_lib import lora, model_card, weights
 from dreambooth_lib.copies import again, copy_file, shown
 from dreambooth_lib.families import MADE_OF
 from dreambooth_lib.families.precision import save
 from dreambooth_lib.runs import Run
+from dreambooth_lib.state import replacing_file, replacing_folder
 from dreambooth_lib.words import size_in_words
 
 if TYPE_CHECKING:
@@ -21,37 +22,37 @@ if TYPE_CHECKING:
 def keep(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
     """Make ``folder`` the model that a checkpoint is, with its card, and a zip beside it; the zip.
 
-    That is the pipeline in half precision, or of a LoRA run what diffusers' ``load_lora_weights``
-    takes; ``photos`` is :func:`hub.write_card`'s. Each appears when it is whole, and is as it was
+    ``photos`` is :func:`model_card.write_card`'s. Each appears when it is whole, and is as it was
     before where this fails. Raises ``RunError`` where the run has no checkpoint of that step, or
     did not look at it.
     """
-    from dreambooth_lib.state import replacing_folder
+    with replacing_folder(Path(folder)) as partial:
+        write(run, step, partial)
+        model_card.write_card(run, step, partial, photos)
+    return pack(Path(folder))
 
-    folder, config = Path(folder), run.config
-    family = weights.as_trained(run, step)
-    with replacing_folder(folder) as partial:
-        if config.method == "lora":
-            lora.save(family, config, partial)
-            if Path(config.base).is_absolute():  # of use to no other machine
-                (partial / MADE_OF).unlink()
-        else:
-            save(family.pipeline, partial)
-        hub.write_card(run, step, partial, photos)
-    return pack(folder)
+
+def write(run: Run, step: int, folder: Path) -> None:
+    """Write a checkpoint as plain diffusers loads it, without a card.
+
+    That is the pipeline in half precision, or of a LoRA run what ``load_lora_weights`` takes.
+    Raises ``RunError`` where the run has no checkpoint of that step.
+    """
+    config, family = run.config, weights.as_trained(run, step)
+    if config.method == "lora":
+        lora.save(family, config, folder)
+        if Path(config.base).is_absolute():  # of use to no other machine
+            (folder / MADE_OF).unlink()
+    else:
+        save(family.pipeline, folder)
 
 
 def pack(folder: Path) -> Path:
     """Zip a folder beside it, uncompressed, as weights hardly shrink; gives the zip."""
     archive = folder.with_name(f"{folder.name}.zip")
-    partial = archive.with_name(f".{archive.name}.partial")
-    try:
-        with ZipFile(partial, "w", ZIP_STORED) as packed:
-            for name in shown(folder):
-                packed.write(folder / name, name)
-        partial.replace(archive)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing_file(archive) as partial, ZipFile(partial, "w", ZIP_STORED) as packed:
+        for name in shown(folder):
+            packed.write(folder / name, name)
     return archive
 
 

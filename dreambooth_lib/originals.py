@@ -1,37 +1,41 @@
 """The original (CompVis, SGM, OpenCLIP) names of what a Stable Diffusion pipeline consists of.
 
 They follow from the structure of the models, whatever their depth and width; no file is read here.
+diffusers has tables of those that no structure gives, and converts in the other direction only.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+
+_TABLES: dict[str, Any] = DIFFUSERS_TO_LDM_MAPPING
+_UNET, _VAE = ChainMap(*_TABLES["unet"].values()), _TABLES["vae"]
+_OPEN_CLIP, _OPEN_CLIP_LAYER = _TABLES["openclip"]["layers"], _TABLES["openclip"]["transformer"]
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
-_LINEAR = {"linear_1": "0", "linear_2": "2"}
 #: Of the autoencoder's attention; the second names are those of diffusers' early files.
 _ATTENTION = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
-}  # fmt: skip
-_OPEN_CLIP = {
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
 }  # fmt: skip
 
 
 def checkpoint_keys(
     component: str, names: Iterable[str], config: Mapping[str, Any], xl: bool = False
 ) -> dict[str, str]:
-    """Where the tensors ``names`` of a component go in a one-file checkpoint: {name: key}.
+    """Return where the tensors ``names`` of a component go in a one-file checkpoint: {name: key}.
 
     ``component`` is "unet", "vae", "text_encoder" or, of SDXL, "text_encoder_2", ``config`` its
     ``config.json``; ``xl`` says that the pipeline is SDXL. Names that share a key, as OpenCLIP's
     queries, keys and values do, come in the order in which they are stacked there. A name without
     a place raises ``KeyError``; the positions' indices, which some files hold, are left out.
     """
+    rename: Callable[[str], str]
     if component == "unet":
         prefix, rename = "model.diffusion_model.", lambda name: unet_name(name, config)
     elif component == "vae":
@@ -44,81 +48,61 @@ def checkpoint_keys(
         prefix, rename = "cond_stage_model.transformer.", clip_name
     else:
         prefix, rename = "cond_stage_model.model.", _open_clip_name
-    ordered = sorted(names, key=lambda name: name.replace("q_proj", "_"))  # q before k before v
     keys = {}
-    for name in ordered:
+    for name in sorted(names, key=lambda name: name.replace("q_proj", "_")):  # q before k before v
         if not name.endswith("position_ids"):
             try:
                 keys[name] = prefix + rename(name)
-            except (KeyError, IndexError):
+            except (KeyError, IndexError, TypeError):
                 raise KeyError(name) from None
     return keys
 
 
 def unet_name(name: str, config: Mapping[str, Any]) -> str:
-    """LDM's name of a module or a tensor of the U-Net; ``KeyError`` where it has none."""
-    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
-    rows = [n + 1 for n in ([layers] * levels if isinstance(layers, int) else layers)]
+    """Return LDM's name of a tensor of the U-Net; ``KeyError`` where it has none."""
+    if name in _UNET:
+        return _UNET[name]
+    row = config["layers_per_block"] + 1
+    name = re.sub(r"(\.resnets\.\d+\.)(\w+)", lambda found: found[1] + _RESNET[found[2]], name)
     match name.split("."):
-        case ["conv_in", *rest]:
-            place = "input_blocks.0.0"
-        case ["time_embedding", ("linear_1" | "linear_2") as linear, *rest]:
-            place = f"time_embed.{_LINEAR[linear]}"
-        case ["add_embedding" | "class_embedding", ("linear_1" | "linear_2") as linear, *rest]:
-            place = f"label_emb.0.{_LINEAR[linear]}"
-        case ["conv_norm_out", *rest]:
-            place = "out.0"
-        case ["conv_out", *rest]:
-            place = "out.2"
-        case ["mid_block", "resnets", j, part, *rest]:
-            place = f"middle_block.{2 * int(j)}.{_RESNET[part]}"
-        case ["mid_block", "attentions", j, *rest]:
-            place = f"middle_block.{2 * int(j) + 1}"
-        case ["down_blocks", i, "resnets", j, part, *rest]:
-            place = f"input_blocks.{1 + sum(rows[: int(i)]) + int(j)}.0.{_RESNET[part]}"
-        case ["down_blocks", i, "attentions", j, *rest]:
-            place = f"input_blocks.{1 + sum(rows[: int(i)]) + int(j)}.1"
+        case ["mid_block", "resnets" | "attentions" as kind, j, *rest]:
+            place = f"middle_block.{2 * int(j) + int(kind == 'attentions')}"
+        case ["down_blocks", i, "resnets" | "attentions" as kind, j, *rest]:
+            place = f"input_blocks.{1 + row * int(i) + int(j)}.{int(kind == 'attentions')}"
         case ["down_blocks", i, "downsamplers", "0", "conv", *rest]:
-            place = f"input_blocks.{sum(rows[: int(i) + 1])}.0.op"
-        case ["up_blocks", i, "resnets", j, part, *rest]:
-            place = f"output_blocks.{sum(rows[::-1][: int(i)]) + int(j)}.0.{_RESNET[part]}"
-        case ["up_blocks", i, "attentions", j, *rest]:
-            place = f"output_blocks.{sum(rows[::-1][: int(i)]) + int(j)}.1"
+            place = f"input_blocks.{row * (int(i) + 1)}.0.op"
+        case ["up_blocks", i, "resnets" | "attentions" as kind, j, *rest]:
+            place = f"output_blocks.{row * int(i) + int(j)}.{int(kind == 'attentions')}"
         case ["up_blocks", i, "upsamplers", "0", "conv", *rest]:
             after = 2 if "Attn" in config["up_block_types"][int(i)] else 1
-            place = f"output_blocks.{sum(rows[::-1][: int(i) + 1]) - 1}.{after}.conv"
+            place = f"output_blocks.{row * (int(i) + 1) - 1}.{after}.conv"
         case _:
             raise KeyError(name)
     return ".".join([place, *rest])
 
 
 def _vae_name(name: str, config: Mapping[str, Any]) -> str:
+    if name in _VAE:
+        return _VAE[name]
     last = len(config["block_out_channels"]) - 1
     name = name.replace("to_out.0.", "to_out.").replace("conv_shortcut", "nin_shortcut")
+    name = name.replace("resnets.", "block.").replace("samplers.0.", "sample.")
     match name.split("."):
-        case ["quant_conv" | "post_quant_conv", *_] | [_, "conv_in" | "conv_out", _]:
-            return name
-        case [side, "conv_norm_out", *rest]:
-            place = f"{side}.norm_out"
-        case [side, "mid_block", "resnets", j, *rest]:
+        case [side, "mid_block", "block", j, *rest]:
             place = f"{side}.mid.block_{int(j) + 1}"
         case [side, "mid_block", "attentions", j, part, *rest]:
             place = f"{side}.mid.attn_{int(j) + 1}.{_ATTENTION[part]}"
-        case ["encoder", "down_blocks", i, "resnets", j, *rest]:
-            place = f"encoder.down.{i}.block.{j}"
-        case ["encoder", "down_blocks", i, "downsamplers", "0", "conv", *rest]:
-            place = f"encoder.down.{i}.downsample.conv"
-        case ["decoder", "up_blocks", i, "resnets", j, *rest]:
-            place = f"decoder.up.{last - int(i)}.block.{j}"
-        case ["decoder", "up_blocks", i, "upsamplers", "0", "conv", *rest]:
-            place = f"decoder.up.{last - int(i)}.upsample.conv"
+        case ["encoder", "down_blocks", i, "block" | "downsample" as kind, *rest]:
+            place = f"encoder.down.{i}.{kind}"
+        case ["decoder", "up_blocks", i, "block" | "upsample" as kind, *rest]:
+            place = f"decoder.up.{last - int(i)}.{kind}"
         case _:
             raise KeyError(name)
     return ".".join([place, *rest])
 
 
 def clip_name(name: str) -> str:
-    """OpenAI's name of a module or a tensor of the text encoder: with ``text_model.``.
+    """Return OpenAI's name of a module or a tensor of the text encoder: with ``text_model.``.
 
     Which transformers leaves out from version 5.6 on, where the model has no projection.
     """
@@ -127,18 +111,12 @@ def clip_name(name: str) -> str:
 
 
 def _open_clip_name(name: str) -> str:
-    match clip_name(name).split("."):
-        case ["text_projection", "weight"]:
-            return "text_projection"
-        case ["text_model", "embeddings", "token_embedding", "weight"]:
-            return "token_embedding.weight"
-        case ["text_model", "embeddings", "position_embedding", "weight"]:
-            return "positional_embedding"
-        case ["text_model", "final_layer_norm", kind]:
-            return f"ln_final.{kind}"
-        case ["text_model", "encoder", "layers", i, "self_attn", "q_proj" | "k_proj" | "v_proj", k]:
-            return f"transformer.resblocks.{i}.attn.in_proj_{k}"
-        case ["text_model", "encoder", "layers", i, *part, kind]:
-            return f"transformer.resblocks.{i}.{_OPEN_CLIP['.'.join(part)]}.{kind}"
-        case _:
-            raise KeyError(name)
+    name = clip_name(name)
+    if name in _OPEN_CLIP:
+        return _OPEN_CLIP[name]
+    part = r"(layer_norm[12]|self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+    if not re.fullmatch(rf"text_model\.encoder\.layers\.\d+\.{part}\.\w+", name):
+        raise KeyError(name)
+    for new, old in _OPEN_CLIP_LAYER.items():
+        name = name.replace(new, old)
+    return f"transformer.{re.sub(r'[qkv]_proj.', 'in_proj_', name)}"

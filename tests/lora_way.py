@@ -16,7 +16,7 @@ from PIL import ImageChops
 from safetensors.torch import save_file
 
 import dreambooth_lib as db
-from dreambooth_lib import exports, families, hub, kept, training, weights
+from dreambooth_lib import exports, families, kept, model_card, training, weights
 from dreambooth_lib.demo import bundled_subjects
 
 
@@ -39,7 +39,7 @@ def way(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     kept.keep(run, 3, model)
     exports.lora_file(model / families.LORA_FILE, folder / "exported.safetensors")
     save_file(weights.restored(run, 3).denoiser.state_dict(), folder / "unet.safetensors")
-    *load, _ = hub.usage(run, model, families.locate("toybox")).splitlines()
+    *load, _ = model_card.usage(run, model, families.locate("toybox")).splitlines()
     return {
         "resumed": seen,
         "same picture": ImageChops.difference(finished, third).getextrema(),

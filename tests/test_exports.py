@@ -27,7 +27,9 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from dreambooth_lib import exports
+from dreambooth_lib import exports, kept, runs, training
+from dreambooth_lib.__main__ import main
+from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.exports import ExportError, lora_file, single_file
 from dreambooth_lib.originals import checkpoint_keys
 
@@ -580,3 +582,99 @@ def test_what_is_no_such_lora_is_one_sentence_and_no_file(
     with pytest.raises(ExportError, match=said):
         lora_file(lora, tmp_path / "lora")
     assert not list(tmp_path.iterdir())
+
+
+# A run's file, from Python and from a shell.
+
+
+@pytest.fixture
+def shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    def run(*words: object) -> str:
+        monkeypatch.setattr("sys.argv", ["dreambooth_lib", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def trained(
+    tiny_bases: Callable[[str], str], photos: str, make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+) -> Callable[..., runs.Run]:  # fmt: skip
+    def train(family: str, **changes: Any) -> runs.Run:
+        fields = {"steps": 2, "resolution": 16, "prior": "none", "learning_rate": 0.05} | changes
+        config = make_config(tiny_bases(family), photos).replace(**fields)
+        run = runs.start(config, tmp_path / "runs" / "my-dog")
+        list(training.train(run))
+        return run
+
+    return train
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_shell_writes_a_checkpoint_as_one_file(
+    family: str, trained: Callable[..., runs.Run], shell: Callable[..., str], tmp_path: Path
+) -> None:
+    run = trained(family, checkpoint_every=1)
+    said = shell("export", run.folder, "--step", 1, "--out", tmp_path / "dog.safetensors")
+    assert said.startswith(f"{tmp_path / 'dog.safetensors'} (") and "models/checkpoints" in said
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["dog.safetensors"]
+    last = run.folder / "exports" / "my-dog.safetensors"
+    assert str(last) in shell("export", run.folder)
+    assert sorted(path.name for path in run.folder.glob("tmp*")) == []
+    for step, file in ((1, tmp_path / "dog.safetensors"), (2, last)):
+        kept.write(run, step, tmp_path / f"kept{step}")
+        expected = load_file(single_file(tmp_path / f"kept{step}", tmp_path / "one.safetensors"))
+        found = load_file(file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert any((load_file(last)[key] != value).any() for key, value in load_file(
+        tmp_path / "dog.safetensors").items()), "another step is another model"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [("sd1", "lora_unet_"), ("sdxl", "lora_unet_"), ("flux", "transformer.")]
+)
+def test_a_shell_writes_a_loras_file(
+    family: str, key: str, trained: Callable[..., runs.Run], shell: Callable[..., str],
+    photos: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    run = trained(family, method="lora", lora_rank=2, lora_alpha=6, train_token=True,
+                  subject=Subject(photos, "dog", "<rex>"))  # fmt: skip
+    said = shell("export", run.folder, "--out", tmp_path / "LoRAs")
+    assert "models/loras of ComfyUI" in said and "no place for the new word '<rex>'" in said
+    (file,) = (tmp_path / "LoRAs").iterdir()
+    assert file.name == "my-dog.safetensors"
+    found = load_file(file)
+    assert found and all(name.startswith(key) for name in found)
+    expected = lora_file(run.pipeline / "pytorch_lora_weights.safetensors", tmp_path / "lora")
+    assert found.keys() == load_file(expected).keys()
+    assert all(torch.equal(found[name], value) for name, value in load_file(expected).items())
+
+
+def test_a_shell_says_of_another_familys_whole_model_that_it_has_no_file(
+    tiny_bases: Callable[[str], str], photos: str, make_config: Callable[..., TrainConfig],
+    shell: Callable[..., str], tmp_path: Path,
+) -> None:  # fmt: skip
+    run = runs.start(make_config(tiny_bases("sd3"), photos), tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"error: .*sd3' is no Stable Diffusion 1\.x, 2\.x or XL"):
+        shell("export", run.folder, "--out", tmp_path / "out")
+    other = runs.start(make_config(tiny_bases("sd1"), photos), tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"error: .* has no checkpoint of step 0; it has none"):
+        shell("export", other.folder, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(other.folder.glob("tmp*"))
+
+
+def test_of_a_dora_and_of_the_embedded_base_it_is_said_what_the_tools_do_not_know(
+    make_config: Callable[..., TrainConfig], photos: str, tmp_path: Path
+) -> None:
+    config = make_config("toybox", photos, method="lora", dora=True)
+    run = runs.start(config, tmp_path / "run")
+    lora = pair("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+    save_file(lora, tmp_path / "pytorch_lora_weights.safetensors")
+    said = exports.export(run, tmp_path, tmp_path / "dog.safetensors")
+    assert said.endswith("smaller. Neither draws a DoRA quite as it was trained.")
+    assert "Neither can draw with it" in said and "new word" not in said

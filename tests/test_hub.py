@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_lib import families, hub, kept, preflight, runs, training
+from dreambooth_lib import families, hub, kept, model_card, preflight, runs, training
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run, RunError
 
@@ -31,7 +31,7 @@ def run(
 
 
 def test_a_card_says_how_to_draw_the_subject_and_how_it_was_made(run: Run, tmp_path: Path) -> None:
-    card = ModelCard.load(hub.write_card(run, 2, tmp_path / "model"))
+    card = ModelCard.load(model_card.write_card(run, 2, tmp_path / "model"))
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
     assert card.data.base_model is None, "a base of this machine has no address"
     assert f'"{run.config.subject.instance_prompt} on the beach"' in card.text
@@ -54,22 +54,22 @@ def test_a_card_tells_of_class_pictures_only_where_there_were_some(
     changes: dict[str, Any], said: str, run: Run, tmp_path: Path
 ) -> None:
     other = Run(run.folder, run.config.replace(**changes))
-    text = hub.write_card(other, 2, tmp_path / "model").read_text()
+    text = model_card.write_card(other, 2, tmp_path / "model").read_text()
     assert said in " ".join(text.split())
     assert ("4 class pictures" in text) == (not changes)
 
 
 def test_a_card_needs_a_look_at_its_step(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="was not looked at in step 3"):
-        hub.write_card(run, 3, tmp_path / "model")
+        model_card.write_card(run, 3, tmp_path / "model")
 
 
 def test_a_card_shows_the_curves_and_the_photos_only_if_asked(run: Run, tmp_path: Path) -> None:
-    text = hub.write_card(run, 2, tmp_path / "model").read_text()
+    text = model_card.write_card(run, 2, tmp_path / "model").read_text()
     assert "(curves.png)" in text and "photos.png" not in text
     assert Image.open(tmp_path / "model" / "curves.png").size[0] > 100
     assert not (tmp_path / "model" / "photos.png").exists()
-    text = hub.write_card(run, 2, tmp_path / "shown", photos=True).read_text()
+    text = model_card.write_card(run, 2, tmp_path / "shown", photos=True).read_text()
     assert "(photos.png)" in text
     with Image.open(tmp_path / "shown" / "photos.png") as strip:
         assert strip.width > 3 * strip.height and not strip.getexif()
@@ -86,7 +86,9 @@ def test_a_card_gives_the_licence_of_a_base_that_gives_one(
 
     def card_of(base: str) -> ModelCard:
         on_the_hub = Run(run.folder, run.config.replace(base=base))
-        card = ModelCard.load(fake_hub.call(hub.write_card, on_the_hub, 2, tmp_path / "model"))
+        card = ModelCard.load(
+            fake_hub.call(model_card.write_card, on_the_hub, 2, tmp_path / "model")
+        )
         assert card.data.base_model == base and "The base's licence and terms hold" in card.text
         return card
 
@@ -140,7 +142,7 @@ def test_the_lines_that_are_printed_load_a_lora_and_its_word_from_the_hub(
     list(training.train(run))
     kept.keep(run, 4, tmp_path / "model")
     fake_hub.call(hub.push, tmp_path / "model", NAME)
-    code, _, drawn = hub.usage(run, NAME).rpartition("\n")
+    code, _, drawn = model_card.usage(run, NAME).rpartition("\n")
     assert "a <rex> dog on the beach" in drawn
     fake_hub.call(run_lines, code, tmp_path / "found")
     families.load_model(str(run.folder)).pipeline.save_pretrained(tmp_path / "expected")

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from dreambooth_lib import copies, hub, kept, runs, training, weights
+from dreambooth_lib import copies, kept, model_card, runs, training, weights
 from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.runs import Run
 
@@ -56,7 +56,7 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     assert {p.relative_to(unpacked) for p in unpacked.rglob("*") if p.is_file()} == names
     assert {Path("README.md"), Path("samples.png"), Path("model_index.json")} <= names
     scope: dict[str, Any] = {}
-    code = hub.usage(run, folder).splitlines()
+    code = model_card.usage(run, folder).splitlines()
     exec("\n".join(code[:-1]), scope)
     assert "a ohwx dog on the beach" in code[-1] and len(code) == 6
     assert denoiser(scope["pipeline"]).keys() == expected.keys()
@@ -127,7 +127,7 @@ def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
     monkeypatch.setattr(kind, "to", lambda self, *given, **named: placed.append(given))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     scope: dict[str, Any] = {}
-    exec(hub.usage(run, tmp_path / "model"), scope)
+    exec(model_card.usage(run, tmp_path / "model"), scope)
     parts = scope["pipeline"].components.values()
     found = {part.dtype for part in parts if isinstance(part, torch.nn.Module)}
     assert found == {half if gpu else torch.float32}
@@ -140,9 +140,11 @@ def test_the_lines_of_a_lora_whose_base_is_gone_leave_out_what_is_not_known(
 ) -> None:
     base = shutil.copytree(tiny_sd1, tmp_path / "base")
     run = trained(base=str(base), method="lora", steps=2)
-    assert "num_inference_steps=50, guidance_scale=7.5)" in hub.usage(run, "me/my-dog")
+    assert "num_inference_steps=50, guidance_scale=7.5)" in model_card.usage(run, "me/my-dog")
     shutil.rmtree(base)
-    assert hub.usage(run, "me/my-dog").endswith('pipeline("a ohwx dog on the beach").images[0]')
+    assert model_card.usage(run, "me/my-dog").endswith(
+        'pipeline("a ohwx dog on the beach").images[0]'
+    )
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -156,7 +158,7 @@ def test_of_a_lora_run_it_is_what_plain_diffusers_loads_onto_the_base(
     assert "pytorch_lora_weights.safetensors" in files and "unet" not in files
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in folder.iterdir())
     scope: dict[str, Any] = {}
-    exec("\n".join(hub.usage(run, folder).splitlines()[:-1]), scope)
+    exec("\n".join(model_card.usage(run, folder).splitlines()[:-1]), scope)
     expected = weights.restored(run, 2)
     x, cond = torch.ones(1, 4, 8, 8), torch.ones(1, 12, 16)
     t = torch.tensor([5])
@@ -181,7 +183,7 @@ def test_the_lines_that_are_printed_give_plain_diffusers_the_new_word(
     )  # fmt: skip
     folder = tmp_path / "models" / "my-dog"
     kept.keep(run, 2, folder)
-    code, _, drawn = hub.usage(run, folder).rpartition("\n")
+    code, _, drawn = model_card.usage(run, folder).rpartition("\n")
     scope: dict[str, Any] = {}
     exec(code, scope)
     assert "a <rex> dog on the beach" in drawn
@@ -206,7 +208,7 @@ def test_an_older_model_stays_where_a_newer_one_cannot_be_written(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "write_card", full)
+        patch.setattr(model_card, "write_card", full)
         with pytest.raises(OSError, match="No space left"):
             kept.keep(run, 4, folder)
     with monkeypatch.context() as patch:

@@ -104,6 +104,8 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
     assert "⚠" not in said(shown) and "Beginning a new run." in said(shown)
     assert "Finished at step 4." in said(shown) and "Chosen ★:" in said(shown)
+    assert (tmp_path / "models" / "patch_dog.safetensors").stat().st_size > 1e6
+    assert "Neither can draw with it" in said(shown), "the embedded base has no released size"
     # The subject, the settings, the training with its bar, the slider and the playground.
     assert len(outputs(shown, "application/vnd.jupyter.widget-view+json")) >= 6
 
@@ -119,6 +121,7 @@ def test_the_main_notebook_trains_and_keeps_a_lora(tmp_path: Path) -> None:
     (weights,) = (tmp_path / "models" / "patch_dog").glob("*.safetensors")
     assert not (tmp_path / "runs" / "class_pictures").exists(), "none are needed"
     assert 1e5 < weights.stat().st_size < 1e7
+    assert 1e5 < (tmp_path / "models" / "patch_dog.safetensors").stat().st_size < 1e7
 
 
 @pytest.mark.slow
