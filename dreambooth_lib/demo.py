@@ -90,7 +90,7 @@ def personalise(
     row["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if out is not None:
         of, before, after = view.seeds, looks["base"], looks["tuned"]
-        pages.contact_sheet(
+        contact_sheet(
             out / "contact_sheet.png",
             title=f'{subject.name}: "{subject.instance_prompt}", {config.steps} steps',
             reference=reference,

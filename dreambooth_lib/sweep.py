@@ -28,14 +28,8 @@ from dreambooth_lib.words import NAMES
 
 #: Enough pictures that another draw of seeds moves a mean little.
 VIEW = View(seeds=4, class_pictures=12, unrelated=1)
-#: A table's columns after the settings: standing by the rule of ``choice``, then what it is of.
-MEASURES = ("standing", "subject_fidelity", "reference_fidelity", "prompt_adherence",
-            "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
-            "base_pres", "unrelated_drift")  # fmt: skip
 #: What a run's end and its looks hang on, and nothing that it has done so far.
 _LENGTH = ("steps", "watch_every", "checkpoint_every")
-#: Standings closer than this are alike: another seed moves them as much.
-ALIKE = 0.01
 
 
 @dataclass(frozen=True)
@@ -215,45 +209,6 @@ def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
         memory.free()
 
 
-def table(
-    configs: Mapping[str, TrainConfig], folder: str | Path, steps: Sequence[int]
-) -> list[dict[str, Any]]:
-    """A row a cell and step that is there: λ and what varies among the configs, then the measures.
-
-    Plain dicts, as ``pandas.DataFrame`` takes them.
-    """
-    varied = _varied(configs.values())
-    rows = []
-    for name, config in configs.items():
-        if not (Path(folder) / name / "config.toml").exists():
-            continue
-        looks = watch.history(runs.resume(Path(folder) / name))
-        of_cell = {"cell": name} | {field: getattr(config, field) for field in varied}
-        for seen in looks[1:]:
-            if seen.step in steps:
-                rows.append(of_cell | {"step": seen.step} | measures(seen, looks[0]))
-    return rows
-
-
-def measures(seen: Watched, base: Watched) -> dict[str, float]:
-    """A look's figures beside the base's, in the order of :data:`MEASURES`."""
-    values = (
-        choice.standing(choice.shares_of(seen, base)),
-        seen.subject_fidelity, seen.reference_fidelity,
-        seen.prompt_adherence, base.prompt_adherence, seen.class_diversity, base.class_diversity,
-        seen.prior_drift, seen.pres, base.pres, seen.unrelated_drift,
-    )  # fmt: skip
-    return dict(zip(MEASURES, values, strict=True))
-
-
-def _varied(configs: Iterable[TrainConfig]) -> list[str]:
-    every = list(configs)
-    plain = [f.name for f in fields(TrainConfig) if f.name != "subject"]
-    # λ is named even where it is one and the same: studies are read by it.
-    varied = [f for f in plain if len({getattr(config, f) for config in every}) > 1]
-    return [f for f in plain if f in varied or f == "prior_weight"]
-
-
 def _write(
     folder: Path, configs: Mapping[str, TrainConfig], steps: Sequence[int], errors: dict[str, str]
 ) -> None:
@@ -264,60 +219,3 @@ def _write(
     if rows:
         replace_file(folder / "table.csv", to_csv(rows).encode())
     replace_file(folder / "failures.json", json.dumps(errors, indent=2).encode())
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """Settings, how they stand, and why."""
-
-    settings: dict[str, Any]
-    standing: float
-    reason: str
-
-
-def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
-    """The setting with the highest standing, a mean over seeds; of equals the fewest steps.
-
-    The reason says besides where more steps may be better still, and which other values of λ stand
-    as high. ``rows`` are of :func:`table` or read back from its CSV. Raises ``ValueError`` for
-    none.
-    """
-    if not rows:
-        raise ValueError("the table has no rows; run a sweep first.")
-    fixed = {"cell", "seed", *MEASURES}
-    found: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        key = tuple((name, value) for name, value in row.items() if name not in fixed)
-        found.setdefault(key, []).append(row)
-
-    def mean(key: tuple[tuple[str, Any], ...], measure: str) -> float:
-        return fmean(float(row[measure]) for row in found[key])
-
-    best = max(found, key=lambda key: (round(mean(key, "standing"), 6), -int(dict(key)["step"])))
-    settings = [(NAMES["prior_weight"] if n == "prior_weight" else n, v) for n, v in best]
-    stands = ", ".join(f"{name} {_short(value)}" for name, value in settings)
-    fidelity = mean(best, "subject_fidelity") / mean(best, "reference_fidelity")
-    adherence = mean(best, "prompt_adherence") / mean(best, "base_adherence")
-    reason = (
-        f"{stands} stands highest of {len(found)} settings ({mean(best, 'standing'):.3f}, mean of "
-        f"{len(found[best])}): fidelity {fidelity:.0%} of the photos' own, adherence "
-        f"{adherence:.0%} of the base's, prior drift {mean(best, 'prior_drift'):.3f}."
-    )
-    enough = (1 - ALIKE) * mean(best, "standing")
-    high = [dict(key) for key in found if mean(key, "standing") >= enough]
-    weights = {float(key["prior_weight"]) for key in high if "prior_weight" in key}
-    if len(weights) > 1:
-        *most, last = map(_short, sorted(weights))
-        any_of = "either" if len(weights) == 2 else "any"
-        reason += f" λ {', '.join(most)} and {last} are within {ALIKE:.0%}: {any_of} will do."
-    if int(dict(best)["step"]) == max(int(row["step"]) for row in rows):
-        reason += " This is the longest training tried: try more steps before you trust it."
-    return Recommendation(dict(best), mean(best, "standing"), reason)
-
-
-def _short(value: Any) -> str:
-    """A number without needless digits, also one that a CSV gave as text."""
-    try:
-        return f"{float(value):g}"
-    except (TypeError, ValueError):
-        return str(value)
