@@ -23,15 +23,18 @@ themselves; neither a photo with itself nor near-duplicates of one another are p
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from dreambooth_lib import metrics
 from dreambooth_lib.config import Subject
+from dreambooth_lib.data import near_groups
 from dreambooth_lib.dreambench import Benchmark, Picture, Protocol, pictures
 from dreambooth_lib.encoders import Encoder, of_files
+from dreambooth_lib.pictures import read_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +69,13 @@ class Embedded:
     of_class_before: "torch.Tensor"  # [N, D], the base's
 
 
-#: An evaluator gives (measure, values): [prompts, seeds] values, [prompts] values or one.
-Evaluator = Callable[[Embedded], Iterator[tuple[str, "torch.Tensor | float"]]]
+#: [prompts, seeds] values, [prompts] values or one.
+Values: TypeAlias = "torch.Tensor | list[float] | float"
+#: An evaluator gives (measure, values).
+Evaluator = Callable[[Embedded], Iterator[tuple[str, Values]]]
 
 
-def of_the_subject(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]]":
+def of_the_subject(seen: Embedded) -> Iterator[tuple[str, Values]]:
     cosines = seen.drawn @ seen.photos.T  # [prompts, seeds, M]
     yield "subject_fidelity", cosines.mean(-1)
     yield "memorisation", cosines.amax(-1)
@@ -82,7 +87,7 @@ def of_the_subject(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]
         yield "prompt_diversity", torch.tensor([metrics.diversity(rows) for rows in seen.drawn])
 
 
-def of_the_class(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]]":
+def of_the_class(seen: Embedded) -> Iterator[tuple[str, Values]]:
     yield "pres", metrics.subject_fidelity(seen.of_class, seen.photos)
     yield "class_diversity", metrics.diversity(seen.of_class)
     yield "prior_drift", metrics.prior_drift(seen.of_class_before, seen.of_class)
@@ -109,78 +114,81 @@ def score(
     """
     wanted, out = protocol or Protocol(), Path(out)
     for subject in benchmark.subjects:
+        prompts = benchmark.of(subject)
         for name, encoder in encoders.items():
             value = _among_photos(encoder, subject)
             if value is not None:
-                yield Row(REAL, subject.name, subject.kind, name, "subject_fidelity", None, None,
-                          value)  # fmt: skip
+                yield from _rows(REAL, subject, name, "subject_fidelity", value, prompts)
+        before = pictures(benchmark, base, subject, wanted)
         for method in methods:
+            drawn = pictures(benchmark, method, subject, wanted)
             for name, encoder in encoders.items():
-                seen = _embedded(benchmark, subject, method, base, out, encoder, wanted)
+                seen = _embedded(subject, prompts, drawn, before, out, encoder)
                 for evaluator in evaluators:
                     for measure, values in evaluator(seen):
-                        fields = (method, subject.name, subject.kind, name, measure)
-                        yield from _rows(fields, values, benchmark.of(subject))
+                        yield from _rows(method, subject, name, measure, values, prompts)
             if metrics.has_lpips() and wanted.pictures > 1:
-                yield from _lpips_rows(benchmark, subject, method, out, wanted)
+                values = _lpips(drawn, out)
+                yield from _rows(method, subject, "lpips-alex", "prompt_diversity", values, prompts)
 
 
-def _lpips_rows(
-    benchmark: Benchmark, subject: Subject, method: str, out: Path, wanted: Protocol
+def _rows(
+    method: str, subject: Subject, encoder: str, measure: str, values: Values, prompts: list[str]
 ) -> Iterator[Row]:
+    array = np.asarray(values, np.float64)
+    for place in np.ndindex(array.shape):
+        prompt = prompts[place[0]] if place else None
+        seed, value = place[1] if len(place) > 1 else None, float(array[place])
+        yield Row(method, subject.name, subject.kind, encoder, measure, prompt, seed, value)
+
+
+def _lpips(drawn: list[Picture], out: Path) -> list[float]:
+    """DIV of each prompt's pictures."""
+    of_prompts = [picture for picture in drawn if picture.prompt is not None]
+    groups = groupby(of_prompts, key=lambda picture: picture.prompt)
+    return [
+        metrics.lpips_diversity([_opened(out / picture.path) for picture in group])
+        for _, group in groups
+    ]
+
+
+def _opened(path: Path) -> "Image.Image":
     from PIL import Image
 
-    of_prompts = [p for p in pictures(benchmark, method, subject, wanted) if p.prompt is not None]
-    for prompt, group in groupby(of_prompts, key=lambda picture: picture.prompt):
-        images = []
-        for picture in group:
-            with Image.open(out / picture.path) as image:
-                images.append(image.convert("RGB"))
-        text = benchmark.of(subject)[prompt or 0]
-        value = metrics.lpips_diversity(images)
-        yield Row(method, subject.name, subject.kind, "lpips-alex", "prompt_diversity", text, None,
-                  value)  # fmt: skip
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _embedded(
-    benchmark: Benchmark,
     subject: Subject,
-    method: str,
-    base: str,
+    prompts: list[str],
+    drawn: list[Picture],
+    before: list[Picture],
     out: Path,
     encoder: Encoder,
-    wanted: Protocol,
 ) -> Embedded:
-    cache = out / "embeddings"
+    def rows(every: list[Picture], of_class: bool) -> "torch.Tensor":
+        paths = [out / p.path for p in every if (p.prompt is None) == of_class]
+        return of_files(encoder, paths, out / "embeddings")
 
-    def rows(of: str, class_too: bool) -> "torch.Tensor":
-        every = pictures(benchmark, of, subject, wanted)
-        paths = [out / p.path for p in every if (p.prompt is None) == class_too]
-        return of_files(encoder, paths, cache)
-
-    prompts = [metrics.strip_identifier(p.replace("{}", subject.identifier), subject.identifier)
-               for p in benchmark.of(subject)]  # fmt: skip
+    name = subject.identifier
+    texts = [metrics.strip_identifier(prompt.replace("{}", name), name) for prompt in prompts]
     return Embedded(
         photos=of_photos(encoder, subject),
-        drawn=rows(method, False).unflatten(0, (len(prompts), wanted.pictures)),
-        texts=encoder.texts(prompts) if encoder.reads_texts else None,
-        of_class=rows(method, True),
-        of_class_before=rows(base, True),
+        drawn=rows(drawn, False).unflatten(0, (len(prompts), -1)),
+        texts=encoder.texts(texts) if encoder.reads_texts else None,
+        of_class=rows(drawn, True),
+        of_class_before=rows(before, True),
     )
 
 
 def of_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     """The subject's own photos, upright: ``[M, D]``."""
-    from dreambooth_lib.pictures import read_pictures
-
     return encoder.images([photo.image for photo in read_pictures(subject.pictures)])
 
 
 def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
     """Mean cosine over pairs of photos of different groups; None where there is no such pair."""
-    from dreambooth_lib.data import near_groups
-    from dreambooth_lib.pictures import read_pictures
-
     photos, rows = read_pictures(subject.pictures), of_photos(encoder, subject)
     group = {i: number for number, of in enumerate(near_groups(photos)) for i in of}
     pairs = [(i, j) for i in group for j in group if i < j and group[i] != group[j]]
@@ -188,15 +196,6 @@ def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
         return None
     one, other = (rows[list(numbers)].double() for numbers in zip(*pairs, strict=True))
     return float((one * other).sum(-1).mean())
-
-
-def _rows(
-    fields: tuple[str, str, str, str, str], values: "torch.Tensor | float", prompts: list[str]
-) -> Iterator[Row]:
-    array = np.asarray(values, np.float64)
-    for place in np.ndindex(array.shape):
-        prompt = prompts[place[0]] if place else None
-        yield Row(*fields, prompt, place[1] if len(place) > 1 else None, float(array[place]))
 
 
 def pictures_by(
@@ -208,8 +207,6 @@ def pictures_by(
     measure: str = "subject_fidelity",
 ) -> "list[tuple[float, str, Image.Image]]":
     """(score, subject and prompt, picture) of every picture of one method, for a contact sheet."""
-    from PIL import Image
-
     number = {
         (subject.name, prompt): index
         for subject in benchmark.subjects
@@ -218,11 +215,9 @@ def pictures_by(
     found = []
     for row in rows:
         if (row.method, row.encoder, row.measure) == (method, encoder, measure):
-            place = Picture(
-                method, row.subject, number[row.subject, row.prompt or ""], row.seed or 0
-            )
-            with Image.open(Path(out) / place.path) as image:
-                found.append((row.value, f"{row.subject}: {row.prompt}", image.convert("RGB")))
+            prompt = number[row.subject, row.prompt or ""]
+            path = Path(out) / Picture(method, row.subject, prompt, row.seed or 0).path
+            found.append((row.value, f"{row.subject}: {row.prompt}", _opened(path)))
     return found
 
 
@@ -246,10 +241,7 @@ def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]
     seeds and the subjects and prompts are taken as they are; a measure that has one number a prompt
     or subject is resampled over those.
     """
-
-    def group(row: Row) -> tuple[str, str, str]:
-        return row.method, row.encoder, row.measure
-
+    group = attrgetter("method", "encoder", "measure")
     found = []
     for key, of_key in groupby(sorted(rows, key=group), key=group):
         cells: dict[tuple[str, str | None], list[float]] = {}

@@ -1,6 +1,6 @@
 """A study's table, a row a cell and step, and the setting that it recommends."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -26,16 +26,24 @@ def table(
 
     Plain dicts, as ``pandas.DataFrame`` takes them.
     """
-    varied = _varied(configs.values())
+    # λ is named even where it is one and the same: studies are read by it.
+    varied = [
+        field.name
+        for field in fields(TrainConfig)
+        if field.name == "prior_weight"
+        or field.name != "subject"
+        and len({getattr(config, field.name) for config in configs.values()}) > 1
+    ]
     rows = []
     for name, config in configs.items():
-        if not (Path(folder) / name / "config.toml").exists():
-            continue
-        looks = watch.history(runs.resume(Path(folder) / name))
+        place = Path(folder) / name
+        looks = watch.history(runs.resume(place)) if (place / "config.toml").exists() else []
         of_cell = {"cell": name} | {field: getattr(config, field) for field in varied}
-        for seen in looks[1:]:
-            if seen.step in steps:
-                rows.append(of_cell | {"step": seen.step} | measures(seen, looks[0]))
+        rows += [
+            of_cell | {"step": seen.step} | measures(seen, looks[0])
+            for seen in looks[1:]
+            if seen.step in steps
+        ]
     return rows
 
 
@@ -48,14 +56,6 @@ def measures(seen: Watched, base: Watched) -> dict[str, float]:
         seen.prior_drift, seen.pres, base.pres, seen.unrelated_drift,
     )  # fmt: skip
     return dict(zip(MEASURES, values, strict=True))
-
-
-def _varied(configs: Iterable[TrainConfig]) -> list[str]:
-    every = list(configs)
-    plain = [f.name for f in fields(TrainConfig) if f.name != "subject"]
-    # λ is named even where it is one and the same: studies are read by it.
-    varied = [f for f in plain if len({getattr(config, f) for config in every}) > 1]
-    return [f for f in plain if f in varied or f == "prior_weight"]
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,20 @@ A folder holds one study: it goes on with more steps and more cells, and refuses
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import gcd
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import choice, levels, memory, prior, runs, sampling, watch
+from dreambooth_lib import choice, levels, memory, prior, runs, sampling, study_table, watch
 from dreambooth_lib.alike import difference, named, plain
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run, RunError
 from dreambooth_lib.training import train
-from dreambooth_lib.watch import View, Watched
-from dreambooth_lib.words import NAMES
+from dreambooth_lib.watch import View
 
 #: Enough pictures that another draw of seeds moves a mean little.
 VIEW = View(seeds=4, class_pictures=12, unrelated=1)
@@ -33,7 +31,7 @@ _LENGTH = ("steps", "watch_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
-class Progress:
+class CellDone:
     cell: str
     done: int
     total: int
@@ -60,7 +58,7 @@ def sweep(
     view: View = VIEW,
     executor: Executor | None = None,
     threads: int | None = None,
-) -> Iterator[Progress]:
+) -> Iterator[CellDone]:
     """Train every config to the largest of ``steps`` and look at it in each of them.
 
     Cells that are finished are not run again; a stopped one goes on, and so does a finished one to
@@ -71,6 +69,9 @@ def sweep(
     bit by bit only for equal numbers of threads. A cell that fails is recorded in
     ``failures.json``, and the rest goes on. Writes ``table.csv`` after each cell.
     """
+    from dreambooth_lib.state import replace_file
+    from dreambooth_lib.tables import to_csv
+
     folder, every = Path(folder).resolve(), gcd(*steps)
     wanted = {
         name: config.replace(steps=max(steps), watch_every=every, checkpoint_every=every)
@@ -85,21 +86,23 @@ def sweep(
     _share_class_pictures(wanted.values(), folder)
     errors: dict[str, str] = {}
     cells = {name: (folder / name, config, view, threads) for name, config in wanted.items()}
-    for done, (name, error) in enumerate(_run_all(cells, executor), 1):
+    for done, (name, error) in enumerate(each(run_cell, cells, executor), 1):
         if error is not None:
             errors[name] = error
-        _write(folder, wanted, steps, errors)
-        yield Progress(name, done, len(cells), error)
+        if rows := study_table.table(wanted, folder, steps):
+            replace_file(folder / "table.csv", to_csv(rows).encode())
+        replace_file(folder / "failures.json", json.dumps(errors, indent=2).encode())
+        yield CellDone(name, done, len(cells), error)
 
 
-def _run_all(
-    cells: Mapping[str, tuple[Any, ...]], executor: Executor | None
-) -> Iterator[tuple[str, str | None]]:
+def each(
+    work: Callable[..., Any], cells: Mapping[str, tuple[Any, ...]], executor: Executor | None
+) -> Iterator[tuple[str, Any]]:
+    """Yield each cell's name and what ``work`` gives for it, here or as the workers finish."""
     if executor is None:
-        for name, cell in cells.items():
-            yield name, run_cell(*cell)
+        yield from ((name, work(*cell)) for name, cell in cells.items())
         return
-    futures = {executor.submit(run_cell, *cell): name for name, cell in cells.items()}
+    futures = {executor.submit(work, *cell): name for name, cell in cells.items()}
     for future in as_completed(futures):
         yield futures[future], future.result()
 
@@ -207,15 +210,3 @@ def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
                 pass
         del family, made  # the cells need the memory
         memory.free()
-
-
-def _write(
-    folder: Path, configs: Mapping[str, TrainConfig], steps: Sequence[int], errors: dict[str, str]
-) -> None:
-    from dreambooth_lib.state import replace_file
-    from dreambooth_lib.tables import to_csv
-
-    rows = table(configs, folder, steps)
-    if rows:
-        replace_file(folder / "table.csv", to_csv(rows).encode())
-    replace_file(folder / "failures.json", json.dumps(errors, indent=2).encode())
