@@ -25,9 +25,8 @@ def contact_sheet(
 
     Each row is ``(prompt, base pictures, tuned pictures)`` with one seed a column; all rows have
     equally many pictures. ``class_before`` and ``class_after`` pair up in the same way and may
-    both be empty. Cells are sized as :class:`pages.Layout` says. With a ``path`` the RGB page is also
-    written there as a PNG, whole or not at all. Raises ``ValueError`` for missing pictures and
-    unequal counts.
+    both be empty. Cells are sized as in :func:`pages.grid`. With a ``path`` the page is also
+    written there as a PNG. Raises ``ValueError`` for missing pictures and unequal counts.
     """
     pages.check(reference, "reference")
     _check_rows(rows, "rows", ("base", "tuned"))

@@ -27,12 +27,11 @@ def table(
     Plain dicts, as ``pandas.DataFrame`` takes them.
     """
     # λ is named even where it is one and the same: studies are read by it.
+    names = [field.name for field in fields(TrainConfig) if field.name != "subject"]
     varied = [
-        field.name
-        for field in fields(TrainConfig)
-        if field.name == "prior_weight"
-        or field.name != "subject"
-        and len({getattr(config, field.name) for config in configs.values()}) > 1
+        name
+        for name in names
+        if name == "prior_weight" or len({getattr(c, name) for c in configs.values()}) > 1
     ]
     rows = []
     for name, config in configs.items():
