@@ -9,14 +9,13 @@ what drew them, so that those of another base or other settings are not taken fo
 
 import json
 import re
-import shutil
-import tempfile
 import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import levels, runs
@@ -144,9 +143,8 @@ def download(folder: str | Path, url: str = DATASET) -> Path:
     folder = Path(folder)
     if not (folder / "prompts_and_classes.txt").exists():
         try:
-            with replacing_folder(folder) as partial, tempfile.TemporaryFile() as file:
-                with urllib.request.urlopen(url) as answer:
-                    shutil.copyfileobj(answer, file)
+            with TemporaryDirectory() as place, replacing_folder(folder) as partial:
+                file, _ = urllib.request.urlretrieve(url, Path(place) / "main.zip")
                 with zipfile.ZipFile(file) as archive:
                     _unpack_subjects(archive, partial)
         except (OSError, zipfile.BadZipFile) as error:
@@ -158,17 +156,14 @@ def download(folder: str | Path, url: str = DATASET) -> Path:
 
 
 def _unpack_subjects(archive: zipfile.ZipFile, folder: Path) -> None:
-    """What lies under ``*/dataset/``, without the repository's own folder names."""
+    """Unpack what lies under ``*/dataset/``, without the repository's own folder names."""
     for entry in archive.infolist():
         root, _, name = entry.filename.partition("/dataset/")
-        if not name or entry.is_dir() or "/" in root:
-            continue
-        place = (folder / name).resolve()
-        if not place.is_relative_to(folder.resolve()):
-            raise zipfile.BadZipFile(f"'{entry.filename}' would lie outside the folder")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with archive.open(entry) as source, place.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        if name and "/" not in root and not entry.is_dir():
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise zipfile.BadZipFile(f"'{entry.filename}' would lie outside the folder")
+            entry.filename = name
+            archive.extract(entry, folder)
 
 
 def load_benchmark(folder: str | Path) -> Benchmark:
@@ -229,13 +224,16 @@ def draw_all(
     if file.exists() and file.read_text() != text:
         raise ValueError(f"{out} holds pictures of another protocol; choose another folder.")
     replace_file(file, text.encode())
-    units = [(m, s) for s in benchmark.subjects for m in methods][rank::processes]
-    shares = [pictures(benchmark, method, subject, wanted) for method, subject in units]
-    for (method, subject), share in zip(units, shares, strict=True):
-        _keep_source(out, methods[method], subject, share)
-    total, done, drawn = sum(map(len, shares)), 0, 0
+    shares = [
+        (methods[name], subject, pictures(benchmark, name, subject, wanted))
+        for subject in benchmark.subjects
+        for name in methods
+    ][rank::processes]
+    for unit in shares:
+        _keep_source(out, *unit)
+    total, done, drawn = sum(len(share) for *_, share in shares), 0, 0
     began = time.monotonic()
-    for (method, subject), share in zip(units, shares, strict=True):
+    for method, subject, share in shares:
         family: Family | None = None
         prompts = [p.replace("{}", subject.identifier) for p in benchmark.of(subject)]
         # A batch is drawn whole or not at all: pictures depend a little on what is drawn with them.
@@ -244,19 +242,14 @@ def draw_all(
             done += len(part)
             if all((out / picture.path).exists() for picture in part):
                 continue
-            family = family or load_source(methods[method](subject))
+            family = family or load_source(method(subject))
             asked = [
                 (subject.class_prompt if p.prompt is None else prompts[p.prompt], p.seed)
                 for p in part
             ]
             own, scale = family.inference, wanted.guidance_scale
-            images = draw(
-                family,
-                asked,
-                wanted.steps or own.enough,
-                own.guidance_scale if scale is None else scale,
-                wanted.negative_prompt,
-            )
+            scale = own.guidance_scale if scale is None else scale
+            images = draw(family, asked, wanted.steps or own.enough, scale, wanted.negative_prompt)
             for picture, image in zip(part, images, strict=True):
                 save_png(image, out / picture.path)
             drawn += len(part)

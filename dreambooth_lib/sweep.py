@@ -61,13 +61,12 @@ def sweep(
 ) -> Iterator[CellDone]:
     """Train every config to the largest of ``steps`` and look at it in each of them.
 
-    Cells that are finished are not run again; a stopped one goes on, and so does a finished one to
-    more steps. Raises :class:`RunError` where the folder holds another study, whose rows would pass
-    for this one's, or a run that went past one of ``steps`` without a look. Without an ``executor``
-    they run here, one by one; with one (processes, dask's ``Client.get_executor()``, submitit) on
-    its workers, which must see ``folder``. ``threads`` are torch's in each cell; tables are equal
-    bit by bit only for equal numbers of threads. A cell that fails is recorded in
-    ``failures.json``, and the rest goes on. Writes ``table.csv`` after each cell.
+    A stopped cell goes on, and so does a finished one to more steps. Cells run here, one by one, or
+    on the workers of an ``executor`` (processes, dask's ``Client.get_executor()``, submitit), which
+    must see ``folder``. ``threads`` are torch's in each cell; tables are equal bit by bit only for
+    equal numbers of them. ``table.csv`` is written after each cell; one that fails is recorded in
+    ``failures.json``, and the rest goes on. Raises :class:`RunError` where the folder holds another
+    study, or a run that went past one of ``steps`` without a look.
     """
     from dreambooth_lib.state import replace_file
     from dreambooth_lib.tables import to_csv
@@ -108,7 +107,7 @@ def each(
 
 
 def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None) -> str | None:
-    """Train one cell to its end; gives what went wrong, in one line, or None."""
+    """Train one cell to its end; return what went wrong, in one line, or None."""
     import torch
 
     from dreambooth_lib.state import replace_file
@@ -117,13 +116,17 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
     torch.set_num_threads(threads or before)
     try:
         if (folder / "config.toml").exists():
-            run = _lengthened(runs.resume(folder), config)
+            length = {name: getattr(config, name) for name in _LENGTH}
+            length["steps"] = max(config.steps, _reached(runs.resume(folder)))
+            run = runs.resume(folder, **length)
         else:
             run = runs.start(config, folder)
         place = folder / "watch" / "view.json"
         if not place.exists():
             replace_file(place, json.dumps(asdict(_view_of(view, config, folder))).encode())
-        if not _ended(run):
+        peaked = run.config.early_stop and choice.has_peaked(watch.history(run))
+        # A pipeline alone does not say that nothing is left to do: it may be of fewer steps.
+        if not run.finished or not (peaked or _reached(run) >= run.config.steps):
             for _ in train(run):
                 pass
     except Exception as error:  # whatever it is, the other cells must go on
@@ -172,22 +175,9 @@ def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: V
         )
 
 
-def _lengthened(run: Run, config: TrainConfig) -> Run:
-    """The run with the config's end, if it has not gone further, and with its looks."""
-    changes = {name: getattr(config, name) for name in _LENGTH}
-    changes["steps"] = max(config.steps, _reached(run))
-    return runs.resume(run.folder, **changes)
-
-
 def _reached(run: Run) -> int:
     """The step that the run goes on from: its end, or its newest checkpoint."""
     return run.log()[-1]["step"] if run.finished else max(run.checkpoints(), default=0)
-
-
-def _ended(run: Run) -> bool:
-    """Whether a run has nothing left to do, which a pipeline of fewer steps does not say."""
-    peaked = run.config.early_stop and choice.has_peaked(watch.history(run))
-    return run.finished and (peaked or _reached(run) >= run.config.steps)
 
 
 def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
