@@ -106,11 +106,10 @@ def score(
     base: str = "base",
     evaluators: Iterable[Evaluator] = EVALUATORS,
 ) -> Iterator[Row]:
-    """Rows of every subject, method and encoder, of pictures that lie in ``out``.
+    """Yield rows of every subject, method and encoder, of pictures that lie in ``out``.
 
     ``base`` is the method whose class pictures are those before training. Embeddings are kept in
-    ``out/embeddings``; no more than one subject's are in memory. Raises ``FileNotFoundError`` where
-    a picture was not drawn.
+    ``out/embeddings``. Raises ``FileNotFoundError`` where a picture was not drawn.
     """
     wanted, out = protocol or Protocol(), Path(out)
     for subject in benchmark.subjects:
@@ -119,17 +118,37 @@ def score(
             value = _among_photos(encoder, subject)
             if value is not None:
                 yield from _rows(REAL, subject, name, "subject_fidelity", value, prompts)
-        before = pictures(benchmark, base, subject, wanted)
+        _, before = _files(benchmark, base, subject, wanted, out)
+        identifier, cache, count = subject.identifier, out / "embeddings", wanted.pictures
+        texts = [prompt.replace("{}", identifier) for prompt in prompts]
+        texts = [metrics.strip_identifier(text, identifier) for text in texts]
         for method in methods:
-            drawn = pictures(benchmark, method, subject, wanted)
+            drawn, of_class = _files(benchmark, method, subject, wanted, out)
             for name, encoder in encoders.items():
-                seen = _embedded(subject, prompts, drawn, before, out, encoder)
+                seen = Embedded(
+                    photos=of_photos(encoder, subject),
+                    drawn=of_files(encoder, drawn, cache).unflatten(0, (len(prompts), count)),
+                    texts=encoder.texts(texts) if encoder.reads_texts else None,
+                    of_class=of_files(encoder, of_class, cache),
+                    of_class_before=of_files(encoder, before, cache),
+                )
                 for evaluator in evaluators:
                     for measure, values in evaluator(seen):
                         yield from _rows(method, subject, name, measure, values, prompts)
-            if metrics.has_lpips() and wanted.pictures > 1:
-                values = _lpips(drawn, out)
+            if metrics.has_lpips() and count > 1:
+                groups = [drawn[i : i + count] for i in range(0, len(drawn), count)]
+                values = [metrics.lpips_diversity(list(map(_opened, group))) for group in groups]
                 yield from _rows(method, subject, "lpips-alex", "prompt_diversity", values, prompts)
+
+
+def _files(
+    benchmark: Benchmark, method: str, subject: Subject, wanted: Protocol, out: Path
+) -> tuple[list[Path], list[Path]]:
+    """A method's pictures of the prompts, and those of the class."""
+    every = pictures(benchmark, method, subject, wanted)
+    count = len(every) - wanted.class_pictures
+    paths = [out / picture.path for picture in every]
+    return paths[:count], paths[count:]
 
 
 def _rows(
@@ -142,44 +161,11 @@ def _rows(
         yield Row(method, subject.name, subject.kind, encoder, measure, prompt, seed, value)
 
 
-def _lpips(drawn: list[Picture], out: Path) -> list[float]:
-    """DIV of each prompt's pictures."""
-    of_prompts = [picture for picture in drawn if picture.prompt is not None]
-    groups = groupby(of_prompts, key=lambda picture: picture.prompt)
-    return [
-        metrics.lpips_diversity([_opened(out / picture.path) for picture in group])
-        for _, group in groups
-    ]
-
-
 def _opened(path: Path) -> "Image.Image":
     from PIL import Image
 
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def _embedded(
-    subject: Subject,
-    prompts: list[str],
-    drawn: list[Picture],
-    before: list[Picture],
-    out: Path,
-    encoder: Encoder,
-) -> Embedded:
-    def rows(every: list[Picture], of_class: bool) -> "torch.Tensor":
-        paths = [out / p.path for p in every if (p.prompt is None) == of_class]
-        return of_files(encoder, paths, out / "embeddings")
-
-    name = subject.identifier
-    texts = [metrics.strip_identifier(prompt.replace("{}", name), name) for prompt in prompts]
-    return Embedded(
-        photos=of_photos(encoder, subject),
-        drawn=rows(drawn, False).unflatten(0, (len(prompts), -1)),
-        texts=encoder.texts(texts) if encoder.reads_texts else None,
-        of_class=rows(drawn, True),
-        of_class_before=rows(before, True),
-    )
 
 
 def of_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
@@ -235,11 +221,10 @@ class Mean:
 
 
 def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]:
-    """Mean of each method, encoder and measure, with a percentile bootstrap interval.
+    """Return the mean of each method, encoder and measure, with a percentile bootstrap interval.
 
     Numbers of one subject and prompt are resampled among themselves, so that the interval is over
-    seeds and the subjects and prompts are taken as they are; a measure that has one number a prompt
-    or subject is resampled over those.
+    seeds alone; a measure that has one number a prompt or subject is resampled over those.
     """
     group = attrgetter("method", "encoder", "measure")
     found = []
