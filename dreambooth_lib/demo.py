@@ -47,8 +47,7 @@ def personalise(
 ) -> dict[str, Any]:
     """Train ``config`` in ``folder`` and return one subject's row of ``metrics.json``.
 
-    With ``out``, ``contact_sheet.png`` and ``loss.png`` are written there. Seeds are the same for
-    the base and the tuned model, picture by picture.
+    With ``out``, ``contact_sheet.png``, ``loss.png`` and ``metrics.json`` are written there.
     """
     from dreambooth_lib.state import replace_file
 

@@ -14,6 +14,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ class Benchmark:
 
     def only(self, names: Collection[str]) -> "Benchmark":
         """The subjects of these names alone. Raises :class:`DataError` for a name without one."""
-        have = {subject.name: subject for subject in self.subjects}
+        have = [subject.name for subject in self.subjects]
         for name in names:
             if name not in have:
                 raise DataError(f"there is no subject '{name}'; there are {', '.join(have)}.")
@@ -96,7 +97,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A method that draws from the run in FOLDER/SUBJECT, first training it to its end."""
+    """A method that draws from the run in FOLDER/SUBJECT, first trained to its end."""
 
     folder: Path
     config: Callable[[Subject], TrainConfig]
@@ -133,10 +134,10 @@ def started(folder: str | Path, config: Callable[[Subject], TrainConfig], subjec
 
 
 def download(folder: str | Path, url: str = DATASET) -> Path:
-    """Fetch the DreamBooth data set into ``folder``, once; gives the folder of its subjects.
+    """Fetch the DreamBooth data set into ``folder``, once and whole; return that folder.
 
-    About 130 MB, CC BY 4.0 with some photos under the Unsplash License. The folder appears only
-    when all of it is there. Raises :class:`DataError` where it cannot be had.
+    About 130 MB, CC BY 4.0 with some photos under the Unsplash License. Raises :class:`DataError`
+    where it cannot be had.
     """
     from dreambooth_lib.state import replacing_folder
 
@@ -194,13 +195,9 @@ def pictures(
     benchmark: Benchmark, method: str, subject: Subject, wanted: Protocol
 ) -> list[Picture]:
     """Every picture of one method and subject, prompts in their order, class pictures last."""
-    of_prompts = [
-        Picture(method, subject.name, prompt, seed)
-        for prompt in range(len(benchmark.of(subject)))
-        for seed in range(wanted.pictures)
-    ]
-    of_class = range(CLASS_SEED, CLASS_SEED + wanted.class_pictures)
-    return of_prompts + [Picture(method, subject.name, None, seed) for seed in of_class]
+    of_class = product([None], range(CLASS_SEED, CLASS_SEED + wanted.class_pictures))
+    of_prompts = product(range(len(benchmark.of(subject))), range(wanted.pictures))
+    return [Picture(method, subject.name, *each) for each in (*of_prompts, *of_class)]
 
 
 def draw_all(
@@ -235,7 +232,8 @@ def draw_all(
     began = time.monotonic()
     for method, subject, share in shares:
         family: Family | None = None
-        prompts = [p.replace("{}", subject.identifier) for p in benchmark.of(subject)]
+        prompts: dict[int | None, str] = dict(enumerate(benchmark.of(subject)))
+        prompts[None] = subject.class_prompt
         # A batch is drawn whole or not at all: pictures depend a little on what is drawn with them.
         for start in range(0, len(share), wanted.batch_size):
             part = share[start : start + wanted.batch_size]
@@ -243,10 +241,7 @@ def draw_all(
             if all((out / picture.path).exists() for picture in part):
                 continue
             family = family or load_source(method(subject))
-            asked = [
-                (subject.class_prompt if p.prompt is None else prompts[p.prompt], p.seed)
-                for p in part
-            ]
+            asked = [(prompts[p.prompt].replace("{}", subject.identifier), p.seed) for p in part]
             own, scale = family.inference, wanted.guidance_scale
             scale = own.guidance_scale if scale is None else scale
             images = draw(family, asked, wanted.steps or own.enough, scale, wanted.negative_prompt)
@@ -261,15 +256,14 @@ def _keep_source(out: Path, method: Method, subject: Subject, share: list[Pictur
     """Write down what draws a share, or raise where its pictures were drawn by something else."""
     from dreambooth_lib.state import replace_file
 
-    file = out / share[0].path.with_name("source.json")
+    file, other = out / share[0].path.with_name("source.json"), None
     # A Tuned is not called, which would train: its pictures may be there without its run.
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
         other = difference(json.loads(file.read_text()), now)
-    else:
-        drawn = any((out / picture.path).exists() for picture in share)
-        other = "of which no source.json says what drew them" if drawn else None
+    elif any((out / picture.path).exists() for picture in share):
+        other = "of which no source.json says what drew them"
     if other is not None:
         raise ValueError(f"{file.parent} holds pictures {other}; choose another folder for these.")
     replace_file(file, json.dumps(now, indent=2).encode())

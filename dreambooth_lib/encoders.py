@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 #: Pictures or prompts that go through an encoder at once.
 BATCH = 64
 
-_IMAGENET_MEAN = [0.485, 0.456, 0.406]
-_IMAGENET_STD = [0.229, 0.224, 0.225]
-
 
 class Encoder:
     """Unit-length embeddings of pictures and prompts by a frozen CLIP, or of pictures by a DINO.
@@ -61,6 +58,7 @@ class Encoder:
 
     def _load(self, config: Any) -> None:
         import transformers
+        from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         # The PIL one has a name of its own in transformers 5; in 4 it is the plain one.
         own = hasattr(transformers, "CLIPImageProcessorPil")
@@ -78,8 +76,8 @@ class Encoder:
                 size={"shortest_edge": round(config.image_size * 256 / 224)},
                 crop_size={"height": config.image_size, "width": config.image_size},
                 resample=Image.Resampling.BICUBIC,
-                image_mean=_IMAGENET_MEAN,
-                image_std=_IMAGENET_STD,
+                image_mean=IMAGENET_DEFAULT_MEAN,
+                image_std=IMAGENET_DEFAULT_STD,
             )
         self._model = model.float().eval().requires_grad_(False).to(self.device)
 

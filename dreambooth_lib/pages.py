@@ -17,10 +17,11 @@ Pictures = Sequence[Image.Image]
 
 
 def grid(pictures: list[Image.Image], columns: int, labels: list[str] | None = None) -> Image.Image:
-    """Pictures row by row on a white RGB picture, with an optional label under each.
+    """Lay out pictures row by row on white, with an optional label under each.
 
-    Cells are sized as :class:`Layout` says; fewer pictures than ``columns`` make a narrower grid.
-    Raises ``ValueError`` for no pictures, fewer than one column, or another number of labels.
+    Cells have one size: pictures below 128 pixels are enlarged by a whole factor, above 160
+    reduced, and none is cropped. Fewer pictures than ``columns`` make a narrower grid. Raises
+    ``ValueError`` for no pictures, fewer than one column, or another number of labels.
     """
     check(pictures, "pictures")
     if columns < 1:
@@ -85,8 +86,7 @@ def matrix(
 class Layout:
     """Texts, rules and pictures at their places, drawn once the page's size is known.
 
-    Cells have one size, which the ``pictures`` decide: those below 128 pixels are enlarged by a
-    whole factor, those above 160 reduced, and none is cropped.
+    The ``pictures`` decide how large its cells are.
     """
 
     def __init__(self, pictures: Pictures) -> None:
