@@ -29,6 +29,8 @@ def contact_sheet(
     written there as a PNG. Raises ``ValueError`` for missing pictures and unequal counts.
     """
     pages.check(reference, "reference")
+    if not rows:
+        raise ValueError("rows is empty; give a prompt with its base and tuned pictures.")
     _check_rows(rows, "rows", ("base", "tuned"))
     if class_before or class_after:
         _check_rows([("", class_before, class_after)], "class", ("before", "after"))
@@ -88,9 +90,7 @@ class _Sheet(pages.Layout):
 
 
 def _check_rows(rows: list[Any], place: str, names: tuple[str, str]) -> None:
-    """All halves of all rows have equally many pictures, and one or more."""
-    if not rows:
-        raise ValueError("rows is empty; give a prompt with its base and tuned pictures.")
+    """Raise unless all halves of all rows have equally many pictures, and one or more."""
     for index, (_, *halves) in enumerate(rows):
         for name, pictures in zip(names, halves, strict=True):
             pages.check(pictures, f"{place}[{index}] {name}")

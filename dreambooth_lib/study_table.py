@@ -22,9 +22,9 @@ ALIKE = 0.01
 def table(
     configs: Mapping[str, TrainConfig], folder: str | Path, steps: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A row a cell and step that is there: λ and what varies among the configs, then the measures.
+    """Return a row a cell and step that is there, as ``pandas.DataFrame`` takes them.
 
-    Plain dicts, as ``pandas.DataFrame`` takes them.
+    It has λ and what varies among the configs, then the measures.
     """
     # λ is named even where it is one and the same: studies are read by it.
     names = [field.name for field in fields(TrainConfig) if field.name != "subject"]
@@ -67,11 +67,10 @@ class Recommendation:
 
 
 def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
-    """The setting with the highest standing, a mean over seeds; of equals the fewest steps.
+    """Return the setting with the highest standing, a mean over seeds; of equals the fewest steps.
 
-    The reason says besides where more steps may be better still, and which other values of λ stand
-    as high. ``rows`` are of :func:`table` or read back from its CSV. Raises ``ValueError`` for
-    none.
+    The reason says too where more steps may be better still, and which other values of λ stand as
+    high. ``rows`` are of :func:`table` or read back from its CSV; ``ValueError`` for none.
     """
     if not rows:
         raise ValueError("the table has no rows; run a sweep first.")
@@ -85,25 +84,25 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
         return fmean(float(row[measure]) for row in found[key])
 
     best = max(found, key=lambda key: (round(mean(key, "standing"), 6), -int(dict(key)["step"])))
-    settings = [(NAMES["prior_weight"] if n == "prior_weight" else n, v) for n, v in best]
-    stands = ", ".join(f"{name} {_short(value)}" for name, value in settings)
+    settings, standing = dict(best), mean(best, "standing")
+    settings_named = [(NAMES[n] if n == "prior_weight" else n, v) for n, v in best]
+    stands = ", ".join(f"{name} {_short(value)}" for name, value in settings_named)
     fidelity = mean(best, "subject_fidelity") / mean(best, "reference_fidelity")
     adherence = mean(best, "prompt_adherence") / mean(best, "base_adherence")
     reason = (
-        f"{stands} stands highest of {len(found)} settings ({mean(best, 'standing'):.3f}, mean of "
+        f"{stands} stands highest of {len(found)} settings ({standing:.3f}, mean of "
         f"{len(found[best])}): fidelity {fidelity:.0%} of the photos' own, adherence "
         f"{adherence:.0%} of the base's, prior drift {mean(best, 'prior_drift'):.3f}."
     )
-    enough = (1 - ALIKE) * mean(best, "standing")
-    high = [dict(key) for key in found if mean(key, "standing") >= enough]
+    high = [dict(key) for key in found if mean(key, "standing") >= (1 - ALIKE) * standing]
     weights = {float(key["prior_weight"]) for key in high if "prior_weight" in key}
     if len(weights) > 1:
         *most, last = map(_short, sorted(weights))
         any_of = "either" if len(weights) == 2 else "any"
         reason += f" λ {', '.join(most)} and {last} are within {ALIKE:.0%}: {any_of} will do."
-    if int(dict(best)["step"]) == max(int(row["step"]) for row in rows):
+    if int(settings["step"]) == max(int(row["step"]) for row in rows):
         reason += " This is the longest training tried: try more steps before you trust it."
-    return Recommendation(dict(best), mean(best, "standing"), reason)
+    return Recommendation(settings, standing, reason)
 
 
 def _short(value: Any) -> str:
