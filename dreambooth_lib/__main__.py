@@ -70,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
 def run_evaluate(given: argparse.Namespace) -> None:
     from dreambooth_lib import demo, dreambench, report
     from dreambooth_lib.processes import join_group
-    from dreambooth_lib.sampling import inference_of
 
     state = join_group()
     if given.download:
@@ -78,14 +77,11 @@ def run_evaluate(given: argparse.Namespace) -> None:
         with state.main_process_first():
             dreambench.download(given.dataset)
     benchmark = dreambench.load_benchmark(given.dataset or demo.BUNDLED_SUBJECTS)
-    own = inference_of(given.base)
-    protocol = dreambench.Protocol(given.pictures, steps=own.enough,
-                                   guidance_scale=own.guidance_scale)  # fmt: skip
     names = ("base", "steps", "batch_size", "class_pictures", "judge")
     settings = {name: getattr(given, name) for name in names}
     for at in report.base_against_tuned(
-        benchmark, given.base, lambda subject: TrainConfig(subject, **settings), given.out,
-        given.encoders or [demo.JUDGE], protocol,
+        benchmark, lambda subject: TrainConfig(subject, **settings), given.out,
+        given.encoders or [demo.JUDGE], given.base, given.pictures,
     ):  # fmt: skip
         state.print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
     if state.is_main_process:

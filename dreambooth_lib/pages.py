@@ -34,7 +34,7 @@ def grid(pictures: list[Image.Image], columns: int, labels: list[str] | None = N
 
 
 def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4) -> Image.Image:
-    """The best, the middle and the worst pictures, a row each: their scores and labels below.
+    """Lay out the best, the middle and the worst pictures, a row each, over scores and labels.
 
     ``scored`` rows are (score, label, picture); with fewer than three rows' worth each row has a
     third of them. Raises ``ValueError`` for fewer than three pictures.
@@ -55,7 +55,7 @@ def matrix(
     cells: Sequence[Sequence[Pictures]],
     title: str = "",
 ) -> Image.Image:
-    """A study's page: ``cells[row][column]`` are pictures side by side, the same seeds in each.
+    """Lay out a study: ``cells[row][column]`` are pictures side by side, the same seeds in each.
 
     ``rows`` and ``columns`` are their labels. Raises ``ValueError`` where a row has another number
     of cells than there are columns, or a cell has no picture.

@@ -8,6 +8,7 @@ from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.dreambench import Benchmark, Progress, Protocol
 from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.processes import join_group
+from dreambooth_lib.sampling import inference_of
 
 #: What lies in the evaluation's folder at its end.
 FILES = ("scores.csv", "report.md", "best_median_worst.png")
@@ -15,21 +16,22 @@ FILES = ("scores.csv", "report.md", "best_median_worst.png")
 
 def base_against_tuned(
     benchmark: Benchmark,
-    base: str,
     config: Callable[[Subject], TrainConfig],
     out: Path,
     encoders: Sequence[str | Path],
-    protocol: Protocol,
+    base: str = "toybox",
+    pictures: int = 4,
 ) -> Iterator[Progress]:
     """Train, draw and score whatever is not in ``out`` yet; yields after each batch drawn.
 
-    A stopped evaluation goes on. Under ``accelerate launch`` all processes train each subject
-    together and then share out the subjects to draw; the first one scores and writes
-    :data:`FILES`. The pictures shown are chosen by the first encoder.
+    ``pictures`` are drawn of each prompt, as ``base`` needs them. A stopped evaluation goes on.
+    Under ``accelerate launch`` all processes train each subject together and then share out the
+    subjects to draw; the first one scores and writes :data:`FILES`, the last by the first encoder.
     """
     from dreambooth_lib.state import replace_file, save_png
 
-    state, runs = join_group(), out / "runs"
+    state, runs, own = join_group(), out / "runs", inference_of(base)
+    protocol = Protocol(pictures, steps=own.enough, guidance_scale=own.guidance_scale)
     train = dreambench.tuned(runs, config)
     methods: dict[str, dreambench.Method] = {"base": lambda subject: base, "dreambooth": train}
     for subject in benchmark.subjects:
