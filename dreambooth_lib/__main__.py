@@ -72,17 +72,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_evaluate(given: argparse.Namespace) -> None:
-    """Train, draw and score whatever is not in the folder yet; a stopped evaluation goes on.
-
-    Under ``accelerate launch`` all processes train each subject together and then share out the
-    subjects to draw; the first one scores.
-    """
-    from dreambooth_lib import demo, dreambench, evaluation, pages, tables
-    from dreambooth_lib.config import Subject
-    from dreambooth_lib.encoders import Encoder
+    from dreambooth_lib import demo, dreambench, report
     from dreambooth_lib.processes import join_group
-    from dreambooth_lib.sampling import inference_of
-    from dreambooth_lib.state import replace_file, save_png
 
     state = join_group()
     if given.download:
@@ -90,47 +81,17 @@ def run_evaluate(given: argparse.Namespace) -> None:
         with state.main_process_first():
             dreambench.download(given.dataset)
     benchmark = dreambench.load_benchmark(given.dataset or demo.BUNDLED_SUBJECTS)
-    own = inference_of(given.base)
-    protocol = dreambench.Protocol(
-        pictures=given.pictures, steps=own.enough, guidance_scale=own.guidance_scale
-    )
-
-    def config(subject: Subject) -> TrainConfig:
-        return TrainConfig(
-            subject=subject,
-            base=given.base,
-            steps=given.steps,
-            batch_size=given.batch_size,
-            class_pictures=given.class_pictures,
-            judge=given.judge,
-        )
-
-    methods: dict[str, dreambench.Method] = {
-        "base": lambda subject: given.base,
-        "dreambooth": dreambench.tuned(given.out / "runs", config),
-    }
-    for subject in benchmark.subjects:
-        if state.is_main_process:
-            dreambench.started(given.out / "runs", config, subject)
-        state.wait_for_everyone()
-        methods["dreambooth"](subject)
-    rank, processes = state.process_index, state.num_processes
-    for at in dreambench.draw_all(benchmark, methods, given.out, protocol, rank, processes):
+    names = ("base", "steps", "batch_size", "class_pictures", "judge")
+    settings = {name: getattr(given, name) for name in names}
+    for at in report.base_against_tuned(
+        benchmark, lambda subject: TrainConfig(subject, **settings), given.out,
+        given.encoders or [demo.JUDGE], given.base, given.pictures,
+    ):  # fmt: skip
         state.print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return
-    encoders = {Path(name).name: Encoder(name) for name in given.encoders or [demo.JUDGE]}
-    rows = list(evaluation.score(benchmark, methods, given.out, encoders, protocol))
-    tables.write_csv(rows, given.out / "scores.csv")
-    table = tables.markdown(evaluation.means(rows), published=given.base != "toybox")
-    replace_file(given.out / "report.md", table.encode())
-    first = next(iter(encoders))
-    best = evaluation.pictures_by(rows, "dreambooth", first, benchmark, given.out)
-    save_png(pages.extremes(best), given.out / "best_median_worst.png")
-    print(table)
-    for file in ("scores.csv", "report.md", "best_median_worst.png"):
-        print(given.out / file)
+    if state.is_main_process:
+        print((given.out / "report.md").read_text())
+        for file in report.FILES:
+            print(given.out / file)
 
 
 def run_demo(subject_name: str | None, out: Path) -> None:

@@ -8,22 +8,26 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import families, levels, memory, metrics, pages, plots, prior, runs
+from dreambooth_lib import families, levels, memory, metrics, plots, prior, runs
 from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.contact_sheet import contact_sheet
 from dreambooth_lib.data import load_dataset
 from dreambooth_lib.encoders import Encoder
 from dreambooth_lib.notices import quiet
 from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.sampling import inference_of, load_source
+from dreambooth_lib.sweep import each
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import JUDGE, View, look, score
 
@@ -43,30 +47,29 @@ def personalise(
 ) -> dict[str, Any]:
     """Train ``config`` in ``folder`` and return one subject's row of ``metrics.json``.
 
-    With ``out``, ``contact_sheet.png`` and ``loss.png`` are written there. Seeds are the same for
-    the base and the tuned model, picture by picture.
+    With ``out``, ``contact_sheet.png``, ``loss.png`` and ``metrics.json`` are written there.
     """
     from dreambooth_lib.state import replace_file
 
-    subject, began = config.subject, time.perf_counter()
+    subject, times = config.subject, [time.perf_counter()]
     if config.draws_class_pictures:
         made = prior.class_pictures(config, load_source(config), folder.parent / "class_pictures")
         for number, _ in enumerate(made, 1):
             _progress("class pictures", number, config.class_pictures)
         del made  # training needs the memory
         memory.free()
-    prior_done = time.perf_counter()
+    times.append(time.perf_counter())
     run = runs.start(config, folder)
     for step in train(run):
         _progress("training", step.step, config.steps)
-    train_done = time.perf_counter()
+    times.append(time.perf_counter())
     memory.free()
     view = replace(view, guidance_scale=inference_of(config).guidance_scale)
     looks = {}
     for name, source in (("base", config), ("tuned", run)):
         looks[name] = look(load_source(source), subject, view)
         memory.free()
-    sample_done = time.perf_counter()
+    times.append(time.perf_counter())
     reference = [photo.image for photo in read_pictures(subject.pictures)]
     encoder = Encoder(JUDGE)
     row: dict[str, Any] = {
@@ -81,16 +84,13 @@ def personalise(
     }
     for name, seen in looks.items():
         row[name] = score(encoder, reference, subject, seen, looks["base"])
-    row["seconds"] = {
-        "prior": prior_done - began,
-        "train": train_done - prior_done,
-        "sample": sample_done - train_done,
-        "total": time.perf_counter() - began,
-    }
+    took = [after - before for before, after in pairwise(times)]
+    row["seconds"] = dict(zip(("prior", "train", "sample"), took, strict=True))
+    row["seconds"]["total"] = time.perf_counter() - times[0]
     row["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if out is not None:
         of, before, after = view.seeds, looks["base"], looks["tuned"]
-        pages.contact_sheet(
+        contact_sheet(
             out / "contact_sheet.png",
             title=f'{subject.name}: "{subject.instance_prompt}", {config.steps} steps',
             reference=reference,
@@ -123,49 +123,35 @@ def figures(
     """
     from dreambooth_lib.state import replace_file
 
-    configs = [
-        TrainConfig(subject=subject, prior_weight=prior_weight, seed=seed, **settings)
-        for subject in bundled_subjects()
-        for prior_weight in prior_weights
-        for seed in seeds
-    ]
+    cells = {}
+    for subject, weight, seed in product(bundled_subjects(), prior_weights, seeds):
+        config = TrainConfig(subject=subject, prior_weight=weight, seed=seed, **settings)
+        name = f"{subject.name}-lambda{weight:g}-seed{seed}"
+        cells[name] = (config, out / "runs" / name, out / name, view)
+    levels.share(out / "runs", [config for config, *_ in cells.values()])
     rows: list[dict[str, Any]] = []
-    levels.share(out / "runs", configs)
-    for row in _rows(configs, out, view, workers):
-        rows.append(row)
-        replace_file(out / "metrics.json", json.dumps({"subjects": rows}, indent=2).encode())
-        print(describe(row), flush=True)
+    work: Callable[..., Any] = personalise
+    pool: AbstractContextManager[Executor | None] = nullcontext()
+    if workers > 1:
+        work = partial(_quietly, max(1, (os.cpu_count() or 1) // workers))
+        # Started anew, since a fork would take torch's threads with it half alive.
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    with pool as executor:
+        for _, row in each(work, cells, executor):
+            rows.append(row)
+            replace_file(out / "metrics.json", json.dumps({"subjects": rows}, indent=2).encode())
+            print(describe(row), flush=True)
     return rows
 
 
-def _rows(
-    configs: list[TrainConfig], out: Path, view: View, workers: int
-) -> Iterator[dict[str, Any]]:
-    if workers == 1:
-        for config in configs:
-            yield _row(config, out, view)
-        return
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    # Started anew, since a fork would take torch's threads with it half alive.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        rows = [executor.submit(_row_of_worker, config, out, view, threads) for config in configs]
-        for row in as_completed(rows):
-            yield row.result()
-
-
-def _row(config: TrainConfig, out: Path, view: View) -> dict[str, Any]:
-    name = f"{config.subject.name}-lambda{config.prior_weight:g}-seed{config.seed}"
-    return personalise(config, out / "runs" / name, out / name, view)
-
-
-def _row_of_worker(config: TrainConfig, out: Path, view: View, threads: int) -> dict[str, Any]:
-    """Its progress is left out: that of several workers is one heap of lines."""
+def _quietly(threads: int, *given: Any) -> dict[str, Any]:
+    """Personalise in a worker, without its progress: that of several is one heap of lines."""
     import torch
 
     torch.set_num_threads(threads)
     quiet()
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
-        return _row(config, out, view)
+        return personalise(*given)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:

@@ -9,14 +9,14 @@ what drew them, so that those of another base or other settings are not taken fo
 
 import json
 import re
-import shutil
-import tempfile
 import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib import levels, runs
@@ -64,7 +64,7 @@ class Benchmark:
 
     def only(self, names: Collection[str]) -> "Benchmark":
         """The subjects of these names alone. Raises :class:`DataError` for a name without one."""
-        have = {subject.name: subject for subject in self.subjects}
+        have = [subject.name for subject in self.subjects]
         for name in names:
             if name not in have:
                 raise DataError(f"there is no subject '{name}'; there are {', '.join(have)}.")
@@ -96,7 +96,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A method that draws from the run in FOLDER/SUBJECT, first training it to its end."""
+    """A method that draws from the run in FOLDER/SUBJECT, first trained to its end."""
 
     folder: Path
     config: Callable[[Subject], TrainConfig]
@@ -133,19 +133,18 @@ def started(folder: str | Path, config: Callable[[Subject], TrainConfig], subjec
 
 
 def download(folder: str | Path, url: str = DATASET) -> Path:
-    """Fetch the DreamBooth data set into ``folder``, once; gives the folder of its subjects.
+    """Fetch the DreamBooth data set into ``folder``, once and whole; return that folder.
 
-    About 130 MB, CC BY 4.0 with some photos under the Unsplash License. The folder appears only
-    when all of it is there. Raises :class:`DataError` where it cannot be had.
+    About 130 MB, CC BY 4.0 with some photos under the Unsplash License. Raises :class:`DataError`
+    where it cannot be had.
     """
     from dreambooth_lib.state import replacing_folder
 
     folder = Path(folder)
     if not (folder / "prompts_and_classes.txt").exists():
         try:
-            with replacing_folder(folder) as partial, tempfile.TemporaryFile() as file:
-                with urllib.request.urlopen(url) as answer:
-                    shutil.copyfileobj(answer, file)
+            with TemporaryDirectory() as place, replacing_folder(folder) as partial:
+                file, _ = urllib.request.urlretrieve(url, Path(place) / "main.zip")
                 with zipfile.ZipFile(file) as archive:
                     _unpack_subjects(archive, partial)
         except (OSError, zipfile.BadZipFile) as error:
@@ -157,17 +156,14 @@ def download(folder: str | Path, url: str = DATASET) -> Path:
 
 
 def _unpack_subjects(archive: zipfile.ZipFile, folder: Path) -> None:
-    """What lies under ``*/dataset/``, without the repository's own folder names."""
+    """Unpack what lies under ``*/dataset/``, without the repository's own folder names."""
     for entry in archive.infolist():
         root, _, name = entry.filename.partition("/dataset/")
-        if not name or entry.is_dir() or "/" in root:
-            continue
-        place = (folder / name).resolve()
-        if not place.is_relative_to(folder.resolve()):
-            raise zipfile.BadZipFile(f"'{entry.filename}' would lie outside the folder")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with archive.open(entry) as source, place.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        if name and "/" not in root and not entry.is_dir():
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise zipfile.BadZipFile(f"'{entry.filename}' would lie outside the folder")
+            entry.filename = name
+            archive.extract(entry, folder)
 
 
 def load_benchmark(folder: str | Path) -> Benchmark:
@@ -198,13 +194,9 @@ def pictures(
     benchmark: Benchmark, method: str, subject: Subject, wanted: Protocol
 ) -> list[Picture]:
     """Every picture of one method and subject, prompts in their order, class pictures last."""
-    of_prompts = [
-        Picture(method, subject.name, prompt, seed)
-        for prompt in range(len(benchmark.of(subject)))
-        for seed in range(wanted.pictures)
-    ]
-    of_class = range(CLASS_SEED, CLASS_SEED + wanted.class_pictures)
-    return of_prompts + [Picture(method, subject.name, None, seed) for seed in of_class]
+    of_class = product([None], range(CLASS_SEED, CLASS_SEED + wanted.class_pictures))
+    of_prompts = product(range(len(benchmark.of(subject))), range(wanted.pictures))
+    return [Picture(method, subject.name, *each) for each in (*of_prompts, *of_class)]
 
 
 def draw_all(
@@ -228,32 +220,31 @@ def draw_all(
     if file.exists() and file.read_text() != text:
         raise ValueError(f"{out} holds pictures of another protocol; choose another folder.")
     replace_file(file, text.encode())
-    units = [(m, s) for s in benchmark.subjects for m in methods][rank::processes]
-    shares = [pictures(benchmark, method, subject, wanted) for method, subject in units]
-    for (method, subject), share in zip(units, shares, strict=True):
-        _keep_source(out, methods[method], subject, share)
-    total, done, drawn = sum(map(len, shares)), 0, 0
+    shares = [
+        (methods[name], subject, pictures(benchmark, name, subject, wanted))
+        for subject in benchmark.subjects
+        for name in methods
+    ][rank::processes]
+    for unit in shares:
+        _keep_source(out, *unit)
+    total, done, drawn = sum(len(share) for *_, share in shares), 0, 0
     began = time.monotonic()
-    for (method, subject), share in zip(units, shares, strict=True):
+    for method, subject, share in shares:
         family: Family | None = None
-        prompts = [p.replace("{}", subject.identifier) for p in benchmark.of(subject)]
+        prompts: dict[int | None, str] = dict(enumerate(benchmark.of(subject)))
+        prompts[None] = subject.class_prompt
         # A batch is drawn whole or not at all: pictures depend a little on what is drawn with them.
         for start in range(0, len(share), wanted.batch_size):
             part = share[start : start + wanted.batch_size]
             done += len(part)
             if all((out / picture.path).exists() for picture in part):
                 continue
-            family = family or load_source(methods[method](subject))
-            asked = [
-                (subject.class_prompt if p.prompt is None else prompts[p.prompt], p.seed)
-                for p in part
-            ]
+            family = family or load_source(method(subject))
+            asked = [(prompts[p.prompt].replace("{}", subject.identifier), p.seed) for p in part]
             own, scale = family.inference, wanted.guidance_scale
+            scale = own.guidance_scale if scale is None else scale
             images = family.generate(
-                asked,
-                wanted.steps or own.enough,
-                own.guidance_scale if scale is None else scale,
-                wanted.negative_prompt,
+                asked, wanted.steps or own.enough, scale, wanted.negative_prompt
             )
             for picture, image in zip(part, images, strict=True):
                 save_png(image, out / picture.path)
@@ -266,16 +257,15 @@ def _keep_source(out: Path, method: Method, subject: Subject, share: list[Pictur
     """Write down what draws a share, or raise where its pictures were drawn by something else."""
     from dreambooth_lib.state import replace_file
 
-    file = out / share[0].path.with_name("source.json")
+    file, problem = out / share[0].path.with_name("source.json"), None
     # A Tuned is not called, which would train: its pictures may be there without its run.
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
-        other = first_difference(json.loads(file.read_text()), now)
-        problem = other and f"whose {other}"
-    else:
-        drawn = any((out / picture.path).exists() for picture in share)
-        problem = "of which no source.json says what drew them" if drawn else None
+        difference = first_difference(json.loads(file.read_text()), now)
+        problem = difference and f"whose {difference}"
+    elif any((out / picture.path).exists() for picture in share):
+        problem = "of which no source.json says what drew them"
     if problem:
         raise ValueError(
             f"{file.parent} holds pictures {problem}; choose another folder for these."

@@ -17,23 +17,20 @@ if TYPE_CHECKING:
 #: Pictures or prompts that go through an encoder at once.
 BATCH = 64
 
-_IMAGENET_MEAN = [0.485, 0.456, 0.406]
-_IMAGENET_STD = [0.229, 0.224, 0.225]
-
 
 class Encoder:
     """Unit-length embeddings of pictures and prompts by a frozen CLIP, or of pictures by a DINO.
 
     ``model_id`` is a folder or a hub id in transformers' layout, told apart by its config:
 
-    - ``clip``, such as ``openai/clip-vit-base-patch32``: the projected embeddings (arXiv
-      2103.00020), pictures prepared as the model's ``preprocessor_config.json`` says.
-    - ``vit``, such as ``facebook/dino-vits16``: the last layer's CLS token after the final norm
-      (arXiv 2104.14294), pictures prepared as DINO's own evaluation does: shorter side to 256/224
-      of the model's side by bicubic, centre crop, ImageNet's mean and deviation.
+    - ``clip``: the projected embeddings (arXiv 2103.00020), pictures prepared as the model's
+      ``preprocessor_config.json`` says.
+    - ``vit``: the last layer's CLS token after the final norm (arXiv 2104.14294), pictures prepared
+      as DINO's own evaluation does: shorter side to 256/224 of the model's side by bicubic, centre
+      crop, ImageNet's mean and deviation.
 
-    Runs in float32 on ``device``; results are on the CPU. PIL prepares the pictures, torchvision or
-    not. Raises ``ValueError`` for a model of another kind, ``OSError`` for one it cannot read.
+    Runs in float32 on ``device``; results are on the CPU. Raises ``ValueError`` for a model of
+    another kind, ``OSError`` for one that it cannot read.
     """
 
     model_id: str  #: to name beside every number
@@ -61,10 +58,11 @@ class Encoder:
 
     def _load(self, config: Any) -> None:
         import transformers
+        from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-        # The PIL one has a name of its own in transformers 5; in 4 it is the plain one.
-        own = hasattr(transformers, "CLIPImageProcessorPil")
-        processor = getattr(transformers, "CLIPImageProcessor" + ("Pil" if own else ""))
+        # The one that prepares by PIL has a name of its own in transformers 5.
+        by_pil = getattr(transformers, "CLIPImageProcessorPil", None)
+        processor = by_pil or transformers.CLIPImageProcessor
         model: Any
         if self.reads_texts:
             model = transformers.CLIPModel.from_pretrained(self.model_id)
@@ -78,8 +76,8 @@ class Encoder:
                 size={"shortest_edge": round(config.image_size * 256 / 224)},
                 crop_size={"height": config.image_size, "width": config.image_size},
                 resample=Image.Resampling.BICUBIC,
-                image_mean=_IMAGENET_MEAN,
-                image_std=_IMAGENET_STD,
+                image_mean=IMAGENET_DEFAULT_MEAN,
+                image_std=IMAGENET_DEFAULT_STD,
             )
         self._model = model.float().eval().requires_grad_(False).to(self.device)
 
@@ -138,9 +136,9 @@ class Encoder:
 def of_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.Tensor":
     """Embed picture files, each content once: float32 ``[N, D]``, one row a path.
 
-    ``cache`` keeps one ``.npy`` a content in a folder of the encoder's own, so a picture that is
-    replaced is embedded again and one that is copied is not. No more than ``BATCH`` pictures are in
-    memory. Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for no paths.
+    ``cache`` keeps one ``.npy`` a content in a folder of the encoder's own. No more than ``BATCH``
+    pictures are in memory. Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for
+    none.
     """
     import torch
 

@@ -23,15 +23,18 @@ themselves; neither a photo with itself nor near-duplicates of one another are p
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from dreambooth_lib import metrics
 from dreambooth_lib.config import Subject
+from dreambooth_lib.data import near_groups
 from dreambooth_lib.dreambench import Benchmark, Picture, Protocol, pictures
 from dreambooth_lib.encoders import Encoder, of_files
+from dreambooth_lib.pictures import read_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +69,13 @@ class Embedded:
     of_class_before: "torch.Tensor"  # [N, D], the base's
 
 
-#: An evaluator gives (measure, values): [prompts, seeds] values, [prompts] values or one.
-Evaluator = Callable[[Embedded], Iterator[tuple[str, "torch.Tensor | float"]]]
+#: [prompts, seeds] values, [prompts] values or one.
+Values: TypeAlias = "torch.Tensor | list[float] | float"
+#: An evaluator gives (measure, values).
+Evaluator = Callable[[Embedded], Iterator[tuple[str, Values]]]
 
 
-def of_the_subject(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]]":
+def of_the_subject(seen: Embedded) -> Iterator[tuple[str, Values]]:
     cosines = seen.drawn @ seen.photos.T  # [prompts, seeds, M]
     yield "subject_fidelity", cosines.mean(-1)
     yield "memorisation", cosines.amax(-1)
@@ -82,7 +87,7 @@ def of_the_subject(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]
         yield "prompt_diversity", torch.tensor([metrics.diversity(rows) for rows in seen.drawn])
 
 
-def of_the_class(seen: Embedded) -> "Iterator[tuple[str, torch.Tensor | float]]":
+def of_the_class(seen: Embedded) -> Iterator[tuple[str, Values]]:
     yield "pres", metrics.subject_fidelity(seen.of_class, seen.photos)
     yield "class_diversity", metrics.diversity(seen.of_class)
     yield "prior_drift", metrics.prior_drift(seen.of_class_before, seen.of_class)
@@ -101,86 +106,75 @@ def score(
     base: str = "base",
     evaluators: Iterable[Evaluator] = EVALUATORS,
 ) -> Iterator[Row]:
-    """Rows of every subject, method and encoder, of pictures that lie in ``out``.
+    """Yield rows of every subject, method and encoder, of pictures that lie in ``out``.
 
     ``base`` is the method whose class pictures are those before training. Embeddings are kept in
-    ``out/embeddings``; no more than one subject's are in memory. Raises ``FileNotFoundError`` where
-    a picture was not drawn.
+    ``out/embeddings``. Raises ``FileNotFoundError`` where a picture was not drawn.
     """
     wanted, out = protocol or Protocol(), Path(out)
     for subject in benchmark.subjects:
+        prompts = benchmark.of(subject)
         for name, encoder in encoders.items():
             value = _among_photos(encoder, subject)
             if value is not None:
-                yield Row(REAL, subject.name, subject.kind, name, "subject_fidelity", None, None,
-                          value)  # fmt: skip
+                yield from _rows(REAL, subject, name, "subject_fidelity", value, prompts)
+        _, before = _files(benchmark, base, subject, wanted, out)
+        identifier, cache, count = subject.identifier, out / "embeddings", wanted.pictures
+        texts = [prompt.replace("{}", identifier) for prompt in prompts]
+        texts = [metrics.strip_identifier(text, identifier) for text in texts]
         for method in methods:
+            drawn, of_class = _files(benchmark, method, subject, wanted, out)
             for name, encoder in encoders.items():
-                seen = _embedded(benchmark, subject, method, base, out, encoder, wanted)
+                seen = Embedded(
+                    photos=of_photos(encoder, subject),
+                    drawn=of_files(encoder, drawn, cache).unflatten(0, (len(prompts), count)),
+                    texts=encoder.texts(texts) if encoder.reads_texts else None,
+                    of_class=of_files(encoder, of_class, cache),
+                    of_class_before=of_files(encoder, before, cache),
+                )
                 for evaluator in evaluators:
                     for measure, values in evaluator(seen):
-                        fields = (method, subject.name, subject.kind, name, measure)
-                        yield from _rows(fields, values, benchmark.of(subject))
-            if metrics.has_lpips() and wanted.pictures > 1:
-                yield from _lpips_rows(benchmark, subject, method, out, wanted)
+                        yield from _rows(method, subject, name, measure, values, prompts)
+            if metrics.has_lpips() and count > 1:
+                groups = [drawn[i : i + count] for i in range(0, len(drawn), count)]
+                values = [metrics.lpips_diversity(list(map(_opened, group))) for group in groups]
+                yield from _rows(method, subject, "lpips-alex", "prompt_diversity", values, prompts)
 
 
-def _lpips_rows(
-    benchmark: Benchmark, subject: Subject, method: str, out: Path, wanted: Protocol
+def _files(
+    benchmark: Benchmark, method: str, subject: Subject, wanted: Protocol, out: Path
+) -> tuple[list[Path], list[Path]]:
+    """A method's pictures of the prompts, and those of the class."""
+    every = pictures(benchmark, method, subject, wanted)
+    count = len(every) - wanted.class_pictures
+    paths = [out / picture.path for picture in every]
+    return paths[:count], paths[count:]
+
+
+def _rows(
+    method: str, subject: Subject, encoder: str, measure: str, values: Values, prompts: list[str]
 ) -> Iterator[Row]:
+    array = np.asarray(values, np.float64)
+    for place in np.ndindex(array.shape):
+        prompt = prompts[place[0]] if place else None
+        seed, value = place[1] if len(place) > 1 else None, float(array[place])
+        yield Row(method, subject.name, subject.kind, encoder, measure, prompt, seed, value)
+
+
+def _opened(path: Path) -> "Image.Image":
     from PIL import Image
 
-    of_prompts = [p for p in pictures(benchmark, method, subject, wanted) if p.prompt is not None]
-    for prompt, group in groupby(of_prompts, key=lambda picture: picture.prompt):
-        images = []
-        for picture in group:
-            with Image.open(out / picture.path) as image:
-                images.append(image.convert("RGB"))
-        text = benchmark.of(subject)[prompt or 0]
-        value = metrics.lpips_diversity(images)
-        yield Row(method, subject.name, subject.kind, "lpips-alex", "prompt_diversity", text, None,
-                  value)  # fmt: skip
-
-
-def _embedded(
-    benchmark: Benchmark,
-    subject: Subject,
-    method: str,
-    base: str,
-    out: Path,
-    encoder: Encoder,
-    wanted: Protocol,
-) -> Embedded:
-    cache = out / "embeddings"
-
-    def rows(of: str, class_too: bool) -> "torch.Tensor":
-        every = pictures(benchmark, of, subject, wanted)
-        paths = [out / p.path for p in every if (p.prompt is None) == class_too]
-        return of_files(encoder, paths, cache)
-
-    prompts = [metrics.strip_identifier(p.replace("{}", subject.identifier), subject.identifier)
-               for p in benchmark.of(subject)]  # fmt: skip
-    return Embedded(
-        photos=of_photos(encoder, subject),
-        drawn=rows(method, False).unflatten(0, (len(prompts), wanted.pictures)),
-        texts=encoder.texts(prompts) if encoder.reads_texts else None,
-        of_class=rows(method, True),
-        of_class_before=rows(base, True),
-    )
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def of_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     """The subject's own photos, upright: ``[M, D]``."""
-    from dreambooth_lib.pictures import read_pictures
-
     return encoder.images([photo.image for photo in read_pictures(subject.pictures)])
 
 
 def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
     """Mean cosine over pairs of photos of different groups; None where there is no such pair."""
-    from dreambooth_lib.data import near_groups
-    from dreambooth_lib.pictures import read_pictures
-
     photos, rows = read_pictures(subject.pictures), of_photos(encoder, subject)
     group = {i: number for number, of in enumerate(near_groups(photos)) for i in of}
     pairs = [(i, j) for i in group for j in group if i < j and group[i] != group[j]]
@@ -188,15 +182,6 @@ def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
         return None
     one, other = (rows[list(numbers)].double() for numbers in zip(*pairs, strict=True))
     return float((one * other).sum(-1).mean())
-
-
-def _rows(
-    fields: tuple[str, str, str, str, str], values: "torch.Tensor | float", prompts: list[str]
-) -> Iterator[Row]:
-    array = np.asarray(values, np.float64)
-    for place in np.ndindex(array.shape):
-        prompt = prompts[place[0]] if place else None
-        yield Row(*fields, prompt, place[1] if len(place) > 1 else None, float(array[place]))
 
 
 def pictures_by(
@@ -208,8 +193,6 @@ def pictures_by(
     measure: str = "subject_fidelity",
 ) -> "list[tuple[float, str, Image.Image]]":
     """(score, subject and prompt, picture) of every picture of one method, for a contact sheet."""
-    from PIL import Image
-
     number = {
         (subject.name, prompt): index
         for subject in benchmark.subjects
@@ -218,11 +201,9 @@ def pictures_by(
     found = []
     for row in rows:
         if (row.method, row.encoder, row.measure) == (method, encoder, measure):
-            place = Picture(
-                method, row.subject, number[row.subject, row.prompt or ""], row.seed or 0
-            )
-            with Image.open(Path(out) / place.path) as image:
-                found.append((row.value, f"{row.subject}: {row.prompt}", image.convert("RGB")))
+            prompt = number[row.subject, row.prompt or ""]
+            path = Path(out) / Picture(method, row.subject, prompt, row.seed or 0).path
+            found.append((row.value, f"{row.subject}: {row.prompt}", _opened(path)))
     return found
 
 
@@ -240,16 +221,12 @@ class Mean:
 
 
 def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]:
-    """Mean of each method, encoder and measure, with a percentile bootstrap interval.
+    """Return the mean of each method, encoder and measure, with a percentile bootstrap interval.
 
     Numbers of one subject and prompt are resampled among themselves, so that the interval is over
-    seeds and the subjects and prompts are taken as they are; a measure that has one number a prompt
-    or subject is resampled over those.
+    seeds alone; a measure that has one number a prompt or subject is resampled over those.
     """
-
-    def group(row: Row) -> tuple[str, str, str]:
-        return row.method, row.encoder, row.measure
-
+    group = attrgetter("method", "encoder", "measure")
     found = []
     for key, of_key in groupby(sorted(rows, key=group), key=group):
         cells: dict[tuple[str, str | None], list[float]] = {}

@@ -1,12 +1,14 @@
-"""How well a run learned its subject and kept its class, by cosines of picture and text embeddings.
+"""How well a run learned its subject and kept its class, by cosines of embeddings.
 
 The measures follow DreamBooth's evaluation (arXiv 2208.12242, sections 4.1-4.3): subject fidelity
 is CLIP-I or DINO by the encoder that is used, prompt adherence is CLIP-T. Diversity and prior
-drift use ``1 - cosine`` of the same encoder in place of the paper's LPIPS and PRES, so they compare
-with each other but not with the paper's DIV and PRES. A number means something only beside its
-encoder (:attr:`Encoder.model_id`) and the same pictures' count and size.
+drift use ``1 - cosine`` of the same encoder in place of the paper's LPIPS and PRES, so they do not
+compare with those. A number means something only beside its encoder (:attr:`Encoder.model_id`) and
+the same pictures' count and size. Embeddings are rows of any length, ``[N, D]``; empty, non-finite
+or mismatched ones raise ``ValueError``.
 """
 
+import math
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -22,44 +24,37 @@ if TYPE_CHECKING:
 
 
 def subject_fidelity(generated: "torch.Tensor", reference: "torch.Tensor") -> float:
-    """CLIP-I or DINO (arXiv 2208.12242, section 4.2): mean cosine over all N x M pairs.
-
-    ``generated [N, D]``, ``reference [M, D]``; in [-1, 1], higher is closer to the subject.
-    Raises ``ValueError`` for empty, non-finite or mismatched embeddings, as all functions here do.
-    """
-    generated, reference = _units(generated, reference, "generated", "reference")
+    """Return CLIP-I or DINO (section 4.2), in [-1, 1]: the mean cosine over all pairs."""
+    generated, reference = _units(generated=generated, reference=reference)
     return float(generated.mean(0) @ reference.mean(0))
 
 
 def reference_fidelity(reference: "torch.Tensor") -> float:
-    """The ceiling of :func:`subject_fidelity`: mean cosine among the real pictures (Table 1).
+    """Return the ceiling of :func:`subject_fidelity`, in [-1, 1]: that of the photos (Table 1).
 
-    ``reference [M, D]`` without the M self-pairs; in [-1, 1]. Raises ``ValueError`` if M < 2.
+    Without self-pairs, so that it takes two rows.
     """
-    return _mean_among(reference, "reference")
+    return _mean_among("reference", reference)
 
 
 def prompt_adherence(pictures: "torch.Tensor", texts: "torch.Tensor") -> float:
-    """CLIP-T (arXiv 2208.12242, section 4.2): mean cosine of each picture with its own prompt.
-
-    ``pictures [N, D]``, ``texts [N, D]`` row by row; in [-1, 1]. ``ValueError`` if counts differ.
-    """
-    pictures, texts = _units(pictures, texts, "pictures", "texts", by_row=True)
+    """Return CLIP-T (section 4.2), in [-1, 1]: mean cosine of each picture with its own prompt."""
+    pictures, texts = _units(by_row=True, pictures=pictures, texts=texts)
     return float((pictures * texts).sum(-1).mean())
 
 
 def diversity(pictures: "torch.Tensor") -> float:
-    """How much pictures of one prompt differ: mean ``1 - cosine`` over pairs without self-pairs.
+    """Return how much pictures of one prompt differ, in [0, 2]: mean ``1 - cosine`` over pairs.
 
-    ``pictures [N, D]``; in [0, 2], 0 when all are alike. Raises ``ValueError`` if N < 2.
+    0 when all are alike; without self-pairs, so that it takes two rows.
     """
-    return 1 - _mean_among(pictures, "pictures")
+    return 1 - _mean_among("pictures", pictures)
 
 
 def lpips_diversity(pictures: "list[Image.Image]") -> float:
-    """DIV (arXiv 2208.12242, section 4.3): mean LPIPS (arXiv 1801.03924) over pairs, by AlexNet.
+    """Return DIV (section 4.3): the mean LPIPS (arXiv 1801.03924) over pairs, by AlexNet.
 
-    Pictures are equally large. In [0, 1] or a little above, 0 when all are alike. Needs the
+    In [0, 1] or a little above, 0 when all are alike. Pictures are equally large. Needs the
     ``lpips`` package (:func:`has_lpips`); raises ``ValueError`` for fewer than two pictures.
     """
     import torch
@@ -86,24 +81,24 @@ def _lpips() -> Any:
 
 
 def prior_drift(base: "torch.Tensor", tuned: "torch.Tensor") -> float:
-    """How far training moved the class: mean ``1 - cosine`` of pictures of one prompt and seed.
+    """Return how far training moved the class, in [0, 2]: mean ``1 - cosine`` row by row.
 
-    ``base [N, D]``, ``tuned [N, D]`` row by row; in [0, 2], 0 when the class is as it was. PRES's
-    question, asked of the base instead of the subject. ``ValueError`` if counts differ.
+    Rows are of one prompt and seed; 0 when the class is as it was. PRES's question, asked of the
+    base instead of the subject.
     """
-    base, tuned = _units(base, tuned, "base", "tuned", by_row=True)
+    base, tuned = _units(by_row=True, base=base, tuned=tuned)
     return float(1 - (base * tuned).sum(-1).mean())
 
 
 def kid(pictures: "torch.Tensor", base: "torch.Tensor") -> float:
-    """Kernel distance of two sets of pictures (KID, arXiv 1801.01401), on unit embeddings.
+    """Return the kernel distance of two sets of pictures (KID, arXiv 1801.01401).
 
-    ``pictures [N, D]``, ``base [M, D]``: the unbiased estimate of the squared maximum mean
-    discrepancy by the kernel ``(x . y / D + 1) ** 3``, rows scaled to length ``sqrt(D)`` so that
-    the kernel sees numbers of the size it was made for. About 0, below it by chance, for sets
-    alike. Not comparable with KID on Inception features. ``ValueError`` for fewer than two rows.
+    The unbiased estimate of the squared maximum mean discrepancy by the kernel
+    ``(x . y / D + 1) ** 3``, rows scaled to length ``sqrt(D)`` so that the kernel sees numbers of
+    the size it was made for. About 0, below it by chance, for sets alike. Not comparable with KID
+    on Inception features. Takes two rows of each.
     """
-    one, other = _units(pictures, base, "pictures", "base")
+    one, other = _units(pictures=pictures, base=base)
     if min(len(one), len(other)) < 2:
         raise ValueError("there is only one row of embeddings; give two or more to compare sets.")
 
@@ -129,13 +124,12 @@ def evaluate(
     identifier: str,
     base_class_pictures: "list[Image.Image] | None" = None,
 ) -> dict[str, float]:
-    """Every measure of one tuned model by one encoder.
+    """Return every measure of one tuned model by one encoder, ``prompt_adherence`` not by a DINO.
 
     ``prompts[i]`` made ``generated[i]``; the identifier is stripped before the text encoder.
     ``class_pictures`` are the tuned model's pictures of one class prompt, and
-    ``base_class_pictures`` the base's with the same seeds, in the same order. Gives
-    ``subject_fidelity``, ``prompt_adherence`` (not by a DINO), ``class_diversity`` and, with the
-    base's, ``prior_drift``. ``ValueError`` for no pictures, unequal counts, one class picture.
+    ``base_class_pictures`` the base's with the same seeds, without which there is no
+    ``prior_drift``. Raises ``ValueError`` for no pictures, unequal counts, one class picture.
     """
     if len(prompts) != len(generated):
         raise ValueError(
@@ -153,38 +147,36 @@ def evaluate(
     return scores
 
 
-def _mean_among(embeddings: "torch.Tensor", name: str) -> float:
-    rows = _unit(embeddings, name)
+def _mean_among(name: str, embeddings: "torch.Tensor") -> float:
+    """Return the mean cosine over all pairs less self-pairs."""
+    (rows,) = _units(by_row=False, **{name: embeddings})
     count, total = len(rows), rows.sum(0)
     if count < 2:
         raise ValueError(f"there is only one row of {name} embeddings; give two or more to pair.")
-    return float((total @ total - count) / (count * (count - 1)))  # all pairs less self-pairs
+    return float((total @ total - count) / (count * (count - 1)))
 
 
-def _units(
-    one: "torch.Tensor", other: "torch.Tensor", name: str, other_name: str, by_row: bool = False
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    one, other = _unit(one, name), _unit(other, other_name)
-    if one.shape[1] != other.shape[1] or (by_row and len(one) != len(other)):
+def _units(by_row: bool = False, **embeddings: "torch.Tensor") -> "list[torch.Tensor]":
+    """Return rows of length 1 in float64, and ``by_row`` as many of each."""
+    found = []
+    for name, given in embeddings.items():
+        if given.ndim != 2 or len(given) == 0:
+            raise ValueError(
+                f"the {name} embeddings have shape {list(given.shape)}; give one row or more."
+            )
+        rows = given.detach().cpu().double()
+        length = rows.norm(dim=-1, keepdim=True)
+        for number, size in enumerate(length.flatten().tolist()):
+            if not 0 < size < math.inf:
+                raise ValueError(
+                    f"row {number} of the {name} embeddings is zero or not finite; leave it out."
+                )
+        found.append(rows / length)
+    shapes = {name: list(rows.shape) for name, rows in zip(embeddings, found, strict=True)}
+    if len({tuple(shape) if by_row else shape[1] for shape in shapes.values()}) > 1:
+        (name, shape), (other, of_other) = shapes.items()
         raise ValueError(
-            f"the {name} embeddings are {list(one.shape)} and the {other_name} ones "
-            f"{list(other.shape)}; embed both with one encoder"
-            + (", one row for one row." if by_row else ".")
+            f"the {name} embeddings are {shape} and the {other} ones {of_other}; embed both with "
+            f"one encoder{', one row for one row' if by_row else ''}."
         )
-    return one, other
-
-
-def _unit(embeddings: "torch.Tensor", name: str) -> "torch.Tensor":
-    """Rows of length 1 in float64: ``[N, D]``, N >= 1, finite and not zero."""
-    if embeddings.ndim != 2 or embeddings.shape[0] == 0:
-        raise ValueError(
-            f"the {name} embeddings have shape {list(embeddings.shape)}; give one row or more."
-        )
-    rows = embeddings.detach().cpu().double()
-    length = rows.norm(dim=-1, keepdim=True)
-    wrong = (~(length.isfinite() & (length > 0))).flatten().nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"row {wrong[0]} of the {name} embeddings is zero or not finite; leave it out."
-        )
-    return rows / length
+    return found

@@ -1,7 +1,9 @@
-"""Figures to judge a run or a study by eye: loss curves, what was watched, heat map, front."""
+"""Figures to judge a run or a study by eye: loss curves, what was watched, heat map, front.
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+Each is a matplotlib Figure apart from pyplot's state, with a ``path`` also written as a PNG.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +17,7 @@ if TYPE_CHECKING:
 
     from dreambooth_lib.watch_record import Watched
 
-_RULE = "#d0d0d0"
-_STEPS = NAMES["step"]
+_RIGHT = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend beside its axes
 
 
 def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure":
@@ -24,11 +25,8 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
 
     ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors); without
     any prior loss its panel is left out. The mean runs over a twentieth of the rows, at least 5.
-    Gives a matplotlib Figure apart from pyplot's state, with a ``path`` also written as a PNG.
     Raises ``ValueError`` for an empty log or a row without a step or subject loss.
     """
-    from matplotlib.figure import Figure
-
     if not log:
         raise ValueError("the log has no rows; train for a step or more before plotting.")
     for index, row in enumerate(log):
@@ -37,16 +35,20 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
     series = [("subject loss", "instance_loss", "tab:blue")]
     if any(row.get("prior_loss") is not None for row in log):
         series.append(("prior loss", "prior_loss", "tab:orange"))
-    figure = Figure(figsize=(8, 2.6 * len(series) + 0.6), dpi=110, layout="constrained")
-    panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
+    figure, panels = _figure(8, 2.6 * len(series) + 0.6, len(series))
     window = max(5, len(log) // 20)
     for axes, (name, key, colour) in zip(panels, series, strict=True):
         points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
-        _curve(axes, name, points, colour, window)
-    panels[-1].set_xlabel(_STEPS)
-    _from_zero(panels[-1], log[-1]["step"])
-    _write_png(path, figure.savefig)
-    return figure
+        steps, values = zip(*points, strict=True)
+        mean = [np.mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
+        axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4, label="logged value")
+        label = f"running mean of {window} logged values"
+        axes.plot(steps, mean, color=colour, linewidth=2, label=label)
+        axes.set_title(name, loc="left")
+        axes.set(ylabel="mean squared error", ylim=(0, None))
+        _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    _over_steps(panels[-1], log[-1]["step"])
+    return _written(figure, path)
 
 
 def watched(rows: "Sequence[Watched]", path: str | Path | None = None) -> "Figure":
@@ -56,39 +58,34 @@ def watched(rows: "Sequence[Watched]", path: str | Path | None = None) -> "Figur
     Losses are means over the timestep bins, relative to the frozen base's: above 1 is worse than
     before training. Raises ``ValueError`` without any look.
     """
-    from matplotlib.figure import Figure
-
     from dreambooth_lib.choice import best_of, shares_of
 
     if not rows:
         raise ValueError("there are no looks to draw; train with watch_every above 0.")
     steps = [row.step for row in rows]
-    figure = Figure(figsize=(8, 5.8), dpi=110, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure, (upper, lower) = _figure(8, 5.8, 2)
     names = ("like your photos", "follows the prompt", "the rest unchanged")
     found = [shares_of(row, rows[0]) for row in rows]
     for name, values in zip(names, zip(*found, strict=True), strict=True):
         upper.plot(steps, values, "o-", label=name)
     upper.set(ylabel="score, 0 to 1", ylim=(0, 1.03))
-    upper.set_title("How good the pictures are (1 is best)", loc="left", fontsize=10)
     for kind in rows[0].held_out:
-        losses = [np.mean(row.held_out[kind]) / np.mean(rows[0].held_out[kind]) for row in rows]
-        lower.plot(steps, losses, "o-", label=kind)
-    lower.set(ylabel="relative loss", xlabel=_STEPS)
-    title = "Loss on pictures it never trained on (1 = before training)"
-    lower.set_title(title, loc="left", fontsize=10)
-    _from_zero(lower, steps[-1])
+        means = [np.mean(row.held_out[kind]) for row in rows]
+        lower.plot(steps, [mean / means[0] for mean in means], "o-", label=kind)
+    lower.set(ylabel="relative loss")
     if len(rows) > 1:
         best = best_of(rows).step
         upper.axvline(best, color="black", linestyle=":", label=f"best: step {best}")
         lower.axvline(best, color="black", linestyle=":")
-    for axes in (upper, lower):
-        axes.grid(color=_RULE, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    _write_png(path, figure.savefig)
-    return figure
+    titles = {
+        upper: "How good the pictures are (1 is best)",
+        lower: "Loss on pictures it never trained on (1 = before training)",
+    }
+    for axes, title in titles.items():
+        axes.set_title(title, loc="left", fontsize=10)
+        _style(axes, **_RIGHT)
+    _over_steps(lower, steps[-1])
+    return _written(figure, path)
 
 
 def heat_map(
@@ -102,21 +99,16 @@ def heat_map(
     """A study's table as a map: mean ``value`` over all rows of each (x, y), the best one framed.
 
     The best is the brightest: the most, or with ``best="min"`` the least. Rows are of
-    :func:`dreambooth_lib.sweep.table`. Raises ``ValueError`` for none.
+    :func:`dreambooth_lib.study_table.table`. Raises ``ValueError`` for none.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    if not rows:
-        raise ValueError("the table has no rows; run a sweep first.")
-    across, down = (sorted({row[name] for row in rows}) for name in (x, y))
+    across, down = _values(rows, x), _values(rows, y)
     found = np.full((len(down), len(across)), np.nan)
     for i, j in np.ndindex(found.shape):
         values = [row[value] for row in rows if (row[y], row[x]) == (down[i], across[j])]
         found[i, j] = np.mean(values) if values else np.nan
-    size = (2.6 + 0.95 * len(across), 1.6 + 0.6 * len(down))
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _figure(2.6 + 0.95 * len(across), 1.6 + 0.6 * len(down))
     colours, first = {"max": ("viridis", np.nanargmax), "min": ("viridis_r", np.nanargmin)}[best]
     image = axes.imshow(found, cmap=colours, aspect="auto")
     middle = (np.nanmin(found) + np.nanmax(found)) / 2
@@ -126,75 +118,69 @@ def heat_map(
     i, j = np.unravel_index(first(found), found.shape)
     frame = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5)
     axes.add_patch(frame)
-    axes.set_xticks(range(len(across)), [_short(v) for v in across])
-    axes.set_yticks(range(len(down)), [_short(v) for v in down])
+    axes.set_xticks(range(len(across)), map(_short, across))
+    axes.set_yticks(range(len(down)), map(_short, down))
     axes.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
     figure.colorbar(image, label=NAMES.get(value, value))
-    _write_png(path, figure.savefig)
-    return figure
+    return _written(figure, path)
 
 
 def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = None) -> "Figure":
     """Fidelity against drift, a colour a value of ``by``, and the front that nothing beats."""
-    from matplotlib.figure import Figure
+    kinds = _values(rows, by)
+    figure, (axes,) = _figure(7, 4.6)
+    points = [(row["prior_drift"], row["subject_fidelity"]) for row in rows]
+    best = [
+        (drift, fidelity)
+        for drift, fidelity in sorted(set(points))
+        if not any(a <= drift and b >= fidelity and (a, b) != (drift, fidelity) for a, b in points)
+    ]
+    axes.plot(*zip(*best, strict=True), color="black", linewidth=1, label="front", zorder=0)
+    for kind in kinds:
+        own = [point for point, row in zip(points, rows, strict=True) if row[by] == kind]
+        label = f"{NAMES.get(by, by)} {_short(kind)}"
+        axes.plot(*zip(*own, strict=True), "o", alpha=0.8, label=label)
+    axes.set_xlabel("class drift (lower keeps the class)")
+    axes.set_ylabel("like the photos (higher is more)")
+    _style(axes, **_RIGHT)
+    return _written(figure, path)
 
+
+def _values(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """The values of a table's column, each once."""
     if not rows:
         raise ValueError("the table has no rows; run a sweep first.")
-    figure = Figure(figsize=(7, 4.6), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    points = [(row["prior_drift"], row["subject_fidelity"]) for row in rows]
-    best = sorted(
-        {
-            (drift, fidelity)
-            for drift, fidelity in points
-            if not any(
-                a <= drift and b >= fidelity and (a, b) != (drift, fidelity) for a, b in points
-            )
-        }
-    )
-    axes.plot(*zip(*best, strict=True), color="black", linewidth=1, label="front", zorder=0)
-    for value in sorted({row[by] for row in rows}):
-        own = [point for point, row in zip(points, rows, strict=True) if row[by] == value]
-        axes.plot(
-            *zip(*own, strict=True), "o", alpha=0.8, label=f"{NAMES.get(by, by)} {_short(value)}"
-        )
-    axes.set(
-        xlabel="class drift (lower keeps the class)", ylabel="like the photos (higher is more)"
-    )
-    axes.grid(color=_RULE, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    _write_png(path, figure.savefig)
-    return figure
+    return sorted({row[name] for row in rows})
 
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _from_zero(axes: "Axes", last: int) -> None:
+def _figure(width: float, height: float, panels: int = 1) -> "tuple[Figure, Any]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+
+
+def _style(axes: "Axes", **legend: Any) -> None:
+    axes.grid(color="#d0d0d0", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, **legend)
+
+
+def _over_steps(axes: "Axes", last: int) -> None:
     """Steps from 0 on, and ten at least: of fewer there would be ticks between the whole ones."""
     span = max(10, last)
-    axes.set_xlim(-0.02 * span, 1.02 * span)
+    axes.set(xlabel=NAMES["step"], xlim=(-0.02 * span, 1.02 * span))
 
 
-def _curve(axes: "Axes", name: str, points: list[Any], colour: str, window: int) -> None:
-    steps, values = zip(*points, strict=True)
-    mean = [np.mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
-    label = f"running mean of {window} logged values"
-    axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4, label="logged value")
-    axes.plot(steps, mean, color=colour, linewidth=2, label=label)
-    axes.set_title(name, loc="left")
-    axes.set(ylabel="mean squared error", ylim=(0, None))
-    axes.grid(color=_RULE, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-
-
-def _write_png(path: str | Path | None, save: Callable[..., Any]) -> None:
+def _written(figure: "Figure", path: str | Path | None) -> "Figure":
     if path is not None:
-        from dreambooth_lib.state import replace_file
+        from dreambooth_lib.state import replacing_file
 
-        buffer = io.BytesIO()
-        save(buffer, format="png")
-        replace_file(path, buffer.getvalue())
+        with replacing_file(path) as partial:
+            figure.savefig(partial, format="png")
+    return figure

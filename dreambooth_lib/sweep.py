@@ -9,37 +9,29 @@ A folder holds one study: it goes on with more steps and more cells, and refuses
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import gcd
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from dreambooth_lib import choice, early_stopping, levels, memory, prior, runs, sampling
+from dreambooth_lib import early_stopping, levels, memory, prior, runs, sampling, study_table
 from dreambooth_lib.config import TrainConfig
 from dreambooth_lib.runs import Run, RunError, first_difference, named, plain
 from dreambooth_lib.training import train
 from dreambooth_lib.watch import View
-from dreambooth_lib.watch_record import Watched, history
-from dreambooth_lib.words import NAMES
+from dreambooth_lib.watch_record import history
 
 #: Enough pictures that another draw of seeds moves a mean little.
 VIEW = View(seeds=4, class_pictures=12, unrelated=1)
-#: A table's columns after the settings: standing by the rule of ``choice``, then what it is of.
-MEASURES = ("standing", "subject_fidelity", "reference_fidelity", "prompt_adherence",
-            "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
-            "base_pres", "unrelated_drift")  # fmt: skip
 #: What a run's end and its looks hang on, and nothing that it has done so far.
 _LENGTH = ("steps", "watch_every", "checkpoint_every")
-#: Standings closer than this are alike: another seed moves them as much.
-ALIKE = 0.01
 
 
 @dataclass(frozen=True)
-class Progress:
+class CellDone:
     cell: str
     done: int
     total: int
@@ -66,17 +58,19 @@ def sweep(
     view: View = VIEW,
     executor: Executor | None = None,
     threads: int | None = None,
-) -> Iterator[Progress]:
+) -> Iterator[CellDone]:
     """Train every config to the largest of ``steps`` and look at it in each of them.
 
-    Cells that are finished are not run again; a stopped one goes on, and so does a finished one to
-    more steps. Raises :class:`RunError` where the folder holds another study, whose rows would pass
-    for this one's, or a run that went past one of ``steps`` without a look. Without an ``executor``
-    they run here, one by one; with one (processes, dask's ``Client.get_executor()``, submitit) on
-    its workers, which must see ``folder``. ``threads`` are torch's in each cell; tables are equal
-    bit by bit only for equal numbers of threads. A cell that fails is recorded in
-    ``failures.json``, and the rest goes on. Writes ``table.csv`` after each cell.
+    A stopped cell goes on, and so does a finished one to more steps. Cells run here, one by one, or
+    on the workers of an ``executor`` (processes, dask's ``Client.get_executor()``, submitit), which
+    must see ``folder``. ``threads`` are torch's in each cell; tables are equal bit by bit only for
+    equal numbers of them. ``table.csv`` is written after each cell; one that fails is recorded in
+    ``failures.json``, and the rest goes on. Raises :class:`RunError` where the folder holds another
+    study, or a run that went past one of ``steps`` without a look.
     """
+    from dreambooth_lib.state import replace_file
+    from dreambooth_lib.tables import to_csv
+
     folder, every = Path(folder).resolve(), gcd(*steps)
     wanted = {
         name: config.replace(steps=max(steps), watch_every=every, checkpoint_every=every)
@@ -91,27 +85,29 @@ def sweep(
     _share_class_pictures(wanted.values(), folder)
     errors: dict[str, str] = {}
     cells = {name: (folder / name, config, view, threads) for name, config in wanted.items()}
-    for done, (name, error) in enumerate(_run_all(cells, executor), 1):
+    for done, (name, error) in enumerate(each(run_cell, cells, executor), 1):
         if error is not None:
             errors[name] = error
-        _write(folder, wanted, steps, errors)
-        yield Progress(name, done, len(cells), error)
+        if rows := study_table.table(wanted, folder, steps):
+            replace_file(folder / "table.csv", to_csv(rows).encode())
+        replace_file(folder / "failures.json", json.dumps(errors, indent=2).encode())
+        yield CellDone(name, done, len(cells), error)
 
 
-def _run_all(
-    cells: Mapping[str, tuple[Any, ...]], executor: Executor | None
-) -> Iterator[tuple[str, str | None]]:
+def each(
+    work: Callable[..., Any], cells: Mapping[str, tuple[Any, ...]], executor: Executor | None
+) -> Iterator[tuple[str, Any]]:
+    """Yield each cell's name and what ``work`` gives for it, here or as the workers finish."""
     if executor is None:
-        for name, cell in cells.items():
-            yield name, run_cell(*cell)
+        yield from ((name, work(*cell)) for name, cell in cells.items())
         return
-    futures = {executor.submit(run_cell, *cell): name for name, cell in cells.items()}
+    futures = {executor.submit(work, *cell): name for name, cell in cells.items()}
     for future in as_completed(futures):
         yield futures[future], future.result()
 
 
 def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None) -> str | None:
-    """Train one cell to its end; gives what went wrong, in one line, or None."""
+    """Train one cell to its end; return what went wrong, in one line, or None."""
     import torch
 
     from dreambooth_lib.state import replace_file
@@ -120,13 +116,17 @@ def run_cell(folder: Path, config: TrainConfig, view: View, threads: int | None)
     torch.set_num_threads(threads or before)
     try:
         if (folder / "config.toml").exists():
-            run = _lengthened(runs.resume(folder), config)
+            length = {name: getattr(config, name) for name in _LENGTH}
+            length["steps"] = max(config.steps, _reached(runs.resume(folder)))
+            run = runs.resume(folder, **length)
         else:
             run = runs.start(config, folder)
         place = folder / "watch" / "view.json"
         if not place.exists():
             replace_file(place, json.dumps(asdict(_view_of(view, config, folder))).encode())
-        if not _ended(run):
+        peaked = run.config.early_stop and early_stopping.has_peaked(history(run))
+        # A pipeline alone does not say that nothing is left to do: it may be of fewer steps.
+        if not run.finished or not (peaked or _reached(run) >= run.config.steps):
             for _ in train(run):
                 pass
     except Exception as error:  # whatever it is, the other cells must go on
@@ -175,22 +175,9 @@ def _check_same(folder: Path, config: TrainConfig, steps: Sequence[int], view: V
         )
 
 
-def _lengthened(run: Run, config: TrainConfig) -> Run:
-    """The run with the config's end, if it has not gone further, and with its looks."""
-    changes = {name: getattr(config, name) for name in _LENGTH}
-    changes["steps"] = max(config.steps, _reached(run))
-    return runs.resume(run.folder, **changes)
-
-
 def _reached(run: Run) -> int:
     """The step that the run goes on from: its end, or its newest checkpoint."""
     return run.log()[-1]["step"] if run.finished else max(run.checkpoints(), default=0)
-
-
-def _ended(run: Run) -> bool:
-    """Whether a run has nothing left to do, which a pipeline of fewer steps does not say."""
-    peaked = run.config.early_stop and early_stopping.has_peaked(history(run))
-    return run.finished and (peaked or _reached(run) >= run.config.steps)
 
 
 def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
@@ -213,111 +200,3 @@ def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
                 pass
         del family, made  # the cells need the memory
         memory.free()
-
-
-def table(
-    configs: Mapping[str, TrainConfig], folder: str | Path, steps: Sequence[int]
-) -> list[dict[str, Any]]:
-    """A row a cell and step that is there: λ and what varies among the configs, then the measures.
-
-    Plain dicts, as ``pandas.DataFrame`` takes them.
-    """
-    varied = _varied(configs.values())
-    rows = []
-    for name, config in configs.items():
-        if not (Path(folder) / name / "config.toml").exists():
-            continue
-        looks = history(runs.resume(Path(folder) / name))
-        of_cell = {"cell": name} | {field: getattr(config, field) for field in varied}
-        for seen in looks[1:]:
-            if seen.step in steps:
-                rows.append(of_cell | {"step": seen.step} | measures(seen, looks[0]))
-    return rows
-
-
-def measures(seen: Watched, base: Watched) -> dict[str, float]:
-    """A look's figures beside the base's, in the order of :data:`MEASURES`."""
-    values = (
-        choice.standing(choice.shares_of(seen, base)),
-        seen.subject_fidelity, seen.reference_fidelity,
-        seen.prompt_adherence, base.prompt_adherence, seen.class_diversity, base.class_diversity,
-        seen.prior_drift, seen.pres, base.pres, seen.unrelated_drift,
-    )  # fmt: skip
-    return dict(zip(MEASURES, values, strict=True))
-
-
-def _varied(configs: Iterable[TrainConfig]) -> list[str]:
-    every = list(configs)
-    plain = [f.name for f in fields(TrainConfig) if f.name != "subject"]
-    # λ is named even where it is one and the same: studies are read by it.
-    varied = [f for f in plain if len({getattr(config, f) for config in every}) > 1]
-    return [f for f in plain if f in varied or f == "prior_weight"]
-
-
-def _write(
-    folder: Path, configs: Mapping[str, TrainConfig], steps: Sequence[int], errors: dict[str, str]
-) -> None:
-    from dreambooth_lib.state import replace_file
-    from dreambooth_lib.tables import to_csv
-
-    rows = table(configs, folder, steps)
-    if rows:
-        replace_file(folder / "table.csv", to_csv(rows).encode())
-    replace_file(folder / "failures.json", json.dumps(errors, indent=2).encode())
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """Settings, how they stand, and why."""
-
-    settings: dict[str, Any]
-    standing: float
-    reason: str
-
-
-def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
-    """The setting with the highest standing, a mean over seeds; of equals the fewest steps.
-
-    The reason says besides where more steps may be better still, and which other values of λ stand
-    as high. ``rows`` are of :func:`table` or read back from its CSV. Raises ``ValueError`` for
-    none.
-    """
-    if not rows:
-        raise ValueError("the table has no rows; run a sweep first.")
-    fixed = {"cell", "seed", *MEASURES}
-    found: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        key = tuple((name, value) for name, value in row.items() if name not in fixed)
-        found.setdefault(key, []).append(row)
-
-    def mean(key: tuple[tuple[str, Any], ...], measure: str) -> float:
-        return fmean(float(row[measure]) for row in found[key])
-
-    best = max(found, key=lambda key: (round(mean(key, "standing"), 6), -int(dict(key)["step"])))
-    settings = [(NAMES["prior_weight"] if n == "prior_weight" else n, v) for n, v in best]
-    stands = ", ".join(f"{name} {_short(value)}" for name, value in settings)
-    fidelity = mean(best, "subject_fidelity") / mean(best, "reference_fidelity")
-    adherence = mean(best, "prompt_adherence") / mean(best, "base_adherence")
-    reason = (
-        f"{stands} stands highest of {len(found)} settings ({mean(best, 'standing'):.3f}, mean of "
-        f"{len(found[best])}): fidelity {fidelity:.0%} of the photos' own, adherence "
-        f"{adherence:.0%} of the base's, prior drift {mean(best, 'prior_drift'):.3f}."
-    )
-    enough = (1 - ALIKE) * mean(best, "standing")
-    high = [dict(key) for key in found if mean(key, "standing") >= enough]
-    weights = {float(key["prior_weight"]) for key in high if "prior_weight" in key}
-    if len(weights) > 1:
-        *most, last = map(_short, sorted(weights))
-        any_of = "either" if len(weights) == 2 else "any"
-        reason += f" λ {', '.join(most)} and {last} are within {ALIKE:.0%}: {any_of} will do."
-    if int(dict(best)["step"]) == max(int(row["step"]) for row in rows):
-        reason += " This is the longest training tried: try more steps before you trust it."
-    return Recommendation(dict(best), mean(best, "standing"), reason)
-
-
-def _short(value: Any) -> str:
-    """A number without needless digits, also one that a CSV gave as text."""
-    try:
-        return f"{float(value):g}"
-    except (TypeError, ValueError):
-        return str(value)

@@ -37,50 +37,41 @@ def to_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = No
 
 
 def read_csv(path: str | Path) -> list[Row]:
-    """The reverse of :func:`write_csv`."""
+    """Read back what :func:`write_csv` wrote."""
+    rows = []
     with Path(path).open(newline="") as file:
-        return [
-            Row(
-                **line
-                | {
-                    "prompt": line["prompt"] or None,
-                    "seed": int(line["seed"]) if line["seed"] else None,
-                    "value": float(line["value"]),
-                }
-            )
-            for line in csv.DictReader(file)
-        ]
+        for line in csv.DictReader(file):
+            prompt, seed = line.pop("prompt") or None, line.pop("seed")
+            value = float(line.pop("value"))
+            rows.append(Row(**line, prompt=prompt, seed=int(seed) if seed else None, value=value))
+    return rows
 
 
 def markdown(means: Sequence[Mean], published: bool = False) -> str:
     """A table with a row a method and a column a measure and encoder, intervals in brackets.
 
     Measures are named in plain words, with an arrow to what is better; one that the library does
-    not know keeps its own name.
-
-    ``published`` puts the paper's rows under it; they are by DINO ViT-S/16 and a CLIP that the
-    paper does not name, on 30 subjects: compare them only with the same encoders on those.
+    not know keeps its own name. ``published`` puts the paper's rows under it; they are by DINO
+    ViT-S/16 and a CLIP that the paper does not name, on 30 subjects: compare them only with the
+    same encoders on those.
     """
     columns = list(dict.fromkeys((mean.measure, mean.encoder) for mean in means))
-    found = {(mean.method, mean.measure, mean.encoder): mean for mean in means}
     heads = ["", *(f"{HEADS.get(measure, measure)} ({encoder})" for measure, encoder in columns)]
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    for method in dict.fromkeys(mean.method for mean in means):
-        cells = [_cell(found.get((method, *column))) for column in columns]
-        lines.append(_line([method, *cells]))
-    text = "\n".join(lines) + "\n"
+    rows = {mean.method: [mean.method, *[""] * len(columns)] for mean in means}
+    for mean in means:
+        place = 1 + columns.index((mean.measure, mean.encoder))
+        rows[mean.method][place] = f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+    text = _table(heads, rows.values())
     if published:
         heads = ["arXiv 2208.12242, Table 1", "DINO", "CLIP-I", "CLIP-T"]
-        lines = [_line(heads), _line(["---"] * 4)]
-        for name, values in PUBLISHED.items():
-            lines.append(_line([name, *("" if v is None else f"{v:.3f}" for v in values)]))
-        text += "\n" + "\n".join(lines) + "\n"
+        shown = {
+            name: ["" if v is None else f"{v:.3f}" for v in values]
+            for name, values in PUBLISHED.items()
+        }
+        text += "\n" + _table(heads, [[name, *values] for name, values in shown.items()])
     return text
 
 
-def _cell(mean: Mean | None) -> str:
-    return "" if mean is None else f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

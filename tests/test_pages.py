@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_lib import pages
+from dreambooth_lib.contact_sheet import contact_sheet
 
 Box = tuple[int, int, int, int]
 
@@ -40,7 +41,7 @@ def sheet(path: Path | None = None, **changes: Any) -> Image.Image:
         "class_after": solids(3, 22),
         "class_prompt": "a dog",
     }  # fmt: skip
-    return pages.contact_sheet(path, **(fields | changes))
+    return contact_sheet(path, **(fields | changes))
 
 
 def test_every_picture_is_whole_enlarged_and_in_its_place() -> None:

@@ -11,7 +11,8 @@ import pytest
 from dreambooth_lib import choice, sweep
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
 from dreambooth_lib.runs import RunError
-from dreambooth_lib.sweep import grid, recommend, table
+from dreambooth_lib.study_table import MEASURES, recommend, table
+from dreambooth_lib.sweep import grid
 from dreambooth_lib.watch import View
 from dreambooth_lib.watch_record import drawn, history
 
@@ -23,7 +24,7 @@ def config(tiny_sd2: str, photos: str, make_config: Any, clip_folder: Path) -> T
     return make_config(tiny_sd2, photos, judge=str(clip_folder))
 
 
-def run(configs: dict[str, TrainConfig], folder: Path, **options: Any) -> list[sweep.Progress]:
+def run(configs: dict[str, TrainConfig], folder: Path, **options: Any) -> list[sweep.CellDone]:
     return list(sweep.sweep(configs, folder, [2, 4], QUICK, threads=1, **options))
 
 
@@ -44,7 +45,7 @@ def test_a_sweep_gives_a_row_a_cell_and_step_and_is_not_run_twice(
     rows = table(configs, tmp_path, [2, 4])
     assert [(r["prior_weight"], r["step"]) for r in rows] == [(0, 2), (0, 4), (1, 2), (1, 4)]
     text = (tmp_path / "table.csv").read_text().splitlines()
-    assert text[0] == ",".join(["cell", "prior_weight", "step", *sweep.MEASURES])
+    assert text[0] == ",".join(["cell", "prior_weight", "step", *MEASURES])
     assert len(text) == 5
     assert len(list((tmp_path / "class_pictures").iterdir())) == 1
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
@@ -152,7 +153,7 @@ def test_two_dask_workers_make_the_same_table(config: TrainConfig, tmp_path: Pat
 
 def test_recommended_is_the_highest_mean_over_seeds(config: TrainConfig) -> None:
     def row(weight: float, seed: int, step: int, standing: float) -> dict[str, Any]:
-        measured = dict.fromkeys(sweep.MEASURES, 0.5) | {"standing": standing}
+        measured = dict.fromkeys(MEASURES, 0.5) | {"standing": standing}
         return {
             "cell": f"{weight}{seed}", "prior_weight": weight, "seed": seed, "step": step,
         } | measured  # fmt: skip

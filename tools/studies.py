@@ -29,7 +29,8 @@ from dreambooth_lib.config import Subject, TrainConfig
 from dreambooth_lib.demo import bundled_subjects
 from dreambooth_lib.pictures import read_pictures
 from dreambooth_lib.state import replace_file, save_png
-from dreambooth_lib.sweep import VIEW, grid, recommend, sweep, table
+from dreambooth_lib.study_table import recommend, table
+from dreambooth_lib.sweep import VIEW, grid, sweep
 from dreambooth_lib.tables import to_csv
 from dreambooth_lib.training import train
 from dreambooth_lib.watch_record import drawn, history
