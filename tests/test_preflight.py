@@ -17,9 +17,10 @@ from fake_colab import FakeColab
 
 from dreambooth_lib import bases, needs, packages, preflight
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.memory import GIB
 from dreambooth_lib.needs import Needs, Room
 from dreambooth_lib.packages import Plan
-from dreambooth_lib.preflight import GIB, Check, Table
+from dreambooth_lib.preflight import Check, Table
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
