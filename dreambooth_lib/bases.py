@@ -140,19 +140,13 @@ def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def ways(base: Base, free: float, precision: str = "fp16") -> list[Row]:
-    """List the ways to train a base with ``free`` bytes of GPU memory in ``precision``.
-
-    One that does not work in this precision is left out.
-    """
+    """List the ways that work in ``precision``, "fp16" or "bf16", on ``free`` bytes of a GPU."""
     rows = [Row(base, *one, one[-1] * GIB <= free) for one in base.takes(precision)]
     return [first(of_way, lambda row: row.fits) for _, of_way in groupby(rows, lambda row: row[1])]
 
 
 def fitting(free: float, precision: str = "fp16") -> list[Row]:
-    """List :func:`ways` of all known bases.
-
-    ``free`` are bytes that a run may take of a GPU, ``precision`` is "fp16" or "bf16".
-    """
+    """List :func:`ways` of all known bases."""
     return [row for base in KNOWN for row in ways(base, free, precision)]
 
 
@@ -203,11 +197,11 @@ def _how(rows: Sequence[Row]) -> str:
 
 def table() -> Table:
     """Return which of the known bases fit this machine's GPU, as it is now."""
-    if find_spec("torch") is None:  # it is yet to be installed
-        return Table(fitting(0), gpu=False)
-    import torch
+    if find_spec("torch") is not None:  # or it is yet to be installed
+        import torch
 
-    if not torch.cuda.is_available():
-        return Table(fitting(0), gpu=False)
-    free, _ = memory.gpu_bytes()
-    return Table(fitting(FILLED * free, native_precision("auto", torch.device("cuda"))))
+        if torch.cuda.is_available():
+            free, _ = memory.gpu_bytes()
+            precision = native_precision("auto", torch.device("cuda"))
+            return Table(fitting(FILLED * free, precision))
+    return Table(fitting(0), gpu=False)

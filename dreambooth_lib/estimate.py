@@ -77,9 +77,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     half = _HALVES.get(precision, torch.float32)
     family = families.skeleton(config.base, config.revision, **precisions(config, half))
     trainable = trainable_of(family, config)
-    trained = lora.trained(trainable)
+    numbers = sum(parameter.numel() for parameter in lora.trained(trainable))
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
-    numbers = sum(parameter.numel() for parameter in trained)
     few = _QUANTIZED.get(config.quantize or "")
     quantized = [getattr(family.pipeline, name, None) for name in family.quantized_names()]
     sizes = {m: _size(m, few if m in quantized else None, half) for m in modules}
@@ -89,7 +88,10 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     teaching = config.prior == "distilled" and config.prior_weight > 0 and config.method == "full"
     if teaching:  # the copy is made as its weights are, and then rounded
         taught = sum(p.nbytes for p in family.denoiser.parameters())
-    scoring = _scorer(config) if config.watch_every and config.memory not in LOW else 0
+    scoring = 0
+    if config.watch_every and config.memory not in LOW:
+        judge = JUDGE if config.judge == "toybox" else Path(config.judge)
+        scoring = 4 * count_numbers(judge.glob("*.safetensors")) if judge.exists() else _SCORER
     with FakeTensorMode(), AsOnCuda():
         for module in modules:
             give_shapes(module)
@@ -114,8 +116,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     preparing = int(weights) + max(preparing, scoring + taught)
     if teaching:
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
-    moments = numbers * _MOMENTS[choose(config, "cuda")]
-    moments += 4 * numbers * (config.ema_decay is not None)
+    moments = numbers * (_MOMENTS[choose(config, "cuda")] + 4 * (config.ema_decay is not None))
     return Estimate(
         int(weights), int(encoding), int(moments), working, looking, flops, preparing, scoring
     )
@@ -199,12 +200,6 @@ def _autocast(config: TrainConfig, half: torch.dtype) -> torch.autocast:
     """Return what training computes under, but on the CPU, where tensors without values are."""
     enabled, cached = half is not torch.float32, config.memory not in LOW
     return torch.autocast("cpu", half, enabled=enabled, cache_enabled=cached)
-
-
-def _scorer(config: TrainConfig) -> int:
-    """Count the bytes of the encoder that scores the run's pictures, in float32."""
-    place = JUDGE if config.judge == "toybox" else Path(config.judge)
-    return 4 * count_numbers(place.glob("*.safetensors")) if place.exists() else _SCORER
 
 
 def _size(module: torch.nn.Module, few: float | None, half: torch.dtype) -> float:

@@ -59,8 +59,8 @@ def is_gpu(device: "torch.device") -> bool:
 def settle(run: Run, device: "torch.device") -> TrainConfig:
     """Return the run's config with the level of memory that all its processes train at.
 
-    Decides it where that was not done before, for the run or for the folder that it lies in, or
-    where the GPU cannot hold what was decided; writes that into the run's folder and prints it.
+    It is decided, written into the run's folder and printed where that was not done before, for
+    the run or the folder that it lies in, or where the GPU cannot hold what was decided.
     """
     if run.config.memory != "auto" or not is_gpu(device):
         return run.settled

@@ -153,7 +153,7 @@ def _agrees(way: str, level: str, asked: Mapping[str, Any]) -> bool:
     wanted = asked.get("memory", "auto")
     return (
         asked.get("method") in (None, fields["method"])
-        and ("quantize" not in asked or bool(asked["quantize"]) == ("quantize" in fields))
+        and bool(asked.get("quantize", "quantize" in fields)) == ("quantize" in fields)
         and (wanted in ("auto", level) or (wanted == "lowest" and level == levels[-1]))
     )
 

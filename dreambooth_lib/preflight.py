@@ -70,10 +70,9 @@ def preflight(
     """Look at what a run on ``base`` in ``folder`` needs; the fixes are for whoever is not ready.
 
     ``drive`` is where it will be mirrored, if it will. What runs that were cut off take there and
-    in ``folder`` counts as free, as it is mostly one of them that is gone on with. It is trained as
-    :func:`recommend` says, which ``settings`` may narrow down.
-    Nothing is downloaded, written or changed; the Hub is asked for one header. While packages are
-    absent only what needs none of them is looked at.
+    in ``folder`` counts as free, as one of them mostly goes on. It is trained as :func:`recommend`
+    says, which ``settings`` may narrow down. Nothing is downloaded, written or changed; the Hub is
+    asked for one header. While packages are absent only what needs none of them is looked at.
     """
     plan = packages.missing_packages(packages.required(), packages.installed())
     checks = [_python(), _packages(plan)]
@@ -94,8 +93,7 @@ def preflight(
 
 
 def _python() -> Check:
-    found = ".".join(map(str, sys.version_info[:3]))
-    lowest = ".".join(map(str, PYTHON))
+    found, lowest = (".".join(map(str, of)) for of in (sys.version_info[:3], PYTHON))
     fix = f"Use Python {lowest} or newer; on Colab, take the latest runtime version."
     ok = sys.version_info >= PYTHON
     return Check("Python", ok, found, "" if ok else fix)
@@ -123,9 +121,8 @@ def _gpu(large: bool) -> Check:
         return Check("GPU", True, f"{torch.cuda.get_device_name()}, {native}")
     if not large:
         return Check("GPU", True, "none; training runs on the CPU")
-    where = "Use a machine with an NVIDIA GPU"
-    if colab.in_colab():
-        where = "Choose Runtime > Change runtime type > T4 GPU"
+    t4 = "Choose Runtime > Change runtime type > T4 GPU"
+    where = t4 if colab.in_colab() else "Use a machine with an NVIDIA GPU"
     found = "none, and this base would take days on a CPU"
     return Check("GPU", False, found, f"{where}, or train the base 'toybox'.")
 
