@@ -50,13 +50,14 @@ class Base:
     stored: int  #: bytes of each in the files that are downloaded by default
     #: GiB by precision: of each of WAYS, one for each of its levels, None where it does not work
     gib: Mapping[str, Sequence[Sequence[float | None]]]
+    scale: float = 1  #: of these figures, for a base of another size
     guess: bool = False  #: whether it stands for one that is not known
 
     def takes(self, precision: str) -> list[tuple[str, str, float]]:
         """List each way, level of memory and GiB of a GPU, in the order of :data:`WAYS`."""
         by_way = zip(WAYS.items(), self.gib[precision], strict=True)
         return [
-            (way, level, gib)
+            (way, level, gib * self.scale)
             for (way, (_, levels)), by_level in by_way
             for level, gib in zip(levels, by_level, strict=True)
             if gib is not None
@@ -120,13 +121,8 @@ def described(base: str) -> Base:
     for one in KNOWN:
         if abs(every / one.parameters - 1) < 0.01:
             return one
-    scale = every / like.parameters
-    gib = {
-        precision: [[g and g * scale for g in levels] for levels in by_way]
-        for precision, by_way in like.gib.items()
-    }
     denoiser = parts.get("unet", 0) + parts.get("transformer", 0)
-    return replace(like, parameters=every, denoiser=denoiser, gib=gib)
+    return replace(like, parameters=every, denoiser=denoiser, scale=every / like.parameters)
 
 
 def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
@@ -157,8 +153,7 @@ class Table:
     rows: Sequence[Row]
     gpu: bool = True
 
-    def _said(self) -> list[tuple[bool, str, Sequence[str]]]:
-        said: list[tuple[bool, str, Sequence[str]]] = []
+    def _said(self) -> Iterator[tuple[bool, str, Sequence[str]]]:
         for base in KNOWN:
             rows = [row for row in self.rows if row.base is base]
             on_cpu = base.base == "toybox"
@@ -167,8 +162,7 @@ class Table:
             how = _how(rows) if self.gpu or not on_cpu else "on the CPU too"
             terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
             cells = (base.name, base.base, str(base.resolution), how, terms, base.remark)
-            said.append((ok, "fits" if ok else lacks, cells))
-        return said
+            yield ok, "fits" if ok else lacks, cells
 
     def __repr__(self) -> str:
         return "\n".join(
