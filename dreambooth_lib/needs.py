@@ -101,9 +101,8 @@ def recommend(
     room, total = _here(Path(folder), drive)
     if room.gpu is None and not large:
         return Offer(on_cpu(base), room, total, large)
-    precision = "bf16"  # of the GPU that is yet to be found
-    if room.gpu is not None:
-        precision = native_precision("auto", torch.device("cuda"))
+    gpu = torch.device("cuda")  # or one with bf16, that is yet to be found
+    precision = "bf16" if room.gpu is None else native_precision("auto", gpu)
     found = ways(base, precision, settings)
     if not found:
         said = "no way to train agrees with SETTINGS" if ways(base, precision) else ""

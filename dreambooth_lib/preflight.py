@@ -100,16 +100,16 @@ def _python() -> Check:
 
 
 def _packages(plan: packages.Plan) -> Check:
+    found, fix = "all that are required", ""
     if plan.absent:
         found = f"not installed: {', '.join(plan.absent)}"
         fix = "Run dreambooth_lib.packages.install_missing(), which moves nothing else."
-        return Check("packages", False, found, fix)
-    if plan.too_old:
-        found = ", ".join(f"{wanted} (here {here})" for wanted, here in plan.too_old.items())
+    elif plan.too_old:
+        old = (f"{wanted} (here {here})" for wanted, here in plan.too_old.items())
         names = " ".join(f"'{wanted}'" for wanted in plan.too_old)
+        found = f"too old: {', '.join(old)}"
         fix = f"Run pip install -U {names} and restart the session."
-        return Check("packages", False, f"too old: {found}", fix)
-    return Check("packages", True, "all that are required")
+    return Check("packages", not fix, found, fix)
 
 
 def _gpu(large: bool) -> Check:
@@ -207,8 +207,8 @@ def _base(base: str) -> Check:
         fix = "Choose a base in diffusers' layout."
     except Exception as error:  # the Hub's client raises many kinds, all meaning no answer
         cached = try_to_load_from_cache(base, "model_index.json")
-        denoisers = ("unet/*.safetensors", "transformer/*.safetensors")
-        if isinstance(cached, str) and any(any(Path(cached).parent.glob(d)) for d in denoisers):
+        files = Path(cached).parent.glob("*/*.safetensors") if isinstance(cached, str) else ()
+        if any(file.parent.name in ("unet", "transformer") for file in files):
             found = f"'{base}' was downloaded before; the Hub does not answer{advice}"
             return Check("base", True, found)
         found += f" ({type(error).__name__})"
