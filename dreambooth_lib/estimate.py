@@ -101,7 +101,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
                 family.blank_prompts(prompts)
             encoding += alive.most
         pixels = torch.zeros(family.at_a_time, 3, family.resolution, family.resolution)
-        with Alive(family.pipeline.vae) as alive:
+        with Alive() as alive:
+            family.pipeline.vae.state_dict()  # its views count the autoencoder's weights as well
             family.encode_images(pixels)
         encoding = max(encoding, weights + scoring + alive.most)
         working, flops = _one_update(family, trainable, config, half)
