@@ -1,6 +1,9 @@
-"""Bytes that are alive at once while a model is run on tensors without data."""
+"""What tensors take, counted without their values: bytes alive at once, and numbers in files."""
 
 import weakref
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +24,17 @@ IN_FLOAT32 = {
 class Alive(TorchDispatchMode):
     """Counts the bytes of tensors made under it, those alive now and the most at once, and work.
 
-    ``FlopCounterMode`` counts the work too, but holds on to every module's inputs.
+    The tensors of ``modules`` are left out. ``FlopCounterMode`` counts the work too, but holds on
+    to every module's inputs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.most = self.flops = 0
         self._known: set[int] = set()
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.without(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,7 +48,7 @@ class Alive(TorchDispatchMode):
         """Leave a tensor out, such as a weight."""
         self._known.add(tensor.untyped_storage()._cdata)
 
-    def _hold(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _hold(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
@@ -49,7 +56,6 @@ class Alive(TorchDispatchMode):
             self.now += size
             self.most = max(self.most, self.now)
             weakref.finalize(storage, self._free, key, size)
-        return tensor
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -65,19 +71,28 @@ class AsOnCuda(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
         if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            given = tree_map_only(torch.Tensor, _as_float32, given)
+            given = tree_map_only(
+                torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, given
+            )
         return func(*given[0], **given[1])
 
 
-def _as_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
 def give_shapes(module: torch.nn.Module) -> None:
-    """Tensors of the meta device become ones without data on the CPU, which has autocast."""
+    """Make tensors of the meta device ones without data on the CPU, which has autocast."""
     for part in module.modules():
         for name, one in part.named_parameters(recurse=False):
             empty = torch.empty(one.shape, dtype=one.dtype)
             setattr(part, name, torch.nn.Parameter(empty, requires_grad=one.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def count_numbers(files: Iterable[Path]) -> int:
+    """Count the numbers in safetensors files by their headers."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in files:
+        with safe_open(path, "np") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count

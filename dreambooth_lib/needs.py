@@ -1,19 +1,19 @@
 """What a run takes of GPU, memory, disk and Drive by each way to train, and the first that fits."""
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib import bases, families
-from dreambooth_lib.bases import WAYS, Base
-from dreambooth_lib.levels import FILLED
-from dreambooth_lib.mirrors import LARGE as LARGE_ON_DRIVE
+from dreambooth_lib import memory, mirrors, restoring
+from dreambooth_lib.bases import WAYS, Base, described
+from dreambooth_lib.levels import FILLED, first, native_precision
+from dreambooth_lib.memory import GIB
 
-GIB = 2**30
+#: What a run takes some of, by the fields of :class:`Room` and :class:`Needs`.
+KINDS = {"gpu": "GPU memory", "memory": "memory", "disk": "disk", "drive": "Drive"}
 #: Bytes of memory that a process takes beside a notebook's, once it computes on a GPU.
 PROCESS = 2.5e9
 #: Bytes of a weight in half precision, as which a kept model, its zip and large weights on Drive
@@ -27,15 +27,6 @@ CHECKPOINTS = 3
 ADDED, ADDED_MOST = 0.02, 60_000_000
 #: Class pictures, latents, pictures of looks and the log.
 PICTURES = 0.5e9
-#: Which known base one on the Hub is like, by its name or its pipeline's.
-_KINDS = {
-    r"flux": "Flux.1 dev",
-    r"z-?image": "Z-Image",
-    r"diffusion-?3|sd-?3|3\.5": "Stable Diffusion 3.5 medium",
-    r"xl|pony|illustrious": "Stable Diffusion XL 1.0",
-    r"diffusion-2|sd-?2": "Stable Diffusion 2.1",
-    r"": "Stable Diffusion 1.5",
-}
 #: Without a GPU a base above this many parameters is not worth training.
 LARGE = 200_000_000
 
@@ -49,6 +40,11 @@ class Room:
     gpu: int | None = None
     drive: int | None = None  #: where the run is mirrored
 
+    def holds(self, kind: str, need: float) -> bool:
+        """Return whether there are so many bytes of one of :data:`KINDS`."""
+        has = getattr(self, kind)
+        return has is None or need <= has * (FILLED if kind == "gpu" else 1)
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -61,20 +57,62 @@ class Needs:
     way: str = "whole model"  #: one of :data:`bases.WAYS`
     level: str = "standard"  #: of memory
 
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The way as fields of a config."""
-        return WAYS[self.way].fields
-
     def lacking(self, room: Room) -> list[str]:
         """Return what there is too little of."""
-        free = {
-            "GPU memory": (self.gpu, room.gpu and FILLED * room.gpu),
-            "memory": (self.memory, room.memory),
-            "disk": (self.disk, room.disk),
-            "Drive": (self.drive, room.drive),
-        }
-        return [name for name, (need, has) in free.items() if has is not None and need > has]
+        return [name for k, name in KINDS.items() if not room.holds(k, getattr(self, k))]
+
+    def too_little(self, room: Room) -> str:
+        """Say what of, where there is."""
+        *most, last = self.lacking(room)
+        return f"there is too little {', '.join(most)}{' and ' if most else ''}{last}"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """How a base is best trained on this machine, which is what a notebook begins with."""
+
+    needs: Needs | None  #: None where the base cannot be trained on such a GPU at all
+    room: Room
+    total: Room  #: what would be free if nothing were in use
+    large: bool  #: too large for a CPU
+    why: str = ""  #: what the ways before it lack here, or why there is none
+    ways: Sequence[Needs] = ()  #: from which it was chosen
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of a config for it, such as {"method": "lora"}; often none."""
+        return settings(self.needs, self.ways, self.room) if self.needs and self.ways else {}
+
+
+def recommend(
+    base: str,
+    folder: str | Path,
+    drive: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Offer:
+    """Return the first way to train a base that fits GPU, memory, disk and Drive as they are now.
+
+    They come in the order of :data:`bases.WAYS`; where none fits it is one that lacks the least.
+    Arguments are those of :func:`dreambooth_lib.preflight.preflight`.
+    """
+    import torch
+
+    large = described(base).parameters > LARGE
+    room, total = _here(Path(folder), drive)
+    if room.gpu is None and not large:
+        return Offer(on_cpu(base), room, total, large)
+    gpu = torch.device("cuda")  # or one with bf16, that is yet to be found
+    precision = "bf16" if room.gpu is None else native_precision("auto", gpu)
+    found = ways(base, precision, settings)
+    if not found:
+        said = "no way to train agrees with SETTINGS" if ways(base, precision) else ""
+        return Offer(None, room, total, large, said)
+    best = first_fitting(found, room)
+    # Of each way before it the level that takes the least.
+    tried = {one.way: one for one in found[: found.index(best)] if one.way != best.way}
+    called = {"whole model": "the whole model"}
+    why = [f"for {called.get(way, way)} {one.too_little(room)}" for way, one in tried.items()]
+    return Offer(best, room, total, large, "; ".join(why), found)
 
 
 def on_cpu(base: str) -> Needs:
@@ -98,138 +136,85 @@ def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = N
     - Drive holds the newest checkpoint with its moments, a newer one while it is copied there, and
       the best weights; large ones in half precision.
     """
-    known, asked = described(base), asked or {}
-    found = []
-    for (way, (fields, levels)), by_level in zip(WAYS.items(), known.gib[precision], strict=True):
-        for level, gib in zip(levels, by_level, strict=True):
-            if gib is not None and _agrees(fields, level, levels, asked):
-                stored = HALF if asked.get("variant") else known.stored
-                stored = 0 if base == "toybox" or Path(base).exists() else stored
-                found.append(_needs(known, way, level, gib, stored))
-    return found
+    like, asked = described(base), asked or {}
+    stored = HALF if asked.get("variant") else like.stored
+    if base == "toybox" or Path(base).exists():
+        stored = 0
+    return [
+        _needs(like, way, level, gib, stored)
+        for way, level, gib in like.takes(precision)
+        if _agrees(way, level, asked)
+    ]
 
 
-def first_fitting(found: Sequence[Needs], room: Room) -> Needs:
-    """Choose the first way that fits everything; if none does, one that lacks the fewest."""
-    fewest = min(len(needs.lacking(room)) for needs in found)
-    fitting = [needs for needs in found if len(needs.lacking(room)) == fewest]
-    return fitting[-1 if fewest else 0]
-
-
-def settings(chosen: Needs, found: Sequence[Needs], room: Room) -> dict[str, Any]:
-    """Return the fields of a config for a way; its level where memory "auto" would take another."""
-    of_way = [needs for needs in found if needs.way == chosen.way]
-    auto = next((n for n in of_way if "GPU memory" not in n.lacking(room)), of_way[-1])
-    return dict(chosen.fields) | ({} if auto is chosen else {"memory": chosen.level})
-
-
-def described(base: str) -> Base:
-    """Find the known base that a base is, or is like: by its parameters, if it is here.
-
-    One of as many parameters as a known one is taken for that, another for a Stable Diffusion 1.5
-    of another size. One on the Hub is taken for the known base that its name or, once that was
-    read, its ``model_index.json`` tells of.
-    """
-    known = bases.known(base)
-    if known is not None:
-        return known
-    like = bases.known("Stable Diffusion 1.5")
-    assert like is not None
-    try:
-        found = families.resolve(base)
-    except families.BaseError:
-        return like
-    if found.loras:
-        return described(found.name)
-    if not found.is_local:
-        return _like(base)
-    parts = dict(_parameters(Path(found.path)))
-    every = max(1, sum(parts.values()))
-    for one in bases.KNOWN:
-        if abs(every / one.parameters - 1) < 0.01:
-            return one
-    scale = every / like.parameters
-    gib = {
-        precision: tuple(tuple(g and g * scale for g in levels) for levels in by_way)
-        for precision, by_way in like.gib.items()
-    }
-    denoiser = parts.get("unet", 0) + parts.get("transformer", 0)
-    return replace(like, parameters=every, denoiser=denoiser, gib=gib)
-
-
-def guessed(base: str) -> str:
-    """Say, to end a sentence, what :func:`described` takes an unknown base on the Hub for."""
-    try:
-        on_hub = not Path(families.locate(base)).exists()
-    except families.BaseError:
-        return ""
-    guess = on_hub and bases.known(base) is None
-    return f", if '{base}' is as large as {described(base).name}" if guess else ""
-
-
-def _like(base: str) -> Base:
-    from huggingface_hub import try_to_load_from_cache
-
-    read = try_to_load_from_cache(base, "model_index.json")
-    said = json.loads(Path(read).read_text())["_class_name"] if isinstance(read, str) else base
-    for pattern, name in _KINDS.items():
-        found = bases.known(name) if re.search(pattern, said.lower()) else None
-        if found is not None:
-            return found
-    raise AssertionError("the last pattern finds all")
-
-
-def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
-    """Count each part's parameters by the headers of its files, of one variant alone."""
-    from safetensors import safe_open
-
-    for part in folder.iterdir():
-        files = [file for file in part.glob("*.safetensors") if part.name != "safety_checker"]
-        variants = {"." in file.stem: file for file in files}
-        count = 0
-        for file in files:
-            if ("." in file.stem) == (False not in variants):
-                with safe_open(file, "np") as tensors:
-                    names = tensors.keys()
-                    count += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
-        yield part.name, count
-
-
-def _agrees(
-    fields: Mapping[str, Any], level: str, levels: Sequence[str], asked: Mapping[str, Any]
-) -> bool:
-    method = asked.get("method") in (None, fields["method"])
-    bits = "quantize" not in asked or bool(asked["quantize"]) == ("quantize" in fields)
+def _agrees(way: str, level: str, asked: Mapping[str, Any]) -> bool:
+    fields, levels = WAYS[way]
     wanted = asked.get("memory", "auto")
-    same = wanted in ("auto", level) or (wanted == "lowest" and level == levels[-1])
-    return method and bits and same
+    return (
+        asked.get("method") in (None, fields["method"])
+        and bool(asked.get("quantize", "quantize" in fields)) == ("quantize" in fields)
+        and (wanted in ("auto", level) or (wanted == "lowest" and level == levels[-1]))
+    )
 
 
 def _needs(base: Base, way: str, level: str, gib: float, stored: int) -> Needs:
     """Count bytes by the rules of :func:`ways`, ``stored`` for each downloaded weight."""
     rest = base.parameters - base.denoiser
     weight = HALF if level == "lowest" else 4  # of what is trained
-    quantized = "quantize" in WAYS[way].fields
     if way == "whole model":
         trained, loaded = base.denoiser, weight * base.denoiser
         models = loaded + 4 * rest + 2 * HALF * base.parameters
     else:
         trained = min(int(ADDED * base.denoiser), ADDED_MOST)
-        loaded = HALF * base.denoiser
-        models = (4 + 2 * HALF) * trained
-    if quantized:
+        loaded, models = HALF * base.denoiser, (4 + 2 * HALF) * trained
+    if way == "QLoRA":
         loaded, rest = 0, rest - base.large
-    together = sum if level == "standard" and not quantized else max
+    together = sum if level == "standard" and way != "QLoRA" else max
     checkpoint = (weight + MOMENTS) * trained
     # As mirrors has it: large weights are rounded, and the newer copy is whole before the older
     # one goes.
-    mirrored = min(weight, HALF) if weight * trained > LARGE_ON_DRIVE else weight
-    drive = (2 * (mirrored + MOMENTS) + mirrored) * trained
-    return Needs(
-        gpu=int(gib * GIB),
-        memory=int(PROCESS + together((loaded, HALF * rest))),
-        disk=int(stored * base.parameters + CHECKPOINTS * checkpoint + models + PICTURES),
-        drive=int(drive + PICTURES),
-        way=way,
-        level=level,
+    mirrored = min(weight, HALF) if weight * trained > mirrors.LARGE else weight
+    ram = PROCESS + together((loaded, HALF * rest))
+    disk = stored * base.parameters + CHECKPOINTS * checkpoint + models + PICTURES
+    drive = (2 * (mirrored + MOMENTS) + mirrored) * trained + PICTURES
+    return Needs(int(gib * GIB), int(ram), int(disk), int(drive), way, level)
+
+
+def first_fitting(found: Sequence[Needs], room: Room) -> Needs:
+    """Choose the first way that fits everything; if none does, the last that lacks the fewest."""
+    fewest = min(len(needs.lacking(room)) for needs in found)
+    closest = [needs for needs in found if len(needs.lacking(room)) == fewest]
+    return first(closest, lambda needs: fewest == 0)
+
+
+def settings(chosen: Needs, found: Sequence[Needs], room: Room) -> dict[str, Any]:
+    """Return the fields of a config for a way; its level where memory "auto" would take another."""
+    of_way = [needs for needs in found if needs.way == chosen.way]
+    auto = first(of_way, lambda needs: room.holds("gpu", needs.gpu))
+    return WAYS[chosen.way].fields | ({} if auto is chosen else {"memory": chosen.level})
+
+
+def _here(folder: Path, drive: str | Path | None) -> tuple[Room, Room]:
+    """Count the bytes that are free on this machine now, and of how many."""
+    import psutil
+    import torch
+
+    ram, folder = psutil.virtual_memory(), folder.resolve()
+    disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
+    gpu = memory.gpu_bytes() if torch.cuda.is_available() else (None, None)
+    mirror: tuple[int | None, int | None] = None, None
+    if drive is not None:
+        with suppress(OSError):  # one that is gone has no room, which its own line says
+            usage = shutil.disk_usage(drive)
+            mirror = usage.free + _cut_off(Path(drive)), usage.total
+    return (
+        Room(ram.available, disk.free + _cut_off(folder), gpu[0], mirror[0]),
+        Room(ram.total, disk.total, gpu[1], mirror[1]),
     )
+
+
+def _cut_off(folder: Path) -> int:
+    """Count the bytes of the runs in a folder that have not finished."""
+    begun = [place.parent for place in folder.glob("*/config.toml")]
+    files = (file for run in begun if not restoring.has_finished(run) for file in run.rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())

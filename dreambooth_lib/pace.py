@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from dreambooth_lib import levels, memory, runs
 from dreambooth_lib.config import TrainConfig
@@ -21,7 +20,7 @@ _WRITTEN = 2**28  # bytes at most, to measure the disk by
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one update, one look and one checkpoint; a look's are 0 where there is none."""
+    """Seconds of one update, one look (0 without looks) and one checkpoint."""
 
     update: float
     look: float
@@ -36,20 +35,20 @@ class Pace:
 
 def checkpoints(config: TrainConfig) -> int:
     """Count a run's checkpoints: after each look, every so many steps, and at its end."""
-    # One that says nothing and never looks has some too.
     own = config.checkpoint_every or (0 if config.watch_every else _RARELY)
-    every = [each for each in (config.watch_every, own) if each]
-    saved = {step for each in every for step in range(each, config.steps, each)}
-    return len(saved | {config.steps})
+    every = filter(None, (config.watch_every, own))
+    return len({config.steps}.union(*(range(each, config.steps, each) for each in every)))
 
 
 def measure(config: TrainConfig) -> Pace:
     """Train for a moment beside all runs, and leave nothing behind.
 
-    A checkpoint is told from its size and the pace of the disk. All that loads the base and draws
-    a batch of class pictures, which is no part of the pace. Raises as
-    :func:`dreambooth_lib.training.train` does.
+    A checkpoint is told from its size and the pace of the disk; loading the base and drawing a
+    batch of class pictures are no part of it. Raises as :func:`dreambooth_lib.training.train` does.
     """
+    import torch
+    from torch.utils._pytree import tree_leaves
+
     from dreambooth_lib.setup_run import Session
     from dreambooth_lib.training import updates
 
@@ -65,20 +64,14 @@ def measure(config: TrainConfig) -> Pace:
         look = session.validate()
         # The first one also warms up.
         seconds = [step.seconds for step in islice(updates(session), 1, 1 + _UPDATES)]
-        checkpoint = _seconds_to_write(_size(session.optimizer.state()), Path(folder))
+        leaves = tree_leaves(session.optimizer.state())
+        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        checkpoint = _seconds_to_write(size, Path(folder))
     return Pace(median(seconds), look.seconds if look else 0.0, checkpoint)
 
 
-def _size(state: Any) -> int:
-    """Count the bytes of the tensors in a checkpoint's state."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
-
-
 def _seconds_to_write(size: int, folder: Path) -> float:
-    """Until a file of ``size`` bytes lies on the disk, told from a part of it."""
+    """Time a file of ``size`` bytes, told from a part of it, until it lies on the disk."""
     block = os.urandom(min(size, 2**22))
     blocks, began = max(1, min(size, _WRITTEN) // len(block)), time.perf_counter()
     with (folder / "written").open("wb") as file:

@@ -32,12 +32,12 @@ HEADS = {
 
 
 def sign(ok: bool) -> str:
-    """The sign of what is well, and of what is not."""
+    """Return the sign of what is well, and of what is not."""
     return "✓" if ok else "✗"
 
 
 def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]]) -> str:
-    """A table of rows (is all well, a word for it, cells): a cell to each head, after the mark."""
+    """Return a table of rows (is all well, a word for it, cells), whose mark comes first."""
     left = 'style="text-align: left"'
     body = []
     for ok, word, cells in rows:

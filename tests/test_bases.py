@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dreambooth_lib import bases, families, preflight
-from dreambooth_lib.bases import GIB, KNOWN, WAYS, Table, fitting, known, ways
+from dreambooth_lib.bases import KNOWN, WAYS, Table, fitting, known, ways
 from dreambooth_lib.levels import FILLED
+from dreambooth_lib.memory import GIB
 from tools.bases import configs, needed, parameters
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"

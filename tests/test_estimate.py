@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
 from dreambooth_lib import families, in_backward, runs
-from dreambooth_lib.allocations import IN_FLOAT32, Alive, AsOnCuda
+from dreambooth_lib.allocations import IN_FLOAT32, Alive, AsOnCuda, give_shapes
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
-from dreambooth_lib.estimate import GIB, _estimate, _size, drawing, estimate, ways_out
+from dreambooth_lib.estimate import _drawing, _estimate, _size, estimate, ways_out
 from dreambooth_lib.families import base
 from dreambooth_lib.levels import first_fitting
+from dreambooth_lib.memory import GIB
 from dreambooth_lib.setup_run import Session
-from dreambooth_lib.weights import precisions
+from dreambooth_lib.weights import Trainable, precisions
 from tools.bases import configs
 
 Make = Callable[..., TrainConfig]
@@ -172,7 +174,15 @@ def test_the_estimate_is_close_to_what_an_h200_measured(
 def test_class_pictures_are_estimated_as_an_h200_measured_them(sd15: str) -> None:
     """Eight of 512 pixels at once, with guidance, by a pipeline in half precision alone."""
     config = TrainConfig(Subject("photos", "dog"), sd15, prior_guidance_scale=7.5)
-    assert drawing(config, "bf16") / GIB == pytest.approx(3.06, rel=0.1)
+    family = families.skeleton(sd15, resolution=config.resolution, half=torch.bfloat16, whole=())
+    modules = [family.denoiser, *family.text_encoders, *family.frozen]
+    held = sum(_size(module, None, torch.bfloat16) for module in modules)
+    with FakeTensorMode():
+        for module in modules:
+            give_shapes(module)
+        model = Trainable(family, with_text=False).eval()
+        held += _drawing(family, model, family.default_batch_size, config, torch.float32)
+    assert held / GIB == pytest.approx(3.06, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["group_norm", "layer_norm", "interpolate", "softmax"])

@@ -15,8 +15,9 @@ import torch
 
 from dreambooth_lib import dreambench, levels, memory, runs, weights
 from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.estimate import GIB, estimate
+from dreambooth_lib.estimate import estimate
 from dreambooth_lib.levels import FILLED, first_fitting, fresh, settle, share
+from dreambooth_lib.memory import GIB
 from dreambooth_lib.setup_run import Session
 from dreambooth_lib.sweep import grid, sweep
 from dreambooth_lib.training import train

@@ -15,11 +15,12 @@ import pytest
 import torch
 from fake_colab import FakeColab
 
-from dreambooth_lib import needs, packages, preflight
+from dreambooth_lib import bases, needs, packages, preflight
 from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.memory import GIB
 from dreambooth_lib.needs import Needs, Room
 from dreambooth_lib.packages import Plan
-from dreambooth_lib.preflight import GIB, Check, Table
+from dreambooth_lib.preflight import Check, Table
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -269,7 +270,7 @@ def test_a_local_copy_of_a_known_base_takes_what_that_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656, "vae": 902_129_827}
-    monkeypatch.setattr(needs, "_parameters", lambda folder: counted.items())
+    monkeypatch.setattr(bases, "_parameters", lambda folder: counted.items())
     (tmp_path / "model_index.json").write_text("{}")
     found = needs.ways(str(tmp_path))
     assert [one.gpu for one in found] == [one.gpu for one in needs.ways(SD35)]
@@ -312,7 +313,7 @@ def test_a_finished_run_on_drive_takes_its_room(tmp_path: Path) -> None:
     mark = run / ".mirror.json"
     for finished, free in ((False, 1000), (True, 0)):
         mark.write_text(json.dumps({"identity": "x", "parts": {}, "finished": finished}))
-        assert preflight._cut_off(tmp_path) - free * (not finished) in (0, mark.stat().st_size)
+        assert needs._cut_off(tmp_path) - free * (not finished) in (0, mark.stat().st_size)
 
 
 def test_one_variant_of_a_local_bases_files_is_counted(tiny_sd1: str, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""Print what `dreambooth_lib.bases` says of each base: parameters and memory, of configs alone.
+"""Print what `dreambooth_lib/bases.json` says of each base: parameters and memory.
 
 ``python -m tools.bases`` prints the figures of all published architectures as they stand there,
-``python -m tools.bases sd15 sdxl`` of some. Nothing is downloaded: what follows are the
-architectures' numbers.
+``python -m tools.bases sd15 sdxl`` of some. Nothing is downloaded: the figures are counted from
+configs alone, which have the architectures' numbers.
 """
 
 import argparse
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -14,18 +15,19 @@ from typing import Any
 from dreambooth_lib import families
 from dreambooth_lib.bases import WAYS
 from dreambooth_lib.config import ConfigError, Subject, TrainConfig
-from dreambooth_lib.estimate import GIB, estimate
+from dreambooth_lib.estimate import estimate
+from dreambooth_lib.memory import GIB
 from tools import architectures
 
 
 def configs(name: str, folder: Path) -> str:
-    """Write an architecture as a base without weights; gives its path."""
+    """Write an architecture as a base without weights; return its path."""
     architectures.save(architectures.ALL[name], folder, weights=False)
     return str(folder)
 
 
 def parameters(base: str) -> tuple[int, int, int]:
-    """Of all parts that are loaded, of the denoiser, and of encoders too large to train."""
+    """Count those of all parts that are loaded, of the denoiser, and of too large encoders."""
     family = families.skeleton(base)
     large = [getattr(family.pipeline, name) for name in family.large_encoder_names]
     every = [family.denoiser, *family.text_encoders, *family.frozen]
@@ -37,7 +39,7 @@ def parameters(base: str) -> tuple[int, int, int]:
 
 
 def needed(base: str, method: str, level: str, precision: str) -> float | None:
-    """GiB, at least 0.1, that a way to train a base takes at a level of memory by default.
+    """Return the GiB, at least 0.1, that a way takes at a level of memory by default.
 
     None where the family cannot compute at that level in ``precision``.
     """
@@ -57,13 +59,14 @@ def main() -> None:
     for name in parser.parse_args().names or names:
         with tempfile.TemporaryDirectory() as folder:
             base = name if name == "toybox" else configs(name, Path(folder))
-            print(name, ", ".join(f"{count:_}" for count in parameters(base)), flush=True)
+            counts = zip(("parameters", "denoiser", "large"), parameters(base), strict=True)
+            print(name, ", ".join(f'"{of}": {count}' for of, count in counts), sep="\n", flush=True)
             for precision in ("fp16", "bf16"):
-                gib = tuple(
-                    tuple(needed(base, method, level, precision) for level in way.levels)
+                gib = [
+                    [needed(base, method, level, precision) for level in way.levels]
                     for method, way in WAYS.items()
-                )
-                print(f'    "{precision}": {gib},', flush=True)
+                ]
+                print(f'  "{precision}": {json.dumps(gib)},', flush=True)
 
 
 if __name__ == "__main__":
