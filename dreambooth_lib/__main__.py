@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_evaluate(given: argparse.Namespace) -> None:
-    from dreambooth_lib import demo, dreambench, report
+    from dreambooth_lib import demo, dreambench, report, watch
     from dreambooth_lib.processes import join_group
 
     state = join_group()
@@ -85,7 +85,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
     settings = {name: getattr(given, name) for name in names}
     for at in report.base_against_tuned(
         benchmark, lambda subject: TrainConfig(subject, **settings), given.out,
-        given.encoders or [demo.JUDGE], given.base, given.pictures,
+        given.encoders or [watch.JUDGE], given.base, given.pictures,
     ):  # fmt: skip
         state.print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
     if state.is_main_process:

@@ -90,15 +90,15 @@ class Session:
     def _load(self, instance: list[Photo]) -> Family:
         """Load the base; where its text encoders make room, with all prompts of the run encoded."""
         config, subject = self.config, self.config.subject
-        loading = precisions(config, self.half)
+        load_options = precisions(config, self.half)
         if lets_go(config):
             own = read_pictures(config.class_folder) if config.class_folder else []
             photos = [*own, *instance, *as_class(instance, subject)]
             prompts = {photo.caption for photo in photos if photo.caption} | {subject.class_prompt}
             if config.watch_every:
                 prompts |= set(view_of(self.run).prompts(subject))
-            loading |= {"prompts": prompts, "device": self.accelerator.device}
-        family = families.load_model(config.base, config.revision, config.variant, **loading)
+            load_options |= {"prompts": prompts, "device": self.accelerator.device}
+        family = families.load_model(config.base, config.revision, config.variant, **load_options)
         family.pipeline.to(self.accelerator.device)
         return family
 

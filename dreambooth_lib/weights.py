@@ -12,10 +12,10 @@ from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.runs import Run, RunError
 
 
-def base_of(config: TrainConfig, half: torch.dtype = torch.float32, **loading: Any) -> Family:
-    """Load a config's base at its resolution, all in ``half`` if ``loading`` says no more."""
+def base_of(config: TrainConfig, half: torch.dtype = torch.float32, **load_options: Any) -> Family:
+    """Load a config's base at its resolution, all in ``half`` if ``load_options`` says no more."""
     own = {"resolution": config.resolution, "half": half, "whole": (), "quantize": config.quantize}
-    return families.load_model(config.base, config.revision, config.variant, **(own | loading))
+    return families.load_model(config.base, config.revision, config.variant, **(own | load_options))
 
 
 def precisions(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def to_be_saved(config: TrainConfig) -> Family:
 
     An average of such weights is finer than these.
     """
-    loading = precisions(config, torch.float32)
+    load_options = precisions(config, torch.float32)
     if config.ema_decay is not None:
-        loading["master"] = torch.float32
-    return base_of(config, **loading)
+        load_options["master"] = torch.float32
+    return base_of(config, **load_options)
 
 
 def _family_of(config: TrainConfig) -> type[Family]:
@@ -170,8 +170,8 @@ def as_trained(run: Run, step: int) -> Family:
         rounded = run.settled.memory == "lowest"  # its weights are bfloat16 already
         family = base_of(config, torch.float16 if fits and not rounded else torch.bfloat16)
     else:
-        loading = precisions(config, torch.float32)
-        family = families.skeleton(config.base, config.revision, **loading)
+        load_options = precisions(config, torch.float32)
+        family = families.skeleton(config.base, config.revision, **load_options)
     put_back(what_is_trained(family, config), run, step)
     return family
 
