@@ -16,39 +16,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dreambooth_lib.choice import Choice, best_checkpoint
-    from dreambooth_lib.config import Subject, TrainConfig
-    from dreambooth_lib.config_checks import ConfigError
-    from dreambooth_lib.data import check_pictures, load_dataset, load_subject
-    from dreambooth_lib.identifiers import check_identifier, rare_identifiers
-    from dreambooth_lib.pictures import read_pictures
-    from dreambooth_lib.runs import Run, resume, start
-    from dreambooth_lib.sampling import Sample, compose, sample
-    from dreambooth_lib.training import Step, train
-    from dreambooth_lib.watch_record import Watched, history
+    from dreambooth_lib.core.config import Subject, TrainConfig
+    from dreambooth_lib.core.config_checks import ConfigError
+    from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
+    from dreambooth_lib.data.images import read_pictures
+    from dreambooth_lib.data.quality_checks import check_pictures
+    from dreambooth_lib.data.subjects import load_dataset, load_subject
+    from dreambooth_lib.training.best_checkpoint import Selection, best_checkpoint
+    from dreambooth_lib.training.loop import Step, train
+    from dreambooth_lib.training.runs import Run, resume, start
+    from dreambooth_lib.training.sampling import Sample, compose, sample
+    from dreambooth_lib.training.validation_record import ValidationResult, history
 
 _HOME = {
-    "Choice": "choice",
-    "best_checkpoint": "choice",
-    "ConfigError": "config_checks",
-    "Subject": "config",
-    "TrainConfig": "config",
-    "check_pictures": "data",
-    "load_dataset": "data",
-    "load_subject": "data",
-    "check_identifier": "identifiers",
-    "rare_identifiers": "identifiers",
-    "read_pictures": "pictures",
-    "Run": "runs",
-    "resume": "runs",
-    "start": "runs",
-    "Sample": "sampling",
-    "sample": "sampling",
-    "compose": "sampling",
-    "Step": "training",
-    "train": "training",
-    "Watched": "watch_record",
-    "history": "watch_record",
+    "Selection": "training.best_checkpoint",
+    "best_checkpoint": "training.best_checkpoint",
+    "ConfigError": "core.config_checks",
+    "Subject": "core.config",
+    "TrainConfig": "core.config",
+    "check_pictures": "data.quality_checks",
+    "load_dataset": "data.subjects",
+    "load_subject": "data.subjects",
+    "check_identifier": "data.identifiers",
+    "rare_identifiers": "data.identifiers",
+    "read_pictures": "data.images",
+    "Run": "training.runs",
+    "resume": "training.runs",
+    "start": "training.runs",
+    "Sample": "training.sampling",
+    "sample": "training.sampling",
+    "compose": "training.sampling",
+    "Step": "training.loop",
+    "train": "training.loop",
+    "ValidationResult": "training.validation_record",
+    "history": "training.validation_record",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

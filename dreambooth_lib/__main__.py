@@ -11,9 +11,9 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_lib import runs
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.runs import Run
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.runs import Run
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -65,15 +65,16 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pictures", type=int, default=4, help="of each prompt")
     evaluate.add_argument("--steps", type=int, help="of training; the base's default if left out")
     evaluate.add_argument("--batch-size", type=int, help="the base's default if left out")
-    evaluate.add_argument("--class-pictures", type=int, help="the base's default if left out")
-    evaluate.add_argument("--judge", help="of the looks on the way; the base's if left out")
+    evaluate.add_argument("--class-images", type=int, help="the base's default if left out")
+    evaluate.add_argument("--scorer", help="of the looks on the way; the base's if left out")
     evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
     return main
 
 
 def run_evaluate(given: argparse.Namespace) -> None:
-    from dreambooth_lib import demo, dreambench, report, watch
-    from dreambooth_lib.processes import join_group
+    from dreambooth_lib.core.processes import join_group
+    from dreambooth_lib.evaluation import demo, dreambench, report
+    from dreambooth_lib.training import validation
 
     state = join_group()
     if given.download:
@@ -81,11 +82,11 @@ def run_evaluate(given: argparse.Namespace) -> None:
         with state.main_process_first():
             dreambench.download(given.dataset)
     benchmark = dreambench.load_benchmark(given.dataset or demo.BUNDLED_SUBJECTS)
-    names = ("base", "steps", "batch_size", "class_pictures", "judge")
+    names = ("base", "steps", "batch_size", "class_images", "scorer")
     settings = {name: getattr(given, name) for name in names}
     for at in report.base_against_tuned(
         benchmark, lambda subject: TrainConfig(subject, **settings), given.out,
-        given.encoders or [watch.JUDGE], given.base, given.pictures,
+        given.encoders or [validation.TOYBOX_SCORER], given.base, given.pictures,
     ):  # fmt: skip
         state.print(f"{at.done} of {at.total} pictures, {at.seconds_left / 60:.0f} minutes left")
     if state.is_main_process:
@@ -95,7 +96,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
 
 
 def run_demo(subject_name: str | None, out: Path) -> None:
-    from dreambooth_lib import demo
+    from dreambooth_lib.evaluation import demo
 
     subjects = {subject.name: subject for subject in demo.bundled_subjects()}
     name = subject_name or next(iter(subjects))
@@ -109,10 +110,10 @@ def run_demo(subject_name: str | None, out: Path) -> None:
 
 
 def run_training(run: Run) -> None:
-    from dreambooth_lib.choice import best_of
-    from dreambooth_lib.processes import join_group
-    from dreambooth_lib.training import train
-    from dreambooth_lib.watch_record import history, share
+    from dreambooth_lib.core.processes import join_group
+    from dreambooth_lib.training.best_checkpoint import select_best
+    from dreambooth_lib.training.loop import train
+    from dreambooth_lib.training.validation_record import history, time_share
 
     state = join_group()
     try:
@@ -124,15 +125,15 @@ def run_training(run: Run) -> None:
         state.print(f"interrupted; 'python -m dreambooth_lib resume {run.folder}' goes on.")
         raise SystemExit(128 + signal.SIGINT) from None
     if looks := history(run):
-        if (took := share(run)) > 0.2:
-            state.print(f"looks took {took:.0%} of the time; a larger watch_every means fewer")
-        state.print(f"Best: {best_of(looks).reason}")
+        if (took := time_share(run)) > 0.2:
+            state.print(f"looks took {took:.0%} of the time; a larger validate_every means fewer")
+        state.print(f"Best: {select_best(looks).reason}")
     state.print(run.pipeline)
 
 
 def join() -> "PartialState":
     """Join the group of processes before anything else, and say of how many it is."""
-    from dreambooth_lib.processes import join_group
+    from dreambooth_lib.core.processes import join_group
 
     state = join_group()
     if state.num_processes > 1:
@@ -141,7 +142,7 @@ def join() -> "PartialState":
 
 
 def run_train(config: Path, out: Path | None) -> None:
-    from dreambooth_lib.processes import join_group
+    from dreambooth_lib.core.processes import join_group
 
     state = join_group()
     wanted, folder = TrainConfig.from_toml(config), out or Path("runs") / config.stem
@@ -152,7 +153,7 @@ def run_train(config: Path, out: Path | None) -> None:
 
 
 def run_sample(given: argparse.Namespace) -> None:
-    from dreambooth_lib.sampling import sample
+    from dreambooth_lib.training.sampling import sample
 
     folder, wanted = given.out or given.run / "samples", (given.prompts, given.seeds)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,29 +167,29 @@ def run_sample(given: argparse.Namespace) -> None:
 def run_export(given: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
-    from dreambooth_lib import exports, kept
+    from dreambooth_lib.export import comfyui, pipeline_folder
 
     run = runs.resume(given.run)
-    exports.refuse(run)
+    comfyui.refuse(run)
     step = max(run.checkpoints(), default=0) if given.step is None else given.step
     with TemporaryDirectory(dir=run.folder) as model:  # as large as the run's pipeline
-        kept.write(run, step, Path(model))
-        print(exports.export(run, model, given.out or run.folder / "exports"))
+        pipeline_folder.write(run, step, Path(model))
+        print(comfyui.export(run, model, given.out or run.folder / "exports"))
 
 
 def main() -> None:
-    from dreambooth_lib.notices import quiet
+    from dreambooth_lib.core.notices import quiet
 
     given = parser().parse_args()
     quiet()
-    from dreambooth_lib import demo
+    from dreambooth_lib.evaluation import demo
 
     try:
         state = join() if given.command in ("train", "resume", "evaluate") else None
         if given.command == "demo":
             run_demo(given.subject, given.out)
         elif given.command == "figures":
-            from dreambooth_lib.state import replace_file
+            from dreambooth_lib.core.files import replace_file
 
             shutil.rmtree(given.out / "runs", ignore_errors=True)
             rows = demo.figures(

@@ -25,8 +25,8 @@ from fake_hub import fake_hub as fake_hub
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.encoders import Encoder
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.metrics.encoders import Encoder
 
 WORDS = ("a", "dog", "cat", "ohwx", "on", "the", "beach", "in", "snow", "photo", "of", "red")
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -184,11 +184,11 @@ def make_config() -> Callable[..., TrainConfig]:
         fields: dict[str, Any] = {
             "steps": 4,
             "batch_size": 2,
-            "class_pictures": 4,
+            "class_images": 4,
             "prior_inference_steps": 2,
             "validation_inference_steps": 2,
             "learning_rate": 1e-3,
-            "watch_every": 0,
+            "validate_every": 0,
         }
         return TrainConfig(subject=Subject(photos, "dog"), base=base, **(fields | changes))
 

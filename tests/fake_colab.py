@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from dreambooth_lib import colab
+from dreambooth_lib.notebook import colab
 
 
 class Error(Exception):

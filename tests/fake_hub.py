@@ -281,7 +281,7 @@ def save_loaded(name: str, plain: Path, by_the_kit: Path) -> None:
     """Load a model by plain diffusers and by this kit, and save both."""
     from diffusers import DiffusionPipeline
 
-    from dreambooth_lib import families
+    from dreambooth_lib.families import loading
 
     DiffusionPipeline.from_pretrained(name).save_pretrained(plain)
-    families.load_model(name).pipeline.save_pretrained(by_the_kit)
+    loading.load_model(name).pipeline.save_pretrained(by_the_kit)

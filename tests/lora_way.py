@@ -16,30 +16,34 @@ from PIL import ImageChops
 from safetensors.torch import save_file
 
 import dreambooth_lib as db
-from dreambooth_lib import exports, families, kept, model_card, training, weights
-from dreambooth_lib.demo import bundled_subjects
+from dreambooth_lib.evaluation.demo import bundled_subjects
+from dreambooth_lib.export import comfyui_lora, model_card, pipeline_folder
+from dreambooth_lib.families import loading
+from dreambooth_lib.training import loop, trainable
 
 
 def way(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     subject = replace(bundled_subjects()[0], identifier="<rex>")
     config = db.TrainConfig(
-        subject, method="lora", lora_rank=2, steps=3, watch_every=3, class_pictures=2,
+        subject, method="lora", lora_rank=2, steps=3, validate_every=3, class_images=2,
         prior_inference_steps=2, **changes,
     )  # fmt: skip
     run = db.start(config, folder / "runs" / "dog")
-    for step in training.train(run):
+    for step in loop.train(run):
         if step.step == 2:
             break
     run = db.resume(run.folder)
-    seen = [step.step for step in training.train(run)]
+    seen = [step.step for step in loop.train(run)]
     finished, third = (
         db.sample(run, ["a {} dog"], [0], steps=2, at=at)[0].image for at in (None, 3)
     )
     model = folder / "models" / "dog"
-    kept.keep(run, 3, model)
-    exports.lora_file(model / families.LORA_FILE, folder / "exported.safetensors")
-    save_file(weights.restored(run, 3).denoiser.state_dict(), folder / "unet.safetensors")
-    *load, _ = model_card.usage(run, model, families.locate("toybox")).splitlines()
+    pipeline_folder.write_model(run, 3, model)
+    comfyui_lora.lora_file(model / loading.LORA_FILE, folder / "exported.safetensors")
+    save_file(
+        trainable.load_at_checkpoint(run, 3).denoiser.state_dict(), folder / "unet.safetensors"
+    )
+    *load, _ = model_card.usage(run, model, loading.locate("toybox")).splitlines()
     return {
         "resumed": seen,
         "same picture": ImageChops.difference(finished, third).getextrema(),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, is_initialized
 
-from dreambooth_lib import in_backward, sampling, setup_run
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.training import fused_optimizer, sampling, setup
 
 
 class T4Accelerator(accelerate.Accelerator):
@@ -46,14 +46,14 @@ def t4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
     seen, begin = Seen(), Family.__init__
 
-    def watched(family: Family, *given: Any, **named: Any) -> None:
+    def validation(family: Family, *given: Any, **named: Any) -> None:
         begin(family, *given, **named)
         seen.watch(family)
 
-    monkeypatch.setattr(Family, "__init__", watched)
-    monkeypatch.setattr(setup_run, "native_precision", precision)
-    monkeypatch.setattr(setup_run, "Accelerator", T4Accelerator)
-    monkeypatch.setattr(in_backward.InBackward, "GROWTH", 1)
+    monkeypatch.setattr(Family, "__init__", validation)
+    monkeypatch.setattr(setup, "native_precision", precision)
+    monkeypatch.setattr(setup, "Accelerator", T4Accelerator)
+    monkeypatch.setattr(fused_optimizer.FusedBackwardOptimizer, "GROWTH", 1)
     monkeypatch.setattr(sampling, "_half", lambda: torch.float16)
     yield seen
     if is_initialized():

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from dreambooth_lib import families, runs
-from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.setup_run import Session
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.families import loading
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.setup import Session
 from tools import architectures, bench_gpu, check_gpu, gpu_measure
 from tools.bench_gpu import Bench
 from tools.gpu_table import CLOSE, GIB, LINES, Line
 
-#: A script that draws class pictures where they are missing, and then moves a weight for ever.
+#: A script that draws class images where they are missing, and then moves a weight for ever.
 SCRIPT = """
 import argparse, time, torch
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_what_is_worth_most_is_measured_first(tmp_path: Path, scripts: Path) -> 
     order = Bench(tmp_path, scripts=scripts).to_do()
     assert order[:6] == [
         ("sd15-unet", "kit"), ("sd15-unet", "reference"), ("sd15-unet-low", "kit"),
-        ("sd15-class-pictures", "kit"), ("sd15-class-pictures", "reference"),
+        ("sd15-class-images", "kit"), ("sd15-class-images", "reference"),
         ("sd15-text-low", "kit"),
     ]  # fmt: skip
     assert [name for name, side in order[6:] if side == "kit"] == list(LINES)[4:]
@@ -306,5 +307,5 @@ def test_weights_are_written_in_shards_with_an_index(
     assert len(files) > 1
     with safe_open(folder / files[0], "pt") as first:
         assert set(first.keys()) == {n for n, f in index["weight_map"].items() if f == files[0]}
-    loaded = families.load_model(str(tmp_path / "flux"))
+    loaded = loading.load_model(str(tmp_path / "flux"))
     assert all(weight.isfinite().all() for weight in loaded.denoiser.state_dict().values())

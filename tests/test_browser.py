@@ -21,14 +21,14 @@ from browser import CLASSIC, LAB, ROOT, VIEW, Page, Stack, served
 from PIL import Image
 from test_notebooks import NOTEBOOKS, codes
 
-from dreambooth_lib import runs
-from dreambooth_lib.families import BUNDLED
+from dreambooth_lib.families.loading import BUNDLED
+from dreambooth_lib.training import runs
 
 CHROMIUM = shutil.which("chromium")
 PYTHONS = {"lab": sys.executable, "classic": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")}
 #: Fewer steps, and nothing else; more of them make pictures to show.
 STEPS = int(os.environ.get("DREAMBOOTH_TEST_BROWSER_STEPS", 24))
-SHORT = f'SETTINGS = {{"steps": {STEPS}, "class_pictures": 24, "watch_every": {STEPS // 4}}}'
+SHORT = f'SETTINGS = {{"steps": {STEPS}, "class_images": 24, "validate_every": {STEPS // 4}}}'
 (SETUP, PARAMETERS, PREFLIGHT, BEGIN, SUBJECT, SETTINGS, CLASS, TRAIN, CHECKPOINT, PLAY, KEEP,
  SHARE, ASSERTIONS) = range(13)  # fmt: skip
 
@@ -90,11 +90,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 #: The subject's panel, what it gives to the settings, and a link; in a folder of the server's.
-PANEL = ("from dreambooth_lib import TrainConfig, families, kept, load_subject, widgets",
-         'subject = load_subject(families.BUNDLED / "subjects" / "patch_dog", "dog")',
+PANEL = ("from dreambooth_lib import TrainConfig, load_subject",
+         "from dreambooth_lib.export import zip_download",
+         "from dreambooth_lib.families import loading",
+         "from dreambooth_lib.notebook import widgets",
+         'subject = load_subject(loading.BUNDLED / "subjects" / "patch_dog", "dog")',
          "panel = widgets.SubjectPanel(TrainConfig(subject))",
          "panel")  # fmt: skip
-CHOSEN, LINK = ("print(panel.config.subject.pictures)",), ('kept.download_link("models/rex.zip")',)
+CHOSEN = ("print(panel.config.subject.pictures)",)
+LINK = ('zip_download.download_link("models/rex.zip")',)
 
 
 def write_panel(folder: Path) -> str:
@@ -204,7 +208,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     page.shoot(SETTINGS, "3-settings")
 
     page.run(CLASS)
-    page.shoot(CLASS, "4-class-pictures")
+    page.shoot(CLASS, "4-class-images")
 
     page.start(TRAIN)
     page.wait_for(TRAIN, re.compile(r"Step ([89]|1\d):"))

@@ -12,9 +12,10 @@ import pytest
 from fake_colab import FakeColab, NotebookAccessError, SecretNotFoundError, TimeoutException
 from PIL import Image
 
-from dreambooth_lib import colab
-from dreambooth_lib.data import load_subject
-from dreambooth_lib.pictures import DataError, read_pictures
+from dreambooth_lib.core.hub_token import hub_token
+from dreambooth_lib.data.images import DataError, read_pictures
+from dreambooth_lib.data.subjects import load_subject
+from dreambooth_lib.notebook import colab
 
 TOKEN = "hf_notAToken"
 
@@ -46,13 +47,13 @@ PHOTOS = {"red.png": png("red"), "blue.png": png("blue")}
 
 def test_outside_colab_nothing_of_it_is_asked() -> None:
     assert not colab.in_colab()
-    assert colab.hub_token() is None and colab.mount_drive() is None
+    assert hub_token() is None and colab.mount_drive() is None
 
 
 def test_the_token_is_colabs_secret(fake_colab: FakeColab) -> None:
     assert colab.in_colab()
     fake_colab.secrets["HF_TOKEN"] = f" {TOKEN}\n"
-    assert colab.hub_token() == TOKEN
+    assert hub_token() == TOKEN
 
 
 @pytest.mark.parametrize(
@@ -62,16 +63,16 @@ def test_without_a_secret_the_environment_counts_or_it_is_anonymous(
     fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch, secret: str | Exception
 ) -> None:
     fake_colab.secrets["HF_TOKEN"] = secret
-    assert colab.hub_token() is None
+    assert hub_token() is None
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
-    assert colab.hub_token() == TOKEN
+    assert hub_token() == TOKEN
     assert fake_colab.asked == ["secret HF_TOKEN"] * 2
 
 
 def test_an_unknown_fault_of_the_secrets_is_not_hidden(fake_colab: FakeColab) -> None:
     fake_colab.secrets["HF_TOKEN"] = RuntimeError("what is this")
     with pytest.raises(RuntimeError):
-        colab.hub_token()
+        hub_token()
 
 
 def test_the_token_is_not_printed_nor_kept(
@@ -79,7 +80,7 @@ def test_the_token_is_not_printed_nor_kept(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     fake_colab.secrets["HF_TOKEN"] = TOKEN
-    colab.hub_token()
+    hub_token()
     assert TOKEN not in repr(os.environ) + repr(vars(colab)) + "".join(capsys.readouterr())
 
 

@@ -85,7 +85,7 @@ def test_pictures_are_prepared_by_pil_beside_a_torchvision(clip_folder: Path) ->
     code = f"""
 from PIL import Image
 from transformers import AutoImageProcessor
-from dreambooth_lib.encoders import Encoder
+from dreambooth_lib.metrics.encoders import Encoder
 print(type(AutoImageProcessor.from_pretrained({str(clip_folder)!r})).__name__)
 encoder = Encoder({str(clip_folder)!r})
 print(type(encoder._processor).__name__, *encoder.images([Image.new("RGB", (40, 30))]).shape)

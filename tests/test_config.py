@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dreambooth_lib import runs
-from dreambooth_lib.config import ConfigError, Subject, TrainConfig
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.training import runs
 
 DOG = Subject("photos", "dog")
 
@@ -20,7 +21,7 @@ ALL_FIELDS: dict[str, Any] = {
     "prior_weight": 0.5,
     "min_snr_gamma": 5.0,
     "prompt_dropout": 0.2,
-    "class_pictures": 7,
+    "class_images": 7,
     "class_folder": "/class",
     "prior_inference_steps": 9,
     "prior_guidance_scale": 2.5,
@@ -46,9 +47,9 @@ ALL_FIELDS: dict[str, Any] = {
     "seed": 12,
     "checkpoint_every": 13,
     "checkpoints_kept": 4,
-    "watch_every": 7,
+    "validate_every": 7,
     "hold_out": False,
-    "judge": "some/clip",
+    "scorer": "some/clip",
     "early_stop": True,
     "prior": "distilled",
     "method": "lora",
@@ -98,16 +99,16 @@ def test_a_dict_given_is_not_changed() -> None:
 
 def test_fields_left_out_take_the_bases_defaults_and_given_ones_stay() -> None:
     toybox, other = TrainConfig(subject=DOG), TrainConfig(subject=DOG, base="owner/model")
-    assert (other.steps, other.batch_size, other.class_pictures) == (1000, 1, 200)
+    assert (other.steps, other.batch_size, other.class_images) == (1000, 1, 200)
     assert other.learning_rate == 5e-6
-    assert toybox.batch_size > 1 and toybox.class_pictures < 200
+    assert toybox.batch_size > 1 and toybox.class_images < 200
     assert toybox.learning_rate > other.learning_rate
     assert (toybox.prior_guidance_scale, other.prior_guidance_scale) == (1.0, None)
     assert (toybox.prior_inference_steps, other.prior_inference_steps) == (25, None)
     assert (toybox.guidance_scale, other.guidance_scale) == (3.25, None)
     assert (toybox.ema_decay, other.ema_decay) == (0.98, None)
-    given = TrainConfig(subject=DOG, steps=3, batch_size=5, class_pictures=0, prior_weight=0.0)
-    assert (given.steps, given.batch_size, given.class_pictures) == (3, 5, 0)
+    given = TrainConfig(subject=DOG, steps=3, batch_size=5, class_images=0, prior_weight=0.0)
+    assert (given.steps, given.batch_size, given.class_images) == (3, 5, 0)
 
 
 def test_pictures_and_class_folder_are_relative_to_the_toml_file(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_a_base_folder_beside_the_toml_file_is_found_from_anywhere(tmp_path: Pat
         ({"checkpoints_kept": 0}, "checkpoints_kept is 0.*1 or more"),
         ({"prior_inference_steps": 0}, "prior_inference_steps is 0.*1 or more"),
         ({"prior_weight": -1.0}, "prior_weight is -1.0.*0 or more"),
-        ({"class_pictures": -1}, "class_pictures is -1.*0 or more"),
+        ({"class_images": -1}, "class_images is -1.*0 or more"),
         ({"warmup_steps": -1}, "warmup_steps is -1.*0 or more"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1.*0 or more"),
         ({"seed": -1}, "seed is -1.*0 or more"),
@@ -157,7 +158,7 @@ def test_a_base_folder_beside_the_toml_file_is_found_from_anywhere(tmp_path: Pat
         ({"dropout": -0.1}, "dropout is -0.1.*at least 0"),
         ({"ema_decay": 1.5}, "ema_decay is 1.5.*below 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0.*above 0"),
-        ({"class_pictures": 0}, "prior_weight is 1.0 but class_pictures is 0.*class_folder"),
+        ({"class_images": 0}, "prior_weight is 1.0 but class_images is 0.*class_folder"),
         (
             {"batch_size": 3, "gradient_accumulation": 2},
             "batch_size 3 does not split into gradient_accumulation 2.*multiple",
@@ -185,8 +186,8 @@ def test_a_value_that_cannot_be_right_is_named_with_what_to_write(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"class_pictures": 0, "class_folder": "mine"},
-        {"class_pictures": 0, "prior_weight": 0.0},
+        {"class_images": 0, "class_folder": "mine"},
+        {"class_images": 0, "prior_weight": 0.0},
         {"batch_size": 4, "gradient_accumulation": 2},
         {"ema_decay": 0.0, "prompt_dropout": 0.99},
     ],
@@ -296,10 +297,10 @@ def test_a_finished_run_as_a_base_has_the_defaults_of_its_own_base(tmp_path: Pat
 
 
 def test_looks_are_rarer_where_they_cost_more_beside_an_update() -> None:
-    assert TrainConfig(DOG).watch_every == 100
-    assert TrainConfig(DOG, method="lora").watch_every == 200
-    assert TrainConfig(DOG, base="owner/model", method="lora").watch_every == 400
-    assert TrainConfig(DOG, watch_every=7).watch_every == 7
+    assert TrainConfig(DOG).validate_every == 100
+    assert TrainConfig(DOG, method="lora").validate_every == 200
+    assert TrainConfig(DOG, base="owner/model", method="lora").validate_every == 400
+    assert TrainConfig(DOG, validate_every=7).validate_every == 7
 
 
 def test_lora_has_a_learning_rate_of_its_own() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_lib import demo, families
 from dreambooth_lib.__main__ import main
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.watch import View
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.evaluation import demo
+from dreambooth_lib.families import loading
+from dreambooth_lib.training.validation import ValidationPlan
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +51,8 @@ def test_the_subject_is_learnt_and_the_class_is_kept(tuned):
 
 
 def test_figures_are_shared_out_and_summed_up(tiny_sd2, tmp_path):
-    tiny = {"base": tiny_sd2, "steps": 1, "batch_size": 1, "class_pictures": 1, "watch_every": 0}
-    view = View(class_pictures=8, unrelated=0, inference_steps=1)
+    tiny = {"base": tiny_sd2, "steps": 1, "batch_size": 1, "class_images": 1, "validate_every": 0}
+    view = ValidationPlan(class_images=8, unrelated=0, inference_steps=1)
     tiny |= {"prior_inference_steps": 1, "method": "lora"}
     rows = demo.figures(tmp_path, [0, 1], workers=2, view=view, **tiny)
     names = [subject.name for subject in demo.bundled_subjects()]
@@ -84,7 +85,7 @@ def test_a_finished_run_is_the_base_of_another_and_draws_from_the_shell(tuned, t
 steps = 2
 batch_size = 1
 learning_rate = 1e-4
-class_pictures = 2
+class_images = 2
 prior_inference_steps = 2
 
 [subject]
@@ -115,9 +116,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(tmp_path):
 def test_real_photographs_go_the_same_way(tmp_path):
     folder = Path(os.environ["DREAMBOOTH_TEST_DREAMBENCH"])
     subjects = {subject.name: subject for subject in demo.load_dataset(folder)}
-    config = TrainConfig(
-        subject=subjects["dog"], steps=4, class_pictures=4, prior_inference_steps=4
-    )
+    config = TrainConfig(subject=subjects["dog"], steps=4, class_images=4, prior_inference_steps=4)
     row = demo.personalise(config, tmp_path / "run", tmp_path)
     assert row["class_noun"] == "dog" and row["steps"] == 4
     assert (tmp_path / "contact_sheet.png").exists()
@@ -126,7 +125,7 @@ def test_real_photographs_go_the_same_way(tmp_path):
 def test_the_embedded_base_loads_as_a_plain_diffusers_pipeline_within_its_size():
     from diffusers import StableDiffusionPipeline
 
-    folder = families.BUNDLED / "toybox"
+    folder = loading.BUNDLED / "toybox"
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     assert type(pipeline.text_encoder).__name__ == "CLIPTextModel"
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 48e6

@@ -19,19 +19,21 @@ from launching import TWO, launched
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from dreambooth_lib import dreambench, families, runs
 from dreambooth_lib.__main__ import main
-from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.demo import BUNDLED_SUBJECTS
-from dreambooth_lib.dreambench import Benchmark, Protocol, draw_all, load_benchmark
-from dreambooth_lib.pictures import DataError
-from dreambooth_lib.runs import RunError
-from dreambooth_lib.tables import read_csv
-from dreambooth_lib.training import train
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.data.images import DataError
+from dreambooth_lib.evaluation import dreambench
+from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
+from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all, load_benchmark
+from dreambooth_lib.evaluation.tables import read_csv
+from dreambooth_lib.families import loading
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.runs import RunError
 
 ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
-SHORT = Protocol(pictures=2, class_pictures=3, steps=1, batch_size=4)
+SHORT = Protocol(pictures=2, class_images=3, steps=1, batch_size=4)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_the_data_sets_own_prompts_are_read() -> None:
 
 def test_the_bundled_subjects_have_prompts_that_the_base_knows() -> None:
     found = load_benchmark(BUNDLED_SUBJECTS)
-    tokenizer = CLIPTokenizer.from_pretrained(Path(families.locate("toybox"), "tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(Path(loading.locate("toybox"), "tokenizer"))
     for subject in found.subjects:
         assert len(found.of(subject)) == 12
         for prompt in found.of(subject):
@@ -115,7 +117,7 @@ def test_another_protocol_does_not_mix(
 ) -> None:
     methods = {"one": lambda subject: tiny_sd1}
     next(draw_all(benchmark_of_two, methods, tmp_path, SHORT))
-    other = Protocol(pictures=2, class_pictures=3, steps=1, batch_size=4, guidance_scale=7.5)
+    other = Protocol(pictures=2, class_images=3, steps=1, batch_size=4, guidance_scale=7.5)
     with pytest.raises(ValueError, match="another protocol; choose another folder"):
         next(draw_all(benchmark_of_two, methods, tmp_path, other))
 
@@ -195,8 +197,8 @@ def test_a_tuned_method_trains_what_is_missing_and_goes_on_with_what_was_stopped
 
 AT_FULL_SIZE = """
 import sys
-from dreambooth_lib import dreambench, evaluation, tables
-from dreambooth_lib.encoders import Encoder
+from dreambooth_lib.evaluation import dreambench, scores, tables
+from dreambooth_lib.metrics.encoders import Encoder
 
 data, one, two, clip, dino, out = sys.argv[1:]
 benchmark = dreambench.load_benchmark(data)
@@ -205,7 +207,7 @@ protocol = dreambench.Protocol(steps=1, batch_size=25)
 for _ in dreambench.draw_all(benchmark, methods, out, protocol):
     pass
 encoders = {"clip": Encoder(clip), "dino": Encoder(dino)}
-rows = list(evaluation.score(benchmark, methods, out, encoders, protocol))
+rows = list(scores.score(benchmark, methods, out, encoders, protocol))
 tables.write_csv(rows, out + "/scores.csv")
 """
 
@@ -312,8 +314,8 @@ def test_the_command_evaluates_and_goes_on(
         "Live Subject Prompts\n\n'a {0} {1}'.format(unique_token, class_token),\n"
     )
     words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder),
-             str(dino_folder), "--pictures", "3", "--steps", "2", "--class-pictures", "4",
-             "--judge", str(clip_folder), "--out", str(tmp_path / "out")]  # fmt: skip
+             str(dino_folder), "--pictures", "3", "--steps", "2", "--class-images", "4",
+             "--scorer", str(clip_folder), "--out", str(tmp_path / "out")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *words])
     main()
     first = capsys.readouterr().out
@@ -343,8 +345,8 @@ def test_two_processes_evaluate_what_one_does(
     for launch in ([], TWO):
         out = tmp_path / str(len(tables))
         words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder)]
-        words += ["--pictures", "3", "--steps", "2", "--class-pictures", "4", "--batch-size", "2"]
-        words += ["--judge", str(clip_folder), "--out", str(out)]
+        words += ["--pictures", "3", "--steps", "2", "--class-images", "4", "--batch-size", "2"]
+        words += ["--scorer", str(clip_folder), "--out", str(out)]
         done = launched(*launch, "-m", "dreambooth_lib", *words)
         assert done.returncode == 0, done.stderr[-2000:]
         tables.append(read_csv(out / "scores.csv"))

@@ -10,8 +10,8 @@ from conftest import drawings
 from PIL import Image
 from transformers import BertConfig, CLIPModel, ViTModel
 
-from dreambooth_lib import encoders
-from dreambooth_lib.encoders import Encoder, of_files
+from dreambooth_lib.metrics import encoders
+from dreambooth_lib.metrics.encoders import Encoder, embed_files
 
 CLIP_MEAN, CLIP_STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -124,7 +124,7 @@ def test_files_are_embedded_once_by_their_content(
     (tmp_path / "copy.png").write_bytes(paths[0].read_bytes())
     monkeypatch.setattr(encoders, "BATCH", 2)
     cache = tmp_path / "cache"
-    rows = of_files(clip, [*paths, tmp_path / "copy.png"], cache)
+    rows = embed_files(clip, [*paths, tmp_path / "copy.png"], cache)
     torch.testing.assert_close(rows[:5], clip.images(pictures), atol=1e-5, rtol=0)
     assert torch.equal(rows[5], rows[0])
     assert len(list(cache.glob("*/*.npy"))) == 5
@@ -134,9 +134,9 @@ def test_files_are_embedded_once_by_their_content(
     monkeypatch.setattr(
         Encoder, "images", lambda self, seen: asked.append(len(seen)) or plain(self, seen)
     )
-    assert torch.equal(of_files(clip, paths, cache), rows[:5]) and not asked
+    assert torch.equal(embed_files(clip, paths, cache), rows[:5]) and not asked
     pictures[3].rotate(90).save(paths[3])
-    again = of_files(clip, paths, cache)
+    again = embed_files(clip, paths, cache)
     assert asked == [1] and not torch.equal(again[3], rows[3]) and torch.equal(again[4], rows[4])
 
 
@@ -144,7 +144,7 @@ def test_other_weights_and_other_preparation_have_a_cache_of_their_own(
     clip: Encoder, clip_folder: Path, tmp_path: Path
 ) -> None:
     drawings(1)[0].save(tmp_path / "a.png")
-    rows = of_files(clip, [tmp_path / "a.png"], tmp_path / "cache")
+    rows = embed_files(clip, [tmp_path / "a.png"], tmp_path / "cache")
     for change in ("weights", "preparation"):
         folder = tmp_path / change
         folder.mkdir()
@@ -157,5 +157,5 @@ def test_other_weights_and_other_preparation_have_a_cache_of_their_own(
             settings = json.loads((folder / "preprocessor_config.json").read_text())
             settings["image_mean"] = [0.1, 0.1, 0.1]
             (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-        other = of_files(Encoder(folder), [tmp_path / "a.png"], tmp_path / "cache")
+        other = embed_files(Encoder(folder), [tmp_path / "a.png"], tmp_path / "cache")
         assert not torch.allclose(other, rows, atol=1e-3)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth_lib import families
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.losses import per_sample_errors
+from dreambooth_lib.training.losses import per_sample_errors
 
 #: Those with an adapter of their own beside Stable Diffusion's, which has tests of its own.
 FAMILIES = ["sdxl", "sd3", "flux", "z_image"]
@@ -21,7 +21,7 @@ PROMPTS = ["a dog", "a ohwx dog on the beach in snow"]
 def both(request: pytest.FixtureRequest, tiny_bases: Callable[[str], str]) -> tuple[Family, Any]:
     """An adapter and the same base as a plain diffusers pipeline."""
     path = tiny_bases(request.param)
-    return families.load_model(path, resolution=16), DiffusionPipeline.from_pretrained(path)
+    return loading.load_model(path, resolution=16), DiffusionPipeline.from_pretrained(path)
 
 
 def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, share: float) -> Any:
@@ -102,8 +102,8 @@ def test_latents_are_those_that_the_pipeline_decodes(both: tuple[Family, Any]) -
 def test_an_outline_says_what_the_loaded_base_says(both: tuple[Family, Any]) -> None:
     _, plain = both
     path = plain.config._name_or_path
-    outline = families.outline(path)
-    assert outline.resolution == families.load_model(path).resolution
+    outline = loading.inspect_base(path)
+    assert outline.resolution == loading.load_model(path).resolution
     assert outline.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
 
 
@@ -133,7 +133,7 @@ def test_lora_finds_its_layers(both: tuple[Family, Any]) -> None:
 def test_the_empty_prompt_is_the_one_that_guidance_is_away_from(
     tiny_bases: Callable[[str], str],
 ) -> None:
-    family = families.load_model(tiny_bases("sdxl"))
+    family = loading.load_model(tiny_bases("sdxl"))
     assert family.pipeline.config.force_zeros_for_empty_prompt
     cond = family.encode_prompts(["", "a dog"])
     plain = DiffusionPipeline.from_pretrained(tiny_bases("sdxl"))
@@ -145,7 +145,7 @@ def test_the_empty_prompt_is_the_one_that_guidance_is_away_from(
 
 def test_flow_bases_refuse_min_snr_weights(tiny_bases: Callable[[str], str]) -> None:
     with pytest.raises(ValueError, match=r"min_snr_gamma is 5\.0.*predicts a flow"):
-        families.load_model(tiny_bases("sd3")).forward_process(5.0)
+        loading.load_model(tiny_bases("sd3")).forward_process(5.0)
 
 
 def test_a_family_is_added_by_naming_its_pipeline(
@@ -156,14 +156,14 @@ def test_a_family_is_added_by_naming_its_pipeline(
     class Mine(StableDiffusion3):
         pass
 
-    monkeypatch.setitem(families.ADAPTERS, "StableDiffusion3Pipeline", Mine)
-    assert type(families.load_model(tiny_bases("sd3"))) is Mine
+    monkeypatch.setitem(loading.FAMILIES, "StableDiffusion3Pipeline", Mine)
+    assert type(loading.load_model(tiny_bases("sd3"))) is Mine
 
 
 def test_only_what_is_named_is_loaded_whole(
     tiny_bases: Callable[[str], str], make_config: Callable[..., TrainConfig]
 ) -> None:
-    family = families.load_model(tiny_bases("flux"), half=torch.bfloat16, whole=("denoiser",))
+    family = loading.load_model(tiny_bases("flux"), half=torch.bfloat16, whole=("denoiser",))
     assert family.denoiser.dtype is torch.float32
     others = {part.dtype for part in (*family.text_encoders, *family.frozen)}
     assert others == {torch.bfloat16}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dreambooth_lib import families
-from dreambooth_lib.families import BaseError, locate
+from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import rows
+from dreambooth_lib.families.loading import BaseError, locate
 
 
 def test_a_pipelines_folder_is_itself_and_a_finished_run_is_its_pipeline(
@@ -28,7 +28,7 @@ def test_below_loras_is_the_base_that_the_lowest_was_trained_on(tmp_path: Path) 
         (tmp_path / name).mkdir()
         (tmp_path / name / "base.json").write_text(json.dumps(below | {"word": word}))
         below = {"base": str(tmp_path / name), "revision": None, "variant": None}
-    found = families.resolve(str(tmp_path / "second"))
+    found = loading.resolve(str(tmp_path / "second"))
     assert (found.name, found.path, found.is_local) == ("owner/model", "owner/model", False)
     assert found.hub == {"revision": "main", "variant": None}
     first, second = found.loras
@@ -59,7 +59,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused_by_name(base: str) -> None
 
 def test_an_outline_says_what_the_loaded_base_says(tiny_sd1: str, tiny_sd2: str) -> None:
     for base in (tiny_sd1, tiny_sd2, "toybox"):
-        outline, family = families.outline(base), families.load_model(base)
+        outline, family = loading.inspect_base(base), loading.load_model(base)
         assert outline.resolution == family.resolution
         assert outline.tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
 
@@ -68,9 +68,9 @@ def test_a_pipeline_of_another_family_is_refused_by_its_class(tmp_path: Path) ->
     index = {"_class_name": "KandinskyPipeline"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(BaseError, match=r"KandinskyPipeline.*StableDiffusionPipeline.*ADAPTERS"):
-        families.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
     with pytest.raises(BaseError, match="KandinskyPipeline"):
-        families.outline(str(tmp_path))
+        loading.inspect_base(str(tmp_path))
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused_with_what_to_check(
@@ -83,7 +83,7 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_with_what_to_check(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BaseError, match=r"'owner/model' could not be reached.*check its name"):
-        families.load_model("owner/model")
+        loading.load_model("owner/model")
 
 
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd2"])
@@ -92,7 +92,7 @@ def test_a_loaded_base_is_in_float32_whatever_its_files_hold(
 ) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(request.getfixturevalue(base))
     pipeline.to(dtype=torch.float16).save_pretrained(tmp_path / "half")
-    family = families.load_model(str(tmp_path / "half"))
+    family = loading.load_model(str(tmp_path / "half"))
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
     assert len(modules) == 3
     assert {p.dtype for module in modules for p in module.parameters()} == {torch.float32}
@@ -105,7 +105,7 @@ def test_pickled_weights_are_never_read(tiny_sd1: str, tmp_path: Path) -> None:
     file.unlink()
     torch.save({"weight": torch.ones(1)}, base / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        families.load_model(str(base))
+        loading.load_model(str(base))
 
 
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd2"])
@@ -113,7 +113,7 @@ def test_latents_prompts_and_predictions_are_those_of_plain_diffusers(
     base: str, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(base)
-    family = families.load_model(path)
+    family = loading.load_model(path)
     plain = StableDiffusionPipeline.from_pretrained(path)
     pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_latents_prompts_and_predictions_are_those_of_plain_diffusers(
 def test_the_forward_process_predicts_what_the_base_was_made_for(
     base: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    family = families.load_model(request.getfixturevalue(base))
+    family = loading.load_model(request.getfixturevalue(base))
     process = family.forward_process(None)
     assert process.prediction_type == kind
     assert torch.equal(process.alphas_cumprod, family.pipeline.scheduler.alphas_cumprod)
@@ -153,6 +153,6 @@ def test_rows_of_conditioning_are_picked_in_the_order_asked_for() -> None:
 def test_large_pictures_are_handled_few_at_a_time(
     tiny_sd1: str, side: int, beside: int, alone: int
 ) -> None:
-    family = families.load_model(tiny_sd1, resolution=side)
-    assert (family.at_a_time, family.default_batch_size) == (beside, alone)
+    family = loading.load_model(tiny_sd1, resolution=side)
+    assert (family.batch_size_in_training, family.default_batch_size) == (beside, alone)
     assert family.pipeline.vae.use_slicing == (beside < 8)

@@ -76,7 +76,7 @@ def test_without_the_kit_the_cell_says_the_one_thing_to_do(folder: Path, python:
 
 
 def test_an_address_that_gives_nothing_is_named(folder: Path, python: str) -> None:
-    cell = first_cell().replace('KIT = ""', 'KIT = "no/such/kit.whl"')
+    cell = first_cell().replace('KIT_URL = ""', 'KIT_URL = "no/such/kit.whl"')
     said = run_bare(cell, python, folder)
     assert "The kit was not found here or at no/such/kit.whl." in said and "Traceback" not in said
 

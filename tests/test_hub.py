@@ -11,9 +11,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_lib import families, hub, kept, model_card, preflight, runs, training
-from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.runs import Run, RunError
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.export import hub, model_card, pipeline_folder
+from dreambooth_lib.families import loading
+from dreambooth_lib.notebook import preflight
+from dreambooth_lib.training import loop, runs
+from dreambooth_lib.training.runs import Run, RunError
 
 NAME = f"{OWNER}/my-dog"
 
@@ -23,9 +26,9 @@ def run(
     tiny_sd1: str, photos: str, clip_folder: Path, make_config: Callable[..., TrainConfig],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:  # fmt: skip
-    config = make_config(tiny_sd1, photos, judge=str(clip_folder), watch_every=2)
+    config = make_config(tiny_sd1, photos, scorer=str(clip_folder), validate_every=2)
     run = runs.start(config, tmp_path_factory.mktemp("runs") / "run")
-    for _ in training.train(run):
+    for _ in loop.train(run):
         pass
     return run
 
@@ -46,8 +49,8 @@ def test_a_card_says_how_to_draw_the_subject_and_how_it_was_made(run: Run, tmp_p
     [
         ({"prior": "distilled"}, "λ 1, by the base's own predictions of “a dog”."),
         ({"prior": "none"}, "no prior preservation."),
-        ({"class_folder": "/tmp"}, "λ 1 and the trainer's own class pictures."),
-        ({}, "λ 1 and 4 class pictures of “a dog”."),
+        ({"class_folder": "/tmp"}, "λ 1 and the trainer's own class images."),
+        ({}, "λ 1 and 4 class images of “a dog”."),
     ],
 )
 def test_a_card_tells_of_class_pictures_only_where_there_were_some(
@@ -56,7 +59,7 @@ def test_a_card_tells_of_class_pictures_only_where_there_were_some(
     other = Run(run.folder, run.config.replace(**changes))
     text = model_card.write_card(other, 2, tmp_path / "model").read_text()
     assert said in " ".join(text.split())
-    assert ("4 class pictures" in text) == (not changes)
+    assert ("4 class images" in text) == (not changes)
 
 
 def test_a_card_needs_a_look_at_its_step(run: Run, tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_a_model_that_is_pushed_is_loaded_from_the_hub_with_the_same_weights(
     run: Run, fake_hub: FakeHub, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    kept.keep(run, 2, folder)
+    pipeline_folder.write_model(run, 2, folder)
     assert fake_hub.call(hub.push, folder, NAME) == f"{fake_hub.url}/{NAME}"
     pushed = fake_hub.repos[NAME]
     assert pushed.private and pushed.files == files_of(folder)
@@ -135,17 +138,17 @@ def test_the_lines_that_are_printed_load_a_lora_and_its_word_from_the_hub(
     fake_hub: FakeHub, tmp_path: Path,
 ) -> None:  # fmt: skip
     config = make_config(
-        tiny_sd1, photos, judge=str(clip_folder), watch_every=2, learning_rate=0.05,
+        tiny_sd1, photos, scorer=str(clip_folder), validate_every=2, learning_rate=0.05,
         method="lora", lora_rank=2, train_token=True,
     ).replace(subject=Subject(photos, "dog", "<rex>"))  # fmt: skip
     run = runs.start(config, tmp_path / "run")
-    list(training.train(run))
-    kept.keep(run, 4, tmp_path / "model")
+    list(loop.train(run))
+    pipeline_folder.write_model(run, 4, tmp_path / "model")
     fake_hub.call(hub.push, tmp_path / "model", NAME)
     code, _, drawn = model_card.usage(run, NAME).rpartition("\n")
     assert "a <rex> dog on the beach" in drawn
     fake_hub.call(run_lines, code, tmp_path / "found")
-    families.load_model(str(run.folder)).pipeline.save_pretrained(tmp_path / "expected")
+    loading.load_model(str(run.folder)).pipeline.save_pretrained(tmp_path / "expected")
     found, expected = weights_of(tmp_path / "found"), weights_of(tmp_path / "expected")
     base = weights_of(Path(tiny_sd1))
     assert found.keys() == expected.keys()
@@ -262,5 +265,5 @@ def test_what_is_on_the_hub_is_looked_at_before_it_is_loaded(
     assert check("maker/gated").fix.startswith("Accept the terms on the Hub's page of maker/gated")
     assert check("maker/gone").fix.startswith("Check its name")
     assert "diffusers' layout" in check("maker/other").fix
-    with pytest.raises(families.BaseError, match="'maker/gone' could not be reached on the hub"):
-        fake_hub.call(families.load_model, "maker/gone")
+    with pytest.raises(loading.BaseError, match="'maker/gone' could not be reached on the hub"):
+        fake_hub.call(loading.load_model, "maker/gone")

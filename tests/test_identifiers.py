@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dreambooth_lib.identifiers import check_identifier, rare_identifiers
+from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
 from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dreambooth_lib.losses import dreambooth_loss, per_sample_errors
+from dreambooth_lib.training.losses import dreambooth_loss, per_sample_errors
 
 ERRORS = torch.tensor([1.0, 3.0, 10.0, 20.0])
 IS_PRIOR = torch.tensor([False, False, True, True])

@@ -11,16 +11,17 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from dreambooth_lib import families, in_backward, lora, runs, updates
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.families import BaseError
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.families import loading
+from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
-from dreambooth_lib.runs import Run
-from dreambooth_lib.sampling import compose, load_source, sample
-from dreambooth_lib.setup_run import Session
-from dreambooth_lib.state import load_state
-from dreambooth_lib.training import train
-from dreambooth_lib.training import updates as updates_of
+from dreambooth_lib.training import fused_optimizer, lora, optimizer_step, runs
+from dreambooth_lib.training.checkpoints import load_state
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.loop import training_steps as updates_of
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.sampling import compose, load_source, sample
+from dreambooth_lib.training.setup import Session
 
 Make = Callable[..., TrainConfig]
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"]
@@ -52,7 +53,7 @@ def test_a_run_resumes_bit_for_bit_and_plain_diffusers_reads_what_it_saves(
     steps = list(train(whole))
     assert [step.step for step in steps] == [1, 2]
     assert all((step.prior_loss is None) == (prior == "none") for step in steps)
-    assert (tmp_path / "class_pictures").exists() == (prior == "generated")
+    assert (tmp_path / "class_images").exists() == (prior == "generated")
     broken = started("broken", family, method=method, prior=prior)
     for _ in islice(train(broken), 1):
         pass
@@ -72,7 +73,7 @@ def test_a_run_resumes_bit_for_bit_and_plain_diffusers_reads_what_it_saves(
     kept = getattr(plain, tuned.denoiser_name).state_dict()
     assert kept.keys() == denoiser(tuned).keys()
     assert all(torch.equal(kept[name], value) for name, value in denoiser(tuned).items())
-    base = families.load_model(whole.config.base)
+    base = loading.load_model(whole.config.base)
     assert any(not torch.equal(v, denoiser(base)[name]) for name, v in denoiser(tuned).items())
     (picture,) = sample(whole, ["a {} dog"], [0], steps=1)
     assert picture.image.size == (16, 16)
@@ -110,7 +111,7 @@ def test_lora_starts_at_the_base_and_trains_its_own_weights_only(
     assert any(".ff.net.2." in name for name in names)
     assert len(names) == len(session.optimizer.parameters)
     x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
-    base = families.load_model(tiny_bases("sd1"))
+    base = loading.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         expected = base.predict(x_t, t, base.encode_prompts(["a dog"]))
         session.model.eval()
@@ -123,7 +124,7 @@ def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
     changes = {"train_text_encoder": True, "learning_rate": 0.1}
     run = started("run", "sdxl", method="lora", **changes)
     list(train(run))
-    base, tuned = families.load_model(tiny_bases("sdxl")), load_source(run)
+    base, tuned = loading.load_model(tiny_bases("sdxl")), load_source(run)
     for one, other in zip(base.text_encoders, tuned.text_encoders, strict=True):
         name = next(n for n, _ in one.named_parameters() if n.endswith("q_proj.weight"))
         assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
@@ -152,11 +153,11 @@ def test_a_lora_run_is_a_base_that_can_be_trained_on(started: Callable[..., Run]
     second = started("second", "sd1", steps=1).config.replace(base=str(first.folder))
     run = runs.start(second, first.folder.parent / "third")
     list(train(run))
-    merged = denoiser(families.load_model(str(first.folder)))
+    merged = denoiser(loading.load_model(str(first.folder)))
     after = denoiser(load_source(run))
     assert merged.keys() == after.keys()
-    assert families.outline(str(first.folder)).resolution == 16
-    assert len({path.name for path in (first.folder.parent / "class_pictures").iterdir()}) == 2
+    assert loading.inspect_base(str(first.folder)).resolution == 16
+    assert len({path.name for path in (first.folder.parent / "class_images").iterdir()}) == 2
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -170,7 +171,7 @@ def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
     batch = session.batches.at(2)
     assert batch.prompts == ["a ohwx dog"] * 2 + ["a dog"] * 2
     taught = session.batches.teacher(batch)
-    base = families.load_model(tiny_bases("sd1"))
+    base = loading.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         cond = base.encode_prompts(["a dog"] * 2)
         expected = base.predict(batch.noised.x_t[2:], batch.noised.t[2:], cond)
@@ -189,15 +190,15 @@ def test_the_distilled_prior_of_an_untrained_model_is_zero(started: Callable[...
 def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
     from PIL import Image
 
-    from dreambooth_lib.config import Subject
-    from dreambooth_lib.distill import as_class
-    from dreambooth_lib.pictures import Photo, captioned
+    from dreambooth_lib.core.config import Subject
+    from dreambooth_lib.data.images import Photo, captioned
+    from dreambooth_lib.training.prior_distillation import with_class_captions
 
     image = Image.new("RGB", (8, 8))
     photos = [Photo("a", image), Photo("b", image, "a ohwx dog on the beach")]
     dog = Subject("p", "dog")
     photos = captioned(photos, dog.instance_prompt)
-    captions = [photo.caption for photo in as_class(photos, dog)]
+    captions = [photo.caption for photo in with_class_captions(photos, dog)]
     assert captions == ["a dog", "a dog on the beach"]
 
 
@@ -208,7 +209,7 @@ def test_switching_off_is_undone(started: Callable[..., Run]) -> None:
     with torch.no_grad():
         cond = family.encode_prompts(["a dog"])
         before = family.predict(x_t, t, cond)
-        with lora.switched_off(family):
+        with lora.disabled_lora(family):
             off = family.predict(x_t, t, cond)
         after = family.predict(x_t, t, cond)
     assert torch.equal(before, after) and not torch.equal(before, off)
@@ -245,7 +246,7 @@ def test_low_memory_trains_and_resumes_bit_for_bit(
 def test_a_resumed_run_uses_its_schedules_rates(
     memory: str, schedule: dict[str, Any], started: Callable[..., Run]
 ) -> None:
-    fields = {"memory": memory, "steps": 4, "prior_weight": 0.0, "watch_every": 0} | schedule
+    fields = {"memory": memory, "steps": 4, "prior_weight": 0.0, "validate_every": 0} | schedule
     whole, broken = started("whole", "sd1", **fields), started("broken", "sd1", **fields)
     list(train(whole))
     for _ in islice(train(broken), 2):
@@ -291,7 +292,7 @@ def test_lowest_keeps_its_average_and_its_end_in_float32(started: Callable[..., 
 def test_gradients_never_exist_together_at_low(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_backward, "HEAP", 1)
+    monkeypatch.setattr(fused_optimizer, "CHUNK", 1)
     session = Session(started("run", "sd1", memory="low"))
     most = 0
 
@@ -309,7 +310,10 @@ def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) ->
     fields = {"method": "lora", "batch_size": 2, "max_grad_norm": 1e-3, "gradient_accumulation": 2}
     runs_ = [started(level, "sd1", memory=level, **fields) for level in ("standard", "low")]
     session = Session(runs_[1])
-    assert type(session.optimizer) is updates.Optimizer and session.family.known is not None
+    assert (
+        type(session.optimizer) is optimizer_step.Optimizer
+        and session.family.prompt_cache is not None
+    )
     assert session.family.denoiser.is_gradient_checkpointing
     losses = [[step.loss for step in train(run)] for run in runs_]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -328,7 +332,7 @@ def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) ->
 def test_what_low_memory_cannot_mean_is_refused(
     changes: dict[str, Any], reason: str, make_config: Make
 ) -> None:
-    from dreambooth_lib.config import ConfigError
+    from dreambooth_lib.core.config_checks import ConfigError
 
     with pytest.raises(ConfigError, match=reason):
         make_config("toybox", "photos", **({"memory": "low"} | changes))
@@ -367,9 +371,9 @@ def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights
     optimizer = session.optimizer
     own = [parameter.detach().clone() for parameter in optimizer.parameters]
 
-    with pytest.raises(KeyboardInterrupt), optimizer.averaged():
+    with pytest.raises(KeyboardInterrupt), optimizer.ema_weights():
         assert not all(map(torch.equal, own, optimizer.parameters))
-        real = updates.copy_weights
+        real = optimizer_step.copy_weights
 
         def interrupted(source: Any, target: Any) -> None:
             pairs = list(zip(source, target, strict=True))
@@ -377,7 +381,7 @@ def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights
             signal.raise_signal(signal.SIGINT)
             real(*zip(*pairs[2:], strict=True))
 
-        monkeypatch.setattr(updates, "copy_weights", interrupted)
+        monkeypatch.setattr(optimizer_step, "copy_weights", interrupted)
     assert all(map(torch.equal, own, optimizer.parameters))
 
 
@@ -388,7 +392,7 @@ def test_a_run_that_trained_weights_without_effect_goes_on(
 ) -> None:  # fmt: skip
     run = started("run", "sdxl", train_text_encoder=True, prior_weight=0.0, ema_decay=ema)
     with monkeypatch.context() as patch:
-        patch.setattr(StableDiffusionXL, "without_effect", lambda self: ())
+        patch.setattr(StableDiffusionXL, "unused_parameters", lambda self: ())
         for _ in islice(train(run), 1):
             pass
     assert len(load_state(run.checkpoints()[1])["model"]) > len(
@@ -400,7 +404,7 @@ def test_a_run_that_trained_weights_without_effect_goes_on(
 
 
 def test_a_text_encoder_that_never_trains_is_refused(started: Callable[..., Run]) -> None:
-    from dreambooth_lib.config import ConfigError
+    from dreambooth_lib.core.config_checks import ConfigError
 
     with pytest.raises(ConfigError, match=r"train_text_encoder is set .*too large"):
         Session(started("run", "z_image", train_text_encoder=True))
@@ -413,7 +417,7 @@ def test_loras_are_composed_by_their_weights(family: str, started: Callable[...,
     for run in (one, other):
         list(train(run))
     base, first, second = (
-        denoiser(families.load_model(name))
+        denoiser(loading.load_model(name))
         for name in (one.config.base, str(one.folder), str(other.folder))
     )
     both = denoiser(compose({one: 1.0, str(other.folder): -0.5}))

@@ -17,20 +17,22 @@ import psutil
 import pytest
 from fake_colab import FakeColab
 
-from dreambooth_lib import colab, families, mirrors, preflight, runs, watch_record, widgets
-from dreambooth_lib.config import ConfigError
-from dreambooth_lib.demo import BUNDLED_SUBJECTS
-from dreambooth_lib.evaluation import REAL
-from dreambooth_lib.tables import read_csv
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
+from dreambooth_lib.evaluation.scores import REAL
+from dreambooth_lib.evaluation.tables import read_csv
+from dreambooth_lib.families import loading
+from dreambooth_lib.notebook import colab, drive_backup, preflight, widgets
+from dreambooth_lib.training import runs, validation_record
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 #: What is shortened, and nothing else: lines after those of the parameters cell.
 SHORT = {
-    "01_dreambooth": 'SETTINGS = {"steps": 4, "class_pictures": 4, "watch_every": 2}',
+    "01_dreambooth": 'SETTINGS = {"steps": 4, "class_images": 4, "validate_every": 2}',
     "02_lambda_study": "LAMBDAS, STEPS, CLASS_PICTURES = [0.0, 1.0], [2, 4], 4",
-    "03_evaluation": 'SETTINGS = {"steps": 2, "class_pictures": 4, "watch_every": 0}\n'
-    "PROTOCOL = dreambench.Protocol(pictures=1, class_pictures=2, steps=2)",
+    "03_evaluation": 'SETTINGS = {"steps": 2, "class_images": 4, "validate_every": 0}\n'
+    "PROTOCOL = dreambench.Protocol(pictures=1, class_images=2, steps=2)",
     "04_your_own": "STEPS, CLASS_PICTURES = 4, 4",
 }
 
@@ -112,21 +114,21 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
 
 @pytest.mark.slow
 def test_the_main_notebook_trains_and_keeps_a_lora(tmp_path: Path) -> None:
-    settings = '"steps": 4, "watch_every": 2, "method": "lora", "prior": "distilled"'
+    settings = '"steps": 4, "validate_every": 2, "method": "lora", "prior": "distilled"'
     file = write("01_dreambooth", tmp_path, f"SETTINGS = {{{settings}}}")
     assert start(file, sys.executable).wait() == 0, file.with_suffix(".log").read_text()[-3000:]
     shown = json.loads(file.read_text())
     assert "Finished at step 4." in said(shown) and "⚠" not in said(shown)
     assert "load_lora_weights" in said(shown)
     (weights,) = (tmp_path / "models" / "patch_dog").glob("*.safetensors")
-    assert not (tmp_path / "runs" / "class_pictures").exists(), "none are needed"
+    assert not (tmp_path / "runs" / "class_images").exists(), "none are needed"
     assert 1e5 < weights.stat().st_size < 1e7
     assert 1e5 < (tmp_path / "models" / "patch_dog.safetensors").stat().st_size < 1e7
 
 
 @pytest.mark.slow
 def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) -> None:
-    settings = 'SETTINGS = {"steps": 30, "class_pictures": 4, "watch_every": 3}'
+    settings = 'SETTINGS = {"steps": 30, "class_images": 4, "validate_every": 3}'
     file, folder = write("01_dreambooth", tmp_path, settings), tmp_path / "runs" / "patch_dog"
     first = start(file, sys.executable)
     while not list(folder.glob("checkpoints/[0-9]*")):
@@ -153,7 +155,7 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
     folder = tmp_path / "runs" / "lambda_study_patch_dog_toybox"
     for weight in ("0.0", "1.0"):
         run = runs.resume(folder / f"prior_weight={weight}")
-        assert [row.step for row in watch_record.history(run)] == [0, 2, 4]
+        assert [row.step for row in validation_record.history(run)] == [0, 2, 4]
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 7  # curves, front, maps, contact sheets
     assert "stands highest of 4 settings" in said(shown) and "⚠" not in said(shown)
@@ -206,7 +208,7 @@ def test_the_page_on_families_has_the_notebooks_adapter_and_every_shipped_one() 
     cells = codes(json.loads(NOTEBOOKS["04_your_own"].read_text()))
     (adapter,) = [source(cell) for cell in cells if "class AuraFlow(Family)" in source(cell)]
     assert adapter in page
-    for pipeline, (module, _) in families.ADAPTERS.items():
+    for pipeline, (module, _) in loading.FAMILIES.items():
         assert f"| `{pipeline}` | `{module}` |" in page
 
 
@@ -232,7 +234,7 @@ def test_after_a_disconnect_an_upload_is_not_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_colab: FakeColab
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bundled = families.BUNDLED / "subjects" / "patch_dog"
+    bundled = loading.BUNDLED / "subjects" / "patch_dog"
     fake_colab.uploads = {path.name: path.read_bytes() for path in bundled.glob("*.png")}
     marks = ("cut_off", "SubjectPanel")
     asked = "UPLOAD, SETTINGS = True, {}"
@@ -245,14 +247,16 @@ def test_after_a_disconnect_an_upload_is_not_asked_for_again(
     said = run_cells(dict(scope), asked, *marks)
     assert fake_colab.asked.count("upload") == 1 and said["found"] is None
     run = runs.start(said["subject"].config, tmp_path / "runs" / "mine")
-    assert mirrors.mirror(run, scope["drive"] / "mine") is None
+    assert drive_backup.backup(run, scope["drive"] / "mine") is None
     for folder in ("runs", "photos"):
         shutil.rmtree(tmp_path / folder)
     back = run_cells(dict(scope), asked, *marks)
     assert fake_colab.asked.count("upload") == 1 and back["name"] == "mine"
     pictures = back["subject"].config.subject.pictures
     assert pictures == str(tmp_path / "runs" / "mine" / "photos")
-    assert runs.begin(back["subject"].config, tmp_path / "runs" / "mine").config.steps == 500
+    assert (
+        runs.start_or_resume(back["subject"].config, tmp_path / "runs" / "mine").config.steps == 500
+    )
 
 
 def test_outside_colab_the_upload_is_the_panels_button(
@@ -274,13 +278,13 @@ def test_a_run_beside_another_of_its_name_is_called_otherwise(
     first = run_cells(dict(scope), "", *marks)["run"]
     assert first.folder == Path("runs/patch_dog")
     assert run_cells(dict(scope), "", *marks)["run"].folder == first.folder, "it was cut off"
-    assert run_cells(dict(scope), "GO_ON = False", *marks)["name"] == "patch_dog-2"
-    assert run_cells(dict(scope), "GO_ON, NAME = False, 'rex'", *marks)["name"] == "rex"
+    assert run_cells(dict(scope), "RESUME = False", *marks)["name"] == "patch_dog-2"
+    assert run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks)["name"] == "rex"
     assert run_cells(dict(scope), "CLASS_NOUN = 'fox'", *marks)["name"] == "patch_dog-3"
-    changed = run_cells(dict(scope), "GO_ON, NAME = False, 'rex'", *marks[:3])
+    changed = run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks[:3])
     changed["name"] = "rex"  # as if this cell had run before
     changed["settings"].controls["method"].value = "lora"
-    run_cells(changed, "GO_ON, NAME = False, 'rex'", marks[3])
+    run_cells(changed, "RESUME, NAME = False, 'rex'", marks[3])
     assert changed["name"] == "rex-2", "a LoRA cannot go on with the whole model's run"
     said = capsys.readouterr().out
     assert "Left alone: runs/rex: step 0 of 300" in said and "This run is called rex." in said
@@ -296,7 +300,7 @@ def test_run_again_the_subjects_cell_keeps_what_the_settings_follow(
     )
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     run_cells(scope, "", "cut_off", "SubjectPanel", "SettingsPanel")
-    other = str(families.BUNDLED / "subjects" / "candy_turtle")
+    other = str(loading.BUNDLED / "subjects" / "candy_turtle")
     scope["subject"].source.value = other
     cells = [source(c) for c in codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text()))]
     (chosen,), (training,) = ([c for c in cells if mark in c]

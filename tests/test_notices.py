@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from launching import launched
 
-from dreambooth_lib import __main__, families
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.notices import hide_casts
-from dreambooth_lib.runs import RunError
-from dreambooth_lib.training import NonFiniteLoss, OutOfMemory
-from dreambooth_lib.updates import Optimizer
-from dreambooth_lib.weights import trainable_of
+from dreambooth_lib import __main__
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.notices import hide_casts
+from dreambooth_lib.families import loading
+from dreambooth_lib.training.loop import NonFiniteLoss, OutOfMemory
+from dreambooth_lib.training.optimizer_step import Optimizer
+from dreambooth_lib.training.runs import RunError
+from dreambooth_lib.training.trainable import make_trainable
 
 Make = Callable[..., TrainConfig]
 PYTHONS = {"newest": None, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")}
@@ -28,7 +29,7 @@ PYTHONS = {"newest": None, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON
 SAID = [
     r"step 1/2 instance \d\.\d{4} prior \d\.\d{4}",
     r"step 2/2 instance \d\.\d{4} prior \d\.\d{4}",
-    r"looks took \d+% of the time; a larger watch_every means fewer",
+    r"looks took \d+% of the time; a larger validate_every means fewer",
     r"Best: Step \d: .*",
     r".*/run/pipeline",
 ]
@@ -43,7 +44,7 @@ def test_the_command_prints_its_steps_and_no_more(
     if python == "colab" and PYTHONS[python] is None:
         pytest.skip("needs the second environment")
     config = make_config(
-        tiny_bases("sdxl"), photos, steps=2, watch_every=1, judge=str(clip_folder),
+        tiny_bases("sdxl"), photos, steps=2, validate_every=1, scorer=str(clip_folder),
         train_text_encoder=True, method="lora", lr_schedule="cosine", optimizer="adamw8bit",
     )  # fmt: skip
     (tmp_path / "config.toml").write_text(config.to_toml())
@@ -73,10 +74,10 @@ def test_the_commands_own_errors_are_sentences(
 def test_a_notebooks_run_prints_nothing(
     tmp_path: Path, tiny_sd1: str, photos: str, clip_folder: Path, make_config: Make
 ) -> None:
-    config = make_config(tiny_sd1, photos, steps=2, watch_every=1, judge=str(clip_folder))
+    config = make_config(tiny_sd1, photos, steps=2, validate_every=1, scorer=str(clip_folder))
     (tmp_path / "config.toml").write_text(config.to_toml())
     code = (
-        "from dreambooth_lib import widgets; widgets.quiet()\n"
+        "from dreambooth_lib.notebook import widgets; widgets.quiet()\n"
         "import dreambooth_lib as db, sys; folder = sys.argv[1]\n"
         "run = db.start(db.TrainConfig.from_toml(folder + '/config.toml'), folder + '/run')\n"
         "for step in db.train(run): pass\n"
@@ -115,10 +116,10 @@ def test_no_warning_of_the_schedule_where_the_loss_is_scaled(
     resumed: bool, tiny_sd1: str, photos: str, make_config: Make
 ) -> None:
     config = make_config(tiny_sd1, photos, lr_schedule="cosine")
-    family = families.load_model(tiny_sd1)
+    family = loading.load_model(tiny_sd1)
     accelerator = Accelerator()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as on a GPU in float16
-    optimizer = Optimizer(config, accelerator, trainable_of(family, config))
+    optimizer = Optimizer(config, accelerator, make_trainable(family, config))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if resumed:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_lib import plots
-from dreambooth_lib.watch_record import Watched
+from dreambooth_lib.figures import plots
+from dreambooth_lib.training.validation_record import ValidationResult
 
 
 def log(count: int, prior: bool = True) -> list[dict[str, Any]]:
@@ -66,8 +66,8 @@ def test_losses_names_wrong_logs() -> None:
         plots.losses([*log(1), {"step": 2, "loss": 1.0}])
 
 
-def seen(step: int, fidelity: float, drift: float) -> Watched:
-    return Watched(
+def seen(step: int, fidelity: float, drift: float) -> ValidationResult:
+    return ValidationResult(
         step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=0.5,
         class_diversity=0.4, prior_drift=drift, unrelated_drift=0.01, pres=0.3, seconds=1.0,
         held_out={"subject": [0.4 - step / 1000, 0.5], "class": [0.3, 0.4]},
@@ -76,7 +76,7 @@ def seen(step: int, fidelity: float, drift: float) -> Watched:
 
 def test_what_was_watched_is_drawn_with_the_chosen_step_marked() -> None:
     rows = [seen(0, 0.3, 0.0), seen(100, 0.7, 0.1), seen(200, 0.72, 0.4)]
-    shares, losses = plots.watched(rows).axes
+    shares, losses = plots.validation_curves(rows).axes
     by_name = {line.get_label(): list(line.get_ydata()) for line in shares.get_lines()}
     assert by_name["like your photos"] == pytest.approx([0.3 / 0.8, 0.7 / 0.8, 0.72 / 0.8])
     assert by_name["the rest unchanged"] == pytest.approx([0.995, 0.945, 0.795])
@@ -89,11 +89,11 @@ def test_what_was_watched_is_drawn_with_the_chosen_step_marked() -> None:
     assert titles[0] == "How good the pictures are (1 is best)"
     assert titles[1] == "Loss on pictures it never trained on (1 = before training)"
     with pytest.raises(ValueError, match="no looks"):
-        plots.watched([])
+        plots.validation_curves([])
 
 
 CELLS = [
-    {"prior_weight": w, "seed": s, "step": t, "standing": w / 4 + t / 1000 + s / 10,
+    {"prior_weight": w, "seed": s, "step": t, "score": w / 4 + t / 1000 + s / 10,
      "subject_fidelity": 0.6 + t / 1000, "prior_drift": 0.3 - w / 10}
     for w in (0.0, 1.0) for s in (0, 1) for t in (100, 200)
 ]  # fmt: skip
@@ -123,7 +123,10 @@ def test_a_map_of_what_should_be_small_frames_its_least_and_shows_it_bright() ->
 
 
 def test_steps_are_drawn_from_zero_and_in_whole_numbers() -> None:
-    for figure in (plots.watched([seen(0, 0.3, 0.0)]), plots.losses([log(1)[0] | {"step": 1}])):
+    for figure in (
+        plots.validation_curves([seen(0, 0.3, 0.0)]),
+        plots.losses([log(1)[0] | {"step": 1}]),
+    ):
         figure.canvas.draw()
         low, high = figure.axes[-1].get_xlim()
         ticks = [tick for tick in figure.axes[-1].get_xticks() if low <= tick <= high]

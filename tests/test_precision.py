@@ -13,20 +13,23 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dreambooth_lib import families, kept, latents, prior, runs, sample
+from dreambooth_lib import sample
 from dreambooth_lib.__main__ import main
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.data import to_tensor
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.data.images import read_pictures
+from dreambooth_lib.data.preprocessing import to_tensor
+from dreambooth_lib.export import pipeline_folder
+from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.precision import NonFinite
-from dreambooth_lib.families.prompt_cache import Known
-from dreambooth_lib.latents import LatentCache
-from dreambooth_lib.pictures import read_pictures
-from dreambooth_lib.training import train
+from dreambooth_lib.families.prompt_cache import PromptCache
+from dreambooth_lib.training import class_images, latent_cache, runs
+from dreambooth_lib.training.latent_cache import LatentCache
+from dreambooth_lib.training.loop import train
 
 Make = Callable[..., TrainConfig]
-TOYBOX = Path(families.BUNDLED) / "toybox"
-SUBJECTS = Path(families.BUNDLED) / "subjects"
+TOYBOX = Path(loading.BUNDLED) / "toybox"
+SUBJECTS = Path(loading.BUNDLED) / "subjects"
 
 
 def bundled() -> torch.Tensor:
@@ -58,7 +61,7 @@ def test_the_embedded_autoencoder_is_as_good_in_float16_as_in_float32() -> None:
 
 @torch.no_grad()
 def test_no_layer_of_the_embedded_base_comes_near_where_float16_ends() -> None:
-    family = families.load_model("toybox")
+    family = loading.load_model("toybox")
     most = 0.0
 
     def look(module: Any, given: Any, out: Any) -> None:
@@ -114,11 +117,11 @@ def test_what_a_run_saves_and_keeps_draws_with_no_precision_said(
     tiny_sd1: str, photos: str, make_config: Make, clip_folder: Path, tmp_path: Path
 ) -> None:
     """At the lowest memory a text encoder trains in bfloat16, and is saved so."""
-    changes = {"memory": "lowest", "train_text_encoder": True, "steps": 1, "watch_every": 1,
-               "prior_weight": 0.0, "judge": str(clip_folder)}  # fmt: skip
+    changes = {"memory": "lowest", "train_text_encoder": True, "steps": 1, "validate_every": 1,
+               "prior_weight": 0.0, "scorer": str(clip_folder)}  # fmt: skip
     run = runs.start(make_config(tiny_sd1, photos, **changes), tmp_path / "run")
     list(train(run))
-    kept.keep(run, 1, tmp_path / "kept")
+    pipeline_folder.write_model(run, 1, tmp_path / "kept")
     for folder in (run.pipeline, tmp_path / "kept"):
         found = drawn_plainly(folder)
         assert found.text_encoder.dtype is found.unet.dtype is torch.float32
@@ -133,13 +136,13 @@ def test_what_a_run_saves_and_keeps_draws_with_no_precision_said(
 def test_autoencoders_stay_in_float32_where_the_rest_is_in_float16(
     name: str, tiny_bases: Callable[[str], str]
 ) -> None:
-    half, whole = (families.load_model(tiny_bases(name), resolution=16, half=dtype, whole=())
+    half, whole = (loading.load_model(tiny_bases(name), resolution=16, half=dtype, whole=())
                    for dtype in (torch.float16, torch.float32))  # fmt: skip
     assert half.denoiser.dtype is torch.float16
     assert half.pipeline.vae.dtype is torch.float32
-    skeleton = families.skeleton(tiny_bases(name), half=torch.float16, whole=())
+    skeleton = loading.load_meta(tiny_bases(name), half=torch.float16, whole=())
     assert skeleton.pipeline.vae.dtype is torch.float32
-    bf16 = families.load_model(tiny_bases(name), half=torch.bfloat16, whole=())
+    bf16 = loading.load_model(tiny_bases(name), half=torch.bfloat16, whole=())
     assert bf16.pipeline.vae.dtype is torch.bfloat16
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = torch.zeros(1, 3, 16, 16)
@@ -177,11 +180,11 @@ def test_latents_that_are_not_finite_are_refused_and_not_kept(
     base = broken(tiny_sd1, "encoder", tmp_path / "base")
     config, cached = make_config(base, photos), tmp_path / "latents"
     with pytest.raises(NonFinite, match=r"autoencoder of '.*base' gave .* of 0.png, in float32"):
-        LatentCache(photo_list, families.load_model(base), config, cached)
+        LatentCache(photo_list, loading.load_model(base), config, cached)
     assert not list(tmp_path.glob("latents/*"))
     with pytest.raises(NonFinite, match="in bfloat16"):
-        LatentCache(photo_list, families.load_model(base, half=torch.bfloat16), config)
-    cropped = LatentCache(photo_list, families.load_model(base), config.replace(crop="random"))
+        LatentCache(photo_list, loading.load_model(base, half=torch.bfloat16), config)
+    cropped = LatentCache(photo_list, loading.load_model(base), config.replace(crop="random"))
     with pytest.raises(NonFinite, match=r"of 2.png"):
         cropped.sample([2, 1], torch.Generator().manual_seed(0))
 
@@ -189,7 +192,7 @@ def test_latents_that_are_not_finite_are_refused_and_not_kept(
 def test_kept_latents_that_are_not_finite_are_made_anew(
     tiny_sd1: str, photos: str, photo_list: list[Any], make_config: Make, tmp_path: Path
 ) -> None:
-    family, config = families.load_model(tiny_sd1), make_config(tiny_sd1, photos)
+    family, config = loading.load_model(tiny_sd1), make_config(tiny_sd1, photos)
     (made,) = LatentCache(photo_list, family, config, tmp_path).posteriors
     (file,) = tmp_path.glob("*.safetensors")
     saved = load_file(file)
@@ -201,9 +204,9 @@ def test_kept_latents_that_are_not_finite_are_made_anew(
 
 
 def test_conditioning_that_is_not_finite_is_refused(tiny_sd1: str, tmp_path: Path) -> None:
-    family = families.load_model(broken(tiny_sd1, "text", tmp_path / "base"))
+    family = loading.load_model(broken(tiny_sd1, "text", tmp_path / "base"))
     with pytest.raises(NonFinite, match=r"text encoder of '.*base' gave .* in float32"):
-        Known(family, ["a dog"])
+        PromptCache(family, ["a dog"])
 
 
 @pytest.mark.parametrize(
@@ -220,10 +223,10 @@ def test_pictures_that_are_not_finite_are_refused_and_not_kept(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     base = broken(tiny_sd1, part, tmp_path / "base")
-    config, family = make_config(base, photos), families.load_model(base)
+    config, family = make_config(base, photos), loading.load_model(base)
     half = torch.autocast("cpu", torch.float16, enabled=autocast)
     with half, pytest.raises(NonFinite, match=message) as caught:
-        list(prior.class_pictures(config, family, tmp_path / "sets"))
+        list(class_images.draw_class_images(config, family, tmp_path / "sets"))
     in_half = autocast and part != "decoder"
     assert ("in float16" in str(caught.value)) == in_half
     assert ("bfloat16" in str(caught.value)) == in_half
@@ -236,11 +239,11 @@ def test_pictures_that_are_not_finite_are_refused_and_not_kept(
 def test_black_pictures_are_refused_and_those_that_lie_there_are_drawn_anew(
     tiny_sd1: str, photos: str, make_config: Make, tmp_path: Path
 ) -> None:
-    config, family = make_config(tiny_sd1, photos), families.load_model(tiny_sd1)
-    paths = list(prior.class_pictures(config, family, tmp_path))
+    config, family = make_config(tiny_sd1, photos), loading.load_model(tiny_sd1)
+    paths = list(class_images.draw_class_images(config, family, tmp_path))
     before = [path.read_bytes() for path in paths]
     Image.new("RGB", (16, 16)).save(paths[2])
-    assert sorted(prior.class_pictures(config, family, tmp_path)) == paths
+    assert sorted(class_images.draw_class_images(config, family, tmp_path)) == paths
     assert [path.read_bytes() for path in paths] == before
     family.pipeline.vae.decoder.conv_out.weight.data.zero_()
     family.pipeline.vae.decoder.conv_out.bias.data.fill_(-2)
@@ -277,10 +280,10 @@ def test_no_more_than_a_batch_of_pictures_is_held_as_pixels(
         most = max(most, len(alive))
         return made
 
-    family, config = families.load_model(tiny_sd1), make_config(tiny_sd1, photos, flip=True)
+    family, config = loading.load_model(tiny_sd1), make_config(tiny_sd1, photos, flip=True)
     whole = LatentCache(photo_list, family, config).posteriors
-    monkeypatch.setattr(latents, "to_tensor", counted)
-    monkeypatch.setattr(Family, "at_a_time", property(lambda _: 2))
+    monkeypatch.setattr(latent_cache, "to_tensor", counted)
+    monkeypatch.setattr(Family, "batch_size_in_training", property(lambda _: 2))
     parts = LatentCache(photo_list, family, config).posteriors
     assert len(photo_list) == 4 and most == 2
     for one, other in zip(parts, whole, strict=True):

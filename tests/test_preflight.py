@@ -15,12 +15,12 @@ import pytest
 import torch
 from fake_colab import FakeColab
 
-from dreambooth_lib import bases, needs, packages, preflight
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.memory import GIB
-from dreambooth_lib.needs import Needs, Room
-from dreambooth_lib.packages import Plan
-from dreambooth_lib.preflight import Check, Table
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.gpu_memory import GIB
+from dreambooth_lib.notebook import base_models, install, preflight, will_it_fit
+from dreambooth_lib.notebook.install import Plan
+from dreambooth_lib.notebook.preflight import Check, Table
+from dreambooth_lib.notebook.will_it_fit import Needs, Room
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -124,7 +124,7 @@ def test_drives_room_is_looked_at_where_a_run_is_mirrored(
     machine(gpu="Tesla T4")
     assert "Drive" not in look(SD, tmp_path)
     assert preflight.preflight(SD, tmp_path, tmp_path)[-2].name == "Drive"
-    whole = needs.ways(SD)[0].drive
+    whole = will_it_fit.ways(SD)[0].drive
     assert whole < 9 * GIB, "a free Drive has 15 GB, and not only for this"
     free_drive(monkeypatch, 5)
     checks = {check.name: check for check in preflight.preflight(SD, tmp_path, tmp_path)}
@@ -218,7 +218,7 @@ def test_a_base_that_cannot_compute_in_float16_needs_another_gpu(
 
 def test_a_red_line_stops_whoever_asks() -> None:
     Table([Check("disk", True, "fine")]).check()
-    with pytest.raises(preflight.NotReady, match=r"not ready \(<base>\); do what.*IGNORE_RED"):
+    with pytest.raises(preflight.NotReady, match=r"not ready \(<base>\); do what.*SKIP_CHECKS"):
         Table(CHECKS).check()
 
 
@@ -233,36 +233,38 @@ def test_without_a_gpu_a_large_base_is_red_and_needs_what_it_needs_on_one(
 
 
 def test_what_a_base_needs_grows_with_its_parameters(tiny_sd1: str) -> None:
-    tiny, toybox, sd = (needs.ways(base)[0] for base in (tiny_sd1, "toybox", SD))
+    tiny, toybox, sd = (will_it_fit.ways(base)[0] for base in (tiny_sd1, "toybox", SD))
     assert tiny.disk < toybox.disk < sd.disk / 10 and tiny.gpu < toybox.gpu < sd.gpu / 10
-    assert sd.memory < 10 * GIB < needs.on_cpu(SD).memory
-    assert needs.ways("somebody/model")[0] == sd, "taken for one of its size"
+    assert sd.memory < 10 * GIB < will_it_fit.on_cpu(SD).memory
+    assert will_it_fit.ways("somebody/model")[0] == sd, "taken for one of its size"
 
 
 def test_each_way_takes_less_than_the_one_before() -> None:
-    whole, *_, small = needs.ways(FLUX)
+    whole, *_, small = will_it_fit.ways(FLUX)
     assert (whole.way, small.way) == ("whole model", "QLoRA")
     assert small.gpu < whole.gpu / 5 and small.memory < whole.memory / 4
     assert small.disk < whole.disk / 4 and small.drive < whole.drive / 10
     plenty, nothing = Room(1 << 50, 1 << 50, 1 << 50), Room(0, 0, 0)
-    assert needs.first_fitting(needs.ways(FLUX), plenty) == whole
-    assert needs.first_fitting(needs.ways(FLUX), nothing) == small
+    assert will_it_fit.first_fitting(will_it_fit.ways(FLUX), plenty) == whole
+    assert will_it_fit.first_fitting(will_it_fit.ways(FLUX), nothing) == small
 
 
 def test_memory_disk_and_drive_are_what_was_measured_of_stable_diffusion() -> None:
-    whole, lora = (found[0] for found in (needs.ways(SD), needs.ways(SD, asked={"method": "lora"})))
+    whole, lora = (
+        found[0] for found in (will_it_fit.ways(SD), will_it_fit.ways(SD, asked={"method": "lora"}))
+    )
     checkpoint = 5_187_079_736  # bytes that one of its U-Net's were, with 8-bit moments
     # There with weights in half precision: two while the newer one is copied, and the best.
     mirrored = checkpoint - 1.72e9
-    assert whole.drive - needs.PICTURES == pytest.approx(2 * mirrored + 1.72e9, rel=0.01)
+    assert whole.drive - will_it_fit.PICTURES == pytest.approx(2 * mirrored + 1.72e9, rel=0.01)
     assert whole.disk == pytest.approx(4.27e9 + 3 * checkpoint + 4.27e9 + 4.27e9, rel=0.03)
     assert lora.drive < 1e9
     downloaded = 4 * 1_066_235_307  # its main files are float32
     assert downloaded < lora.disk < downloaded + 1.5e9
-    small = needs.ways(SD, asked={"method": "lora", "variant": "fp16"})[0]
+    small = will_it_fit.ways(SD, asked={"method": "lora", "variant": "fp16"})[0]
     assert lora.disk - small.disk == downloaded // 2
     assert whole.memory < 10e9 and lora.memory < 10e9
-    for way in needs.ways(FLUX, asked={"quantize": "nf4"}):
+    for way in will_it_fit.ways(FLUX, asked={"quantize": "nf4"}):
         assert way.memory < 10e9, "what is quantized goes to the GPU tensor by tensor"
 
 
@@ -270,11 +272,11 @@ def test_a_local_copy_of_a_known_base_takes_what_that_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656, "vae": 902_129_827}
-    monkeypatch.setattr(bases, "_parameters", lambda folder: counted.items())
+    monkeypatch.setattr(base_models, "_parameters", lambda folder: counted.items())
     (tmp_path / "model_index.json").write_text("{}")
-    found = needs.ways(str(tmp_path))
-    assert [one.gpu for one in found] == [one.gpu for one in needs.ways(SD35)]
-    assert found[-1].disk < needs.ways(SD35)[-1].disk, "it need not be downloaded"
+    found = will_it_fit.ways(str(tmp_path))
+    assert [one.gpu for one in found] == [one.gpu for one in will_it_fit.ways(SD35)]
+    assert found[-1].disk < will_it_fit.ways(SD35)[-1].disk, "it need not be downloaded"
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_a_base_of_the_hub_that_is_not_known_is_taken_for_one_and_told(
     hub: list[dict[str, object]],
 ) -> None:  # fmt: skip
     machine(gpu="Tesla T4")
-    assert needs.described(base).name == like
+    assert will_it_fit.described(base).name == like
     assert f"if '{base}' is as large as {like}" in look(base, tmp_path)["way"].found
     assert "as large" not in look(SD, tmp_path)["way"].found
 
@@ -313,28 +315,28 @@ def test_a_finished_run_on_drive_takes_its_room(tmp_path: Path) -> None:
     mark = run / ".mirror.json"
     for finished, free in ((False, 1000), (True, 0)):
         mark.write_text(json.dumps({"identity": "x", "parts": {}, "finished": finished}))
-        assert needs._cut_off(tmp_path) - free * (not finished) in (0, mark.stat().st_size)
+        assert will_it_fit._cut_off(tmp_path) - free * (not finished) in (0, mark.stat().st_size)
 
 
 def test_one_variant_of_a_local_bases_files_is_counted(tiny_sd1: str, tmp_path: Path) -> None:
     shutil.copytree(tiny_sd1, tmp_path / "base")
     unet = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
-    before = needs.described(str(tmp_path / "base"))
+    before = will_it_fit.described(str(tmp_path / "base"))
     shutil.copy(unet, unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert needs.described(str(tmp_path / "base")).parameters == before.parameters
+    assert will_it_fit.described(str(tmp_path / "base")).parameters == before.parameters
     unet.unlink()
-    assert needs.described(str(tmp_path / "base")).denoiser == before.denoiser > 0
+    assert will_it_fit.described(str(tmp_path / "base")).denoiser == before.denoiser > 0
 
 
 def test_a_level_is_set_only_where_auto_would_take_another() -> None:
     """What fits the GPU at "standard" may need the order of loading that "low" has."""
     standard, low = Needs(4, 9, 1, 1, "LoRA"), Needs(2, 5, 1, 1, "LoRA", "low")
     tight = Room(memory=6, disk=9, gpu=16)
-    assert needs.first_fitting([standard, low], tight) is low
-    assert needs.settings(low, [standard, low], tight) == {"method": "lora", "memory": "low"}
+    assert will_it_fit.first_fitting([standard, low], tight) is low
+    assert will_it_fit.settings(low, [standard, low], tight) == {"method": "lora", "memory": "low"}
     roomy = Room(memory=9, disk=9, gpu=4)
-    assert needs.first_fitting([standard, low], roomy) is low
-    assert needs.settings(low, [standard, low], roomy) == {"method": "lora"}
+    assert will_it_fit.first_fitting([standard, low], roomy) is low
+    assert will_it_fit.settings(low, [standard, low], roomy) == {"method": "lora"}
 
 
 def test_a_broken_bitsandbytes_is_red(
@@ -352,7 +354,7 @@ def test_absent_and_old_packages_are_red(
 ) -> None:
     machine()
     plan = Plan([], {"numpy>=2.0": "1.26.4"}, [])
-    monkeypatch.setattr(packages, "missing_packages", lambda *given: plan)
+    monkeypatch.setattr(install, "missing_packages", lambda *given: plan)
     check = look("toybox", tmp_path)["packages"]
     assert check.found == "too old: numpy>=2.0 (here 1.26.4)"
     assert check.fix == "Run pip install -U 'numpy>=2.0' and restart the session."

@@ -12,10 +12,10 @@ import torch
 from launching import TWO, launched
 from safetensors.torch import load_file
 
-from dreambooth_lib import runs
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.processes import LaunchError, join_group
-from dreambooth_lib.training import train
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.processes import LaunchError, join_group
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.loop import train
 
 Make = Callable[..., TrainConfig]
 
@@ -25,8 +25,9 @@ import json, sys
 from itertools import islice
 from pathlib import Path
 
-from dreambooth_lib import __main__ as command, runs, training
-from dreambooth_lib.processes import join_group
+from dreambooth_lib import __main__ as command
+from dreambooth_lib.training import runs, loop
+from dreambooth_lib.core.processes import join_group
 
 folder = Path(sys.argv[1])
 state = join_group()
@@ -38,10 +39,10 @@ for name, steps in json.loads((folder / "jobs.json").read_text()):
         command.run_training(runs.resume(folder / "two" / name))
     else:
         if state.is_main_process:
-            config = training.TrainConfig.from_toml(folder / f"{name}.toml")
+            config = loop.TrainConfig.from_toml(folder / f"{name}.toml")
             runs.start(config, folder / "two" / name)
         state.wait_for_everyone()
-        list(islice(training.train(runs.resume(folder / "two" / name)), steps))
+        list(islice(loop.train(runs.resume(folder / "two" / name)), steps))
         state.wait_for_everyone()
 state.destroy_process_group()  # a process that ends before the other can abort without it
 """
@@ -75,7 +76,12 @@ def assert_same_training(one: Path, two: Path, base: str, parts: list[str]) -> N
 CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "sd1": (
         "sd1",
-        {"train_text_encoder": True, "batch_size": 4, "gradient_accumulation": 2, "watch_every": 2},
+        {
+            "train_text_encoder": True,
+            "batch_size": 4,
+            "gradient_accumulation": 2,
+            "validate_every": 2,
+        },
         ["unet", "text_encoder"],
     ),
     "distilled": (
@@ -99,7 +105,7 @@ def test_two_processes_train_as_one_does(
 ) -> None:
     jobs: list[tuple[str, Any]] = []
     for name, (base, settings, _) in CASES.items():
-        judge = {"judge": str(clip_folder)} if "watch_every" in settings else {}
+        judge = {"scorer": str(clip_folder)} if "validate_every" in settings else {}
         config = make_config(tiny_bases(base), photos, steps=3, **settings, **judge)
         if config.train_token:  # which the base must not have already
             config = replace(config, subject=replace(config.subject, identifier="<rex>"))
@@ -136,8 +142,8 @@ def test_two_processes_train_as_one_does(
 FAILS = """
 import sys
 
-from dreambooth_lib import runs, training, watch_record
-from dreambooth_lib.processes import join_group
+from dreambooth_lib.training import runs, loop, validation_record
+from dreambooth_lib.core.processes import join_group
 
 kind, folder = sys.argv[1:]
 first = join_group().is_main_process
@@ -148,8 +154,8 @@ def fail(*given):
 
 
 if kind == "validating" and first:
-    watch_record.Watch.look = fail
-for step in training.train(runs.resume(folder)):
+    validation_record.Validator.look = fail
+for step in loop.train(runs.resume(folder)):
     if kind == "looping" and first and step.step == 2:
         fail()
 """
@@ -161,7 +167,7 @@ def test_an_error_in_one_process_ends_all(
     kind: str, tmp_path: Path, tiny_sd1: str, photos: str, clip_folder: Path, make_config: Make
 ) -> None:
     config = make_config(
-        tiny_sd1, photos, steps=8, prior_weight=0, watch_every=4, judge=str(clip_folder)
+        tiny_sd1, photos, steps=8, prior_weight=0, validate_every=4, scorer=str(clip_folder)
     )
     run = runs.start(config, tmp_path / "run")
     (tmp_path / "fails.py").write_text(FAILS)

@@ -12,15 +12,17 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from PIL import ImageChops
 
-from dreambooth_lib import families, runs
-from dreambooth_lib.config import ConfigError, TrainConfig
-from dreambooth_lib.estimate import estimate
-from dreambooth_lib.families import BaseError
-from dreambooth_lib.runs import Run
-from dreambooth_lib.sampling import load_source, sample
-from dreambooth_lib.setup_run import Session
-from dreambooth_lib.state import load_state
-from dreambooth_lib.training import train
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.families import loading
+from dreambooth_lib.families.loading import BaseError
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.checkpoints import load_state
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.memory_estimate import estimate
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.sampling import load_source, sample
+from dreambooth_lib.training.setup import Session
 
 Make = Callable[..., TrainConfig]
 LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}
@@ -32,7 +34,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Of the CPU's own kernels those that a GPU does not have want larger layers than a test has.
     """
-    monkeypatch.setattr(families, "_has_gpu", lambda: True)
+    monkeypatch.setattr(loading, "_has_gpu", lambda: True)
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     for kind in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
         quantizer = getattr(bnb_quantizer, kind)
@@ -110,10 +112,10 @@ def test_the_base_is_quantized_and_its_lora_is_what_is_learnt(
     run = started("run", "flux", quantize="nf4", learning_rate=0.1)
     list(train(run))
     config = run.config
-    quantized = families.load_model(config.base, quantize="nf4")
+    quantized = loading.load_model(config.base, quantize="nf4")
     drawn = [
         source.generate([("a ohwx dog", 0)], 2, 1.0)[0]
-        for source in (families.load_model(config.base), quantized, load_source(run))
+        for source in (loading.load_model(config.base), quantized, load_source(run))
     ]
     far = [max(h for _, h in ImageChops.difference(one, drawn[1]).getextrema()) for one in drawn]
     assert far[1] == 0 and far[0] > 0 and far[2] > 5
@@ -138,8 +140,8 @@ def test_known_prompts_draw_what_the_text_encoders_would_have_said(
     family: str, tiny_bases: Callable[[str], str]
 ) -> None:
     prompts = ["a dog", "a ohwx dog"]
-    whole = families.load_model(tiny_bases(family), resolution=16)
-    known = families.load_model(tiny_bases(family), resolution=16, prompts=prompts)
+    whole = loading.load_model(tiny_bases(family), resolution=16)
+    known = loading.load_model(tiny_bases(family), resolution=16, prompts=prompts)
     assert known.text_encoders == [] and len(known.frozen) == 1
     wanted = [(prompt, seed) for prompt in prompts for seed in (0, 1)]
     for one, other in zip(
@@ -147,22 +149,22 @@ def test_known_prompts_draw_what_the_text_encoders_would_have_said(
     ):
         assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
     with pytest.raises(KeyError, match="a cat"):
-        known.cond_of(["a cat"])
+        known.conditioning(["a cat"])
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
 def test_a_run_without_its_text_encoders_looks_and_saves_as_one_with_them(
     family: str, started: Callable[..., Run], clip_folder: Path
 ) -> None:
-    changes = {"watch_every": 2, "judge": str(clip_folder), "method": "full"}
+    changes = {"validate_every": 2, "scorer": str(clip_folder), "method": "full"}
     changes |= {"prior": "distilled", "hold_out": False}
     whole, tight = (
         started(level, family, memory=level, **changes) for level in ("standard", "low")
     )
     one, other = list(train(whole)), list(train(tight))
     assert [s.loss for s in one] == pytest.approx([s.loss for s in other], rel=1e-5)
-    assert one[-1].watched and other[-1].watched
-    scores = [step.watched.prompt_adherence for step in (one[-1], other[-1]) if step.watched]
+    assert one[-1].validation and other[-1].validation
+    scores = [step.validation.prompt_adherence for step in (one[-1], other[-1]) if step.validation]
     assert scores[0] == pytest.approx(scores[1], abs=1e-2)
     assert {p.name for p in whole.pipeline.iterdir()} == {p.name for p in tight.pipeline.iterdir()}
     assert sample(tight, ["a {} dog"], [0], steps=1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import import_utils
 
-from dreambooth_lib import families, lora, quantizers
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.families import loading, quantizers
+from dreambooth_lib.training import lora
 
 
 def refuses(package: str) -> Callable[[], bool]:
@@ -67,11 +68,11 @@ def test_a_lora_is_added_saved_and_merged_beside_it(
     with pytest.raises((ImportError, OSError)):
         plain_layer()
     config = make_config(tiny_sd1, photos, method="lora", lora_rank=2)
-    family = families.load_model(tiny_sd1)
-    lora.attach(family, config)
-    lora.save(family, config, tmp_path)
+    family = loading.load_model(tiny_sd1)
+    lora.add_lora(family, config)
+    lora.save_lora(family, config, tmp_path)
     quantizers.ignore_unusable.cache_clear()
-    assert not hasattr(families.compose({str(tmp_path): 1.0}).denoiser, "peft_config")
+    assert not hasattr(loading.compose({str(tmp_path): 1.0}).denoiser, "peft_config")
     plain_layer()
 
 
@@ -84,11 +85,11 @@ def test_a_lora_is_composed_beside_it(
     with monkeypatch.context() as usable:
         for name in ("is_torchao_available", "is_gptqmodel_available"):
             hold(usable, name, lambda: False)
-        family = families.load_model(tiny_sd1)
-        lora.attach(family, config)
-        lora.save(family, config, tmp_path)
+        family = loading.load_model(tiny_sd1)
+        lora.add_lora(family, config)
+        lora.save_lora(family, config, tmp_path)
     quantizers.ignore_unusable.cache_clear()
-    assert families.compose({str(tmp_path): 1.0}).denoiser is not None
+    assert loading.compose({str(tmp_path): 1.0}).denoiser is not None
 
 
 def test_quantizers_that_peft_can_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,17 +14,17 @@ from tools.ram import GB, TooMuch, watch
 MB = 10**6
 
 
-def watched(code: str, tmp_path: Path, limit: float = 4 * GB) -> dict[str, int]:
+def validation(code: str, tmp_path: Path, limit: float = 4 * GB) -> dict[str, int]:
     """The bytes that a piece of code, which measures "it", held before and at most."""
     command = [sys.executable, "-c", code, str(tmp_path)]
     return watch(command, limit, tmp_path / "log")["it"]
 
 
 def test_a_checkpoint_is_written_without_a_copy_of_what_it_holds(tmp_path: Path) -> None:
-    found = watched(
+    found = validation(
         """
 import sys, torch
-from dreambooth_lib.state import save_state
+from dreambooth_lib.training.checkpoints import save_state
 from tools.ram import measured
 state = {"model": {str(i): torch.rand(10_000_000) for i in range(10)}}
 with measured("it"):
@@ -39,7 +39,7 @@ with measured("it"):
 def test_what_a_process_holds_for_a_moment_is_seen_and_mapped_files_are_not(
     tmp_path: Path,
 ) -> None:
-    found = watched(
+    found = validation(
         """
 import mmap, sys, time
 from tools.ram import measured
@@ -69,16 +69,16 @@ with measured("it"):
     time.sleep(60)
 """
     with pytest.raises(TooMuch, match=r"'it' holds 0\.1 GB of memory, and may hold 0\.1; its"):
-        watched(code, tmp_path, 90 * MB)
+        validation(code, tmp_path, 90 * MB)
 
 
 def test_a_process_that_fails_leaves_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no such thing"):
-        watched("raise ImportError('no such thing')", tmp_path)
+        validation("raise ImportError('no such thing')", tmp_path)
 
 
 def test_what_lies_on_the_device_is_no_memory_and_a_copy_of_it_is(tmp_path: Path) -> None:
-    found = watched(
+    found = validation(
         """
 import sys, time, torch
 from pathlib import Path
@@ -126,11 +126,11 @@ def test_a_job_that_takes_too_much_is_told_and_the_table_has_the_others() -> Non
 
 
 def test_files_of_zeros_are_read_as_weights_and_take_no_room(tmp_path: Path) -> None:
-    from dreambooth_lib import families
+    from dreambooth_lib.families import loading
     from tools import architectures
 
     architectures.save(architectures.ALL["sd15"], tmp_path / "base", tiny=True, zeros=True)
-    family = families.load_model(str(tmp_path / "base"))
+    family = loading.load_model(str(tmp_path / "base"))
     assert all(torch.count_nonzero(one) == 0 for one in family.denoiser.parameters())
     architectures._write_zeros({"w": torch.Size([10**7])}, torch.float32, tmp_path / "w")
     stat = (tmp_path / "w").stat()

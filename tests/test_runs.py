@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_lib import runs
-from dreambooth_lib.config import ConfigError, TrainConfig
-from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.state import load_state
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.checkpoints import load_state
+from dreambooth_lib.training.runs import Run, RunError
 
 Make = Callable[..., TrainConfig]
 
@@ -49,9 +50,9 @@ def test_beginning_twice_goes_on_with_the_settings_of_the_second_time(
 ) -> None:
     monkeypatch.chdir(Path(photos).parent)
     config = make_config("toybox", Path(photos).name, prior_weight=1.0)
-    begun = runs.begin(config, tmp_path / "run")
+    begun = runs.start_or_resume(config, tmp_path / "run")
     assert begun.config.subject.pictures == photos
-    again = runs.begin(config.replace(prior_weight=0.5, steps=9), tmp_path / "run")
+    again = runs.start_or_resume(config.replace(prior_weight=0.5, steps=9), tmp_path / "run")
     assert again.config == begun.config.replace(prior_weight=0.5, steps=9)
     assert runs.resume(tmp_path / "run") == again
 
@@ -61,7 +62,7 @@ def test_a_run_of_something_else_is_not_gone_on_with(field: str, run: Run) -> No
     subject = dataclasses.replace(run.config.subject, identifier="hta")
     other = run.config.replace(**{field: {"subject": subject}.get(field, True)})
     with pytest.raises(RunError, match=rf"whose {field} is .*choose another folder"):
-        runs.begin(other, run.folder)
+        runs.start_or_resume(other, run.folder)
     assert runs.resume(run.folder) == run
 
 
@@ -73,19 +74,19 @@ def finish(run: Run, step: int) -> None:
 
 def test_a_finished_run_keeps_the_settings_that_it_was_trained_with(run: Run) -> None:
     finish(run, 4)
-    assert runs.begin(run.config, run.folder) == run, "nothing is changed"
+    assert runs.start_or_resume(run.config, run.folder) == run, "nothing is changed"
     with pytest.raises(RunError, match=r"finished with prior_weight 1.0, and not 0.5; begin a new"):
-        runs.begin(run.config.replace(prior_weight=0.5, steps=9), run.folder)
+        runs.start_or_resume(run.config.replace(prior_weight=0.5, steps=9), run.folder)
     assert runs.resume(run.folder) == run
-    assert runs.begin(run.config.replace(steps=9), run.folder).config.steps == 9
+    assert runs.start_or_resume(run.config.replace(steps=9), run.folder).config.steps == 9
 
 
 def test_a_run_is_not_said_to_be_shorter_than_it_is(run: Run) -> None:
     run.save_checkpoint(3, {"step": 3})
     with pytest.raises(RunError, match=r"has come to step 3, beyond steps 2; raise steps"):
-        runs.begin(run.config.replace(steps=2), run.folder)
+        runs.start_or_resume(run.config.replace(steps=2), run.folder)
     assert runs.resume(run.folder) == run
-    assert runs.begin(run.config.replace(steps=3), run.folder).config.steps == 3
+    assert runs.start_or_resume(run.config.replace(steps=3), run.folder).config.steps == 3
 
 
 def test_an_empty_folder_takes_a_run(tmp_path: Path, photos: str, make_config: Make) -> None:
@@ -149,7 +150,7 @@ def test_a_row_cut_by_a_kill_is_left_out_and_later_ones_are_whole(run: Run) -> N
     with (run.folder / "log.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert run.log() == [{"step": 1}]
-    run.cut("log", 1)
+    run.truncate("log", 1)
     run.append("log", {"step": 2})
     assert run.log() == [{"step": 1}, {"step": 2}]
 
@@ -157,11 +158,11 @@ def test_a_row_cut_by_a_kill_is_left_out_and_later_ones_are_whole(run: Run) -> N
 def test_cutting_the_log_drops_exactly_the_later_rows(run: Run) -> None:
     for step in range(1, 6):
         run.append("log", {"step": step})
-    run.cut("log", 3)
+    run.truncate("log", 3)
     assert [row["step"] for row in run.log()] == [1, 2, 3]
     lines = (run.folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    run.cut("log", 0)
+    run.truncate("log", 0)
     assert run.log() == []
 
 
@@ -197,10 +198,10 @@ def test_a_finished_run_of_earlier_defaults_is_gone_on_with(
     before = runs.start(config.replace(checkpoint_every=100), tmp_path / "run")
     before.pipeline.mkdir()
     (before.pipeline / "model_index.json").write_text("{}")
-    assert runs.refusal(config, before.folder) is None
-    assert runs.begin(config, before.folder).config.checkpoint_every == 100
+    assert runs.why_not_resumable(config, before.folder) is None
+    assert runs.start_or_resume(config, before.folder).config.checkpoint_every == 100
     assert "checkpoint_every 100" in str(
-        runs.refusal(config.replace(checkpoint_every=7), before.folder)
+        runs.why_not_resumable(config.replace(checkpoint_every=7), before.folder)
     )
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from dreambooth_lib import families, runs
-from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.sampling import Sample, fill, load_source, sample
-from dreambooth_lib.training import train
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.sampling import Sample, fill, load_source, sample
 
 Make = Callable[..., TrainConfig]
 QUICK: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0}
@@ -23,7 +24,7 @@ QUICK: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0}
 
 @pytest.fixture(scope="module")
 def family(tiny_sd1: str) -> Family:
-    return families.load_model(tiny_sd1)
+    return loading.load_model(tiny_sd1)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_base_and_run_start_from_the_same_noise_and_end_differently(
 def test_each_module_is_put_back_into_the_mode_it_was_in(
     fails: bool, tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family = families.load_model(tiny_sd1)
+    family = loading.load_model(tiny_sd1)
     (encoder,) = family.text_encoders
     family.denoiser.train()
     encoder.eval()
@@ -174,7 +175,7 @@ def test_each_module_is_put_back_into_the_mode_it_was_in(
 
 
 def test_drawing_leaves_weights_trainable(tiny_sd1: str) -> None:
-    family = families.load_model(tiny_sd1)
+    family = loading.load_model(tiny_sd1)
     sample(family, ["a dog"], [0], **QUICK)
     cond = family.encode_prompts(["a dog"])
     prediction = family.predict(torch.randn(1, 4, 8, 8), torch.tensor([5]), cond)
@@ -189,7 +190,7 @@ def test_parts_take_turns_on_a_gpu_that_all_together_would_fill(
     PartialState()  # which settles that
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    modules = [one for one in families.load_model(tiny_sd1).pipeline.components.values()
+    modules = [one for one in loading.load_model(tiny_sd1).pipeline.components.values()
                if isinstance(one, torch.nn.Module)]  # fmt: skip
     size = sum(weight.nbytes for one in modules for weight in one.state_dict().values()) // 2
     drawn = []

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.watch import View
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.training.validation import ValidationPlan
 from tools import studies
 
 
@@ -28,12 +28,12 @@ def subject(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Subject:  # fmt: skip
     def plain(subject: Subject) -> TrainConfig:
-        config = make_config(tiny_sd2, photos, judge=str(clip_folder), watch_every=2)
+        config = make_config(tiny_sd2, photos, scorer=str(clip_folder), validate_every=2)
         return config.replace(subject=subject)
 
     monkeypatch.setattr(studies, "plain", plain)
     monkeypatch.setattr(studies, "auto", lambda s: plain(s).replace(steps=6, early_stop=True))
-    monkeypatch.setattr(studies, "VIEW", View(class_pictures=2, inference_steps=2))
+    monkeypatch.setattr(studies, "VIEW", ValidationPlan(class_images=2, inference_steps=2))
     monkeypatch.setattr(studies, "LAMBDAS", (0.0, 1.0))
     monkeypatch.setattr(studies, "STEPS", (2, 4))
     monkeypatch.setattr(studies, "SEEDS", 2)

@@ -8,20 +8,22 @@ from typing import Any
 
 import pytest
 
-from dreambooth_lib import choice, sweep
-from dreambooth_lib.config import ConfigError, Subject, TrainConfig
-from dreambooth_lib.runs import RunError
-from dreambooth_lib.study_table import MEASURES, recommend, table
-from dreambooth_lib.sweep import grid
-from dreambooth_lib.watch import View
-from dreambooth_lib.watch_record import drawn, history
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.evaluation import sweep
+from dreambooth_lib.evaluation.sweep import grid
+from dreambooth_lib.evaluation.sweep_table import MEASURES, recommend, table
+from dreambooth_lib.training import best_checkpoint
+from dreambooth_lib.training.runs import RunError
+from dreambooth_lib.training.validation import ValidationPlan
+from dreambooth_lib.training.validation_record import history, load_images
 
-QUICK = View(seeds=4, class_pictures=2, unrelated=1, inference_steps=2)
+QUICK = ValidationPlan(seeds=4, class_images=2, unrelated=1, inference_steps=2)
 
 
 @pytest.fixture
 def config(tiny_sd2: str, photos: str, make_config: Any, clip_folder: Path) -> TrainConfig:
-    return make_config(tiny_sd2, photos, judge=str(clip_folder))
+    return make_config(tiny_sd2, photos, scorer=str(clip_folder))
 
 
 def run(configs: dict[str, TrainConfig], folder: Path, **options: Any) -> list[sweep.CellDone]:
@@ -47,13 +49,13 @@ def test_a_sweep_gives_a_row_a_cell_and_step_and_is_not_run_twice(
     text = (tmp_path / "table.csv").read_text().splitlines()
     assert text[0] == ",".join(["cell", "prior_weight", "step", *MEASURES])
     assert len(text) == 5
-    assert len(list((tmp_path / "class_pictures").iterdir())) == 1
+    assert len(list((tmp_path / "class_images").iterdir())) == 1
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
     seen = history(sweep.runs.resume(tmp_path / "prior_weight=1.0"))
-    shares = choice.shares(seen[2].subject_fidelity, seen[2].reference_fidelity,
+    shares = best_checkpoint.ratios(seen[2].subject_fidelity, seen[2].reference_fidelity,
                            seen[2].prompt_adherence, seen[0].prompt_adherence,
                            seen[2].prior_drift, seen[2].unrelated_drift)  # fmt: skip
-    assert rows[3]["standing"] == choice.standing(shares)
+    assert rows[3]["score"] == best_checkpoint.overall_score(shares)
     assert rows[3]["prior_drift"] == seen[2].prior_drift
 
     monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("a finished cell ran again"))
@@ -71,7 +73,7 @@ def test_a_finished_study_goes_on_to_more_steps_as_if_it_had_had_them_all(
     short, long = (table(configs, tmp_path / name, [2, 4, 6]) for name in ("short", "long"))
     assert short == long and [row["step"] for row in short] == [2, 4, 6]
     cell = sweep.runs.resume(tmp_path / "short" / "prior_weight=1.0")
-    assert cell.finished and cell.config.steps == 6 and len(drawn(cell, 6).subject) == 16
+    assert cell.finished and cell.config.steps == 6 and len(load_images(cell, 6).subject) == 16
 
     run(configs, tmp_path / "short")  # fewer again: what is there is kept
     cell = sweep.runs.resume(cell.folder)
@@ -88,7 +90,7 @@ def test_another_study_in_the_folder_is_refused_and_left_alone(
         r"a study of rex on .*sd2 whose subject\.pictures is '.*rex', and not '.*max'; choose":
             config.replace(subject=Subject(str(tmp_path.with_name("max")), "dog", name="rex")),
         "whose base is '.*sd2', and not 'toybox'": config.replace(base="toybox"),
-        "whose class_pictures is 4, and not 5": config.replace(class_pictures=5),
+        "whose class_images is 4, and not 5": config.replace(class_images=5),
         "whose lr_schedule is 'constant', and not 'linear'": config.replace(lr_schedule="linear"),
     }  # fmt: skip
     for text, other in others.items():
@@ -152,8 +154,8 @@ def test_two_dask_workers_make_the_same_table(config: TrainConfig, tmp_path: Pat
 
 
 def test_recommended_is_the_highest_mean_over_seeds(config: TrainConfig) -> None:
-    def row(weight: float, seed: int, step: int, standing: float) -> dict[str, Any]:
-        measured = dict.fromkeys(MEASURES, 0.5) | {"standing": standing}
+    def row(weight: float, seed: int, step: int, score: float) -> dict[str, Any]:
+        measured = dict.fromkeys(MEASURES, 0.5) | {"score": score}
         return {
             "cell": f"{weight}{seed}", "prior_weight": weight, "seed": seed, "step": step,
         } | measured  # fmt: skip
@@ -164,7 +166,7 @@ def test_recommended_is_the_highest_mean_over_seeds(config: TrainConfig) -> None
     ]  # fmt: skip
     found = recommend(rows)
     assert found.settings == {"prior_weight": 1, "step": 100}, "of equals the fewest steps"
-    assert found.standing == pytest.approx(0.8)
+    assert found.score == pytest.approx(0.8)
     assert found.reason.startswith("λ 1, step 100 stands highest of 3 settings (0.800")
     assert found.reason.endswith("prior drift 0.500.")
     last = recommend([*rows, row(1, 0, 300, 0.9), row(1, 1, 300, 0.9)]).reason

@@ -12,24 +12,29 @@ from diffusers import DiffusionPipeline
 from t4 import Seen, T4Accelerator
 from t4 import t4 as t4
 
-from dreambooth_lib import families, kept, runs, sample, setup_run, watch
-from dreambooth_lib.batches import Batch
-from dreambooth_lib.config import ConfigError, Subject, TrainConfig
-from dreambooth_lib.estimate import estimate
-from dreambooth_lib.exports import lora_file, single_file
-from dreambooth_lib.families import BaseError
+from dreambooth_lib import sample
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.export import pipeline_folder
+from dreambooth_lib.export.comfyui_checkpoint import single_file
+from dreambooth_lib.export.comfyui_lora import lora_file
+from dreambooth_lib.families import loading
+from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.families.stable_diffusion import StableDiffusion
-from dreambooth_lib.losses import Loss
-from dreambooth_lib.runs import Run
-from dreambooth_lib.setup_run import Session
-from dreambooth_lib.training import NonFiniteLoss, prior_preservation, train, updates
-from dreambooth_lib.updates import Optimizer
-from dreambooth_lib.watch_record import history
+from dreambooth_lib.training import runs, setup, validation
+from dreambooth_lib.training.batches import Batch
+from dreambooth_lib.training.loop import NonFiniteLoss, prior_preservation, train, training_steps
+from dreambooth_lib.training.losses import Loss
+from dreambooth_lib.training.memory_estimate import estimate
+from dreambooth_lib.training.optimizer_step import Optimizer
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.validation_record import history
 
 Make = Callable[..., TrainConfig]
-VIEW = watch.View(class_pictures=2, inference_steps=1)
+VIEW = validation.ValidationPlan(class_images=2, inference_steps=1)
 LORA = {"method": "lora", "memory": "low", "learning_rate": 1e-3}
-DOG = Path(families.BUNDLED) / "subjects" / "patch_dog"
+DOG = Path(loading.BUNDLED) / "subjects" / "patch_dog"
 
 
 @pytest.fixture
@@ -39,16 +44,16 @@ def started(
     """Start a run of two updates that is validated once more at its end."""
 
     def start(base: str, **changes: Any) -> Run:
-        given = {"steps": 2, "batch_size": 1, "class_pictures": 2, "watch_every": 2} | changes
+        given = {"steps": 2, "batch_size": 1, "class_images": 2, "validate_every": 2} | changes
         if base == "toybox":
             fields = {"prior_inference_steps": 2, **given}
             config = TrainConfig(Subject(str(DOG), "dog"), base, **fields)
         else:
-            fields = {"judge": str(clip_folder), "resolution": 16, **given}
+            fields = {"scorer": str(clip_folder), "resolution": 16, **given}
             config = make_config(base, photos, **fields)
         run = runs.start(config, tmp_path / "run")
-        (run.folder / "watch").mkdir()
-        (run.folder / "watch" / "view.json").write_text(json.dumps(asdict(VIEW)))
+        (run.folder / "validation").mkdir()
+        (run.folder / "validation" / "plan.json").write_text(json.dumps(asdict(VIEW)))
         return run
 
     return start
@@ -56,7 +61,7 @@ def started(
 
 def moved(run: Run) -> bool:
     """Whether training changed what the run's base draws."""
-    tuned, base = (families.load_model(of) for of in (str(run.folder), run.config.base))
+    tuned, base = (loading.load_model(of) for of in (str(run.folder), run.config.base))
     weights = base.denoiser.state_dict()
     return any(not torch.equal(v, weights[k]) for k, v in tuned.denoiser.state_dict().items())
 
@@ -86,7 +91,7 @@ def test_the_whole_path_computes_in_float16_and_stays_finite(
 ) -> None:
     run = started(base if base == "toybox" else tiny_bases(base), **changes)
     steps = list(train(run))
-    assert [step.step for step in steps] == [1, 2] and steps[-1].watched is not None
+    assert [step.step for step in steps] == [1, 2] and steps[-1].validation is not None
     assert [row.step for row in history(run)] == [0, 2]
     saved = run.load_checkpoint()
     assert saved is not None
@@ -98,7 +103,7 @@ def test_the_whole_path_computes_in_float16_and_stays_finite(
         (picture,) = sample(run, ["a {} dog"], [0], at=at, steps=2)
         assert picture.image.getbbox() is not None
     assert t4.denoiser == {torch.float16}
-    kept.keep(run, 2, tmp_path / "kept")
+    pipeline_folder.write_model(run, 2, tmp_path / "kept")
     assert moved(run)
     lora = tmp_path / "kept" / "pytorch_lora_weights.safetensors"
     if run.config.method == "lora":
@@ -131,7 +136,7 @@ def test_a_first_update_that_overflows_float16_says_so(
     plain = DiffusionPipeline.from_pretrained(tiny_sd1)
     plain.unet.conv_out.weight.data.fill_(1e5)
     plain.save_pretrained(tmp_path / "base")
-    run = started(str(tmp_path / "base"), prior_weight=0.0, watch_every=0)
+    run = started(str(tmp_path / "base"), prior_weight=0.0, validate_every=0)
     with pytest.raises(NonFiniteLoss, match=r"at step 1 .*: float16 ends at 65,504: set mixed"):
         list(train(run))
 
@@ -150,8 +155,8 @@ def test_an_update_that_overflows_moves_nothing_and_is_not_counted(
     optimizer: str, memory: str, t4: Seen, started: Callable[..., Run], tiny_sd1: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(setup_run, "Accelerator", HighScale)
-    run = started(tiny_sd1, optimizer=optimizer, memory=memory, prior_weight=0.0, watch_every=0)
+    monkeypatch.setattr(setup, "Accelerator", HighScale)
+    run = started(tiny_sd1, optimizer=optimizer, memory=memory, prior_weight=0.0, validate_every=0)
     session, tries, real = Session(run), 0, Optimizer.step
     before = [parameter.detach().clone() for parameter in session.optimizer.parameters]
 
@@ -165,7 +170,7 @@ def test_an_update_that_overflows_moves_nothing_and_is_not_counted(
         return False
 
     monkeypatch.setattr(Optimizer, "step", counted)
-    step = next(updates(session))
+    step = next(training_steps(session))
     assert tries >= 5 and step.step == 1
     assert not any(map(torch.equal, before, session.optimizer.parameters))
 
@@ -178,7 +183,7 @@ def test_gradients_that_no_scale_helps_end_the_run_in_a_sentence(
         prediction.register_hook(lambda gradient: gradient * float("nan"))
         return prior_preservation(prediction, batch, config)
 
-    run = started(tiny_sd1, memory=memory, prior_weight=0.0, watch_every=0)
+    run = started(tiny_sd1, memory=memory, prior_weight=0.0, validate_every=0)
     with pytest.raises(NonFiniteLoss, match=r"overflow float16 at step 1 .*use mixed_precision"):
         list(train(run, objective))
     assert run.log() == [] and run.checkpoints() == {}
@@ -202,5 +207,5 @@ def test_a_family_that_float16_is_too_small_for_is_refused(
     with pytest.raises(BaseError, match="sd1' produces NaN in float16"):
         sample(tiny_bases("sd1"), ["a dog"], [0], steps=1)
     assert estimate(run.config, "bf16").memory > 0
-    run = runs.resume(run.folder, mixed_precision="no", watch_every=0)
+    run = runs.resume(run.folder, mixed_precision="no", validate_every=0)
     assert [step.step for step in train(run)] == [1, 2]

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dreambooth_lib.evaluation import Mean, Row
-from dreambooth_lib.tables import markdown, read_csv, write_csv
+from dreambooth_lib.evaluation.scores import Mean, Row
+from dreambooth_lib.evaluation.tables import markdown, read_csv, write_csv
 
 
 def test_rows_come_back_from_csv_as_they_were(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_the_first_minutes_of_a_rebuild(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figures = report(work, target, seed=0, rounds=1)
     assert figures["autoencoder_psnr_db"] > 3
-    assert all(0 <= v <= 1 for k, v in figures.items() if k.startswith(("judge", "generated")))
+    assert all(0 <= v <= 1 for k, v in figures.items() if k.startswith(("scorer", "generated")))
     assert Image.open("outputs/toybox_grid.png").size[0] >= 512
     write_readme(target, figures, seed=0)
     assert "| judge triplets |" in (target / "README.md").read_text()

@@ -19,21 +19,22 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from dreambooth_lib import families, latents, runs, setup_run, training
-from dreambooth_lib.batches import Batch
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.losses import Loss
-from dreambooth_lib.runs import Run
-from dreambooth_lib.setup_run import Session
-from dreambooth_lib.training import (
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.families import loading
+from dreambooth_lib.training import latent_cache, loop, runs, setup
+from dreambooth_lib.training.batches import Batch
+from dreambooth_lib.training.loop import (
     NonFiniteLoss,
     Step,
     prior_preservation,
     train,
-    updates,
+    training_steps,
 )
-from dreambooth_lib.updates import interrupts_held
-from dreambooth_lib.weights import Trainable
+from dreambooth_lib.training.losses import Loss
+from dreambooth_lib.training.optimizer_step import defer_interrupts
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.trainable import Trainable
 
 Make = Callable[..., TrainConfig]
 
@@ -55,7 +56,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def started(tmp_path: Path, photos: str, make_config: Make) -> Callable[..., Run]:
-    """Start a run in a folder of its own; the runs of one test share their class pictures."""
+    """Start a run in a folder of its own; the runs of one test share their class images."""
 
     def start(name: str, base: str, **changes: Any) -> Run:
         return runs.start(make_config(base, photos, **changes), tmp_path / name)
@@ -100,9 +101,9 @@ def test_the_loss_falls_where_one_picture_is_learnt(
 def test_without_prior_weight_there_is_no_prior_loss_and_no_class_picture(
     tmp_path: Path, tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
-    steps = list(train(started("run", tiny_sd1, prior_weight=0.0, class_pictures=0)))
+    steps = list(train(started("run", tiny_sd1, prior_weight=0.0, class_images=0)))
     assert all(step.prior_loss is None and step.loss == step.instance_loss for step in steps)
-    assert not (tmp_path / "class_pictures").exists()
+    assert not (tmp_path / "class_images").exists()
 
 
 def test_prior_weight_scales_the_prior_part_of_the_loss(
@@ -131,14 +132,14 @@ def test_every_photo_and_every_class_picture_is_used(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[int, list[int]] = {}
-    sample = latents.LatentCache.sample
+    sample = latent_cache.LatentCache.sample
 
     def spy(cache: Any, index: list[int], generator: torch.Generator) -> torch.Tensor:
         used.setdefault(id(cache), []).extend(index)
         return sample(cache, index, generator)
 
-    monkeypatch.setattr(latents.LatentCache, "sample", spy)
-    list(train(started("run", tiny_sd1, class_pictures=6, steps=6)))
+    monkeypatch.setattr(latent_cache.LatentCache, "sample", spy)
+    list(train(started("run", tiny_sd1, class_images=6, steps=6)))
     photos_used, class_used = used.values()
     assert sorted(photos_used) == sorted([0, 1, 2, 3] * 3)
     assert sorted(class_used) == sorted([0, 1, 2, 3, 4, 5] * 2)
@@ -270,10 +271,10 @@ def test_an_interrupt_around_the_optimizers_step_waits_for_the_updates_end(
 
 @pytest.mark.usefixtures("interruptible")
 def test_interrupts_are_held_within_a_block_only() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupts_held():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
     handler = signal.getsignal(signal.SIGINT)
-    with interrupts_held():
+    with defer_interrupts():
         assert signal.getsignal(signal.SIGINT) is not handler
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -307,7 +308,7 @@ def test_the_averaged_weights_are_saved_in_place_of_the_last_ones(
 
 
 def training_state(run: Run, step: int) -> dict[str, torch.Tensor]:
-    from dreambooth_lib.state import load_state
+    from dreambooth_lib.training.checkpoints import load_state
 
     return load_state(run.checkpoints()[step])["model"]
 
@@ -419,8 +420,8 @@ def test_a_non_finite_loss_raises_and_keeps_the_last_good_checkpoint(
     run = started("run", tiny_sd1, checkpoint_every=2, steps=6)
     stepper = train(run)
     first = list(islice(stepper, 3))
-    errors = training.per_sample_errors
-    monkeypatch.setattr(training, "per_sample_errors", lambda *given: errors(*given) * float("nan"))
+    errors = loop.per_sample_errors
+    monkeypatch.setattr(loop, "per_sample_errors", lambda *given: errors(*given) * float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"step 4.*learning_rate"):
         next(stepper)
     assert list(run.checkpoints()) == [2]
@@ -437,7 +438,7 @@ def test_a_non_finite_gradient_is_never_written_into_weights_or_checkpoints(
 ) -> None:
     run = started("run", tiny_sd1, checkpoint_every=1, steps=6)
     session = Session(run)
-    made = updates(session)
+    made = training_steps(session)
     next(made)
     session.optimizer.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLoss):
@@ -505,7 +506,7 @@ def test_a_batch_that_does_not_split_over_processes_is_refused(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", tiny_sd1, batch_size=3)
-    monkeypatch.setattr(setup_run.Accelerator, "num_processes", 2)
+    monkeypatch.setattr(setup.Accelerator, "num_processes", 2)
     with pytest.raises(ValueError, match=r"batch_size 3 .*2 processes"):
         next(train(run))
 
@@ -513,7 +514,7 @@ def test_a_batch_that_does_not_split_over_processes_is_refused(
 def test_a_run_serves_as_the_base_of_another(tiny_sd1: str, started: Callable[..., Run]) -> None:
     first = started("first", tiny_sd1, steps=1)
     list(train(first))
-    family = families.load_model(str(first.folder))
+    family = loading.load_model(str(first.folder))
     assert same(family.denoiser.state_dict(), weights(first.pipeline))
     second = started("second", str(first.folder), steps=1)
     list(train(second))
@@ -585,7 +586,8 @@ import json, os, random, runpy, shutil, signal, sys, time
 from pathlib import Path
 
 import accelerate, bitsandbytes, diffusers, torch, transformers
-from dreambooth_lib import batches, runs, state
+from dreambooth_lib.training import batches, runs, checkpoints
+from dreambooth_lib.core import files
 
 config, folder, reference = sys.argv[1:]
 
@@ -595,7 +597,7 @@ def die():
 
 
 def in_a_class_picture():
-    real = state.replace_file
+    real = files.replace_file
 
     def killing(path, data):
         if path.name == "00002.png":
@@ -603,7 +605,7 @@ def in_a_class_picture():
             die()
         real(path, data)
 
-    state.replace_file = killing
+    files.replace_file = killing
 
 
 def in_a_log_row():
@@ -616,7 +618,7 @@ def in_a_log_row():
 
 
 def in_the_tensors():
-    real = state.write_tensors
+    real = checkpoints.write_tensors
 
     def killing(path, tensors):
         real(path, tensors)
@@ -624,7 +626,7 @@ def in_the_tensors():
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    state.write_tensors = killing
+    checkpoints.write_tensors = killing
 
 
 def before_the_rename():
@@ -726,7 +728,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
         tiny_sd1, photos, steps=12, checkpoint_every=2, ema_decay=0.9, lr_schedule="cosine"
     )
     (tmp_path / "config.toml").write_text(config.to_toml())
-    # In folders of their own, so that the class pictures are made twice too.
+    # In folders of their own, so that the class images are made twice too.
     killed, reference = tmp_path / "killed" / "run", tmp_path / "reference" / "run"
     given = [str(tmp_path / "config.toml"), str(killed), str(reference)]
     made = subprocess.run(

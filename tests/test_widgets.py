@@ -19,17 +19,21 @@ from conftest import save_photos
 from ipywidgets import HTML, Image, Widget
 from PIL import Image as Pictures
 
-from dreambooth_lib import TrainConfig, memory, pace, pages, runs, training, watch, widgets
-from dreambooth_lib.batches import Batch, Batches
-from dreambooth_lib.config import ConfigError
-from dreambooth_lib.data import hold_out
-from dreambooth_lib.pictures import DataError
-from dreambooth_lib.runs import Run, RunError
-from dreambooth_lib.setup_run import Session
-from dreambooth_lib.updates import Optimizer
-from dreambooth_lib.watch_record import drawn
-from dreambooth_lib.widgets import side_by_side, upload
-from dreambooth_lib.widgets.settings import python_of
+from dreambooth_lib import TrainConfig
+from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.data.images import DataError
+from dreambooth_lib.data.quality_checks import hold_out
+from dreambooth_lib.figures import image_grids
+from dreambooth_lib.notebook import timing, widgets
+from dreambooth_lib.notebook.widgets import playground, upload
+from dreambooth_lib.notebook.widgets.settings import python_of
+from dreambooth_lib.training import loop, runs, validation
+from dreambooth_lib.training.batches import Batch, Batches
+from dreambooth_lib.training.optimizer_step import Optimizer
+from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.validation_record import load_images
 
 Make = Callable[..., TrainConfig]
 
@@ -52,7 +56,7 @@ def pictures(view: Any) -> list[Pictures.Image]:
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Widget]:
     """What is displayed below the cell."""
     found: list[Widget] = []
-    monkeypatch.setattr("dreambooth_lib.widgets.training.display", found.append)
+    monkeypatch.setattr("dreambooth_lib.notebook.widgets.training.display", found.append)
     return found
 
 
@@ -61,11 +65,11 @@ def started(
     tmp_path: Path, photos: str, make_config: Make, tiny_sd2: str, clip_folder: Path
 ) -> Callable[..., Run]:
     def start(name: str = "run", **changes: Any) -> Run:
-        fields = {"watch_every": 2, "judge": str(clip_folder), "ema_decay": None} | changes
+        fields = {"validate_every": 2, "scorer": str(clip_folder), "ema_decay": None} | changes
         run = runs.start(make_config(tiny_sd2, photos, **fields), tmp_path / name)
-        view = watch.View(class_pictures=2, inference_steps=2)
-        (run.folder / "watch").mkdir()
-        (run.folder / "watch" / "view.json").write_text(json.dumps(asdict(view)))
+        view = validation.ValidationPlan(class_images=2, inference_steps=2)
+        (run.folder / "validation").mkdir()
+        (run.folder / "validation" / "plan.json").write_text(json.dumps(asdict(view)))
         return run
 
     return start
@@ -276,17 +280,17 @@ def test_the_crops_follow_the_resolution_and_mark_what_is_kept_out(
     photos: str, make_config: Make, tiny_sd2: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels: list[Any] = []
-    grid = pages.grid
+    grid = image_grids.grid
     monkeypatch.setattr(
-        pages, "grid", lambda shown, columns, names=None: (
+        image_grids, "grid", lambda shown, columns, names=None: (
             labels.append(names), grid(shown, columns, names)
         )[1],
     )  # fmt: skip
-    subject = widgets.SubjectPanel(make_config(tiny_sd2, photos, watch_every=2))
+    subject = widgets.SubjectPanel(make_config(tiny_sd2, photos, validate_every=2))
     held = hold_out(subject.photos)[1]
     marks = ["kept out, to test on" if p in held else "" for p in subject.photos]
     assert labels[-1] == marks and sum(map(bool, marks)) == 1
-    widgets.SubjectPanel(make_config(tiny_sd2, photos, watch_every=0))
+    widgets.SubjectPanel(make_config(tiny_sd2, photos, validate_every=0))
     assert labels[-1] is None
     panel = widgets.SettingsPanel(subject)
     panel.controls["resolution"].value = 8
@@ -307,7 +311,7 @@ def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
 def test_colab_is_told_to_use_its_own_upload(
     fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path
 ) -> None:
-    from dreambooth_lib import colab
+    from dreambooth_lib.notebook import colab
 
     panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
     assert "UPLOAD = True" in texts(panel) and "10 MB" not in texts(panel)
@@ -321,16 +325,16 @@ def test_colab_is_told_to_use_its_own_upload(
 
 @pytest.fixture
 def settings(tiny_sd2: str, photos: str, make_config: Make) -> widgets.SettingsPanel:
-    return widgets.SettingsPanel(make_config(tiny_sd2, photos, watch_every=2))
+    return widgets.SettingsPanel(make_config(tiny_sd2, photos, validate_every=2))
 
 
 def test_the_settings_say_what_the_config_says_until_they_are_moved(
     settings: widgets.SettingsPanel, tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
-    config = make_config(tiny_sd2, photos, watch_every=2)
+    config = make_config(tiny_sd2, photos, validate_every=2)
     assert settings.config == config
     moved = {"prior_weight": 0.5, "steps": 9, "learning_rate": 1e-4, "train_text_encoder": True,
-             "resolution": 8, "class_pictures": 7, "early_stop": True, "method": "lora",
+             "resolution": 8, "class_images": 7, "early_stop": True, "method": "lora",
              "prior": "distilled"}  # fmt: skip
     assert moved.keys() == settings.controls.keys()
     for name, value in moved.items():
@@ -374,10 +378,10 @@ def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) 
 def test_settings_that_contradict_say_so_and_fail_whoever_goes_on(
     settings: widgets.SettingsPanel,
 ) -> None:
-    settings.controls["class_pictures"].value = 0
-    assert "ask for class pictures" in settings.note.value
+    settings.controls["class_images"].value = 0
+    assert "ask for class images" in settings.note.value
     for fails in (settings.check, lambda: settings.config):
-        with pytest.raises(ConfigError, match="class_pictures is 0"):
+        with pytest.raises(ConfigError, match="class_images is 0"):
             fails()
     settings.controls["prior_weight"].value = 0
     settings.check()
@@ -388,8 +392,8 @@ def test_minutes_are_shown_only_once_they_are_measured(
     settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "min" not in settings.time.value
-    measured = pace.Pace(update=30.0, look=15.0)
-    monkeypatch.setattr("dreambooth_lib.widgets.settings.measure", lambda config: measured)
+    measured = timing.Pace(update=30.0, look=15.0)
+    monkeypatch.setattr("dreambooth_lib.notebook.widgets.settings.measure", lambda config: measured)
     settings.predict.click()
     # Four updates, and looks before the first and after the second and the fourth.
     assert measured.seconds(settings.config) == 4 * 30 + 3 * 15
@@ -403,9 +407,9 @@ def test_minutes_are_shown_only_once_they_are_measured(
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({"checkpoint_every": 2, "watch_every": 0}, [2, 4, 5]),
-        ({"checkpoint_every": 4, "watch_every": 3}, [3, 4, 5]),
-        ({"checkpoint_every": 100, "watch_every": 0}, [5]),
+        ({"checkpoint_every": 2, "validate_every": 0}, [2, 4, 5]),
+        ({"checkpoint_every": 4, "validate_every": 3}, [3, 4, 5]),
+        ({"checkpoint_every": 100, "validate_every": 0}, [5]),
     ],
 )
 def test_predicted_time_has_the_checkpoints_that_a_run_writes(
@@ -420,26 +424,26 @@ def test_predicted_time_has_the_checkpoints_that_a_run_writes(
         save(run, step, *given)
 
     monkeypatch.setattr(Run, "save_checkpoint", counting)
-    list(training.train(run))
-    assert saved == steps and pace.checkpoints(run.config) == len(steps)
-    plain, slow = (pace.Pace(1.0, 2.0, checkpoint) for checkpoint in (0.0, 30.0))
+    list(loop.train(run))
+    assert saved == steps and timing.checkpoints(run.config) == len(steps)
+    plain, slow = (timing.Pace(1.0, 2.0, checkpoint) for checkpoint in (0.0, 30.0))
     assert slow.seconds(run.config) - plain.seconds(run.config) == 30 * len(steps)
 
 
 def test_a_checkpoint_is_timed_by_its_bytes_on_the_disk(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = started(watch_every=0, prior_weight=0).config
-    assert 0 < pace.measure(config).checkpoint < 10
-    monkeypatch.setattr(pace, "_seconds_to_write", lambda size, folder: float(size))
+    config = started(validate_every=0, prior_weight=0).config
+    assert 0 < timing.measure(config).checkpoint < 10
+    monkeypatch.setattr(timing, "_seconds_to_write", lambda size, folder: float(size))
     run = runs.start(config.replace(steps=1), tmp_path / "one")
-    list(training.train(run))
+    list(loop.train(run))
     tensors = 0
     for file in run.checkpoints()[1].glob("*.safetensors"):
         with file.open("rb") as opened:  # of such small ones the header is a large share
             header = 8 + int.from_bytes(opened.read(8), "little")
         tensors += file.stat().st_size - header
-    assert pace.measure(config).checkpoint == pytest.approx(tensors, rel=0.02)
+    assert timing.measure(config).checkpoint == pytest.approx(tensors, rel=0.02)
 
 
 def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
@@ -454,9 +458,9 @@ def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
 
     left: list[weakref.ref[Parts]] = []
 
-    def measured(config: TrainConfig) -> pace.Pace:
+    def measured(config: TrainConfig) -> timing.Pace:
         left.append(weakref.ref(Parts()))
-        return pace.Pace(1.0, 0.0)
+        return timing.Pace(1.0, 0.0)
 
     def free(*_: Any) -> tuple[int, int]:
         return (1 if any(one() for one in left) else 14 << 30), 15 << 30
@@ -464,7 +468,7 @@ def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
-    monkeypatch.setattr("dreambooth_lib.widgets.settings.measure", measured)
+    monkeypatch.setattr("dreambooth_lib.notebook.widgets.settings.measure", measured)
     gc.disable()
     try:
         settings.predict.click()
@@ -476,26 +480,26 @@ def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
 def test_updates_that_the_loss_scale_skips_are_not_measured(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, move, tries = started(watch_every=0).config, Optimizer._move, []
+    config, move, tries = started(validate_every=0).config, Optimizer._move, []
 
     def skipping(optimizer: Optimizer) -> bool:
         tries.append(optimizer.updates)
         return move(optimizer) if len(tries) > 12 else False
 
     monkeypatch.setattr(Optimizer, "_move", skipping)
-    assert pace.measure(config).update > 0
+    assert timing.measure(config).update > 0
     assert len(tries) == 12 + 1 + 3
     monkeypatch.setattr(Optimizer, "_move", lambda optimizer: False)
-    with pytest.raises(training.NonFiniteLoss, match="use mixed_precision 'no'"):
-        pace.measure(config)
+    with pytest.raises(loop.NonFiniteLoss, match="use mixed_precision 'no'"):
+        timing.measure(config)
 
 
 def test_a_pace_is_measured_and_leaves_nothing(started: Callable[..., Run], tmp_path: Path) -> None:
     run = started()
     before = sorted(tmp_path.rglob("*"))
-    found = pace.measure(run.config)
+    found = timing.measure(run.config)
     assert 0 < found.update < 60 and 0 < found.look < 60
-    assert pace.measure(run.config.replace(watch_every=0, prior_weight=0)).look == 0
+    assert timing.measure(run.config.replace(validate_every=0, prior_weight=0)).look == 0
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -505,12 +509,12 @@ def test_a_pace_is_measured_and_leaves_nothing(started: Callable[..., Run], tmp_
 def test_monitor_yields_the_steps_of_train_and_shows_curves_and_looks(
     started: Callable[..., Run], shown: list[Widget]
 ) -> None:
-    plain = [step.loss for step in training.train(started("plain"))]
+    plain = [step.loss for step in loop.train(started("plain"))]
     run = started()
     assert [step.loss for step in widgets.monitor(run)] == plain
     (view,) = shown
-    losses, watched, looks = pictures(view)
-    assert min(losses.width, watched.width) > 500
+    losses, validation, looks = pictures(view)
+    assert min(losses.width, validation.width) > 500
     assert looks.height > 3 * 128, "a row for the base and each look"
     assert "Finished at step 4" in texts(view)
 
@@ -519,7 +523,7 @@ def test_an_interrupt_ends_the_cell_and_says_how_to_go_on(
     started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, at = started(), Batches.at
-    whole = [step.loss for step in training.train(started("plain"))]
+    whole = [step.loss for step in loop.train(started("plain"))]
 
     def interrupted(batches: Batches, step: int) -> Batch:
         if step == 3:
@@ -544,7 +548,7 @@ def test_an_interrupt_while_the_view_is_drawn_saves_too(
     def interrupted(_rows: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dreambooth_lib.plots.losses", interrupted)
+    monkeypatch.setattr("dreambooth_lib.figures.plots.losses", interrupted)
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 1"):
         list(widgets.monitor(run))
     assert list(run.checkpoints()) == [1]
@@ -562,9 +566,9 @@ def test_an_error_in_training_is_shown_and_raised(
     started: Callable[..., Run], shown: list[Widget]
 ) -> None:
     run = started(learning_rate=1e30)
-    with pytest.raises(training.NonFiniteLoss):
+    with pytest.raises(loop.NonFiniteLoss):
         list(widgets.monitor(run))
-    with pytest.raises(training.NonFiniteLoss):
+    with pytest.raises(loop.NonFiniteLoss):
         shown[0].check()  # type: ignore[attr-defined]
     assert "lower learning_rate" in texts(shown[0]) and "Traceback" not in texts(shown[0])
 
@@ -576,7 +580,7 @@ def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
     started: Callable[..., Run],
 ) -> None:
     run = started()
-    list(training.train(run))
+    list(loop.train(run))
     slider = widgets.CheckpointSlider(run)
     assert slider.step == slider.best.step and slider.best.reason in texts(slider)
     labels = [label for label, _ in slider.slider.options]
@@ -586,15 +590,15 @@ def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
     for step in (0, 2, 4):
         slider.slider.value = step
         seen[step] = [picture.tobytes() for picture in pictures(slider)]
-        assert seen[step][0] == drawn(run, step).subject[0].tobytes()
+        assert seen[step][0] == load_images(run, step).subject[0].tobytes()
         assert len(seen[step]) == 4 + 2 + 1
     assert seen[0] != seen[4]
     assert slider.step == 4 and "The cells below use this one." in texts(slider)
 
 
 def test_a_step_whose_weights_are_gone_can_be_looked_at_only(started: Callable[..., Run]) -> None:
-    run = started(watch_every=1, checkpoints_kept=1)
-    list(training.train(run))
+    run = started(validate_every=1, checkpoints_kept=1)
+    list(loop.train(run))
     slider = widgets.CheckpointSlider(run)
     gone = [step for step in (1, 2, 3, 4) if step not in run.checkpoints()]
     assert gone, "only the newest and the best are kept"
@@ -609,37 +613,37 @@ def test_a_step_whose_weights_are_gone_can_be_looked_at_only(started: Callable[.
 def test_class_pictures_are_drawn_where_the_run_will_look_for_them(
     started: Callable[..., Run],
 ) -> None:
-    run = started(watch_every=0)
-    page = widgets.class_pictures(run.config, run.folder.parent)
+    run = started(validate_every=0)
+    page = widgets.show_class_images(run.config, run.folder.parent)
     assert page is not None and page.width > 4 * 128
     made = {path: path.stat().st_mtime_ns for path in run.folder.parent.rglob("0000*.png")}
     assert len(made) == 4
-    list(training.train(run))
+    list(loop.train(run))
     assert made == {path: path.stat().st_mtime_ns for path in made}
-    assert widgets.class_pictures(run.config.replace(prior_weight=0), run.folder.parent) is None
+    assert widgets.show_class_images(run.config.replace(prior_weight=0), run.folder.parent) is None
 
 
 def test_class_pictures_of_a_base_by_a_relative_path_are_the_runs_too(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = started(watch_every=0)
+    run = started(validate_every=0)
     base = Path(run.config.base)
     monkeypatch.chdir(base.parent)
-    widgets.class_pictures(run.config.replace(base=base.name), run.folder.parent)
-    list(training.train(run))
-    assert len(list(run.folder.parent.glob("class_pictures/*/manifest.json"))) == 1
+    widgets.show_class_images(run.config.replace(base=base.name), run.folder.parent)
+    list(loop.train(run))
+    assert len(list(run.folder.parent.glob("class_images/*/manifest.json"))) == 1
 
 
 def test_a_run_without_a_look_has_no_slider(started: Callable[..., Run]) -> None:
     with pytest.raises(RunError, match="no look at a tuned model"):
-        widgets.CheckpointSlider(started(watch_every=0))
+        widgets.CheckpointSlider(started(validate_every=0))
 
 
 def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     started: Callable[..., Run],
 ) -> None:
-    run = started(watch_every=0)
-    list(training.train(run))
+    run = started(validate_every=0)
+    list(loop.train(run))
     play = widgets.playground(run)
     assert play.prompt.value == "a {} dog on the beach"
     play.steps.value, play.count.value, play.seed.value = 5, 2, 7
@@ -660,8 +664,8 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
 
 
 def test_any_two_sources_can_be_compared(started: Callable[..., Run]) -> None:
-    run = started(watch_every=0, checkpoint_every=2)
-    list(training.train(run))
+    run = started(validate_every=0, checkpoint_every=2)
+    list(loop.train(run))
     sources = {"step 2": (run, 2), "step 4": (run, 4), "end": run}
     pair = widgets.SideBySide(sources, run.config.subject, "a {} dog")
     pair.steps.value = 5
@@ -670,18 +674,18 @@ def test_any_two_sources_can_be_compared(started: Callable[..., Run]) -> None:
     assert one == other, "the run ended with step 4's weights"
     pair.left.value = "step 2"
     one, other = (rows[0].image.tobytes() for rows in pair.draw().pictures.values())
-    assert one != other and set(side_by_side._LOADED) == {(run, 2), run}
+    assert one != other and set(playground._LOADED) == {(run, 2), run}
 
 
 def test_models_of_earlier_views_are_let_go_of(
     started: Callable[..., Run], shown: list[Widget]
 ) -> None:
-    run = started(watch_every=0)
-    list(training.train(run))
+    run = started(validate_every=0)
+    list(loop.train(run))
     view = widgets.playground(run)
     view.steps.value = 5
     view.draw()
-    models = [weakref.ref(family) for family in side_by_side._LOADED.values()]
+    models = [weakref.ref(family) for family in playground._LOADED.values()]
     assert len(models) == 2 and all(model() is not None for model in models)
     again = widgets.playground(run)
     assert [model() for model in models] == [None, None], "as when its cell is run again"
@@ -689,7 +693,7 @@ def test_models_of_earlier_views_are_let_go_of(
     again.draw()
     assert view.draw().prompt, "an earlier view loads its own again"
     list(widgets.monitor(run))
-    assert not side_by_side._LOADED, "training has the memory for itself"
+    assert not playground._LOADED, "training has the memory for itself"
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "error"])
@@ -708,7 +712,7 @@ def test_a_session_is_gone_once_its_cell_has_ended(
     with pytest.raises((KeyboardInterrupt, RuntimeError)) as kept:  # as a notebook keeps it
         for _ in widgets.monitor(run):
             pass
-    memory.free()
+    gpu_memory.free_memory()
     assert sessions[0]() is None and kept.value is not None and shown
 
 
@@ -720,12 +724,12 @@ def test_an_error_that_a_view_keeps_holds_nothing_of_where_it_came_from(
 
     models = []
 
-    def fails(_config: TrainConfig) -> pace.Pace:
+    def fails(_config: TrainConfig) -> timing.Pace:
         model = Model()
         models.append(weakref.ref(model))
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr("dreambooth_lib.widgets.settings.measure", fails)
+    monkeypatch.setattr("dreambooth_lib.notebook.widgets.settings.measure", fails)
     settings.predict.click()
     with pytest.raises(RuntimeError, match="out of memory"):
         settings.check()
@@ -735,8 +739,8 @@ def test_an_error_that_a_view_keeps_holds_nothing_of_where_it_came_from(
 
 
 def test_the_playgrounds_base_is_the_runs_at_its_resolution(started: Callable[..., Run]) -> None:
-    run = started(watch_every=0, resolution=24)
-    list(training.train(run))
+    run = started(validate_every=0, resolution=24)
+    list(loop.train(run))
     play = widgets.playground(run)
     play.steps.value = 5
     drawn = play.draw()
@@ -755,8 +759,8 @@ def test_a_prompt_without_the_subject_is_remarked(started: Callable[..., Run]) -
 
 @pytest.mark.parametrize(("side", "wide"), [(64, 256), (512, 480)])
 def test_large_pictures_are_shown_larger(side: int, wide: int) -> None:
-    sample = side_by_side.Sample("a dog", 0, Pictures.new("RGB", (side, side)))
-    entry = side_by_side._entry(widgets.Drawn("a dog", "", 5.0, 5, {"base": [sample]}))
+    sample = playground.Sample("a dog", 0, Pictures.new("RGB", (side, side)))
+    entry = playground._entry(widgets.Drawn("a dog", "", 5.0, 5, {"base": [sample]}))
     (column,) = entry.children[1].children
     assert (column.children[0].width, column.layout.width) == (str(wide), f"{wide}px")
 
@@ -782,7 +786,7 @@ def test_controls_have_labels_and_hints_and_html_has_no_colours(
 
 
 def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -> None:
-    from dreambooth_lib import widgets
+    from dreambooth_lib.notebook import widgets
 
     config = TrainConfig(make_config("toybox", photos).subject)
     settings = widgets.SettingsPanel(config)
@@ -801,7 +805,7 @@ def test_the_memory_of_a_gpu_is_told_with_its_level(
 ) -> None:
     import torch
 
-    from dreambooth_lib.widgets.settings import _memory
+    from dreambooth_lib.notebook.widgets.settings import _memory
 
     config = make_config(tiny_sd1, photos)
     assert _memory(config) == ""
@@ -814,7 +818,7 @@ def test_the_memory_of_a_gpu_is_told_with_its_level(
 
 
 def test_qlora_is_one_of_the_methods(photos: str, make_config: Make) -> None:
-    from dreambooth_lib import widgets
+    from dreambooth_lib.notebook import widgets
 
     config = TrainConfig(make_config("toybox", photos).subject)
     settings = widgets.SettingsPanel(config)
@@ -830,8 +834,8 @@ def test_qlora_is_one_of_the_methods(photos: str, make_config: Make) -> None:
 
 def test_what_others_say_of_themselves_stays_out_of_the_notebook(tmp_path: Path) -> None:
     code = (
-        "from dreambooth_lib import families, widgets; widgets.quiet(); "
-        "families.load_model('toybox'); import bitsandbytes"
+        "from dreambooth_lib.families import loading; from dreambooth_lib.notebook import widgets; "
+        "widgets.quiet(); loading.load_model('toybox'); import bitsandbytes"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""

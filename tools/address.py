@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 COLAB = "https://colab.research.google.com"
 _BADGE = re.compile(r"^\[!\[Open in Colab\]")
-_KIT = re.compile(r'^KIT = ".*?"')
+_KIT = re.compile(r'^KIT_URL = ".*?"')
 _WAY_IN = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
 
 
@@ -44,7 +44,7 @@ def addressed(notebook: dict[str, Any], name: str, address: str) -> dict[str, An
         del rest[0]
     notebook["cells"][0]["source"] = [title, "\n", f"{badge(repository, name)}\n", "\n", *rest]
     setup = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-    kit = f'KIT = "git+https://github.com/{repository}"'
+    kit = f'KIT_URL = "git+https://github.com/{repository}"'
     setup["source"] = [_KIT.sub(kit, line) for line in setup["source"]]
     return notebook
 

@@ -1,4 +1,4 @@
-"""Print what `dreambooth_lib/bases.json` says of each base: parameters and memory.
+"""Print what `dreambooth_lib/notebook/base_models.json` says of each base: parameters and memory.
 
 ``python -m tools.bases`` prints the figures of all published architectures as they stand there,
 ``python -m tools.bases sd15 sdxl`` of some. Nothing is downloaded: the figures are counted from
@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib import families
-from dreambooth_lib.bases import WAYS
-from dreambooth_lib.config import ConfigError, Subject, TrainConfig
-from dreambooth_lib.estimate import estimate
-from dreambooth_lib.memory import GIB
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.gpu_memory import GIB
+from dreambooth_lib.families import loading
+from dreambooth_lib.notebook.base_models import WAYS
+from dreambooth_lib.training.memory_estimate import estimate
 from tools import architectures
 
 
@@ -28,7 +29,7 @@ def configs(name: str, folder: Path) -> str:
 
 def parameters(base: str) -> tuple[int, int, int]:
     """Count those of all parts that are loaded, of the denoiser, and of too large encoders."""
-    family = families.skeleton(base)
+    family = loading.load_meta(base)
     large = [getattr(family.pipeline, name) for name in family.large_encoder_names]
     every = [family.denoiser, *family.text_encoders, *family.frozen]
 

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_lib import runs
-from dreambooth_lib.config import TrainConfig
-from dreambooth_lib.demo import BUNDLED_SUBJECTS, bundled_subjects
-from dreambooth_lib.dreambench import Protocol, draw_all, load_benchmark
-from dreambooth_lib.encoders import Encoder, of_files
-from dreambooth_lib.evaluation import score
-from dreambooth_lib.setup_run import Session
-from dreambooth_lib.training import updates
-from dreambooth_lib.watch import JUDGE
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS, bundled_subjects
+from dreambooth_lib.evaluation.dreambench import Protocol, draw_all, load_benchmark
+from dreambooth_lib.evaluation.scores import score
+from dreambooth_lib.metrics.encoders import Encoder, embed_files
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.loop import training_steps
+from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 ROUNDS, WARMUP = 30, 3
 PROMPTS, FEW, MANY = 25, 512, 2048  # of an evaluation: prompts drawn, pictures embedded
@@ -49,11 +49,11 @@ def unet_seconds(session: Session) -> float:
 def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
     config = TrainConfig(
         subject=bundled_subjects()[0], batch_size=batch_size, optimizer=optimizer,
-        class_pictures=8, prior_inference_steps=2, steps=10_000, checkpoint_every=10_000,
-        watch_every=0,
+        class_images=8, prior_inference_steps=2, steps=10_000, checkpoint_every=10_000,
+        validate_every=0,
     )  # fmt: skip
     session = Session(runs.start(config, folder / f"{optimizer}-{batch_size}"))
-    made = updates(session)
+    made = training_steps(session)
     steps, alone = [], []
     for number in range(WARMUP + ROUNDS):
         began = time.perf_counter()
@@ -80,26 +80,26 @@ def evaluation(folder: Path) -> dict[str, float]:
     bundled = load_benchmark(BUNDLED_SUBJECTS)
     few = {kind: prompts[:PROMPTS] for kind, prompts in bundled.prompts.items()}
     one = replace(bundled, subjects=bundled.subjects[:1], prompts=few)
-    protocol = Protocol(pictures=2, class_pictures=8)
+    protocol = Protocol(pictures=2, class_images=8)
     methods = {"base": lambda _: "toybox"}
     began = time.perf_counter()
     for at in draw_all(one, methods, folder, protocol):
         drawn = at.total
     drawn_in = time.perf_counter() - began
-    encoder = Encoder(JUDGE)
+    encoder = Encoder(TOYBOX_SCORER)
     rng = np.random.default_rng(0)
     files = [folder / f"noise{i}.png" for i in range(MANY)]
     for file in files:
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
     began = time.perf_counter()
-    of_files(encoder, files[:FEW], folder / "kept")
+    embed_files(encoder, files[:FEW], folder / "kept")
     embedded_in = time.perf_counter() - began
     before = peak_mb()
-    of_files(encoder, files, folder / "kept")
+    embed_files(encoder, files, folder / "kept")
     grown = peak_mb() - before
-    list(score(one, methods, folder, {"judge": encoder}, protocol))
+    list(score(one, methods, folder, {"scorer": encoder}, protocol))
     began = time.perf_counter()
-    rows = list(score(one, methods, folder, {"judge": encoder}, protocol))
+    rows = list(score(one, methods, folder, {"scorer": encoder}, protocol))
     assert rows
     return {
         "drawn_per_second": drawn / drawn_in,

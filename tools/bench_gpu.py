@@ -1,7 +1,7 @@
 """``make gpu``: what training costs on a GPU, and which ways of it work there.
 
 Into ``WORK/table.md``. Real architectures with random weights, a fresh process for each
-measurement, the prediction of ``dreambooth_lib.estimate`` beside it, and with ``--reference``
+measurement, the prediction of ``training.memory_estimate`` beside it, and with ``--reference``
 diffusers' own script on the same files; then ``tools.check_gpu``. What lies measured in WORK is
 not measured again; a line that fails is told and the rest goes on.
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.state import replace_file
+from dreambooth_lib.core.files import replace_file
 from tools import check_gpu
 from tools.gpu_measure import measure, predict, reference
 from tools.gpu_table import BASES, LINES, SIDES, markdown, rank, row

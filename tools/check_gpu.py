@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dreambooth_lib.state import replace_file
+from dreambooth_lib.core.files import replace_file
 
 STEPS, STOP = 40, 23  # updates of a run, and those before it is interrupted
 AT_ONCE = 5
@@ -59,15 +59,15 @@ def check(name: str, folder: Path, tiny: bool) -> str:
     import numpy as np
 
     import dreambooth_lib as db
-    from dreambooth_lib.families import BUNDLED
+    from dreambooth_lib.families.loading import BUNDLED
 
     shutil.rmtree(folder, ignore_errors=True)
     fields = {
-        "steps": STEPS, "watch_every": STEPS // 2, "class_pictures": 8, "prior_inference_steps": 10,
-        "checkpoint_every": STEPS // 4,
+        "steps": STEPS, "validate_every": STEPS // 2, "class_images": 8,
+        "prior_inference_steps": 10, "checkpoint_every": STEPS // 4,
     } | WAYS[name]  # fmt: skip
     if tiny:  # a CPU computes in float32, and quantizing needs a GPU
-        fields |= {"base": _tiny(folder / "base"), "resolution": 16, "judge": "toybox",
+        fields |= {"base": _tiny(folder / "base"), "resolution": 16, "scorer": "toybox",
                    "mixed_precision": "no", "quantize": None, "learning_rate": 3e-3}  # fmt: skip
     subject = db.load_subject(str(BUNDLED / "subjects" / "patch_dog"), "dog")
     made = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dreambooth_lib.config import TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from tools.gpu_table import Line
 
 ROUNDS, WARMUP = 20, 5  # updates timed, and made before
@@ -25,19 +25,19 @@ PROFILED = 3  # updates that the profiler follows
 def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str, float]]:
     """Pace and peak memory of this kit; then, one after the other, what explains the pace."""
     if line.draws:
-        from dreambooth_lib.prior import class_pictures
-        from dreambooth_lib.sampling import load_source
+        from dreambooth_lib.training.class_images import draw_class_images
+        from dreambooth_lib.training.sampling import load_source
 
         family = load_source(config)
-        times = [time.perf_counter() for _ in class_pictures(config, family, folder)]
+        times = [time.perf_counter() for _ in draw_class_images(config, family, folder)]
         yield {"pictures_per_second": pace(times, family.default_batch_size), "peak": peak()}
         return
-    from dreambooth_lib import runs
-    from dreambooth_lib.setup_run import Session
-    from dreambooth_lib.training import updates
+    from dreambooth_lib.training import runs
+    from dreambooth_lib.training.loop import training_steps
+    from dreambooth_lib.training.setup import Session
 
     session = Session(runs.start(config, folder / "run"))
-    made = updates(session)
+    made = training_steps(session)
     before = peak()
     seconds: list[float] = []
     for _ in range(WARMUP + ROUNDS):
@@ -139,7 +139,7 @@ def arguments(line: Line, config: TrainConfig, folder: Path) -> list[str]:
         f"--pretrained_model_name_or_path={config.base}",
         f"--instance_data_dir={subject.pictures}",
         f"--class_data_dir={own or folder / 'class'}",
-        f"--num_class_images={len(list(Path(own).iterdir())) if own else config.class_pictures}",
+        f"--num_class_images={len(list(Path(own).iterdir())) if own else config.class_images}",
         "--with_prior_preservation",
         f"--instance_prompt={subject.instance_prompt}",
         f"--class_prompt={subject.class_prompt}",
@@ -184,7 +184,7 @@ def predict(line: Line, config: TrainConfig) -> Iterator[dict[str, float]]:
     if line.draws:
         yield {}
         return
-    from dreambooth_lib.estimate import estimate
+    from dreambooth_lib.training.memory_estimate import estimate
 
     precision = config.mixed_precision
     found = estimate(config, "bf16" if precision == "auto" else precision)

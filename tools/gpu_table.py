@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.config import Subject, TrainConfig
+from dreambooth_lib.core.config import Subject, TrainConfig
 
 CLASS_PICTURES = 24  # drawn; the first batch warms up
 GIB = 2**30
@@ -25,12 +25,12 @@ class Line:
     target: tuple[str, float]
     script: str | None = None  #: diffusers' of the same
     flags: tuple[str, ...] = ()
-    draws: bool = False  #: class pictures, in place of training
+    draws: bool = False  #: class images, in place of training
 
     def config(self, folder: Path, work: Path, tiny: bool) -> TrainConfig:
-        """Of one instance and one class picture, drawn by nobody and watched by nobody."""
+        """Of one instance and one class image, drawn by nobody and validation by nobody."""
         fields: dict[str, Any] = {
-            "batch_size": 1, "steps": 10**6, "checkpoint_every": 10**6, "watch_every": 0,
+            "batch_size": 1, "steps": 10**6, "checkpoint_every": 10**6, "validate_every": 0,
             "class_folder": str(work / "class"), "optimizer": "adamw8bit",
         } | self.settings  # fmt: skip
         if tiny:  # bits need a GPU, and a CPU computes in float32
@@ -51,10 +51,10 @@ LINES = {
         {"resolution": 512, "memory": "low", "mixed_precision": "fp16"},
         ("GiB", 6.0), "train_dreambooth.py", ("--gradient_checkpointing",),
     ),
-    "sd15-class-pictures": Line(
-        "sd15", "SD 1.5, class pictures, 50 steps",
+    "sd15-class-images": Line(
+        "sd15", "SD 1.5, class images, 50 steps",
         {"resolution": 512, "mixed_precision": "fp16", "prior_inference_steps": 50,
-         "prior_guidance_scale": 7.5, "class_pictures": CLASS_PICTURES, "class_folder": None},
+         "prior_guidance_scale": 7.5, "class_images": CLASS_PICTURES, "class_folder": None},
         ("times", 2.0), "train_dreambooth.py", draws=True,
     ),
     "sd15-text-low": Line(

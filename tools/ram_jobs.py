@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from dreambooth_lib import exports, families, kept, mirrors, runs
-from dreambooth_lib import watch_record as looks
-from dreambooth_lib.choice import best_checkpoint
-from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.families import loading
-from dreambooth_lib.setup_run import Session
-from dreambooth_lib.state import save_png
-from dreambooth_lib.watch import PROMPTS
-from dreambooth_lib.weights import precisions
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import save_png
+from dreambooth_lib.export import comfyui_checkpoint, comfyui_lora, pipeline_folder
+from dreambooth_lib.families import loading, pretrained
+from dreambooth_lib.notebook import drive_backup
+from dreambooth_lib.training import runs
+from dreambooth_lib.training import validation_record as looks
+from dreambooth_lib.training.best_checkpoint import best_checkpoint
+from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.trainable import load_dtypes
+from dreambooth_lib.training.validation import PROMPTS
 from tools.ram import Kind, measured
 
 STEPS = (250, 500)  # with a checkpoint and a look each, the earlier one being the best
@@ -69,7 +71,7 @@ def config_of(kind: Kind, work: Path, tiny: bool) -> TrainConfig:
     """A run's config, at its defaults but for what only a GPU or the real judge would need."""
     settings: dict[str, Any] = {
         "resolution": 16 if tiny else 64, "mixed_precision": "bf16", "optimizer": "adamw8bit",
-        "class_folder": str(work / "class"), "judge": "toybox",
+        "class_folder": str(work / "class"), "scorer": "toybox",
     } | kind.settings  # fmt: skip
     return TrainConfig(Subject(str(work / "instance"), "dog"), str(work / "base"), **settings)
 
@@ -114,23 +116,23 @@ def on_device(session: Session, device: Device) -> None:
 
 def due(config: TrainConfig) -> int:
     """Return how many checkpoints a whole run writes."""
-    every = [one for one in (config.watch_every, config.checkpoint_every) if one]
+    every = [one for one in (config.validate_every, config.checkpoint_every) if one]
     steps = range(1, config.steps + 1)
     return sum(step == config.steps or any(step % one == 0 for one in every) for step in steps)
 
 
 def note_look(run: runs.Run, step: int) -> None:
     """Write down a look that was not taken, of grey pictures; the first of STEPS is best."""
-    found: dict[str, Any] = dict.fromkeys(looks.Watched.__dataclass_fields__, 0.5)
+    found: dict[str, Any] = dict.fromkeys(looks.ValidationResult.__dataclass_fields__, 0.5)
     found["subject_fidelity"] = {0: 0.4, STEPS[0]: 0.9}.get(step, 0.5)
     rows = {"subject": [0.1], "class": [0.1]}
     kinds = {"subject": len(PROMPTS), "class": 3, "unrelated": 1}
     for name, pictures in kinds.items():
         for number in range(pictures):
             grey = Image.new("RGB", (64, 64), "grey")
-            save_png(grey, looks.folder(run, step) / f"{name}-{number}.png")
+            save_png(grey, looks.images_folder(run, step) / f"{name}-{number}.png")
     found |= {"step": step, "held_out": rows}
-    run.append("watch", asdict(looks.Watched(**found)))
+    run.append("validation", asdict(looks.ValidationResult(**found)))
     run.append("log", {"step": step, "loss": 0.1, "instance_loss": 0.1, "prior_loss": 0.1,
                        "lr": 1e-6, "seconds": 1.0, "memory_mb": None})  # fmt: skip
 
@@ -161,17 +163,17 @@ def quantize(kind: Kind, work: Path, tiny: bool) -> None:
     for quantizer in (BnB4BitDiffusersQuantizer, Bnb4BitHfQuantizer):
         quantizer.validate_environment = lambda *_, **__: None
         quantizer.update_device_map = lambda *_: {"": "cpu"}
-    families._has_gpu = lambda: True
-    loading.Known = lambda *_: None
+    loading._has_gpu = lambda: True
+    pretrained.Known = lambda *_: None
     config = config_of(kind, work, tiny).replace(base=str(work / "whole"), quantize="nf4")
     with measured("load"):
-        families.load_model(config.base, prompts={""}, **precisions(config, torch.float16))
+        loading.load_model(config.base, prompts={""}, **load_dtypes(config, torch.float16))
 
 
 def drive(kind: Kind, work: Path, tiny: bool) -> None:
     """Mirror the run."""
     with measured("drive") as told:
-        problem = mirrors.mirror(runs.resume(work / "run"), work / "drive")
+        problem = drive_backup.backup(runs.resume(work / "run"), work / "drive")
         if problem is not None:
             raise RuntimeError(problem)
         told["bytes"] = size(work / "drive")
@@ -181,7 +183,9 @@ def keep(kind: Kind, work: Path, tiny: bool) -> None:
     """Keep the best checkpoint as a model."""
     run = runs.resume(work / "run")
     with measured("keep") as told:
-        packed = kept.keep(run, best_checkpoint(run).step, work / "kept" / "model")
+        packed = pipeline_folder.write_model(
+            run, best_checkpoint(run).step, work / "kept" / "model"
+        )
         told["bytes"] = packed.stat().st_size
 
 
@@ -190,9 +194,9 @@ def export(kind: Kind, work: Path, tiny: bool) -> None:
     folder, file = work / "kept" / "model", work / "exported.safetensors"
     with measured("export") as told:
         if kind.settings.get("method") == "lora":
-            exports.lora_file(folder / "pytorch_lora_weights.safetensors", file)
+            comfyui_lora.lora_file(folder / "pytorch_lora_weights.safetensors", file)
         else:
-            exports.single_file(folder, file)
+            comfyui_checkpoint.single_file(folder, file)
         told["bytes"] = file.stat().st_size
 
 

@@ -24,23 +24,25 @@ from textwrap import fill
 
 import torch
 
-from dreambooth_lib import choice, families, pages, plots, runs, watch, weights
-from dreambooth_lib.config import Subject, TrainConfig
-from dreambooth_lib.demo import bundled_subjects
-from dreambooth_lib.pictures import read_pictures
-from dreambooth_lib.state import replace_file, save_png
-from dreambooth_lib.study_table import recommend, table
-from dreambooth_lib.sweep import VIEW, grid, sweep
-from dreambooth_lib.tables import to_csv
-from dreambooth_lib.training import train
-from dreambooth_lib.watch_record import drawn, history
-from dreambooth_lib.words import HEADS
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.data.images import read_pictures
+from dreambooth_lib.evaluation.demo import bundled_subjects
+from dreambooth_lib.evaluation.sweep import VIEW, grid, sweep
+from dreambooth_lib.evaluation.sweep_table import recommend, table
+from dreambooth_lib.evaluation.tables import to_csv
+from dreambooth_lib.families import loading
+from dreambooth_lib.figures import image_grids, plots
+from dreambooth_lib.figures.labels import HEADS
+from dreambooth_lib.training import best_checkpoint, runs, trainable, validation
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.validation_record import history, load_images
 
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 STEPS = (100, 200, 300, 400, 500)
 OTHER_SEEDS = 1000  # the first of pictures that no choice was made by
 #: What every checkpoint is scored by: drift is noisy, and told from many pictures of the class.
-SCORED = replace(VIEW, class_pictures=48, unrelated=4, inference_steps=12, first_seed=OTHER_SEEDS)
+SCORED = replace(VIEW, class_images=48, unrelated=4, inference_steps=12, first_seed=OTHER_SEEDS)
 SEEDS = 5  # trainings of each kind
 ABLATION_STEPS = 300  # the prior's effects are whole by then, in three fifths of the default's time
 MEMORY_STEPS = 100  # this is about bf16's rounding, and a CPU is slow at it
@@ -93,8 +95,8 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
     cells = [
         [
             # Two scenes, and the class.
-            (seen := drawn(runs.resume(folder / name), step)).subject[:: 2 * VIEW.seeds]
-            + seen.of_class[:1]
+            (seen := load_images(runs.resume(folder / name), step)).subject[:: 2 * VIEW.seeds]
+            + seen.class_images[:1]
             for step in STEPS
         ]
         for name in configs
@@ -102,7 +104,7 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
     rows_named = [f"λ {config.prior_weight:g}" for config in configs.values()]
     columns = [f"step {step}" for step in STEPS]
     title = f"{subject.name}: two pictures of the subject and one of the class"
-    save_png(pages.matrix(rows_named, columns, cells, title), folder / "sheet.png")
+    save_png(image_grids.matrix(rows_named, columns, cells, title), folder / "sheet.png")
     print(recommend(rows).reason)
     return rows
 
@@ -119,37 +121,43 @@ def overtrain(subject: Subject, folder: Path) -> list[dict]:
             pass
     view = replace(SCORED, guidance_scale=config.guidance_scale)
     photos = [photo.image for photo in read_pictures(subject.pictures)]
-    encoder = watch.judge(config)
-    before = watch.look(families.load_model(config.base), subject, view)
-    base = watch.score(encoder, photos, subject, before, before)
+    encoder = validation.load_scorer(config)
+    before = validation.draw_images(loading.load_model(config.base), subject, view)
+    base = validation.score_images(encoder, photos, subject, before, before)
     found = []
     for seen in history(one)[1:]:
         file = folder / "scored" / f"{seen.step:06d}.json"
         if not file.exists():
-            again = watch.look(weights.restored(one, seen.step), subject, view)
-            scores = watch.score(encoder, photos, subject, again, before)
+            again = validation.draw_images(
+                trainable.load_at_checkpoint(one, seen.step), subject, view
+            )
+            scores = validation.score_images(encoder, photos, subject, again, before)
             replace_file(file, json.dumps(scores).encode())
         scores = json.loads(file.read_text())
-        shares = choice.shares(
+        shares = best_checkpoint.ratios(
             scores["subject_fidelity"], seen.reference_fidelity, scores["prompt_adherence"],
             base["prompt_adherence"], scores["prior_drift"], scores["unrelated_drift"],
         )  # fmt: skip
-        row = {"subject": subject.name, "step": seen.step, "standing": choice.standing(shares)}
+        row = {
+            "subject": subject.name,
+            "step": seen.step,
+            "score": best_checkpoint.overall_score(shares),
+        }
         found.append(row | scores)
     return found
 
 
 def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
     futures = [executor.submit(overtrain, s, out / s.name) for s in subjects]
-    lines = ["| subject | chosen | its standing | best step | its standing | of the best | last |",
+    lines = ["| subject | chosen | its score | best step | its score | of the best | last |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for subject, future in zip(subjects, futures, strict=True):
         rows = future.result()
         one = runs.resume(out / subject.name)
         replace_file(out / f"{subject.name}.csv", to_csv(rows).encode())
-        plots.watched(history(one), out / f"{subject.name}.png")
-        found = choice.best_checkpoint(one)
-        by_step = {row["step"]: row["standing"] for row in rows}
+        plots.validation_curves(history(one), out / f"{subject.name}.png")
+        found = best_checkpoint.best_checkpoint(one)
+        by_step = {row["step"]: row["score"] for row in rows}
         best, last = max(by_step, key=lambda step: by_step[step]), max(by_step)
         lines.append(
             f"| {subject.name} | {found.step} | {by_step[found.step]:.3f} | {best} "
@@ -162,7 +170,7 @@ def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> 
 
 
 def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
-    """``TrainConfig.auto``: its standing in the grid's view, its step, the updates it made."""
+    """``TrainConfig.auto``: its score in the grid's view, its step, the updates it made."""
     torch.set_num_threads(1)
     config = auto(subject)
     started = (folder / "config.toml").exists()
@@ -172,31 +180,37 @@ def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
             pass
     view = replace(VIEW, guidance_scale=config.guidance_scale)
     photos = [photo.image for photo in read_pictures(subject.pictures)]
-    looks = [watch.look(families.load_model(where), subject, view) for where in
+    looks = [validation.draw_images(loading.load_model(where), subject, view) for where in
              (config.base, str(one.folder))]  # fmt: skip
-    encoder = watch.judge(config)
-    base, scores = (watch.score(encoder, photos, subject, seen, looks[0]) for seen in looks)
-    shares = choice.shares(
+    encoder = validation.load_scorer(config)
+    base, scores = (
+        validation.score_images(encoder, photos, subject, seen, looks[0]) for seen in looks
+    )
+    shares = best_checkpoint.ratios(
         scores["subject_fidelity"], history(one)[0].reference_fidelity,
         scores["prompt_adherence"], base["prompt_adherence"], scores["prior_drift"],
         scores["unrelated_drift"],
     )  # fmt: skip
-    return choice.standing(shares), choice.best_checkpoint(one).step, one.log()[-1]["step"]
+    return (
+        best_checkpoint.overall_score(shares),
+        best_checkpoint.best_checkpoint(one).step,
+        one.log()[-1]["step"],
+    )
 
 
 def study_auto(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
     futures = [executor.submit(left_alone, s, out / "auto" / s.name) for s in subjects]
-    lines = ["| subject | auto | its standing | best of the grid | its standing | of the best "
+    lines = ["| subject | auto | its score | best of the grid | its score | of the best "
              "| updates of the grid's |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for subject, future in zip(subjects, futures, strict=True):
         rows = study_grid(subject, out / "grid", executor)
         stands, step, updates = future.result()
-        best = max(rows, key=lambda row: row["standing"])
+        best = max(rows, key=lambda row: row["score"])
         share = updates / (len(LAMBDAS) * max(STEPS))
         lines.append(
             f"| {subject.name} | λ 1, step {step} | {stands:.3f} "
-            f"| λ {best['prior_weight']:g}, step {best['step']} | {best['standing']:.3f} "
-            f"| {stands / best['standing']:.1%} | {share:.0%} |"
+            f"| λ {best['prior_weight']:g}, step {best['step']} | {best['score']:.3f} "
+            f"| {stands / best['score']:.1%} | {share:.0%} |"
         )
     replace_file(out / "auto" / "auto.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
@@ -224,8 +238,8 @@ def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     return {
         "default": default,
         "no prior": default.replace(prior_weight=0.0),
-        "8 class pictures": default.replace(class_pictures=8),
-        "16 class pictures": default.replace(class_pictures=16),
+        "8 class images": default.replace(class_images=8),
+        "16 class images": default.replace(class_images=16),
         "wrong class noun": of_subject(class_noun="teapot"),
         "no class noun": default.replace(
             subject=replace(subject, identifier="hta", class_noun="ohwx"), prior_weight=0.0
@@ -274,10 +288,10 @@ def over_seeds(
     print("\n".join(lines))
     draw_means({name: of_kind for name, of_kind in own.items() if of_kind}, base, out / "means.png")
     done = [name for name in kinds if (out / cell(name, 0) / "pipeline").exists()]
-    looks = [drawn(runs.resume(out / cell(name, 0)), steps) for name in done]
-    pictures = [[seen.subject[:: VIEW.seeds], seen.of_class[:4]] for seen in looks]
+    looks = [load_images(runs.resume(out / cell(name, 0)), steps) for name in done]
+    pictures = [[seen.subject[:: VIEW.seeds], seen.class_images[:4]] for seen in looks]
     title = f"{subject.name} after {steps} updates, training seed 0"
-    page = pages.matrix(done, ["the subject in four scenes", "its class"], pictures, title)
+    page = image_grids.matrix(done, ["the subject in four scenes", "its class"], pictures, title)
     save_png(page, out / "sheet.png")
 
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from dreambooth_lib.families.inference import Config, Inference, Names, few_by_name
+from dreambooth_lib.families.inference_settings import Config, Inference, Names, few_by_name
+from dreambooth_lib.families.noise_schedule import DiscreteNoise, FlowNoise
 from dreambooth_lib.families.precision import NonFinite, outside_autocast
-from dreambooth_lib.noise import DiscreteNoise, FlowNoise
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from dreambooth_lib.families.prompt_cache import Known
+    from dreambooth_lib.families.prompt_cache import PromptCache
 
 #: Pictures at once beside all that a training holds, and their pixels in all.
 MOST, PIXELS = 8, 2 * 512 * 512
@@ -47,24 +47,26 @@ class Family:
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     large_encoder_names: ClassVar[tuple[str, ...]] = ()
     #: Whether the pipeline has ``load_textual_inversion``.
-    loads_words: ClassVar[bool] = True
+    loads_textual_inversion: ClassVar[bool] = True
     #: Half precisions that the base can compute in.
-    halves: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
+    half_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     #: Whether the denoiser computes in float16 with bfloat16 weights, by autocast.
-    mixes: ClassVar[bool] = True
+    bf16_weights_ok: ClassVar[bool] = True
     #: Ends of the names of the denoiser's layers that LoRA may adapt.
     attention_layers: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     feed_forward_layers: ClassVar[tuple[str, ...]] = ("ff.net.0.proj", "ff.net.2")
     #: Steps and guidance of a base of which nothing more is known.
-    usual: ClassVar[Inference] = Inference(steps=50, guidance_scale=5.0, enough=28, validation=28)
+    default_inference: ClassVar[Inference] = Inference(
+        steps=50, guidance_scale=5.0, fewest_steps=28, validation_steps=28
+    )
     #: The base to train in place of a distilled one.
-    undistilled: ClassVar[str] = ""
+    undistilled_base: ClassVar[str] = ""
     #: The precision that its bases' cards draw in on a GPU, by torch's name.
     card_dtype: ClassVar[str] = "bfloat16"
     #: What the pipeline's ``from_pretrained`` is given besides.
     options: ClassVar[dict[str, Any]] = {}
     #: What the pipeline's call names the tensors that ``encode_prompts`` gives.
-    call_names: ClassVar[dict[str, str]] = {
+    pipeline_argument_names: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
         "pooled_projections": "pooled_prompt_embeds",
     }
@@ -76,26 +78,28 @@ class Family:
         #: What never trains.
         self.frozen = self._parts(("vae", *self.large_encoder_names))
         #: The prompts that are known, if the text encoders were let go of.
-        self.known: Known | None = None
-        self.inference = self.usual  #: what its base is drawn with
+        self.prompt_cache: PromptCache | None = None
+        self.inference = self.default_inference  #: what its base is drawn with
         #: Pixels a side that it is worked with at; the base's own if none is asked for.
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
         if pipeline.vae is not None:
             pipeline.vae.decode = outside_autocast(pipeline.vae)
-        if self.at_a_time < MOST:  # decoding many large pictures takes more than drawing them
+        if (
+            self.batch_size_in_training < MOST
+        ):  # decoding many large pictures takes more than drawing them
             pipeline.vae.enable_slicing()
 
     @property
-    def at_a_time(self) -> int:
+    def batch_size_in_training(self) -> int:
         """Pictures to draw, encode or predict at once beside all that a training holds."""
         return max(1, min(MOST, PIXELS // self.resolution**2))
 
     @property
     def default_batch_size(self) -> int:
         """Pictures to draw at once where nothing but the model is in memory: 8 of 512 pixels."""
-        return min(8, 4 * self.at_a_time)
+        return min(8, 4 * self.batch_size_in_training)
 
     @property
     def name(self) -> str:
@@ -107,9 +111,9 @@ class Family:
         return [part for part in parts if part is not None]
 
     @classmethod
-    def computes_in(cls, half: torch.dtype | None) -> bool:
+    def supports_dtype(cls, half: torch.dtype | None) -> bool:
         """Return whether the base can compute in a precision; None is float32."""
-        return half in (None, torch.float32, *cls.halves)
+        return half in (None, torch.float32, *cls.half_dtypes)
 
     @classmethod
     def quantized_names(cls) -> tuple[str, ...]:
@@ -119,7 +123,7 @@ class Family:
     @classmethod
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         """Choose steps and guidance by a base's names and the configs of these two parts."""
-        return few_by_name(names) or cls.usual
+        return few_by_name(names) or cls.default_inference
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
@@ -141,7 +145,7 @@ class Family:
         vae = self.pipeline.vae.config
         return vae.latent_channels, self.resolution // vae_scale(dict(vae))
 
-    def blank_prompts(self, prompts: list[str]) -> Cond:
+    def meta_prompts(self, prompts: list[str]) -> Cond:
         """Return conditioning of the right shape where weights have no values."""
         return self.encode_prompts(prompts)
 
@@ -158,32 +162,36 @@ class Family:
         """Return what the denoiser is told of each prompt, with gradients to the text encoders."""
         raise NotImplementedError
 
-    def without_effect(self) -> Iterable[torch.nn.Parameter]:
+    def unused_parameters(self) -> Iterable[torch.nn.Parameter]:
         """Return parameters of the text encoders that no prompt's conditioning depends on.
 
         They would get no gradient, for which several processes would wait in vain.
         """
         return ()
 
-    def cond_of(self, prompts: list[str]) -> Cond:
+    def conditioning(self, prompts: list[str]) -> Cond:
         """Encode prompts, or look known ones up where the text encoders were let go of."""
-        return self.encode_prompts(prompts) if self.known is None else self.known(prompts)
+        return (
+            self.encode_prompts(prompts)
+            if self.prompt_cache is None
+            else self.prompt_cache(prompts)
+        )
 
     def prompt_arguments(self, prompts: list[str], negative: str = "") -> dict[str, Any]:
         """Return what the pipeline's call is told of prompts."""
-        if self.known is None:
+        if self.prompt_cache is None:
             # None, and not "", for the base's own idea of no prompt: SDXL's is all zeros.
             return {
                 "prompt": prompts,
                 "negative_prompt": [negative] * len(prompts) if negative else None,
             }
-        told = self.call_arguments(self.known(prompts))
-        without = self.call_arguments(self.known([negative] * len(prompts)))
+        told = self.pipeline_arguments(self.prompt_cache(prompts))
+        without = self.pipeline_arguments(self.prompt_cache([negative] * len(prompts)))
         return told | {f"negative_{name}": value for name, value in without.items()}
 
-    def call_arguments(self, cond: Cond) -> dict[str, Any]:
+    def pipeline_arguments(self, cond: Cond) -> dict[str, Any]:
         """Return prompt conditioning as arguments of the pipeline's call."""
-        return {self.call_names[name]: value for name, value in cond.items()}
+        return {self.pipeline_argument_names[name]: value for name, value in cond.items()}
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         """Predict [B, C, h, w] from noisy latents, timesteps [B] and prompts."""

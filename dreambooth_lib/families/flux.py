@@ -5,7 +5,13 @@ from typing import Any
 import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
-from dreambooth_lib.families.inference import Config, Inference, Names, few, few_by_name
+from dreambooth_lib.families.inference_settings import (
+    Config,
+    Inference,
+    Names,
+    few_by_name,
+    few_steps,
+)
 
 #: What the distilled guidance is while training; sampling is free to ask for another.
 TRAINING_GUIDANCE = 1.0
@@ -16,8 +22,10 @@ class Flux(Family):
 
     large_encoder_names = ("text_encoder_2",)
     #: The pipeline's own, for dev, whose card says 3.5 too.
-    usual = Inference(steps=28, guidance_scale=3.5, enough=28, validation=28)
-    undistilled = "black-forest-labs/FLUX.1-dev"
+    default_inference = Inference(
+        steps=28, guidance_scale=3.5, fewest_steps=28, validation_steps=28
+    )
+    undistilled_base = "black-forest-labs/FLUX.1-dev"
     attention_layers = (
         *Family.attention_layers, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
     )  # fmt: skip
@@ -28,9 +36,12 @@ class Flux(Family):
     @classmethod
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if not denoiser.get("guidance_embeds"):  # schnell; its card draws in 4 steps at 0
-            return few(4)
+            return few_steps(4)
         # Such as Hyper-SD's of dev, which is told dev's guidance.
-        return few_by_name(names, guidance_scale=cls.usual.guidance_scale) or cls.usual
+        return (
+            few_by_name(names, guidance_scale=cls.default_inference.guidance_scale)
+            or cls.default_inference
+        )
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:

@@ -1,153 +1,275 @@
-"""Load a base through diffusers: with weights, quantized or not, or from its configs alone."""
+"""Model families: which adapter a base needs, where the base is, and how it is loaded."""
 
-from collections.abc import Collection
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
-from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import diffusers
-import torch
-import transformers
-from diffusers import DiffusionPipeline
-from packaging.version import Version
+from dreambooth_lib.core.config import origin
+from dreambooth_lib.families import quantizers
+from dreambooth_lib.families.inference_settings import Inference, distillation_warning, few_by_name
 
-from dreambooth_lib import memory, notices
-from dreambooth_lib.families.base import Family
-from dreambooth_lib.families.precision import autoencoder_dtype
-from dreambooth_lib.families.prompt_cache import Known
+if TYPE_CHECKING:
+    from dreambooth_lib.families.base import Family
 
-#: What diffusers calls the precision that a model is loaded in.
-DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
-
-#: What of a base may be loaded in another precision than the rest.
-MOVED = ("denoiser", "text_encoders")
+_PACKAGE = Path(__file__).parent.parent
+#: The bundled data: inside the installed package, or beside it in a checkout.
+BUNDLED = _PACKAGE / "bundled" if (_PACKAGE / "bundled").exists() else _PACKAGE.parent / "data"
 
 
-def from_pretrained(
-    kind: type[Family],
-    path: str,
-    *,
-    resolution: int | None = None,
-    half: torch.dtype = torch.float32,
-    whole: Collection[str] = MOVED,
-    master: torch.dtype = torch.float32,
-    quantize: str | None = None,
-    prompts: Collection[str] | None = None,
-    device: str | torch.device = "cpu",
-    **hub: Any,
-) -> Family:
-    """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``.
+#: In a folder of LoRA weights: the base that they belong to, as :func:`load_model` takes it.
+LORA_BASE_FILE = "base.json"
+#: In that folder: the weights, by the name that diffusers gives them. Offline it must be said.
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
-    The autoencoder is in float32 where ``half`` is float16, which many overflow. ``quantize`` is as
-    in ``TrainConfig``; what it concerns is put on the GPU at once. With ``prompts`` the text
-    encoders are loaded first and alone, encode these on ``device`` and make room for the rest: no
-    other prompt is known then.
+#: The adapter of each pipeline class that a base's ``model_index.json`` may name: a subclass of
+#: ``families.base.Family``, or where in this package one is. Add to it to add a family.
+FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+}
+
+
+class BaseError(ValueError):
+    """A base that cannot be found or that no family adapter knows."""
+
+
+def locate(base: str) -> str:
+    """Return a path or hub id: of "toybox", a run's folder, a pipeline's folder or a hub id."""
+    if base == "toybox":
+        return str(BUNDLED / "toybox")
+    folder = Path(base)
+    for place in (folder / "pipeline", folder):
+        if any((place / name).exists() for name in ("model_index.json", LORA_BASE_FILE)):
+            return str(place)
+    if folder.exists():
+        raise BaseError(
+            f"the base folder {folder} has no model_index.json; give a folder in diffusers' "
+            "layout, or a run that has finished."
+        )
+    if folder.is_absolute() or base.count("/") != 1:
+        raise BaseError(
+            f"there is no base '{base}'; give 'toybox', a folder in diffusers' layout, "
+            "or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+        )
+    return base
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A folder of LoRA weights that this kit wrote."""
+
+    path: str
+    below: dict[str, Any]  #: the base that they were trained on, as :func:`load_model` takes it
+    word: str | None  #: that they learnt
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """Where a base is, its family, and the LoRAs that lie on it; see :func:`resolve`."""
+
+    name: str  #: of the base below all LoRAs: "toybox", a folder or a hub id
+    path: str  #: its pipeline's folder, or the hub id
+    hub: dict[str, str | None]  #: revision and variant; empty for a folder
+    loras: tuple[Lora, ...] = ()  #: the lowest first
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.path).exists()
+
+    @cached_property
+    def family(self) -> "type[Family]":
+        """The adapter of its family. Raises :class:`BaseError` as :func:`load_model` does."""
+        class_name = self.read("model_index.json")["_class_name"]
+        if class_name not in FAMILIES:
+            raise BaseError(
+                f"the base '{self.name}' is a {class_name}, which no family adapter knows; use a "
+                f"base of one of {', '.join(FAMILIES)}, or add an adapter to families.ADAPTERS."
+            )
+        adapter = FAMILIES[class_name]
+        if isinstance(adapter, tuple):
+            module, name = adapter
+            return getattr(import_module(f"{__name__}.{module}"), name)
+        return adapter
+
+    @property
+    def inference(self) -> Inference:
+        """Steps and guidance that it is drawn with, told by its configs and names."""
+        family, name = self.family, origin(self.name)
+        if name != "toybox" and Path(name).exists():
+            # A folder may be called anything, and diffusers writes down where it came from.
+            name = self.read("model_index.json").get("_name_or_path") or name
+        parts = ("scheduler/scheduler_config.json", f"{family.denoiser_name}/config.json")
+        return family.inference_for([Path(name).name], *map(self.read, parts))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return one of its configs; empty where a folder lacks it."""
+        if self.is_local:
+            file = Path(self.path) / name
+            return json.loads(file.read_text()) if file.exists() else {}
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(self.path, name, revision=self.hub["revision"]))
+        except Exception as error:  # the hub's client raises many kinds, all meaning this
+            raise BaseError(
+                f"the base '{self.path}' could not be reached on the hub "
+                f"({type(error).__name__}); check its name, your network and your access to it."
+            ) from error
+        return json.loads(file.read_text())
+
+
+def resolve(base: str, revision: str | None = None, variant: str | None = None) -> ResolvedBase:
+    """Find a base, and below a folder of LoRA weights what these were trained on, and so on.
+
+    Nothing is downloaded before its family or inference is asked for. Raises :class:`BaseError`
+    for a base that is not there.
     """
-    index = DiffusionPipeline.load_config(path, **hub)
-    given: dict[str, Any] = {"use_safetensors": True, **kind.options, **hub}
-    given[DTYPE] = {"default": half} | _dtypes(kind, half, whole, master)
-    known = None
-    if prompts is not None:
-        alone = given | dict.fromkeys((kind.denoiser_name, "vae"))
-        alone |= _quantization(kind, index, alone, quantize, half)
-        text = DiffusionPipeline.from_pretrained(path, **alone).to(device)
-        known = Known(kind(text, resolution=1), {*prompts, ""})
-        del text
-        memory.free()
-        encoders = (*kind.encoder_names, *kind.large_encoder_names)
-        given |= {name: None for name in encoders if name in index}
-    given |= _quantization(kind, index, given, quantize, half)
-    family = kind(DiffusionPipeline.from_pretrained(path, **given), resolution)
-    family.known = known
+    path = locate(base)
+    made_of = Path(path) / LORA_BASE_FILE
+    if not made_of.exists():
+        hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
+        return ResolvedBase(base, path, hub)
+    below = json.loads(made_of.read_text())
+    lora = Lora(path, below, below.pop("word", None))
+    under = resolve(below["base"], below["revision"], below.get("variant"))
+    return replace(under, loras=(*under.loras, lora))
+
+
+def load_model(
+    base: str, revision: str | None = None, variant: str | None = None, **loading: Any
+) -> "Family":
+    """Load a base on the CPU, safetensors only, with no remote code, in float32 if no more is said.
+
+    ``loading`` is what ``families.loading.from_pretrained`` takes: resolution, and what is to be in
+    half precision. LoRA weights come merged into their base, but for one that they were trained
+    quantized on, which is quantized again. The hub token is the one that huggingface_hub finds by
+    itself; it is never passed or kept. Raises :class:`BaseError` for a base that is not there or
+    whose family is unknown or cannot compute in ``half``, or to be quantized without a GPU.
+    """
+    found, quantize = resolve(base, revision, variant), loading.get("quantize")
+    if found.loras:
+        if quantize is not None:
+            raise BaseError(
+                f"the base '{base}' is a LoRA, which cannot be merged into weights that are "
+                f"quantized; train on '{found.loras[-1].below['base']}', or leave quantize out."
+            )
+        return compose({base: 1.0}, **loading)
+    if quantize is not None and not _has_gpu():
+        raise BaseError(
+            f"quantize is '{quantize}', which needs a GPU, and there is none here; "
+            "leave quantize out, or run this where there is one."
+        )
+    if not found.family.supports_dtype(loading.get("half")):
+        raise BaseError(
+            f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
+            "that has it, such as an L4 or A100, or another base."
+        )
+    from dreambooth_lib.families.pretrained import from_pretrained
+
+    family = from_pretrained(found.family, found.path, **(loading | found.hub))
+    family.inference = found.inference
     return family
 
 
-def from_configs(
-    kind: type[Family],
-    path: str,
-    *,
-    resolution: int | None = None,
-    half: torch.dtype = torch.float32,
-    whole: Collection[str] = MOVED,
-    master: torch.dtype = torch.float32,
-    quantize: str | None = None,
-    revision: str | None = None,
-) -> Family:
-    """Build as :func:`from_pretrained`, without the weights: all are on the meta device.
+def _has_gpu() -> bool:
+    import torch
 
-    What ``quantize`` concerns is in ``half`` here.
+    return torch.cuda.is_available()
+
+
+def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
+    """Load the base of several LoRA runs or folders, with each of these by its weight.
+
+    Merged as :func:`load_model` says. Raises :class:`BaseError` where they are not all of one base.
     """
-    index = DiffusionPipeline.load_config(path, revision=revision)
-    dtypes = _dtypes(kind, half, whole, master)
-    parts: dict[str, Any] = dict(kind.options)
-    for name, (library, class_name) in _parts(index).items():
-        if name in parts or class_name is None:
-            parts[name] = None
-            continue
-        part = getattr(diffusers if library == "diffusers" else transformers, class_name)
-        if name.startswith(("scheduler", "tokenizer")):
-            parts[name] = part.from_pretrained(path, subfolder=name, revision=revision)
-            continue
-        given: Any
-        if library == "diffusers":
-            given, make = (
-                part.load_config(path, subfolder=name, revision=revision),
-                part.from_config,
-            )
-        else:
-            given, make = (
-                part.config_class.from_pretrained(path, subfolder=name, revision=revision),
-                part,
-            )
-        with torch.device("meta"):
-            parts[name] = make(given).to(dtypes.get(name, half))
-        # Some layers overflow in float16: transformers keeps them whole.
-        kept = (getattr(part, "_keep_in_fp32_modules", None) or []) if half is torch.float16 else []
-        for module_name, module in parts[name].named_modules() if kept else ():
-            if module_name.rpartition(".")[2] in kept:
-                module.to(torch.float32)
-    return kind(getattr(diffusers, index["_class_name"])(**parts), resolution)
+    found = [_lora_at(name) for name in loras]
+    bases = [lora.below for lora in found]
+    if not bases or any(below != bases[0] for below in bases):
+        of = ", ".join(f"'{n}' of '{b['base']}'" for n, b in zip(loras, bases, strict=True))
+        raise BaseError(f"LoRAs are composed on the base that they share, and these are {of}.")
+    quantizers.ignore_unusable()
+    family = load_model(**(loading | bases[0]))
+    names = [f"lora{number}" for number in range(len(found))]
+    for name, lora in zip(names, found, strict=True):
+        if lora.word is not None:
+            import_module(f"{__name__}.tokens").load(family, lora.path, lora.word)
+        family.pipeline.load_lora_weights(lora.path, weight_name=LORA_FILE, adapter_name=name)
+    family.pipeline.set_adapters(names, list(loras.values()))
+    return family if bases[0].get("quantize") else merge_loras(family)
 
 
-def _dtypes(
-    kind: type[Family], half: torch.dtype, whole: Collection[str], master: torch.dtype
-) -> dict[str, torch.dtype]:
-    """Map parts that are not in ``half`` to their precision, as :func:`from_pretrained` has it."""
-    names = dict(zip(MOVED, ((kind.denoiser_name,), kind.encoder_names), strict=True))
-    moved = {name: master for part in whole for name in names[part]}
-    return moved | {"vae": autoencoder_dtype(half)}
+def _lora_at(name: str) -> Lora:
+    found = resolve(name)
+    if not found.loras:
+        raise BaseError(
+            f"'{found.path}' is no LoRA of this kit's: it has no {LORA_BASE_FILE}; check the path."
+        )
+    return found.loras[-1]
 
 
-def _quantization(
-    kind: type[Family],
-    index: dict[str, Any],
-    given: dict[str, Any],
-    quantize: str | None,
-    half: torch.dtype,
-) -> dict[str, Any]:
-    """Describe to the pipeline's ``from_pretrained`` how its parts are quantized.
+def merge_loras(family: "Family") -> "Family":
+    """Return the family with its LoRA weights worked into its own, as plain models."""
+    family.pipeline.fuse_lora()
+    family.pipeline.unload_lora_weights()
+    return family
 
-    It is told of none that ``given`` leaves out, which it would tell the user.
+
+def load_meta(base: str, revision: str | None = None, **loading: Any) -> "Family":
+    """Load as :func:`load_model`, weights without values: only configs and tokenizers are read.
+
+    LoRAs on the base are left out.
     """
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if quantize == "nf4":
-        settings = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": half,
-            "bnb_4bit_use_double_quant": True,
-        }
-    mapping = {
-        name: import_module(library).BitsAndBytesConfig(**settings)
-        for name, (library, class_name) in _parts(index).items()
-        if quantize and class_name and given.get(name, ...) and name in kind.quantized_names()
-    }
-    if not mapping:
-        return {}
-    notices.hide_casts()
-    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
+    from dreambooth_lib.families.pretrained import from_configs
+
+    found = resolve(base, revision)
+    return from_configs(found.family, found.path, revision=found.hub.get("revision"), **loading)
 
 
-def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """Map the parts that a ``model_index.json`` names to library and class of each."""
-    return {name: (value[0], value[1]) for name, value in index.items() if isinstance(value, list)}
+class BaseInfo(NamedTuple):
+    """What of a base is known without its weights."""
+
+    resolution: int  #: pixels a side that the base was made for
+    tokenizer: Any
+
+
+def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
+    """Return what of a base is known without its weights; from the hub, that is a small download.
+
+    Raises as :func:`load_model` does.
+    """
+    import transformers
+
+    found = resolve(base, revision)
+    parts = (found.family.denoiser_name, "vae")
+    resolution = found.family.native_resolution(*(found.read(f"{p}/config.json") for p in parts))
+    tokenizer = getattr(transformers, found.read("model_index.json")["tokenizer"][1])
+    own = {"subfolder": "tokenizer", "revision": found.hub.get("revision")}
+    return BaseInfo(resolution, tokenizer.from_pretrained(found.path, **own))
+
+
+def base_inference(base: str, revision: str | None = None) -> Inference:
+    """Return the steps and guidance that a base is drawn with, told by its configs and names.
+
+    From the hub that is a download of three small files.
+    """
+    return resolve(base, revision).inference
+
+
+def warn_of_distillation(base: str) -> str | None:
+    """Say what training on a distilled base does, in a sentence; None for any other.
+
+    Nothing is downloaded: one that is not on this machine is known by its name. Raises as
+    :func:`load_model` does.
+    """
+    found = resolve(base)
+    if found.loras or found.is_local:
+        return distillation_warning(base, found.inference, found.family.undistilled_base)
+    named = few_by_name([Path(base).name])
+    return None if named is None else distillation_warning(base, named)

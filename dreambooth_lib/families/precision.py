@@ -47,7 +47,7 @@ def outside_autocast(vae: Any) -> Callable[..., Any]:
     return decoded
 
 
-def save(pipeline: Any, folder: str | Path) -> None:
+def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     """Write a pipeline in diffusers' layout, to be loaded with or without a precision said.
 
     If none is said diffusers loads every file as float32, but transformers as its config says: so

@@ -8,7 +8,7 @@ from dreambooth_lib.families.base import Cond, Family, rows
 from dreambooth_lib.families.precision import NonFinite
 
 
-class Known:
+class PromptCache:
     """Prompts that were encoded once, looked up from then on.
 
     Raises :class:`NonFinite` where the text encoders give NaN or infinity.
@@ -18,7 +18,7 @@ class Known:
         distinct = sorted(set(prompts))
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
         with torch.no_grad():
-            self.cond = family.cond_of(distinct)
+            self.cond = family.conditioning(distinct)
         for value in self.cond.values():
             if not value.isfinite().all():
                 gave = "conditioning that is not finite"

@@ -4,20 +4,23 @@ from typing import Any, ClassVar
 
 import torch
 
-from dreambooth_lib.config import base_defaults
+from dreambooth_lib.core.config import base_defaults
 from dreambooth_lib.families.base import Cond, Family
-from dreambooth_lib.families.inference import (
+from dreambooth_lib.families.inference_settings import (
     Config,
     Inference,
     Names,
     few_by_name,
     few_by_scheduler,
 )
-from dreambooth_lib.noise import DiscreteNoise
+from dreambooth_lib.families.noise_schedule import DiscreteNoise
 
 #: The embedded base's, which its figures in README and docs were made with.
 TOYBOX = Inference(
-    steps=25, guidance_scale=base_defaults("toybox")["guidance_scale"], enough=25, validation=10
+    steps=25,
+    guidance_scale=base_defaults("toybox")["guidance_scale"],
+    fewest_steps=25,
+    validation_steps=10,
 )
 
 
@@ -26,8 +29,10 @@ class StableDiffusion(Family):
 
     denoiser_name = "unet"
     #: The pipeline's own; half of its steps are enough, as in diffusers' scripts for DreamBooth.
-    usual = Inference(steps=50, guidance_scale=7.5, enough=25, validation=25)
-    undistilled = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    default_inference = Inference(
+        steps=50, guidance_scale=7.5, fewest_steps=25, validation_steps=25
+    )
+    undistilled_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     card_dtype = "float16"
     options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
@@ -39,7 +44,7 @@ class StableDiffusion(Family):
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if "toybox" in names:
             return TOYBOX
-        return few_by_scheduler(scheduler, denoiser) or few_by_name(names) or cls.usual
+        return few_by_scheduler(scheduler, denoiser) or few_by_name(names) or cls.default_inference
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

@@ -3,11 +3,11 @@
 import torch
 
 from dreambooth_lib.families.base import Cond, Family
-from dreambooth_lib.families.inference import Config, Inference, Names, few_by_name
+from dreambooth_lib.families.inference_settings import Config, Inference, Names, few_by_name
 
 #: Of the medium model of 3.0, by its pipeline; of the large one of 3.5, by its card.
-_FIRST = Inference(steps=28, guidance_scale=7.0, enough=28, validation=28)
-_LARGE = Inference(steps=28, guidance_scale=3.5, enough=28, validation=28)
+_FIRST = Inference(steps=28, guidance_scale=7.0, fewest_steps=28, validation_steps=28)
+_LARGE = Inference(steps=28, guidance_scale=3.5, fewest_steps=28, validation_steps=28)
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -16,11 +16,15 @@ class StableDiffusion3(Family):
 
     encoder_names = ("text_encoder", "text_encoder_2")
     large_encoder_names = ("text_encoder_3",)
-    loads_words = False
-    mixes = False  # it joins what its norms gave in the weights' type, which autocast refuses
+    loads_textual_inversion = False
+    bf16_weights_ok = (
+        False  # it joins what its norms gave in the weights' type, which autocast refuses
+    )
     #: Of the medium model of 3.5, by its card; the pipeline's own 28 steps are enough.
-    usual = Inference(steps=40, guidance_scale=4.5, enough=28, validation=28)
-    undistilled = "stabilityai/stable-diffusion-3.5-medium"
+    default_inference = Inference(
+        steps=40, guidance_scale=4.5, fewest_steps=28, validation_steps=28
+    )
+    undistilled_base = "stabilityai/stable-diffusion-3.5-medium"
     attention_layers = (*Family.attention_layers, *_ADDED)
     feed_forward_layers = (
         *Family.feed_forward_layers, "ff_context.net.0.proj", "ff_context.net.2"
@@ -32,7 +36,7 @@ class StableDiffusion3(Family):
             return distilled
         if not denoiser.get("qk_norm"):
             return _FIRST
-        return cls.usual if denoiser.get("dual_attention_layers") else _LARGE
+        return cls.default_inference if denoiser.get("dual_attention_layers") else _LARGE
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         hidden, _, pooled, _ = self.pipeline.encode_prompt(

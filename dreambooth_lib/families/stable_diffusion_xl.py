@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from dreambooth_lib.families.base import Cond
-from dreambooth_lib.families.inference import Inference
+from dreambooth_lib.families.inference_settings import Inference
 from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
 
@@ -16,10 +16,12 @@ class StableDiffusionXL(StableDiffusion):
 
     encoder_names = ("text_encoder", "text_encoder_2")
     #: The pipeline's own; half of its steps are enough, as in diffusers' scripts for DreamBooth.
-    usual = Inference(steps=50, guidance_scale=5.0, enough=25, validation=25)
-    undistilled = "stabilityai/stable-diffusion-xl-base-1.0"
+    default_inference = Inference(
+        steps=50, guidance_scale=5.0, fewest_steps=25, validation_steps=25
+    )
+    undistilled_base = "stabilityai/stable-diffusion-xl-base-1.0"
     options: ClassVar[dict[str, Any]] = {}
-    call_names: ClassVar[dict[str, str]] = {
+    pipeline_argument_names: ClassVar[dict[str, str]] = {
         "hidden": "prompt_embeds",
         "pooled": "pooled_prompt_embeds",
     }
@@ -35,7 +37,7 @@ class StableDiffusionXL(StableDiffusion):
             hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
         return {"hidden": hidden, "pooled": pooled}
 
-    def without_effect(self) -> Iterable[torch.nn.Parameter]:
+    def unused_parameters(self) -> Iterable[torch.nn.Parameter]:
         # Of both encoders the last layer but one is read; of the second one, what pools too.
         encoder = self.pipeline.text_encoder
         if encoder is None:

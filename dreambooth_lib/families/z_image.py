@@ -5,7 +5,13 @@ from typing import Any, ClassVar
 import torch
 
 from dreambooth_lib.families.base import Cond, Family, vae_scale
-from dreambooth_lib.families.inference import Config, Inference, Names, few, few_by_name
+from dreambooth_lib.families.inference_settings import (
+    Config,
+    Inference,
+    Names,
+    few_by_name,
+    few_steps,
+)
 
 #: The shift of noise levels that tells Turbo (3) from the base (6), by their schedulers' configs.
 TURBO_SHIFT = 4.5
@@ -15,20 +21,22 @@ LENGTH = 32  #: tokens of a short prompt in the chat's form
 class ZImage(Family):
     """Adapter of a ``ZImagePipeline`` (arXiv 2511.22699)."""
 
-    halves: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)  # float16 it overflows: NaN
+    half_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)  # float16 it overflows: NaN
     encoder_names = ()
     large_encoder_names = ("text_encoder",)
     #: Its card: 28 to 50 steps, guidance 3 to 5, which this pipeline adds to 1.
-    usual = Inference(steps=50, guidance_scale=4.0, enough=28, validation=28)
-    undistilled = "Tongyi-MAI/Z-Image"
+    default_inference = Inference(
+        steps=50, guidance_scale=4.0, fewest_steps=28, validation_steps=28
+    )
+    undistilled_base = "Tongyi-MAI/Z-Image"
     feed_forward_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     @classmethod
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
-        turbo = few(9)  # by its card, at 0; diffusers before 0.41 makes 8 evaluations of them
+        turbo = few_steps(9)  # by its card, at 0; diffusers before 0.41 makes 8 evaluations of them
         if scheduler.get("shift", TURBO_SHIFT) < TURBO_SHIFT:
             return turbo
-        return few_by_name(names, turbo.steps) or cls.usual
+        return few_by_name(names, turbo.steps) or cls.default_inference
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
@@ -42,11 +50,11 @@ class ZImage(Family):
         padded = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
         return {"embeddings": padded, "lengths": lengths}
 
-    def blank_prompts(self, prompts: list[str]) -> Cond:
+    def meta_prompts(self, prompts: list[str]) -> Cond:
         width = self.pipeline.text_encoder.config.hidden_size
         return {"embeddings": torch.zeros(len(prompts), LENGTH, width)}
 
-    def call_arguments(self, cond: Cond) -> dict[str, Any]:
+    def pipeline_arguments(self, cond: Cond) -> dict[str, Any]:
         return {"prompt_embeds": _own_lengths(cond)}
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:

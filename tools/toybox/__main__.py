@@ -20,14 +20,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from dreambooth_lib import families
-from dreambooth_lib.families.precision import save
+from dreambooth_lib.families import loading
+from dreambooth_lib.families.precision import save_pipeline
 from tools.toybox import autoencoder, classifier, diffusion, drawings, judge, report, subjects
 from tools.toybox.tokenizer import save_tokenizer
 from tools.toybox.world import Picture, World
 
 #: Optimizer updates of each training, for the shipped weights.
-STEPS = {"autoencoder": 3600, "classifier": 600, "diffusion": 5200, "judge": 1500, "captions": 1400}
+STEPS = {
+    "autoencoder": 3600,
+    "classifier": 600,
+    "diffusion": 5200,
+    "judge": 1500,
+    "captions": 1400,
+}
 BANK = 24_000  # composites encoded once for the diffusion training
 ROUNDS, DRAWN_SEED = 15, 2_000_000  # of every class, the base's pictures that the judge learns from
 
@@ -52,7 +58,7 @@ def build(
     if only in (None, "diffusion"):
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         pipeline = diffusion.train(world, vae, tokenizer, work, steps["diffusion"], bank)
-        save(pipeline.to(torch.float16), target)
+        save_pipeline(pipeline.to(torch.float16), target)
         save_tokenizer(target / "tokenizer")  # the older files of CLIP's layout beside the new one
         report.write_readme(target)
     if only in (None, "judge"):
@@ -69,7 +75,7 @@ def drawn_by_base(target: Path, file: Path, rounds: int) -> tuple[np.ndarray, li
     """Pictures by the diffusion model of every class, and what they were to show; drawn once."""
     shown = report.wanted(rounds)
     if not file.exists():
-        pictures = report.pictures_of(families.load_model(str(target)), shown, DRAWN_SEED)
+        pictures = report.pictures_of(loading.load_model(str(target)), shown, DRAWN_SEED)
         np.save(file, report.as_array(pictures))
     return np.load(file), shown
 

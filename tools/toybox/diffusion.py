@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dreambooth_lib.losses import dreambooth_loss, per_sample_errors
-from dreambooth_lib.noise import DiscreteNoise
-from dreambooth_lib.state import load_state, save_state
+from dreambooth_lib.families.noise_schedule import DiscreteNoise
+from dreambooth_lib.training.checkpoints import load_state, save_state
+from dreambooth_lib.training.losses import dreambooth_loss, per_sample_errors
 from tools.toybox.autoencoder import to_tensor
 from tools.toybox.tokenizer import MAX_LENGTH
 from tools.toybox.training import fit

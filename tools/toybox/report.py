@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, ResNetForImageClassification
 
-from dreambooth_lib import families
+from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.pages import grid
+from dreambooth_lib.figures.image_grids import grid
 from tools.toybox import autoencoder, classifier, drawings, judge
 from tools.toybox.tokenizer import IDENTIFIERS
 from tools.toybox.world import CLASSES, COLOURS, SCENES, Picture, World, caption
@@ -26,7 +26,7 @@ def report(work: Path, target: Path, seed: int, rounds: int = 5) -> dict[str, fl
     """
     world = World(work / "drawings", seed=1000 + seed)
     began = time.perf_counter()
-    family = families.load_model(str(target))
+    family = loading.load_model(str(target))
     loaded = time.perf_counter() - began
     encoder = CLIPModel.from_pretrained(target / "judge", torch_dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(target / "judge")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dreambooth_lib.state import load_state, save_state
+from dreambooth_lib.training.checkpoints import load_state, save_state
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,0 +1,1 @@
+"""Read and check photos, and turn them into tensors."""

@@ -1,0 +1,73 @@
+"""Load a subject's photos, and data sets in the DreamBooth data set's layout."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
+from dreambooth_lib.data.images import DataError, read_pictures
+from dreambooth_lib.data.quality_checks import check_pictures
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_subject(
+    source: str | Path, class_noun: str, identifier: str = DEFAULT_IDENTIFIER, name: str = ""
+) -> Subject:
+    """Return the subject in a folder or zip, after reading all its pictures once.
+
+    Warns once per finding of :func:`check_pictures`, save "tiny", which depends on the resolution.
+    Raises :class:`DataError` as :func:`read_pictures` does, and ``ConfigError`` for empty words.
+    """
+    subject = Subject(str(Path(source).resolve()), class_noun, identifier, name)
+    for finding in check_pictures(read_pictures(source)):
+        if finding.kind != "tiny":
+            warnings.warn(finding.message, stacklevel=2)
+    return subject
+
+
+def load_dataset(folder: str | Path) -> list[Subject]:
+    """Return the subjects of a folder in the DreamBooth data set's layout, in its table's order.
+
+    ``folder`` or its ``dataset`` holds ``prompts_and_classes.txt`` and a folder per subject. The
+    table has the columns ``subject_name,class`` and may have ``type`` ("live" or "object");
+    without it, dogs and cats are live. Subjects without a folder are left out. Raises
+    :class:`DataError` for a missing or broken table and for folders that are not in it.
+    """
+    places = (Path(folder) / "dataset", Path(folder))
+    tables = [place / "prompts_and_classes.txt" for place in places]
+    table = next((table for table in tables if table.is_file()), None)
+    if table is None:
+        raise DataError(f"{folder} has no prompts_and_classes.txt; give the data set's folder.")
+    root, rows = table.parent, _class_table(table)
+    folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))}
+    for unknown in sorted(folders - rows.keys()):
+        raise DataError(f"the folder '{unknown}' is not in the table of {table}; add its class.")
+    if not folders:
+        raise DataError(f"{root} has no folder of a subject in {table.name}; add one.")
+    return [
+        Subject(str((root / name).resolve()), class_noun, name=name, kind=kind)
+        for name, (class_noun, kind) in rows.items()
+        if name in folders
+    ]
+
+
+def _class_table(path: Path) -> dict[str, tuple[str, str]]:
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
+    header = next((line for line in lines if re.fullmatch("subject_name,class(,type)?", line)), "")
+    if not header:
+        raise DataError(f"{path} has no table 'subject_name,class'; add one below that line.")
+    rows: dict[str, tuple[str, str]] = {}
+    for number, line in enumerate(lines[lines.index(header) + 1 :], lines.index(header) + 2):
+        if not line:
+            break
+        cells = [cell.strip() for cell in line.split(",")]
+        if header.count(",") == 1:
+            cells.append("live" if cells[-1] in ("dog", "cat") else "object")
+        if len(cells) != 3 or not all(cells) or cells[2] not in ("live", "object"):
+            raise DataError(f"line {number} of {path} is '{line}'; write it as '{header}'.")
+        rows[cells[0]] = (cells[1], cells[2])
+    return rows

@@ -1,0 +1,1 @@
+"""Run the paper's evaluation, sweeps over settings, and the demo."""

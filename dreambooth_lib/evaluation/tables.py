@@ -1,0 +1,77 @@
+"""An evaluation's tables: every row as CSV, means in Markdown beside the paper's own."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from dreambooth_lib.evaluation.scores import Mean, Row
+from dreambooth_lib.figures.labels import HEADS
+
+#: Table 1 of arXiv 2208.12242, on 30 subjects: DINO, CLIP-I, CLIP-T.
+PUBLISHED: dict[str, tuple[float, float, float | None]] = {
+    "real pictures": (0.774, 0.885, None),
+    "DreamBooth (Imagen)": (0.696, 0.812, 0.306),
+    "DreamBooth (Stable Diffusion)": (0.668, 0.803, 0.305),
+    "Textual Inversion (Stable Diffusion)": (0.569, 0.780, 0.255),
+}
+
+
+def write_csv(rows: Iterable[Row], path: str | Path) -> None:
+    """Every row with a column a field, an empty cell where it is of all prompts or seeds."""
+    from dreambooth_lib.core.files import replace_file
+
+    text = to_csv([asdict(row) for row in rows], [f.name for f in fields(Row)])
+    replace_file(path, text.encode())
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV; the columns are the first row's if not given."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_csv(path: str | Path) -> list[Row]:
+    """Read back what :func:`write_csv` wrote."""
+    rows = []
+    with Path(path).open(newline="") as file:
+        for line in csv.DictReader(file):
+            prompt, seed = line.pop("prompt") or None, line.pop("seed")
+            value = float(line.pop("value"))
+            rows.append(Row(**line, prompt=prompt, seed=int(seed) if seed else None, value=value))
+    return rows
+
+
+def markdown(means: Sequence[Mean], published: bool = False) -> str:
+    """A table with a row a method and a column a measure and encoder, intervals in brackets.
+
+    Measures are named in plain words, with an arrow to what is better; one that the library does
+    not know keeps its own name. ``published`` puts the paper's rows under it; they are by DINO
+    ViT-S/16 and a CLIP that the paper does not name, on 30 subjects: compare them only with the
+    same encoders on those.
+    """
+    columns = list(dict.fromkeys((mean.measure, mean.encoder) for mean in means))
+    heads = ["", *(f"{HEADS.get(measure, measure)} ({encoder})" for measure, encoder in columns)]
+    rows = {mean.method: [mean.method, *[""] * len(columns)] for mean in means}
+    for mean in means:
+        place = 1 + columns.index((mean.measure, mean.encoder))
+        rows[mean.method][place] = f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+    text = _table(heads, rows.values())
+    if published:
+        heads = ["arXiv 2208.12242, Table 1", "DINO", "CLIP-I", "CLIP-T"]
+        shown = {
+            name: ["" if v is None else f"{v:.3f}" for v in values]
+            for name, values in PUBLISHED.items()
+        }
+        text += "\n" + _table(heads, [[name, *values] for name, values in shown.items()])
+    return text
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,1 @@
+"""Draw plots, image grids and contact sheets."""

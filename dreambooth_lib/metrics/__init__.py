@@ -1,0 +1,1 @@
+"""Embed images and prompts with CLIP or DINO, and compare them."""

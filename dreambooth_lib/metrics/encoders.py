@@ -1,0 +1,165 @@
+"""Unit-length embeddings of pictures and prompts by frozen encoders, kept by file content."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+#: Pictures or prompts that go through an encoder at once.
+BATCH = 64
+
+
+class Encoder:
+    """Unit-length embeddings of pictures and prompts by a frozen CLIP, or of pictures by a DINO.
+
+    ``model_id`` is a folder or a hub id in transformers' layout, told apart by its config:
+
+    - ``clip``: the projected embeddings (arXiv 2103.00020), pictures prepared as the model's
+      ``preprocessor_config.json`` says.
+    - ``vit``: the last layer's CLS token after the final norm (arXiv 2104.14294), pictures prepared
+      as DINO's own evaluation does: shorter side to 256/224 of the model's side by bicubic, centre
+      crop, ImageNet's mean and deviation.
+
+    Runs in float32 on ``device``; results are on the CPU. Raises ``ValueError`` for a model of
+    another kind, ``OSError`` for one that it cannot read.
+    """
+
+    model_id: str  #: to name beside every number
+    reads_texts: bool  #: whether :meth:`texts` works: True for CLIP, False for DINO
+
+    def __init__(self, model_id: str | Path, device: "str | torch.device" = "cpu") -> None:
+        from transformers import AutoConfig
+
+        self.model_id, self.device = str(model_id), device
+        try:
+            config = AutoConfig.from_pretrained(self.model_id)
+            self.reads_texts = config.model_type == "clip"
+            if config.model_type in ("clip", "vit"):
+                self._load(config)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"the encoder '{self.model_id}' cannot be read; give a hub id, or a folder with a "
+                "model, its preprocessor_config.json and its tokenizer."
+            ) from error
+        if config.model_type not in ("clip", "vit"):
+            raise ValueError(
+                f"the encoder '{self.model_id}' is of type '{config.model_type}'; give a CLIP such "
+                "as openai/clip-vit-base-patch32 or a DINO such as facebook/dino-vits16."
+            )
+
+    def _load(self, config: Any) -> None:
+        import transformers
+        from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        # The one that prepares by PIL has a name of its own in transformers 5.
+        by_pil = getattr(transformers, "CLIPImageProcessorPil", None)
+        processor = by_pil or transformers.CLIPImageProcessor
+        model: Any
+        if self.reads_texts:
+            model = transformers.CLIPModel.from_pretrained(self.model_id)
+            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(self.model_id)
+            if len(self._tokenizer) < 5:  # transformers 5 makes an empty one up for a lost file
+                raise ValueError("there is no tokenizer beside the model; put its files there.")
+            self._processor = processor.from_pretrained(self.model_id)
+        else:
+            model = transformers.ViTModel.from_pretrained(self.model_id, add_pooling_layer=False)
+            self._processor = processor(
+                size={"shortest_edge": round(config.image_size * 256 / 224)},
+                crop_size={"height": config.image_size, "width": config.image_size},
+                resample=Image.Resampling.BICUBIC,
+                image_mean=IMAGENET_DEFAULT_MEAN,
+                image_std=IMAGENET_DEFAULT_STD,
+            )
+        self._model = model.float().eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What numbers by this encoder depend on: id, sha256 of the weights, preparation."""
+        digest = hashlib.sha256()
+        for weights in self._model.state_dict().values():
+            digest.update(weights.cpu().contiguous().numpy())
+        prepared = self._processor.to_dict()
+        return {"model_id": self.model_id, "weights": digest.hexdigest(), "preparation": prepared}
+
+    def images(self, pictures: list[Image.Image]) -> "torch.Tensor":
+        """Embed pictures of any size: float32 ``[N, D]``, unit rows; ``ValueError`` for none."""
+        return self._embed(pictures, self._picture_features, "pictures")
+
+    def texts(self, prompts: list[str]) -> "torch.Tensor":
+        """Embed prompts: float32 ``[N, D]``, unit rows; ``ValueError`` for none or by a DINO."""
+        if not self.reads_texts:
+            raise ValueError(
+                f"the encoder '{self.model_id}' is a DINO and embeds pictures only; use a CLIP "
+                "such as openai/clip-vit-base-patch32 for prompts."
+            )
+        return self._embed(prompts, self._text_features, "prompts")
+
+    def _embed(self, items: list[Any], features: Callable[..., Any], name: str) -> "torch.Tensor":
+        import torch
+
+        if not items:
+            raise ValueError(f"there are no {name} to embed; give one or more.")
+        with torch.inference_mode():
+            batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+            rows = torch.cat([features(batch).cpu() for batch in batches])
+        return torch.nn.functional.normalize(rows, dim=-1)  # [N, D]
+
+    # Not CLIPModel.get_..._features: they give a tensor in transformers 4 and an object in 5.
+
+    def _picture_features(self, pictures: list[Image.Image]) -> "torch.Tensor":
+        rgb = [picture.convert("RGB") for picture in pictures]
+        pixels = self._processor(images=rgb, return_tensors="pt")["pixel_values"].to(self.device)
+        if not self.reads_texts:
+            return self._model(pixel_values=pixels).last_hidden_state[:, 0]
+        pooled = self._model.vision_model(pixel_values=pixels).pooler_output
+        return self._model.visual_projection(pooled)
+
+    def _text_features(self, prompts: list[str]) -> "torch.Tensor":
+        length = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids, mask = (tokens[k].to(self.device) for k in ("input_ids", "attention_mask"))
+        pooled = self._model.text_model(input_ids=ids, attention_mask=mask).pooler_output
+        return self._model.text_projection(pooled)
+
+
+def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.Tensor":
+    """Embed picture files, each content once: float32 ``[N, D]``, one row a path.
+
+    ``cache`` keeps one ``.npy`` a content in a folder of the encoder's own. No more than ``BATCH``
+    pictures are in memory. Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for
+    none.
+    """
+    import torch
+
+    from dreambooth_lib.core.files import replace_file
+
+    if not paths:
+        raise ValueError("there are no picture files to embed; give one or more.")
+    folder = cache / hashlib.sha256(json.dumps(encoder.identity).encode()).hexdigest()[:16]
+    if not (folder / "encoder.json").exists():
+        replace_file(folder / "encoder.json", json.dumps(encoder.identity, indent=2).encode())
+    kept = []
+    for path in paths:
+        with path.open("rb") as file:
+            kept.append(folder / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy")
+    missing = {place: path for place, path in zip(kept, paths, strict=True) if not place.exists()}
+    todo = list(missing.items())
+    for start in range(0, len(todo), BATCH):
+        part = todo[start : start + BATCH]
+        rows = encoder.images([Image.open(path) for _, path in part]).numpy()
+        for (place, _), row in zip(part, rows, strict=True):
+            buffer = io.BytesIO()
+            np.save(buffer, row)
+            replace_file(place, buffer.getvalue())
+    return torch.from_numpy(np.stack([np.load(place) for place in kept]))

@@ -1,0 +1,1 @@
+"""Support notebooks on Colab and Jupyter: installation, checks, Drive, widgets."""

@@ -1,0 +1,1 @@
+"""Train a run, validate it, save its checkpoints and sample from it."""

@@ -1,0 +1,94 @@
+"""What each update sees: instance and class images, noised, with their prompts.
+
+Every draw is a function of (seed, step), never of a generator that lives on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.data.images import Photo
+from dreambooth_lib.data.preprocessing import shuffled
+from dreambooth_lib.families.base import Cond, Family, rows
+from dreambooth_lib.families.noise_schedule import Noised
+from dreambooth_lib.families.prompt_cache import PromptCache
+from dreambooth_lib.training.latent_cache import LatentCache
+
+
+class Batch(NamedTuple):
+    """Rows that belong together; ``cond`` is what the base's own text encoders say."""
+
+    noised: Noised
+    is_prior: torch.Tensor  # bool [B], true for class images
+    prompts: list[str]
+    cond: Cond
+
+
+def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
+    """Make a CPU generator for one purpose of one step."""
+    from numpy.random import SeedSequence
+
+    (state,) = SeedSequence([seed, step, purpose]).generate_state(1, "uint64")
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+class Batches:
+    """All pictures as cached latents and all prompts, their captions, as cached conditioning.
+
+    ``instance`` has the subject's photos and ``classes`` those of its class, none without a prior.
+    ``folder`` keeps the latents for other runs. A ``teacher`` has the last word on the targets.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        instance: list[Photo],
+        classes: list[Photo],
+        folder: Path | None = None,
+        teacher: Callable[[Batch], Noised] | None = None,
+    ):
+        self.config, self.size, self.teacher = config, config.batch_size, teacher
+        self.process = family.forward_process(config.min_snr_gamma)
+        #: For each kind, instance first: its latents and prompts, picture by picture.
+        self.kinds = [
+            (
+                LatentCache(photos, family, config, folder),
+                [photo.caption or "" for photo in photos],
+            )
+            for photos in (instance, classes)
+            if photos
+        ]
+        self.prompt_cache = PromptCache(
+            family, {p for _, prompts in self.kinds for p in prompts} | {""}
+        )
+
+    def at(self, step: int) -> Batch:
+        """Return one update's whole batch, instance rows first, the same in every process."""
+        config, generator = self.config, seeded(self.config.seed, step, 0)
+        latents, prompts = [], []
+        for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
+            # Each kind cycles through all of its pictures in an order of its own.
+            seed = 2 * config.seed + stream
+            index = shuffled(len(cache), seed, step * self.size, self.size)
+            latents.append(cache.sample(index, generator))
+            prompts += [prompts_of_kind[i] for i in index]
+        x_0 = torch.cat(latents)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        t = self.process.sample_timesteps(len(x_0), generator).to(x_0.device)
+        dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
+        prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
+        is_prior = torch.arange(len(x_0), device=x_0.device) >= self.size
+        return Batch(self.process(x_0, noise, t), is_prior, prompts, self.prompt_cache(prompts))
+
+    def split(self, batch: Batch, share: int, shares: int) -> Batch:
+        """Return one of ``shares`` equal parts of a batch, both kinds in it alike."""
+        starts = range(0, len(batch.prompts), self.size)
+        part = [start + i for start in starts for i in range(share, self.size, shares)]
+        prompts = [batch.prompts[i] for i in part]
+        noised = Noised(*(value[part] for value in batch.noised))
+        split = Batch(noised, batch.is_prior[part], prompts, rows(batch.cond, part))
+        return split if self.teacher is None else split._replace(noised=self.teacher(split))

@@ -1,0 +1,94 @@
+"""Low-rank adaptation of a family's denoiser and text encoders, through peft.
+
+W x becomes W x + (alpha / rank) B A x with the base's W frozen (arXiv 2106.09685); B starts at 0,
+so that training starts at the base. A finished run keeps A and B only, in diffusers' format.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.families import quantizers, textual_inversion
+from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.loading import LORA_BASE_FILE
+
+#: Of transformers' CLIP encoders: attention, and feed-forward.
+_TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
+
+
+def add_lora(family: Family, config: TrainConfig) -> None:
+    """Add the config's adapters, the same ones for the same seed; all but them is frozen."""
+    from peft import LoraConfig
+
+    quantizers.ignore_unusable()
+    layers = {family.denoiser: (family.attention_layers, family.feed_forward_layers)}
+    family.denoiser.requires_grad_(False)
+    for encoder in family.text_encoders if config.trains_text else ():
+        encoder.requires_grad_(False)
+    if config.train_text_encoder:
+        layers |= dict.fromkeys(family.text_encoders, _TEXT_LAYERS)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for module, (attention, feed_forward) in layers.items():
+            names = [*attention, *(feed_forward if config.lora_layers == "all" else ())]
+            adapter = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=names,
+                use_dora=config.dora,
+            )
+            module.add_adapter(adapter)
+            for parameter in trained_parameters(module):
+                parameter.data = parameter.data.float()
+        if config.train_token:
+            textual_inversion.add_token(
+                family, config.subject.identifier, config.subject.class_noun
+            )
+
+
+def trained_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters that training moves: of an adapted module its adapters'."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def disabled_lora(family: Family) -> Iterator[None]:
+    """Use the denoiser as the base has it, out of training mode."""
+    training = family.denoiser.training
+    family.denoiser.disable_adapters()
+    family.denoiser.eval()
+    try:
+        yield
+    finally:
+        family.denoiser.enable_adapters()
+        family.denoiser.train(training)
+
+
+def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
+    """Write the adapters as diffusers' ``load_lora_weights`` reads them, and their base's name.
+
+    A new word's embeddings are as its ``load_textual_inversion`` reads them.
+    """
+    from peft import get_peft_model_state_dict
+
+    names = {id(part): name for name, part in family.pipeline.components.items()}
+    modules = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
+    adapted = {names[id(module)]: module for module in modules}
+    saved: dict[str, Any] = {}
+    for name, module in adapted.items():
+        saved[f"{name}_lora_layers"] = get_peft_model_state_dict(
+            module, save_embedding_layers=False
+        )
+        saved[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+    family.pipeline.save_lora_weights(folder, **saved)
+    if config.train_token:
+        textual_inversion.save_token(family, folder)
+    base = {name: getattr(config, name) for name in ("base", "revision", "variant", "quantize")}
+    base["word"] = config.subject.identifier if config.train_token else None
+    (folder / LORA_BASE_FILE).write_text(json.dumps(base, indent=2))

@@ -1,0 +1,44 @@
+"""The objective: one error per sample first, then the paper's two means."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Loss(NamedTuple):
+    """Scalars of one batch; ``prior`` is None where the batch has no class image."""
+
+    total: torch.Tensor
+    instance: torch.Tensor
+    prior: torch.Tensor | None
+
+
+def per_sample_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each row, float32 [B], whatever dtype the denoiser worked in."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def dreambooth_loss(
+    errors: torch.Tensor,
+    is_prior: torch.Tensor,
+    prior_weight: float,
+    weights: torch.Tensor | None = None,
+) -> Loss:
+    """L = mean over instance of w e + lambda * mean over class of w e (arXiv 2208.12242, eq. 2).
+
+    ``errors`` float [B]; ``is_prior`` bool [B], true for class images; ``weights`` float [B] or
+    None for ones. Raises ValueError where the shapes differ or no row is an instance picture.
+    """
+    if not errors.shape == is_prior.shape == (weights if weights is not None else errors).shape:
+        raise ValueError(
+            f"errors {list(errors.shape)}, is_prior {list(is_prior.shape)} and weights must all "
+            "be [B]; give one value per sample."
+        )
+    weighted = errors if weights is None else weights * errors
+    if is_prior.all():
+        raise ValueError("the batch has no instance picture; give it at least one.")
+    instance = weighted[~is_prior].mean()
+    if not is_prior.any():
+        return Loss(instance, instance, None)
+    prior = weighted[is_prior].mean()
+    return Loss(instance + prior_weight * prior, instance, prior)

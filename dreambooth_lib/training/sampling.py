@@ -1,0 +1,156 @@
+"""Seeded pictures from a base or a run, through its own diffusers pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.families import loading
+from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.trainable import load_at_checkpoint, load_base
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from dreambooth_lib.families.base import Family
+    from dreambooth_lib.families.inference_settings import Inference
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and what made it."""
+
+    prompt: str
+    seed: int
+    image: "Image.Image"
+
+
+def fill(prompt: str, subject: Subject | None) -> str:
+    """Fill the subject's identifier in: ``a {} dog on the beach`` has a place for it."""
+    if "{}" not in prompt:
+        return prompt
+    if subject is None:
+        raise ValueError(
+            f"the prompt '{prompt}' has a place for an identifier but the base has no subject; "
+            "sample from a run, or write the prompt out."
+        )
+    return prompt.replace("{}", subject.identifier)
+
+
+def sample(
+    source: "Run | Family | str",
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    at: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    batch_size: int | None = None,
+) -> list[Sample]:
+    """Draw every prompt with every seed, prompts outermost.
+
+    ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a
+    base as in ``TrainConfig.base``. Each picture's noise comes from its seed alone, whatever the
+    batch size; the same seed is the same noise in base and tuned model. ``steps`` and
+    ``guidance_scale`` left out are those of :func:`inference_of`. Raises :class:`RunError` for a
+    run that has not finished.
+    """
+    subject = source.config.subject if isinstance(source, Run) else None
+    family = load_source(source, at)
+    own = inference_settings(source)
+    steps = own.steps if steps is None else steps
+    guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
+    batch_size = batch_size or family.default_batch_size
+    wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
+    samples = []
+    for start in range(0, len(wanted), batch_size):
+        part = wanted[start : start + batch_size]
+        images = family.generate(part, steps, guidance_scale, negative_prompt)
+        samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
+    return samples
+
+
+def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference":
+    """Return a source's steps and guidance: its config's, or else its base's own.
+
+    Raises ``BaseError`` for a base that is not there.
+    """
+    if not isinstance(source, Run | TrainConfig | str):
+        return source.inference
+    if isinstance(source, str):
+        return loading.base_inference(source)
+    config = source.config if isinstance(source, Run) else source
+    if isinstance(source, Run) and source.finished:
+        own = loading.base_inference(str(source.folder))  # its base may be gone
+    else:
+        own = loading.base_inference(config.base, config.revision)
+    scale, steps = config.guidance_scale, config.validation_inference_steps
+    return replace(
+        own,
+        guidance_scale=own.guidance_scale if scale is None else scale,
+        validation_steps=own.validation_steps if steps is None else steps,
+    )
+
+
+def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
+    """Load what draws, on the GPU in half precision if there is one; of a config that is its base.
+
+    Raises as :func:`sample` does.
+    """
+    if not isinstance(source, Run | TrainConfig | str):
+        return source
+    half = _half()
+    if isinstance(source, TrainConfig):
+        return _placed(load_base(source, half))
+    if isinstance(source, str):
+        return _placed(loading.load_model(source, half=half, whole=()))
+    if at is not None:
+        return _placed(load_at_checkpoint(source, at, half))
+    if not source.finished:
+        raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
+    of_run: dict[str, Any] = {"resolution": source.config.resolution, "half": half, "whole": ()}
+    return _placed(loading.load_model(str(source.folder), **of_run))
+
+
+def compose(loras: Mapping[Run | str, float]) -> "Family":
+    """Load what draws with several LoRAs at once: runs or their folders, each with its weight.
+
+    Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; the weights
+    are 1 for each as it was trained. Raises ``BaseError`` where they are not all of one base.
+    """
+    folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
+    return _placed(loading.compose(folders, half=_half(), whole=()))
+
+
+def _half() -> "torch.dtype":
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def _placed(family: "Family") -> "Family":
+    """Put it on the GPU, if there is one: part after part where all would fill half of that.
+
+    So drawing takes no more of a GPU than training did, which lets go of what it does not need.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return family
+    device, pipeline = join_group().device, family.pipeline
+    parts = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
+    weights = [weight for part in parts for weight in part.state_dict().values()]
+    here = sum(w.nbytes for w in weights if w.is_cuda)  # a quantized base is there already
+    free, _ = gpu_memory.gpu_bytes(device)
+    if sum(w.nbytes for w in weights) > (free + here) / 2:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return family

@@ -1,0 +1,393 @@
+"""Steps and guidance of a base: what tells them, who takes them, and what distilled ones say."""
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from fake_hub import FakeHub, Repo
+
+from dreambooth_lib.core.config import Subject, TrainConfig, base_defaults
+from dreambooth_lib.evaluation import dreambench, sweep
+from dreambooth_lib.families import loading
+from dreambooth_lib.families.base import Family
+from dreambooth_lib.notebook import preflight
+from dreambooth_lib.notebook.widgets import playground
+from dreambooth_lib.training import class_images, runs, sampling, validation
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.validation_record import history, plan_of
+
+Make = Callable[..., TrainConfig]
+
+#: Schedulers' configs as they are on the Hub, in part.
+PNDM = {"_class_name": "PNDMScheduler", "steps_offset": 1}
+EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+ZERO_SNR = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+TURBO = EULER | {"timestep_spacing": "trailing", "prediction_type": "epsilon"}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+LCM = {"_class_name": "LCMScheduler", "timestep_spacing": "leading"}
+XL_TURBO = TURBO | {"_class_name": "EulerAncestralDiscreteScheduler"}
+MEDIUM = {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]}
+LARGE = {"qk_norm": "rms_norm", "dual_attention_layers": []}
+
+BASES = {
+    "sd1": ("StableDiffusionPipeline", "stable-diffusion-v1-5", PNDM, {}, (50, 7.5, 25)),
+    "sd2": ("StableDiffusionPipeline", "stable-diffusion-2-1", EULER, {}, (50, 7.5, 25)),
+    "zero snr": ("StableDiffusionPipeline", "mine", TURBO | ZERO_SNR, {}, (50, 7.5, 25)),
+    "sd-turbo": ("StableDiffusionPipeline", "mine", TURBO, {}, (4, 0.0, 4)),
+    "lcm": ("StableDiffusionPipeline", "mine", LCM, {"time_cond_proj_dim": 256}, (8, 8.0, 8)),
+    "fused lcm": ("StableDiffusionPipeline", "mine", LCM, {"time_cond_proj_dim": None}, (8, 1, 8)),
+    "sdxl": ("StableDiffusionXLPipeline", "stable-diffusion-xl-base-1.0", EULER, {}, (50, 5.0, 25)),
+    "sdxl-turbo": ("StableDiffusionXLPipeline", "mine", XL_TURBO, {}, (4, 0.0, 4)),
+    "lightning": ("StableDiffusionXLPipeline", "Juggernaut-XL-Lightning", EULER, {}, (8, 0.0, 8)),
+    "4 steps": ("StableDiffusionXLPipeline", "SDXL_Lightning_4steps", EULER, {}, (4, 0.0, 4)),
+    "no hyper": ("StableDiffusionXLPipeline", "hyper-realistic-xl", EULER, {}, (50, 5.0, 25)),
+    "sd3": ("StableDiffusion3Pipeline", "stable-diffusion-3-medium", FLOW, {}, (28, 7.0, 28)),
+    "sd3.5": ("StableDiffusion3Pipeline", "stable-diffusion-3.5-medium", FLOW, MEDIUM,
+              (40, 4.5, 28)),
+    "large": ("StableDiffusion3Pipeline", "stable-diffusion-3.5-large", FLOW, LARGE,
+              (28, 3.5, 28)),
+    "large turbo": ("StableDiffusion3Pipeline", "stable-diffusion-3.5-large-turbo", FLOW, LARGE,
+                    (4, 0.0, 4)),
+    "dev": ("FluxPipeline", "FLUX.1-dev", FLOW, {"guidance_embeds": True}, (28, 3.5, 28)),
+    "schnell": ("FluxPipeline", "mine", FLOW, {"guidance_embeds": False}, (4, 0.0, 4)),
+    "hyper": ("FluxPipeline", "FluxDev-HyperSD", FLOW, {"guidance_embeds": True}, (8, 3.5, 8)),
+    "z-image": ("ZImagePipeline", "Z-Image", FLOW | {"shift": 6.0}, {}, (50, 4.0, 28)),
+    "z-image-turbo": ("ZImagePipeline", "mine", FLOW, {}, (9, 0.0, 9)),
+    "de-turbo": ("ZImagePipeline", "Z-Image-De-Turbo", FLOW | {"shift": 6.0}, {}, (50, 4.0, 28)),
+}  # fmt: skip
+
+
+def described(place: Path, kind: str, scheduler: dict[str, Any], denoiser: dict[str, Any]) -> str:
+    """A folder with a base's configs, and none of its weights."""
+    part = "unet" if kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else (
+        "transformer"
+    )  # fmt: skip
+    files = {"model_index": {"_class_name": kind}, f"{part}/config": denoiser,
+             "scheduler/scheduler_config": scheduler}  # fmt: skip
+    for name, config in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / f"{name}.json").write_text(json.dumps(config))
+    return str(place)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_bases_files_and_name_tell_its_steps_and_guidance(name: str, tmp_path: Path) -> None:
+    kind, called, scheduler, denoiser, expected = BASES[name]
+    base = described(tmp_path / called, kind, scheduler, denoiser)
+    own = loading.base_inference(base)
+    assert (own.steps, own.guidance_scale, own.fewest_steps) == expected
+    assert own.validation == own.fewest_steps, "no checkpoint is chosen by unfinished pictures"
+    assert own.distilled == (own.steps < 10)
+    said = loading.warn_of_distillation(base)
+    if own.distilled:
+        assert said is not None and f"about {own.steps} steps" in said and ": train '" in said
+    else:
+        assert said is None
+
+
+def test_the_embedded_base_draws_as_its_figures_were_made(tmp_path: Path) -> None:
+    own = loading.base_inference("toybox")
+    assert (own.steps, own.fewest_steps, own.validation, own.distilled) == (25, 25, 10, False)
+    assert own.guidance_scale == base_defaults("toybox")["guidance_scale"] == 3.25
+    config = TrainConfig(Subject("photos", "dog"))
+    assert validation.plan_for(config) == validation.ValidationPlan(
+        inference_steps=10, guidance_scale=3.25
+    )
+    assert sweep._view_of(sweep.VIEW, config, tmp_path).inference_steps == 25
+
+
+def inference_offline(base: str) -> Any:
+    with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+        return loading.base_inference(base)
+
+
+def test_a_base_on_the_hub_tells_by_three_small_files_and_later_offline(fake_hub: FakeHub) -> None:
+    configs = {"model_index.json": {"_class_name": "StableDiffusionXLPipeline"},
+               "scheduler/scheduler_config.json": XL_TURBO, "unet/config.json": {}}  # fmt: skip
+    files = {name: json.dumps(config).encode() for name, config in configs.items()}
+    fake_hub.repos["maker/quick"] = Repo(files=files | {"unet/weights.safetensors": b"large"})
+    own = fake_hub.call(loading.base_inference, "maker/quick")
+    assert (own.steps, own.guidance_scale) == (4, 0.0)
+    assert not any("safetensors" in request.path for request in fake_hub.requests)
+    asked = len(fake_hub.requests)
+    assert fake_hub.call(inference_offline, "maker/quick") == own
+    assert len(fake_hub.requests) == asked
+    with pytest.raises(loading.BaseError, match="could not be reached"):
+        fake_hub.call(loading.base_inference, "maker/gone")
+
+
+@pytest.fixture
+def turbo(tiny_sd1: str, tmp_path: Path) -> str:
+    """The tiny base with the scheduler of a distilled one."""
+    shutil.copytree(tiny_sd1, tmp_path / "base")
+    (tmp_path / "base" / "scheduler" / "scheduler_config.json").write_text(json.dumps(TURBO))
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
+    """The prompt, steps and guidance of each picture that is drawn from now on."""
+    from diffusers import StableDiffusionPipeline
+
+    seen: list[tuple[str, int, float]] = []
+    call = StableDiffusionPipeline.__call__
+
+    def spy(pipeline: Any, prompt: list[str], **given: Any) -> Any:
+        asked = given["num_inference_steps"], given["guidance_scale"]
+        seen.extend((one, *asked) for one in prompt)
+        return call(pipeline, prompt, **given | {"num_inference_steps": 1})
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", spy)
+    return seen
+
+
+@pytest.fixture
+def plain(photos: str, clip_folder: Path) -> Callable[..., TrainConfig]:
+    """A short run's config, which leaves how pictures are drawn to its base."""
+
+    def make(base: str, **changes: Any) -> TrainConfig:
+        fields = {"steps": 2, "batch_size": 1, "class_images": 2, "learning_rate": 1e-3,
+                  "validate_every": 2, "scorer": str(clip_folder)}  # fmt: skip
+        return TrainConfig(Subject(photos, "dog"), base, **fields | changes)
+
+    return make
+
+
+def test_class_images_and_validation_images_are_drawn_as_the_base_is(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, turbo: str, tmp_path: Path,
+    drawn: list[tuple[str, int, float]],
+) -> None:  # fmt: skip
+    for base, asked, of_card in ((tiny_sd1, (25, 7.5), (50, 7.5)), (turbo, (4, 0.0), (4, 0.0))):
+        drawn.clear()
+        run = runs.start(plain(base), tmp_path / Path(base).name / "run")
+        list(train(run))
+        assert len(drawn) > 10 and {tuple(how) for _, *how in drawn} == {asked}
+        drawn.clear()
+        for source in (run, base, loading.load_model(base), loading.load_model(str(run.folder))):
+            sampling.sample(source, ["a dog"], [0])
+        playground(run).draw()
+        assert len(drawn) == 6 and {tuple(how) for _, *how in drawn} == {of_card}
+
+
+def test_what_a_config_says_of_drawing_is_done(
+    plain: Callable[..., TrainConfig], turbo: str, tmp_path: Path,
+    drawn: list[tuple[str, int, float]],
+) -> None:  # fmt: skip
+    said = {"prior_inference_steps": 6, "prior_guidance_scale": 2.0, "guidance_scale": 3.0,
+            "validation_inference_steps": 7}  # fmt: skip
+    run = runs.start(plain(turbo, **said), tmp_path / "runs" / "run")
+    list(train(run))
+    assert {tuple(how) for _, *how in drawn[:2]} == {(6, 2.0)}, "class images come first"
+    assert {tuple(how) for _, *how in drawn[2:]} == {(7, 3.0)}
+    drawn.clear()
+    sampling.sample(run, ["a dog"], [0])
+    assert drawn == [("a dog", 4, 3.0)]
+
+
+def test_an_evaluation_draws_as_each_base_is(
+    turbo: str, tiny_sd1: str, photos: str, tmp_path: Path, drawn: list[tuple[str, int, float]]
+) -> None:
+    subject = Subject(photos, "dog", kind="live")
+    bench = dreambench.Benchmark([subject], {"live": ["a {} {noun}"]})
+    protocol = dreambench.Protocol(pictures=1, class_images=1)
+    for base, asked in ((turbo, (4, 0.0)), (tiny_sd1, (25, 7.5))):
+        drawn.clear()
+        list(dreambench.draw_all(bench, {"base": lambda _, b=base: b}, tmp_path / base[-3:],
+                                 protocol))  # fmt: skip
+        assert len(drawn) == 2 and {tuple(how) for _, *how in drawn} == {asked}
+
+
+def test_a_distilled_base_is_trained_with_a_sentence_and_others_without(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, turbo: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def printed(run: runs.Run) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            list(train(run))
+        return out.getvalue()
+
+    quick = {"validate_every": 0, "prior_weight": 0.0}
+    run = runs.start(plain(turbo, **quick), tmp_path / "runs" / "turbo")
+    said = printed(run)
+    assert said.count("distilled to draw in about 4 steps") == 1
+    assert f"train '{loading.resolve(turbo).family.undistilled_base}' instead" in said
+    assert "distilled" not in printed(runs.resume(run.folder, steps=4)), "it is said once"
+    other = runs.start(plain(tiny_sd1, **quick), tmp_path / "runs" / "other")
+    assert "distilled" not in printed(other)
+    checks = {check.name: check for check in preflight.preflight(turbo, tmp_path)}
+    assert checks["base"].ok and "distilled to draw in about 4 steps" in checks["base"].found
+    assert "distilled" not in preflight.preflight(tiny_sd1, tmp_path)[-1].found
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **given: None)
+    schnell = preflight.preflight("black-forest-labs/FLUX.1-schnell", tmp_path)[-1]
+    assert schnell.ok and "is distilled" in schnell.found, "by its name, with nothing downloaded"
+
+
+def test_a_run_is_drawn_as_what_it_was_trained_from_whatever_its_folders_name(
+    plain: Callable[..., TrainConfig], turbo: str, tiny_sd1: str, tmp_path: Path
+) -> None:
+    quick = {"validate_every": 0, "prior_weight": 0.0, "steps": 1}
+    named = tmp_path / "runs" / "turbo_dog"
+    list(train(runs.start(plain(tiny_sd1, **quick), named)))
+    assert loading.base_inference(str(named)).steps == 50
+    list(train(runs.start(plain(str(named), **quick), tmp_path / "runs" / "second")))
+    assert loading.base_inference(str(tmp_path / "runs" / "second")).steps == 50
+    for method in ("full", "lora"):
+        folder = tmp_path / "runs" / method
+        list(train(runs.start(plain(turbo, method=method, **quick), folder)))
+        assert loading.base_inference(str(folder)).steps == 4
+    shutil.copytree(tmp_path / "runs" / "full" / "pipeline", tmp_path / "kept")
+    assert loading.base_inference(str(tmp_path / "kept")).steps == 4
+
+
+def test_an_older_run_goes_on_as_it_was_drawn(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path,
+    drawn: list[tuple[str, int, float]],
+) -> None:  # fmt: skip
+    """Its config.toml has numbers where a newer one leaves them to the base."""
+    old = {"prior_inference_steps": 25, "prior_guidance_scale": 5.0, "guidance_scale": 5.0}
+    folder = tmp_path / "runs" / "old"
+    run = runs.start(plain(tiny_sd1, **old), folder)
+    text = (folder / "config.toml").read_text()
+    assert "validation_inference_steps" not in text
+    (folder / "validation").mkdir()
+    view = validation.ValidationPlan(inference_steps=10, guidance_scale=5.0)
+    (folder / "validation" / "plan.json").write_text(json.dumps(vars(view)))
+    next(iter(train(run)))
+    drawn.clear()
+    new = plain(tiny_sd1)
+    assert new.guidance_scale is None and runs.why_not_resumable(new, folder) is None
+    again = runs.start_or_resume(new, folder)
+    assert (folder / "config.toml").read_text() == text
+    list(train(again))
+    assert {tuple(how) for _, *how in drawn} == {(10, 5.0)}
+    assert runs.why_not_resumable(new, folder) is None, "a finished one, too"
+    assert "guidance_scale 5.0, and not 4.0" in str(
+        runs.why_not_resumable(new.replace(guidance_scale=4.0), folder)
+    )
+
+
+def test_other_settings_for_drawing_are_another_study(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path
+) -> None:
+    view = validation.ValidationPlan(class_images=2, inference_steps=1)
+    old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0)}
+    assert [cell.error for cell in sweep.sweep(old, tmp_path, [2], view)] == [None]
+    new = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=7.0)}
+    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, and not 7\.0"):
+        list(sweep.sweep(new, tmp_path, [2], view))
+
+
+def test_a_study_goes_on_as_it_was_drawn_where_that_is_left_to_the_base(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path
+) -> None:
+    old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0, prior_inference_steps=25)}
+    begun = validation.ValidationPlan(class_images=2, inference_steps=1)
+    assert [cell.error for cell in sweep.sweep(old, tmp_path, [1], begun)] == [None]
+    new = {"a": plain(tiny_sd1, prior_weight=0.0)}
+    view = validation.ValidationPlan(class_images=2)
+    assert [cell.error for cell in sweep.sweep(new, tmp_path, [1, 2], view)] == [None]
+    run = runs.resume(tmp_path / "a")
+    assert plan_of(run) == validation.ValidationPlan(
+        class_images=2, inference_steps=1, guidance_scale=plan_of(run).guidance_scale
+    )
+    assert {row.step for row in history(run)} == {0, 1, 2}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A machine whose GPU is this CPU: what is drawn on it, in which precision, and what is freed.
+
+    Only ``load_source`` places a family on it.
+    """
+    seen = SimpleNamespace(placed=[], drawn=[], freed=0)
+    place, draw = sampling._placed, Family.generate
+
+    def placed(family: Family) -> Family:
+        seen.placed.append(family.denoiser.dtype)
+        family.on_gpu = True  # type: ignore[attr-defined]
+        return place(family)
+
+    def drawing(family: Family, wanted: list[tuple[str, int]], *settings: Any) -> Any:
+        seen.drawn.append((getattr(family, "on_gpu", False), family.denoiser.dtype, len(wanted)))
+        return draw(family, wanted, *settings)
+
+    monkeypatch.setattr(sampling, "_half", lambda: torch.bfloat16)
+    monkeypatch.setattr(sampling, "_placed", placed)
+    monkeypatch.setattr(Family, "generate", drawing)
+    monkeypatch.setattr(
+        "dreambooth_lib.core.gpu_memory.free_memory", lambda: setattr(seen, "freed", seen.freed + 1)
+    )
+    return seen
+
+
+def test_a_studys_class_images_are_drawn_on_the_gpu_with_progress_and_make_room(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path, gpu: SimpleNamespace,
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    quick = {"prior_inference_steps": 1, "validate_every": 0, "class_images": 3}
+    configs = sweep.grid(plain(tiny_sd1, **quick), seed=[0, 1], prior_weight=[0.0, 1.0])
+    seen: list[int] = []
+    monkeypatch.setattr(sweep, "run_cell", lambda *cell: seen.append(gpu.freed))
+    list(sweep.sweep(configs, tmp_path, [2], validation.ValidationPlan(inference_steps=1)))
+    assert gpu.drawn == [(True, torch.bfloat16, 3)] * 2, "a set for each seed"
+    assert gpu.placed == [torch.bfloat16], "loaded once for all cells of a base"
+    assert seen == [1, 1, 1, 1], "before the first cell the base has made room"
+    assert "class images: 100%" in capfd.readouterr().err
+
+
+def test_the_demos_class_images_and_figures_are_drawn_on_the_gpu(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path, gpu: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from dreambooth_lib.evaluation import demo
+
+    looked: list[bool] = []
+    look = demo.look
+
+    def validating(family: Family, *given: Any) -> Any:
+        looked.append(getattr(family, "on_gpu", False))
+        return look(family, *given)
+
+    monkeypatch.setattr(demo, "look", validating)
+    config = plain(tiny_sd1, prior_inference_steps=1, validate_every=0)
+    view = validation.ValidationPlan(class_images=2, inference_steps=1)
+    demo.personalise(config, tmp_path / "runs" / "run", view=view)
+    assert gpu.drawn[0] == (True, torch.bfloat16, 2) and looked == [True, True]
+    assert {on_gpu for on_gpu, *_ in gpu.drawn} == {True}, "class images and looks"
+    assert gpu.freed >= 3
+
+
+def test_a_set_of_class_images_is_the_same_whichever_precision_draws_it(
+    plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path, gpu: SimpleNamespace
+) -> None:
+    config = plain(tiny_sd1)
+    whole, half = loading.load_model(tiny_sd1), sampling.load_source(config)
+    assert half.denoiser.dtype is torch.bfloat16
+    assert class_images.manifest(config, whole) == class_images.manifest(config, half)
+    assert class_images.set_folder(config, whole, tmp_path) == class_images.set_folder(
+        config, half, tmp_path
+    )
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "z_image"])
+def test_each_family_draws_without_guidance_where_prompts_are_known_beforehand_too(
+    name: str, tiny_bases: Callable[[str], str]
+) -> None:
+    """As distilled bases are drawn at low memory, where the text encoders have made room."""
+    base, wanted = tiny_bases(name), [("a dog", 0), ("a cat", 1)]
+    known = loading.load_model(base, prompts=["a dog", "a cat"], resolution=16)
+    whole = loading.load_model(base, resolution=16)
+    pictures = [family.generate(wanted, 2, 0.0) for family in (known, whole)]
+    for one, other in zip(*pictures, strict=True):
+        assert one.tobytes() == other.tobytes() and max(high for _, high in one.getextrema()) > 0

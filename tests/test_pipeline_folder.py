@@ -1,0 +1,256 @@
+"""A checkpoint kept as a model: read by plain diffusers, whole or not there, zipped, copied."""
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from dreambooth_lib.core import files
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.export import model_card, pipeline_folder, zip_download
+from dreambooth_lib.training import loop, runs, trainable
+from dreambooth_lib.training.runs import Run
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def trained(
+    tiny_sd1: str, photos: str, clip_folder: Path, make_config: Make, tmp_path: Path
+) -> Callable[..., Run]:
+    def train(**changes: Any) -> Run:
+        fields = {"scorer": str(clip_folder), "validate_every": 2, "learning_rate": 0.05} | changes
+        config = make_config(tiny_sd1, photos).replace(**fields)
+        run = runs.start(config, tmp_path / "runs" / "my-dog")
+        list(loop.train(run))
+        return run
+
+    return train
+
+
+def denoiser(pipeline: Any) -> dict[str, torch.Tensor]:
+    return pipeline.unet.state_dict()
+
+
+def test_the_checkpoint_is_what_plain_diffusers_reads(
+    trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, folder = trained(), tmp_path / "models" / "my-dog"
+    archive = pipeline_folder.write_model(run, 2, folder)
+    expected = denoiser(trainable.load_at_checkpoint(run, 2).pipeline)
+    found = denoiser(DiffusionPipeline.from_pretrained(folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value.half().float()) for name, value in expected.items())
+    assert archive == tmp_path / "models" / "my-dog.zip"
+    with zipfile.ZipFile(archive) as packed:
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in packed.infolist())
+        packed.extractall(tmp_path / "unpacked")
+    names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    unpacked = tmp_path / "unpacked"
+    assert {p.relative_to(unpacked) for p in unpacked.rglob("*") if p.is_file()} == names
+    assert {Path("README.md"), Path("samples.png"), Path("model_index.json")} <= names
+    scope: dict[str, Any] = {}
+    code = model_card.usage(run, folder).splitlines()
+    exec("\n".join(code[:-1]), scope)
+    assert "a ohwx dog on the beach" in code[-1] and len(code) == 6
+    assert denoiser(scope["pipeline"]).keys() == expected.keys()
+
+
+def test_a_kept_model_is_of_half_precision_and_draws_whatever_dtype_is_asked_for(
+    trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, folder = trained(train_text_encoder=True), tmp_path / "models" / "my-dog"
+    pipeline_folder.write_model(run, 2, folder)
+    for part, dtype in (("unet", torch.float16), ("text_encoder", torch.float16),
+                        ("vae", torch.float32)):  # fmt: skip
+        (file,) = (folder / part).glob("*.safetensors")
+        assert {v.dtype for v in load_file(file).values() if v.is_floating_point()} == {dtype}
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert pipeline("a dog", num_inference_steps=1, height=16, width=16).images
+    halves = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    assert halves.unet.dtype is halves.text_encoder.dtype is torch.float16
+
+
+@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"train_text_encoder": True},
+                                    {"train_token": True}, {"ema_decay": 0.5}])  # fmt: skip
+def test_a_lora_is_kept_without_the_weights_of_its_base(
+    fields: dict[str, Any], trained: Callable[..., Run], photos: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    subject = Subject(photos, "dog", "<rex>")
+    run = trained(method="lora", lora_rank=2, subject=subject, **fields)
+
+    def loaded(*given: Any, **named: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    last = max(run.checkpoints())
+    with monkeypatch.context() as patch:
+        patch.setattr("dreambooth_lib.families.pretrained.from_pretrained", loaded)
+        pipeline_folder.write_model(run, last, tmp_path / "models" / "my-dog")
+    for name in ("pytorch_lora_weights.safetensors", "word/token.safetensors"):
+        if (run.pipeline / name).exists():
+            one, other = (
+                load_file(folder / name) for folder in (run.pipeline, tmp_path / "models/my-dog")
+            )
+            assert one.keys() == other.keys() and len(one) > 0
+            assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("family", "half", "asked"),
+    [("sd1", torch.float16, (50, 7.5)), ("flux", torch.bfloat16, (28, 3.5))],
+)
+def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
+    family: str, half: torch.dtype, asked: tuple[int, float], gpu: bool,
+    tiny_bases: Callable[[str], str], trained: Callable[..., Run], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Executed as they are, but that the GPU is this CPU and one step is drawn."""
+    run = trained(base=tiny_bases(family), method="lora", resolution=16, steps=2)
+    pipeline_folder.write_model(run, 2, tmp_path / "model")
+    placed: list[Any] = []
+    drawn: list[Any] = []
+
+    def call(pipeline: Any, prompt: str, **how: Any) -> Any:
+        drawn.append((prompt, *how.values()))
+        return SimpleNamespace(images=["picture"])
+
+    kind = type(DiffusionPipeline.from_pretrained(run.config.base))
+    monkeypatch.setattr(kind, "__call__", call)
+    monkeypatch.setattr(kind, "to", lambda self, *given, **named: placed.append(given))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    scope: dict[str, Any] = {}
+    exec(model_card.usage(run, tmp_path / "model"), scope)
+    parts = scope["pipeline"].components.values()
+    found = {part.dtype for part in parts if isinstance(part, torch.nn.Module)}
+    assert found == {half if gpu else torch.float32}
+    assert placed == [("cuda" if gpu else "cpu",)]
+    assert drawn == [("a ohwx dog on the beach", *asked)]
+
+
+def test_the_lines_of_a_lora_whose_base_is_gone_leave_out_what_is_not_known(
+    trained: Callable[..., Run], tiny_sd1: str, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_sd1, tmp_path / "base")
+    run = trained(base=str(base), method="lora", steps=2)
+    assert "num_inference_steps=50, guidance_scale=7.5)" in model_card.usage(run, "me/my-dog")
+    shutil.rmtree(base)
+    assert model_card.usage(run, "me/my-dog").endswith(
+        'pipeline("a ohwx dog on the beach").images[0]'
+    )
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_of_a_lora_run_it_is_what_plain_diffusers_loads_onto_the_base(
+    dora: bool, trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = trained(method="lora", lora_rank=2, lora_alpha=6, dora=dora)
+    folder = tmp_path / "models" / "my-dog"
+    pipeline_folder.write_model(run, 2, folder)
+    files = [path.name for path in folder.iterdir()]
+    assert "pytorch_lora_weights.safetensors" in files and "unet" not in files
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in folder.iterdir())
+    scope: dict[str, Any] = {}
+    exec("\n".join(model_card.usage(run, folder).splitlines()[:-1]), scope)
+    expected = trainable.load_at_checkpoint(run, 2)
+    x, cond = torch.ones(1, 4, 8, 8), torch.ones(1, 12, 16)
+    t = torch.tensor([5])
+    with torch.no_grad():
+        one = scope["pipeline"].unet(x, t, cond).sample
+        other = expected.denoiser.eval()(x, t, cond).sample
+        base = DiffusionPipeline.from_pretrained(run.config.base).unet(x, t, cond).sample
+    assert torch.allclose(one, other, atol=1e-5) and not torch.allclose(one, base, atol=1e-3)
+    card = ModelCard.load(folder / "README.md")
+    assert "lora" in card.data.tags and "A LoRA of `sd1`" in card.text
+    assert "load_lora_weights" in card.text and "by LoRA of rank 2" in card.text
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_the_lines_that_are_printed_give_plain_diffusers_the_new_word(
+    family: str, tiny_bases: Callable[[str], str], trained: Callable[..., Run], photos: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    run = trained(
+        base=tiny_bases(family), subject=Subject(photos, "dog", "<rex>"), resolution=16, steps=2,
+        method="lora", lora_rank=2, train_token=True,
+    )  # fmt: skip
+    folder = tmp_path / "models" / "my-dog"
+    pipeline_folder.write_model(run, 2, folder)
+    code, _, drawn = model_card.usage(run, folder).rpartition("\n")
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert "a <rex> dog on the beach" in drawn
+    assert code.count("load_textual_inversion") == (0 if family == "sd3" else code.count("word["))
+    tuned = trainable.load_at_checkpoint(run, 2)
+    assert len(tuned.text_encoders) == code.count("word[")
+    for number, expected in zip(("", "_2"), tuned.text_encoders, strict=False):
+        found = getattr(scope["pipeline"], f"text_encoder{number}").get_input_embeddings().weight
+        assert torch.equal(found, expected.get_input_embeddings().weight)
+        assert "<rex>" in getattr(scope["pipeline"], f"tokenizer{number}").tokenize("a <rex> dog")
+    assert 'hf_hub_download("this model\'s name", "word/token' in (folder / "README.md").read_text()
+
+
+def test_an_older_model_stays_where_a_newer_one_cannot_be_written(
+    trained: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = trained(), tmp_path / "models" / "my-dog"
+    archive = pipeline_folder.write_model(run, 2, folder)
+    before = {path: path.stat().st_size for path in (folder / "unet").iterdir()}, archive.stat()
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_card, "write_card", full)
+        with pytest.raises(OSError, match="No space left"):
+            pipeline_folder.write_model(run, 4, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            zip_download.zip_folder(folder)
+    after = {path: path.stat().st_size for path in (folder / "unet").iterdir()}, archive.stat()
+    assert before == after
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["my-dog", "my-dog.zip"]
+
+
+def test_a_drive_that_fails_costs_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "WAITS", (0.0, 0.0))
+    archive, drive = tmp_path / "my-dog.zip", tmp_path / "drive"
+    archive.write_bytes(b"zip")
+    assert zip_download.copy_to(drive, archive) is None
+    assert (drive / "my-dog.zip").read_bytes() == b"zip"
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    said = zip_download.copy_to(drive, archive)
+    assert said is not None and said.count("\n") == 0 and "No space left" in said
+
+
+def test_a_link_names_the_file_its_size_and_no_more_than_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "models" / '50% <b>of</b> "rex" #1?.zip'.replace("/", "-")
+    file.parent.mkdir()
+    file.write_bytes(b"0" * 2_340_000)
+    said = zip_download.download_link(file).data
+    assert said == (
+        '<a href="models/50%25%20%3Cb%3Eof%3C-b%3E%20%22rex%22%20%231%3F.zip" download>'
+        "models/50% &lt;b&gt;of&lt;-b&gt; &quot;rex&quot; #1?.zip</a> (2.3 MB)"
+    )
+    with file.open("r+b") as grown:
+        grown.truncate(4_265_000_000)  # as a model's; the disk holds no more than before
+    assert "(4.3 GB)" in zip_download.download_link("models" / Path(file.name)).data

@@ -1,0 +1,210 @@
+"""Findings about pictures, the data set's layout, tensors and the order of items."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+
+from dreambooth_lib.core.config import DEFAULT_IDENTIFIER
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.data import preprocessing, quality_checks, subjects
+from dreambooth_lib.data.images import DataError, Photo, read_pictures
+
+DREAMBENCH = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH", "")
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """A picture with coarse shapes of its own and sharp detail, as a photo has."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size)
+    fine = rng.integers(-40, 41, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8))
+
+
+def found(*images: Image.Image, resolution: int = 32) -> list[tuple[str, tuple[str, ...]]]:
+    """All findings but that the pictures are few."""
+    photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
+    findings = quality_checks.check_pictures(photos, resolution)
+    assert all(f.message.startswith(f.names[0]) and f.message.endswith(".") for f in findings)
+    return [(f.kind, f.names) for f in findings if f.kind != "few"]
+
+
+def test_distinct_pictures_have_no_findings() -> None:
+    assert found(*(noise(seed) for seed in range(12))) == []
+
+
+def test_one_or_two_pictures_are_few_and_copies_do_not_count() -> None:
+    one, two, three = (noise(seed) for seed in range(3))
+
+    def few(*images: Image.Image) -> list[str]:
+        photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
+        return [f.message for f in quality_checks.check_pictures(photos, 32) if f.kind == "few"]
+
+    assert few(one)[0].startswith("0.png alone is too little to learn from; take three to six")
+    assert few(one, two)[0].startswith("0.png and 1.png alone are too little")
+    assert few(one, one.copy(), two)[0].startswith("0.png and 2.png alone")
+    assert few(one, two, three) == []
+
+
+def test_plain_pictures_of_other_colours_are_distinct() -> None:
+    plain = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "white")]
+    assert {kind for kind, _ in found(*plain)} == {"blurred"}
+
+
+def test_each_finding() -> None:
+    image = noise(1, (400, 300))
+    assert found(image, image.copy(), noise(2)) == [("duplicate", ("0.png", "1.png"))]
+    near = [("near-duplicate", ("0.png", "1.png"))]
+    assert found(image, ImageOps.mirror(image)) == near
+    assert found(image, image.resize((200, 150)).point(lambda v: int(v * 0.95))) == near
+    assert found(image, image.crop((12, 8, 400, 300))) == near
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=60)
+    assert found(image, Image.open(buffer)) == near
+    assert found(image, resolution=512) == [("tiny", ("0.png",))]
+    assert found(image.filter(ImageFilter.GaussianBlur(4))) == [("blurred", ("0.png",))]
+    assert found(noise(1, (201, 100))) == [("extreme-aspect", ("0.png",))]
+    assert found(noise(1, (200, 100))) == []
+    assert "extreme-aspect" in dict(found(Image.new("RGB", (1, 9))))
+
+
+def test_load_subject_reads_and_warns(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed, name in enumerate("acd", start=1):
+        noise(seed).save(folder / f"{name}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "tiny" is no warning
+        subject = subjects.load_subject(folder, "dog")
+    assert (subject.name, subject.identifier) == ("pictures", DEFAULT_IDENTIFIER)
+    assert Path(subject.pictures) == folder.resolve()
+    noise(1).save(folder / "b.png")
+    with pytest.warns(UserWarning, match="same picture"):
+        subject = subjects.load_subject(folder, "dog", "zwx", "Rex")
+    assert (subject.instance_prompt, subject.name) == ("a zwx dog", "Rex")
+    with pytest.raises(ConfigError):
+        subjects.load_subject(folder, " ")
+    (folder / "b.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"b\.png"):
+        subjects.load_subject(folder, "dog")
+
+
+def dataset(root: Path, table: str, *names: str) -> Path:
+    for name in names:
+        (root / "dataset" / name).mkdir(parents=True)
+    text = f"Classes\n\n{table}\n\nPrompts\n\nprompt_list = [\n'a {{0}}'.format(a, b),\n]\n"
+    (root / "dataset" / "prompts_and_classes.txt").write_text(text)
+    return root
+
+
+def test_dataset_layout(tmp_path: Path) -> None:
+    table = "subject_name,class\nbear,stuffed animal\ncat2,cat\ndog,dog\nvase,vase"
+    root = dataset(tmp_path, table, "vase", "cat2", "bear", ".git")
+    found = subjects.load_dataset(root)
+    assert [(s.name, s.class_noun, s.kind) for s in found] == [
+        ("bear", "stuffed animal", "object"),
+        ("cat2", "cat", "live"),
+        ("vase", "vase", "object"),
+    ]
+    assert subjects.load_dataset(root / "dataset") == found
+    assert Path(found[1].pictures) == (root / "dataset" / "cat2").resolve()
+
+
+def test_dataset_with_types(tmp_path: Path) -> None:
+    root = dataset(tmp_path, "subject_name,class,type\nfox,fox,live\ndog,dog,object", "fox", "dog")
+    assert [(s.name, s.kind) for s in subjects.load_dataset(root)] == [
+        ("fox", "live"),
+        ("dog", "object"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "names", "word"),
+    [
+        ("subject_name,class\ndog,dog", ("dog", "fox"), "'fox'"),
+        ("subject_name,class\ndog,dog", (), "no folder"),
+        ("name,noun\ndog,dog", ("dog",), "no table"),
+        ("subject_name,class\ndog", ("dog",), "line 4"),
+        ("subject_name,class,type\ndog,dog,alive", ("dog",), "line 4"),
+    ],
+)
+def test_dataset_errors(tmp_path: Path, table: str, names: tuple[str, ...], word: str) -> None:
+    (tmp_path / "dataset").mkdir()
+    with pytest.raises(DataError, match=word) as caught:
+        subjects.load_dataset(dataset(tmp_path, table, *names))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_dataset_without_table(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"prompts_and_classes\.txt"):
+        subjects.load_dataset(tmp_path)
+
+
+@pytest.mark.skipif(not DREAMBENCH, reason="DREAMBOOTH_TEST_DREAMBENCH is not set")
+def test_real_dataset() -> None:
+    found = subjects.load_dataset(DREAMBENCH)
+    assert len(found) == 8
+    assert [s.name for s in found if s.kind == "live"] == ["cat2", "dog"]
+    for subject in found:
+        photos = read_pictures(subject.pictures)
+        assert 4 <= len(photos) <= 6
+        assert quality_checks.check_pictures(photos) == []
+
+
+def test_to_tensor_by_hand() -> None:
+    columns = np.array([[0, 51, 102, 255], [255, 153, 204, 0]], np.uint8)
+    image = Image.fromarray(np.stack([columns, columns // 3, 255 - columns], axis=-1))
+    tensor = preprocessing.to_tensor(image, 2)
+    assert tensor.shape == (3, 2, 2)
+    assert tensor.dtype == torch.float32
+    assert torch.allclose(tensor[0], torch.tensor([[-0.6, -0.2], [0.2, 0.6]]))
+    assert torch.allclose(tensor[2], -tensor[0])
+    assert torch.equal(preprocessing.to_tensor(image, 2, flip=True), tensor.flip(-1))
+    assert torch.equal(
+        preprocessing.to_tensor(image.transpose(Image.Transpose.TRANSPOSE), 2),
+        tensor.mT.contiguous(),
+    )
+
+
+def test_to_tensor_does_not_distort() -> None:
+    image = Image.new("RGB", (300, 100), "black")
+    image.paste("white", (125, 25, 175, 75))  # a square in the middle stays one
+    bright = preprocessing.to_tensor(image, 40)[0] > 0
+    assert bright[10:30, 10:30].all()
+    assert bright.sum() == 400
+
+
+def test_random_crop() -> None:
+    ramp = np.tile(np.arange(100, dtype=np.uint8), (10, 1))
+    image = Image.fromarray(np.stack([ramp] * 3, axis=-1))
+
+    def lefts(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        crops = [
+            preprocessing.to_tensor(image, 10, "random", generator=generator) for _ in range(200)
+        ]
+        return [round(float(crop[0, 0, 0] + 1) * 127.5) for crop in crops]
+
+    assert lefts(0) == lefts(0) != lefts(1)
+    assert (min(lefts(0)), max(lefts(0))) == (0, 90)
+    with pytest.raises(DataError, match="'middle'"):
+        preprocessing.to_tensor(image, 10, "middle")
+
+
+def test_shuffled_stream() -> None:
+    stream = preprocessing.shuffled(5, 7, 0, 50)
+    epochs = [stream[i : i + 5] for i in range(0, 50, 5)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+    for start in range(20):
+        for length in (0, 1, 3, 12):
+            assert preprocessing.shuffled(5, 7, start, length) == stream[start : start + length]
+    assert preprocessing.shuffled(5, 8, 0, 50) != stream
+    assert preprocessing.shuffled(1, 0, 3, 2) == [0, 0]
+    with pytest.raises(DataError):
+        preprocessing.shuffled(0, 0, 0, 1)

@@ -1,0 +1,133 @@
+"""A new word: its embedding alone trains beside LoRA, and plain diffusers reads it."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.families import loading, textual_inversion
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.checkpoints import load_state
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.memory_estimate import estimate
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.sampling import load_source, sample
+from dreambooth_lib.training.setup import Session
+
+Make = Callable[..., TrainConfig]
+WORD = "<rex>"
+
+
+@pytest.fixture
+def started(
+    tmp_path: Path, photos: str, make_config: Make, tiny_bases: Callable[[str], str]
+) -> Callable[..., Run]:
+    def start(name: str, family: str, **changes: Any) -> Run:
+        fields: dict[str, Any] = {"steps": 2, "resolution": 16, "checkpoint_every": 1}
+        fields |= {"method": "lora", "lora_rank": 2, "train_token": True, "learning_rate": 0.05}
+        fields |= {"subject": Subject(photos, "dog", WORD)}
+        config = make_config(tiny_bases(family), photos).replace(**(fields | changes))
+        return runs.start(config, tmp_path / name)
+
+    return start
+
+
+def row(encoder: Any, tokenizer: Any, word: str) -> torch.Tensor:
+    return encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(word)]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("with_text", [False, True])
+def test_only_the_words_row_trains_resumes_and_is_read_back(
+    family: str, with_text: bool, started: Callable[..., Run], tiny_bases: Callable[[str], str]
+) -> None:
+    whole = started("whole", family, train_text_encoder=with_text)
+    session = Session(whole)
+    names = set(session.trainable.state())
+    count = len(session.family.text_encoders)
+    assert sum(name.endswith(".word") for name in names) == count
+    assert all("lora_" in name or name.endswith(".word") for name in names)
+    assert any("text_encoders" in n and "lora_" in n for n in names) == with_text
+    list(train(whole))
+    broken = started("broken", family, train_text_encoder=with_text)
+    for _ in islice(train(broken), 1):
+        pass
+    list(train(runs.resume(broken.folder)))
+    one, other = (load_state(run.checkpoints()[2])["model"] for run in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    tuned, base = load_source(whole), loading.load_model(tiny_bases(family))
+    for name, encoder in enumerate(tuned.text_encoders):
+        tokenizer = getattr(tuned.pipeline, ("tokenizer", "tokenizer_2")[name])
+        before = base.text_encoders[name].get_input_embeddings().weight
+        after = encoder.get_input_embeddings().weight
+        learnt = one[
+            next(n for n in names if n.startswith(f"text_encoders.{name}") and ".word" in n)
+        ]
+        assert type(encoder.get_input_embeddings()) is torch.nn.Embedding
+        assert torch.equal(after[: len(before)], before) and len(after) == len(before) + 1
+        assert torch.equal(row(encoder, tokenizer, WORD), learnt)
+        assert not torch.equal(learnt, row(encoder, tokenizer, "dog</w>"))
+    at_end, drawn = (sample(whole, ["a {} dog"], [0], steps=1, at=at)[0].image for at in (2, None))
+    assert at_end.tobytes() == drawn.tobytes()
+
+
+def test_the_word_begins_as_its_class_noun_and_is_worked_with_as_one_token(
+    started: Callable[..., Run],
+) -> None:
+    session = Session(started("run", "sd1"))
+    pipeline, (encoder,) = session.family.pipeline, session.family.text_encoders
+    assert pipeline.tokenizer.tokenize(f"a {WORD} dog") == ["a</w>", WORD, "dog</w>"]
+    word = encoder.get_input_embeddings().word
+    assert torch.equal(word, row(encoder, pipeline.tokenizer, "dog</w>"))
+    with torch.no_grad():
+        one, other = (
+            session.family.encode_prompts([f"a {noun} on the beach"])["encoder_hidden_states"]
+            for noun in (WORD, "dog")
+        )
+        assert torch.equal(one, other)
+        word.add_(1.0)
+        moved = session.family.encode_prompts([f"a {WORD} on the beach"])["encoder_hidden_states"]
+    assert not torch.equal(moved, one)
+
+
+def test_plain_diffusers_reads_the_word_and_draws_the_same(started: Callable[..., Run]) -> None:
+    run = started("run", "sd1")
+    list(train(run))
+    plain = DiffusionPipeline.from_pretrained(run.config.base, safety_checker=None)
+    plain.load_lora_weights(run.pipeline)
+    plain.load_textual_inversion(load_file(run.pipeline / textual_inversion.TOKEN_FILE), token=WORD)
+    plain.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
+    expected = plain(f"a {WORD} dog", generator=torch.Generator().manual_seed(0), **given).images[0]
+    (found,) = sample(run, ["a {} dog"], [0], steps=2, guidance_scale=3.0)
+    pairs = zip(expected.tobytes(), found.image.tobytes(), strict=True)
+    assert max(abs(one - other) for one, other in pairs) <= 1
+
+
+def test_a_known_word_a_large_encoder_and_whole_weights_are_refused(
+    photos: str, started: Callable[..., Run]
+) -> None:
+    with pytest.raises(
+        textual_inversion.TokenError, match="'dog' is a word that the base has already"
+    ):
+        Session(started("known", "sd1", subject=Subject(photos, "cat", "dog")))
+    with pytest.raises(ConfigError, match="train_token is set but the text encoder of"):
+        Session(started("large", "z_image"))
+    with pytest.raises(ConfigError, match="train_token is set but method is 'full'"):
+        started("full", "sd1", method="full")
+
+
+def test_a_word_is_counted_before_anything_is_loaded(started: Callable[..., Run]) -> None:
+    run = started("run", "sd1")
+    with_word = estimate(run.config, "no")
+    plain = estimate(run.config.replace(train_token=False), "no")
+    width = 16
+    assert with_word.weights - plain.weights >= 4 * width
+    assert with_word.working > plain.working, "the text encoder's activations"
