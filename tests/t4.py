@@ -53,7 +53,7 @@ def t4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     monkeypatch.setattr(Family, "__init__", validation)
     monkeypatch.setattr(setup, "native_precision", precision)
     monkeypatch.setattr(setup, "Accelerator", T4Accelerator)
-    monkeypatch.setattr(fused_optimizer.FusedBackwardOptimizer, "GROWTH", 1)
+    monkeypatch.setattr(fused_optimizer.FusedBackwardOptimizer, "GROWTH_INTERVAL", 1)
     monkeypatch.setattr(sampling, "_half", lambda: torch.float16)
     yield seen
     if is_initialized():

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import runs
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from tools import architectures, bench_gpu, check_gpu, gpu_measure
 from tools.bench_gpu import Bench
 from tools.gpu_table import CLOSE, GIB, LINES, Line
@@ -190,12 +190,12 @@ def test_the_floor_moves_no_weight(tmp_path: Path) -> None:
     bench = Bench(tmp_path, tiny=True)
     bench_gpu.save_photos(tmp_path, 64)
     line = LINES["sd15-unet-low"]  # whose weights move in the backward pass
-    session = Session(
+    trainer = Trainer(
         runs.start(line.config(bench.base(line.base), tmp_path, True), tmp_path / "run")
     )
-    before = {name: weight.clone() for name, weight in session.trainable.state().items()}
-    gpu_measure.passes_of(session)()
-    after = session.trainable.state()
+    before = {name: weight.clone() for name, weight in trainer.trainable.trained_weights().items()}
+    gpu_measure.passes_of(trainer)()
+    after = trainer.trainable.trained_weights()
     assert all(weight.equal(after[name]) for name, weight in before.items())
 
 

@@ -17,7 +17,7 @@ from dreambooth_lib.data.subjects import read_pictures
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import runs
-from dreambooth_lib.training.class_images import draw_class_images, set_folder
+from dreambooth_lib.training.class_images import draw_class_images, class_images_folder
 from dreambooth_lib.training.loop import train
 
 Make = Callable[..., TrainConfig]
@@ -66,7 +66,7 @@ def test_as_many_distinct_pictures_as_asked_for_are_made_of_the_class(
     found = made(config, family, tmp_path)
     assert len(set(found.values())) == 5
     assert prompts == ["a dog"] * 5
-    photos = read_pictures(set_folder(config, family, tmp_path))
+    photos = read_pictures(class_images_folder(config, family, tmp_path))
     assert [photo.image.size for photo in photos] == [(16, 16)] * 5
 
 
@@ -138,17 +138,17 @@ def test_another_sampler_makes_a_set_of_its_own(
     from diffusers import EulerDiscreteScheduler
 
     family = loading.load_model(tiny_sd1)
-    ddim = set_folder(config, family, tmp_path)
+    ddim = class_images_folder(config, family, tmp_path)
     scheduler = EulerDiscreteScheduler.from_config(family.pipeline.scheduler.config)
     family.pipeline.scheduler = scheduler
-    assert set_folder(config, family, tmp_path) != ddim
+    assert class_images_folder(config, family, tmp_path) != ddim
 
 
 def test_deleted_pictures_are_made_again_and_only_those_to_the_byte(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = made(config, family, tmp_path)
-    place = set_folder(config, family, tmp_path)
+    place = class_images_folder(config, family, tmp_path)
     for number in (1, 3):
         (place / f"{number:05d}.png").unlink()
     seeds = counted(monkeypatch)
@@ -173,7 +173,7 @@ def test_pictures_do_not_depend_on_what_was_drawn_beside_them(
 ) -> None:
     def pixels(folder: Path) -> np.ndarray:
         made(config, family, folder)
-        photos = read_pictures(set_folder(config, family, folder))
+        photos = read_pictures(class_images_folder(config, family, folder))
         return np.stack([np.asarray(photo.image).astype(int) for photo in photos])
 
     together = pixels(tmp_path / "together")
@@ -195,7 +195,7 @@ def test_two_processes_make_disjoint_shares_of_the_same_set(
     assert [p.name for p in (tmp_path / "two").iterdir()] == [
         p.name for p in (tmp_path / "one").iterdir()
     ]
-    place = set_folder(config, family, tmp_path / "two")
+    place = class_images_folder(config, family, tmp_path / "two")
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in place.glob("*.png")} == (
         whole
     )
@@ -209,7 +209,7 @@ def test_a_generator_left_early_leaves_whole_pictures_only_and_is_gone_on_with(
     for _ in range(3):
         next(making)
     making.close()
-    place = set_folder(config, family, tmp_path)
+    place = class_images_folder(config, family, tmp_path)
     names = sorted(path.name for path in place.iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "manifest.json"]
     assert len(read_pictures(place)) == 3
@@ -233,7 +233,7 @@ def test_a_write_that_fails_leaves_no_half_picture(
         patch.setattr(Path, "write_bytes", failing)
         with pytest.raises(OSError, match="no space"):
             made(config, family, tmp_path)
-    photos = read_pictures(set_folder(config, family, tmp_path))
+    photos = read_pictures(class_images_folder(config, family, tmp_path))
     assert [photo.name for photo in photos] == ["00000.png", "00001.png"]
     assert len(made(config, family, tmp_path)) == 5
 

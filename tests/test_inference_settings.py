@@ -375,9 +375,9 @@ def test_a_set_of_class_images_is_the_same_whichever_precision_draws_it(
     whole, half = loading.load_model(tiny_sd1), sampling.load_source(config)
     assert half.denoiser.dtype is torch.bfloat16
     assert class_images.manifest(config, whole) == class_images.manifest(config, half)
-    assert class_images.set_folder(config, whole, tmp_path) == class_images.set_folder(
-        config, half, tmp_path
-    )
+    assert class_images.class_images_folder(
+        config, whole, tmp_path
+    ) == class_images.class_images_folder(config, half, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "z_image"])

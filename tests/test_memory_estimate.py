@@ -31,8 +31,8 @@ from dreambooth_lib.training.memory_estimate import (
     suggest_savings,
 )
 from dreambooth_lib.training.memory_level import choose_level
-from dreambooth_lib.training.setup import Session
-from dreambooth_lib.training.trainable import Trainable, load_dtypes
+from dreambooth_lib.training.setup import Trainer
+from dreambooth_lib.training.trainable import Trainable, training_load_options
 from tools.bases import configs
 
 Make = Callable[..., TrainConfig]
@@ -72,7 +72,7 @@ def test_weights_are_counted_from_the_configs_alone(
     half, precision = torch.float16, "fp16"
     if family == "z_image":
         half, precision = torch.bfloat16, "bf16"
-    loaded = loading.load_model(asked.base, **load_dtypes(asked, half))
+    loaded = loading.load_model(asked.base, **training_load_options(asked, half))
     parts = [loaded.denoiser, *loaded.text_encoders, *loaded.frozen]
     # Some layers of T5 stay in float32 whatever is asked.
     held = sum(p.nbytes for part in parts for p in part.parameters())
@@ -103,17 +103,17 @@ def test_working_memory_and_operations_are_those_of_a_real_update(
         fused_optimizer, "CHUNK", 1
     )  # which all gradients of a tiny model would fit
     asked = config(family, memory=memory, prior="distilled", optimizer="adamw")
-    session = Session(runs.start(asked.replace(prior="none"), tmp_path / "run"))
-    batch = session.batches.at(0)
+    trainer = Trainer(runs.start(asked.replace(prior="none"), tmp_path / "run"))
+    batch = trainer.batches.at(0)
     rows = [0, 0, 1, 1]
     noised = type(batch.noised)(*(value[rows] for value in batch.noised))
     cond = {name: value[rows] for name, value in batch.cond.items()}
     with AllocationCounter() as alive:
-        for parameter in session.model.state_dict().values():
+        for parameter in trainer.model.state_dict().values():
             alive.without(parameter)
-        loss = session.model(noised.x_t, noised.t, cond, []).square().mean()
-        session.optimizer.adam.step = lambda: None  # moments are counted apart
-        session.optimizer.backward(loss)
+        loss = trainer.model(noised.x_t, noised.t, cond, []).square().mean()
+        trainer.optimizer.adam.step = lambda: None  # moments are counted apart
+        trainer.optimizer.backward(loss)
     found = estimate(asked, "no")
     # The CPU's own convolutions take some room besides.
     assert found.working == pytest.approx(alive.most, rel=0.15)
@@ -147,7 +147,7 @@ def test_pictures_that_become_latents_are_counted_large_ones_one_at_a_time(
     monkeypatch.setattr(base, "PIXELS", 16 * 16 * (1 if large else 8))
     _estimate.cache_clear()
     asked = config("sd1", method="lora", lora_rank=1, prior="none")
-    family = loading.load_model(asked.base, **load_dtypes(asked, torch.float32))
+    family = loading.load_model(asked.base, **training_load_options(asked, torch.float32))
     with AllocationCounter() as alive:
         for weight in family.pipeline.vae.state_dict().values():
             alive.without(weight)
@@ -285,7 +285,7 @@ def test_a_loras_gradients_exist_together_at_any_level(config: Make) -> None:
 def test_drawing_for_a_look_is_counted_where_there_are_looks(config: Make) -> None:
     asked = config("sd1", memory="low", method="lora", lora_rank=1, validate_every=2)
     found = estimate(asked, "no")
-    family = loading.load_model(asked.base, **load_dtypes(asked, torch.float32))
+    family = loading.load_model(asked.base, **training_load_options(asked, torch.float32))
     with torch.no_grad(), AllocationCounter() as alive:
         for module in (family.denoiser, *family.text_encoders, family.pipeline.vae):
             for weight in module.state_dict().values():

@@ -28,7 +28,7 @@ from dreambooth_lib.training.memory_level import (
     share_level,
     with_level_for_now,
 )
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation import ValidationPlan
 from tools.bases import configs
 
@@ -149,8 +149,8 @@ def test_a_run_trains_and_resumes_at_its_level(
         if step.step == 2:
             break
     gpu(16 * GIB)
-    session = Session(runs.resume(run.folder))
-    assert session.config.memory == "low"
+    trainer = Trainer(runs.resume(run.folder))
+    assert trainer.config.memory == "low"
 
 
 def needs_of(config: TrainConfig, level: str) -> int:
@@ -248,7 +248,7 @@ def test_the_peak_of_memory_is_a_runs_own(
     reset: list[Any] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     monkeypatch.setattr("dreambooth_lib.training.setup.is_gpu", lambda device: True)
-    Session(runs.start(config(prior="none"), tmp_path / "run"))
+    Trainer(runs.start(config(prior="none"), tmp_path / "run"))
     assert len(reset) == 1
 
 

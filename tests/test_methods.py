@@ -21,7 +21,7 @@ from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.loop import training_steps as updates_of
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import compose, load_source, sample
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 
 Make = Callable[..., TrainConfig]
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"]
@@ -104,18 +104,18 @@ def test_lora_starts_at_the_base_and_trains_its_own_weights_only(
     started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     run = started("run", "sd1", method="lora", train_text_encoder=True, lora_layers="all")
-    session = Session(run)
-    names = session.trainable.state()
+    trainer = Trainer(run)
+    names = trainer.trainable.trained_weights()
     assert names and all("lora_" in name for name in names)
     assert any(name.startswith("text_encoders.0") for name in names)
     assert any(".ff.net.2." in name for name in names)
-    assert len(names) == len(session.optimizer.parameters)
+    assert len(names) == len(trainer.optimizer.parameters)
     x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
     base = loading.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         expected = base.predict(x_t, t, base.encode_prompts(["a dog"]))
-        session.model.eval()
-        assert torch.equal(session.model(x_t, t, None, ["a dog"]), expected)
+        trainer.model.eval()
+        assert torch.equal(trainer.model(x_t, t, None, ["a dog"]), expected)
 
 
 def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
@@ -132,10 +132,10 @@ def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
 
 def test_lora_does_not_depend_on_what_was_drawn_before(started: Callable[..., Run]) -> None:
     torch.manual_seed(1)
-    one = Session(started("one", "sd1", method="lora")).trainable.state()
+    one = Trainer(started("one", "sd1", method="lora")).trainable.trained_weights()
     torch.manual_seed(2)
-    other = Session(started("other", "sd1", method="lora")).trainable.state()
-    seeded = Session(started("seeded", "sd1", method="lora", seed=3)).trainable.state()
+    other = Trainer(started("other", "sd1", method="lora")).trainable.trained_weights()
+    seeded = Trainer(started("seeded", "sd1", method="lora", seed=3)).trainable.trained_weights()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any(not torch.equal(one[name], seeded[name]) for name in one)
 
@@ -165,17 +165,17 @@ def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
     method: str, started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     run = started("run", "sd1", method=method, prior="distilled", learning_rate=0.05)
-    session = Session(run)
-    assert session.batches.teacher is not None
-    list(islice(updates_of(session), 2))
-    batch = session.batches.at(2)
+    trainer = Trainer(run)
+    assert trainer.batches.teacher is not None
+    list(islice(updates_of(trainer), 2))
+    batch = trainer.batches.at(2)
     assert batch.prompts == ["a ohwx dog"] * 2 + ["a dog"] * 2
-    taught = session.batches.teacher(batch)
+    taught = trainer.batches.teacher(batch)
     base = loading.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         cond = base.encode_prompts(["a dog"] * 2)
         expected = base.predict(batch.noised.x_t[2:], batch.noised.t[2:], cond)
-        moved = session.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
+        moved = trainer.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
     assert torch.allclose(taught.target[2:], expected, atol=1e-5)
     assert not torch.allclose(taught.target[2:], moved, atol=1e-3)
     assert torch.equal(taught.target[:2], batch.noised.target[:2])
@@ -203,9 +203,9 @@ def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
 
 
 def test_switching_off_is_undone(started: Callable[..., Run]) -> None:
-    session = Session(started("run", "sd1", method="lora", learning_rate=0.1))
-    next(updates_of(session))
-    family, x_t, t = session.family, torch.ones(1, 4, 8, 8), torch.tensor([5])
+    trainer = Trainer(started("run", "sd1", method="lora", learning_rate=0.1))
+    next(updates_of(trainer))
+    family, x_t, t = trainer.family, torch.ones(1, 4, 8, 8), torch.tensor([5])
     with torch.no_grad():
         cond = family.encode_prompts(["a dog"])
         before = family.predict(x_t, t, cond)
@@ -293,28 +293,28 @@ def test_gradients_never_exist_together_at_low(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_optimizer, "CHUNK", 1)
-    session = Session(started("run", "sd1", memory="low"))
+    trainer = Trainer(started("run", "sd1", memory="low"))
     most = 0
 
     def count(_: torch.nn.Parameter) -> None:
         nonlocal most
-        most = max(most, sum(p.grad is not None for p in session.optimizer.parameters))
+        most = max(most, sum(p.grad is not None for p in trainer.optimizer.parameters))
 
-    for parameter in session.optimizer.parameters:
+    for parameter in trainer.optimizer.parameters:
         parameter.register_post_accumulate_grad_hook(count)
-    next(updates_of(session))
-    assert most <= 3 < len(session.optimizer.parameters)
+    next(updates_of(trainer))
+    assert most <= 3 < len(trainer.optimizer.parameters)
 
 
 def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) -> None:
     fields = {"method": "lora", "batch_size": 2, "max_grad_norm": 1e-3, "gradient_accumulation": 2}
     runs_ = [started(level, "sd1", memory=level, **fields) for level in ("standard", "low")]
-    session = Session(runs_[1])
+    trainer = Trainer(runs_[1])
     assert (
-        type(session.optimizer) is optimizer_step.Optimizer
-        and session.family.prompt_cache is not None
+        type(trainer.optimizer) is optimizer_step.Optimizer
+        and trainer.family.prompt_cache is not None
     )
-    assert session.family.denoiser.is_gradient_checkpointing
+    assert trainer.family.denoiser.is_gradient_checkpointing
     losses = [[step.loss for step in train(run)] for run in runs_]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     one, other = (load_state(run.checkpoints()[2])["model"] for run in runs_)
@@ -366,9 +366,9 @@ def test_a_run_goes_on_by_another_optimizer(
 def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(started("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
-    list(islice(updates_of(session), 2))
-    optimizer = session.optimizer
+    trainer = Trainer(started("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
+    list(islice(updates_of(trainer), 2))
+    optimizer = trainer.optimizer
     own = [parameter.detach().clone() for parameter in optimizer.parameters]
 
     with pytest.raises(KeyboardInterrupt), optimizer.ema_weights():
@@ -396,7 +396,7 @@ def test_a_run_that_trained_weights_without_effect_goes_on(
         for _ in islice(train(run), 1):
             pass
     assert len(load_state(run.checkpoints()[1])["model"]) > len(
-        Session(runs.resume(run.folder)).trainable.state()
+        Trainer(runs.resume(run.folder)).trainable.trained_weights()
     )
     assert "the optimizer starts afresh" in capsys.readouterr().out
     assert [step.step for step in train(runs.resume(run.folder))] == [2]
@@ -407,7 +407,7 @@ def test_a_text_encoder_that_never_trains_is_refused(started: Callable[..., Run]
     from dreambooth_lib.core.config_checks import ConfigError
 
     with pytest.raises(ConfigError, match=r"train_text_encoder is set .*too large"):
-        Session(started("run", "z_image", train_text_encoder=True))
+        Trainer(started("run", "z_image", train_text_encoder=True))
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])

@@ -123,7 +123,7 @@ def test_no_warning_of_the_schedule_where_the_loss_is_scaled(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if resumed:
-            optimizer.restore(optimizer.state() | {"step": 1})
+            optimizer.load_state_dict(optimizer.state_dict() | {"step": 1})
         for _ in range(2):
             weight = next(iter(optimizer.parameters))
             optimizer.backward(weight.square().sum())

@@ -18,7 +18,7 @@ from dreambooth_lib.training.optimizers import (
     OptimizerUnavailable,
     make_optimizer,
     make_schedule,
-    resolve_name,
+    resolve_optimizer,
 )
 
 Make = Callable[..., TrainConfig]
@@ -36,7 +36,7 @@ Make = Callable[..., TrainConfig]
 def test_auto_is_eight_bit_on_a_gpu_only_and_a_name_is_taken_at_its_word(
     asked: str, device: str, name: str, photos: str, make_config: Make
 ) -> None:
-    assert resolve_name(make_config("toybox", photos, optimizer=asked), device) == name
+    assert resolve_optimizer(make_config("toybox", photos, optimizer=asked), device) == name
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -234,7 +234,7 @@ def test_nothing_moves_before_a_pass_has_shown_that_the_scale_fits(
 def test_the_scale_is_doubled_and_tried_after_enough_clean_updates(
     scale: float, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FusedBackwardOptimizer, "GROWTH", 3)
+    monkeypatch.setattr(FusedBackwardOptimizer, "GROWTH_INTERVAL", 3)
     layer, inside = small_layer(
         make_config("toybox", photos, memory="low"), torch.float32, scale=scale
     )

@@ -22,7 +22,7 @@ from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import load_source, sample
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 
 Make = Callable[..., TrainConfig]
 LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}
@@ -58,7 +58,7 @@ def started(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_quantizing_is_refused_in_a_sentence(started: Callable[..., Run]) -> None:
     with pytest.raises(BaseError, match=r"quantize is 'nf4', which needs a GPU, .*leave quantize"):
-        Session(started("run", "sd1", quantize="nf4"))
+        Trainer(started("run", "sd1", quantize="nf4"))
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_a_quantized_base_trains_its_lora_resumes_and_draws(
     family: str, bits: str, started: Callable[..., Run], without_gpu: None
 ) -> None:
     whole = started("whole", family, quantize=bits)
-    session = Session(whole)
-    kinds = {type(module) for module in session.family.denoiser.modules()}
+    trainer = Trainer(whole)
+    kinds = {type(module) for module in trainer.family.denoiser.modules()}
     assert LAYERS[bits] in kinds
-    names = (*session.family.encoder_names, *session.family.large_encoder_names)
-    assert all(getattr(session.family.pipeline, name) is None for name in names)
-    assert all("lora_" in name for name in session.trainable.state())
+    names = (*trainer.family.encoder_names, *trainer.family.large_encoder_names)
+    assert all(getattr(trainer.family.pipeline, name) is None for name in names)
+    assert all("lora_" in name for name in trainer.trainable.trained_weights())
     list(train(whole))
     broken = started("broken", family, quantize=bits)
     for _ in islice(train(broken), 1):
@@ -132,7 +132,7 @@ def test_quantizing_is_for_lora_and_not_on_top_of_one(
     list(train(first))
     second = first.config.replace(base=str(first.folder), quantize="nf4")
     with pytest.raises(BaseError, match="is a LoRA, which cannot be merged"):
-        Session(runs.start(second, first.folder.parent / "second"))
+        Trainer(runs.start(second, first.folder.parent / "second"))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux", "z_image"])
@@ -180,8 +180,8 @@ def test_a_quantized_base_is_counted_as_it_lies_in_memory(
     def size(module: torch.nn.Module) -> int:
         return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
-    session = Session(run)
-    real = size(session.family.denoiser) + size(session.family.pipeline.vae)
+    trainer = Trainer(run)
+    real = size(trainer.family.denoiser) + size(trainer.family.pipeline.vae)
     # The scales of so small layers, which no tensor above holds, are a larger share than usual.
     assert found.weights == pytest.approx(real, rel=0.05)
     assert estimate(run.config.replace(quantize=None), "no").weights > found.weights

@@ -28,7 +28,7 @@ from dreambooth_lib.training.losses import Loss
 from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.runs import Run
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation_record import history
 
 Make = Callable[..., TrainConfig]
@@ -157,8 +157,8 @@ def test_an_update_that_overflows_moves_nothing_and_is_not_counted(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(setup, "Accelerator", HighScale)
     run = started(tiny_sd1, optimizer=optimizer, memory=memory, prior_weight=0.0, validate_every=0)
-    session, tries, real = Session(run), 0, Optimizer.step
-    before = [parameter.detach().clone() for parameter in session.optimizer.parameters]
+    trainer, tries, real = Trainer(run), 0, Optimizer.step
+    before = [parameter.detach().clone() for parameter in trainer.optimizer.parameters]
 
     def counted(optimizer: Optimizer) -> bool:
         nonlocal tries
@@ -166,13 +166,13 @@ def test_an_update_that_overflows_moves_nothing_and_is_not_counted(
             return made
         tries += 1
         assert all(map(torch.equal, before, optimizer.parameters))
-        assert session.step == 0 and run.log() == []
+        assert trainer.step == 0 and run.log() == []
         return False
 
     monkeypatch.setattr(Optimizer, "step", counted)
-    step = next(training_steps(session))
+    step = next(training_steps(trainer))
     assert tries >= 5 and step.step == 1
-    assert not any(map(torch.equal, before, session.optimizer.parameters))
+    assert not any(map(torch.equal, before, trainer.optimizer.parameters))
 
 
 @pytest.mark.parametrize("memory", ["standard", "low"])

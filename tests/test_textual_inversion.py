@@ -19,7 +19,7 @@ from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import load_source, sample
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 
 Make = Callable[..., TrainConfig]
 WORD = "<rex>"
@@ -49,9 +49,9 @@ def test_only_the_words_row_trains_resumes_and_is_read_back(
     family: str, with_text: bool, started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     whole = started("whole", family, train_text_encoder=with_text)
-    session = Session(whole)
-    names = set(session.trainable.state())
-    count = len(session.family.text_encoders)
+    trainer = Trainer(whole)
+    names = set(trainer.trainable.trained_weights())
+    count = len(trainer.family.text_encoders)
     assert sum(name.endswith(".word") for name in names) == count
     assert all("lora_" in name or name.endswith(".word") for name in names)
     assert any("text_encoders" in n and "lora_" in n for n in names) == with_text
@@ -81,19 +81,19 @@ def test_only_the_words_row_trains_resumes_and_is_read_back(
 def test_the_word_begins_as_its_class_noun_and_is_worked_with_as_one_token(
     started: Callable[..., Run],
 ) -> None:
-    session = Session(started("run", "sd1"))
-    pipeline, (encoder,) = session.family.pipeline, session.family.text_encoders
+    trainer = Trainer(started("run", "sd1"))
+    pipeline, (encoder,) = trainer.family.pipeline, trainer.family.text_encoders
     assert pipeline.tokenizer.tokenize(f"a {WORD} dog") == ["a</w>", WORD, "dog</w>"]
     word = encoder.get_input_embeddings().word
     assert torch.equal(word, row(encoder, pipeline.tokenizer, "dog</w>"))
     with torch.no_grad():
         one, other = (
-            session.family.encode_prompts([f"a {noun} on the beach"])["encoder_hidden_states"]
+            trainer.family.encode_prompts([f"a {noun} on the beach"])["encoder_hidden_states"]
             for noun in (WORD, "dog")
         )
         assert torch.equal(one, other)
         word.add_(1.0)
-        moved = session.family.encode_prompts([f"a {WORD} on the beach"])["encoder_hidden_states"]
+        moved = trainer.family.encode_prompts([f"a {WORD} on the beach"])["encoder_hidden_states"]
     assert not torch.equal(moved, one)
 
 
@@ -117,9 +117,9 @@ def test_a_known_word_a_large_encoder_and_whole_weights_are_refused(
     with pytest.raises(
         textual_inversion.TokenError, match="'dog' is a word that the base has already"
     ):
-        Session(started("known", "sd1", subject=Subject(photos, "cat", "dog")))
+        Trainer(started("known", "sd1", subject=Subject(photos, "cat", "dog")))
     with pytest.raises(ConfigError, match="train_token is set but the text encoder of"):
-        Session(started("large", "z_image"))
+        Trainer(started("large", "z_image"))
     with pytest.raises(ConfigError, match="train_token is set but method is 'full'"):
         started("full", "sd1", method="full")
 

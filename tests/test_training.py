@@ -33,7 +33,7 @@ from dreambooth_lib.training.loop import (
 from dreambooth_lib.training.losses import Loss
 from dreambooth_lib.training.optimizer_step import defer_interrupts
 from dreambooth_lib.training.runs import Run
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import Trainable
 
 Make = Callable[..., TrainConfig]
@@ -437,15 +437,15 @@ def test_a_non_finite_gradient_is_never_written_into_weights_or_checkpoints(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, checkpoint_every=1, steps=6)
-    session = Session(run)
-    made = training_steps(session)
+    trainer = Trainer(run)
+    made = training_steps(trainer)
     next(made)
-    session.optimizer.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    trainer.optimizer.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLoss):
         next(made)
     assert list(run.checkpoints()) == [1]
     assert all(torch.isfinite(value).all() for value in training_state(run, 1).values())
-    assert all(torch.isfinite(value).all() for value in session.optimizer.parameters)
+    assert all(torch.isfinite(value).all() for value in trainer.optimizer.parameters)
 
 
 def test_a_learning_rate_changed_on_resuming_is_used(

@@ -27,7 +27,7 @@ from dreambooth_lib.training.held_out_loss import BINS, ROWS, HeldOutLoss
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.sampling import load_source, sample
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import Trainable
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
@@ -194,16 +194,16 @@ def test_near_groups_join_what_is_alike_by_a_third() -> None:
 
 
 def test_the_held_out_photo_is_not_trained_on(started: Callable[..., Run]) -> None:
-    assert len(Session(started("some")).batches.kinds[0][0]) == 3
-    assert len(Session(started("all", hold_out=False)).batches.kinds[0][0]) == 4
-    class_images = Session(started("more", class_images=8)).batches.kinds[1][0]
+    assert len(Trainer(started("some")).batches.kinds[0][0]) == 3
+    assert len(Trainer(started("all", hold_out=False)).batches.kinds[0][0]) == 4
+    class_images = Trainer(started("more", class_images=8)).batches.kinds[1][0]
     assert len(class_images) == 7
 
 
 def test_only_what_is_asked_is_known_where_text_encoders_are_let_go_of(
     started: Callable[..., Run],
 ) -> None:
-    known = Session(started("run", memory="low", validate_every=1)).family.prompt_cache
+    known = Trainer(started("run", memory="low", validate_every=1)).family.prompt_cache
     assert known is not None
     assert {"a ohwx dog", "a dog", "a ohwx dog in space"} <= known.row.keys()
 

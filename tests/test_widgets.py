@@ -32,7 +32,7 @@ from dreambooth_lib.training import loop, runs, validation
 from dreambooth_lib.training.batches import Batch, Batches
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.runs import Run, RunError
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation_record import load_images
 
 Make = Callable[..., TrainConfig]
@@ -483,7 +483,7 @@ def test_updates_that_the_loss_scale_skips_are_not_measured(
     config, move, tries = started(validate_every=0).config, Optimizer._move, []
 
     def skipping(optimizer: Optimizer) -> bool:
-        tries.append(optimizer.updates)
+        tries.append(optimizer.completed_steps)
         return move(optimizer) if len(tries) > 12 else False
 
     monkeypatch.setattr(Optimizer, "_move", skipping)
@@ -700,20 +700,20 @@ def test_models_of_earlier_views_are_let_go_of(
 def test_a_session_is_gone_once_its_cell_has_ended(
     kind: str, started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, finished, sessions = started(), Session.finished, []
+    run, finished, trainers = started(), Trainer.finished, []
 
-    def stopped(session: Session) -> bool:
-        if session.step == 2:
-            sessions.append(weakref.ref(session))
+    def stopped(trainer: Trainer) -> bool:
+        if trainer.step == 2:
+            trainers.append(weakref.ref(trainer))
             raise KeyboardInterrupt if kind == "interrupt" else RuntimeError("out of memory")
-        return finished(session)
+        return finished(trainer)
 
-    monkeypatch.setattr(Session, "finished", stopped)
+    monkeypatch.setattr(Trainer, "finished", stopped)
     with pytest.raises((KeyboardInterrupt, RuntimeError)) as kept:  # as a notebook keeps it
         for _ in widgets.monitor(run):
             pass
     gpu_memory.free_memory()
-    assert sessions[0]() is None and kept.value is not None and shown
+    assert trainers[0]() is None and kept.value is not None and shown
 
 
 def test_an_error_that_a_view_keeps_holds_nothing_of_where_it_came_from(

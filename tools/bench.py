@@ -25,20 +25,20 @@ from dreambooth_lib.evaluation.scores import score
 from dreambooth_lib.metrics.encoders import Encoder, embed_files
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.loop import training_steps
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 ROUNDS, WARMUP = 30, 3
 PROMPTS, FEW, MANY = 25, 512, 2048  # of an evaluation: prompts drawn, pictures embedded
 
 
-def unet_seconds(session: Session) -> float:
-    """One forward and backward of the U-Net at the size of the session's batch."""
-    rows = 2 * session.config.batch_size
-    unet = session.family.denoiser
+def unet_seconds(trainer: Trainer) -> float:
+    """One forward and backward of the U-Net at the size of the run's batch."""
+    rows = 2 * trainer.config.batch_size
+    unet = trainer.family.denoiser
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_t, t = torch.randn(rows, channels, side, side), torch.randint(0, 1000, (rows,))
-    context = session.batches.known([""] * rows)["encoder_hidden_states"]
+    context = trainer.batches.prompt_cache([""] * rows)["encoder_hidden_states"]
     began = time.perf_counter()
     unet(x_t, t, context).sample.square().mean().backward()
     seconds = time.perf_counter() - began
@@ -52,8 +52,8 @@ def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
         class_images=8, prior_inference_steps=2, steps=10_000, checkpoint_every=10_000,
         validate_every=0,
     )  # fmt: skip
-    session = Session(runs.start(config, folder / f"{optimizer}-{batch_size}"))
-    made = training_steps(session)
+    trainer = Trainer(runs.start(config, folder / f"{optimizer}-{batch_size}"))
+    made = training_steps(trainer)
     steps, alone = [], []
     for number in range(WARMUP + ROUNDS):
         began = time.perf_counter()
@@ -61,7 +61,7 @@ def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
         seconds = time.perf_counter() - began
         if number >= WARMUP:
             steps.append(seconds)
-            alone.append(unet_seconds(session))
+            alone.append(unet_seconds(trainer))
     return {
         "batch": f"{batch_size} instance + {batch_size} class",
         "optimizer": optimizer,

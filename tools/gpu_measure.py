@@ -34,10 +34,10 @@ def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str,
         return
     from dreambooth_lib.training import runs
     from dreambooth_lib.training.loop import training_steps
-    from dreambooth_lib.training.setup import Session
+    from dreambooth_lib.training.setup import Trainer
 
-    session = Session(runs.start(config, folder / "run"))
-    made = training_steps(session)
+    trainer = Trainer(runs.start(config, folder / "run"))
+    made = training_steps(trainer)
     before = peak()
     seconds: list[float] = []
     for _ in range(WARMUP + ROUNDS):
@@ -46,24 +46,24 @@ def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str,
         seconds.append(now() - began)
     yield {"seconds": median(seconds[WARMUP:]), "peak": peak(), "before_training": before}
     yield {"busy": busy(lambda: next(made))}
-    passes = passes_of(session)
+    passes = passes_of(trainer)
     yield {"floor": median(timed(passes, WARMUP + ROUNDS)[WARMUP:])}
     yield {"floor_busy": busy(passes)}
 
 
-def passes_of(session: Any) -> Callable[[], None]:
-    """Return the forward and backward pass of a session's denoiser alone, on its first batch.
+def passes_of(trainer: Any) -> Callable[[], None]:
+    """Return the forward and backward pass of a trainer's denoiser alone, on its first batch.
 
     The gradients are given back and dropped: nothing that waits for them moves a weight.
     """
     import torch
 
-    batch = session.batches.at(0)
-    moved = [p for p in session.family.denoiser.parameters() if p.requires_grad]
+    batch = trainer.batches.at(0)
+    moved = [p for p in trainer.family.denoiser.parameters() if p.requires_grad]
 
     def passes() -> None:
-        with session.accelerator.autocast():
-            made = session.family.predict(batch.noised.x_t, batch.noised.t, batch.cond)
+        with trainer.accelerator.autocast():
+            made = trainer.family.predict(batch.noised.x_t, batch.noised.t, batch.cond)
             loss = made.float().square().mean()
         torch.autograd.grad(loss, moved, allow_unused=True)
 

@@ -22,8 +22,8 @@ from dreambooth_lib.notebook import drive_backup
 from dreambooth_lib.training import runs
 from dreambooth_lib.training import validation_record as looks
 from dreambooth_lib.training.best_checkpoint import best_checkpoint
-from dreambooth_lib.training.setup import Session
-from dreambooth_lib.training.trainable import load_dtypes
+from dreambooth_lib.training.setup import Trainer
+from dreambooth_lib.training.trainable import training_load_options
 from dreambooth_lib.training.validation import PROMPTS
 from tools.ram import Kind, measured
 
@@ -80,31 +80,31 @@ def train(kind: Kind, work: Path, tiny: bool) -> None:
     """Load a base for training, write a run's checkpoints and pipeline, and take it up again."""
     run = runs.start(config_of(kind, work, tiny), work / "run")
     with measured("load"):
-        session = Session(run)
+        trainer = Trainer(run)
     device = Device(work / "device")
-    on_device(session, device)
+    on_device(trainer, device)
     for step in (0, *STEPS):
         note_look(run, step)
     written = 0
     with device:
         with measured("checkpoint") as told:
             for step in STEPS:
-                session.optimizer.updates = step
-                session.save_checkpoint()
+                trainer.optimizer.completed_steps = step
+                trainer.save_checkpoint()
                 written += size(run.checkpoints()[step])
             told |= {"bytes": written / len(STEPS), "runs": written / len(STEPS) * due(run.config)}
         with measured("pipeline") as told:
-            session.save_pipeline()
+            trainer.save_pipeline()
             told["bytes"] = size(run.pipeline)
         with measured("resume"):
-            session.optimizer.restore(run.load_checkpoint())
+            trainer.optimizer.load_state_dict(run.load_checkpoint())
 
 
-def on_device(session: Session, device: Device) -> None:
+def on_device(trainer: Trainer, device: Device) -> None:
     """Put what a GPU would hold there: all models, and the state of an optimizer that stepped."""
-    parts = session.family.pipeline.components.values()
-    device.hold(session.trainable, *(p for p in parts if isinstance(p, torch.nn.Module)))
-    adam: Any = session.optimizer.adam
+    parts = trainer.family.pipeline.components.values()
+    device.hold(trainer.trainable, *(p for p in parts if isinstance(p, torch.nn.Module)))
+    adam: Any = trainer.optimizer.adam
     for number, group in enumerate(adam.param_groups):
         for index, parameter in enumerate(group["params"]):
             adam.init_state(group, parameter, number, index)
@@ -167,7 +167,9 @@ def quantize(kind: Kind, work: Path, tiny: bool) -> None:
     pretrained.Known = lambda *_: None
     config = config_of(kind, work, tiny).replace(base=str(work / "whole"), quantize="nf4")
     with measured("load"):
-        loading.load_model(config.base, prompts={""}, **load_dtypes(config, torch.float16))
+        loading.load_model(
+            config.base, prompts={""}, **training_load_options(config, torch.float16)
+        )
 
 
 def drive(kind: Kind, work: Path, tiny: bool) -> None:

@@ -51,7 +51,7 @@ def measure(config: TrainConfig) -> Pace:
     from torch.utils._pytree import tree_leaves
 
     from dreambooth_lib.training.loop import training_steps
-    from dreambooth_lib.training.setup import Session
+    from dreambooth_lib.training.setup import Trainer
 
     gpu_memory.free_memory()
     brief = memory_level.with_level_for_now(config, join_group().device).replace(
@@ -61,11 +61,11 @@ def measure(config: TrainConfig) -> Pace:
         class_images=min(config.class_images, config.batch_size),
     )
     with TemporaryDirectory() as folder:
-        session = Session(runs.start(brief, Path(folder) / "run"))
-        look = session.validate()
+        trainer = Trainer(runs.start(brief, Path(folder) / "run"))
+        look = trainer.validate()
         # The first one also warms up.
-        seconds = [step.seconds for step in islice(training_steps(session), 1, 1 + _UPDATES)]
-        leaves = tree_leaves(session.optimizer.state())
+        seconds = [step.seconds for step in islice(training_steps(trainer), 1, 1 + _UPDATES)]
+        leaves = tree_leaves(trainer.optimizer.state_dict())
         size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
         checkpoint = _seconds_to_write(size, Path(folder))
     return Pace(median(seconds), look.seconds if look else 0.0, checkpoint)

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     cond: Cond
 
 
-def seeded(seed: int, step: int, purpose: int) -> torch.Generator:
+def seeded_generator(seed: int, step: int, purpose: int) -> torch.Generator:
     """Make a CPU generator for one purpose of one step."""
     from numpy.random import SeedSequence
 
@@ -68,7 +68,7 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """Return one update's whole batch, instance rows first, the same in every process."""
-        config, generator = self.config, seeded(self.config.seed, step, 0)
+        config, generator = self.config, seeded_generator(self.config.seed, step, 0)
         latents, prompts = [], []
         for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
             # Each kind cycles through all of its pictures in an order of its own.

@@ -46,7 +46,7 @@ def draw_class_images(
     """
     from dreambooth_lib.core.files import replace_file, save_png
 
-    place, batch = set_folder(config, family, folder), family.default_batch_size
+    place, batch = class_images_folder(config, family, folder), family.default_batch_size
     if rank == 0 and not (place / "manifest.json").exists():
         replace_file(place / "manifest.json", _text(config, family).encode())
     mine = range(config.class_images)[rank::processes]
@@ -77,7 +77,7 @@ def _drawing(config: TrainConfig, family: "Family") -> tuple[int, float]:
     return steps or own.fewest_steps, own.guidance_scale if scale is None else scale
 
 
-def set_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:
+def class_images_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:
     """Return where in ``folder`` the set lies that this config and base make."""
     return folder / hashlib.sha256(_text(config, family).encode()).hexdigest()[:16]
 

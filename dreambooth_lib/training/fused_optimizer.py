@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.training.batches import seeded
+from dreambooth_lib.training.batches import seeded_generator
 from dreambooth_lib.training.optimizer_step import (
     NonFiniteStep,
     Optimizer,
@@ -32,11 +32,11 @@ class FusedBackwardOptimizer(Optimizer):
 
     In float16 the loss is scaled, and gradients that overflow halve the scale. So that no update
     moves some weights and leaves others, backward passes move nothing until one has shown that the
-    scale fits; it is doubled after ``GROWTH`` updates without an overflow, and tried anew then.
+    scale fits; it is doubled after ``GROWTH_INTERVAL`` updates without an overflow, and tried anew then.
     What overflows all the same is left out of its update.
     """
 
-    GROWTH = 2000
+    GROWTH_INTERVAL = 2000
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, trainable: Trainable):
         super().__init__(config, accelerator, trainable)
@@ -71,7 +71,7 @@ class FusedBackwardOptimizer(Optimizer):
         """
         check_finite("loss", loss.item())
         # The rounding is a function of seed and step.
-        seed = seeded(self.config.seed, self.updates, 4).initial_seed()
+        seed = seeded_generator(self.config.seed, self.updates, 4).initial_seed()
         self._generator = torch.Generator(self.accelerator.device).manual_seed(seed)
         self._waiting, self._numbers, self.overflowed = [], 0, False
         (loss if self.scale is None else loss * self.scale).backward()
@@ -83,7 +83,7 @@ class FusedBackwardOptimizer(Optimizer):
         self.trying = self.overflowed
         if self.overflowed:
             self.scale /= 2
-        elif self._made and self.clean % self.GROWTH == 0:
+        elif self._made and self.clean % self.GROWTH_INTERVAL == 0:
             self.scale, self.trying = self.scale * 2, True
 
     def _move(self) -> bool:

@@ -17,7 +17,7 @@ from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.training.optimizer_step import NonFiniteStep, check_finite, defer_interrupts
 from dreambooth_lib.training.runs import Run
-from dreambooth_lib.training.setup import Session
+from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation_record import ValidationResult
 
 
@@ -66,51 +66,51 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     saves a checkpoint first, and ``train(resume(folder))`` goes on from there. Raises
     :class:`NonFiniteLoss`, and what reading the pictures and loading the base raise.
     """
-    session = Session(run)
+    trainer = Trainer(run)
     try:
-        session.warn()
-        session.validate()  # the frozen base, as the reference
-        yield from training_steps(session, objective)
-        session.save_pipeline()
+        trainer.warn()
+        trainer.validate()  # the frozen base, as the reference
+        yield from training_steps(trainer, objective)
+        trainer.save_pipeline()
     except torch.OutOfMemoryError as error:
         from dreambooth_lib.training.memory_estimate import suggest_savings
 
         raise OutOfMemory(
-            f"the GPU's memory ran out at step {session.step + 1} of {run.folder}: "
-            f"{suggest_savings(session.config, session.precision)}; resume the run with another "
+            f"the GPU's memory ran out at step {trainer.step + 1} of {run.folder}: "
+            f"{suggest_savings(trainer.config, trainer.precision)}; resume the run with another "
             "memory or resolution, or begin one with another method."
         ) from error
     except (GeneratorExit, KeyboardInterrupt):
         with defer_interrupts():  # a launcher sends its processes the terminal's once more
-            session.save_checkpoint(together=False)
+            trainer.save_checkpoint(together=False)
         raise
 
 
 def training_steps(
-    session: Session, objective: Objective = prior_preservation
+    trainer: Trainer, objective: Objective = prior_preservation
 ) -> Generator[Step, None, None]:
-    """Make the updates that are left of a session: the loop of :func:`train`."""
-    config, optimizer = session.config, session.optimizer
-    while not session.finished():
+    """Make the updates that are left of a trainer: the loop of :func:`train`."""
+    config, optimizer = trainer.config, trainer.optimizer
+    while not trainer.finished():
         began, lr, losses = time.perf_counter(), optimizer.lr, []
-        with _explained(session), optimizer.guard():
-            for part in session.micro_batches():
+        with _explained(trainer), optimizer.guard():
+            for part in trainer.micro_batches():
                 noised = part.noised
-                with session.accelerator.autocast():
-                    prediction = session.model(noised.x_t, noised.t, part.cond, part.prompts)
+                with trainer.accelerator.autocast():
+                    prediction = trainer.model(noised.x_t, noised.t, part.cond, part.prompts)
                     loss = objective(prediction, part, config)
                 optimizer.backward(loss.total / config.gradient_accumulation)
                 losses.append(loss)
-            values = _mean(losses, session)
+            values = _mean(losses, trainer)
             check_finite("loss", *values)
             del prediction, loss, losses  # the graph must not outlive the update
             with defer_interrupts():  # what is moved is counted and logged
                 if not optimizer.step():  # float16 overflowed: the same update again
                     continue
-                step = Step(session.step, *values, lr, time.perf_counter() - began, _peak_mb())
-                session.log({name: v for name, v in vars(step).items() if name != "validation"})
-        validation = session.validate()
-        session.save_checkpoint_if_due()
+                step = Step(trainer.step, *values, lr, time.perf_counter() - began, _peak_mb())
+                trainer.log({name: v for name, v in vars(step).items() if name != "validation"})
+        validation = trainer.validate()
+        trainer.save_checkpoint_if_due()
         yield replace(step, validation=validation)
 
 
@@ -118,27 +118,27 @@ def _peak_mb() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
-def _mean(losses: list[Loss], session: Session) -> tuple[float, float, float | None]:
+def _mean(losses: list[Loss], trainer: Trainer) -> tuple[float, float, float | None]:
     """Return total, instance and prior loss over all micro-batches and processes."""
     kinds = [kind for kind in zip(*losses, strict=True) if kind[0] is not None]
     means = torch.stack([torch.stack(kind).mean().detach() for kind in kinds])
-    total, instance, *prior = session.accelerator.reduce(means, "mean").tolist()
+    total, instance, *prior = trainer.accelerator.reduce(means, "mean").tolist()
     return total, instance, prior[0] if prior else None
 
 
 @contextmanager
-def _explained(session: Session) -> Iterator[None]:
+def _explained(trainer: Trainer) -> Iterator[None]:
     """Say in a :class:`NonFiniteLoss` where a loss or gradient was not finite, and what to do."""
     try:
         yield
     except NonFiniteStep as error:
         fix = error.fix or "lower learning_rate, or use mixed_precision 'no'"
-        if error.fix is None and session.step == 0 and session.half is torch.float16:
+        if error.fix is None and trainer.step == 0 and trainer.half is torch.float16:
             fix = (  # no weight has moved yet
                 "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, "
-                f"or choose another base than '{session.config.base}'"
+                f"or choose another base than '{trainer.config.base}'"
             )
         raise NonFiniteLoss(
-            f"{error.what} at step {session.step + 1} of {session.run.folder}{error.tried}; the "
+            f"{error.what} at step {trainer.step + 1} of {trainer.run.folder}{error.tried}; the "
             f"last good checkpoint is kept: {fix}."
         ) from None

@@ -24,10 +24,10 @@ from dreambooth_lib.training.allocation_counter import (
     count_numbers,
     make_fake,
 )
-from dreambooth_lib.training.optimizers import resolve_name
+from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.trainable import (
     Trainable,
-    load_dtypes,
+    training_load_options,
     make_trainable,
     offloads_text_encoders,
 )
@@ -68,7 +68,7 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
 
     ``precision`` is what the GPU computes in: "fp16", "bf16" or "no". Of a base on the hub only its
     configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
-    Raises as ``families.load_model`` and :func:`load_dtypes` do.
+    Raises as ``families.load_model`` and :func:`training_load_options` do.
     """
     return _estimate(_in_kind(config), precision)
 
@@ -86,7 +86,7 @@ def _in_kind(config: TrainConfig) -> TrainConfig:
 @lru_cache
 def _estimate(config: TrainConfig, precision: str) -> Estimate:
     half = _HALVES.get(precision, torch.float32)
-    family = loading.load_meta(config.base, config.revision, **load_dtypes(config, half))
+    family = loading.load_meta(config.base, config.revision, **training_load_options(config, half))
     trainable = make_trainable(family, config)
     numbers = sum(parameter.numel() for parameter in lora.trained_parameters(trainable))
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
@@ -134,7 +134,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     if teaching:
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
     moments = numbers * (
-        _MOMENTS[resolve_name(config, "cuda")] + 4 * (config.ema_decay is not None)
+        _MOMENTS[resolve_optimizer(config, "cuda")] + 4 * (config.ema_decay is not None)
     )
     return Estimate(
         int(weights), int(encoding), int(moments), working, validating, flops, preparing, scoring

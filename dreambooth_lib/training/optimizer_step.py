@@ -16,7 +16,7 @@ from dreambooth_lib.training.optimizers import make_optimizer, make_schedule
 from dreambooth_lib.training.trainable import Trainable, copy_weights
 
 #: Tries of one update in float16, each at half the loss scale, before it is given up.
-SKIPS = 30
+MAX_SKIPPED_STEPS = 30
 
 
 class NonFiniteStep(FloatingPointError):
@@ -73,10 +73,10 @@ class Optimizer:
         """
         if not self._move():
             self.skipped += 1
-            if self.skipped == SKIPS:
+            if self.skipped == MAX_SKIPPED_STEPS:
                 raise NonFiniteStep(
                     "the gradients overflow float16",
-                    f", however the loss is scaled ({SKIPS} tries)",
+                    f", however the loss is scaled ({MAX_SKIPPED_STEPS} tries)",
                     "use mixed_precision 'no', or 'bf16' where the GPU has it",
                 )
             return False
@@ -107,7 +107,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
-        state = {"step": self.updates, "model": self.trainable.state()}
+        state = {"step": self.updates, "model": self.trainable.trained_weights()}
         state["optimizer"] = self.adam.state_dict()
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -120,8 +120,8 @@ class Optimizer:
         state without the optimizer's begins that anew, with a sentence.
         """
         self.updates = saved["step"]
-        self.trainable.put(saved["model"])
-        own, names = self.adam.state_dict()["param_groups"], self.trainable.state().keys()
+        self.trainable.load_weights(saved["model"])
+        own, names = self.adam.state_dict()["param_groups"], self.trainable.trained_weights().keys()
         if saved["model"].keys() == names and self._is_own(saved.get("optimizer")):
             # Groups are many or one by the level of memory; the parameters' order is the same.
             self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})

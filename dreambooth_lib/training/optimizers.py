@@ -13,7 +13,7 @@ class OptimizerUnavailable(RuntimeError):
     """bitsandbytes is missing or cannot load; the message says what to do."""
 
 
-def resolve_name(config: TrainConfig, device_type: str) -> str:
+def resolve_optimizer(config: TrainConfig, device_type: str) -> str:
     """The optimizer's name that ``config.optimizer`` means on ``device_type``.
 
     "auto" is 8-bit AdamW on a GPU. On a CPU bitsandbytes works too, but a step there takes about
@@ -35,7 +35,7 @@ def make_optimizer(
     import torch
 
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if resolve_name(config, device) == "adamw":
+    if resolve_optimizer(config, device) == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
     try:
         adamw8bit = _eight_bit()

@@ -20,9 +20,9 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import save_pipeline
 from dreambooth_lib.training import lora
-from dreambooth_lib.training.batches import Batch, Batches, seeded
+from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
-from dreambooth_lib.training.class_images import draw_class_images, set_folder
+from dreambooth_lib.training.class_images import draw_class_images, class_images_folder
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
@@ -33,7 +33,7 @@ from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.trainable import (
     load_base_to_save,
     load_checkpoint_weights,
-    load_dtypes,
+    training_load_options,
     make_trainable,
     offloads_text_encoders,
     wrap_trained_parts,
@@ -42,10 +42,10 @@ from dreambooth_lib.training.validation import load_scorer
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
 
 #: Updates between checkpoints of a run that never validates and says nothing else.
-RARELY = 250
+CHECKPOINT_INTERVAL = 250
 
 
-class Session:
+class Trainer:
     """One process's live objects of a run, and what it does between updates."""
 
     def __init__(self, run: Run):
@@ -77,7 +77,7 @@ class Session:
         self.model = accelerator.prepare(self.trainable)
         saved = run.load_checkpoint()
         if saved is not None:
-            self.optimizer.restore(saved)
+            self.optimizer.load_state_dict(saved)
         if accelerator.is_main_process:
             run.truncate("log", self.step)
             run.truncate("validation", self.step)
@@ -87,12 +87,12 @@ class Session:
     @property
     def step(self) -> int:
         """The number of updates made so far."""
-        return self.optimizer.updates
+        return self.optimizer.completed_steps
 
     def _load(self, instance: list[Photo]) -> Family:
         """Load the base; where its text encoders make room, with all prompts of the run encoded."""
         config, subject = self.config, self.config.subject
-        load_options = load_dtypes(config, self.half)
+        load_options = training_load_options(config, self.half)
         if offloads_text_encoders(config):
             own = read_pictures(config.class_folder) if config.class_folder else []
             photos = [*own, *instance, *with_class_captions(instance, subject)]
@@ -117,7 +117,7 @@ class Session:
             for _ in draw_class_images(config, self.family, folder, rank, processes):
                 pass
         accelerator.wait_for_everyone()
-        photos = read_pictures(set_folder(config, self.family, folder))
+        photos = read_pictures(class_images_folder(config, self.family, folder))
         return captioned(photos[: config.class_images], config.subject.class_prompt)
 
     def _hold_out(
@@ -141,7 +141,7 @@ class Session:
         """Yield this process's parts of the next update's batch, one after the other."""
         config, accelerator = self.config, self.accelerator
         if config.dropout > 0 or config.lora_dropout > 0:
-            torch.manual_seed(seeded(config.seed, self.step, 3).initial_seed())
+            torch.manual_seed(seeded_generator(config.seed, self.step, 3).initial_seed())
         batch, parts = self.batches.at(self.step), config.gradient_accumulation
         first, shares = accelerator.process_index * parts, accelerator.num_processes * parts
         for part in range(parts):
@@ -185,7 +185,9 @@ class Session:
     def save_checkpoint_if_due(self) -> None:
         """Save at each look, every so many steps, and at the end."""
         looks = self.config.validate_every
-        if self._due(looks) or self._due(self.config.checkpoint_every or looks or RARELY):
+        if self._due(looks) or self._due(
+            self.config.checkpoint_every or looks or CHECKPOINT_INTERVAL
+        ):
             self.save_checkpoint()
 
     def save_checkpoint(self, together: bool = True) -> None:
@@ -195,7 +197,7 @@ class Session:
         """
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
-            self.run.save_checkpoint(self.step, self.optimizer.state(), self._best())
+            self.run.save_checkpoint(self.step, self.optimizer.state_dict(), self._best())
         if together:
             accelerator.wait_for_everyone()
 

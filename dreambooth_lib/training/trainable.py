@@ -21,7 +21,7 @@ def load_base(
     return loading.load_model(config.base, config.revision, config.variant, **(own | load_options))
 
 
-def load_dtypes(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
+def training_load_options(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
     """Say how a base is loaded to be trained: in ``half`` but for the weights that move.
 
     As ``families.load_model`` takes it. Raises :class:`ConfigError` where the family cannot compute
@@ -56,7 +56,7 @@ def load_base_to_save(config: TrainConfig) -> Family:
 
     An average of such weights is finer than these.
     """
-    load_options = load_dtypes(config, torch.float32)
+    load_options = training_load_options(config, torch.float32)
     if config.ema_decay is not None:
         load_options["master"] = torch.float32
     return load_base(config, **load_options)
@@ -173,7 +173,7 @@ def load_to_export(run: Run, step: int) -> Family:
         rounded = run.resolved_config.memory == "lowest"  # its weights are bfloat16 already
         family = load_base(config, torch.float16 if fits and not rounded else torch.bfloat16)
     else:
-        load_options = load_dtypes(config, torch.float32)
+        load_options = training_load_options(config, torch.float32)
         family = loading.load_meta(config.base, config.revision, **load_options)
     load_checkpoint_weights(wrap_trained_parts(family, config), run, step)
     return family
@@ -193,7 +193,7 @@ def load_checkpoint_weights(trainable: Trainable, run: Run, step: int) -> None:
     state = load_state(found[step], ("model", "ema"))
     if "ema" in state:
         state["model"] = dict(zip(state["model"], state["ema"]["shadow_params"], strict=True))
-    trainable.put(state["model"])
+    trainable.load_weights(state["model"])
 
 
 @torch.no_grad()
