@@ -1,4 +1,4 @@
-"""A T4's arithmetic on a CPU: what would compute in float16 there does so here."""
+"""A T4's arithmetic on a CPU: compute in float16 whatever would do so there."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,44 +13,46 @@ from dreambooth_lib.training import fused_optimizer, sampling, setup
 
 
 class T4Accelerator(accelerate.Accelerator):
-    """One that means "fp16" on a CPU too: with autocast, and a scaler that grows at each update."""
+    """An accelerator that allows "fp16" on a CPU, with a loss scale that grows at each step."""
 
-    def __init__(self, **given: Any):
-        super().__init__(**given)
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
         if self.mixed_precision == "fp16":
             self.native_amp = True
             self.scaler = torch.amp.GradScaler("cpu", growth_interval=1)
 
 
 class Seen:
-    """The precisions that layers computed in: those of denoisers, and of autoencoders."""
+    """The dtypes that layers computed in: those of denoisers, and of autoencoders."""
 
     def __init__(self) -> None:
         self.denoiser: set[torch.dtype] = set()
         self.autoencoder: set[torch.dtype] = set()
 
-    def watch(self, family: Family) -> None:
+    def record(self, family: Family) -> None:
         parts = ((family.denoiser, self.denoiser), (family.pipeline.vae, self.autoencoder))
-        for part, found in parts:
+        for part, dtypes in parts:
             for layer in part.modules() if part is not None else ():
                 if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
-                    layer.register_forward_hook(lambda *of, found=found: found.add(of[2].dtype))
+                    layer.register_forward_hook(
+                        lambda _, inputs, output, dtypes=dtypes: dtypes.add(output.dtype)
+                    )
 
 
 @pytest.fixture
 def t4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    """Training, validation and sampling compute as on a GPU that has float16 and no bfloat16."""
+    """Train, validate and sample as on a GPU that has float16 and no bfloat16."""
 
     def precision(mixed_precision: str, device: torch.device) -> str:
         return "fp16" if mixed_precision == "auto" else mixed_precision
 
-    seen, begin = Seen(), Family.__init__
+    seen, init = Seen(), Family.__init__
 
-    def validation(family: Family, *given: Any, **named: Any) -> None:
-        begin(family, *given, **named)
-        seen.watch(family)
+    def recorded(family: Family, *args: Any, **kwargs: Any) -> None:
+        init(family, *args, **kwargs)
+        seen.record(family)
 
-    monkeypatch.setattr(Family, "__init__", validation)
+    monkeypatch.setattr(Family, "__init__", recorded)
     monkeypatch.setattr(setup, "native_precision", precision)
     monkeypatch.setattr(setup, "Accelerator", T4Accelerator)
     monkeypatch.setattr(fused_optimizer.FusedBackwardOptimizer, "GROWTH_INTERVAL", 1)

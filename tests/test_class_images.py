@@ -1,4 +1,4 @@
-"""Class images: one folder for what made them, made once, topped up, never mixed."""
+"""Class images: a folder for each base, prompt and sampler; drawn once, topped up, never mixed."""
 
 import hashlib
 import shutil
@@ -17,7 +17,7 @@ from dreambooth_lib.data.subjects import read_pictures
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import runs
-from dreambooth_lib.training.class_images import draw_class_images, class_images_folder
+from dreambooth_lib.training.class_images import class_images_folder, draw_class_images
 from dreambooth_lib.training.loop import train
 
 Make = Callable[..., TrainConfig]
@@ -33,64 +33,64 @@ def config(tiny_sd1: str, photos: str, make_config: Make) -> TrainConfig:
     return make_config(tiny_sd1, photos, class_images=5)
 
 
-def made(config: TrainConfig, family: Family, folder: Path) -> dict[str, str]:
-    """The set's pictures by name, as digests of their bytes."""
+def draw(config: TrainConfig, family: Family, folder: Path) -> dict[str, str]:
+    """Draw a set and return its images by name, as digests of their bytes."""
     paths = list(draw_class_images(config, family, folder))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seed of each picture drawn from now on."""
+def record_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the seed of each image drawn from now on."""
     seeds: list[int] = []
-    draw = Family.generate
+    generate = Family.generate
 
-    def counting(family: Family, wanted: list[tuple[str, int]], *settings: Any) -> Any:
-        seeds.extend(seed for _, seed in wanted)
-        return draw(family, wanted, *settings)
+    def recording(family: Family, prompts: list[tuple[str, int]], *settings: Any) -> Any:
+        seeds.extend(seed for _, seed in prompts)
+        return generate(family, prompts, *settings)
 
-    monkeypatch.setattr(Family, "generate", counting)
+    monkeypatch.setattr(Family, "generate", recording)
     return seeds
 
 
-def test_as_many_distinct_pictures_as_asked_for_are_made_of_the_class(
+def test_as_many_distinct_images_as_asked_for_are_drawn_of_the_class(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts: list[str] = []
-    draw = Family.generate
+    texts: list[str] = []
+    generate = Family.generate
 
-    def spy(family: Family, wanted: list[tuple[str, int]], *settings: Any) -> Any:
-        prompts.extend(prompt for prompt, _ in wanted)
-        return draw(family, wanted, *settings)
+    def spy(family: Family, prompts: list[tuple[str, int]], *settings: Any) -> Any:
+        texts.extend(prompt for prompt, _ in prompts)
+        return generate(family, prompts, *settings)
 
     monkeypatch.setattr(Family, "generate", spy)
-    found = made(config, family, tmp_path)
-    assert len(set(found.values())) == 5
-    assert prompts == ["a dog"] * 5
+    images = draw(config, family, tmp_path)
+    assert len(set(images.values())) == 5
+    assert texts == ["a dog"] * 5
     photos = read_pictures(class_images_folder(config, family, tmp_path))
     assert [photo.image.size for photo in photos] == [(16, 16)] * 5
 
 
-def test_a_set_that_is_there_is_not_made_again(
+def test_a_complete_set_is_not_drawn_again(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = made(config, family, tmp_path)
-    seeds = counted(monkeypatch)
-    assert made(config, family, tmp_path) == first
+    first = draw(config, family, tmp_path)
+    seeds = record_seeds(monkeypatch)
+    assert draw(config, family, tmp_path) == first
     assert seeds == []
 
 
-def test_settings_that_change_no_class_picture_share_the_set(
+def test_settings_that_change_no_class_image_share_the_set(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = made(config, family, tmp_path)
-    seeds = counted(monkeypatch)
-    other = config.replace(
+    first = draw(config, family, tmp_path)
+    seeds = record_seeds(monkeypatch)
+    changed = config.replace(
         steps=9,
         learning_rate=1.0,
         prior_weight=0.5,
         subject=Subject("elsewhere", "dog", identifier="sks"),
     )
-    assert made(other, family, tmp_path) == first
+    assert draw(changed, family, tmp_path) == first
     assert seeds == []
 
 
@@ -104,35 +104,35 @@ def test_settings_that_change_no_class_picture_share_the_set(
     ],
     ids=["prompt", "steps", "guidance", "seed"],
 )
-def test_each_setting_that_changes_pictures_makes_a_set_of_its_own(
+def test_each_setting_that_changes_the_images_gets_a_set_of_its_own(
     changes: dict[str, Any], config: TrainConfig, family: Family, tmp_path: Path
 ) -> None:
     config = config.replace(class_images=2)
-    first = made(config, family, tmp_path)
-    other = made(config.replace(**changes), family, tmp_path)
+    first = draw(config, family, tmp_path)
+    other = draw(config.replace(**changes), family, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert first.values() != other.values()
     assert list(first.values()) != list(other.values())
-    assert made(config, family, tmp_path) == first
+    assert draw(config, family, tmp_path) == first
 
 
-def test_other_weights_in_the_same_folder_make_a_set_of_their_own(
+def test_other_weights_in_the_same_folder_get_a_set_of_their_own(
     tiny_sd1: str, photos: str, make_config: Make, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_sd1, base)
     config = make_config(str(base), photos, class_images=2)
-    first = made(config, loading.load_model(str(base)), tmp_path / "sets")
+    first = draw(config, loading.load_model(str(base)), tmp_path / "sets")
     (file,) = (base / "unet").glob("*.safetensors")
     tensors = load_file(file)
     tensors["conv_out.bias"] = tensors["conv_out.bias"] + 1
     save_file(tensors, file, {"format": "pt"})
-    other = made(config, loading.load_model(str(base)), tmp_path / "sets")
+    other = draw(config, loading.load_model(str(base)), tmp_path / "sets")
     assert len(list((tmp_path / "sets").iterdir())) == 2
     assert list(first.values()) != list(other.values())
 
 
-def test_another_sampler_makes_a_set_of_its_own(
+def test_another_sampler_gets_a_set_of_its_own(
     config: TrainConfig, tiny_sd1: str, tmp_path: Path
 ) -> None:
     from diffusers import EulerDiscreteScheduler
@@ -144,35 +144,35 @@ def test_another_sampler_makes_a_set_of_its_own(
     assert class_images_folder(config, family, tmp_path) != ddim
 
 
-def test_deleted_pictures_are_made_again_and_only_those_to_the_byte(
+def test_only_deleted_images_are_drawn_again_and_identical_to_the_byte(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = made(config, family, tmp_path)
-    place = class_images_folder(config, family, tmp_path)
+    first = draw(config, family, tmp_path)
+    folder = class_images_folder(config, family, tmp_path)
     for number in (1, 3):
-        (place / f"{number:05d}.png").unlink()
-    seeds = counted(monkeypatch)
-    assert made(config, family, tmp_path) == first
+        (folder / f"{number:05d}.png").unlink()
+    seeds = record_seeds(monkeypatch)
+    assert draw(config, family, tmp_path) == first
     assert seeds == [1, 3]
 
 
-def test_a_larger_count_adds_pictures_and_a_smaller_one_uses_fewer(
+def test_a_larger_count_adds_images_and_a_smaller_one_uses_fewer(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = made(config.replace(class_images=3), family, tmp_path)
-    seeds = counted(monkeypatch)
-    more = made(config, family, tmp_path)
+    first = draw(config.replace(class_images=3), family, tmp_path)
+    seeds = record_seeds(monkeypatch)
+    more = draw(config, family, tmp_path)
     assert seeds == [3, 4]
     assert {name: more[name] for name in first} == first
-    assert list(made(config.replace(class_images=2), family, tmp_path)) == list(first)[:2]
+    assert list(draw(config.replace(class_images=2), family, tmp_path)) == list(first)[:2]
     assert seeds == [3, 4]
 
 
-def test_pictures_do_not_depend_on_what_was_drawn_beside_them(
+def test_images_do_not_depend_on_the_rest_of_their_batch(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pixels(folder: Path) -> np.ndarray:
-        made(config, family, folder)
+        draw(config, family, folder)
         photos = read_pictures(class_images_folder(config, family, folder))
         return np.stack([np.asarray(photo.image).astype(int) for photo in photos])
 
@@ -183,42 +183,42 @@ def test_pictures_do_not_depend_on_what_was_drawn_beside_them(
     assert np.abs(together[0] - together[1]).max() > 1
 
 
-def test_two_processes_make_disjoint_shares_of_the_same_set(
+def test_two_processes_draw_disjoint_parts_of_the_same_set(
     config: TrainConfig, family: Family, tmp_path: Path
 ) -> None:
-    shares = [
+    parts = [
         [path.name for path in draw_class_images(config, family, tmp_path / "two", rank, 2)]
         for rank in (0, 1)
     ]
-    assert sorted(shares[0] + shares[1]) == [f"{n:05d}.png" for n in range(5)]
-    whole = made(config, family, tmp_path / "one")
+    assert sorted(parts[0] + parts[1]) == [f"{n:05d}.png" for n in range(5)]
+    complete = draw(config, family, tmp_path / "one")
     assert [p.name for p in (tmp_path / "two").iterdir()] == [
         p.name for p in (tmp_path / "one").iterdir()
     ]
-    place = class_images_folder(config, family, tmp_path / "two")
-    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in place.glob("*.png")} == (
-        whole
+    folder = class_images_folder(config, family, tmp_path / "two")
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.png")} == (
+        complete
     )
 
 
-def test_a_generator_left_early_leaves_whole_pictures_only_and_is_gone_on_with(
+def test_a_generator_closed_early_leaves_only_whole_images_and_is_continued_later(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Family, "default_batch_size", 2)
-    making = draw_class_images(config, family, tmp_path)
+    drawing = draw_class_images(config, family, tmp_path)
     for _ in range(3):
-        next(making)
-    making.close()
-    place = class_images_folder(config, family, tmp_path)
-    names = sorted(path.name for path in place.iterdir())
+        next(drawing)
+    drawing.close()
+    folder = class_images_folder(config, family, tmp_path)
+    names = sorted(path.name for path in folder.iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "manifest.json"]
-    assert len(read_pictures(place)) == 3
-    seeds = counted(monkeypatch)
-    assert len(made(config, family, tmp_path)) == 5
+    assert len(read_pictures(folder)) == 3
+    seeds = record_seeds(monkeypatch)
+    assert len(draw(config, family, tmp_path)) == 5
     assert seeds == [3, 4]
 
 
-def test_a_write_that_fails_leaves_no_half_picture(
+def test_a_failed_write_leaves_no_partial_image(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Path.write_bytes
@@ -232,23 +232,23 @@ def test_a_write_that_fails_leaves_no_half_picture(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", failing)
         with pytest.raises(OSError, match="no space"):
-            made(config, family, tmp_path)
+            draw(config, family, tmp_path)
     photos = read_pictures(class_images_folder(config, family, tmp_path))
     assert [photo.name for photo in photos] == ["00000.png", "00001.png"]
-    assert len(made(config, family, tmp_path)) == 5
+    assert len(draw(config, family, tmp_path)) == 5
 
 
-def test_sampling_class_pictures_leaves_the_global_generator_alone(
+def test_drawing_class_images_leaves_the_global_generator_alone(
     config: TrainConfig, family: Family, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    made(config, family, tmp_path)
+    draw(config, family, tmp_path)
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_users_own_class_pictures_are_used_and_none_is_made(
+def test_the_users_own_class_images_are_used_and_none_are_drawn(
     tiny_sd1: str,
     photos: str,
     make_config: Make,
@@ -256,7 +256,7 @@ def test_the_users_own_class_pictures_are_used_and_none_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses = []
-    seeds = counted(monkeypatch)
+    seeds = record_seeds(monkeypatch)
     for name, colour in (("one", "red"), ("two", "navy")):
         own = tmp_path / name
         own.mkdir()

@@ -1,4 +1,4 @@
-"""Every family with every method and prior: trained, stopped, resumed, saved and read back."""
+"""Every family with every method and prior: trained, interrupted, resumed, saved and loaded."""
 
 import signal
 from collections.abc import Callable
@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.data.images import Photo, captioned
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
 from dreambooth_lib.training import fused_optimizer, lora, optimizer_step, runs
 from dreambooth_lib.training.checkpoints import load_state
-from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.loop import training_steps as updates_of
+from dreambooth_lib.training.loop import train, training_steps
+from dreambooth_lib.training.prior_distillation import with_class_captions
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import compose, load_source, sample
 from dreambooth_lib.training.setup import Trainer
@@ -46,41 +50,41 @@ def denoiser(family: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prior", ["generated", "distilled", "none"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_resumes_bit_for_bit_and_plain_diffusers_reads_what_it_saves(
+def test_a_run_resumes_bit_for_bit_and_plain_diffusers_loads_its_pipeline(
     family: str, method: str, prior: str, started: Callable[..., Run], tmp_path: Path
 ) -> None:
-    whole = started("whole", family, method=method, prior=prior)
-    steps = list(train(whole))
+    complete = started("complete", family, method=method, prior=prior)
+    steps = list(train(complete))
     assert [step.step for step in steps] == [1, 2]
     assert all((step.prior_loss is None) == (prior == "none") for step in steps)
     assert (tmp_path / "class_images").exists() == (prior == "generated")
-    broken = started("broken", family, method=method, prior=prior)
-    for _ in islice(train(broken), 1):
+    interrupted = started("interrupted", family, method=method, prior=prior)
+    for _ in islice(train(interrupted), 1):
         pass
-    list(train(runs.resume(broken.folder)))
-    one, other = (load_state(run.checkpoints()[2]) for run in (whole, broken))
-    assert one["model"].keys() == other["model"].keys()
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    tuned = load_source(whole)
+    list(train(runs.resume(interrupted.folder)))
+    first, second = (load_state(run.checkpoints()[2]) for run in (complete, interrupted))
+    assert first["model"].keys() == second["model"].keys()
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    tuned = load_source(complete)
     if method == "full":
-        plain = DiffusionPipeline.from_pretrained(whole.pipeline)
+        plain = DiffusionPipeline.from_pretrained(complete.pipeline)
     else:
-        assert not any(path.name.startswith("diffusion") for path in whole.pipeline.iterdir())
-        plain = DiffusionPipeline.from_pretrained(whole.config.base)
-        plain.load_lora_weights(whole.pipeline)
+        assert not any(path.name.startswith("diffusion") for path in complete.pipeline.iterdir())
+        plain = DiffusionPipeline.from_pretrained(complete.config.base)
+        plain.load_lora_weights(complete.pipeline)
         plain.fuse_lora()
         plain.unload_lora_weights()
-    kept = getattr(plain, tuned.denoiser_name).state_dict()
-    assert kept.keys() == denoiser(tuned).keys()
-    assert all(torch.equal(kept[name], value) for name, value in denoiser(tuned).items())
-    base = loading.load_model(whole.config.base)
+    saved = getattr(plain, tuned.denoiser_name).state_dict()
+    assert saved.keys() == denoiser(tuned).keys()
+    assert all(torch.equal(saved[name], value) for name, value in denoiser(tuned).items())
+    base = loading.load_model(complete.config.base)
     assert any(not torch.equal(v, denoiser(base)[name]) for name, v in denoiser(tuned).items())
-    (picture,) = sample(whole, ["a {} dog"], [0], steps=1)
-    assert picture.image.size == (16, 16)
+    (result,) = sample(complete, ["a {} dog"], [0], steps=1)
+    assert result.image.size == (16, 16)
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_the_saved_lora_draws_what_the_trained_one_does(
+def test_a_saved_lora_draws_the_same_images_as_the_trained_one(
     family: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", family, method="lora", lora_alpha=6, learning_rate=0.1, ema_decay=0.5)
@@ -88,19 +92,13 @@ def test_the_saved_lora_draws_what_the_trained_one_does(
     before, after = (sample(run, ["a {} dog"], [0], steps=2, at=at)[0].image for at in (2, None))
     plain = sample(run.config.base, ["a ohwx dog"], [0], steps=2)[0].image
     distance = [
-        max(high for _, high in _difference(before, other).getextrema())
-        for other in (after, plain.resize(after.size))
+        max(high for _, high in ImageChops.difference(before, image).getextrema())
+        for image in (after, plain.resize(after.size))
     ]
     assert distance[0] <= 1 < distance[1]
 
 
-def _difference(one: Any, other: Any) -> Any:
-    from PIL import ImageChops
-
-    return ImageChops.difference(one, other)
-
-
-def test_lora_starts_at_the_base_and_trains_its_own_weights_only(
+def test_lora_starts_from_the_base_and_trains_only_its_own_weights(
     started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     run = started("run", "sd1", method="lora", train_text_encoder=True, lora_layers="all")
@@ -125,22 +123,22 @@ def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
     run = started("run", "sdxl", method="lora", **changes)
     list(train(run))
     base, tuned = loading.load_model(tiny_bases("sdxl")), load_source(run)
-    for one, other in zip(base.text_encoders, tuned.text_encoders, strict=True):
-        name = next(n for n, _ in one.named_parameters() if n.endswith("q_proj.weight"))
-        assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
+    for first, second in zip(base.text_encoders, tuned.text_encoders, strict=True):
+        name = next(n for n, _ in first.named_parameters() if n.endswith("q_proj.weight"))
+        assert not torch.equal(first.get_parameter(name), second.get_parameter(name))
 
 
 def test_lora_does_not_depend_on_what_was_drawn_before(started: Callable[..., Run]) -> None:
     torch.manual_seed(1)
-    one = Trainer(started("one", "sd1", method="lora")).trainable.trained_weights()
+    first = Trainer(started("first", "sd1", method="lora")).trainable.trained_weights()
     torch.manual_seed(2)
-    other = Trainer(started("other", "sd1", method="lora")).trainable.trained_weights()
+    second = Trainer(started("second", "sd1", method="lora")).trainable.trained_weights()
     seeded = Trainer(started("seeded", "sd1", method="lora", seed=3)).trainable.trained_weights()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert any(not torch.equal(one[name], seeded[name]) for name in one)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], seeded[name]) for name in first)
 
 
-def test_dora_learns_a_magnitude_of_each_layer(started: Callable[..., Run]) -> None:
+def test_dora_learns_a_magnitude_for_each_layer(started: Callable[..., Run]) -> None:
     run = started("run", "sd1", method="lora", dora=True)
     list(train(run))
     assert any("magnitude" in name for name in load_state(run.checkpoints()[2])["model"])
@@ -167,18 +165,18 @@ def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
     run = started("run", "sd1", method=method, prior="distilled", learning_rate=0.05)
     trainer = Trainer(run)
     assert trainer.batches.teacher is not None
-    list(islice(updates_of(trainer), 2))
+    list(islice(training_steps(trainer), 2))
     batch = trainer.batches.at(2)
     assert batch.prompts == ["a ohwx dog"] * 2 + ["a dog"] * 2
-    taught = trainer.batches.teacher(batch)
+    distilled = trainer.batches.teacher(batch)
     base = loading.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         cond = base.encode_prompts(["a dog"] * 2)
         expected = base.predict(batch.noised.x_t[2:], batch.noised.t[2:], cond)
-        moved = trainer.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
-    assert torch.allclose(taught.target[2:], expected, atol=1e-5)
-    assert not torch.allclose(taught.target[2:], moved, atol=1e-3)
-    assert torch.equal(taught.target[:2], batch.noised.target[:2])
+        current = trainer.model(batch.noised.x_t[2:], batch.noised.t[2:], cond, [])
+    assert torch.allclose(distilled.target[2:], expected, atol=1e-5)
+    assert not torch.allclose(distilled.target[2:], current, atol=1e-3)
+    assert torch.equal(distilled.target[:2], batch.noised.target[:2])
 
 
 def test_the_distilled_prior_of_an_untrained_model_is_zero(started: Callable[..., Run]) -> None:
@@ -187,13 +185,7 @@ def test_the_distilled_prior_of_an_untrained_model_is_zero(started: Callable[...
     assert first.instance_loss > 0.1
 
 
-def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
-    from PIL import Image
-
-    from dreambooth_lib.core.config import Subject
-    from dreambooth_lib.data.images import Photo, captioned
-    from dreambooth_lib.training.prior_distillation import with_class_captions
-
+def test_captions_name_the_class_when_the_prior_is_distilled() -> None:
     image = Image.new("RGB", (8, 8))
     photos = [Photo("a", image), Photo("b", image, "a ohwx dog on the beach")]
     dog = Subject("p", "dog")
@@ -202,9 +194,9 @@ def test_captions_name_the_class_where_the_prior_is_distilled() -> None:
     assert captions == ["a dog", "a dog on the beach"]
 
 
-def test_switching_off_is_undone(started: Callable[..., Run]) -> None:
+def test_disabling_lora_is_undone(started: Callable[..., Run]) -> None:
     trainer = Trainer(started("run", "sd1", method="lora", learning_rate=0.1))
-    next(updates_of(trainer))
+    next(training_steps(trainer))
     family, x_t, t = trainer.family, torch.ones(1, 4, 8, 8), torch.tensor([5])
     with torch.no_grad():
         cond = family.encode_prompts(["a dog"])
@@ -221,22 +213,22 @@ def test_switching_off_is_undone(started: Callable[..., Run]) -> None:
 def test_low_memory_trains_and_resumes_bit_for_bit(
     family: str, memory: str, started: Callable[..., Run]
 ) -> None:
-    whole = started("whole", family, memory=memory)
-    list(train(whole))
-    broken = started("broken", family, memory=memory)
-    for _ in islice(train(broken), 1):
+    complete = started("complete", family, memory=memory)
+    list(train(complete))
+    interrupted = started("interrupted", family, memory=memory)
+    for _ in islice(train(interrupted), 1):
         pass
-    list(train(runs.resume(broken.folder)))
-    one, other = (load_state(run.checkpoints()[2]) for run in (whole, broken))
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    half = {value.dtype for value in one["model"].values()}
+    list(train(runs.resume(interrupted.folder)))
+    first, second = (load_state(run.checkpoints()[2]) for run in (complete, interrupted))
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    half = {value.dtype for value in first["model"].values()}
     assert half == {torch.bfloat16 if memory == "lowest" else torch.float32}
-    saved = [load_file(file) for file in whole.pipeline.glob("*/*.safetensors")]
-    found = {value.dtype for weights in saved for value in weights.values()}
-    assert found - half == ({torch.float32} if memory == "lowest" else set()), "what never trains"
-    assert {p.dtype for p in load_source(whole).denoiser.parameters()} == {torch.float32}
-    assert sample(whole, ["a {} dog"], [0], steps=1, at=2)
-    assert sample(whole, ["a {} dog"], [0], steps=1)
+    saved = [load_file(file) for file in complete.pipeline.glob("*/*.safetensors")]
+    dtypes = {value.dtype for weights in saved for value in weights.values()}
+    assert dtypes - half == ({torch.float32} if memory == "lowest" else set()), "what never trains"
+    assert {p.dtype for p in load_source(complete).denoiser.parameters()} == {torch.float32}
+    assert sample(complete, ["a {} dog"], [0], steps=1, at=2)
+    assert sample(complete, ["a {} dog"], [0], steps=1)
 
 
 @pytest.mark.parametrize(
@@ -247,49 +239,54 @@ def test_a_resumed_run_uses_its_schedules_rates(
     memory: str, schedule: dict[str, Any], started: Callable[..., Run]
 ) -> None:
     fields = {"memory": memory, "steps": 4, "prior_weight": 0.0, "validate_every": 0} | schedule
-    whole, broken = started("whole", "sd1", **fields), started("broken", "sd1", **fields)
-    list(train(whole))
-    for _ in islice(train(broken), 2):
+    complete, interrupted = (
+        started("complete", "sd1", **fields),
+        started("interrupted", "sd1", **fields),
+    )
+    list(train(complete))
+    for _ in islice(train(interrupted), 2):
         pass
-    list(train(runs.resume(broken.folder)))
-    one, other = (load_state(run.checkpoints()[4])["model"] for run in (whole, broken))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    list(train(runs.resume(interrupted.folder)))
+    first, second = (load_state(run.checkpoints()[4])["model"] for run in (complete, interrupted))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_low_memory_gives_what_standard_does(method: str, started: Callable[..., Run]) -> None:
-    # The norm of all gradients is never cut at so high a limit.
+def test_low_memory_trains_the_same_weights_as_standard(
+    method: str, started: Callable[..., Run]
+) -> None:
+    # The gradient norm is never clipped at so high a limit.
     standard = started("standard", "sd1", method=method, steps=5, max_grad_norm=1e9)
     low = started("low", "sd1", method=method, steps=5, memory="low")
     losses = [[step.loss for step in train(run)] for run in (standard, low)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    one, other = (load_state(run.checkpoints()[5])["model"] for run in (standard, low))
-    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    first, second = (load_state(run.checkpoints()[5])["model"] for run in (standard, low))
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
-def test_a_run_goes_on_at_another_memory_level(started: Callable[..., Run]) -> None:
-    whole = started("whole", "sd1", steps=3, max_grad_norm=1e9)
-    list(train(whole))
+def test_a_run_resumes_at_another_memory_level(started: Callable[..., Run]) -> None:
+    complete = started("complete", "sd1", steps=3, max_grad_norm=1e9)
+    list(train(complete))
     eased = started("eased", "sd1", steps=3, max_grad_norm=1e9)
     for _ in islice(train(eased), 1):
         pass
     list(train(runs.resume(eased.folder, memory="low", max_grad_norm=None)))
-    one, other = (load_state(run.checkpoints()[3])["model"] for run in (whole, eased))
-    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    first, second = (load_state(run.checkpoints()[3])["model"] for run in (complete, eased))
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
-def test_lowest_keeps_its_average_and_its_end_in_float32(started: Callable[..., Run]) -> None:
+def test_lowest_keeps_its_ema_and_final_weights_in_float32(started: Callable[..., Run]) -> None:
     run = started("run", "sd1", memory="lowest", ema_decay=0.9)
     list(train(run))
     state = load_state(run.checkpoints()[2])
     assert {value.dtype for value in state["ema"]["shadow_params"]} == {torch.float32}
-    kept = dict(load_source(run).denoiser.named_parameters())
+    final = dict(load_source(run).denoiser.named_parameters())
     names = [name.removeprefix("denoiser.") for name in state["model"]]
     for name, value in zip(names, state["ema"]["shadow_params"], strict=True):
-        assert torch.allclose(kept[name], value, atol=1e-2)
+        assert torch.allclose(final[name], value, atol=1e-2)
 
 
-def test_gradients_never_exist_together_at_low(
+def test_at_low_memory_gradients_never_all_exist_at_once(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_optimizer, "CHUNK", 1)
@@ -302,11 +299,11 @@ def test_gradients_never_exist_together_at_low(
 
     for parameter in trainer.optimizer.parameters:
         parameter.register_post_accumulate_grad_hook(count)
-    next(updates_of(trainer))
+    next(training_steps(trainer))
     assert most <= 3 < len(trainer.optimizer.parameters)
 
 
-def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) -> None:
+def test_a_lora_at_low_memory_has_the_ordinary_optimizer(started: Callable[..., Run]) -> None:
     fields = {"method": "lora", "batch_size": 2, "max_grad_norm": 1e-3, "gradient_accumulation": 2}
     runs_ = [started(level, "sd1", memory=level, **fields) for level in ("standard", "low")]
     trainer = Trainer(runs_[1])
@@ -317,8 +314,8 @@ def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) ->
     assert trainer.family.denoiser.is_gradient_checkpointing
     losses = [[step.loss for step in train(run)] for run in runs_]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    one, other = (load_state(run.checkpoints()[2])["model"] for run in runs_)
-    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    first, second = (load_state(run.checkpoints()[2])["model"] for run in runs_)
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -329,30 +326,28 @@ def test_a_lora_at_low_has_an_ordinary_optimizer(started: Callable[..., Run]) ->
         ({"mixed_precision": "no", "memory": "lowest"}, "mixed_precision is 'no'"),
     ],
 )
-def test_what_low_memory_cannot_mean_is_refused(
+def test_settings_that_low_memory_cannot_honour_are_rejected(
     changes: dict[str, Any], reason: str, make_config: Make
 ) -> None:
-    from dreambooth_lib.core.config_checks import ConfigError
-
     with pytest.raises(ConfigError, match=reason):
         make_config("toybox", "photos", **({"memory": "low"} | changes))
 
 
-def test_a_loras_checkpoint_comes_back_as_plain_models(
+def test_a_loras_checkpoint_loads_as_plain_models(
     started: Callable[..., Run], tmp_path: Path
 ) -> None:
     run = started("run", "sdxl", method="lora", train_text_encoder=True, learning_rate=0.1)
     list(train(run))
-    load_source(run, 2).pipeline.save_pretrained(tmp_path / "kept")
-    plain, end = DiffusionPipeline.from_pretrained(tmp_path / "kept"), load_source(run)
+    load_source(run, 2).pipeline.save_pretrained(tmp_path / "merged")
+    plain, end = DiffusionPipeline.from_pretrained(tmp_path / "merged"), load_source(run)
     for name in ("unet", "text_encoder", "text_encoder_2"):
-        one, other = (getattr(p, name).state_dict() for p in (plain, end.pipeline))
-        assert one.keys() == other.keys()
-        assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+        first, second = (getattr(p, name).state_dict() for p in (plain, end.pipeline))
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
 
 
 @pytest.mark.parametrize("order", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
-def test_a_run_goes_on_by_another_optimizer(
+def test_a_run_resumes_with_another_optimizer(
     order: tuple[str, str], started: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = started("run", "sd1", optimizer=order[0], prior_weight=0.0)
@@ -363,30 +358,33 @@ def test_a_run_goes_on_by_another_optimizer(
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_while_the_average_is_looked_at_leaves_the_runs_own_weights(
+def test_an_interrupt_during_validation_of_the_ema_weights_restores_the_trained_ones(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(started("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
-    list(islice(updates_of(trainer), 2))
+    list(islice(training_steps(trainer), 2))
     optimizer = trainer.optimizer
     own = [parameter.detach().clone() for parameter in optimizer.parameters]
 
-    with pytest.raises(KeyboardInterrupt), optimizer.ema_weights():
+    with pytest.raises(KeyboardInterrupt), optimizer.ema.swapped_in():
         assert not all(map(torch.equal, own, optimizer.parameters))
-        real = optimizer_step.copy_weights
+        restore = EMAModel.restore
 
-        def interrupted(source: Any, target: Any) -> None:
-            pairs = list(zip(source, target, strict=True))
-            real(*zip(*pairs[:2], strict=True))
-            signal.raise_signal(signal.SIGINT)
-            real(*zip(*pairs[2:], strict=True))
+        def interrupted(average: EMAModel, parameters: Any) -> None:
+            def interrupting() -> Any:
+                for number, parameter in enumerate(parameters):
+                    if number == 2:
+                        signal.raise_signal(signal.SIGINT)
+                    yield parameter
 
-        monkeypatch.setattr(optimizer_step, "copy_weights", interrupted)
+            restore(average, interrupting())
+
+        monkeypatch.setattr(EMAModel, "restore", interrupted)
     assert all(map(torch.equal, own, optimizer.parameters))
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
-def test_a_run_that_trained_weights_without_effect_goes_on(
+def test_a_run_that_trained_unused_weights_can_be_resumed(
     ema: float | None, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -403,37 +401,35 @@ def test_a_run_that_trained_weights_without_effect_goes_on(
     assert sample(run, ["a {} dog"], [0], steps=1) and load_source(run, 2)
 
 
-def test_a_text_encoder_that_never_trains_is_refused(started: Callable[..., Run]) -> None:
-    from dreambooth_lib.core.config_checks import ConfigError
-
-    with pytest.raises(ConfigError, match=r"train_text_encoder is set .*too large"):
+def test_a_text_encoder_that_is_too_large_to_train_is_rejected(started: Callable[..., Run]) -> None:
+    with pytest.raises(ConfigError, match=r"train_text_encoder is set, .*too large"):
         Trainer(started("run", "z_image", train_text_encoder=True))
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_loras_are_composed_by_their_weights(family: str, started: Callable[..., Run]) -> None:
+def test_loras_are_composed_with_their_weights(family: str, started: Callable[..., Run]) -> None:
     fields = {"method": "lora", "learning_rate": 0.1}
-    one, other = (started(f"seed{seed}", family, seed=seed, **fields) for seed in (0, 1))
-    for run in (one, other):
+    first, second = (started(f"seed{seed}", family, seed=seed, **fields) for seed in (0, 1))
+    for run in (first, second):
         list(train(run))
     base, first, second = (
         denoiser(loading.load_model(name))
-        for name in (one.config.base, str(one.folder), str(other.folder))
+        for name in (first.config.base, str(first.folder), str(second.folder))
     )
-    both = denoiser(compose({one: 1.0, str(other.folder): -0.5}))
+    both = denoiser(compose({first: 1.0, str(second.folder): -0.5}))
     assert both.keys() == base.keys()
     for name, value in both.items():
         expected = first[name] - 0.5 * (second[name] - base[name])
         assert torch.allclose(value, expected, atol=1e-5), name
-    alone = denoiser(compose({one: 1.0}))
+    alone = denoiser(compose({first: 1.0}))
     assert all(torch.equal(alone[name], value) for name, value in first.items())
 
 
-def test_loras_of_two_bases_are_not_composed(started: Callable[..., Run]) -> None:
-    one, other = (started(name, name, method="lora", steps=1) for name in ("sd1", "sd2"))
-    for run in (one, other):
+def test_loras_of_two_bases_cannot_be_composed(started: Callable[..., Run]) -> None:
+    first, second = (started(name, name, method="lora", steps=1) for name in ("sd1", "sd2"))
+    for run in (first, second):
         list(train(run))
     with pytest.raises(BaseError, match="composed on the base that they share, and these are"):
-        compose({one: 1.0, other: 1.0})
+        compose({first: 1.0, second: 1.0})
     with pytest.raises(BaseError, match=r"is no LoRA of this kit's"):
-        compose({one.config.base: 1.0})
+        compose({first.config.base: 1.0})

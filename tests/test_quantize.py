@@ -1,4 +1,4 @@
-"""QLoRA by bitsandbytes' own kernels on a CPU, and text encoders that make room for training."""
+"""QLoRA with bitsandbytes' own kernels on a CPU, and offloaded text encoders."""
 
 import logging
 from collections.abc import Callable
@@ -30,9 +30,9 @@ LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers asks for a GPU, which bitsandbytes does not need.
+    """Let diffusers quantize without a GPU, which bitsandbytes does not need.
 
-    Of the CPU's own kernels those that a GPU does not have want larger layers than a test has.
+    The kernels that only a CPU has need larger layers than those of these tests.
     """
     monkeypatch.setattr(loading, "_has_gpu", lambda: True)
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
@@ -56,7 +56,7 @@ def started(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_quantizing_is_refused_in_a_sentence(started: Callable[..., Run]) -> None:
+def test_quantizing_without_a_gpu_is_rejected_with_a_remedy(started: Callable[..., Run]) -> None:
     with pytest.raises(BaseError, match=r"quantize is 'nf4', which needs a GPU, .*leave quantize"):
         Trainer(started("run", "sd1", quantize="nf4"))
 
@@ -67,29 +67,31 @@ def test_without_a_gpu_quantizing_is_refused_in_a_sentence(started: Callable[...
 def test_a_quantized_base_trains_its_lora_resumes_and_draws(
     family: str, bits: str, started: Callable[..., Run], without_gpu: None
 ) -> None:
-    whole = started("whole", family, quantize=bits)
-    trainer = Trainer(whole)
+    complete = started("complete", family, quantize=bits)
+    trainer = Trainer(complete)
     kinds = {type(module) for module in trainer.family.denoiser.modules()}
     assert LAYERS[bits] in kinds
     names = (*trainer.family.encoder_names, *trainer.family.large_encoder_names)
     assert all(getattr(trainer.family.pipeline, name) is None for name in names)
     assert all("lora_" in name for name in trainer.trainable.trained_weights())
-    list(train(whole))
-    broken = started("broken", family, quantize=bits)
-    for _ in islice(train(broken), 1):
+    list(train(complete))
+    interrupted = started("interrupted", family, quantize=bits)
+    for _ in islice(train(interrupted), 1):
         pass
-    list(train(runs.resume(broken.folder)))
-    one, other = (load_state(run.checkpoints()[2])["model"] for run in (whole, broken))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    tuned = load_source(whole)
+    list(train(runs.resume(interrupted.folder)))
+    first, second = (load_state(run.checkpoints()[2])["model"] for run in (complete, interrupted))
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+    tuned = load_source(complete)
     assert LAYERS[bits] in {type(module) for module in tuned.denoiser.modules()}
-    pictures = [sample(whole, ["a {} dog"], [0], steps=1, at=at)[0].image for at in (2, None)]
-    assert pictures[0].size == (16, 16)
-    assert max(high for _, high in ImageChops.difference(*pictures).getextrema()) <= 1
+    images = [sample(complete, ["a {} dog"], [0], steps=1, at=at)[0].image for at in (2, None)]
+    assert images[0].size == (16, 16)
+    assert max(high for _, high in ImageChops.difference(*images).getextrema()) <= 1
 
 
 @pytest.mark.parametrize(("family", "bits"), [("sd3", "int8"), ("sdxl", "nf4")])
-def test_quantizing_tells_nothing_that_is_as_it_should_be(
+def test_quantizing_prints_no_needless_warnings(
     family: str,
     bits: str,
     started: Callable[..., Run],
@@ -97,16 +99,16 @@ def test_quantizing_tells_nothing_that_is_as_it_should_be(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("diffusers", "transformers"):  # which keep their records to themselves
+    for name in ("diffusers", "transformers"):  # whose records do not propagate
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     for name in ("diffusers", "transformers", "bitsandbytes"):
         caplog.set_level(logging.WARNING, name)
     list(islice(train(started("run", family, quantize=bits)), 1))
-    told = [record.getMessage() for record in caplog.records]
-    assert not [line for line in told if "MatMul8bitLt" in line or "will be ignored" in line]
+    lines = [record.getMessage() for record in caplog.records]
+    assert not [line for line in lines if "MatMul8bitLt" in line or "will be ignored" in line]
 
 
-def test_the_base_is_quantized_and_its_lora_is_what_is_learnt(
+def test_the_base_is_quantized_and_only_its_lora_learns(
     started: Callable[..., Run], without_gpu: None
 ) -> None:
     run = started("run", "flux", quantize="nf4", learning_rate=0.1)
@@ -117,11 +119,14 @@ def test_the_base_is_quantized_and_its_lora_is_what_is_learnt(
         source.generate([("a ohwx dog", 0)], 2, 1.0)[0]
         for source in (loading.load_model(config.base), quantized, load_source(run))
     ]
-    far = [max(h for _, h in ImageChops.difference(one, drawn[1]).getextrema()) for one in drawn]
-    assert far[1] == 0 and far[0] > 0 and far[2] > 5
+    distance = [
+        max(high for _, high in ImageChops.difference(image, drawn[1]).getextrema())
+        for image in drawn
+    ]
+    assert distance[1] == 0 and distance[0] > 0 and distance[2] > 5
 
 
-def test_quantizing_is_for_lora_and_not_on_top_of_one(
+def test_quantizing_needs_a_lora_on_a_base_that_is_not_a_lora(
     started: Callable[..., Run], without_gpu: None
 ) -> None:
     with pytest.raises(ConfigError, match="quantize is 'nf4' but method is 'full'"):
@@ -136,53 +141,55 @@ def test_quantizing_is_for_lora_and_not_on_top_of_one(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux", "z_image"])
-def test_known_prompts_draw_what_the_text_encoders_would_have_said(
+def test_cached_prompts_draw_the_same_images_as_the_text_encoders(
     family: str, tiny_bases: Callable[[str], str]
 ) -> None:
     prompts = ["a dog", "a ohwx dog"]
-    whole = loading.load_model(tiny_bases(family), resolution=16)
-    known = loading.load_model(tiny_bases(family), resolution=16, prompts=prompts)
-    assert known.text_encoders == [] and len(known.frozen) == 1
-    wanted = [(prompt, seed) for prompt in prompts for seed in (0, 1)]
-    for one, other in zip(
-        whole.generate(wanted, 2, 4.0), known.generate(wanted, 2, 4.0), strict=True
+    complete = loading.load_model(tiny_bases(family), resolution=16)
+    cached = loading.load_model(tiny_bases(family), resolution=16, prompts=prompts)
+    assert cached.text_encoders == [] and len(cached.frozen) == 1
+    seeded = [(prompt, seed) for prompt in prompts for seed in (0, 1)]
+    for first, second in zip(
+        complete.generate(seeded, 2, 4.0), cached.generate(seeded, 2, 4.0), strict=True
     ):
-        assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
+        assert max(high for _, high in ImageChops.difference(first, second).getextrema()) <= 1
     with pytest.raises(KeyError, match="a cat"):
-        known.conditioning(["a cat"])
+        cached.conditioning(["a cat"])
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_a_run_without_its_text_encoders_looks_and_saves_as_one_with_them(
+def test_a_run_with_offloaded_text_encoders_validates_and_saves_the_same(
     family: str, started: Callable[..., Run], clip_folder: Path
 ) -> None:
     changes = {"validate_every": 2, "scorer": str(clip_folder), "method": "full"}
     changes |= {"prior": "distilled", "hold_out": False}
-    whole, tight = (
+    standard, low = (
         started(level, family, memory=level, **changes) for level in ("standard", "low")
     )
-    one, other = list(train(whole)), list(train(tight))
-    assert [s.loss for s in one] == pytest.approx([s.loss for s in other], rel=1e-5)
-    assert one[-1].validation and other[-1].validation
-    scores = [step.validation.prompt_adherence for step in (one[-1], other[-1]) if step.validation]
+    first, second = list(train(standard)), list(train(low))
+    assert [s.loss for s in first] == pytest.approx([s.loss for s in second], rel=1e-5)
+    assert first[-1].validation and second[-1].validation
+    scores = [
+        step.validation.prompt_adherence for step in (first[-1], second[-1]) if step.validation
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-2)
-    assert {p.name for p in whole.pipeline.iterdir()} == {p.name for p in tight.pipeline.iterdir()}
-    assert sample(tight, ["a {} dog"], [0], steps=1)
+    assert {p.name for p in standard.pipeline.iterdir()} == {p.name for p in low.pipeline.iterdir()}
+    assert sample(low, ["a {} dog"], [0], steps=1)
 
 
 @pytest.mark.parametrize(("family", "bits"), [("flux", "nf4"), ("sd3", "nf4"), ("sd3", "int8")])
-def test_a_quantized_base_is_counted_as_it_lies_in_memory(
+def test_a_quantized_bases_memory_is_estimated_as_it_is(
     family: str, bits: str, started: Callable[..., Run], without_gpu: None
 ) -> None:
     run = started("run", family, quantize=bits, lora_rank=1, steps=1)
-    found = estimate(run.config, "no")
+    estimated = estimate(run.config, "no")
 
     def size(module: torch.nn.Module) -> int:
         return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
     trainer = Trainer(run)
     real = size(trainer.family.denoiser) + size(trainer.family.pipeline.vae)
-    # The scales of so small layers, which no tensor above holds, are a larger share than usual.
-    assert found.weights == pytest.approx(real, rel=0.05)
-    assert estimate(run.config.replace(quantize=None), "no").weights > found.weights
-    assert found.encoding > 0
+    # No tensor above holds the scales, which weigh more in such small layers than usual.
+    assert estimated.weights == pytest.approx(real, rel=0.05)
+    assert estimate(run.config.replace(quantize=None), "no").weights > estimated.weights
+    assert estimated.encoding > 0

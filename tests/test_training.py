@@ -1,4 +1,4 @@
-"""Training on tiny random bases: what is learnt, saved, resumed, and the same in any split."""
+"""Training on tiny random bases: learning, saving, resuming, and equal results however split."""
 
 import json
 import os
@@ -40,7 +40,7 @@ Make = Callable[..., TrainConfig]
 
 
 def curve(steps: list[Step]) -> list[tuple[float, float, float | None, float]]:
-    """What must be equal in two equal runs: all of a step but its time and memory."""
+    """Return what is equal in equal runs: all of a step but its time and memory."""
     return [(s.loss, s.instance_loss, s.prior_loss, s.lr) for s in steps]
 
 
@@ -49,14 +49,14 @@ def weights(folder: str | Path, part: str = "unet") -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Compare bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.fixture
 def started(tmp_path: Path, photos: str, make_config: Make) -> Callable[..., Run]:
-    """Start a run in a folder of its own; the runs of one test share their class images."""
+    """Start a run in a folder of its own; runs of the same test share their class images."""
 
     def start(name: str, base: str, **changes: Any) -> Run:
         return runs.start(make_config(base, photos, **changes), tmp_path / name)
@@ -85,7 +85,7 @@ def test_both_prediction_types_train_and_save_by_the_same_code(
     assert [row["loss"] for row in run.log()] == [step.loss for step in steps]
 
 
-def test_the_loss_falls_where_one_picture_is_learnt(
+def test_the_loss_falls_when_one_photo_is_learnt(
     tmp_path: Path, tiny_sd1: str, photos: str, make_config: Make
 ) -> None:
     alone = tmp_path / "alone"
@@ -98,7 +98,7 @@ def test_the_loss_falls_where_one_picture_is_learnt(
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_without_prior_weight_there_is_no_prior_loss_and_no_class_picture(
+def test_without_prior_weight_there_are_no_prior_loss_and_no_class_images(
     tmp_path: Path, tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     steps = list(train(started("run", tiny_sd1, prior_weight=0.0, class_images=0)))
@@ -106,16 +106,14 @@ def test_without_prior_weight_there_is_no_prior_loss_and_no_class_picture(
     assert not (tmp_path / "class_images").exists()
 
 
-def test_prior_weight_scales_the_prior_part_of_the_loss(
+def test_prior_weight_scales_the_prior_term_of_the_loss(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     (step,) = train(started("run", tiny_sd1, prior_weight=0.25, steps=1))
     assert step.loss == pytest.approx(step.instance_loss + 0.25 * step.prior_loss, rel=1e-6)
 
 
-def test_an_objective_of_ones_own_takes_the_papers_place(
-    tiny_sd1: str, started: Callable[..., Run]
-) -> None:
+def test_a_custom_objective_replaces_the_papers(tiny_sd1: str, started: Callable[..., Run]) -> None:
     seen = []
 
     def doubled(prediction: torch.Tensor, batch: Batch, config: TrainConfig) -> Loss:
@@ -128,7 +126,7 @@ def test_an_objective_of_ones_own_takes_the_papers_place(
     assert own.loss == pytest.approx(2 * step.loss) and own.prior_loss == 2 * step.prior_loss
 
 
-def test_every_photo_and_every_class_picture_is_used(
+def test_every_photo_and_every_class_image_is_used(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[int, list[int]] = {}
@@ -145,15 +143,15 @@ def test_every_photo_and_every_class_picture_is_used(
     assert sorted(class_used) == sorted([0, 1, 2, 3, 4, 5] * 2)
 
 
-def test_accumulated_micro_batches_give_the_same_curve_and_steps_count_updates(
+def test_micro_batches_give_the_same_losses_and_steps_count_optimizer_steps(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
-    whole = list(train(started("whole", tiny_sd1, batch_size=4, steps=5)))
+    plain = list(train(started("plain", tiny_sd1, batch_size=4, steps=5)))
     split = list(train(started("split", tiny_sd1, batch_size=4, steps=5, gradient_accumulation=2)))
     assert [step.step for step in split] == [1, 2, 3, 4, 5]
-    for one, other in zip(whole, split, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-4)
-        assert one.prior_loss == pytest.approx(other.prior_loss, rel=1e-4)
+    for first, second in zip(plain, split, strict=True):
+        assert first.loss == pytest.approx(second.loss, rel=1e-4)
+        assert first.prior_loss == pytest.approx(second.prior_loss, rel=1e-4)
 
 
 RESUMABLE: dict[str, dict[str, Any]] = {
@@ -169,46 +167,46 @@ RESUMABLE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RESUMABLE)
-def test_a_run_left_early_resumes_bit_for_bit(
+def test_an_interrupted_run_resumes_bit_for_bit(
     name: str, tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     changes = RESUMABLE[name] | {"steps": 5, "batch_size": 1, "gradient_accumulation": 1}
-    whole_run = started("whole", tiny_sd1, **changes)
-    whole = list(train(whole_run))
-    run = started("left", tiny_sd1, **changes)
-    first = []
+    complete_run = started("complete", tiny_sd1, **changes)
+    complete = list(train(complete_run))
+    run = started("interrupted", tiny_sd1, **changes)
+    steps = []
     for step in train(run):
-        first.append(step)
+        steps.append(step)
         if step.step == 2:
             break
     assert list(run.checkpoints()) == [2]
     rest = list(train(runs.resume(run.folder)))
     assert [step.step for step in rest] == [3, 4, 5]
-    assert curve(first + rest) == curve(whole)
+    assert curve(steps + rest) == curve(complete)
     for part in ("unet", "text_encoder", "vae"):
-        assert same(weights(whole_run.pipeline, part), weights(run.pipeline, part)), part
-    one, other = whole_run.load_checkpoint(), run.load_checkpoint()
-    assert one is not None and other is not None
-    equal_states(one, other)
+        assert same(weights(complete_run.pipeline, part), weights(run.pipeline, part)), part
+    first, second = complete_run.load_checkpoint(), run.load_checkpoint()
+    assert first is not None and second is not None
+    equal_states(first, second)
 
 
-def equal_states(one: Any, other: Any, path: str = "") -> None:
-    assert type(one) is type(other), path
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            equal_states(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for number, pair in enumerate(zip(one, other, strict=True)):
+def equal_states(first: Any, second: Any, path: str = "") -> None:
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            equal_states(first[key], second[key], f"{path}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), path
+        for number, pair in enumerate(zip(first, second, strict=True)):
             equal_states(*pair, f"{path}/{number}")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), path
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), path
     else:
-        assert one == other, path
+        assert first == second, path
 
 
-def test_the_eight_bit_optimizer_keeps_and_restores_eight_bit_states(
+def test_the_eight_bit_optimizer_saves_eight_bit_states(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, optimizer="adamw8bit", steps=2)
@@ -233,7 +231,7 @@ def test_an_exception_in_the_callers_loop_saves_a_checkpoint(
     def caller() -> None:
         for step in train(run):
             if step.step == 3:
-                raise RuntimeError("the caller's own")
+                raise RuntimeError("raised by the caller")
 
     with pytest.raises(RuntimeError):
         caller()
@@ -249,11 +247,11 @@ OPTIMIZER_HOOKS = {
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("memory", ["standard", "low"])
 @pytest.mark.parametrize("moment", OPTIMIZER_HOOKS)
-def test_an_interrupt_around_the_optimizers_step_waits_for_the_updates_end(
+def test_an_interrupt_around_the_optimizer_step_waits_until_the_step_is_complete(
     moment: str, memory: str, tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
-    whole_run = started("whole", tiny_sd1, steps=5, memory=memory)
-    whole = list(train(whole_run))
+    complete_run = started("complete", tiny_sd1, steps=5, memory=memory)
+    complete = list(train(complete_run))
     run = started("interrupted", tiny_sd1, steps=5, memory=memory)
     stepper = train(run)
     first = list(islice(stepper, 3))
@@ -265,12 +263,12 @@ def test_an_interrupt_around_the_optimizers_step_waits_for_the_updates_end(
         hook.remove()
     assert max(run.checkpoints()) == len(run.log()) == 4
     rest = list(train(runs.resume(run.folder)))
-    assert curve(first + rest) == curve(whole[:3] + whole[4:])
-    assert same(weights(whole_run.pipeline), weights(run.pipeline))
+    assert curve(first + rest) == curve(complete[:3] + complete[4:])
+    assert same(weights(complete_run.pipeline), weights(run.pipeline))
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_interrupts_are_held_within_a_block_only() -> None:
+def test_interrupts_are_deferred_within_the_block_only() -> None:
     with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
     handler = signal.getsignal(signal.SIGINT)
@@ -288,7 +286,7 @@ def test_training_the_text_encoder_changes_and_saves_it(
     assert same(weights(tiny_sd1, "vae"), weights(run.pipeline, "vae"))
 
 
-def test_the_averaged_weights_are_saved_in_place_of_the_last_ones(
+def test_the_ema_weights_are_saved_instead_of_the_last_ones(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, ema_decay=0.5, steps=3, checkpoint_every=1, checkpoints_kept=9)
@@ -297,7 +295,7 @@ def test_the_averaged_weights_are_saved_in_place_of_the_last_ones(
     by_step = [weights(tiny_sd1)[name]] + [
         training_state(run, step)[f"denoiser.{name}"] for step in (1, 2, 3)
     ]
-    # diffusers' decay of update k is min(decay, (1 + k) / (10 + k)), counted from 0 at the second.
+    # diffusers' decay at step k is min(decay, (1 + k) / (10 + k)), counted from 0 at the second.
     average = by_step[0]
     for k, value in enumerate(by_step[1:]):
         decay = 0.0 if k == 0 else min(0.5, (1 + k) / (10 + k))
@@ -313,12 +311,12 @@ def training_state(run: Run, step: int) -> dict[str, torch.Tensor]:
     return load_state(run.checkpoints()[step])["model"]
 
 
-def test_bf16_trains_weights_kept_in_float32(tiny_sd1: str, started: Callable[..., Run]) -> None:
+def test_bf16_trains_float32_weights(tiny_sd1: str, started: Callable[..., Run]) -> None:
     run = started("run", tiny_sd1, mixed_precision="bf16")
     half = list(train(run))
     full = list(train(started("full", tiny_sd1, mixed_precision="no")))
-    for one, other in zip(half, full, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=0.05)
+    for first, second in zip(half, full, strict=True):
+        assert first.loss == pytest.approx(second.loss, rel=0.05)
     assert curve(half) != curve(full)
     assert {v.dtype for v in weights(run.pipeline).values()} == {torch.float32}
     after, before = weights(run.pipeline), weights(tiny_sd1)
@@ -327,7 +325,7 @@ def test_bf16_trains_weights_kept_in_float32(tiny_sd1: str, started: Callable[..
     assert not torch.equal(after["conv_in.weight"], before["conv_in.weight"])
 
 
-def test_a_run_in_half_precision_saves_the_bases_frozen_parts_unrounded(
+def test_a_run_in_half_precision_saves_the_frozen_parts_unrounded(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, mixed_precision="bf16", steps=1)
@@ -343,8 +341,8 @@ def test_gradient_checkpointing_gives_the_same_losses(
         list(train(started(str(on), tiny_sd1, gradient_checkpointing=on, train_text_encoder=True)))
         for on in (False, True)
     ]
-    for one, other in zip(*both, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    for first, second in zip(*both, strict=True):
+        assert first.loss == pytest.approx(second.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"flip": True}, {"crop": "random"}, {"min_snr_gamma": 0.1}])
@@ -358,7 +356,7 @@ def test_each_of_these_settings_changes_the_losses(
 
 
 def seen_prompts(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every prompt that a run's updates were conditioned on."""
+    """Train a run and return every prompt that its steps were conditioned on."""
     seen: list[str] = []
     forward = Trainable.forward
 
@@ -389,7 +387,7 @@ def test_prompts_are_the_papers_unless_a_photo_has_a_caption(
     assert sorted(seen) == sorted(["a ohwx dog", "a ohwx dog in snow", "a dog", "a dog"] * 2)
 
 
-def test_prompt_dropout_empties_about_its_share_of_prompts(
+def test_prompt_dropout_empties_about_that_ratio_of_prompts(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", tiny_sd1, steps=10, batch_size=8, prompt_dropout=0.4)
@@ -421,7 +419,7 @@ def test_a_non_finite_loss_raises_and_keeps_the_last_good_checkpoint(
     stepper = train(run)
     first = list(islice(stepper, 3))
     errors = loop.per_sample_errors
-    monkeypatch.setattr(loop, "per_sample_errors", lambda *given: errors(*given) * float("nan"))
+    monkeypatch.setattr(loop, "per_sample_errors", lambda *args: errors(*args) * float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"step 4.*learning_rate"):
         next(stepper)
     assert list(run.checkpoints()) == [2]
@@ -433,22 +431,22 @@ def test_a_non_finite_loss_raises_and_keeps_the_last_good_checkpoint(
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_non_finite_gradient_is_never_written_into_weights_or_checkpoints(
+def test_a_non_finite_gradient_never_reaches_weights_or_checkpoints(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, checkpoint_every=1, steps=6)
     trainer = Trainer(run)
-    made = training_steps(trainer)
-    next(made)
+    steps = training_steps(trainer)
+    next(steps)
     trainer.optimizer.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLoss):
-        next(made)
+        next(steps)
     assert list(run.checkpoints()) == [1]
     assert all(torch.isfinite(value).all() for value in training_state(run, 1).values())
     assert all(torch.isfinite(value).all() for value in trainer.optimizer.parameters)
 
 
-def test_a_learning_rate_changed_on_resuming_is_used(
+def test_a_learning_rate_changed_on_resume_is_used(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, lr_schedule="linear", steps=4)
@@ -460,7 +458,7 @@ def test_a_learning_rate_changed_on_resuming_is_used(
     assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_a_finished_run_trained_again_makes_no_update_and_keeps_its_pipeline(
+def test_training_a_finished_run_again_makes_no_step_and_keeps_its_pipeline(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, steps=2)
@@ -471,7 +469,7 @@ def test_a_finished_run_trained_again_makes_no_update_and_keeps_its_pipeline(
     assert [row["step"] for row in run.log()] == [1, 2]
 
 
-def test_a_run_left_at_its_last_step_saves_its_pipeline_when_resumed(
+def test_a_run_interrupted_at_its_last_step_saves_its_pipeline_on_resume(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     run = started("run", tiny_sd1, steps=2)
@@ -483,7 +481,7 @@ def test_a_run_left_at_its_last_step_saves_its_pipeline_when_resumed(
     assert not same(weights(tiny_sd1), weights(run.pipeline))
 
 
-def test_steps_hold_plain_numbers(tiny_sd1: str, started: Callable[..., Run]) -> None:
+def test_steps_contain_plain_numbers(tiny_sd1: str, started: Callable[..., Run]) -> None:
     (step,) = train(started("run", tiny_sd1, steps=1))
     for value in (step.loss, step.instance_loss, step.prior_loss, step.lr, step.seconds):
         assert type(value) is float
@@ -491,7 +489,7 @@ def test_steps_hold_plain_numbers(tiny_sd1: str, started: Callable[..., Run]) ->
     assert step.memory_mb is None or type(step.memory_mb) is float
 
 
-def test_the_same_seed_makes_the_same_run_and_another_seed_another(
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     first, again, other = (
@@ -502,7 +500,7 @@ def test_the_same_seed_makes_the_same_run_and_another_seed_another(
     assert first != other
 
 
-def test_a_batch_that_does_not_split_over_processes_is_refused(
+def test_a_batch_that_does_not_split_across_processes_is_rejected(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", tiny_sd1, batch_size=3)
@@ -540,16 +538,16 @@ def test_a_runs_pipeline_draws_in_plain_diffusers_without_this_library(
     run = started("run", tiny_sd1, steps=1, mixed_precision=precision)
     list(train(run))
     command = [sys.executable, "-c", PLAIN_DIFFUSERS, str(run.pipeline)]
-    # Another folder and no PYTHONPATH, so that nothing of this checkout can be imported.
+    # Another folder and no PYTHONPATH, so that nothing in this checkout can be imported.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    made = subprocess.run(
+    done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.strip() == "(16, 16)"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(16, 16)"
 
 
-def test_a_finished_run_that_trains_on_has_no_pipeline_until_its_new_end(
+def test_a_finished_run_that_is_extended_has_no_pipeline_until_its_new_end(
     tiny_sd1: str, photos: str, tmp_path: Path, make_config: Callable[..., TrainConfig]
 ) -> None:
     run = runs.start(make_config(tiny_sd1, photos, steps=2), tmp_path / "run")
@@ -561,15 +559,15 @@ def test_a_finished_run_that_trains_on_has_no_pipeline_until_its_new_end(
     assert (run.pipeline / "model_index.json").exists()
 
 
-def test_a_second_interrupt_does_not_cut_the_checkpoint_off(
+def test_a_second_interrupt_does_not_truncate_the_checkpoint(
     started: Callable[..., Run], tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As a launcher's processes have it: from the terminal, and from the launcher.
+    # As under a launcher: one interrupt from the terminal, and one from the launcher.
     write = Run.save_checkpoint
 
-    def interrupted(run: Run, *given: Any) -> None:
+    def interrupted(run: Run, *args: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        write(run, *given)
+        write(run, *args)
 
     monkeypatch.setattr(Run, "save_checkpoint", interrupted)
     run = started("run", tiny_sd1)
@@ -596,7 +594,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_a_class_picture():
+def in_a_class_image():
     real = files.replace_file
 
     def killing(path, data):
@@ -643,22 +641,22 @@ def before_the_rename():
 def in_dropping_a_checkpoint():
     real = shutil.rmtree
 
-    def killing(path, *given, **named):
+    def killing(path, *args, **kwargs):
         if Path(path).name == "000002":
             next(Path(path).iterdir()).unlink()
             die()
-        return real(path, *given, **named)
+        return real(path, *args, **kwargs)
 
     shutil.rmtree = killing
 
 
 def at_any_time():
-    """Tells the parent that updates begin; it kills soon after."""
+    """Tell the parent that the steps begin; it kills this process soon after."""
     real = batches.Batches.at
 
-    def telling(made, step):
+    def telling(own, step):
         os.write(pipe[1], b"x")
-        return real(made, step)
+        return real(own, step)
 
     batches.Batches.at = telling
 
@@ -666,8 +664,8 @@ def at_any_time():
 def in_the_pipeline():
     real = diffusers.StableDiffusionPipeline.save_pretrained
 
-    def killing(pipeline, path, **named):
-        real(pipeline, path, **named)
+    def killing(pipeline, path, **kwargs):
+        real(pipeline, path, **kwargs)
         shutil.rmtree(Path(path) / "vae")
         die()
 
@@ -701,7 +699,7 @@ def attempt(moment, *command):
 
 pipe = os.pipe()
 attempt(None, "train", config, "--out", reference)
-attempt(in_a_class_picture, "train", config, "--out", folder)
+attempt(in_a_class_image, "train", config, "--out", folder)
 for moment in (in_a_log_row, in_the_tensors, before_the_rename, in_dropping_a_checkpoint):
     attempt(moment, "resume", folder)
 for _ in range(2):
@@ -711,7 +709,7 @@ attempt(in_the_pipeline, "resume", folder)
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """The log's rows without what differs from one machine's hour to the next."""
+    """Return the log's rows without time and memory."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "memory_mb")} for row in rows]
 
@@ -728,26 +726,26 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
         tiny_sd1, photos, steps=12, checkpoint_every=2, ema_decay=0.9, lr_schedule="cosine"
     )
     (tmp_path / "config.toml").write_text(config.to_toml())
-    # In folders of their own, so that the class images are made twice too.
+    # In folders of their own, so that the class images are drawn twice too.
     killed, reference = tmp_path / "killed" / "run", tmp_path / "reference" / "run"
-    given = [str(tmp_path / "config.toml"), str(killed), str(reference)]
-    made = subprocess.run(
-        [sys.executable, "-c", KILLER, *given],
+    arguments = [str(tmp_path / "config.toml"), str(killed), str(reference)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, *arguments],
         env=one_thread(),
         capture_output=True,
         text=True,
         check=False,
     )
-    attempts = [line.split()[1:] for line in made.stdout.splitlines() if line[:8] == "attempt "]
+    attempts = [line.split()[1:] for line in done.stdout.splitlines() if line[:8] == "attempt "]
     kill = str(int(signal.SIGKILL))
-    assert made.returncode == 0, made.stderr
-    assert [signalled for _, signalled, _ in attempts] == ["0"] + [kill] * 8, made.stdout
+    assert done.returncode == 0, done.stderr
+    assert [signalled for _, signalled, _ in attempts] == ["0"] + [kill] * 8, done.stdout
     assert attempts[0][2] == "0"
     assert not (killed / "pipeline").exists()
     resume = [sys.executable, "-m", "dreambooth_lib", "resume", str(killed)]
     subprocess.run(resume, env=one_thread(), check=True, capture_output=True)
     assert [row["step"] for row in logged(killed)] == list(range(1, 13))
-    assert logged(killed) == logged(reference), made.stdout
+    assert logged(killed) == logged(reference), done.stdout
     for part in ("unet", "vae", "text_encoder"):
         assert same(weights(killed / "pipeline", part), weights(reference / "pipeline", part))
     left = [path.name for path in killed.rglob(".*")] + [

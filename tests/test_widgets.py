@@ -480,16 +480,16 @@ def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
 def test_updates_that_the_loss_scale_skips_are_not_measured(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, move, tries = started(validate_every=0).config, Optimizer._move, []
+    config, apply, tries = started(validate_every=0).config, Optimizer._apply_gradients, []
 
     def skipping(optimizer: Optimizer) -> bool:
         tries.append(optimizer.completed_steps)
-        return move(optimizer) if len(tries) > 12 else False
+        return apply(optimizer) if len(tries) > 12 else False
 
-    monkeypatch.setattr(Optimizer, "_move", skipping)
+    monkeypatch.setattr(Optimizer, "_apply_gradients", skipping)
     assert timing.measure(config).update > 0
     assert len(tries) == 12 + 1 + 3
-    monkeypatch.setattr(Optimizer, "_move", lambda optimizer: False)
+    monkeypatch.setattr(Optimizer, "_apply_gradients", lambda optimizer: False)
     with pytest.raises(loop.NonFiniteLoss, match="use mixed_precision 'no'"):
         timing.measure(config)
 

@@ -62,7 +62,7 @@ def measure(config: TrainConfig) -> Pace:
     )
     with TemporaryDirectory() as folder:
         trainer = Trainer(runs.start(brief, Path(folder) / "run"))
-        look = trainer.validate()
+        look = trainer.validate_if_due()
         # The first one also warms up.
         seconds = [step.seconds for step in islice(training_steps(trainer), 1, 1 + _UPDATES)]
         leaves = tree_leaves(trainer.optimizer.state_dict())

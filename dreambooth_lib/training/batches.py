@@ -1,4 +1,4 @@
-"""What each update sees: instance and class images, noised, with their prompts.
+"""The batch of each training step: noised latents of instance and class images, with prompts.
 
 Every draw is a function of (seed, step), never of a generator that lives on.
 """
@@ -19,7 +19,7 @@ from dreambooth_lib.training.latent_cache import LatentCache
 
 
 class Batch(NamedTuple):
-    """Rows that belong together; ``cond`` is what the base's own text encoders say."""
+    """Noised latents and their conditioning, row by row, by the base's own text encoders."""
 
     noised: Noised
     is_prior: torch.Tensor  # bool [B], true for class images
@@ -36,10 +36,10 @@ def seeded_generator(seed: int, step: int, purpose: int) -> torch.Generator:
 
 
 class Batches:
-    """All pictures as cached latents and all prompts, their captions, as cached conditioning.
+    """All images as cached latents, and their captions as cached conditioning.
 
-    ``instance`` has the subject's photos and ``classes`` those of its class, none without a prior.
-    ``folder`` keeps the latents for other runs. A ``teacher`` has the last word on the targets.
+    ``instance`` are the subject's photos, ``classes`` the class images, none without a prior.
+    ``folder`` keeps the latents for other runs. A ``teacher`` replaces the targets of a batch.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Batches:
     ):
         self.config, self.size, self.teacher = config, config.batch_size, teacher
         self.process = family.forward_process(config.min_snr_gamma)
-        #: For each kind, instance first: its latents and prompts, picture by picture.
+        #: The latents and prompts of each kind of image, instance first.
         self.kinds = [
             (
                 LatentCache(photos, family, config, folder),
@@ -63,15 +63,15 @@ class Batches:
             if photos
         ]
         self.prompt_cache = PromptCache(
-            family, {p for _, prompts in self.kinds for p in prompts} | {""}
+            family, {prompt for _, prompts in self.kinds for prompt in prompts} | {""}
         )
 
     def at(self, step: int) -> Batch:
-        """Return one update's whole batch, instance rows first, the same in every process."""
+        """Return the whole batch of a step, instance rows first, the same in every process."""
         config, generator = self.config, seeded_generator(self.config.seed, step, 0)
         latents, prompts = [], []
         for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
-            # Each kind cycles through all of its pictures in an order of its own.
+            # Each kind cycles through all of its images in an order of its own.
             seed = 2 * config.seed + stream
             index = shuffled(len(cache), seed, step * self.size, self.size)
             latents.append(cache.sample(index, generator))
@@ -84,11 +84,11 @@ class Batches:
         is_prior = torch.arange(len(x_0), device=x_0.device) >= self.size
         return Batch(self.process(x_0, noise, t), is_prior, prompts, self.prompt_cache(prompts))
 
-    def split(self, batch: Batch, share: int, shares: int) -> Batch:
-        """Return one of ``shares`` equal parts of a batch, both kinds in it alike."""
+    def split(self, batch: Batch, part: int, parts: int) -> Batch:
+        """Return one of ``parts`` equal parts of a batch, with as much of either kind."""
         starts = range(0, len(batch.prompts), self.size)
-        part = [start + i for start in starts for i in range(share, self.size, shares)]
-        prompts = [batch.prompts[i] for i in part]
-        noised = Noised(*(value[part] for value in batch.noised))
-        split = Batch(noised, batch.is_prior[part], prompts, rows(batch.cond, part))
+        index = [start + i for start in starts for i in range(part, self.size, parts)]
+        prompts = [batch.prompts[i] for i in index]
+        noised = Noised(*(value[index] for value in batch.noised))
+        split = Batch(noised, batch.is_prior[index], prompts, rows(batch.cond, index))
         return split if self.teacher is None else split._replace(noised=self.teacher(split))

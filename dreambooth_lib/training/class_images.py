@@ -1,7 +1,7 @@
-"""Class images for prior preservation: sampled from the frozen base, seeded, topped up.
+"""Class images for prior preservation: seeded samples of the frozen base.
 
-A set lies in a folder named by a digest of what made it: ``manifest.json`` says what that was.
-Change the base, the prompt or the sampler, and another folder is made; sets are never mixed.
+A set's folder is named by a digest of all that its images depend on, which ``manifest.json`` lists.
+Another base, prompt or sampler gives another folder; sets are never mixed.
 """
 
 import hashlib
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
-    """Everything that a class image depends on, besides its number."""
-    scheduler, (steps, guidance_scale) = family.pipeline.scheduler, _drawing(config, family)
+    """Return everything that a class image depends on, besides its number."""
+    scheduler = family.pipeline.scheduler
+    steps, guidance_scale = _inference_settings(config, family)
     quantized = {"quantize": config.quantize} if config.quantize else {}
     return quantized | {
         "base": config.base,
-        "weights": _digest_of_weights(config),
+        "weights": _weights_digest(config),
         "prompt": config.subject.class_prompt,
         "sampler": type(scheduler).__name__,
         "sampler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
@@ -38,31 +39,31 @@ def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
 def draw_class_images(
     config: TrainConfig, family: "Family", folder: Path, rank: int = 0, processes: int = 1
 ) -> Iterator[Path]:
-    """Yield the paths of ``config.class_images`` PNG files, making those that are missing.
+    """Yield the paths of ``config.class_images`` PNG files, drawing those that are missing.
 
-    ``folder`` holds the sets of all runs. Of several processes each makes its own share and yields
-    only those; all are there once every process is through. A black picture counts as missing: it
-    is of a base that overflowed. Raises :class:`NonFinite` where the base does so here.
+    ``folder`` holds the sets of all runs. Of several processes each draws and yields its own part;
+    the set is complete once all have finished. A black image counts as missing: the base overflowed
+    when it was drawn. Raises :class:`NonFinite` if the base overflows now.
     """
     from dreambooth_lib.core.files import replace_file, save_png
 
-    place, batch = class_images_folder(config, family, folder), family.default_batch_size
-    if rank == 0 and not (place / "manifest.json").exists():
-        replace_file(place / "manifest.json", _text(config, family).encode())
-    mine = range(config.class_images)[rank::processes]
-    paths = {number: place / f"{number:05d}.png" for number in mine}
-    missing = [number for number in mine if not _drawn(paths[number])]
+    own_folder, batch = class_images_folder(config, family, folder), family.default_batch_size
+    if rank == 0 and not (own_folder / "manifest.json").exists():
+        replace_file(own_folder / "manifest.json", _manifest_text(config, family).encode())
+    own_numbers = range(config.class_images)[rank::processes]
+    paths = {number: own_folder / f"{number:05d}.png" for number in own_numbers}
+    missing = [number for number in own_numbers if not _is_drawn(paths[number])]
     yield from (path for number, path in paths.items() if number not in missing)
     for start in range(0, len(missing), batch):
         numbers = missing[start : start + batch]
-        wanted = [(config.subject.class_prompt, config.seed + number) for number in numbers]
-        images = family.generate(wanted, *_drawing(config, family))
+        prompts = [(config.subject.class_prompt, config.seed + number) for number in numbers]
+        images = family.generate(prompts, *_inference_settings(config, family))
         for number, image in zip(numbers, images, strict=True):
             save_png(image, paths[number])
             yield paths[number]
 
 
-def _drawn(path: Path) -> bool:
+def _is_drawn(path: Path) -> bool:
     from PIL import Image
 
     if not path.exists():
@@ -71,23 +72,23 @@ def _drawn(path: Path) -> bool:
         return image.getbbox() is not None  # None where all is black
 
 
-def _drawing(config: TrainConfig, family: "Family") -> tuple[int, float]:
-    """Steps and guidance scale of class images: the config's, or else the base's own."""
+def _inference_settings(config: TrainConfig, family: "Family") -> tuple[int, float]:
+    """Return inference steps and guidance scale: the config's, or else the base's own."""
     steps, scale, own = config.prior_inference_steps, config.prior_guidance_scale, family.inference
     return steps or own.fewest_steps, own.guidance_scale if scale is None else scale
 
 
 def class_images_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:
-    """Return where in ``folder`` the set lies that this config and base make."""
-    return folder / hashlib.sha256(_text(config, family).encode()).hexdigest()[:16]
+    """Return the folder of this config's and base's set in ``folder``."""
+    return folder / hashlib.sha256(_manifest_text(config, family).encode()).hexdigest()[:16]
 
 
-def _text(config: TrainConfig, family: "Family") -> str:
+def _manifest_text(config: TrainConfig, family: "Family") -> str:
     return json.dumps(manifest(config, family), indent=2, sort_keys=True, default=str)
 
 
-def _digest_of_weights(config: TrainConfig) -> str:
-    """Return a digest of a local base's weights, or the hub's commit, and of LoRAs on it."""
+def _weights_digest(config: TrainConfig) -> str:
+    """Return a digest of a local base's weights, or a Hub base's commit, with that of its LoRAs."""
     base = loading.resolve(config.base, config.revision)
     folders, content = [lora.path for lora in base.loras], ""
     if base.is_local:
@@ -102,13 +103,13 @@ def _digest_of_weights(config: TrainConfig) -> str:
         digest = hashlib.sha256(content.encode())
         for file in sorted([*folder.glob("*.safetensors"), *folder.glob("[!.]*/*.safetensors")]):
             stat = file.stat()
-            digest.update(_digest_of(file, stat.st_size, stat.st_mtime_ns))
+            digest.update(_file_digest(file, stat.st_size, stat.st_mtime_ns))
         content = digest.hexdigest()
     return content
 
 
 @cache
-def _digest_of(file: Path, size: int, modified: int) -> bytes:
-    """Return the sha256 of a file, read again only where its size or time is another."""
+def _file_digest(file: Path, size: int, modified: int) -> bytes:
+    """Return a file's sha256, cached until its size or modification time changes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").digest()

@@ -1,6 +1,6 @@
-"""An optimizer that steps within the backward pass, for little memory.
+"""An optimizer that steps during the backward pass, to save memory.
 
-Each gradient is used and freed soon after it is there, so that all of them never exist together.
+Each gradient is freed soon after it is computed, so that they never all exist at once.
 """
 
 from contextlib import AbstractContextManager
@@ -11,29 +11,25 @@ from accelerate import Accelerator
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training.batches import seeded_generator
-from dreambooth_lib.training.optimizer_step import (
-    NonFiniteStep,
-    Optimizer,
-    check_finite,
-    defer_interrupts,
-)
+from dreambooth_lib.training.interrupts import defer_interrupts
+from dreambooth_lib.training.optimizer_step import NonFiniteStep, Optimizer, check_finite
 from dreambooth_lib.training.trainable import Trainable
 
-#: Numbers of gradients that are checked and used together, 64 MiB in float32: the host waits for
-#: the GPU once for each such heap instead of once for each parameter.
+#: Gradient elements that are checked and applied together, 64 MiB in float32: the host waits for
+#: the GPU once for each such chunk instead of once for each parameter.
 CHUNK = 2**24
 
 
 class FusedBackwardOptimizer(Optimizer):
-    """Steps while ``backward`` runs, a heap of gradients at a time.
+    """Steps while ``backward`` runs, a chunk of gradients at a time.
 
-    A parameter in bfloat16 is stepped in float32 and rounded stochastically: up or down with a
-    probability that keeps the mean, so that updates smaller than its spacing still add up.
+    A bfloat16 parameter is updated in float32 and rounded stochastically: up or down with a
+    probability that preserves the mean, so that updates smaller than its spacing still add up.
 
-    In float16 the loss is scaled, and gradients that overflow halve the scale. So that no update
-    moves some weights and leaves others, backward passes move nothing until one has shown that the
-    scale fits; it is doubled after ``GROWTH_INTERVAL`` updates without an overflow, and tried anew then.
-    What overflows all the same is left out of its update.
+    In float16 the loss is scaled, and gradients that overflow halve the scale. So that no step
+    updates some weights and skips others, a new scale is probed first: backward passes update
+    nothing until one shows that it fits. The scale is doubled, and probed again, after
+    ``GROWTH_INTERVAL`` steps without an overflow. Chunks that overflow all the same are skipped.
     """
 
     GROWTH_INTERVAL = 2000
@@ -42,17 +38,18 @@ class FusedBackwardOptimizer(Optimizer):
         super().__init__(config, accelerator, trainable)
         scaler = accelerator.scaler
         self.scale = None if scaler is None else scaler.get_scale()
-        self.clean = 0  # updates in a row without an overflow
-        self.trying, self.overflowed, self._made = self.scale is not None, False, False
-        self._waiting: list[torch.nn.Parameter] = []
-        self._numbers = 0  # of their gradients
-        self._number = {parameter: number for number, parameter in enumerate(self.parameters)}
+        self.clean_steps = 0  # in a row, without an overflow
+        self.probing, self.overflowed = self.scale is not None, False
+        self._stepped = False  # by the last backward pass
+        self._pending: list[torch.nn.Parameter] = []  # those whose gradients are not applied yet
+        self._pending_elements = 0
+        self._group_index = {parameter: index for index, parameter in enumerate(self.parameters)}
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._take)
+            parameter.register_post_accumulate_grad_hook(self._collect)
 
-    def _groups(self) -> list[Any]:
-        # Each is a group of its own, so that it can be stepped without the others. What AdamW steps
-        # is the parameter itself, or what stands for one in bfloat16.
+    def _param_groups(self) -> list[Any]:
+        # A group for each parameter, so that it can be stepped without the others. AdamW steps the
+        # parameter itself, or a float32 stand-in for one in bfloat16.
         stepped = [
             parameter
             if parameter.dtype is torch.float32
@@ -61,45 +58,46 @@ class FusedBackwardOptimizer(Optimizer):
         ]
         return [{"params": [parameter]} for parameter in stepped]
 
-    def guard(self) -> AbstractContextManager[None]:
+    def backward_context(self) -> AbstractContextManager[None]:
+        """Defer interrupts: these backward passes update the weights."""
         return defer_interrupts()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Move the weights by a loss, or in float16 only try the scale.
+        """Update the weights by a loss, or only probe the loss scale in float16.
 
-        Raises :class:`NotFinite`: for a loss before any weight is moved.
+        Raises :class:`NonFiniteStep`; for a non-finite loss, before any weight is updated.
         """
         check_finite("loss", loss.item())
-        # The rounding is a function of seed and step.
-        seed = seeded_generator(self.config.seed, self.updates, 4).initial_seed()
+        # Stochastic rounding is a function of seed and step.
+        seed = seeded_generator(self.config.seed, self.completed_steps, 4).initial_seed()
         self._generator = torch.Generator(self.accelerator.device).manual_seed(seed)
-        self._waiting, self._numbers, self.overflowed = [], 0, False
+        self._pending, self._pending_elements, self.overflowed = [], 0, False
         (loss if self.scale is None else loss * self.scale).backward()
-        self._use()
-        self._made = not self.trying
+        self._apply_pending()
+        self._stepped = not self.probing
         if self.scale is None:
             return
-        self.clean = self.clean + 1 if self._made and not self.overflowed else 0
-        self.trying = self.overflowed
+        self.clean_steps = self.clean_steps + 1 if self._stepped and not self.overflowed else 0
+        self.probing = self.overflowed
         if self.overflowed:
             self.scale /= 2
-        elif self._made and self.clean % self.GROWTH_INTERVAL == 0:
-            self.scale, self.trying = self.scale * 2, True
+        elif self._stepped and self.clean_steps % self.GROWTH_INTERVAL == 0:
+            self.scale, self.probing = self.scale * 2, True
 
-    def _move(self) -> bool:
-        return self._made
+    def _apply_gradients(self) -> bool:
+        return self._stepped
 
-    def _take(self, parameter: torch.nn.Parameter) -> None:
+    def _collect(self, parameter: torch.nn.Parameter) -> None:
         if parameter.grad is not None:
-            self._waiting.append(parameter)
-            self._numbers += parameter.numel()
-        if self._numbers >= CHUNK:
-            self._use()
+            self._pending.append(parameter)
+            self._pending_elements += parameter.numel()
+        if self._pending_elements >= CHUNK:
+            self._apply_pending()
 
-    def _use(self) -> None:
-        """Step by the gradients that wait, and free them."""
-        parameters = self._waiting
-        self._waiting, self._numbers = [], 0
+    def _apply_pending(self) -> None:
+        """Step by the pending gradients, and free them."""
+        parameters = self._pending
+        self._pending, self._pending_elements = [], 0
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
         for parameter in parameters:
             parameter.grad = None
@@ -111,14 +109,16 @@ class FusedBackwardOptimizer(Optimizer):
             if self.scale is None:
                 raise NonFiniteStep("the gradient is nan")
             self.overflowed = True
-        elif not self.trying:
-            self._step(parameters, gradients)
+        elif not self.probing:
+            self._step_parameters(parameters, gradients)
 
     @torch.no_grad()
-    def _step(self, parameters: list[torch.nn.Parameter], gradients: list[torch.Tensor]) -> None:
-        # By number: loading a state puts other dicts in the groups' place.
-        every = self.adam.param_groups
-        groups = [every[self._number[parameter]] for parameter in parameters]
+    def _step_parameters(
+        self, parameters: list[torch.nn.Parameter], gradients: list[torch.Tensor]
+    ) -> None:
+        # By index: loading a state replaces the groups' dicts.
+        all_groups = self.adam.param_groups
+        groups = [all_groups[self._group_index[parameter]] for parameter in parameters]
         stepped = [group["params"][0] for group in groups]
         for parameter, own, gradient in zip(parameters, stepped, gradients, strict=True):
             if own is not parameter:
@@ -128,27 +128,29 @@ class FusedBackwardOptimizer(Optimizer):
         try:
             self.adam.step()
         finally:
-            self.adam.param_groups = every
+            self.adam.param_groups = all_groups
         for parameter, own in zip(parameters, stepped, strict=True):
             own.grad = None
             if own is not parameter:
                 parameter.copy_(round_stochastically(own.data, self._generator))
                 own.data = own.data.new_empty(0)
 
-    def _scale_state(self) -> dict[str, Any]:
-        return {} if self.scale is None else {"scale": [self.scale, self.clean, self.trying]}
+    def _loss_scale_state(self) -> dict[str, Any]:
+        if self.scale is None:
+            return {}
+        return {"scale": [self.scale, self.clean_steps, self.probing]}
 
-    def _restore_scale(self, saved: dict[str, Any]) -> None:
-        scale = saved.get("scale", [1.0, 0])  # what was written where nothing is scaled
+    def _load_loss_scale(self, saved: dict[str, Any]) -> None:
+        scale = saved.get("scale", [1.0, 0])  # as earlier versions wrote it without scaling
         if self.scale is not None and scale != [1.0, 0]:
-            self.scale, self.clean, *trying = scale
-            self.trying = any(trying)
+            self.scale, self.clean_steps, *probing = scale
+            self.probing = any(probing)
 
 
 def round_stochastically(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 to bfloat16 by stochastic rounding (arXiv 2010.06192), of the same shape.
+    """Round float32 to bfloat16 stochastically (arXiv 2010.06192), keeping the shape.
 
-    A bfloat16 is the upper half of a float32's bits: random lower bits are added and cut off.
+    A bfloat16 is the upper half of a float32's bits: add random lower bits, then truncate.
     """
     bits = value.view(torch.int32)
     noise = torch.randint(

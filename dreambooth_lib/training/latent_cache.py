@@ -1,4 +1,4 @@
-"""Pictures encoded once: a cache of latent posteriors that is sampled anew at each step."""
+"""Encode images once: a cache of latent posteriors that each training step samples from."""
 
 import hashlib
 from pathlib import Path
@@ -13,12 +13,12 @@ from dreambooth_lib.families.precision import NonFinite
 
 
 class LatentCache:
-    """Pictures as latents. ``sample`` draws from each posterior, so caching changes no statistic.
+    """Images as latents: ``sample`` draws from each posterior, so caching changes no statistics.
 
-    A mirrored picture has a posterior of its own. With random crops every draw is encoded afresh,
-    since no two are the same picture. With a ``folder`` the posteriors are kept there, in a file
-    named by the pictures' and the autoencoder's content, and read by the next run that needs them.
-    Raises :class:`NonFinite` for latents that are not finite; such are neither kept nor read.
+    A flipped image has a posterior of its own. Random crops are never cached: every draw is encoded
+    afresh. With a ``folder`` the posteriors are saved there, in a file named by a digest of the
+    images and the autoencoder, and loaded by the next run that needs them.
+    Raises :class:`NonFinite` for latents that are not finite; such are neither saved nor loaded.
     """
 
     def __init__(
@@ -29,64 +29,64 @@ class LatentCache:
         folder: Path | None = None,
     ):
         self.photos, self.family, self.config = photos, family, config
-        mirrors = [False, True][: 1 + config.flip] if config.crop == "center" else []
-        self.posteriors = [self._kept(mirror, folder) for mirror in mirrors]
+        flips = [False, True][: 1 + config.flip] if config.crop == "center" else []
+        self.posteriors = [self._load_or_encode(flip, folder) for flip in flips]
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def sample(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
-        """Draw latents [len(index), C, h, w] of the pictures at ``index`` on the device."""
-        share = 0.5 if self.config.flip else 0.0
-        mirrored = (torch.rand(len(index), generator=generator) < share).tolist()
+        """Draw latents [len(index), C, h, w] of the images at ``index`` on the device."""
+        probability = 0.5 if self.config.flip else 0.0
+        flips = (torch.rand(len(index), generator=generator) < probability).tolist()
         if self.posteriors:
-            found = [self.posteriors[m] for m in mirrored]
-            mean = torch.stack([p.mean[i] for p, i in zip(found, index, strict=True)])
-            std = torch.stack([p.std[i] for p, i in zip(found, index, strict=True)])
+            posteriors = [self.posteriors[flip] for flip in flips]
+            mean = torch.stack([p.mean[i] for p, i in zip(posteriors, index, strict=True)])
+            std = torch.stack([p.std[i] for p, i in zip(posteriors, index, strict=True)])
         else:
-            mean, std = self._encode([self.photos[i] for i in index], mirrored, generator)
+            mean, std = self._encode([self.photos[i] for i in index], flips, generator)
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
-    def _kept(self, mirror: bool, folder: Path | None) -> Posterior:
-        """Read all pictures' posteriors from the folder, or encode and write them."""
+    def _load_or_encode(self, flip: bool, folder: Path | None) -> Posterior:
+        """Load all images' posteriors from the folder, or encode and save them."""
         from safetensors.torch import load_file, save
 
         from dreambooth_lib.core.files import replace_file
 
-        file = folder and folder / f"{self._digest(mirror)}.safetensors"
+        file = folder and folder / f"{self._digest(flip)}.safetensors"
         if file and file.exists():
-            kept = Posterior(**load_file(file, str(self.family.denoiser.device)))
-            if all(values.isfinite().all() for values in kept):
-                return kept
+            cached = Posterior(**load_file(file, str(self.family.denoiser.device)))
+            if all(values.isfinite().all() for values in cached):
+                return cached
         size = self.family.batch_size_in_training
         batches = [self.photos[at : at + size] for at in range(0, len(self.photos), size)]
-        parts = [self._encode(batch, [mirror] * len(batch)) for batch in batches]
-        made = Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        parts = [self._encode(batch, [flip] * len(batch)) for batch in batches]
+        encoded = Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
         if file:
-            replace_file(file, save({k: v.contiguous() for k, v in made._asdict().items()}))
-        return made
+            replace_file(file, save({k: v.contiguous() for k, v in encoded._asdict().items()}))
+        return encoded
 
-    def _digest(self, mirror: bool) -> str:
-        digest = hashlib.sha256(f"{self.family.resolution} {mirror}".encode())
+    def _digest(self, flip: bool) -> str:
+        digest = hashlib.sha256(f"{self.family.resolution} {flip}".encode())
         for photo in self.photos:
             digest.update(f"{photo.image.size}".encode() + photo.image.tobytes())
         for weights in self.family.pipeline.vae.state_dict().values():
-            # As bytes: NumPy knows no bfloat16.
+            # As bytes: NumPy has no bfloat16.
             digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def _encode(
-        self, photos: list[Photo], mirrored: list[bool], generator: torch.Generator | None = None
+        self, photos: list[Photo], flips: list[bool], generator: torch.Generator | None = None
     ) -> Posterior:
         family = self.family
         pixels = [
-            to_tensor(photo.image, family.resolution, self.config.crop, mirror, generator)
-            for photo, mirror in zip(photos, mirrored, strict=True)
+            to_tensor(photo.image, family.resolution, self.config.crop, flip, generator)
+            for photo, flip in zip(photos, flips, strict=True)
         ]
         posterior = family.encode_images(torch.stack(pixels))
         for photo, *latents in zip(photos, *posterior, strict=True):
             if not all(values.isfinite().all() for values in latents):
-                gave = f"latents that are not finite of {photo.name}"
+                gave = f"latents that are not finite for {photo.name}"
                 dtype = family.pipeline.vae.dtype
                 raise NonFinite.of("the autoencoder", self.config.base, gave, dtype)
         return posterior

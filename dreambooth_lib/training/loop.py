@@ -1,8 +1,8 @@
-"""The training loop: a generator that yields a :class:`Step` after each optimizer update.
+"""The training loop: a generator that yields a :class:`Step` after each training step.
 
-Everything random is drawn from (seed, step), never from a generator that lives on: a resumed run,
-a run on two processes and a run in two micro-batches all see the same pictures, timesteps and
-noise as the run that was never stopped, on one process, in one piece.
+Every random draw is a function of (seed, step), never of a generator that lives on: a resumed run,
+two processes and two micro-batches all see the same images, timesteps and noise as one process
+that trains without a break on whole batches.
 """
 
 import time
@@ -14,8 +14,9 @@ import torch
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training.batches import Batch
+from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, per_sample_errors
-from dreambooth_lib.training.optimizer_step import NonFiniteStep, check_finite, defer_interrupts
+from dreambooth_lib.training.optimizer_step import NonFiniteStep, check_finite
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation_record import ValidationResult
@@ -26,31 +27,29 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class OutOfMemory(RuntimeError):
-    """The GPU's memory ran out; the message says what would take less, and by how much."""
+    """The GPU ran out of memory; the message says what would take less, and by how much."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One update, in plain numbers; losses are those of the whole batch before the update."""
+    """One training step, in plain numbers; its losses are those of the whole batch, before it."""
 
-    step: int  #: updates made so far, 1 after the first
+    step: int  #: steps completed so far, 1 after the first
     loss: float
     instance_loss: float
     prior_loss: float | None
     lr: float
     seconds: float
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
-    validation: ValidationResult | None = (
-        None  #: what a look after this update found, where one was due
-    )
+    validation: ValidationResult | None = None  #: of this step, where one was due
 
 
-#: From the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
+#: Maps the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
 Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
 
 
 def prior_preservation(prediction: torch.Tensor, batch: Batch, config: TrainConfig) -> Loss:
-    """The paper's objective: squared errors, weighed by timestep, the class's times lambda."""
+    """Return the paper's loss: squared errors weighted by timestep, the class term by lambda."""
     errors = per_sample_errors(prediction, batch.noised.target)
     return dreambooth_loss(errors, batch.is_prior, config.prior_weight, batch.noised.weight)
 
@@ -58,87 +57,89 @@ def prior_preservation(prediction: torch.Tensor, batch: Batch, config: TrainConf
 def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step, None, None]:
     """Train a run from its newest checkpoint to ``config.steps``, then save its pipeline.
 
-    With ``config.early_stop`` it ends once looks no longer find it better, and the pipeline has the
-    best checkpoint's weights; without, it has the last step's.
+    With ``config.early_stop`` training ends once validation no longer improves, and the pipeline
+    has the best checkpoint's weights; otherwise it has the last step's.
 
-    ``objective`` is called under autocast; what it gives must have gradients to the prediction.
-    The caller owns the loop: leaving it (``break``, an exception, interrupting a notebook's cell)
-    saves a checkpoint first, and ``train(resume(folder))`` goes on from there. Raises
-    :class:`NonFiniteLoss`, and what reading the pictures and loading the base raise.
+    ``objective`` is called under autocast; the loss it returns must be differentiable with respect
+    to the prediction. The caller owns the loop: leaving it (``break``, an exception, interrupting a
+    notebook's cell) saves a checkpoint first, and ``train(resume(folder))`` continues from there.
+    Raises :class:`NonFiniteLoss`, :class:`OutOfMemory`, and what reading the images and loading the
+    base raise.
     """
     trainer = Trainer(run)
     try:
-        trainer.warn()
-        trainer.validate()  # the frozen base, as the reference
+        trainer.warn_of_distillation()
+        trainer.validate_if_due()  # the frozen base, as the reference
         yield from training_steps(trainer, objective)
         trainer.save_pipeline()
     except torch.OutOfMemoryError as error:
         from dreambooth_lib.training.memory_estimate import suggest_savings
 
         raise OutOfMemory(
-            f"the GPU's memory ran out at step {trainer.step + 1} of {run.folder}: "
+            f"the GPU ran out of memory at step {trainer.step + 1} of {run.folder}: "
             f"{suggest_savings(trainer.config, trainer.precision)}; resume the run with another "
-            "memory or resolution, or begin one with another method."
+            "memory or resolution, or start a new one with another method."
         ) from error
     except (GeneratorExit, KeyboardInterrupt):
-        with defer_interrupts():  # a launcher sends its processes the terminal's once more
-            trainer.save_checkpoint(together=False)
+        with defer_interrupts():  # a launcher passes the terminal's interrupt on a second time
+            trainer.save_checkpoint(wait=False)
         raise
 
 
 def training_steps(
     trainer: Trainer, objective: Objective = prior_preservation
 ) -> Generator[Step, None, None]:
-    """Make the updates that are left of a trainer: the loop of :func:`train`."""
+    """Yield the remaining steps of a run: the loop of :func:`train`."""
     config, optimizer = trainer.config, trainer.optimizer
     while not trainer.finished():
-        began, lr, losses = time.perf_counter(), optimizer.lr, []
-        with _explained(trainer), optimizer.guard():
-            for part in trainer.micro_batches():
-                noised = part.noised
+        start, lr, losses = time.perf_counter(), optimizer.lr, []
+        with _explain_non_finite(trainer), optimizer.backward_context():
+            for batch in trainer.micro_batches():
+                noised = batch.noised
                 with trainer.accelerator.autocast():
-                    prediction = trainer.model(noised.x_t, noised.t, part.cond, part.prompts)
-                    loss = objective(prediction, part, config)
+                    prediction = trainer.model(noised.x_t, noised.t, batch.cond, batch.prompts)
+                    loss = objective(prediction, batch, config)
                 optimizer.backward(loss.total / config.gradient_accumulation)
                 losses.append(loss)
-            values = _mean(losses, trainer)
+            values = _mean_losses(losses, trainer)
             check_finite("loss", *values)
-            del prediction, loss, losses  # the graph must not outlive the update
-            with defer_interrupts():  # what is moved is counted and logged
-                if not optimizer.step():  # float16 overflowed: the same update again
+            del prediction, loss, losses  # free the graph before the optimizer step
+            with defer_interrupts():  # a step that changed the weights is always logged
+                if not optimizer.step():  # float16 overflowed: retry the step
                     continue
-                step = Step(trainer.step, *values, lr, time.perf_counter() - began, _peak_mb())
+                seconds = time.perf_counter() - start
+                step = Step(trainer.step, *values, lr, seconds, _peak_memory_mb())
                 trainer.log({name: v for name, v in vars(step).items() if name != "validation"})
-        validation = trainer.validate()
+        validation = trainer.validate_if_due()
         trainer.save_checkpoint_if_due()
         yield replace(step, validation=validation)
 
 
-def _peak_mb() -> float | None:
+def _peak_memory_mb() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
-def _mean(losses: list[Loss], trainer: Trainer) -> tuple[float, float, float | None]:
+def _mean_losses(losses: list[Loss], trainer: Trainer) -> tuple[float, float, float | None]:
     """Return total, instance and prior loss over all micro-batches and processes."""
-    kinds = [kind for kind in zip(*losses, strict=True) if kind[0] is not None]
-    means = torch.stack([torch.stack(kind).mean().detach() for kind in kinds])
+    terms = [term for term in zip(*losses, strict=True) if term[0] is not None]
+    means = torch.stack([torch.stack(term).mean().detach() for term in terms])
     total, instance, *prior = trainer.accelerator.reduce(means, "mean").tolist()
     return total, instance, prior[0] if prior else None
 
 
 @contextmanager
-def _explained(trainer: Trainer) -> Iterator[None]:
-    """Say in a :class:`NonFiniteLoss` where a loss or gradient was not finite, and what to do."""
+def _explain_non_finite(trainer: Trainer) -> Iterator[None]:
+    """Raise :class:`NonFiniteLoss` for a :class:`NonFiniteStep`: say where, and what to do."""
     try:
         yield
     except NonFiniteStep as error:
         fix = error.fix or "lower learning_rate, or use mixed_precision 'no'"
-        if error.fix is None and trainer.step == 0 and trainer.half is torch.float16:
-            fix = (  # no weight has moved yet
+        if error.fix is None and trainer.step == 0 and trainer.dtype is torch.float16:
+            fix = (  # no step has changed the weights yet
                 "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, "
                 f"or choose another base than '{trainer.config.base}'"
             )
         raise NonFiniteLoss(
-            f"{error.what} at step {trainer.step + 1} of {trainer.run.folder}{error.tried}; the "
-            f"last good checkpoint is kept: {fix}."
+            f"{error.what} at step {trainer.step + 1} of {trainer.run.folder}{error.tried}: {fix}. "
+            "The last good checkpoint is kept."
         ) from None

@@ -1,7 +1,7 @@
-"""Low-rank adaptation of a family's denoiser and text encoders, through peft.
+"""LoRA for a family's denoiser and text encoders, through peft.
 
 W x becomes W x + (alpha / rank) B A x with the base's W frozen (arXiv 2106.09685); B starts at 0,
-so that training starts at the base. A finished run keeps A and B only, in diffusers' format.
+so that training starts from the base. A finished run saves A and B only, in diffusers' format.
 """
 
 import json
@@ -17,12 +17,12 @@ from dreambooth_lib.families import quantizers, textual_inversion
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.loading import LORA_BASE_FILE
 
-#: Of transformers' CLIP encoders: attention, and feed-forward.
+#: Layers of transformers' CLIP encoders: attention, and feed-forward.
 _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
 
 
 def add_lora(family: Family, config: TrainConfig) -> None:
-    """Add the config's adapters, the same ones for the same seed; all but them is frozen."""
+    """Add the config's adapters, the same for the same seed, and freeze everything else."""
     from peft import LoraConfig
 
     quantizers.ignore_unusable()
@@ -53,13 +53,13 @@ def add_lora(family: Family, config: TrainConfig) -> None:
 
 
 def trained_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Return the parameters that training moves: of an adapted module its adapters'."""
+    """Return the parameters that are trained: with LoRA, those of the adapters."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 @contextmanager
 def disabled_lora(family: Family) -> Iterator[None]:
-    """Use the denoiser as the base has it, out of training mode."""
+    """Use the denoiser without its adapters, in eval mode."""
     training = family.denoiser.training
     family.denoiser.disable_adapters()
     family.denoiser.eval()
@@ -71,9 +71,9 @@ def disabled_lora(family: Family) -> Iterator[None]:
 
 
 def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
-    """Write the adapters as diffusers' ``load_lora_weights`` reads them, and their base's name.
+    """Save the adapters for diffusers' ``load_lora_weights``, with a file that names their base.
 
-    A new word's embeddings are as its ``load_textual_inversion`` reads them.
+    A new token's embeddings are saved for its ``load_textual_inversion``.
     """
     from peft import get_peft_model_state_dict
 

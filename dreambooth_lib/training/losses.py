@@ -1,4 +1,4 @@
-"""The objective: one error per sample first, then the paper's two means."""
+"""The loss: one error per sample, then the means of the paper's two terms."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Loss(NamedTuple):
-    """Scalars of one batch; ``prior`` is None where the batch has no class image."""
+    """Scalars of one batch; ``prior`` is None where the batch has no class images."""
 
     total: torch.Tensor
     instance: torch.Tensor
@@ -14,7 +14,7 @@ class Loss(NamedTuple):
 
 
 def per_sample_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each row, float32 [B], whatever dtype the denoiser worked in."""
+    """Return each sample's mean squared error, float32 [B], whatever dtype the denoiser used."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
@@ -24,10 +24,11 @@ def dreambooth_loss(
     prior_weight: float,
     weights: torch.Tensor | None = None,
 ) -> Loss:
-    """L = mean over instance of w e + lambda * mean over class of w e (arXiv 2208.12242, eq. 2).
+    """Return L = mean over instance of w e + lambda * mean over class of w e.
 
-    ``errors`` float [B]; ``is_prior`` bool [B], true for class images; ``weights`` float [B] or
-    None for ones. Raises ValueError where the shapes differ or no row is an instance picture.
+    It is arXiv 2208.12242, eq. 2. ``errors`` float [B]; ``is_prior`` bool [B], true for class
+    images; ``weights`` float [B], or None for ones. Raises ValueError where the shapes differ or
+    the batch has no instance image.
     """
     if not errors.shape == is_prior.shape == (weights if weights is not None else errors).shape:
         raise ValueError(
@@ -36,7 +37,7 @@ def dreambooth_loss(
         )
     weighted = errors if weights is None else weights * errors
     if is_prior.all():
-        raise ValueError("the batch has no instance picture; give it at least one.")
+        raise ValueError("the batch has no instance image; it needs at least one.")
     instance = weighted[~is_prior].mean()
     if not is_prior.any():
         return Loss(instance, instance, None)

@@ -27,9 +27,9 @@ from dreambooth_lib.training.allocation_counter import (
 from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.trainable import (
     Trainable,
-    training_load_options,
     make_trainable,
     offloads_text_encoders,
+    training_load_options,
 )
 from dreambooth_lib.training.validation import TOYBOX_SCORER
 

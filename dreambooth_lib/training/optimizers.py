@@ -1,4 +1,4 @@
-"""AdamW, of 8 bits on a GPU, torch's fused one on a CPU, and its schedule."""
+"""AdamW and its learning-rate schedule: 8-bit on a GPU, torch's fused one on a CPU."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class OptimizerUnavailable(RuntimeError):
-    """bitsandbytes is missing or cannot load; the message says what to do."""
+    """bitsandbytes is missing or does not load; the message says what to do."""
 
 
 def resolve_optimizer(config: TrainConfig, device_type: str) -> str:
-    """The optimizer's name that ``config.optimizer`` means on ``device_type``.
+    """Return the optimizer that ``config.optimizer`` means on ``device_type``.
 
-    "auto" is 8-bit AdamW on a GPU. On a CPU bitsandbytes works too, but a step there takes about
-    ten times as long as torch's fused AdamW, so "auto" is the latter.
+    "auto" is 8-bit AdamW on a GPU. On a CPU bitsandbytes works too, but a step takes about ten
+    times as long as with torch's fused AdamW, so "auto" is the latter.
     """
     if config.optimizer != "auto":
         return config.optimizer
@@ -27,10 +27,10 @@ def resolve_optimizer(config: TrainConfig, device_type: str) -> str:
 def make_optimizer(
     config: TrainConfig, groups: "Iterable[torch.nn.Parameter] | list[dict[str, Any]]", device: str
 ) -> "torch.optim.Optimizer":
-    """AdamW over parameters or groups of them, with the config's learning rate and weight decay.
+    """Make AdamW for parameters or groups of them, by the config's learning rate and weight decay.
 
-    Raises :class:`OptimizerUnavailable` where 8-bit AdamW is asked for and cannot load; nothing
-    else is ever taken in its place.
+    Raises :class:`OptimizerUnavailable` where 8-bit AdamW is asked for and does not load; nothing
+    else ever takes its place.
     """
     import torch
 
@@ -38,7 +38,7 @@ def make_optimizer(
     if resolve_optimizer(config, device) == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
     try:
-        adamw8bit = _eight_bit()
+        adamw8bit = _unsynchronized_adamw8bit()
     except Exception as error:  # a broken native library raises whatever its loader raises
         raise OptimizerUnavailable(
             f"8-bit AdamW is not available because bitsandbytes does not load ({error}); "
@@ -47,35 +47,35 @@ def make_optimizer(
     return adamw8bit(groups, **settings)
 
 
-def _eight_bit() -> Any:
-    """bitsandbytes' 8-bit AdamW without the wait for the GPU after every single parameter.
+def _unsynchronized_adamw8bit() -> Any:
+    """Return bitsandbytes' 8-bit AdamW without its wait for the GPU after every parameter.
 
-    Its own ``step`` synchronizes several hundred times an update. All kernels are launched on one
-    stream, so that nothing has to be waited for.
+    Its own ``step`` synchronizes several hundred times. All kernels are launched on one stream, so
+    there is nothing to wait for.
     """
     import torch
-    from bitsandbytes.optim import AdamW8bit as Waiting
+    from bitsandbytes.optim import AdamW8bit as Synchronized
 
-    class AdamW8bit(Waiting):
+    class AdamW8bit(Synchronized):
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             if not self.initialized:
                 self.check_overrides()
                 self.to_gpu()
                 self.initialized = True
-            for number, group in enumerate(self.param_groups):
+            for group_index, group in enumerate(self.param_groups):
                 for index, parameter in enumerate(group["params"]):
                     if parameter.grad is None:
                         continue
                     if not self.state[parameter]:
-                        self.init_state(group, parameter, number, index)
-                    self.update_step(group, parameter, number, index)
+                        self.init_state(group, parameter, group_index, index)
+                    self.update_step(group, parameter, group_index, index)
 
     return AdamW8bit
 
 
 def make_schedule(config: TrainConfig, optimizer: "torch.optim.Optimizer", step: int = 0) -> Any:
-    """The learning-rate schedule over optimizer updates, warm-up included, from ``step`` on."""
+    """Make the learning-rate schedule over optimizer steps, with its warm-up, from ``step`` on."""
     from diffusers.optimization import get_scheduler
 
     name = config.lr_schedule

@@ -1,4 +1,4 @@
-"""All that a run trains with, made ready: base, pictures, batches, optimizer, newest checkpoint."""
+"""Set up training: load the base, images and newest checkpoint, and make batches and optimizer."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from dreambooth_lib.families.precision import save_pipeline
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
-from dreambooth_lib.training.class_images import draw_class_images, class_images_folder
+from dreambooth_lib.training.class_images import class_images_folder, draw_class_images
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
@@ -34,66 +34,66 @@ from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.trainable import (
     load_base_to_save,
     load_checkpoint_weights,
-    training_load_options,
     make_trainable,
     offloads_text_encoders,
+    training_load_options,
     wrap_trained_parts,
 )
 from dreambooth_lib.training.validation import load_scorer
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
 
-#: Updates between checkpoints of a run that never validates and says nothing else.
+#: Steps between checkpoints where neither validate_every nor checkpoint_every says otherwise.
 CHECKPOINT_INTERVAL = 250
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer:
-    """One process's live objects of a run, and what it does between updates."""
+    """One process's model, data and optimizer of a run, and what it does between steps."""
 
     def __init__(self, run: Run):
         device = join_group().device
         if is_gpu(device):
             torch.cuda.reset_peak_memory_stats(device)  # an earlier run's
         self.run, self.config = run, decide_level(run, device)
-        config, subject = self.config, self.config.subject
+        config = self.config
         self.precision = native_precision(config.mixed_precision, device)
         if config.method == "full" and config.memory == "lowest" and self.precision == "no":
-            self.precision = "bf16"  # what its weights are
-        dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        self.half = dtypes.get(self.precision, torch.float32)
-        self.accelerator = accelerator = _accelerator(config, self.precision)
-        instance = captioned(read_pictures(subject.pictures), subject.instance_prompt)
-        self.family = self._load(instance)
-        instance, classes = self._hold_out(instance, self._class_pictures())
+            self.precision = "bf16"  # as its weights are
+        self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
+        self.accelerator = accelerator = _make_accelerator(config, self.precision)
+        photos = captioned(read_pictures(config.subject.pictures), config.subject.instance_prompt)
+        self.family = self._load_base(photos)
+        instance, classes = self._set_up_validation(photos, self._class_images())
         teacher = None
         if config.prior == "distilled" and config.prior_weight > 0:
-            classes = with_class_captions(instance, subject)
-            teacher = Teacher(self.family, config, self.half, accelerator.autocast)
+            classes = with_class_captions(instance, config.subject)
+            teacher = Teacher(self.family, config, self.dtype, accelerator.autocast)
         latents = run.folder.parent / "latents"
         self.batches = Batches(config, self.family, instance, classes, latents, teacher)
         accelerator.wait_for_everyone()
         self.trainable = make_trainable(self.family, config).to(accelerator.device)
-        kind = FusedBackwardOptimizer if config.steps_in_backward else Optimizer
-        self.optimizer = kind(config, accelerator, self.trainable)
-        #: What is trained, as its processes call it.
+        optimizer = FusedBackwardOptimizer if config.steps_in_backward else Optimizer
+        self.optimizer = optimizer(config, accelerator, self.trainable)
+        #: What is trained, as accelerate wraps it.
         self.model = accelerator.prepare(self.trainable)
-        saved = run.load_checkpoint()
-        if saved is not None:
-            self.optimizer.load_state_dict(saved)
+        checkpoint = run.load_checkpoint()
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(checkpoint)
         if accelerator.is_main_process:
             run.truncate("log", self.step)
             run.truncate("validation", self.step)
-            if self.step < config.steps:  # an earlier, shorter end must not be drawn from
+            if self.step < config.steps:  # an earlier, shorter run's end is stale
                 shutil.rmtree(run.pipeline, ignore_errors=True)
 
     @property
     def step(self) -> int:
-        """The number of updates made so far."""
+        """The number of completed steps."""
         return self.optimizer.completed_steps
 
-    def _load(self, instance: list[Photo]) -> Family:
-        """Load the base; where its text encoders make room, with all prompts of the run encoded."""
+    def _load_base(self, instance: list[Photo]) -> Family:
+        """Load the base; encode all prompts of the run if its text encoders are offloaded."""
         config, subject = self.config, self.config.subject
-        load_options = training_load_options(config, self.half)
+        load_options = training_load_options(config, self.dtype)
         if offloads_text_encoders(config):
             own = read_pictures(config.class_folder) if config.class_folder else []
             photos = [*own, *instance, *with_class_captions(instance, subject)]
@@ -105,8 +105,8 @@ class Trainer:
         family.pipeline.to(self.accelerator.device)
         return family
 
-    def _class_pictures(self) -> list[Photo]:
-        """Read the class images, after this process has drawn its share of the missing ones."""
+    def _class_images(self) -> list[Photo]:
+        """Read the class images, once every process has drawn its part of the missing ones."""
         config, accelerator = self.config, self.accelerator
         if config.prior_weight == 0 or config.prior != "generated":
             return []
@@ -118,135 +118,138 @@ class Trainer:
             for _ in draw_class_images(config, self.family, folder, rank, processes):
                 pass
         accelerator.wait_for_everyone()
-        photos = read_pictures(class_images_folder(config, self.family, folder))
-        return captioned(photos[: config.class_images], config.subject.class_prompt)
+        images = read_pictures(class_images_folder(config, self.family, folder))
+        return captioned(images[: config.class_images], config.subject.class_prompt)
 
-    def _hold_out(
-        self, instance: list[Photo], classes: list[Photo]
+    def _set_up_validation(
+        self, photos: list[Photo], classes: list[Photo]
     ) -> tuple[list[Photo], list[Photo]]:
-        """Begin to watch, if the config asks for it; return what is left to train on."""
+        """Make the validator if the config asks for one; return the photos and images to train on.
+
+        The others are held out.
+        """
         config = self.config
-        self.watch: Validator | None = None
+        self.validator: Validator | None = None
         if not config.validate_every:
-            return instance, classes
-        left, held = hold_out(instance) if config.hold_out else (instance, [])
+            return photos, classes
+        instance, held_out = hold_out(photos) if config.hold_out else (photos, [])
         end = len(classes) - min(ROWS, len(classes) // 8)
         if self.accelerator.is_main_process:
-            rows = HeldOutLoss(config, self.family, {"subject": held, "class": classes[end:]})
-            place = "cpu" if config.memory in LOW_MEMORY else self.accelerator.device
-            photos = [photo.image for photo in instance]
-            self.watch = Validator(self.run, photos, rows, load_scorer(config, place))
-        return left, classes[:end]
+            loss = HeldOutLoss(config, self.family, {"subject": held_out, "class": classes[end:]})
+            device = "cpu" if config.memory in LOW_MEMORY else self.accelerator.device
+            references = [photo.image for photo in photos]
+            self.validator = Validator(self.run, references, loss, load_scorer(config, device))
+        return instance, classes[:end]
 
     def micro_batches(self) -> Iterator[Batch]:
-        """Yield this process's parts of the next update's batch, one after the other."""
+        """Yield this process's micro-batches of the next step."""
         config, accelerator = self.config, self.accelerator
         if config.dropout > 0 or config.lora_dropout > 0:
             torch.manual_seed(seeded_generator(config.seed, self.step, 3).initial_seed())
-        batch, parts = self.batches.at(self.step), config.gradient_accumulation
-        first, shares = accelerator.process_index * parts, accelerator.num_processes * parts
-        for part in range(parts):
-            # Gradients cross processes with the last one only.
-            last = part == parts - 1
+        batch, count = self.batches.at(self.step), config.gradient_accumulation
+        first, parts = accelerator.process_index * count, accelerator.num_processes * count
+        for number in range(count):
+            # Processes exchange gradients with the last micro-batch only.
+            last = number == count - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                yield self.batches.split(batch, first + part, shares)
+                yield self.batches.split(batch, first + number, parts)
 
-    def warn(self) -> None:
-        """Print what a person should know of the base before its training begins."""
+    def warn_of_distillation(self) -> None:
+        """Print a warning before the first step if the base is a distilled one."""
         family = self.family
-        sentence = distillation_warning(self.config.base, family.inference, family.undistilled_base)
-        if sentence is not None and self.step == 0:
-            self.accelerator.print(sentence)
+        warning = distillation_warning(self.config.base, family.inference, family.undistilled_base)
+        if warning is not None and self.step == 0:
+            self.accelerator.print(warning)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write down an update, once for all processes."""
+        """Append a step to the run's log, once for all processes."""
         if self.accelerator.is_main_process:
             self.run.append("log", row)
 
     def finished(self) -> bool:
-        """Return whether the last step is made, or no better one is to be expected."""
+        """Return whether the last step is completed, or training should stop early."""
         if self.step >= self.config.steps:
             return True
         return self.config.early_stop and should_stop_early(history(self.run))
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and (self.step % interval == 0 or self.step == self.config.steps)
 
-    def validate(self) -> ValidationResult | None:
-        """Look at the model if that is due and was not done before a stop."""
-        found = None
-        if not self._due(self.config.validate_every):
+    def validate_if_due(self) -> ValidationResult | None:
+        """Validate with the EMA weights if it is due and this step has no validation yet."""
+        result = None
+        if not self._is_due(self.config.validate_every):
             return None
-        if self.watch is not None and self.step not in {row.step for row in history(self.run)}:
-            with self.optimizer.ema_weights(), self.accelerator.autocast():
-                found = self.watch.validate(self.step, self.trainable, self.family)
+        if self.validator is not None and self.step not in {r.step for r in history(self.run)}:
+            with self.optimizer.ema.swapped_in(), self.accelerator.autocast():
+                result = self.validator.validate(self.step, self.trainable, self.family)
         self.accelerator.wait_for_everyone()
-        return found
+        return result
 
     def save_checkpoint_if_due(self) -> None:
-        """Save at each look, every so many steps, and at the end."""
-        looks = self.config.validate_every
-        if self._due(looks) or self._due(
-            self.config.checkpoint_every or looks or CHECKPOINT_INTERVAL
-        ):
+        """Save a checkpoint at each validation, at each checkpoint interval, and at the end."""
+        validate_every, checkpoint_every = self.config.validate_every, self.config.checkpoint_every
+        interval = checkpoint_every or validate_every or CHECKPOINT_INTERVAL
+        if self._is_due(validate_every) or self._is_due(interval):
             self.save_checkpoint()
 
-    def save_checkpoint(self, together: bool = True) -> None:
-        """Write a checkpoint of this moment, unless it lies there already.
+    def save_checkpoint(self, wait: bool = True) -> None:
+        """Save a checkpoint of this step, unless there is one.
 
-        ``together`` waits for the other processes: one that leaves alone would wait in vain.
+        With ``wait`` all processes wait for it; a process that stops alone would wait in vain.
         """
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
-            self.run.save_checkpoint(self.step, self.optimizer.state_dict(), self._best())
-        if together:
+            self.run.save_checkpoint(self.step, self.optimizer.state_dict(), self._best_step())
+        if wait:
             accelerator.wait_for_everyone()
 
-    def _best(self) -> int | None:
-        rows = history(self.run)
-        return select_best(rows).step if len(rows) > 1 else None
+    def _best_step(self) -> int | None:
+        results = history(self.run)
+        return select_best(results).step if len(results) > 1 else None
 
     def save_pipeline(self) -> None:
-        """Write the tuned pipeline in diffusers' layout, or its LoRA weights.
+        """Save the trained pipeline in diffusers' layout, or its LoRA weights.
 
-        After an early stop they are the best checkpoint's, else the averaged ones if there are.
+        With early stopping they are the best checkpoint's, else the EMA weights if there are any.
         """
         from dreambooth_lib.core.files import replacing_folder
 
         model, config, family = self.trainable.eval(), self.config, self.family
         if config.early_stop:
-            load_checkpoint_weights(model, self.run, self._best() or self.step)
+            load_checkpoint_weights(model, self.run, self._best_step() or self.step)
         else:
-            self.optimizer.load_ema_weights()
+            self.optimizer.ema.load_weights()
         if self.accelerator.is_main_process:
             with replacing_folder(self.run.pipeline) as partial:
                 if config.method == "lora":
                     lora.save_lora(family, config, partial)
                 else:
-                    # Its frozen parts may be rounded, or let go of: the base's own are taken.
-                    if self.half is not torch.float32 or family.prompt_cache is not None:
+                    # Frozen parts may be rounded or offloaded here: save the base's own.
+                    if self.dtype is not torch.float32 or family.prompt_cache is not None:
                         family = load_base_to_save(config)
-                        wrap_trained_parts(family, config).put(model.state())
+                        wrap_trained_parts(family, config).load_weights(model.trained_weights())
                     save_pipeline(family.pipeline, partial)
         self.accelerator.wait_for_everyone()
 
 
-def _accelerator(config: TrainConfig, precision: str) -> Accelerator:
+def _make_accelerator(config: TrainConfig, precision: str) -> Accelerator:
     """Join the processes that train together. Raises ValueError where they cannot share a batch."""
     if is_initialized() and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier run's, in this process
-    # Copies of the weights in half precision are quicker kept than made anew, but take memory.
-    keep = AutocastKwargs(cache_enabled=config.memory not in LOW_MEMORY)
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[keep])
-    processes, parts = accelerator.num_processes, config.gradient_accumulation
+    # Autocast's cached half-precision weights save time, but take memory.
+    autocast = AutocastKwargs(cache_enabled=config.memory not in LOW_MEMORY)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
+    processes, micro_batches = accelerator.num_processes, config.gradient_accumulation
     if config.steps_in_backward and processes > 1:
         raise ValueError(
-            f"memory is '{config.memory}', which updates weights before their gradients could "
-            f"cross {processes} processes; set it to 'standard'."
+            f"memory is '{config.memory}', which updates weights during the backward pass, before "
+            f"{processes} processes could average their gradients; set memory to 'standard'."
         )
-    if config.batch_size % (processes * parts):
+    if config.batch_size % (processes * micro_batches):
         raise ValueError(
-            f"batch_size {config.batch_size} does not split into {processes * parts} equal parts "
-            f"({processes} processes x gradient_accumulation {parts}); make it a multiple."
+            f"batch_size {config.batch_size} does not split into {processes * micro_batches} equal "
+            f"parts ({processes} processes x gradient_accumulation {micro_batches}); make it a "
+            "multiple."
         )
     return accelerator

@@ -1,6 +1,5 @@
-"""A config's base, what a run trains of it as one module, and a checkpoint's weights put back."""
+"""Load a config's base, wrap what is trained of it as one module, and load checkpoints into it."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,56 +9,60 @@ from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
 from dreambooth_lib.families import loading, textual_inversion
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.training import lora
+from dreambooth_lib.training.ema import ema_by_name
 from dreambooth_lib.training.runs import Run, RunError
 
 
-def load_base(
-    config: TrainConfig, half: torch.dtype = torch.float32, **load_options: Any
-) -> Family:
-    """Load a config's base at its resolution, all in ``half`` if ``load_options`` says no more."""
-    own = {"resolution": config.resolution, "half": half, "whole": (), "quantize": config.quantize}
-    return loading.load_model(config.base, config.revision, config.variant, **(own | load_options))
+def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32) -> Family:
+    """Load a config's base at its resolution, with all its weights in ``dtype``."""
+    return _load(
+        config, resolution=config.resolution, half=dtype, whole=(), quantize=config.quantize
+    )
 
 
-def training_load_options(config: TrainConfig, half: torch.dtype) -> dict[str, Any]:
-    """Say how a base is loaded to be trained: in ``half`` but for the weights that move.
+def _load(config: TrainConfig, **load_options: Any) -> Family:
+    return loading.load_model(config.base, config.revision, config.variant, **load_options)
 
-    As ``families.load_model`` takes it. Raises :class:`ConfigError` where the family cannot compute
-    in ``half``, or not with the weights that the level of memory keeps.
+
+def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options to load a base for training: in ``dtype`` but for the trained weights.
+
+    They are those of ``families.loading.load_model``. Raises :class:`ConfigError` where the family
+    cannot compute in ``dtype``, or not with the weights that the memory level trains.
     """
-    in_float16 = half is torch.float16
-    if in_float16 and not _family_of(config).supports_dtype(half):
+    in_float16 = dtype is torch.float16
+    if in_float16 and not _family_of(config).supports_dtype(dtype):
         raise ConfigError(
-            f"'{config.base}' produces NaN in float16, which this GPU computes in; train it on one "
-            "with bfloat16, such as an L4 or A100, set mixed_precision to 'no' where memory "
+            f"'{config.base}' produces NaN in float16, which this GPU computes in; use a GPU "
+            "with bfloat16, such as an L4 or A100, set mixed_precision to 'no' if memory "
             "allows, or choose another base."
         )
-    rounded = config.memory == "lowest" and config.method == "full"
-    if rounded and in_float16 and not _family_of(config).bf16_weights_ok:
+    bf16_weights = config.memory == "lowest" and config.method == "full"
+    if bf16_weights and in_float16 and not _family_of(config).bf16_weights_ok:
         raise ConfigError(
-            f"memory is 'lowest', whose weights are bfloat16, and '{config.base}' cannot compute "
-            "with them in float16; set memory to 'low', method to 'lora', or mixed_precision to "
-            "'bf16' where the GPU has it."
+            f"memory is 'lowest', which trains bfloat16 weights, and '{config.base}' cannot "
+            "compute with them in float16; set memory to 'low', method to 'lora', or mixed_precision to "
+            "'bf16' where the GPU supports it."
         )
-    moved = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
+    trained = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
     return {
         "resolution": config.resolution,
-        "half": half,
-        "whole": moved if config.method == "full" else (),
+        "half": dtype,
+        "whole": trained if config.method == "full" else (),
         "master": torch.bfloat16 if config.memory == "lowest" else torch.float32,
         "quantize": config.quantize,
     }
 
 
 def load_base_to_save(config: TrainConfig) -> Family:
-    """Load a config's base to put tuned weights into: in float32, or in bfloat16 if so trained.
+    """Load a config's base to save trained weights in: in float32, or in bfloat16 if so trained.
 
-    An average of such weights is finer than these.
+    EMA weights are float32 in any case.
     """
     load_options = training_load_options(config, torch.float32)
     if config.ema_decay is not None:
         load_options["master"] = torch.float32
-    return load_base(config, **load_options)
+    return _load(config, **load_options)
 
 
 def _family_of(config: TrainConfig) -> type[Family]:
@@ -67,15 +70,15 @@ def _family_of(config: TrainConfig) -> type[Family]:
 
 
 def offloads_text_encoders(config: TrainConfig) -> bool:
-    """Return whether the text encoders make room for training once its prompts are encoded."""
-    tight = config.memory in LOW_MEMORY or config.quantize is not None
-    return tight and not config.trains_text
+    """Return whether the text encoders are offloaded once all prompts of the run are encoded."""
+    saves_memory = config.memory in LOW_MEMORY or config.quantize is not None
+    return saves_memory and not config.trains_text
 
 
 class Trainable(torch.nn.Module):
-    """What is trained, as one module: the denoiser, and the text encoders where they train.
+    """What is trained, as one module: the denoiser, and the text encoders if they are trained.
 
-    Parameters that need no gradient, such as a base's under LoRA, are no part of its state.
+    Frozen parameters, such as the base's with LoRA, are not among its trained weights.
     """
 
     def __init__(self, family: Family, with_text: bool):
@@ -88,38 +91,40 @@ class Trainable(torch.nn.Module):
         self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None, prompts: list[str]
     ) -> torch.Tensor:
         (family,) = self._family
-        if cond is None or self.text_encoders:  # those that train encode the prompts anew
+        if cond is None or self.text_encoders:  # trained ones encode the prompts at each step
             cond = family.conditioning(prompts)
         return family.predict(x_t, t, cond)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def trained_weights(self) -> dict[str, torch.Tensor]:
         """Return the trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def put(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what :meth:`state` gave. Raises KeyError where the names differ.
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Load :meth:`trained_weights`. Raises KeyError where the names differ.
 
-        Parameters without effect may be there besides, as in runs from when they were trained.
+        There may be unused parameters besides, which earlier versions trained.
         """
-        own, trained = dict(self.named_parameters()), self.state().keys()
-        if not trained <= state.keys() <= own.keys():
-            raise KeyError(f"a state of {len(state)} tensors for {len(trained)} trained parameters")
-        if any(own[name].is_meta for name in state):  # of a base without values
-            self.load_state_dict(state, strict=False, assign=True)
+        own, trained = dict(self.named_parameters()), self.trained_weights().keys()
+        if not trained <= weights.keys() <= own.keys():
+            raise KeyError(f"{len(weights)} weights do not match {len(trained)} trained parameters")
+        if any(own[name].is_meta for name in weights):  # a base whose weights were not loaded
+            self.load_state_dict(weights, strict=False, assign=True)
         else:
-            copy_weights(state.values(), (own[name] for name in state))
+            for name, value in weights.items():
+                own[name].copy_(value)
 
 
 def make_trainable(family: Family, config: TrainConfig) -> Trainable:
-    """Make what a config trains of a family ready for it; all else is frozen.
+    """Prepare what a config trains of a family, and freeze everything else.
 
-    Raises :class:`ConfigError` where text encoders are to train and the family's never do.
+    Raises :class:`ConfigError` where the family's text encoders are to be trained but cannot be.
     """
     if config.trains_text and not family.text_encoders:
-        asked = "train_text_encoder" if config.train_text_encoder else "train_token"
+        field = "train_text_encoder" if config.train_text_encoder else "train_token"
         raise ConfigError(
-            f"{asked} is set but the text encoder of '{config.base}' is too large to be trained; "
-            "leave it out."
+            f"{field} is set, but the text encoder of '{config.base}' is too large to train; "
+            f"leave {field} out."
         )
     for module in (family.denoiser, *family.text_encoders, *family.frozen):
         module.requires_grad_(False)
@@ -135,7 +140,7 @@ def make_trainable(family: Family, config: TrainConfig) -> Trainable:
 
 
 def wrap_trained_parts(family: Family, config: TrainConfig) -> Trainable:
-    """Make the module whose :meth:`Trainable.state` a config's checkpoints hold, LoRA added."""
+    """Wrap what a config trains, with LoRA added: its trained weights are a checkpoint's."""
     trainable = Trainable(family, config.trains_text)
     if config.method == "lora":
         lora.add_lora(family, config)
@@ -146,14 +151,13 @@ def wrap_trained_parts(family: Family, config: TrainConfig) -> Trainable:
     return trainable
 
 
-def load_at_checkpoint(run: Run, step: int, half: torch.dtype = torch.float32) -> Family:
-    """Load the family of a checkpoint, in ``half``, with the averaged weights if it has them.
+def load_at_checkpoint(run: Run, step: int, dtype: torch.dtype = torch.float32) -> Family:
+    """Load a checkpoint's model in ``dtype``, with the EMA weights if it has them.
 
-    LoRA weights are merged into their base, so that it is plain models, unless that is quantized.
-
-    Raises :class:`RunError` where the run has no checkpoint of that step.
+    LoRA weights are merged into their base, unless that is quantized. Raises :class:`RunError`
+    where the run has no checkpoint of that step.
     """
-    config, family = run.config, load_base(run.config, half)
+    config, family = run.config, load_base(run.config, dtype)
     load_checkpoint_weights(wrap_trained_parts(family, config), run, step)
     if config.train_token:
         textual_inversion.merge_token(family)
@@ -162,16 +166,17 @@ def load_at_checkpoint(run: Run, step: int, half: torch.dtype = torch.float32) -
 
 
 def load_to_export(run: Run, step: int) -> Family:
-    """Load a checkpoint to be saved: a model in half precision, or LoRA weights alone.
+    """Load a checkpoint for export: a model in half precision, or LoRA weights alone.
 
-    Of a LoRA's base only the configs are read, not the weights: they may be too many for the
-    memory, and what is saved has none of them.
+    Of a LoRA's base only the configs are read: its weights may not fit into memory, and are not
+    exported.
     """
     config = run.config
     if config.method == "full":
-        fits = _family_of(config).supports_dtype(torch.float16)
-        rounded = run.resolved_config.memory == "lowest"  # its weights are bfloat16 already
-        family = load_base(config, torch.float16 if fits and not rounded else torch.bfloat16)
+        supports_fp16 = _family_of(config).supports_dtype(torch.float16)
+        bf16_weights = run.resolved_config.memory == "lowest"
+        fp16 = supports_fp16 and not bf16_weights
+        family = load_base(config, torch.float16 if fp16 else torch.bfloat16)
     else:
         load_options = training_load_options(config, torch.float32)
         family = loading.load_meta(config.base, config.revision, **load_options)
@@ -180,23 +185,18 @@ def load_to_export(run: Run, step: int) -> Family:
 
 
 def load_checkpoint_weights(trainable: Trainable, run: Run, step: int) -> None:
-    """Load a checkpoint's weights into ``trainable``, as :func:`restored` does."""
+    """Load a checkpoint's weights into ``trainable``: the EMA weights if it has them.
+
+    Raises :class:`RunError` where the run has no checkpoint of that step.
+    """
     from dreambooth_lib.training.checkpoints import load_state
 
-    found = run.checkpoints()
-    if step not in found:
-        have = ", ".join(map(str, found)) or "none"
+    checkpoints = run.checkpoints()
+    if step not in checkpoints:
+        available = ", ".join(map(str, checkpoints)) or "none"
         raise RunError(
-            f"{run.folder} has no checkpoint of step {step}; it has {have}: choose one of those, "
-            "or raise checkpoints_kept."
+            f"{run.folder} has no checkpoint of step {step}; it has {available}: choose one of "
+            "those, or raise checkpoints_kept."
         )
-    state = load_state(found[step], ("model", "ema"))
-    if "ema" in state:
-        state["model"] = dict(zip(state["model"], state["ema"]["shadow_params"], strict=True))
-    trainable.load_weights(state["model"])
-
-
-@torch.no_grad()
-def copy_weights(source: Iterable[torch.Tensor], target: Iterable[Any]) -> None:
-    for one, other in zip(source, target, strict=True):
-        other.copy_(one)
+    state = load_state(checkpoints[step], ("model", "ema"))
+    trainable.load_weights(ema_by_name(state) if "ema" in state else state["model"])
