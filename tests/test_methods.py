@@ -370,14 +370,14 @@ def test_an_interrupt_during_validation_of_the_ema_weights_restores_the_trained_
         assert not all(map(torch.equal, own, optimizer.parameters))
         restore = EMAModel.restore
 
-        def interrupted(average: EMAModel, parameters: Any) -> None:
+        def interrupted(ema_model: EMAModel, parameters: Any) -> None:
             def interrupting() -> Any:
                 for number, parameter in enumerate(parameters):
                     if number == 2:
                         signal.raise_signal(signal.SIGINT)
                     yield parameter
 
-            restore(average, interrupting())
+            restore(ema_model, interrupting())
 
         monkeypatch.setattr(EMAModel, "restore", interrupted)
     assert all(map(torch.equal, own, optimizer.parameters))

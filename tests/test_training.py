@@ -23,6 +23,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import latent_cache, loop, runs, setup
 from dreambooth_lib.training.batches import Batch
+from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.loop import (
     NonFiniteLoss,
     Step,
@@ -31,7 +32,6 @@ from dreambooth_lib.training.loop import (
     training_steps,
 )
 from dreambooth_lib.training.losses import Loss
-from dreambooth_lib.training.optimizer_step import defer_interrupts
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import Trainable

@@ -41,8 +41,8 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
     if bf16_weights and in_float16 and not _family_of(config).bf16_weights_ok:
         raise ConfigError(
             f"memory is 'lowest', which trains bfloat16 weights, and '{config.base}' cannot "
-            "compute with them in float16; set memory to 'low', method to 'lora', or mixed_precision to "
-            "'bf16' where the GPU supports it."
+            "compute with them in float16; set memory to 'low', method to 'lora', or "
+            "mixed_precision to 'bf16' where the GPU supports it."
         )
     trained = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
     return {
