@@ -95,7 +95,7 @@ class ResolvedBase:
         adapter = FAMILIES[class_name]
         if isinstance(adapter, tuple):
             module, name = adapter
-            return getattr(import_module(f"{__name__}.{module}"), name)
+            return getattr(import_module(f"dreambooth_lib.families.{module}"), name)
         return adapter
 
     @property
