@@ -48,12 +48,10 @@ def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig"
 
     Raises :class:`ConfigError` for unknown fields and values of the wrong type.
     """
-    for old in fields.keys() & FIELDS.keys():
-        warnings.warn(
-            f"the config's field {old} is now called {FIELDS[old]}; this version still reads the "
-            "old name, the next one will not.",
-            stacklevel=3,
-        )
+    if old := [name for name in FIELDS if name in fields]:
+        renamed = ", ".join(f"{name} is now called {FIELDS[name]}" for name in old)
+        warnings.warn(f"In the config, {renamed}; the next version will not read the old names.",
+                      stacklevel=3)  # fmt: skip
     fields = current_fields(fields)
     subject = fields.pop("subject", None)
     if not isinstance(subject, dict):
