@@ -409,20 +409,20 @@ def test_a_text_encoder_that_is_too_large_to_train_is_rejected(started: Callable
 @pytest.mark.parametrize("family", ["sd1", "flux"])
 def test_loras_are_composed_with_their_weights(family: str, started: Callable[..., Run]) -> None:
     fields = {"method": "lora", "learning_rate": 0.1}
-    first, second = (started(f"seed{seed}", family, seed=seed, **fields) for seed in (0, 1))
-    for run in (first, second):
+    run0, run1 = (started(f"seed{seed}", family, seed=seed, **fields) for seed in (0, 1))
+    for run in (run0, run1):
         list(train(run))
-    base, first, second = (
+    base, lora0, lora1 = (
         denoiser(loading.load_model(name))
-        for name in (first.config.base, str(first.folder), str(second.folder))
+        for name in (run0.config.base, str(run0.folder), str(run1.folder))
     )
-    both = denoiser(compose({first: 1.0, str(second.folder): -0.5}))
-    assert both.keys() == base.keys()
-    for name, value in both.items():
-        expected = first[name] - 0.5 * (second[name] - base[name])
+    composed = denoiser(compose({run0: 1.0, str(run1.folder): -0.5}))
+    assert composed.keys() == base.keys()
+    for name, value in composed.items():
+        expected = lora0[name] - 0.5 * (lora1[name] - base[name])
         assert torch.allclose(value, expected, atol=1e-5), name
-    alone = denoiser(compose({first: 1.0}))
-    assert all(torch.equal(alone[name], value) for name, value in first.items())
+    alone = denoiser(compose({run0: 1.0}))
+    assert all(torch.equal(alone[name], value) for name, value in lora0.items())
 
 
 def test_loras_of_two_bases_cannot_be_composed(started: Callable[..., Run]) -> None:
