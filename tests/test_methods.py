@@ -426,10 +426,10 @@ def test_loras_are_composed_with_their_weights(family: str, started: Callable[..
 
 
 def test_loras_of_two_bases_cannot_be_composed(started: Callable[..., Run]) -> None:
-    first, second = (started(name, name, method="lora", steps=1) for name in ("sd1", "sd2"))
-    for run in (first, second):
+    one, other = (started(name, name, method="lora", steps=1) for name in ("sd1", "sd2"))
+    for run in (one, other):
         list(train(run))
     with pytest.raises(BaseError, match="composed on the base that they share, and these are"):
-        compose({first: 1.0, second: 1.0})
+        compose({one: 1.0, other: 1.0})
     with pytest.raises(BaseError, match=r"is no LoRA of this kit's"):
-        compose({first.config.base: 1.0})
+        compose({one.config.base: 1.0})
