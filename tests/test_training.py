@@ -98,7 +98,7 @@ def test_the_loss_falls_when_one_photo_is_learnt(
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_without_prior_weight_there_are_no_prior_loss_and_no_class_images(
+def test_without_prior_weight_there_is_no_prior_loss_and_no_class_image(
     tmp_path: Path, tiny_sd1: str, started: Callable[..., Run]
 ) -> None:
     steps = list(train(started("run", tiny_sd1, prior_weight=0.0, class_images=0)))

@@ -48,7 +48,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """Return the learning rate of the next step."""
         return self.schedule.get_last_lr()[0]
 
     def backward_context(self) -> AbstractContextManager[None]:

@@ -87,7 +87,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """The number of completed steps."""
+        """Return the number of completed steps."""
         return self.optimizer.completed_steps
 
     def _load_base(self, instance: list[Photo]) -> Family:
