@@ -15,7 +15,7 @@ from dreambooth_lib.families.inference_settings import (
 )
 from dreambooth_lib.families.noise_schedule import DiscreteNoise
 
-#: The settings with which the figures of the bundled base were drawn.
+#: The settings with which toybox's figures in README and docs were drawn.
 TOYBOX = Inference(
     steps=25,
     guidance_scale=base_defaults("toybox")["guidance_scale"],
