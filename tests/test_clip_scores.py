@@ -87,9 +87,12 @@ def test_neither_scale_nor_order_matters() -> None:
         (lambda: subject_fidelity(embeddings(2, 0), embeddings(2, 0)[0]), "reference.*shape"),
         (lambda: subject_fidelity(embeddings(2, 0), embeddings(2, 0, 5)), "one encoder"),
         (lambda: reference_fidelity(embeddings(1, 0)), "only one row of reference"),
-        (lambda: diversity(embeddings(1, 0)), "only one row of pictures"),
-        (lambda: prompt_adherence(embeddings(2, 0), embeddings(3, 0)), "one row for one row"),
-        (lambda: prior_drift(embeddings(2, 0), embeddings(1, 0)), "one row for one row"),
+        (lambda: diversity(embeddings(1, 0)), "only one row of images"),
+        (
+            lambda: prompt_adherence(embeddings(2, 0), embeddings(3, 0)),
+            "the same number of rows each",
+        ),
+        (lambda: prior_drift(embeddings(2, 0), embeddings(1, 0)), "the same number of rows each"),
         (lambda: diversity(torch.zeros(2, 3)), "row 0 .* zero"),
         (lambda: diversity(torch.tensor([[1.0, 2], [torch.nan, 0]])), "row 1 .* not finite"),
     ],
@@ -151,8 +154,8 @@ def test_evaluate_by_a_dino_leaves_out_the_prompts(dino: Encoder) -> None:
     [
         ({"prompts": ["a dog"]}, "1 prompts for 2 generated"),
         ({"class_images": drawings(1)}, "only one row"),
-        ({"base_class_pictures": drawings(3)}, "one row for one row"),
-        ({"reference": []}, "no pictures"),
+        ({"base_class_images": drawings(3)}, "the same number of rows each"),
+        ({"reference": []}, "no images"),
     ],
 )
 def test_evaluate_names_wrong_counts(clip: Encoder, change: dict[str, Any], message: str) -> None:

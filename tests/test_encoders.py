@@ -85,7 +85,7 @@ def test_dino_gives_the_class_token(dino: Encoder, dino_folder: Path) -> None:
         expected = torch.nn.functional.normalize(token, dim=-1)[0]
         torch.testing.assert_close(row, expected, atol=2e-4, rtol=0)
     assert not dino.reads_texts
-    with pytest.raises(ValueError, match="embeds pictures only"):
+    with pytest.raises(ValueError, match="embeds images only"):
         dino.texts(["a dog"])
 
 
@@ -95,7 +95,7 @@ def test_encoders_that_cannot_be_used_are_named(clip: Encoder, tmp_path: Path) -
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is of type 'bert'; give a CLIP"):
         Encoder(tmp_path)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         clip.images([])
     with pytest.raises(ValueError, match="no prompts"):
         clip.texts([])

@@ -22,18 +22,18 @@ def test_a_pipelines_folder_is_itself_and_a_finished_run_is_its_pipeline(
     assert locate(str(tmp_path / "run")) == str(tmp_path / "run" / "pipeline")
 
 
-def test_below_loras_is_the_base_that_the_lowest_was_trained_on(tmp_path: Path) -> None:
-    below = {"base": "owner/model", "revision": "main", "variant": None, "quantize": "nf4"}
+def test_the_base_of_stacked_loras_is_what_the_first_was_trained_on(tmp_path: Path) -> None:
+    trained_on = {"base": "owner/model", "revision": "main", "variant": None, "quantize": "nf4"}
     for name, word in (("first", "<rex>"), ("second", None)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "base.json").write_text(json.dumps(below | {"word": word}))
-        below = {"base": str(tmp_path / name), "revision": None, "variant": None}
-    found = loading.resolve(str(tmp_path / "second"))
-    assert (found.name, found.path, found.is_local) == ("owner/model", "owner/model", False)
-    assert found.hub == {"revision": "main", "variant": None}
-    first, second = found.loras
-    assert (first.word, second.word) == ("<rex>", None)
-    assert second.below == below | {"base": first.path}
+        (tmp_path / name / "base.json").write_text(json.dumps(trained_on | {"word": word}))
+        trained_on = {"base": str(tmp_path / name), "revision": None, "variant": None}
+    resolved = loading.resolve(str(tmp_path / "second"))
+    assert (resolved.name, resolved.path) == ("owner/model", "owner/model")
+    assert not resolved.is_local and resolved.hub == {"revision": "main", "variant": None}
+    first, second = resolved.loras
+    assert (first.token, second.token) == ("<rex>", None)
+    assert second.trained_on == trained_on | {"base": first.path}
 
 
 def test_toybox_is_the_embedded_base() -> None:
@@ -67,7 +67,7 @@ def test_an_outline_says_what_the_loaded_base_says(tiny_sd1: str, tiny_sd2: str)
 def test_a_pipeline_of_another_family_is_refused_by_its_class(tmp_path: Path) -> None:
     index = {"_class_name": "KandinskyPipeline"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(BaseError, match=r"KandinskyPipeline.*StableDiffusionPipeline.*ADAPTERS"):
+    with pytest.raises(BaseError, match=r"KandinskyPipeline.*StableDiffusionPipeline.*FAMILIES"):
         loading.load_model(str(tmp_path))
     with pytest.raises(BaseError, match="KandinskyPipeline"):
         loading.inspect_base(str(tmp_path))

@@ -258,10 +258,10 @@ def test_missing_and_empty_sources(
     tmp_path: Path, folder: Path, refused: Callable[..., None]
 ) -> None:
     refused(tmp_path / "nowhere", "nowhere", "check the path")
-    refused(folder, "pictures", "has no pictures")
+    refused(folder, "pictures", "has no photos")
     (folder / "a.txt").write_text("a caption without its picture")
-    refused(folder, "pictures", "has no pictures")
-    refused(make_zip(tmp_path / "empty.zip", {}), "empty.zip", "has no pictures")
+    refused(folder, "pictures", "has no photos")
+    refused(make_zip(tmp_path / "empty.zip", {}), "empty.zip", "has no photos")
     (folder / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     refused(folder, "link.jpg", "remove it")
 
@@ -286,7 +286,7 @@ def test_zip_that_explodes(
 def test_damaged_zips(tmp_path: Path, refused: Callable[..., None]) -> None:
     sound = make_zip(tmp_path / "sound.zip", {"a.png": PNG}).read_bytes()
     (tmp_path / "cut.zip").write_bytes(sound[: len(sound) // 2])
-    refused(tmp_path / "cut.zip", "cut.zip", "sound zip")
+    refused(tmp_path / "cut.zip", "cut.zip", "valid zip")
     middle = len(sound) // 2
     (tmp_path / "flip.zip").write_bytes(sound[:middle] + b"\0" * 16 + sound[middle + 16 :])
     refused(tmp_path / "flip.zip", "flip.zip", "'a.png'")
@@ -309,7 +309,7 @@ def test_ambiguous_zips(tmp_path: Path, refused: Callable[..., None]) -> None:
     refused(path, "twice.zip", "'a.png'")
 
 
-@pytest.mark.parametrize("module", ["pictures", "data", "identifiers"])
+@pytest.mark.parametrize("module", ["images", "subjects", "quality_checks", "identifiers"])
 def test_importing_does_not_import_torch(module: str) -> None:
-    code = f"import sys, dreambooth_lib.{module}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, dreambooth_lib.data.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -203,11 +203,11 @@ def test_a_loop_an_objective_and_a_measure_of_ones_own(tmp_path: Path, python: s
     assert (aura.pipeline / "pytorch_lora_weights.safetensors").exists() and len(aura.log()) == 2
 
 
-def test_the_page_on_families_has_the_notebooks_adapter_and_every_shipped_one() -> None:
+def test_the_page_on_families_has_the_notebooks_family_and_every_shipped_one() -> None:
     page = (ROOT / "docs" / "families.md").read_text()
     cells = codes(json.loads(NOTEBOOKS["04_your_own"].read_text()))
-    (adapter,) = [source(cell) for cell in cells if "class AuraFlow(Family)" in source(cell)]
-    assert adapter in page
+    (family,) = [source(cell) for cell in cells if "class AuraFlow(Family)" in source(cell)]
+    assert family in page
     for pipeline, (module, _) in loading.FAMILIES.items():
         assert f"| `{pipeline}` | `{module}` |" in page
 

@@ -214,7 +214,7 @@ def test_conditioning_that_is_not_finite_is_refused(tiny_sd1: str, tmp_path: Pat
     [
         ("unet", r"the unet or a text encoder of '.*base' gave latents that are not finite, in"),
         ("text", r"the unet or a text encoder of '.*base' gave latents that are not finite, in"),
-        ("decoder", r"the autoencoder of '.*base' gave pictures that are not finite, in float32"),
+        ("decoder", r"the autoencoder of '.*base' gave images that are not finite, in float32"),
     ],
 )
 @pytest.mark.parametrize("autocast", [False, True])
@@ -247,7 +247,7 @@ def test_black_pictures_are_refused_and_those_that_lie_there_are_drawn_anew(
     assert [path.read_bytes() for path in paths] == before
     family.pipeline.vae.decoder.conv_out.weight.data.zero_()
     family.pipeline.vae.decoder.conv_out.bias.data.fill_(-2)
-    with pytest.raises(NonFinite, match=r"the autoencoder of .* gave a picture that is all black"):
+    with pytest.raises(NonFinite, match=r"the autoencoder of .* gave an image that is all black"):
         family.generate([("a dog", 0)], 1, 1.0)
 
 
@@ -258,7 +258,7 @@ def test_the_command_line_says_it_in_a_sentence(
                      tmp_path / "run")  # fmt: skip
     monkeypatch.setattr("sys.argv", ["dreambooth_lib", "resume", str(run.folder)])
     with pytest.raises(
-        SystemExit, match=r"error: the autoencoder of .* gave pictures that are not"
+        SystemExit, match=r"error: the autoencoder of .* gave images that are not"
     ):
         main()
 

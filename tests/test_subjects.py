@@ -84,7 +84,7 @@ def test_load_subject_reads_and_warns(tmp_path: Path) -> None:
     assert (subject.name, subject.identifier) == ("pictures", DEFAULT_IDENTIFIER)
     assert Path(subject.pictures) == folder.resolve()
     noise(1).save(folder / "b.png")
-    with pytest.warns(UserWarning, match="same picture"):
+    with pytest.warns(UserWarning, match="same photo"):
         subject = subjects.load_subject(folder, "dog", "zwx", "Rex")
     assert (subject.instance_prompt, subject.name) == ("a zwx dog", "Rex")
     with pytest.raises(ConfigError):

@@ -1,1 +1,1 @@
-"""Read and check photos, and turn them into tensors."""
+"""Read and check the user's photos, and turn them into tensors."""

@@ -1,4 +1,4 @@
-"""Crop, resize and scale images to tensors; shuffle without state."""
+"""Turn photos into tensors, and shuffle them without state."""
 
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ def to_tensor(
     flip: bool = False,
     generator: "torch.Generator | None" = None,
 ) -> "torch.Tensor":
-    """Return the picture as float32 of [3, resolution, resolution] in [-1, 1].
+    """Return the image as float32 [3, resolution, resolution] in [-1, 1].
 
-    The largest square, in the middle or, with ``crop="random"``, at a place that ``generator``
-    draws, is resized by Lanczos; ``flip`` mirrors it. Raises :class:`DataError` for another crop.
+    Crops the largest square, in the center or at random by ``generator``, resizes it by Lanczos and
+    flips it horizontally with ``flip``. Raises :class:`DataError` for an unknown ``crop``.
     """
     import torch
 
@@ -32,7 +32,7 @@ def to_tensor(
     if crop == "random":
         offset = int(torch.randint(spare + 1, (1,), generator=generator))
     left, top = (offset, 0) if image.width > image.height else (0, offset)
-    # Cropping within the resize never makes the long side, which may be of millions of pixels.
+    # Resizing the box alone never resizes the long side, which may have millions of pixels.
     box = (left, top, left + side, top + side)
     square = image.convert("RGB").resize((resolution,) * 2, Image.Resampling.LANCZOS, box=box)
     if flip:
@@ -42,11 +42,10 @@ def to_tensor(
 
 
 def shuffled(count: int, seed: int, start: int, length: int) -> list[int]:
-    """Return items ``start`` to ``start + length - 1`` of a stream of 0 to ``count - 1``.
+    """Return the items from ``start`` on, ``length`` of them, of an endless shuffled stream.
 
-    The stream has no end and goes through all items in a new order each epoch. It depends on
-    nothing but the arguments, so that resuming needs no state. Raises :class:`DataError` if
-    ``count`` is below 1.
+    Each epoch of the stream is 0 to ``count - 1`` in a new order. It depends on the arguments only,
+    so that resuming needs no state. Raises :class:`DataError` if ``count`` is below 1.
     """
     if count < 1:
         raise DataError(f"there are {count} items to shuffle; give 1 or more.")

@@ -1,24 +1,20 @@
-"""Load a subject's photos, and data sets in the DreamBooth data set's layout."""
+"""Load a subject, or the subjects of a folder in the layout of the DreamBooth data set."""
 
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.data.images import DataError, read_pictures
 from dreambooth_lib.data.quality_checks import check_pictures
 
-if TYPE_CHECKING:
-    pass
-
 
 def load_subject(
     source: str | Path, class_noun: str, identifier: str = DEFAULT_IDENTIFIER, name: str = ""
 ) -> Subject:
-    """Return the subject in a folder or zip, after reading all its pictures once.
+    """Return the subject whose photos are in a folder or zip, after checking them.
 
-    Warns once per finding of :func:`check_pictures`, save "tiny", which depends on the resolution.
+    Warns of each finding of :func:`check_pictures` but "tiny", which depends on the resolution.
     Raises :class:`DataError` as :func:`read_pictures` does, and ``ConfigError`` for empty words.
     """
     subject = Subject(str(Path(source).resolve()), class_noun, identifier, name)
@@ -31,8 +27,8 @@ def load_subject(
 def load_dataset(folder: str | Path) -> list[Subject]:
     """Return the subjects of a folder in the DreamBooth data set's layout, in its table's order.
 
-    ``folder`` or its ``dataset`` holds ``prompts_and_classes.txt`` and a folder per subject. The
-    table has the columns ``subject_name,class`` and may have ``type`` ("live" or "object");
+    ``folder``, or ``dataset`` in it, has ``prompts_and_classes.txt`` and a folder for each subject.
+    The table has the columns ``subject_name,class`` and optionally ``type`` ("live" or "object");
     without it, dogs and cats are live. Subjects without a folder are left out. Raises
     :class:`DataError` for a missing or broken table and for folders that are not in it.
     """
@@ -46,7 +42,7 @@ def load_dataset(folder: str | Path) -> list[Subject]:
     for unknown in sorted(folders - rows.keys()):
         raise DataError(f"the folder '{unknown}' is not in the table of {table}; add its class.")
     if not folders:
-        raise DataError(f"{root} has no folder of a subject in {table.name}; add one.")
+        raise DataError(f"{root} has no folder for any subject of {table.name}; add one.")
     return [
         Subject(str((root / name).resolve()), class_noun, name=name, kind=kind)
         for name, (class_noun, kind) in rows.items()
@@ -59,7 +55,7 @@ def _class_table(path: Path) -> dict[str, tuple[str, str]]:
     lines = [line.strip() for line in text.splitlines()]
     header = next((line for line in lines if re.fullmatch("subject_name,class(,type)?", line)), "")
     if not header:
-        raise DataError(f"{path} has no table 'subject_name,class'; add one below that line.")
+        raise DataError(f"{path} has no table with the header 'subject_name,class'; add one.")
     rows: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(lines[lines.index(header) + 1 :], lines.index(header) + 2):
         if not line:

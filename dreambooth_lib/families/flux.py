@@ -1,4 +1,4 @@
-"""Flux.1: latents packed into a sequence, and guidance told to the denoiser."""
+"""Flux.1: latents packed into a sequence, and guidance as an input of the denoiser."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from dreambooth_lib.families.inference_settings import (
     Config,
     Inference,
     Names,
-    few_by_name,
-    few_steps,
+    distilled_by_name,
+    distilled_inference,
 )
 
-#: What the distilled guidance is while training; sampling is free to ask for another.
+#: The guidance input while training; sampling may use another.
 TRAINING_GUIDANCE = 1.0
 
 
 class Flux(Family):
-    """Adapter of a ``FluxPipeline``, of the dev and of the schnell model."""
+    """Bases with a ``FluxPipeline``: Flux.1 dev and schnell."""
 
     large_encoder_names = ("text_encoder_2",)
-    #: The pipeline's own, for dev, whose card says 3.5 too.
+    #: The pipeline's own; dev's card has guidance 3.5 too.
     default_inference = Inference(
         steps=28, guidance_scale=3.5, fewest_steps=28, validation_steps=28
     )
@@ -35,17 +35,17 @@ class Flux(Family):
 
     @classmethod
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
-        if not denoiser.get("guidance_embeds"):  # schnell; its card draws in 4 steps at 0
-            return few_steps(4)
-        # Such as Hyper-SD's of dev, which is told dev's guidance.
+        if not denoiser.get("guidance_embeds"):  # schnell: 4 steps, guidance 0 by its card
+            return distilled_inference(4)
+        # A distilled dev, such as Hyper-SD's, takes dev's guidance as its input.
         return (
-            few_by_name(names, guidance_scale=cls.default_inference.guidance_scale)
+            distilled_by_name(names, guidance_scale=cls.default_inference.guidance_scale)
             or cls.default_inference
         )
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
-        return 128 * vae_scale(vae)  # as the pipeline has it: no config says it
+        return 128 * vae_scale(vae)  # the pipeline's default; no config has it
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         hidden, pooled, _ = self.pipeline.encode_prompt(

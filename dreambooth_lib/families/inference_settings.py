@@ -1,4 +1,4 @@
-"""Denoising steps and guidance scale of a base, as its own card, scheduler or pipeline has them."""
+"""Inference steps and guidance scale of a base, by its model card, scheduler or pipeline."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Names = Collection[str]  #: of a base
-Config = Mapping[str, Any]  #: of a base's part
+Config = Mapping[str, Any]  #: of one of the pipeline's parts
 
-#: What names of distilled bases have in them, as words; "de-turbo" is the reverse.
+#: Words in the names of distilled bases; "de-turbo" means the opposite.
 _DISTILLED = re.compile(
     r"(?<![a-z])(?<!de-)(turbo|lightning|schnell|lcm|dmd2?|tcd|hyper(-?(sd|sdxl|flux)|$))(?![a-z])"
 )
@@ -17,70 +17,72 @@ _STEPS = re.compile(r"(?<!\d)(\d\d?)-?steps?(?![a-z])")
 
 @dataclass(frozen=True)
 class Inference:
-    """How a base draws finished pictures."""
+    """Inference settings of a base."""
 
-    steps: int  #: denoising steps of a picture that a person looks at
-    #: As the pipeline's call takes it. What switches guidance off is the pipeline's own: 1 and less
-    #: for Stable Diffusion, 0 for Z-Image; Flux.1 dev is told its scale as a number.
+    steps: int  #: inference steps of an image that a person looks at
+    #: As the pipeline's call takes it. The value that turns guidance off differs: 1 or less for
+    #: Stable Diffusion, 0 for Z-Image; Flux.1 dev takes its scale as an input.
     guidance_scale: float
-    #: The fewest steps at which pictures are finished, for those that are drawn by the hundred:
-    #: class images, a study's and an evaluation's.
+    #: The fewest steps that give finished images, for those that are drawn by the hundred: class
+    #: images, and the images of a study or an evaluation.
     fewest_steps: int
-    validation_steps: int  #: steps of the validation images
-    distilled: bool = False  #: made to draw in so few steps, which training undoes
+    validation_steps: int  #: inference steps of the validation images
+    distilled: bool = False  #: distilled to draw in so few steps, which training undoes
 
 
-def few_steps(steps: int, guidance_scale: float = 0.0) -> Inference:
-    """Describe how a distilled base draws."""
+def distilled_inference(steps: int, guidance_scale: float = 0.0) -> Inference:
+    """Return the settings of a base that is distilled to draw in ``steps``."""
     return Inference(steps, guidance_scale, steps, steps, distilled=True)
 
 
-def few_by_name(names: Names, steps: int = 8, guidance_scale: float = 0.0) -> Inference | None:
-    """Describe how a base draws whose names say that it is distilled, by default in ``steps``.
+def distilled_by_name(
+    names: Names, steps: int = 8, guidance_scale: float = 0.0
+) -> Inference | None:
+    """Return the settings of a base whose name says that it is distilled, else None.
 
-    None for any other.
+    ``steps`` applies where the name gives no number of steps.
     """
-    plain = [name.lower().replace("_", "-") for name in names]
-    if not any(_DISTILLED.search(name) for name in plain):
+    names = [name.lower().replace("_", "-") for name in names]
+    if not any(_DISTILLED.search(name) for name in names):
         return None
-    told = [int(found[1]) for name in plain if (found := _STEPS.search(name))]
-    return few_steps(told[0] if told else steps, guidance_scale)
+    named = [int(match[1]) for name in names if (match := _STEPS.search(name))]
+    return distilled_inference(named[0] if named else steps, guidance_scale)
 
 
-def few_by_scheduler(scheduler: Config, denoiser: Config) -> Inference | None:
-    """Describe how a distilled Stable Diffusion or XL draws, told by its scheduler.
+def distilled_by_scheduler(scheduler: Config, denoiser: Config) -> Inference | None:
+    """Return the settings of a Stable Diffusion or XL whose scheduler is a distilled base's.
 
-    None for any other.
+    None for any other scheduler.
     """
     kind = scheduler.get("_class_name", "")
-    # A latent consistency model (arXiv 2310.04378) that is told its guidance: its card draws in 4
-    # steps, in 8 at most, at 8.0.
+    # A latent consistency model (arXiv 2310.04378) that takes its guidance as an input: its card
+    # draws in 4 steps, at most 8, at guidance 8.0.
     if denoiser.get("time_cond_proj_dim") is not None:
-        return few_steps(8, 8.0)
-    # One that is not: diffusers' guide to LCM draws at 1.0 (none) to 2.0.
+        return distilled_inference(8, 8.0)
+    # An LCM that does not: diffusers' guide to LCM uses 1.0 (no guidance) to 2.0.
     if kind == "LCMScheduler":
-        return few_steps(8, 1.0)
-    if kind == "TCDScheduler":  # Hyper-SD's and TCD's
-        return few_steps(8)
+        return distilled_inference(8, 1.0)
+    if kind == "TCDScheduler":  # Hyper-SD and TCD
+        return distilled_inference(8)
     # SD Turbo (EulerDiscrete) and SDXL Turbo (EulerAncestralDiscrete): 1 to 4 steps, guidance 0, by
-    # their cards. Bases with a zero terminal SNR have trailing steps too, and are not distilled.
+    # their cards. Bases with a zero terminal SNR space steps the same way but are not distilled.
     trailing = kind.startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
-    plain = scheduler.get("prediction_type", "epsilon") == "epsilon"
-    if trailing and plain and not scheduler.get("rescale_betas_zero_snr"):
-        return few_steps(4)
+    epsilon = scheduler.get("prediction_type", "epsilon") == "epsilon"
+    if trailing and epsilon and not scheduler.get("rescale_betas_zero_snr"):
+        return distilled_inference(4)
     return None
 
 
-def distillation_warning(base: str, own: Inference, instead: str = "") -> str | None:
-    """Say what training on a distilled base does, and what to do; None for any other.
+def distillation_warning(base: str, inference: Inference, undistilled: str = "") -> str | None:
+    """Return a warning about training on a distilled base, None for any other base.
 
-    ``instead`` is the base to train, where that is known.
+    ``undistilled`` is the base to train instead, if it is known.
     """
-    if not own.distilled:
+    if not inference.distilled:
         return None
-    other = f"'{instead}'" if instead else "the base that it was distilled from"
+    instead = f"'{undistilled}'" if undistilled else "the base that it was distilled from"
     return (
-        f"'{base}' is distilled to draw in about {own.steps} steps. Training slowly undoes that, "
-        f"and its pictures lose detail: train {other} instead, or stop as soon as the subject is "
-        "learnt."
+        f"'{base}' is distilled to draw in about {inference.steps} steps. Training slowly undoes "
+        f"this, and its images lose detail: train {instead} instead, or stop as soon as the base "
+        "has learnt the subject."
     )

@@ -1,4 +1,8 @@
-"""Model families: which adapter a base needs, where the base is, and how it is loaded."""
+"""Find a base by its name, tell its family and its LoRAs, and load it.
+
+A name becomes a :class:`ResolvedBase` by reading small files only (:func:`resolve`);
+:func:`load_model` loads its weights, through ``families.pretrained``.
+"""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib.core.config import origin
 from dreambooth_lib.families import quantizers
-from dreambooth_lib.families.inference_settings import Inference, distillation_warning, few_by_name
+from dreambooth_lib.families.inference_settings import (
+    Inference,
+    distillation_warning,
+    distilled_by_name,
+)
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -19,14 +27,13 @@ _PACKAGE = Path(__file__).parent.parent
 #: The bundled data: inside the installed package, or beside it in a checkout.
 BUNDLED = _PACKAGE / "bundled" if (_PACKAGE / "bundled").exists() else _PACKAGE.parent / "data"
 
-
-#: In a folder of LoRA weights: the base that they belong to, as :func:`load_model` takes it.
+#: In a folder of LoRA weights: the base that they were trained on, as :func:`load_model` takes it.
 LORA_BASE_FILE = "base.json"
-#: In that folder: the weights, by the name that diffusers gives them. Offline it must be said.
+#: In that folder: the weights, by diffusers' own name, which it asks for when it is offline.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
-#: The adapter of each pipeline class that a base's ``model_index.json`` may name: a subclass of
-#: ``families.base.Family``, or where in this package one is. Add to it to add a family.
+#: The family of each pipeline class that a base's ``model_index.json`` may name: a subclass of
+#: ``families.base.Family``, or its module here and its name. Add to it to add a family.
 FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
@@ -37,11 +44,14 @@ FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
 
 
 class BaseError(ValueError):
-    """A base that cannot be found or that no family adapter knows."""
+    """A base that cannot be found or loaded, or whose family is unknown."""
 
 
 def locate(base: str) -> str:
-    """Return a path or hub id: of "toybox", a run's folder, a pipeline's folder or a hub id."""
+    """Return the path or hub id of a base: "toybox", a run's or pipeline's folder, or a hub id.
+
+    Raises :class:`BaseError` where it is none of these.
+    """
     if base == "toybox":
         return str(BUNDLED / "toybox")
     folder = Path(base)
@@ -51,7 +61,7 @@ def locate(base: str) -> str:
     if folder.exists():
         raise BaseError(
             f"the base folder {folder} has no model_index.json; give a folder in diffusers' "
-            "layout, or a run that has finished."
+            "layout, or the folder of a run that has finished."
         )
     if folder.is_absolute() or base.count("/") != 1:
         raise BaseError(
@@ -66,18 +76,18 @@ class Lora:
     """A folder of LoRA weights that this kit wrote."""
 
     path: str
-    below: dict[str, Any]  #: the base that they were trained on, as :func:`load_model` takes it
-    word: str | None  #: that they learnt
+    trained_on: dict[str, Any]  #: the base, as arguments of :func:`load_model`
+    token: str | None  #: the new token that was trained along
 
 
 @dataclass(frozen=True)
 class ResolvedBase:
-    """Where a base is, its family, and the LoRAs that lie on it; see :func:`resolve`."""
+    """Where a base is, its family, and the LoRAs on top of it; see :func:`resolve`."""
 
-    name: str  #: of the base below all LoRAs: "toybox", a folder or a hub id
+    name: str  #: of the base under all LoRAs: "toybox", a folder or a hub id
     path: str  #: its pipeline's folder, or the hub id
     hub: dict[str, str | None]  #: revision and variant; empty for a folder
-    loras: tuple[Lora, ...] = ()  #: the lowest first
+    loras: tuple[Lora, ...] = ()  #: in the order in which they were trained
 
     @property
     def is_local(self) -> bool:
@@ -85,31 +95,32 @@ class ResolvedBase:
 
     @cached_property
     def family(self) -> "type[Family]":
-        """The adapter of its family. Raises :class:`BaseError` as :func:`load_model` does."""
+        """Return its family's class. Raises :class:`BaseError` for an unknown one."""
         class_name = self.read("model_index.json")["_class_name"]
         if class_name not in FAMILIES:
             raise BaseError(
-                f"the base '{self.name}' is a {class_name}, which no family adapter knows; use a "
-                f"base of one of {', '.join(FAMILIES)}, or add an adapter to families.ADAPTERS."
+                f"the base '{self.name}' is a {class_name}, which the kit does not support; choose "
+                f"a base with one of these pipelines: {', '.join(FAMILIES)}; or add its family to "
+                "families.loading.FAMILIES."
             )
-        adapter = FAMILIES[class_name]
-        if isinstance(adapter, tuple):
-            module, name = adapter
-            return getattr(import_module(f"dreambooth_lib.families.{module}"), name)
-        return adapter
+        family = FAMILIES[class_name]
+        if isinstance(family, tuple):
+            module, name = family
+            return getattr(import_module(f"{__package__}.{module}"), name)
+        return family
 
     @property
     def inference(self) -> Inference:
-        """Steps and guidance that it is drawn with, told by its configs and names."""
+        """Return its inference steps and guidance scale, told by its configs and its name."""
         family, name = self.family, origin(self.name)
         if name != "toybox" and Path(name).exists():
-            # A folder may be called anything, and diffusers writes down where it came from.
+            # A folder may have any name; diffusers records where its files came from.
             name = self.read("model_index.json").get("_name_or_path") or name
         parts = ("scheduler/scheduler_config.json", f"{family.denoiser_name}/config.json")
         return family.inference_for([Path(name).name], *map(self.read, parts))
 
     def read(self, name: str) -> dict[str, Any]:
-        """Return one of its configs; empty where a folder lacks it."""
+        """Read one of its configs; return {} where a folder has no such file."""
         if self.is_local:
             file = Path(self.path) / name
             return json.loads(file.read_text()) if file.exists() else {}
@@ -117,7 +128,7 @@ class ResolvedBase:
 
         try:
             file = Path(hf_hub_download(self.path, name, revision=self.hub["revision"]))
-        except Exception as error:  # the hub's client raises many kinds, all meaning this
+        except Exception as error:  # huggingface_hub raises many kinds for the same problem
             raise BaseError(
                 f"the base '{self.path}' could not be reached on the hub "
                 f"({type(error).__name__}); check its name, your network and your access to it."
@@ -126,55 +137,55 @@ class ResolvedBase:
 
 
 def resolve(base: str, revision: str | None = None, variant: str | None = None) -> ResolvedBase:
-    """Find a base, and below a folder of LoRA weights what these were trained on, and so on.
+    """Find a base; for a folder of LoRA weights, the base that they were trained on.
 
-    Nothing is downloaded before its family or inference is asked for. Raises :class:`BaseError`
-    for a base that is not there.
+    Downloads nothing before its family or inference settings are asked for. Raises
+    :class:`BaseError` for a missing base.
     """
     path = locate(base)
-    made_of = Path(path) / LORA_BASE_FILE
-    if not made_of.exists():
+    lora_base = Path(path) / LORA_BASE_FILE
+    if not lora_base.exists():
         hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
         return ResolvedBase(base, path, hub)
-    below = json.loads(made_of.read_text())
-    lora = Lora(path, below, below.pop("word", None))
-    under = resolve(below["base"], below["revision"], below.get("variant"))
-    return replace(under, loras=(*under.loras, lora))
+    trained_on = json.loads(lora_base.read_text())
+    lora = Lora(path, trained_on, trained_on.pop("word", None))
+    resolved = resolve(trained_on["base"], trained_on["revision"], trained_on.get("variant"))
+    return replace(resolved, loras=(*resolved.loras, lora))
 
 
 def load_model(
     base: str, revision: str | None = None, variant: str | None = None, **loading: Any
 ) -> "Family":
-    """Load a base on the CPU, safetensors only, with no remote code, in float32 if no more is said.
+    """Load a base on the CPU, in float32 by default, from safetensors only, without remote code.
 
-    ``loading`` is what ``families.loading.from_pretrained`` takes: resolution, and what is to be in
-    half precision. LoRA weights come merged into their base, but for one that they were trained
-    quantized on, which is quantized again. The hub token is the one that huggingface_hub finds by
-    itself; it is never passed or kept. Raises :class:`BaseError` for a base that is not there or
-    whose family is unknown or cannot compute in ``half``, or to be quantized without a GPU.
+    ``loading`` goes to ``families.pretrained.load_pretrained``: resolution, precisions, quantizing.
+    LoRA weights are merged into their base, unless they were trained on a quantized base, which is
+    then quantized again. huggingface_hub finds the hub token by itself; it is never passed on or
+    stored. Raises :class:`BaseError` for a missing base, an unknown family, a precision that the
+    family cannot compute in, and for quantizing without a GPU.
     """
-    found, quantize = resolve(base, revision, variant), loading.get("quantize")
-    if found.loras:
+    resolved, quantize = resolve(base, revision, variant), loading.get("quantize")
+    if resolved.loras:
         if quantize is not None:
             raise BaseError(
-                f"the base '{base}' is a LoRA, which cannot be merged into weights that are "
-                f"quantized; train on '{found.loras[-1].below['base']}', or leave quantize out."
+                f"the base '{base}' is a LoRA, which cannot be merged into quantized weights; "
+                f"train on '{resolved.loras[-1].trained_on['base']}', or leave quantize out."
             )
         return compose({base: 1.0}, **loading)
     if quantize is not None and not _has_gpu():
         raise BaseError(
-            f"quantize is '{quantize}', which needs a GPU, and there is none here; "
-            "leave quantize out, or run this where there is one."
+            f"quantize is '{quantize}', which needs a GPU, and this machine has none; "
+            "leave quantize out, or use a machine with a GPU."
         )
-    if not found.family.supports_dtype(loading.get("half")):
+    if not resolved.family.supports_dtype(loading.get("half")):
         raise BaseError(
             f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
-            "that has it, such as an L4 or A100, or another base."
+            "that has it, such as an L4 or A100, or choose another base."
         )
-    from dreambooth_lib.families.pretrained import from_pretrained
+    from dreambooth_lib.families.pretrained import load_pretrained
 
-    family = from_pretrained(found.family, found.path, **(loading | found.hub))
-    family.inference = found.inference
+    family = load_pretrained(resolved.family, resolved.path, **(loading | resolved.hub))
+    family.inference = resolved.inference
     return family
 
 
@@ -185,93 +196,99 @@ def _has_gpu() -> bool:
 
 
 def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
-    """Load the base of several LoRA runs or folders, with each of these by its weight.
+    """Load the base of several LoRA runs or folders, and add each LoRA at its weight.
 
-    Merged as :func:`load_model` says. Raises :class:`BaseError` where they are not all of one base.
+    They are merged as in :func:`load_model`. Raises :class:`BaseError` for LoRAs of several bases.
     """
-    found = [_lora_at(name) for name in loras]
-    bases = [lora.below for lora in found]
-    if not bases or any(below != bases[0] for below in bases):
-        of = ", ".join(f"'{n}' of '{b['base']}'" for n, b in zip(loras, bases, strict=True))
-        raise BaseError(f"LoRAs are composed on the base that they share, and these are {of}.")
+    from dreambooth_lib.families.textual_inversion import load_token
+
+    parts = [_read_lora(name) for name in loras]
+    bases = [lora.trained_on for lora in parts]
+    if not bases or any(base != bases[0] for base in bases):
+        names = ", ".join(f"'{n}' on '{b['base']}'" for n, b in zip(loras, bases, strict=True))
+        raise BaseError(
+            f"only LoRAs of the same base can be composed, and these are {names or 'none'}."
+        )
     quantizers.ignore_unusable()
     family = load_model(**(loading | bases[0]))
-    names = [f"lora{number}" for number in range(len(found))]
-    for name, lora in zip(names, found, strict=True):
-        if lora.word is not None:
-            from dreambooth_lib.families import textual_inversion
-
-            textual_inversion.load_token(family, lora.path, lora.word)
-        family.pipeline.load_lora_weights(lora.path, weight_name=LORA_FILE, adapter_name=name)
-    family.pipeline.set_adapters(names, list(loras.values()))
+    adapters = [f"lora{number}" for number in range(len(parts))]
+    for adapter, lora in zip(adapters, parts, strict=True):
+        if lora.token is not None:
+            load_token(family, lora.path, lora.token)
+        family.pipeline.load_lora_weights(lora.path, weight_name=LORA_FILE, adapter_name=adapter)
+    family.pipeline.set_adapters(adapters, list(loras.values()))
     return family if bases[0].get("quantize") else merge_loras(family)
 
 
-def _lora_at(name: str) -> Lora:
-    found = resolve(name)
-    if not found.loras:
+def _read_lora(name: str) -> Lora:
+    resolved = resolve(name)
+    if not resolved.loras:
         raise BaseError(
-            f"'{found.path}' is no LoRA of this kit's: it has no {LORA_BASE_FILE}; check the path."
+            f"'{resolved.path}' is not a LoRA that this kit trained: it has no {LORA_BASE_FILE}; "
+            "check the path."
         )
-    return found.loras[-1]
+    return resolved.loras[-1]
 
 
 def merge_loras(family: "Family") -> "Family":
-    """Return the family with its LoRA weights worked into its own, as plain models."""
+    """Merge the LoRA weights into the family's own and return it with plain models."""
     family.pipeline.fuse_lora()
     family.pipeline.unload_lora_weights()
     return family
 
 
 def load_meta(base: str, revision: str | None = None, **loading: Any) -> "Family":
-    """Load as :func:`load_model`, weights without values: only configs and tokenizers are read.
+    """Load as :func:`load_model`, but on the meta device: read only configs and tokenizers.
 
-    LoRAs on the base are left out.
+    Leaves out LoRAs on the base.
     """
-    from dreambooth_lib.families.pretrained import from_configs
+    from dreambooth_lib.families.pretrained import build_on_meta
 
-    found = resolve(base, revision)
-    return from_configs(found.family, found.path, revision=found.hub.get("revision"), **loading)
+    resolved = resolve(base, revision)
+    hub_revision = resolved.hub.get("revision")
+    return build_on_meta(resolved.family, resolved.path, revision=hub_revision, **loading)
 
 
 class BaseInfo(NamedTuple):
-    """What of a base is known without its weights."""
+    """What is known of a base without its weights."""
 
-    resolution: int  #: pixels a side that the base was made for
+    resolution: int  #: pixels a side that the base was trained at
     tokenizer: Any
 
 
 def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
-    """Return what of a base is known without its weights; from the hub, that is a small download.
+    """Return a base's resolution and tokenizer; from the hub, that is a small download.
 
     Raises as :func:`load_model` does.
     """
     import transformers
 
-    found = resolve(base, revision)
-    parts = (found.family.denoiser_name, "vae")
-    resolution = found.family.native_resolution(*(found.read(f"{p}/config.json") for p in parts))
-    tokenizer = getattr(transformers, found.read("model_index.json")["tokenizer"][1])
-    own = {"subfolder": "tokenizer", "revision": found.hub.get("revision")}
-    return BaseInfo(resolution, tokenizer.from_pretrained(found.path, **own))
+    resolved = resolve(base, revision)
+    family = resolved.family
+    denoiser, vae = (resolved.read(f"{n}/config.json") for n in (family.denoiser_name, "vae"))
+    tokenizer = getattr(transformers, resolved.read("model_index.json")["tokenizer"][1])
+    source = {"subfolder": "tokenizer", "revision": resolved.hub.get("revision")}
+    return BaseInfo(
+        family.native_resolution(denoiser, vae), tokenizer.from_pretrained(resolved.path, **source)
+    )
 
 
 def base_inference(base: str, revision: str | None = None) -> Inference:
-    """Return the steps and guidance that a base is drawn with, told by its configs and names.
+    """Return a base's inference steps and guidance scale, told by its configs and its name.
 
-    From the hub that is a download of three small files.
+    From the hub, that is a download of three small files.
     """
     return resolve(base, revision).inference
 
 
 def warn_of_distillation(base: str) -> str | None:
-    """Say what training on a distilled base does, in a sentence; None for any other.
+    """Return a warning if a base is distilled, else None.
 
-    Nothing is downloaded: one that is not on this machine is known by its name. Raises as
-    :func:`load_model` does.
+    Downloads nothing: a base on the hub is judged by its name alone. Raises as :func:`load_model`
+    does.
     """
-    found = resolve(base)
-    if found.loras or found.is_local:
-        return distillation_warning(base, found.inference, found.family.undistilled_base)
-    named = few_by_name([Path(base).name])
-    return None if named is None else distillation_warning(base, named)
+    resolved = resolve(base)
+    if resolved.loras or resolved.is_local:
+        return distillation_warning(base, resolved.inference, resolved.family.undistilled_base)
+    inference = distilled_by_name([Path(base).name])
+    return None if inference is None else distillation_warning(base, inference)

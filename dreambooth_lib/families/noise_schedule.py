@@ -1,7 +1,7 @@
-"""Forward processes: what a denoiser is shown, what it must predict, and the weight of its error.
+"""Forward processes: noise latents, and give the denoiser's target and the weight of its error.
 
-Discrete: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t of the base's noise schedule.
-Flow: x_t = (1 - sigma) x_0 + sigma eps, with sigma shifted as the base's sampler shifts it.
+Discrete: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t from the base's noise schedule.
+Flow: x_t = (1 - sigma) x_0 + sigma eps, with sigma shifted as in the base's scheduler.
 """
 
 import math
@@ -12,20 +12,20 @@ import torch
 
 
 class Noised(NamedTuple):
-    """A noised batch; rows belong together."""
+    """A batch of noisy latents."""
 
-    x_t: torch.Tensor  # [B, C, H, W] what the denoiser sees
-    t: torch.Tensor  # [B] timesteps: int64, or float in [0, 1000] of a flow
-    target: torch.Tensor  # [B, C, H, W] what it must predict
+    x_t: torch.Tensor  # [B, C, H, W] the denoiser's input
+    t: torch.Tensor  # [B] timesteps: int64, or float in [0, 1000] for a flow
+    target: torch.Tensor  # [B, C, H, W] what the denoiser must predict
     weight: torch.Tensor  # [B] w_t, the weight of each row's error
 
 
 @dataclass(frozen=True)
 class DiscreteNoise:
-    """The discrete variance-preserving process of Stable Diffusion, predicting epsilon or v.
+    """The discrete variance-preserving process of Stable Diffusion; the target is epsilon or v.
 
     ``alphas_cumprod`` is abar_t, float32 [T]. v = sqrt(abar) eps - sqrt(1 - abar) x_0
-    (arXiv 2202.00512, appendix D). ``min_snr_gamma`` None gives every row weight 1.
+    (arXiv 2202.00512, appendix D). Every row has weight 1 if ``min_snr_gamma`` is None.
     """
 
     alphas_cumprod: torch.Tensor
@@ -36,12 +36,12 @@ class DiscreteNoise:
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"the base's scheduler has prediction_type '{self.prediction_type}'; "
-                "only 'epsilon' and 'v_prediction' can be trained."
+                "the kit can train 'epsilon' and 'v_prediction' only."
             )
 
     @classmethod
     def of_scheduler(cls, scheduler: Any, min_snr_gamma: float | None = None) -> "DiscreteNoise":
-        """The process that a diffusers scheduler of any kind was configured for."""
+        """Return the process that any diffusers scheduler's config describes."""
         from diffusers import DDPMScheduler
 
         schedule = DDPMScheduler.from_config(scheduler.config)
@@ -49,15 +49,15 @@ class DiscreteNoise:
         return cls(schedule.alphas_cumprod.float(), prediction_type, min_snr_gamma)
 
     def sample_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """int64 [count], uniform over all timesteps, independent for every row."""
+        """Draw timesteps, int64 [count], uniform and independent."""
         return torch.randint(0, len(self.alphas_cumprod), (count,), generator=generator)
 
     def timesteps_at(self, quantiles: torch.Tensor) -> torch.Tensor:
-        """int64 [B]: the timesteps at ``quantiles`` in [0, 1) of those that are trained on."""
+        """Return the timesteps at ``quantiles`` [B] in [0, 1) of the training's: int64 [B]."""
         return (quantiles * len(self.alphas_cumprod)).long()
 
     def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised:
-        """Noise x_0 [B, C, H, W] with ``noise`` of the same shape to timesteps t [B]."""
+        """Add ``noise`` [B, C, H, W] to x_0 [B, C, H, W] up to timesteps t [B]."""
         abar = self.alphas_cumprod.to(x_0.device)[t]
         snr = abar / (1 - abar)
         signal, sigma = (c.sqrt().view(-1, 1, 1, 1) for c in (abar, 1 - abar))
@@ -72,10 +72,10 @@ class DiscreteNoise:
 
 @dataclass(frozen=True)
 class FlowNoise:
-    """Rectified flow (arXiv 2403.03206, section 3): straight from picture to noise, t = 1000 sigma.
+    """Rectified flow (arXiv 2403.03206, section 3): straight from image to noise, t = 1000 sigma.
 
     The target is the velocity eps - x_0. u is logit-normal, and sigma = s u / (1 + (s - 1) u) with
-    ``shift`` s, so that training visits the noise that sampling does. Every row weighs 1.
+    ``shift`` s, so that training sees the noise levels of sampling. Every row has weight 1.
     """
 
     shift: float = 1.0
@@ -84,29 +84,29 @@ class FlowNoise:
     def of_scheduler(
         cls, scheduler: Any, patches: int, min_snr_gamma: float | None = None
     ) -> "FlowNoise":
-        """The process of a flow-matching scheduler, for pictures of so many patches.
+        """Return the process of a flow-matching scheduler, for images of ``patches`` patches.
 
-        Raises ValueError for min-SNR weights, which are of epsilon and v.
+        Raises ``ValueError`` for min-SNR weights, which are defined for epsilon and v only.
         """
         if min_snr_gamma is not None:
             raise ValueError(
-                f"min_snr_gamma is {min_snr_gamma} but the base predicts a flow, whose errors it "
-                "does not weigh; leave it out."
+                f"min_snr_gamma is {min_snr_gamma} but the base predicts a flow, for which min-SNR "
+                "weights are not defined; leave it out."
             )
         config = scheduler.config
         if not config.use_dynamic_shifting:
             return cls(config.shift)
-        # Linear in the number of patches, between two sizes that the base's makers chose.
-        sizes = config.base_image_seq_len, config.max_image_seq_len
-        share = (patches - sizes[0]) / (sizes[1] - sizes[0])
-        return cls(math.exp(config.base_shift + share * (config.max_shift - config.base_shift)))
+        # The log of the shift is linear in the number of patches.
+        least, most = config.base_image_seq_len, config.max_image_seq_len
+        ratio = (patches - least) / (most - least)
+        return cls(math.exp(config.base_shift + ratio * (config.max_shift - config.base_shift)))
 
     def sample_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """float32 [count] in (0, 1000), independent for every row."""
+        """Draw timesteps, float32 [count] in (0, 1000), independent."""
         return self._timesteps(torch.randn(count, generator=generator))
 
     def timesteps_at(self, quantiles: torch.Tensor) -> torch.Tensor:
-        """float32 [B]: the timesteps at ``quantiles`` in (0, 1) of those that are trained on."""
+        """Return the timesteps at ``quantiles`` [B] in (0, 1) of the training's: float32 [B]."""
         return self._timesteps(torch.special.ndtri(quantiles))
 
     def _timesteps(self, normal: torch.Tensor) -> torch.Tensor:
@@ -114,20 +114,20 @@ class FlowNoise:
         return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
 
     def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised:
-        """Noise x_0 [B, C, H, W] with ``noise`` of the same shape to timesteps t [B]."""
+        """Add ``noise`` [B, C, H, W] to x_0 [B, C, H, W] up to timesteps t [B]."""
         sigma = (t / 1000).view(-1, 1, 1, 1)
         return Noised((1 - sigma) * x_0 + sigma * noise, t, noise - x_0, torch.ones_like(t))
 
 
 def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """Min-SNR-gamma weights (arXiv 2303.09556) of rows with signal-to-noise ratios ``snr`` [B].
+    """Return min-SNR-gamma weights (arXiv 2303.09556) [B] at signal-to-noise ratios ``snr`` [B].
 
-    min(snr, gamma) / snr on epsilon's error, min(snr, gamma) / (snr + 1) on v's: both are
-    min(snr, gamma) on the error of x_0.
+    They are min(snr, gamma) / snr for epsilon and min(snr, gamma) / (snr + 1) for v; both amount to
+    min(snr, gamma) on the error of x_0. Raises ``ValueError`` for another ``prediction_type``.
     """
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
         return torch.where(snr > 0, clipped / snr.clamp(min=1e-20), torch.ones_like(snr))
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
-    raise ValueError(f"no min-SNR weights for prediction_type '{prediction_type}'.")
+    raise ValueError(f"there are no min-SNR weights for prediction_type '{prediction_type}'.")

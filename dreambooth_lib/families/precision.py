@@ -1,4 +1,4 @@
-"""Where half precision would lose a base: the autoencoder's own, and what saved pipelines say."""
+"""Keep half precision from breaking a base: autoencoders in float32, saved dtypes, clear errors."""
 
 import json
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import torch
 
 
 class NonFinite(FloatingPointError):
-    """A part of a base gave NaN or infinity, or black pictures; the message says which part."""
+    """A part of a base gave NaN, infinity or black images; the message names the part."""
 
     @classmethod
     def of(cls, part: str, base: str, gave: str, dtype: torch.dtype) -> "NonFinite":
-        """Make the error of a ``part`` of ``base`` that ``gave`` something useless in ``dtype``."""
-        fix = "its files may be damaged: get the base anew, or choose another"
+        """Make the error for a ``part`` of ``base`` that ``gave`` bad values in ``dtype``."""
+        fix = "its files may be damaged: download the base again, or choose another base"
         if dtype is torch.float16:
             fix = (
                 "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, or "
@@ -25,33 +25,33 @@ class NonFinite(FloatingPointError):
 
 
 def autoencoder_dtype(half: torch.dtype) -> torch.dtype:
-    """Choose what autoencoders compute in where the rest computes in ``half``.
+    """Return the dtype of the autoencoder where the rest of the base is in ``half``.
 
-    Many overflow float16, which ends at 65,504, and give NaN or black pictures; as diffusers' own
-    training scripts do, the kit keeps them in float32 there.
+    Many autoencoders overflow float16, which ends at 65,504, and give NaN or black images, so they
+    stay in float32, as in diffusers' own training scripts.
     """
     return torch.float32 if half is torch.float16 else half
 
 
 def outside_autocast(vae: Any) -> Callable[..., Any]:
-    """Make an autoencoder's ``decode`` that takes any precision and computes in its weights' own.
+    """Wrap an autoencoder's ``decode`` to take any dtype and compute in that of the weights.
 
-    Under autocast its convolutions would compute in float16 all the same.
+    Under autocast, its convolutions would compute in float16 even with float32 weights.
     """
     decode = vae.decode
 
-    def decoded(z: torch.Tensor, *given: Any, **named: Any) -> Any:
+    def decode_outside(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(z.device.type, enabled=False):
-            return decode(z.to(vae.dtype), *given, **named)
+            return decode(z.to(vae.dtype), *args, **kwargs)
 
-    return decoded
+    return decode_outside
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """Write a pipeline in diffusers' layout, to be loaded with or without a precision said.
+    """Save a pipeline in diffusers' layout, such that it loads in float32 by default.
 
-    If none is said diffusers loads every file as float32, but transformers as its config says: so
-    the text encoders' configs say float32, whatever their files hold.
+    Without a dtype, diffusers loads every file as float32, but transformers goes by the config: so
+    the text encoders' configs say float32, whatever dtype their files have.
     """
     from transformers import PreTrainedModel
 
@@ -60,6 +60,6 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
         if isinstance(part, PreTrainedModel):
             file = Path(folder) / name / "config.json"
             config = json.loads(file.read_text())
-            # Before its version 5 transformers names it otherwise.
+            # transformers 4 calls it torch_dtype.
             config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

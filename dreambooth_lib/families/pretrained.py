@@ -1,4 +1,7 @@
-"""Load a base through diffusers: with weights, quantized or not, or from its configs alone."""
+"""Load one diffusers pipeline as a :class:`Family`: its weights, quantized or not, or its configs.
+
+``families.loading`` finds the base and its family; this module knows nothing of LoRAs or names.
+"""
 
 from collections.abc import Collection
 from importlib import import_module
@@ -16,118 +19,113 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.precision import autoencoder_dtype
 from dreambooth_lib.families.prompt_cache import PromptCache
 
-#: What diffusers calls the precision that a model is loaded in.
+#: The argument by which diffusers takes the dtype to load a model in.
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 
-#: What of a base may be loaded in another precision than the rest.
-MOVED = ("denoiser", "text_encoders")
+#: Parts of a base that may be loaded in another dtype than the rest.
+TRAINABLE = ("denoiser", "text_encoders")
 
 
-def from_pretrained(
-    kind: type[Family],
+def load_pretrained(
+    family_class: type[Family],
     path: str,
     *,
     resolution: int | None = None,
     half: torch.dtype = torch.float32,
-    whole: Collection[str] = MOVED,
+    whole: Collection[str] = TRAINABLE,
     master: torch.dtype = torch.float32,
     quantize: str | None = None,
     prompts: Collection[str] | None = None,
     device: str | torch.device = "cpu",
     **hub: Any,
 ) -> Family:
-    """Load on the CPU in ``half``, but the parts that ``whole`` names in ``master``.
+    """Load a pipeline on the CPU in ``half``, and the parts that ``whole`` names in ``master``.
 
-    The autoencoder is in float32 where ``half`` is float16, which many overflow. ``quantize`` is as
-    in ``TrainConfig``; what it concerns is put on the GPU at once. With ``prompts`` the text
-    encoders are loaded first and alone, encode these on ``device`` and make room for the rest: no
-    other prompt is known then.
+    The autoencoder is in float32 where ``half`` is float16. ``quantize`` is as in ``TrainConfig``;
+    quantized parts go to the GPU at once. With ``prompts``, the text encoders are loaded first,
+    encode these prompts on ``device`` and are freed before the rest is loaded; the family then
+    knows no other prompt.
     """
     index = DiffusionPipeline.load_config(path, **hub)
-    given: dict[str, Any] = {"use_safetensors": True, **kind.options, **hub}
-    given[DTYPE] = {"default": half} | _dtypes(kind, half, whole, master)
-    known = None
+    options: dict[str, Any] = {"use_safetensors": True, **family_class.options, **hub}
+    options[DTYPE] = {"default": half} | _dtypes(family_class, half, whole, master)
+    prompt_cache = None
     if prompts is not None:
-        alone = given | dict.fromkeys((kind.denoiser_name, "vae"))
-        alone |= _quantization(kind, index, alone, quantize, half)
-        text = DiffusionPipeline.from_pretrained(path, **alone).to(device)
-        known = PromptCache(kind(text, resolution=1), {*prompts, ""})
-        del text
+        encoders_only = options | dict.fromkeys((family_class.denoiser_name, "vae"))
+        encoders_only |= _quantization(family_class, index, encoders_only, quantize, half)
+        pipeline = DiffusionPipeline.from_pretrained(path, **encoders_only).to(device)
+        prompt_cache = PromptCache(family_class(pipeline, resolution=1), {*prompts, ""})
+        del pipeline
         gpu_memory.free_memory()
-        encoders = (*kind.encoder_names, *kind.large_encoder_names)
-        given |= {name: None for name in encoders if name in index}
-    given |= _quantization(kind, index, given, quantize, half)
-    family = kind(DiffusionPipeline.from_pretrained(path, **given), resolution)
-    family.prompt_cache = known
+        encoders = (*family_class.encoder_names, *family_class.large_encoder_names)
+        options |= {name: None for name in encoders if name in index}
+    options |= _quantization(family_class, index, options, quantize, half)
+    family = family_class(DiffusionPipeline.from_pretrained(path, **options), resolution)
+    family.prompt_cache = prompt_cache
     return family
 
 
-def from_configs(
-    kind: type[Family],
+def build_on_meta(
+    family_class: type[Family],
     path: str,
     *,
     resolution: int | None = None,
     half: torch.dtype = torch.float32,
-    whole: Collection[str] = MOVED,
+    whole: Collection[str] = TRAINABLE,
     master: torch.dtype = torch.float32,
     quantize: str | None = None,
     revision: str | None = None,
 ) -> Family:
-    """Build as :func:`from_pretrained`, without the weights: all are on the meta device.
+    """Build a pipeline as :func:`load_pretrained` does, from its configs alone, on the meta device.
 
-    What ``quantize`` concerns is in ``half`` here.
+    Parts that ``quantize`` would quantize are in ``half`` here.
     """
     index = DiffusionPipeline.load_config(path, revision=revision)
-    dtypes = _dtypes(kind, half, whole, master)
-    parts: dict[str, Any] = dict(kind.options)
+    dtypes = _dtypes(family_class, half, whole, master)
+    parts: dict[str, Any] = dict(family_class.options)
     for name, (library, class_name) in _parts(index).items():
         if name in parts or class_name is None:
             parts[name] = None
             continue
-        part = getattr(diffusers if library == "diffusers" else transformers, class_name)
+        part_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
+        source: dict[str, Any] = {"subfolder": name, "revision": revision}
         if name.startswith(("scheduler", "tokenizer")):
-            parts[name] = part.from_pretrained(path, subfolder=name, revision=revision)
+            parts[name] = part_class.from_pretrained(path, **source)
             continue
-        given: Any
-        if library == "diffusers":
-            given, make = (
-                part.load_config(path, subfolder=name, revision=revision),
-                part.from_config,
-            )
-        else:
-            given, make = (
-                part.config_class.from_pretrained(path, subfolder=name, revision=revision),
-                part,
-            )
         with torch.device("meta"):
-            parts[name] = make(given).to(dtypes.get(name, half))
-        # Some layers overflow in float16: transformers keeps them whole.
-        kept = (getattr(part, "_keep_in_fp32_modules", None) or []) if half is torch.float16 else []
-        for module_name, module in parts[name].named_modules() if kept else ():
-            if module_name.rpartition(".")[2] in kept:
+            if library == "diffusers":
+                part = part_class.from_config(part_class.load_config(path, **source))
+            else:
+                part = part_class(part_class.config_class.from_pretrained(path, **source))
+            parts[name] = part.to(dtypes.get(name, half))
+        # transformers keeps layers that overflow float16 in float32.
+        fp32_layers = getattr(part_class, "_keep_in_fp32_modules", None) or []
+        for module_name, module in part.named_modules() if half is torch.float16 else ():
+            if module_name.rpartition(".")[2] in fp32_layers:
                 module.to(torch.float32)
-    return kind(getattr(diffusers, index["_class_name"])(**parts), resolution)
+    return family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
 
 
 def _dtypes(
-    kind: type[Family], half: torch.dtype, whole: Collection[str], master: torch.dtype
+    family_class: type[Family], half: torch.dtype, whole: Collection[str], master: torch.dtype
 ) -> dict[str, torch.dtype]:
-    """Map parts that are not in ``half`` to their precision, as :func:`from_pretrained` has it."""
-    names = dict(zip(MOVED, ((kind.denoiser_name,), kind.encoder_names), strict=True))
-    moved = {name: master for part in whole for name in names[part]}
-    return moved | {"vae": autoencoder_dtype(half)}
+    """Map the pipeline's parts that are not in ``half`` to their dtypes."""
+    trainable = ((family_class.denoiser_name,), family_class.encoder_names)
+    names = dict(zip(TRAINABLE, trainable, strict=True))
+    in_master = {name: master for part in whole for name in names[part]}
+    return in_master | {"vae": autoencoder_dtype(half)}
 
 
 def _quantization(
-    kind: type[Family],
+    family_class: type[Family],
     index: dict[str, Any],
-    given: dict[str, Any],
+    options: dict[str, Any],
     quantize: str | None,
     half: torch.dtype,
 ) -> dict[str, Any]:
-    """Describe to the pipeline's ``from_pretrained`` how its parts are quantized.
+    """Return the ``quantization_config`` argument of the pipeline's ``from_pretrained``.
 
-    It is told of none that ``given`` leaves out, which it would tell the user.
+    It leaves out the parts that ``options`` sets to None, of which diffusers would warn.
     """
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantize == "nf4":
@@ -140,7 +138,10 @@ def _quantization(
     mapping = {
         name: import_module(library).BitsAndBytesConfig(**settings)
         for name, (library, class_name) in _parts(index).items()
-        if quantize and class_name and given.get(name, ...) and name in kind.quantized_names()
+        if quantize
+        and class_name
+        and options.get(name, ...)
+        and name in family_class.quantized_names()
     }
     if not mapping:
         return {}
@@ -149,5 +150,5 @@ def _quantization(
 
 
 def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """Map the parts that a ``model_index.json`` names to library and class of each."""
+    """Map the parts in a ``model_index.json`` to the library and class of each."""
     return {name: (value[0], value[1]) for name, value in index.items() if isinstance(value, list)}

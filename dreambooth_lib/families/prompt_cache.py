@@ -1,4 +1,4 @@
-"""Prompts encoded once and looked up from then on, where the text encoders do not train."""
+"""Encode prompts once and look them up from then on, where the text encoders do not train."""
 
 from collections.abc import Collection
 
@@ -9,9 +9,9 @@ from dreambooth_lib.families.precision import NonFinite
 
 
 class PromptCache:
-    """Prompts that were encoded once, looked up from then on.
+    """Conditioning of a set of prompts, each encoded once.
 
-    Raises :class:`NonFinite` where the text encoders give NaN or infinity.
+    Raises :class:`NonFinite` where a text encoder gives NaN or infinity.
     """
 
     def __init__(self, family: Family, prompts: Collection[str]):
@@ -25,5 +25,5 @@ class PromptCache:
                 raise NonFinite.of("a text encoder", family.name, gave, value.dtype)
 
     def __call__(self, prompts: list[str]) -> Cond:
-        """Return what the denoiser is told of each prompt; raises KeyError for an unknown one."""
+        """Return the conditioning of the prompts; raise ``KeyError`` for an unknown one."""
         return rows(self.cond, [self.row[prompt] for prompt in prompts])

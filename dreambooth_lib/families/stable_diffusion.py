@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and every base in their layout."""
+"""Stable Diffusion 1.x and 2.x, and all bases in their layout."""
 
 from typing import Any, ClassVar
 
@@ -10,12 +10,12 @@ from dreambooth_lib.families.inference_settings import (
     Config,
     Inference,
     Names,
-    few_by_name,
-    few_by_scheduler,
+    distilled_by_name,
+    distilled_by_scheduler,
 )
 from dreambooth_lib.families.noise_schedule import DiscreteNoise
 
-#: The embedded base's, which its figures in README and docs were made with.
+#: The settings with which toybox's figures in README and docs were drawn.
 TOYBOX = Inference(
     steps=25,
     guidance_scale=base_defaults("toybox")["guidance_scale"],
@@ -25,10 +25,10 @@ TOYBOX = Inference(
 
 
 class StableDiffusion(Family):
-    """Adapter of a ``StableDiffusionPipeline``."""
+    """Bases with a ``StableDiffusionPipeline``."""
 
     denoiser_name = "unet"
-    #: The pipeline's own; half of its steps are enough, as in diffusers' scripts for DreamBooth.
+    #: The pipeline's own; half the steps are enough, as in diffusers' DreamBooth scripts.
     default_inference = Inference(
         steps=50, guidance_scale=7.5, fewest_steps=25, validation_steps=25
     )
@@ -44,7 +44,11 @@ class StableDiffusion(Family):
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if "toybox" in names:
             return TOYBOX
-        return few_by_scheduler(scheduler, denoiser) or few_by_name(names) or cls.default_inference
+        return (
+            distilled_by_scheduler(scheduler, denoiser)
+            or distilled_by_name(names)
+            or cls.default_inference
+        )
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

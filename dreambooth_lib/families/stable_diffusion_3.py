@@ -3,24 +3,23 @@
 import torch
 
 from dreambooth_lib.families.base import Cond, Family
-from dreambooth_lib.families.inference_settings import Config, Inference, Names, few_by_name
+from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
 
-#: Of the medium model of 3.0, by its pipeline; of the large one of 3.5, by its card.
+#: Stable Diffusion 3 medium, by its pipeline; 3.5 large, by its card.
 _FIRST = Inference(steps=28, guidance_scale=7.0, fewest_steps=28, validation_steps=28)
 _LARGE = Inference(steps=28, guidance_scale=3.5, fewest_steps=28, validation_steps=28)
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class StableDiffusion3(Family):
-    """Adapter of a ``StableDiffusion3Pipeline`` (arXiv 2403.03206); T5 may be absent."""
+    """Bases with a ``StableDiffusion3Pipeline`` (arXiv 2403.03206); T5 may be missing."""
 
     encoder_names = ("text_encoder", "text_encoder_2")
     large_encoder_names = ("text_encoder_3",)
     loads_textual_inversion = False
-    bf16_weights_ok = (
-        False  # it joins what its norms gave in the weights' type, which autocast refuses
-    )
-    #: Of the medium model of 3.5, by its card; the pipeline's own 28 steps are enough.
+    #: It concatenates its norms' outputs, which are in the weights' dtype; autocast rejects that.
+    bf16_weights_ok = False
+    #: 3.5 medium, by its card; the pipeline's own 28 steps are enough.
     default_inference = Inference(
         steps=40, guidance_scale=4.5, fewest_steps=28, validation_steps=28
     )
@@ -32,7 +31,7 @@ class StableDiffusion3(Family):
 
     @classmethod
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
-        if distilled := few_by_name(names, steps=4):  # 3.5 large turbo's card: 4, guidance 0
+        if distilled := distilled_by_name(names, steps=4):  # 3.5 large turbo's card: 4, guidance 0
             return distilled
         if not denoiser.get("qk_norm"):
             return _FIRST

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and the picture's size told to the denoiser."""
+"""Stable Diffusion XL: two text encoders, and the image's size as an input of the denoiser."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -12,10 +12,10 @@ from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Adapter of a ``StableDiffusionXLPipeline`` (arXiv 2307.01952)."""
+    """Bases with a ``StableDiffusionXLPipeline`` (arXiv 2307.01952)."""
 
     encoder_names = ("text_encoder", "text_encoder_2")
-    #: The pipeline's own; half of its steps are enough, as in diffusers' scripts for DreamBooth.
+    #: The pipeline's own; half the steps are enough, as in diffusers' DreamBooth scripts.
     default_inference = Inference(
         steps=50, guidance_scale=5.0, fewest_steps=25, validation_steps=25
     )
@@ -33,21 +33,22 @@ class StableDiffusionXL(StableDiffusion):
             prompts, device=device, do_classifier_free_guidance=False
         )
         if pipeline.config.force_zeros_for_empty_prompt:
-            said = torch.tensor([prompt != "" for prompt in prompts], device=device)
-            hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
+            filled = torch.tensor([prompt != "" for prompt in prompts], device=device)
+            hidden, pooled = hidden * filled[:, None, None], pooled * filled[:, None]
         return {"hidden": hidden, "pooled": pooled}
 
     def unused_parameters(self) -> Iterable[torch.nn.Parameter]:
-        # Of both encoders the last layer but one is read; of the second one, what pools too.
+        # The pipeline reads the penultimate layer of both encoders, and the second one's pooled
+        # output: the first one's last layer and norm are unused.
         encoder = self.pipeline.text_encoder
         if encoder is None:
             return ()
-        text = getattr(encoder, "text_model", encoder)  # it has none since transformers 5
+        text = getattr(encoder, "text_model", encoder)  # transformers 5 has no text_model
         return chain(text.encoder.layers[-1].parameters(), text.final_layer_norm.parameters())
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
-        # Original size, the crop's corner and the target size, as of a picture that was not cut.
+        # Original size, the crop's corner and target size of an image that was not cropped.
         sizes = torch.tensor([height, width, 0, 0, height, width], device=x_t.device)
-        told = {"text_embeds": cond["pooled"], "time_ids": sizes.expand(len(x_t), -1)}
-        return self.denoiser(x_t, t, cond["hidden"], added_cond_kwargs=told).sample
+        added = {"text_embeds": cond["pooled"], "time_ids": sizes.expand(len(x_t), -1)}
+        return self.denoiser(x_t, t, cond["hidden"], added_cond_kwargs=added).sample

@@ -1,4 +1,4 @@
-"""Z-Image: one transformer over picture and text, prompts of their own lengths."""
+"""Z-Image: one transformer over image and text, and prompts of different lengths."""
 
 from typing import Any, ClassVar
 
@@ -9,22 +9,22 @@ from dreambooth_lib.families.inference_settings import (
     Config,
     Inference,
     Names,
-    few_by_name,
-    few_steps,
+    distilled_by_name,
+    distilled_inference,
 )
 
-#: The shift of noise levels that tells Turbo (3) from the base (6), by their schedulers' configs.
+#: The scheduler's shift lies below this for Turbo (3), above it for the undistilled base (6).
 TURBO_SHIFT = 4.5
-LENGTH = 32  #: tokens of a short prompt in the chat's form
+LENGTH = 32  #: tokens of a short prompt in the chat template
 
 
 class ZImage(Family):
-    """Adapter of a ``ZImagePipeline`` (arXiv 2511.22699)."""
+    """Bases with a ``ZImagePipeline`` (arXiv 2511.22699)."""
 
-    half_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)  # float16 it overflows: NaN
+    half_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)  # NaN in float16
     encoder_names = ()
     large_encoder_names = ("text_encoder",)
-    #: Its card: 28 to 50 steps, guidance 3 to 5, which this pipeline adds to 1.
+    #: By its card: 28 to 50 steps, guidance 3 to 5, which this pipeline adds to 1.
     default_inference = Inference(
         steps=50, guidance_scale=4.0, fewest_steps=28, validation_steps=28
     )
@@ -33,18 +33,18 @@ class ZImage(Family):
 
     @classmethod
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
-        turbo = few_steps(9)  # by its card, at 0; diffusers before 0.41 makes 8 evaluations of them
+        turbo = distilled_inference(9)  # by its card; diffusers before 0.41 makes 8 calls of them
         if scheduler.get("shift", TURBO_SHIFT) < TURBO_SHIFT:
             return turbo
-        return few_by_name(names, turbo.steps) or cls.default_inference
+        return distilled_by_name(names, turbo.steps) or cls.default_inference
 
     @staticmethod
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
-        return 128 * vae_scale(vae)  # as the pipeline has it: no config says it
+        return 128 * vae_scale(vae)  # the pipeline's default; no config has it
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         device = self.pipeline.text_encoder.device
-        # The pipeline writes its chat form of each prompt into the list that it is given.
+        # A copy: the pipeline writes the chat template's text into the list.
         embeddings, _ = self.pipeline.encode_prompt([*prompts], device, False)
         lengths = torch.tensor([len(tokens) for tokens in embeddings], device=device)
         padded = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
@@ -55,17 +55,17 @@ class ZImage(Family):
         return {"embeddings": torch.zeros(len(prompts), LENGTH, width)}
 
     def pipeline_arguments(self, cond: Cond) -> dict[str, Any]:
-        return {"prompt_embeds": _own_lengths(cond)}
+        return {"prompt_embeds": _without_padding(cond)}
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         frames = list(x_t.unsqueeze(2).unbind())
-        # Its time runs from noise to picture, and so does the velocity that it predicts.
-        velocity = self.denoiser(frames, 1 - t / 1000, _own_lengths(cond), return_dict=False)[0]
+        # Its time runs from noise to image, and so does the velocity that it predicts.
+        velocity = self.denoiser(frames, 1 - t / 1000, _without_padding(cond), return_dict=False)[0]
         return -torch.stack(velocity).squeeze(2)
 
 
-def _own_lengths(cond: Cond) -> list[torch.Tensor]:
-    """Each prompt's embeddings without their padding."""
+def _without_padding(cond: Cond) -> list[torch.Tensor]:
+    """Return each prompt's embeddings without their padding."""
     if "lengths" not in cond:
         return list(cond["embeddings"])
     lengths = cond["lengths"].tolist()

@@ -1,1 +1,1 @@
-"""Embed images and prompts with CLIP or DINO, and compare them."""
+"""Embed images and prompts with CLIP or DINO, and score images by the embeddings."""

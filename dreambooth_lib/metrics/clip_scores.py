@@ -1,11 +1,11 @@
-"""How well a run learned its subject and kept its class, by cosines of embeddings.
+"""Score how well a run learnt its subject and preserved its class, by cosines of embeddings.
 
-The measures follow DreamBooth's evaluation (arXiv 2208.12242, sections 4.1-4.3): subject fidelity
-is CLIP-I or DINO by the encoder that is used, prompt adherence is CLIP-T. Diversity and prior
-drift use ``1 - cosine`` of the same encoder in place of the paper's LPIPS and PRES, so they do not
-compare with those. A number means something only beside its encoder (:attr:`Encoder.model_id`) and
-the same pictures' count and size. Embeddings are rows of any length, ``[N, D]``; empty, non-finite
-or mismatched ones raise ``ValueError``.
+The scores follow DreamBooth's evaluation (arXiv 2208.12242, sections 4.1-4.3): subject fidelity
+is CLIP-I or DINO, depending on the encoder, and prompt adherence is CLIP-T. Diversity and prior
+drift use ``1 - cosine`` by the same encoder in place of the paper's LPIPS and PRES, and cannot be
+compared with these. Scores compare only for the same encoder (:attr:`Encoder.model_id`) and the
+same number and size of images. Embeddings are ``[N, D]``, of any length; empty, non-finite or
+mismatched ones raise ``ValueError``.
 """
 
 import math
@@ -26,39 +26,39 @@ def subject_fidelity(generated: "torch.Tensor", reference: "torch.Tensor") -> fl
 
 
 def reference_fidelity(reference: "torch.Tensor") -> float:
-    """Return the ceiling of :func:`subject_fidelity`, in [-1, 1]: that of the photos (Table 1).
+    """Return the ceiling of :func:`subject_fidelity`, in [-1, 1]: the photos' own (Table 1).
 
-    Without self-pairs, so that it takes two rows.
+    Self-pairs are left out, so there must be two rows.
     """
-    return _mean_among("reference", reference)
+    return _mean_pair_cosine("reference", reference)
 
 
-def prompt_adherence(pictures: "torch.Tensor", texts: "torch.Tensor") -> float:
-    """Return CLIP-T (section 4.2), in [-1, 1]: mean cosine of each picture with its own prompt."""
-    pictures, texts = unit_rows(by_row=True, pictures=pictures, texts=texts)
-    return float((pictures * texts).sum(-1).mean())
+def prompt_adherence(images: "torch.Tensor", texts: "torch.Tensor") -> float:
+    """Return CLIP-T (section 4.2), in [-1, 1]: the mean cosine of each image and its prompt."""
+    images, texts = unit_rows(by_row=True, images=images, texts=texts)
+    return float((images * texts).sum(-1).mean())
 
 
-def diversity(pictures: "torch.Tensor") -> float:
-    """Return how much pictures of one prompt differ, in [0, 2]: mean ``1 - cosine`` over pairs.
+def diversity(images: "torch.Tensor") -> float:
+    """Return how much images of one prompt differ, in [0, 2]: the mean ``1 - cosine`` of pairs.
 
-    0 when all are alike; without self-pairs, so that it takes two rows.
+    It is 0 if all are alike. Self-pairs are left out, so there must be two rows.
     """
-    return 1 - _mean_among("pictures", pictures)
+    return 1 - _mean_pair_cosine("images", images)
 
 
 def prior_drift(base: "torch.Tensor", tuned: "torch.Tensor") -> float:
-    """Return how far training moved the class, in [0, 2]: mean ``1 - cosine`` row by row.
+    """Return how far training changed the class, in [0, 2]: the mean ``1 - cosine`` row by row.
 
-    Rows are of one prompt and seed; 0 when the class is as it was. PRES's question, asked of the
-    base instead of the subject.
+    Rows at one index have the same prompt and seed; 0 is no change. PRES compares class images with
+    the subject; this compares them with the base's.
     """
     base, tuned = unit_rows(by_row=True, base=base, tuned=tuned)
     return float(1 - (base * tuned).sum(-1).mean())
 
 
 def strip_identifier(prompt: str, identifier: str) -> str:
-    """``prompt`` without ``identifier`` as a whole word in that case, runs of spaces made one."""
+    """Return ``prompt`` without the whole word ``identifier`` (by case) and repeated spaces."""
     word = rf"(?<![\w-]){re.escape(identifier)}(?![\w-])"
     return " ".join((re.sub(word, " ", prompt) if identifier else prompt).split())
 
@@ -72,17 +72,17 @@ def evaluate(
     identifier: str,
     base_class_images: "list[Image.Image] | None" = None,
 ) -> dict[str, float]:
-    """Return every measure of one tuned model by one encoder, ``prompt_adherence`` not by a DINO.
+    """Return all scores of one tuned model by one encoder; a DINO gives no ``prompt_adherence``.
 
-    ``prompts[i]`` made ``generated[i]``; the identifier is stripped before the text encoder.
-    ``class_images`` are the tuned model's pictures of one class prompt, and
-    ``base_class_images`` the base's with the same seeds, without which there is no
-    ``prior_drift``. Raises ``ValueError`` for no pictures, unequal counts, one class image.
+    ``generated[i]`` was drawn from ``prompts[i]``; the identifier is stripped before the text is
+    embedded. ``class_images`` are the tuned model's images of one class prompt, and
+    ``base_class_images`` the base's with the same seeds; without these there is no ``prior_drift``.
+    Raises ``ValueError`` for no images, different counts, or only one class image.
     """
     if len(prompts) != len(generated):
         raise ValueError(
-            f"there are {len(prompts)} prompts for {len(generated)} generated pictures; give one "
-            "prompt a picture, repeated where a prompt made several."
+            f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
+            "prompt for each image, and repeat a prompt that has several."
         )
     images, classes = encoder.images(generated), encoder.images(class_images)
     scores = {"subject_fidelity": subject_fidelity(images, encoder.images(reference))}
@@ -95,8 +95,7 @@ def evaluate(
     return scores
 
 
-def _mean_among(name: str, embeddings: "torch.Tensor") -> float:
-    """Return the mean cosine over all pairs less self-pairs."""
+def _mean_pair_cosine(name: str, embeddings: "torch.Tensor") -> float:
     (rows,) = unit_rows(by_row=False, **{name: embeddings})
     count, total = len(rows), rows.sum(0)
     if count < 2:
@@ -105,26 +104,29 @@ def _mean_among(name: str, embeddings: "torch.Tensor") -> float:
 
 
 def unit_rows(by_row: bool = False, **embeddings: "torch.Tensor") -> "list[torch.Tensor]":
-    """Return rows of length 1 in float64, and ``by_row`` as many of each."""
-    found = []
-    for name, given in embeddings.items():
-        if given.ndim != 2 or len(given) == 0:
+    """Return all embeddings as float64 rows of length 1, on the CPU.
+
+    Raises ``ValueError`` for wrong shapes and, with ``by_row``, different numbers of rows.
+    """
+    normalized = []
+    for name, tensor in embeddings.items():
+        if tensor.ndim != 2 or len(tensor) == 0:
             raise ValueError(
-                f"the {name} embeddings have shape {list(given.shape)}; give one row or more."
+                f"the {name} embeddings have shape {list(tensor.shape)}; give one row or more."
             )
-        rows = given.detach().cpu().double()
+        rows = tensor.detach().cpu().double()
         length = rows.norm(dim=-1, keepdim=True)
         for number, size in enumerate(length.flatten().tolist()):
             if not 0 < size < math.inf:
                 raise ValueError(
                     f"row {number} of the {name} embeddings is zero or not finite; leave it out."
                 )
-        found.append(rows / length)
-    shapes = {name: list(rows.shape) for name, rows in zip(embeddings, found, strict=True)}
+        normalized.append(rows / length)
+    shapes = {name: list(rows.shape) for name, rows in zip(embeddings, normalized, strict=True)}
     if len({tuple(shape) if by_row else shape[1] for shape in shapes.values()}) > 1:
-        (name, shape), (other, of_other) = shapes.items()
+        (name, shape), (name_2, shape_2) = shapes.items()
         raise ValueError(
-            f"the {name} embeddings are {shape} and the {other} ones {of_other}; embed both with "
-            f"one encoder{', one row for one row' if by_row else ''}."
+            f"the {name} embeddings are {shape} and the {name_2} ones {shape_2}; embed both with "
+            f"one encoder{', the same number of rows each' if by_row else ''}."
         )
-    return found
+    return normalized

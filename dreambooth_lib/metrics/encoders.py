@@ -1,4 +1,4 @@
-"""Unit-length embeddings of pictures and prompts by frozen encoders, kept by file content."""
+"""Embed images and prompts with a frozen CLIP or DINO, and cache embeddings by file content."""
 
 import hashlib
 import io
@@ -14,26 +14,26 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
 
-#: Pictures or prompts that go through an encoder at once.
+#: Images or prompts in a batch.
 BATCH = 64
 
 
 class Encoder:
-    """Unit-length embeddings of pictures and prompts by a frozen CLIP, or of pictures by a DINO.
+    """A frozen CLIP, which embeds images and prompts, or DINO, which embeds images only.
 
-    ``model_id`` is a folder or a hub id in transformers' layout, told apart by its config:
+    ``model_id`` is a folder or a hub id in transformers' layout, of one of two types by its config:
 
-    - ``clip``: the projected embeddings (arXiv 2103.00020), pictures prepared as the model's
-      ``preprocessor_config.json`` says.
-    - ``vit``: the last layer's CLS token after the final norm (arXiv 2104.14294), pictures prepared
-      as DINO's own evaluation does: shorter side to 256/224 of the model's side by bicubic, centre
-      crop, ImageNet's mean and deviation.
+    - ``clip``: the projected embeddings (arXiv 2103.00020) of images preprocessed as in the model's
+      ``preprocessor_config.json``.
+    - ``vit``: the last layer's CLS token after the final norm (arXiv 2104.14294), of images
+      preprocessed as in DINO's own evaluation: shorter side to 256/224 of the model's resolution by
+      bicubic, center crop, ImageNet's mean and standard deviation.
 
-    Runs in float32 on ``device``; results are on the CPU. Raises ``ValueError`` for a model of
-    another kind, ``OSError`` for one that it cannot read.
+    Computes in float32 on ``device`` and returns embeddings of unit length on the CPU. Raises
+    ``ValueError`` for a model of another type, ``OSError`` for one that cannot be read.
     """
 
-    model_id: str  #: to name beside every number
+    model_id: str  #: to report with every score
     reads_texts: bool  #: whether :meth:`texts` works: True for CLIP, False for DINO
 
     def __init__(self, model_id: str | Path, device: "str | torch.device" = "cpu") -> None:
@@ -60,15 +60,15 @@ class Encoder:
         import transformers
         from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-        # The one that prepares by PIL has a name of its own in transformers 5.
+        # In transformers 5, the processor that uses PIL has another name.
         by_pil = getattr(transformers, "CLIPImageProcessorPil", None)
         processor = by_pil or transformers.CLIPImageProcessor
         model: Any
         if self.reads_texts:
             model = transformers.CLIPModel.from_pretrained(self.model_id)
             self._tokenizer = transformers.CLIPTokenizer.from_pretrained(self.model_id)
-            if len(self._tokenizer) < 5:  # transformers 5 makes an empty one up for a lost file
-                raise ValueError("there is no tokenizer beside the model; put its files there.")
+            if len(self._tokenizer) < 5:  # transformers 5 makes an empty one if a file is missing
+                raise ValueError("the model has no tokenizer; add its files to the folder.")
             self._processor = processor.from_pretrained(self.model_id)
         else:
             model = transformers.ViTModel.from_pretrained(self.model_id, add_pooling_layer=False)
@@ -83,22 +83,22 @@ class Encoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What numbers by this encoder depend on: id, sha256 of the weights, preparation."""
+        """All that embeddings depend on: the id, the weights' sha256 and the preprocessing."""
         digest = hashlib.sha256()
         for weights in self._model.state_dict().values():
             digest.update(weights.cpu().contiguous().numpy())
-        prepared = self._processor.to_dict()
-        return {"model_id": self.model_id, "weights": digest.hexdigest(), "preparation": prepared}
+        settings = self._processor.to_dict()
+        return {"model_id": self.model_id, "weights": digest.hexdigest(), "preparation": settings}
 
-    def images(self, pictures: list[Image.Image]) -> "torch.Tensor":
-        """Embed pictures of any size: float32 ``[N, D]``, unit rows; ``ValueError`` for none."""
-        return self._embed(pictures, self._picture_features, "pictures")
+    def images(self, images: list[Image.Image]) -> "torch.Tensor":
+        """Embed images of any size as float32 ``[N, D]``; raise ``ValueError`` for none."""
+        return self._embed(images, self._image_features, "images")
 
     def texts(self, prompts: list[str]) -> "torch.Tensor":
-        """Embed prompts: float32 ``[N, D]``, unit rows; ``ValueError`` for none or by a DINO."""
+        """Embed prompts as float32 ``[N, D]``; raise ``ValueError`` for none and for a DINO."""
         if not self.reads_texts:
             raise ValueError(
-                f"the encoder '{self.model_id}' is a DINO and embeds pictures only; use a CLIP "
+                f"the encoder '{self.model_id}' is a DINO, which embeds images only; use a CLIP "
                 "such as openai/clip-vit-base-patch32 for prompts."
             )
         return self._embed(prompts, self._text_features, "prompts")
@@ -113,10 +113,10 @@ class Encoder:
             rows = torch.cat([features(batch).cpu() for batch in batches])
         return torch.nn.functional.normalize(rows, dim=-1)  # [N, D]
 
-    # Not CLIPModel.get_..._features: they give a tensor in transformers 4 and an object in 5.
+    # CLIPModel.get_..._features return a tensor in transformers 4 and an object in 5.
 
-    def _picture_features(self, pictures: list[Image.Image]) -> "torch.Tensor":
-        rgb = [picture.convert("RGB") for picture in pictures]
+    def _image_features(self, images: list[Image.Image]) -> "torch.Tensor":
+        rgb = [image.convert("RGB") for image in images]
         pixels = self._processor(images=rgb, return_tensors="pt")["pixel_values"].to(self.device)
         if not self.reads_texts:
             return self._model(pixel_values=pixels).last_hidden_state[:, 0]
@@ -134,32 +134,32 @@ class Encoder:
 
 
 def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.Tensor":
-    """Embed picture files, each content once: float32 ``[N, D]``, one row a path.
+    """Embed image files as float32 ``[N, D]``, one row for each path.
 
-    ``cache`` keeps one ``.npy`` a content in a folder of the encoder's own. No more than ``BATCH``
-    pictures are in memory. Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for
-    none.
+    ``cache`` has a folder for each encoder, with one ``.npy`` for each file content. At most
+    ``BATCH`` images are in memory. Raises ``FileNotFoundError`` for a missing file, ``ValueError``
+    for no paths.
     """
     import torch
 
     from dreambooth_lib.core.files import replace_file
 
     if not paths:
-        raise ValueError("there are no picture files to embed; give one or more.")
+        raise ValueError("there are no image files to embed; give one or more.")
     folder = cache / hashlib.sha256(json.dumps(encoder.identity).encode()).hexdigest()[:16]
     if not (folder / "encoder.json").exists():
         replace_file(folder / "encoder.json", json.dumps(encoder.identity, indent=2).encode())
-    kept = []
+    cached = []
     for path in paths:
         with path.open("rb") as file:
-            kept.append(folder / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy")
-    missing = {place: path for place, path in zip(kept, paths, strict=True) if not place.exists()}
-    todo = list(missing.items())
-    for start in range(0, len(todo), BATCH):
-        part = todo[start : start + BATCH]
-        rows = encoder.images([Image.open(path) for _, path in part]).numpy()
-        for (place, _), row in zip(part, rows, strict=True):
+            cached.append(folder / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy")
+    path_of = dict(zip(cached, paths, strict=True))
+    missing = [npy for npy in path_of if not npy.exists()]
+    for start in range(0, len(missing), BATCH):
+        batch = missing[start : start + BATCH]
+        rows = encoder.images([Image.open(path_of[npy]) for npy in batch]).numpy()
+        for npy, row in zip(batch, rows, strict=True):
             buffer = io.BytesIO()
             np.save(buffer, row)
-            replace_file(place, buffer.getvalue())
-    return torch.from_numpy(np.stack([np.load(place) for place in kept]))
+            replace_file(npy, buffer.getvalue())
+    return torch.from_numpy(np.stack([np.load(npy) for npy in cached]))

@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def lpips_diversity(pictures: "list[Image.Image]") -> float:
-    """Return DIV (section 4.3): the mean LPIPS (arXiv 1801.03924) over pairs, by AlexNet.
+def lpips_diversity(images: "list[Image.Image]") -> float:
+    """Return DIV (arXiv 2208.12242, section 4.3): the mean LPIPS (arXiv 1801.03924) of all pairs.
 
-    In [0, 1] or a little above, 0 when all are alike. Pictures are equally large. Needs the
-    ``lpips`` package (:func:`has_lpips`); raises ``ValueError`` for fewer than two pictures.
+    By AlexNet; in [0, 1] or a little above, and 0 if all images are alike. They must have the same
+    size. Needs the ``lpips`` package (:func:`has_lpips`). Raises ``ValueError`` for fewer than two.
     """
     import torch
 
-    if len(pictures) < 2:
-        raise ValueError("there is only one picture; give two or more to pair.")
+    if len(images) < 2:
+        raise ValueError("there is only one image; give two or more to compare.")
     network = _lpips()
-    arrays = [np.asarray(picture.convert("RGB"), np.float32) for picture in pictures]
+    arrays = [np.asarray(image.convert("RGB"), np.float32) for image in images]
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
-    one, other = torch.triu_indices(len(pictures), len(pictures), 1)
+    a, b = torch.triu_indices(len(images), len(images), 1)
     with torch.inference_mode():
-        return float(network(pixels[one], pixels[other]).mean())
+        return float(network(pixels[a], pixels[b]).mean())
 
 
 def has_lpips() -> bool:
@@ -42,20 +42,20 @@ def _lpips() -> Any:
     return lpips.LPIPS(net="alex", verbose=False).eval()
 
 
-def kid(pictures: "torch.Tensor", base: "torch.Tensor") -> float:
-    """Return the kernel distance of two sets of pictures (KID, arXiv 1801.01401).
+def kid(images: "torch.Tensor", base: "torch.Tensor") -> float:
+    """Return the kernel distance (KID, arXiv 1801.01401) of two sets of embeddings ``[N, D]``.
 
-    The unbiased estimate of the squared maximum mean discrepancy by the kernel
-    ``(x . y / D + 1) ** 3``, rows scaled to length ``sqrt(D)`` so that the kernel sees numbers of
-    the size it was made for. About 0, below it by chance, for sets alike. Not comparable with KID
-    on Inception features. Takes two rows of each.
+    It is the unbiased estimate of the squared maximum mean discrepancy with the kernel
+    ``(x . y / D + 1) ** 3``, of rows scaled to length ``sqrt(D)``, the size of features that the
+    kernel was made for. Sets alike give about 0, or less by chance. Not comparable with KID on
+    Inception features. Raises ``ValueError`` for fewer than two rows of either.
     """
-    one, other = unit_rows(pictures=pictures, base=base)
-    if min(len(one), len(other)) < 2:
+    x, y = unit_rows(images=images, base=base)
+    if min(len(x), len(y)) < 2:
         raise ValueError("there is only one row of embeddings; give two or more to compare sets.")
 
-    def among(rows: "torch.Tensor") -> "torch.Tensor":
+    def mean_of_pairs(rows: "torch.Tensor") -> "torch.Tensor":
         kernel = (rows @ rows.T + 1) ** 3
         return (kernel.sum() - kernel.trace()) / (len(rows) * (len(rows) - 1))
 
-    return float(among(one) + among(other) - 2 * ((one @ other.T + 1) ** 3).mean())
+    return float(mean_of_pairs(x) + mean_of_pairs(y) - 2 * ((x @ y.T + 1) ** 3).mean())
