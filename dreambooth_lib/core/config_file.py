@@ -2,10 +2,12 @@
 
 import dataclasses
 import tomllib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.old_names import FIELDS, current_fields
 
 if TYPE_CHECKING:
     from dreambooth_lib.core.config import TrainConfig
@@ -42,8 +44,17 @@ def from_toml(path: str | Path) -> dict[str, Any]:
 
 
 def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig":
-    """Make a config of its fields. Raises :class:`ConfigError` for unknown and wrong ones."""
-    fields = dict(fields)
+    """Make a config from its fields; warn of fields under names of earlier versions.
+
+    Raises :class:`ConfigError` for unknown fields and values of the wrong type.
+    """
+    for old in fields.keys() & FIELDS.keys():
+        warnings.warn(
+            f"the config's field {old} is now called {FIELDS[old]}; this version still reads the "
+            "old name, the next one will not.",
+            stacklevel=3,
+        )
+    fields = current_fields(fields)
     subject = fields.pop("subject", None)
     if not isinstance(subject, dict):
         raise ConfigError("the config has no [subject] table with pictures and class_noun.")

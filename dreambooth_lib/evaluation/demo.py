@@ -22,6 +22,7 @@ from typing import Any
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.notices import quiet
+from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.data.images import read_pictures
 from dreambooth_lib.data.subjects import load_dataset
 from dreambooth_lib.evaluation.sweep import each
@@ -63,7 +64,7 @@ def personalise(
     subject, times = config.subject, [time.perf_counter()]
     if config.draws_class_images:
         made = class_images.draw_class_images(
-            config, load_source(config), folder.parent / "class_images"
+            config, load_source(config), locate(folder.parent, "class_images")
         )
         for number, _ in enumerate(made, 1):
             _progress("class images", number, config.class_images)

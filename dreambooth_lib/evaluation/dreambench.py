@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.subjects import load_dataset
 from dreambooth_lib.training import memory_level, runs
@@ -215,11 +216,11 @@ def draw_all(
     from dreambooth_lib.core.files import replace_file, save_png
 
     wanted, out = protocol or Protocol(), Path(out)
-    text = json.dumps(asdict(wanted) | {"prompts": benchmark.prompts}, indent=2)
+    now = asdict(wanted) | {"prompts": benchmark.prompts}
     file = out / "protocol.json"
-    if file.exists() and file.read_text() != text:
+    if file.exists() and current_fields(json.loads(file.read_text())) != now:
         raise ValueError(f"{out} holds pictures of another protocol; choose another folder.")
-    replace_file(file, text.encode())
+    replace_file(file, json.dumps(now, indent=2).encode())
     shares = [
         (methods[name], subject, pictures(benchmark, name, subject, wanted))
         for subject in benchmark.subjects
@@ -262,7 +263,7 @@ def _keep_source(out: Path, method: Method, subject: Subject, share: list[Pictur
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
-        difference = first_difference(json.loads(file.read_text()), now)
+        difference = first_difference(current_fields(json.loads(file.read_text())), now)
         problem = difference and f"whose {difference}"
     elif any((out / picture.path).exists() for picture in share):
         problem = "of which no source.json says what drew them"

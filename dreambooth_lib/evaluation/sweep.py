@@ -19,12 +19,13 @@ from typing import Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.training import class_images, early_stopping, memory_level, runs, sampling
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError, describe, first_difference, flat_fields
 from dreambooth_lib.training.validation import ValidationPlan
-from dreambooth_lib.training.validation_record import history
+from dreambooth_lib.training.validation_record import history, plan_file, read_plan
 
 #: Enough pictures that another draw of seeds moves a mean little.
 VIEW = ValidationPlan(seeds=4, class_images=12, unrelated=1)
@@ -125,7 +126,7 @@ def run_cell(
             run = runs.resume(folder, **length)
         else:
             run = runs.start(config, folder)
-        place = folder / "validation" / "plan.json"
+        place = plan_file(folder)
         if not place.exists():
             replace_file(place, json.dumps(asdict(_view_of(view, config, folder))).encode())
         peaked = run.config.early_stop and early_stopping.should_stop_early(history(run))
@@ -145,9 +146,9 @@ def _view_of(view: ValidationPlan, config: TrainConfig, folder: Path) -> Validat
 
     A cell that was begun keeps those that it began with.
     """
-    place = folder / "validation" / "plan.json"
+    place = plan_file(folder)
     if place.exists():
-        begun = ValidationPlan(**json.loads(place.read_text()))
+        begun = read_plan(place)
         scale, steps = begun.guidance_scale, begun.inference_steps
     else:
         own = sampling.inference_settings(config)
@@ -161,14 +162,14 @@ def _check_same(
     """Raise where a cell's folder holds what the study in hand would not have made."""
     if not (folder / "config.toml").exists():
         return
-    run, place = runs.resume(folder), folder / "validation" / "plan.json"
+    run, place = runs.resume(folder), plan_file(folder)
     # A schedule spans the run: made longer, its earlier steps would have been others.
     free = _LENGTH if config.lr_schedule == "constant" else _LENGTH[1:]
     other = first_difference(
         flat_fields(run.config), flat_fields(runs.with_settings_of(run, config)), free
     )
     if other is None and place.exists():
-        other = first_difference(json.loads(place.read_text()), asdict(view))
+        other = first_difference(asdict(read_plan(place)), asdict(view))
     if other is not None:
         raise RunError(
             f"{folder.parent} holds a study of {describe(run.config)} whose {other}; choose "
@@ -203,7 +204,7 @@ def _share_class_pictures(configs: Iterable[TrainConfig], folder: Path) -> None:
     for alike in of_base.values():
         family = sampling.load_source(alike[0])
         for config in alike:
-            made = class_images.draw_class_images(config, family, folder / "class_images")
+            made = class_images.draw_class_images(config, family, locate(folder, "class_images"))
             for _ in tqdm(made, "class images", config.class_images, unit="picture"):
                 pass
         del family, made  # the cells need the memory

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.figures.labels import NAMES
 from dreambooth_lib.training import best_checkpoint, runs
 from dreambooth_lib.training.validation_record import ValidationResult, history
@@ -74,6 +75,7 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
     """
     if not rows:
         raise ValueError("the table has no rows; run a sweep first.")
+    rows = [current_fields(row) for row in rows]
     fixed = {"cell", "seed", *MEASURES}
     found: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
     for row in rows:

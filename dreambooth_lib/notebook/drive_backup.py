@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.files import Fingerprint, copy, fingerprint, retry, visible_files
+from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.training.runs import Run
 
 #: Bytes above which weights are rounded, and a pipeline is left out: a free drive has 15 GB in all.
@@ -155,10 +156,11 @@ def _parts(run: Run) -> dict[str, Path]:
     parts = _pictures(config.subject.pictures, "photos")
     if config.class_folder is not None:
         parts |= _pictures(config.class_folder, "class_photos")
-    for manifest in sorted(run.folder.parent.glob("class_images/*/manifest.json")):
+    sets = locate(run.folder.parent, "class_images")
+    for manifest in sorted(sets.glob("*/manifest.json")):
         made_by = json.loads(manifest.read_text())
         if (made_by["base"], made_by["prompt"]) == (config.base, config.subject.class_prompt):
-            parts |= _pictures(manifest.parent, f"class_images/{manifest.parent.name}")
+            parts |= _pictures(manifest.parent, f"{sets.name}/{manifest.parent.name}")
     files = [p for p in visible_files(run.folder) if p.parts[0] not in ("checkpoints", "pipeline")]
     files.sort(key=lambda path: (len(path.parts), path), reverse=True)
     parts |= {name.as_posix(): run.folder / name for name in files}

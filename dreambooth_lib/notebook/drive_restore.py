@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import copy_file, retry, visible_files
+from dreambooth_lib.core.old_names import PLACES
 from dreambooth_lib.data.images import read_pictures
 from dreambooth_lib.notebook.drive_backup import IDENTITY, notes
 from dreambooth_lib.training import runs
@@ -122,7 +123,8 @@ def _take(folder: Path, partial: Path, local: Path) -> None:
     stamps = known["parts"].items()
     times = {Path(part) / name: time for part, stamp in stamps for name, _, time, *_ in stamp}
     for name in retry(visible_files, folder):
-        shared = name.parts[0] == "class_images"  # by all runs that lie beside each other
+        # Class images are shared by all runs that lie beside each other.
+        shared = name.parts[0] in ("class_images", PLACES["class_images"])
         place = (local.parent if shared else partial) / name
         if place.exists():
             continue

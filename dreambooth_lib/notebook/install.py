@@ -61,7 +61,7 @@ def required() -> list[str]:
     try:
         return metadata.requires(NAME) or []
     except metadata.PackageNotFoundError:
-        lines = Path(__file__).parents[1].joinpath("requirements.txt").read_text().splitlines()
+        lines = Path(__file__).parents[2].joinpath("requirements.txt").read_text().splitlines()
         return [bare for line in lines if (bare := line.split("#")[0].strip())]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth_lib.core.config import SAMPLING_FIELDS, TrainConfig
+from dreambooth_lib.core.old_names import locate
 
 #: What a run is of: with another, its checkpoints would not fit or mean something else.
 _FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "method",
@@ -60,12 +61,12 @@ class Run:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``name.jsonl``, oldest first, but for a last line cut by a kill."""
-        path = self.folder / f"{name}.jsonl"
+        path = locate(self.folder, f"{name}.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.folder / f"{name}.jsonl").open("a") as file:
+        with locate(self.folder, f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def truncate(self, name: str, step: int) -> None:
@@ -74,7 +75,7 @@ class Run:
 
         rows = [row for row in self.rows(name) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        replace_file(self.folder / f"{name}.jsonl", text.encode())
+        replace_file(locate(self.folder, f"{name}.jsonl"), text.encode())
 
     def checkpoints(self) -> dict[int, Path]:
         """Return whole checkpoints by step, oldest first."""

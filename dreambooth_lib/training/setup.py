@@ -12,6 +12,7 @@ from accelerate.utils import AutocastKwargs
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY
+from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.images import Photo, captioned, read_pictures
 from dreambooth_lib.data.quality_checks import hold_out
@@ -111,7 +112,7 @@ class Session:
             return []
         if config.class_folder:
             return captioned(read_pictures(config.class_folder), config.subject.class_prompt)
-        folder = self.run.folder.parent / "class_images"
+        folder = locate(self.run.folder.parent, "class_images")
         rank, processes = accelerator.process_index, accelerator.num_processes
         with accelerator.autocast():
             for _ in draw_class_images(config, self.family, folder, rank, processes):

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.old_names import current_fields, locate
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder
@@ -89,15 +90,25 @@ class Validator:
 
 def plan_of(run: Run) -> ValidationPlan:
     """Return the view that a run's looks have, written down when it is first asked for."""
-    file = run.folder / "validation" / "plan.json"
+    file = plan_file(run.folder)
     if not file.exists():
         replace_file(file, json.dumps(asdict(plan_for(run.config))).encode())
-    return ValidationPlan(**json.loads(file.read_text()))
+    return read_plan(file)
+
+
+def plan_file(folder: Path) -> Path:
+    """Return where the plan of the run in a folder is, or will be."""
+    return locate(locate(folder, "validation"), "plan.json")
+
+
+def read_plan(file: Path) -> ValidationPlan:
+    """Read a plan, an earlier version's too."""
+    return ValidationPlan(**current_fields(json.loads(file.read_text())))
 
 
 def images_folder(run: Run, step: int) -> Path:
     """Return where the pictures of one look lie."""
-    return run.folder / "validation" / f"{step:06d}"
+    return locate(run.folder, "validation") / f"{step:06d}"
 
 
 def load_images(run: Run, step: int) -> ValidationImages:

@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.training import class_images, runs, sampling
 
@@ -22,6 +23,6 @@ def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | 
         return None
     config = runs.with_absolute_paths(config)  # as the run will have it, or it would draw its own
     family = sampling.load_source(config)
-    made = class_images.draw_class_images(config, family, Path(folder) / "class_images")
+    made = class_images.draw_class_images(config, family, locate(folder, "class_images"))
     paths = list(tqdm(made, total=config.class_images, unit="picture", miniters=1))
     return image_grids.grid([Image.open(path) for path in paths[:_SHOWN]], 8)

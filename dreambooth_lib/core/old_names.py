@@ -1,0 +1,34 @@
+"""Read what earlier versions wrote under names that have changed since.
+
+A folder keeps the names that it began with; whatever is new gets the current ones.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: Fields of configs, plans, protocols and tables: what they were called, and are called now.
+FIELDS = {
+    "class_pictures": "class_images",
+    "watch_every": "validate_every",
+    "judge": "scorer",
+    "standing": "score",
+}
+#: Files and folders: what they are called now, and were called.
+PLACES = {
+    "validation": "watch",
+    "validation.jsonl": "watch.jsonl",
+    "plan.json": "view.json",
+    "class_images": "class_pictures",
+}
+
+
+def current_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields under their current names."""
+    return {FIELDS.get(name, name): value for name, value in fields.items()}
+
+
+def locate(folder: str | Path, name: str) -> Path:
+    """Return the path of ``name`` in a folder: the old name's if an earlier version made it."""
+    old = Path(folder) / PLACES.get(name, name)
+    return old if old.exists() else Path(folder) / name
