@@ -20,8 +20,9 @@ NAMES = {
     "unrelated_drift": "unrelated drift",
     "class_kid": "class distance (KID)",
 }
-_HIGHER_IS_BETTER = {"subject_fidelity", "prompt_adherence", "prompt_diversity", "class_diversity"}
-_LOWER_IS_BETTER = {"pres", "prior_drift", "unrelated_drift", "class_kid"}
+_ARROWS = dict.fromkeys(
+    ("subject_fidelity", "prompt_adherence", "prompt_diversity", "class_diversity"), " ↑"
+) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "class_kid"), " ↓")
 
 
 def name(field: str) -> str:
@@ -31,8 +32,7 @@ def name(field: str) -> str:
 
 def heading(measure: str) -> str:
     """Return a measure's plain name and an arrow in the direction that is better."""
-    arrow = " ↑" * (measure in _HIGHER_IS_BETTER) + " ↓" * (measure in _LOWER_IS_BETTER)
-    return name(measure) + arrow
+    return name(measure) + _ARROWS.get(measure, "")
 
 
 def sign(ok: bool) -> str:
