@@ -298,7 +298,8 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(
 ) -> None:
     inner = tmp_path / "a" / "b" / "c"
     inner.mkdir(parents=True)
-    with Server(body, status) as url, pytest.raises(DataError, match=r"cannot download the data set from .*download"):
+    sentence = r"cannot download the data set from .*download"
+    with Server(body, status) as url, pytest.raises(DataError, match=sentence):
         dreambench.download(inner / "dreambench", url)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert list(inner.iterdir()) == []
@@ -338,7 +339,7 @@ def test_options_of_earlier_versions_are_refused(
     with pytest.raises(SystemExit) as stopped:
         parser().parse_args(["evaluate", option, "4"])
     assert stopped.value.code == 2
-    assert f"unrecognized arguments: {option} 4" in capsys.readouterr().err
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
     given = parser().parse_args(["evaluate", "--class-images", "4", "--scorer", "clip"])
     assert (given.class_images, given.scorer) == (4, "clip")
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreambooth_lib.core.config import Subject
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all
-from dreambooth_lib.evaluation.scores import Row, means, scored_images, score
+from dreambooth_lib.evaluation.scores import Row, means, score, scored_images
 from dreambooth_lib.metrics import kid_and_lpips
 from dreambooth_lib.metrics.encoders import Encoder
 

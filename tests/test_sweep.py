@@ -167,7 +167,8 @@ def test_the_highest_mean_over_seeds_is_recommended(config: TrainConfig) -> None
     best = recommend(rows)
     assert best.settings == {"prior_weight": 1, "step": 100}, "of equals the fewest steps"
     assert best.score == pytest.approx(0.8)
-    assert best.reason.startswith("λ 1, step 100 has the highest score of 3 settings (0.800, mean of 2 runs): ")
+    start = "λ 1, step 100 has the highest score of 3 settings (0.800, mean of 2 runs): "
+    assert best.reason.startswith(start)
     assert best.reason.endswith("with a class drift of 0.500.")
     last = recommend([*rows, row(1, 0, 300, 0.9), row(1, 1, 300, 0.9)]).reason
     assert last.endswith("This is the longest training tried: try more steps before you trust it.")
