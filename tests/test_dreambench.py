@@ -86,21 +86,21 @@ def test_everything_is_drawn_once_and_an_interrupted_evaluation_resumes(
     benchmark_of_two: Benchmark, tiny_sd1: str, tiny_sd2: str, tmp_path: Path
 ) -> None:
     methods = {"one": lambda subject: tiny_sd1, "two": lambda subject: tiny_sd2}
-    whole = [p for p in draw_all(benchmark_of_two, methods, tmp_path / "whole", SHORT)]
-    assert whole[-1].done == whole[-1].total == 2 * (2 * 2 + 3) + 2 * (2 + 3)
-    assert whole[-1].seconds_left == 0 and len(whole) == 2 * 2 + 2 * 2
-    for path in (tmp_path / "whole").rglob("*.png"):
+    progress = list(draw_all(benchmark_of_two, methods, tmp_path / "complete", SHORT))
+    assert progress[-1].done == progress[-1].total == 2 * (2 * 2 + 3) + 2 * (2 + 3)
+    assert progress[-1].seconds_left == 0 and len(progress) == 2 * 2 + 2 * 2
+    for path in (tmp_path / "complete").rglob("*.png"):
         assert Image.open(path).size == (16, 16)
 
-    stopped = draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT)
+    interrupted = draw_all(benchmark_of_two, methods, tmp_path / "interrupted", SHORT)
     for _ in range(3):
-        next(stopped)
-    stopped.close()
-    (tmp_path / "stopped/one/rex/p01-s0.png").unlink()
-    again = list(draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT))
+        next(interrupted)
+    interrupted.close()
+    (tmp_path / "interrupted/one/rex/p01-s0.png").unlink()
+    again = list(draw_all(benchmark_of_two, methods, tmp_path / "interrupted", SHORT))
     assert len(again) == 6 and again[-1].done == again[-1].total
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-    assert list(draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT)) == []
+    assert contents(tmp_path / "interrupted") == contents(tmp_path / "complete")
+    assert list(draw_all(benchmark_of_two, methods, tmp_path / "interrupted", SHORT)) == []
 
 
 def test_processes_share_the_work(
@@ -215,7 +215,7 @@ tables.write_csv(rows, out + "/scores.csv")
 
 @pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="DREAMBOOTH_TEST_DREAMBENCH is not set")
-def test_the_whole_protocol_killed_and_resumed_scores_the_same(
+def test_the_full_protocol_killed_and_resumed_scores_the_same(
     tiny_sd1: str, tiny_sd2: str, clip_folder: Path, dino_folder: Path, tmp_path: Path
 ) -> None:
     """Draw 8 subjects x 25 prompts x 4 seeds with two tiny random models."""
@@ -224,10 +224,10 @@ def test_the_whole_protocol_killed_and_resumed_scores_the_same(
         paths = (REAL, tiny_sd1, tiny_sd2, clip_folder, dino_folder, out)
         return [sys.executable, "-c", AT_FULL_SIZE, *map(str, paths)]
 
-    subprocess.run(command(tmp_path / "whole"), check=True)
-    rows = read_csv(tmp_path / "whole/scores.csv")
-    of_pictures = [r for r in rows if r.measure == "subject_fidelity" and r.seed is not None]
-    assert len(of_pictures) == 8 * 25 * 4 * 2 * 2
+    subprocess.run(command(tmp_path / "complete"), check=True)
+    rows = read_csv(tmp_path / "complete/scores.csv")
+    of_images = [r for r in rows if r.measure == "subject_fidelity" and r.seed is not None]
+    assert len(of_images) == 8 * 25 * 4 * 2 * 2
     assert sum(r.method == "real pictures" for r in rows) == 8 * 2
 
     with subprocess.Popen(command(tmp_path / "killed")) as process:

@@ -45,7 +45,7 @@ def test_auto_is_set_beside_the_best_of_the_grid(subject: Subject, tmp_path: Pat
     for name in ("table.csv", "heat_map.png", "front.png", "sheet.png"):
         assert (tmp_path / "grid" / "rex" / name).exists()
     row = (tmp_path / "auto" / "auto.md").read_text().splitlines()[2]
-    assert row.startswith("| rex | λ 1, step ") and row.endswith("| 75% |"), "6 of 2 x 4 updates"
+    assert row.startswith("| rex | λ 1, step ") and row.endswith("| 75% |"), "6 of 2 x 4 steps"
 
 
 def test_the_choice_is_set_beside_every_checkpoint(subject: Subject, tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_kinds_are_trained_with_every_seed(subject: Subject, tmp_path: Path) -> 
     names = [row.split(" | ")[0] for row in rows]
     assert names == ["| the base", "| default (2)", "| no prior (2)"]
     for name in ("means.png", "sheet.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert picture.width > 300
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 300
     assert (tmp_path / "table.csv").read_text().count("-seed1,") == 2
 
 

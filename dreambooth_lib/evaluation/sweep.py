@@ -132,7 +132,7 @@ def run_cell(
         if not place.exists():
             replace_file(place, json.dumps(asdict(_plan_of(plan, config, folder))).encode())
         peaked = run.config.early_stop and early_stopping.should_stop_early(history(run))
-        # A finished run may still have to go on: its pipeline may be of fewer steps.
+        # A finished run may still have to train on: its pipeline may be of fewer steps.
         if not run.finished or not (peaked or _reached(run) >= run.config.steps):
             for _ in train(run):
                 pass
