@@ -9,14 +9,13 @@ import argparse
 import shutil
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.notices import quiet
+from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,7 +104,6 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_figures(arguments: argparse.Namespace) -> None:
-    from dreambooth_lib.core.files import replace_file
     from dreambooth_lib.evaluation import demo
 
     out = arguments.out
@@ -120,8 +118,6 @@ def run_figures(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    from dreambooth_lib.core.processes import join_group
-
     state, config = join_group(), TrainConfig.from_toml(arguments.config)
     folder = arguments.out or Path("runs") / arguments.config.stem
     if state.is_main_process:
@@ -131,7 +127,6 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def run_training(run: Run) -> None:
-    from dreambooth_lib.core.processes import join_group
     from dreambooth_lib.training.best_checkpoint import select_best
     from dreambooth_lib.training.loop import train
     from dreambooth_lib.training.validation_record import history, time_share
@@ -183,7 +178,6 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    from dreambooth_lib.core.processes import join_group
     from dreambooth_lib.evaluation import demo, dreambench, report
     from dreambooth_lib.training import validation
 
@@ -207,26 +201,18 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             print(arguments.out / file)
 
 
-def join() -> "PartialState":
-    """Join the group of processes before anything else, and print how many there are."""
-    from dreambooth_lib.core.processes import join_group
-
-    state = join_group()
-    if state.num_processes > 1:
-        state.print(f"{state.num_processes} processes work together on {state.device.type}")
-    return state
-
-
 def main() -> None:
-    from dreambooth_lib.core.notices import quiet
-
     arguments = parser().parse_args()
     quiet()
     try:
-        state = join() if arguments.command in ("train", "resume", "evaluate") else None
-        arguments.call(arguments)
-        if state is not None:
+        if arguments.command in ("train", "resume", "evaluate"):
+            state = join_group()  # before anything else
+            if state.num_processes > 1:
+                state.print(f"{state.num_processes} processes work together on {state.device.type}")
+            arguments.call(arguments)
             state.destroy_process_group()  # torch asks for this at a clean exit
+        else:
+            arguments.call(arguments)
     except Exception as error:  # the library's own errors are a sentence that says what to do
         if isinstance(error, ValueError) or type(error).__module__.startswith("dreambooth_lib."):
             raise SystemExit(f"error: {error}") from error

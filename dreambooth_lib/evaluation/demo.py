@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.data.images import read_pictures
@@ -64,8 +65,6 @@ def personalise(
     are given in a worker process: torch uses that many, and no progress is shown.
     """
     import torch
-
-    from dreambooth_lib.core.files import replace_file
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -143,8 +142,6 @@ def figures(
     ``workers`` processes share the machine's cores; ``settings`` are ``TrainConfig``'s.
     ``metrics.json`` grows run by run.
     """
-    from dreambooth_lib.core.files import replace_file
-
     cells: dict[str, tuple[Any, ...]] = {}
     # Each worker gets its share of the cores; without workers torch's own number of threads stays.
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None

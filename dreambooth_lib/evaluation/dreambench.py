@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import replace_file, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.subjects import load_dataset
@@ -140,8 +141,6 @@ def download(folder: str | Path, url: str = DATASET) -> Path:
     About 130 MB, CC BY 4.0 with some photos under the Unsplash License. Raises :class:`DataError`
     if the download fails, and leaves nothing behind.
     """
-    from dreambooth_lib.core.files import replacing_folder
-
     folder = Path(folder)
     if not (folder / "prompts_and_classes.txt").exists():
         try:
@@ -219,8 +218,6 @@ def draw_all(
     With several ``processes`` each draws its own (subject, method) pairs. Raises ``ValueError`` if
     ``out`` holds images of another protocol, another base or other settings.
     """
-    from dreambooth_lib.core.files import replace_file, save_png
-
     protocol, out = protocol or Protocol(), Path(out)
     now = asdict(protocol) | {"prompts": benchmark.prompts}
     file = out / "protocol.json"
@@ -262,8 +259,6 @@ def draw_all(
 
 def _record_source(out: Path, method: Method, subject: Subject, images: list[DrawnImage]) -> None:
     """Write ``source.json``, or raise ``ValueError`` if another source drew the images on disk."""
-    from dreambooth_lib.core.files import replace_file
-
     file, problem = out / images[0].path.with_name("source.json"), None
     # Calling a Tuned would train it: its images may exist without its run.
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)

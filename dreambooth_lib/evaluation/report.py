@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.evaluation import dreambench, scores, tables
 from dreambooth_lib.evaluation.dreambench import Benchmark, Progress, Protocol
@@ -30,8 +31,6 @@ def base_against_tuned(
     train each subject together and then split the drawing; the first one scores and writes
     :data:`FILES`, the page of images sorted by the first encoder's scores.
     """
-    from dreambooth_lib.core.files import replace_file, save_png
-
     state, runs, own = join_group(), out / "runs", inference_settings(base)
     protocol = Protocol(pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale)
     train = dreambench.Tuned(runs, config)

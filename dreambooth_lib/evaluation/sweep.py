@@ -20,8 +20,10 @@ from typing import Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.evaluation import sweep_table
+from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.training import class_images, early_stopping, memory_level, runs, sampling
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError, describe, first_difference, flat_fields
@@ -73,9 +75,6 @@ def sweep(
     Raises :class:`RunError` if the folder holds another sweep, or a run that passed one of
     ``steps`` without a validation.
     """
-    from dreambooth_lib.core.files import replace_file
-    from dreambooth_lib.evaluation.tables import to_csv
-
     folder, every = Path(folder).resolve(), gcd(*steps)
     configs = {
         name: config.replace(steps=max(steps), validate_every=every, checkpoint_every=every)
@@ -116,8 +115,6 @@ def run_cell(
 ) -> str | None:
     """Train one cell to its end; return the error if it failed, in one line."""
     import torch
-
-    from dreambooth_lib.core.files import replace_file
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

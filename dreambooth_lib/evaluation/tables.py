@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.evaluation.scores import Mean, Row
 from dreambooth_lib.figures.labels import heading
 
@@ -21,8 +22,6 @@ PUBLISHED: dict[str, tuple[float, float, float | None]] = {
 
 def write_csv(rows: Iterable[Row], path: str | Path) -> None:
     """Write every row, one column per field; a cell is empty where a row covers all of them."""
-    from dreambooth_lib.core.files import replace_file
-
     text = to_csv([asdict(row) for row in rows], [f.name for f in fields(Row)])
     replace_file(path, text.encode())
 

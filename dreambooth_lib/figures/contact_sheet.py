@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from dreambooth_lib.core.files import save_png
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.figures.image_grids import MARGIN, line_height
 
@@ -54,8 +55,6 @@ def contact_sheet(
     page.paragraph(note, image_grids.LABEL, above=16)
     sheet = page.render(page.width, page.y + MARGIN)
     if path is not None:
-        from dreambooth_lib.core.files import save_png
-
         save_png(sheet, path)
     return sheet
 

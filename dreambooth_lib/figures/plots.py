@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.figures.labels import NAMES, name
 
 if TYPE_CHECKING:
@@ -183,8 +184,6 @@ def _label_steps(axes: "Axes", last: int) -> None:
 
 def _save(figure: "Figure", path: str | Path | None) -> "Figure":
     if path is not None:
-        from dreambooth_lib.core.files import replacing_file
-
         with replacing_file(path) as partial:
             figure.savefig(partial, format="png")
     return figure
