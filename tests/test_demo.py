@@ -1,4 +1,4 @@
-"""The whole job on the embedded base: what it writes, and what it must reach."""
+"""Check the demo on the embedded base: what it writes, and the scores it must reach."""
 
 import json
 import os
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """One bundled subject at the default settings."""
+    """Train one bundled subject with the default settings."""
     out = tmp_path_factory.mktemp("demo")
     config = TrainConfig(subject=demo.bundled_subjects()[0])
     return out, demo.personalise(config, out / "run", out)
 
 
-def test_the_demo_writes_its_pictures_and_figures(tuned):
+def test_the_demo_writes_its_images_and_scores(tuned):
     out, row = tuned
     assert Image.open(out / "contact_sheet.png").size[0] > 800
     assert Image.open(out / "loss.png").size[0] > 400
@@ -40,7 +40,7 @@ def test_the_demo_writes_its_pictures_and_figures(tuned):
     assert row["base"]["prior_drift"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_subject_is_learnt_and_the_class_is_kept(tuned):
+def test_the_subject_is_learnt_and_the_class_preserved(tuned):
     _, row = tuned
     base, after = row["base"], row["tuned"]
     half_way = (base["subject_fidelity"] + row["reference_fidelity"]) / 2
@@ -50,20 +50,20 @@ def test_the_subject_is_learnt_and_the_class_is_kept(tuned):
     assert after["class_diversity"] >= 0.9 * base["class_diversity"]
 
 
-def test_figures_are_shared_out_and_summed_up(tiny_sd2, tmp_path):
+def test_figures_run_on_workers_and_are_summarised(tiny_sd2, tmp_path):
     tiny = {"base": tiny_sd2, "steps": 1, "batch_size": 1, "class_images": 1, "validate_every": 0}
-    view = ValidationPlan(class_images=8, unrelated=0, inference_steps=1)
+    plan = ValidationPlan(class_images=8, unrelated=0, inference_steps=1)
     tiny |= {"prior_inference_steps": 1, "method": "lora"}
-    rows = demo.figures(tmp_path, [0, 1], workers=2, view=view, **tiny)
+    rows = demo.figures(tmp_path, [0, 1], workers=2, plan=plan, **tiny)
     names = [subject.name for subject in demo.bundled_subjects()]
-    found = sorted((r["name"], r["prior_weight"], r["training_seed"]) for r in rows)
-    assert found == sorted(product(names, (0.0, 1.0), (0, 1)))
+    runs = sorted((r["name"], r["prior_weight"], r["training_seed"]) for r in rows)
+    assert runs == sorted(product(names, (0.0, 1.0), (0, 1)))
     assert json.loads((tmp_path / "metrics.json").read_text())["subjects"] == rows
     lines = demo.summary(rows).splitlines()[2:]
     assert len(lines) == len(names) * 2 and all("| 2 |" in line for line in lines)
 
 
-def test_a_summary_has_means_least_and_most():
+def test_a_summary_has_means_minima_and_maxima():
     def row(seed, fidelity, adherence, diversity, drift):
         base = {"subject_fidelity": 0.2, "prompt_adherence": 0.5, "class_diversity": 0.4}
         tuned = {"subject_fidelity": fidelity, "prompt_adherence": adherence,
@@ -97,11 +97,11 @@ identifier = "hta"
     run = tmp_path / "second"
     shell("train", str(tmp_path / "second.toml"), "--out", str(run))
     shell("sample", str(run), "a {} turtle on the beach", "--seeds", "7", "--steps", "3")
-    (picture,) = (run / "samples").glob("*.png")
-    assert Image.open(picture).size == (64, 64)
+    (image,) = (run / "samples").glob("*.png")
+    assert Image.open(image).size == (64, 64)
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(tmp_path):
+def test_command_line_errors_are_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match=r"error: there is no config file"):
         shell("train", str(tmp_path / "none.toml"))
     with pytest.raises(SystemExit, match=r"error: .* is not a run"):
@@ -113,7 +113,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(tmp_path):
 @pytest.mark.skipif(
     "DREAMBOOTH_TEST_DREAMBENCH" not in os.environ, reason="needs the DreamBooth dataset"
 )
-def test_real_photographs_go_the_same_way(tmp_path):
+def test_the_demo_runs_on_real_photos(tmp_path):
     folder = Path(os.environ["DREAMBOOTH_TEST_DREAMBENCH"])
     subjects = {subject.name: subject for subject in demo.load_dataset(folder)}
     config = TrainConfig(subject=subjects["dog"], steps=4, class_images=4, prior_inference_steps=4)

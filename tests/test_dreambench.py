@@ -1,4 +1,4 @@
-"""The paper's protocol: its prompts, what is drawn, and going on after a stop."""
+"""Check the paper's protocol: its prompts, what is drawn, and resuming."""
 
 import io
 import os
@@ -9,6 +9,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from launching import TWO, launched
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from dreambooth_lib.__main__ import main
+from dreambooth_lib.__main__ import main, parser
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.evaluation import dreambench
@@ -54,7 +55,7 @@ def test_the_data_sets_own_prompts_are_read() -> None:
     found = load_benchmark(Path(REAL or ""))
     assert len(found.subjects) == 8 and {len(p) for p in found.prompts.values()} == {25}
     by_name = {subject.name: subject for subject in found.subjects}
-    live, still = found.of(by_name["dog"]), found.of(by_name["duck_toy"])
+    live, still = found.prompts_for(by_name["dog"]), found.of(by_name["duck_toy"])
     assert live[0] == "a {} dog in the jungle" and live[13].endswith(
         "a black top hat and a monocle"
     )
@@ -67,8 +68,8 @@ def test_the_bundled_subjects_have_prompts_that_the_base_knows() -> None:
     found = load_benchmark(BUNDLED_SUBJECTS)
     tokenizer = CLIPTokenizer.from_pretrained(Path(loading.locate("toybox"), "tokenizer"))
     for subject in found.subjects:
-        assert len(found.of(subject)) == 12
-        for prompt in found.of(subject):
+        assert len(found.prompts_for(subject)) == 12
+        for prompt in found.prompts_for(subject):
             words = prompt.replace("{}", subject.identifier).split()
             assert len(tokenizer.tokenize(" ".join(words))) == len(words)
 
@@ -81,25 +82,25 @@ def test_a_kind_without_prompts_is_refused(tmp_path: Path) -> None:
         load_benchmark(tmp_path)
 
 
-def test_everything_is_drawn_once_and_goes_on_after_a_stop(
+def test_everything_is_drawn_once_and_an_interrupted_evaluation_resumes(
     benchmark_of_two: Benchmark, tiny_sd1: str, tiny_sd2: str, tmp_path: Path
 ) -> None:
     methods = {"one": lambda subject: tiny_sd1, "two": lambda subject: tiny_sd2}
-    whole = [p for p in draw_all(benchmark_of_two, methods, tmp_path / "whole", SHORT)]
-    assert whole[-1].done == whole[-1].total == 2 * (2 * 2 + 3) + 2 * (2 + 3)
-    assert whole[-1].seconds_left == 0 and len(whole) == 2 * 2 + 2 * 2
-    for path in (tmp_path / "whole").rglob("*.png"):
+    progress = list(draw_all(benchmark_of_two, methods, tmp_path / "complete", SHORT))
+    assert progress[-1].done == progress[-1].total == 2 * (2 * 2 + 3) + 2 * (2 + 3)
+    assert progress[-1].seconds_left == 0 and len(progress) == 2 * 2 + 2 * 2
+    for path in (tmp_path / "complete").rglob("*.png"):
         assert Image.open(path).size == (16, 16)
 
-    stopped = draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT)
+    interrupted = draw_all(benchmark_of_two, methods, tmp_path / "interrupted", SHORT)
     for _ in range(3):
-        next(stopped)
-    stopped.close()
-    (tmp_path / "stopped/one/rex/p01-s0.png").unlink()
-    again = list(draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT))
+        next(interrupted)
+    interrupted.close()
+    (tmp_path / "interrupted/one/rex/p01-s0.png").unlink()
+    again = list(draw_all(benchmark_of_two, methods, tmp_path / "interrupted", SHORT))
     assert len(again) == 6 and again[-1].done == again[-1].total
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-    assert list(draw_all(benchmark_of_two, methods, tmp_path / "stopped", SHORT)) == []
+    assert contents(tmp_path / "interrupted") == contents(tmp_path / "complete")
+    assert list(draw_all(benchmark_of_two, methods, tmp_path / "interrupted", SHORT)) == []
 
 
 def test_processes_share_the_work(
@@ -112,7 +113,7 @@ def test_processes_share_the_work(
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 
 
-def test_another_protocol_does_not_mix(
+def test_another_protocol_is_refused(
     benchmark_of_two: Benchmark, tiny_sd1: str, tmp_path: Path
 ) -> None:
     methods = {"one": lambda subject: tiny_sd1}
@@ -122,7 +123,7 @@ def test_another_protocol_does_not_mix(
         next(draw_all(benchmark_of_two, methods, tmp_path, other))
 
 
-def test_pictures_of_another_base_or_of_other_settings_are_not_taken_for_these(
+def test_images_of_another_base_or_other_settings_are_refused(
     benchmark_of_two: Benchmark, tiny_sd1: str, tiny_sd2: str, tmp_path: Path,
     make_config: Callable[..., TrainConfig],
 ) -> None:  # fmt: skip
@@ -131,13 +132,13 @@ def test_pictures_of_another_base_or_of_other_settings_are_not_taken_for_these(
             made = make_config(base, subject.pictures, steps=1, prior_weight=0.0, **settings)
             return made.replace(subject=subject)
 
-        tuned = dreambench.tuned(tmp_path / "runs", config)
+        tuned = dreambench.Tuned(tmp_path / "runs", config)
         return {"base": lambda subject: base, "tuned": tuned}
 
     out = tmp_path / "out"
     list(draw_all(benchmark_of_two, by(tiny_sd1), out, SHORT))
     before = contents(out)
-    with pytest.raises(ValueError, match=r"base/rex holds pictures whose base is '.*sd1', and not"):
+    with pytest.raises(ValueError, match=r"base/rex holds images whose base is '.*sd1', and not"):
         next(draw_all(benchmark_of_two, by(tiny_sd2), out, SHORT))
     other = {"tuned": by(tiny_sd1, learning_rate=0.5)["tuned"]}
     with pytest.raises(ValueError, match=r"whose learning_rate is 0\.001, and not 0\.5; choose"):
@@ -148,11 +149,11 @@ def test_pictures_of_another_base_or_of_other_settings_are_not_taken_for_these(
     assert list(draw_all(benchmark_of_two, by(tiny_sd1), out, SHORT)) == []
     assert not (tmp_path / "runs").exists(), "what is drawn needs no run any more"
     (out / "base" / "cup" / "source.json").unlink()
-    with pytest.raises(ValueError, match=r"base/cup holds pictures of which no source\.json says"):
+    with pytest.raises(ValueError, match=r"base/cup holds images without a source\.json"):
         next(draw_all(benchmark_of_two, by(tiny_sd1), out, SHORT))
 
 
-def test_a_subject_that_is_not_there_is_named_with_those_that_are(
+def test_an_unknown_subject_is_named_with_the_known_ones(
     benchmark_of_two: Benchmark,
 ) -> None:
     assert [subject.name for subject in benchmark_of_two.only(["cup"]).subjects] == ["cup"]
@@ -160,17 +161,17 @@ def test_a_subject_that_is_not_there_is_named_with_those_that_are(
         benchmark_of_two.only(["cup", "rxe"])
 
 
-def test_pictures_have_one_place_each(benchmark_of_two: Benchmark) -> None:
+def test_every_image_has_a_path_of_its_own(benchmark_of_two: Benchmark) -> None:
     every = [
-        picture
+        image
         for subject in benchmark_of_two.subjects
         for method in ("one", "two")
-        for picture in dreambench.pictures(benchmark_of_two, method, subject, Protocol())
+        for image in dreambench.images_of(benchmark_of_two, method, subject, Protocol())
     ]
-    assert len({picture.path for picture in every}) == len(every)
+    assert len({image.path for image in every}) == len(every)
 
 
-def test_a_tuned_method_trains_what_is_missing_and_goes_on_with_what_was_stopped(
+def test_a_tuned_method_starts_missing_runs_and_resumes_interrupted_ones(
     tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     subject = Subject(photos, "dog", name="rex", kind="live")
@@ -181,7 +182,7 @@ def test_a_tuned_method_trains_what_is_missing_and_goes_on_with_what_was_stopped
         made = make_config(tiny_sd1, photos, steps=3, prior_weight=0.0, checkpoint_every=1)
         return made.replace(subject=subject)
 
-    method = dreambench.tuned(tmp_path, config)
+    method = dreambench.Tuned(tmp_path, config)
     run = runs.start(config(subject), tmp_path / "rex")
     next(train(run))
     assert [row["step"] for row in method(subject).log()] == [1, 2, 3]
@@ -190,7 +191,7 @@ def test_a_tuned_method_trains_what_is_missing_and_goes_on_with_what_was_stopped
     assert (run.pipeline / "model_index.json").stat().st_mtime_ns == made
     other = method(Subject(photos, "dog", name="max", kind="live"))
     assert set(asked) == {"rex", "max"} and len(other.log()) == 3
-    more = dreambench.tuned(tmp_path, lambda subject: config(subject).replace(steps=5))
+    more = dreambench.Tuned(tmp_path, lambda subject: config(subject).replace(steps=5))
     with pytest.raises(RunError, match=r"rex on .* whose steps is 3, and not 5; choose another"):
         more(subject)
 
@@ -214,19 +215,19 @@ tables.write_csv(rows, out + "/scores.csv")
 
 @pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="DREAMBOOTH_TEST_DREAMBENCH is not set")
-def test_the_whole_protocol_killed_and_resumed_scores_the_same(
+def test_the_full_protocol_killed_and_resumed_scores_the_same(
     tiny_sd1: str, tiny_sd2: str, clip_folder: Path, dino_folder: Path, tmp_path: Path
 ) -> None:
-    """8 subjects x 25 prompts x 4 pictures by two methods, with tiny random models."""
+    """Draw 8 subjects x 25 prompts x 4 seeds with two tiny random models."""
 
     def command(out: Path) -> list[str]:
         paths = (REAL, tiny_sd1, tiny_sd2, clip_folder, dino_folder, out)
         return [sys.executable, "-c", AT_FULL_SIZE, *map(str, paths)]
 
-    subprocess.run(command(tmp_path / "whole"), check=True)
-    rows = read_csv(tmp_path / "whole/scores.csv")
-    of_pictures = [r for r in rows if r.measure == "subject_fidelity" and r.seed is not None]
-    assert len(of_pictures) == 8 * 25 * 4 * 2 * 2
+    subprocess.run(command(tmp_path / "complete"), check=True)
+    rows = read_csv(tmp_path / "complete/scores.csv")
+    of_images = [r for r in rows if r.measure == "subject_fidelity" and r.seed is not None]
+    assert len(of_images) == 8 * 25 * 4 * 2 * 2
     assert sum(r.method == "real pictures" for r in rows) == 8 * 2
 
     with subprocess.Popen(command(tmp_path / "killed")) as process:
@@ -240,7 +241,7 @@ def test_the_whole_protocol_killed_and_resumed_scores_the_same(
 
 
 class Server:
-    """Serves one answer to every request, and its address."""
+    """A server that gives every request the same answer."""
 
     def __init__(self, body: bytes, status: int = 200) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -271,7 +272,7 @@ def zipped(files: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_data_set_is_downloaded_whole_and_once(tmp_path: Path) -> None:
+def test_the_data_set_is_downloaded_once(tmp_path: Path) -> None:
     archive = zipped({
         "dreambooth-main/README.md": "of the repository",
         "dreambooth-main/dataset/prompts_and_classes.txt": "table",
@@ -292,18 +293,19 @@ def test_the_data_set_is_downloaded_whole_and_once(tmp_path: Path) -> None:
     ],
     ids=["no zip", "not found", "climbs out"],
 )
-def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
+def test_a_failed_download_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, body: bytes, status: int
 ) -> None:
     inner = tmp_path / "a" / "b" / "c"
     inner.mkdir(parents=True)
-    with Server(body, status) as url, pytest.raises(DataError, match=r"cannot be had from .*fetch"):
+    sentence = r"cannot download the data set from .*download"
+    with Server(body, status) as url, pytest.raises(DataError, match=sentence):
         dreambench.download(inner / "dreambench", url)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert list(inner.iterdir()) == []
 
 
-def test_the_command_evaluates_and_goes_on(
+def test_the_command_evaluates_and_resumes(
     tmp_path: Path, tiny_sd1: str, clip_folder: Path, dino_folder: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -324,10 +326,22 @@ def test_the_command_evaluates_and_goes_on(
     rows = read_csv(tmp_path / "out" / "scores.csv")
     assert {row.method for row in rows} == {"base", "dreambooth", "real pictures"}
     assert {row.encoder for row in rows} == {clip_folder.name, dino_folder.name}
-    main()  # as after a stop
+    main()  # as after an interruption
     second = capsys.readouterr().out
-    assert second.splitlines()[0].startswith("|"), "no picture was drawn again"
+    assert second.splitlines()[0].startswith("|"), "no image was drawn again"
     assert second in first
+
+
+@pytest.mark.parametrize("option", ["--class-pictures", "--judge"])
+def test_options_of_earlier_versions_are_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_args(["evaluate", option, "4"])
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+    given = parser().parse_args(["evaluate", "--class-images", "4", "--scorer", "clip"])
+    assert (given.class_images, given.scorer) == (4, "clip")
 
 
 @pytest.mark.slow
@@ -350,12 +364,8 @@ def test_two_processes_evaluate_what_one_does(
         done = launched(*launch, "-m", "dreambooth_lib", *words)
         assert done.returncode == 0, done.stderr[-2000:]
         tables.append(read_csv(out / "scores.csv"))
-    assert done.stdout.startswith("2 processes work together, on cpu")
+    assert done.stdout.startswith("2 processes work together on cpu")
     assert len(tables[0]) == len(tables[1]) > 0
-    for one, other in zip(*tables, strict=True):
-        assert (one.method, one.subject, one.measure) == (
-            other.method,
-            other.subject,
-            other.measure,
-        )
-        assert one.value == pytest.approx(other.value, abs=0.02)
+    for alone, shared in zip(*tables, strict=True):
+        assert replace(alone, value=0.0) == replace(shared, value=0.0)
+        assert alone.value == pytest.approx(shared.value, abs=0.02)

@@ -1,4 +1,4 @@
-"""Contact sheets, grids and matrices by the places of solid colours."""
+"""Check contact sheets, grids and matrices by where solid colours are drawn."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ Box = tuple[int, int, int, int]
 
 
 def solids(count: int, start: int = 0, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
-    """Pictures of one colour each, none the same and none near the text's greys."""
+    """Return images of one colour each, all different and none near the text's greys."""
     return [Image.new("RGB", size, colour(start + index)) for index in range(count)]
 
 
@@ -23,7 +23,7 @@ def colour(index: int) -> tuple[int, int, int]:
 
 
 def box(page: Image.Image, index: int) -> Box:
-    """Left, top, right and bottom of one colour, which must fill that whole rectangle."""
+    """Return left, top, right and bottom of a colour, which must fill that rectangle."""
     rows, columns = np.nonzero((np.asarray(page) == colour(index)).all(-1))
     left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
     assert len(rows) == (right - left) * (bottom - top), f"colour {index} is covered in part"
@@ -31,10 +31,10 @@ def box(page: Image.Image, index: int) -> Box:
 
 
 def sheet(path: Path | None = None, **changes: Any) -> Image.Image:
-    """Pictures 0-2 of the subject, 3-10 and 11-18 in rows, 19-21 before and 22-24 after."""
+    """Draw photos 0-2, images 3-10 and 11-18 in rows, 19-21 before and 22-24 after."""
     fields: dict[str, Any] = {
         "title": "A run",
-        "reference": solids(3, 0),
+        "photos": solids(3, 0),
         "rows": [("a ohwx dog", solids(4, 3), solids(4, 7)),
                  ("a ohwx dog in snow", solids(4, 11), solids(4, 15))],
         "class_before": solids(3, 19),
@@ -44,7 +44,7 @@ def sheet(path: Path | None = None, **changes: Any) -> Image.Image:
     return contact_sheet(path, **(fields | changes))
 
 
-def test_every_picture_is_whole_enlarged_and_in_its_place() -> None:
+def test_every_image_is_uncropped_enlarged_and_in_its_place() -> None:
     page = sheet()
     boxes = [box(page, index) for index in range(25)]
     assert all((right - left, bottom - top) == (128, 128) for left, top, right, bottom in boxes)
@@ -69,7 +69,7 @@ def test_seeds_line_up_in_columns_with_a_gap_between_base_and_tuned() -> None:
     assert len(set(steps[[0, 1, 2, 4, 5, 6]])) == 1 and steps[3] > steps[0] + 30
 
 
-def test_nothing_touches_the_edges_and_texts_keep_off_the_pictures() -> None:
+def test_nothing_touches_the_edges_and_no_text_covers_an_image() -> None:
     long = "a ohwx dog " + "and another thing " * 30 + "x" * 300
     page = sheet(title="A very long title " * 12, rows=[(long, solids(4, 3), solids(4, 7))])
     pixels = np.asarray(page)
@@ -80,8 +80,8 @@ def test_nothing_touches_the_edges_and_texts_keep_off_the_pictures() -> None:
     assert page.height > sheet(rows=[("a dog", solids(4, 3), solids(4, 7))]).height
 
 
-def test_many_pictures_wrap_into_lines() -> None:
-    page = sheet(reference=solids(9, 25), class_before=solids(6, 34), class_after=solids(6, 40))
+def test_many_images_wrap_into_rows() -> None:
+    page = sheet(photos=solids(9, 25), class_before=solids(6, 34), class_after=solids(6, 40))
     assert box(page, 33)[0] == box(page, 25)[0] and box(page, 33)[1] > box(page, 32)[1]
     assert box(page, 38)[0] == box(page, 34)[0] and box(page, 38)[1] == box(page, 44)[1]
 
@@ -95,46 +95,46 @@ def test_many_pictures_wrap_into_lines() -> None:
         ((32, 32), 128, (128, 128)),
     ],
 )
-def test_cells_are_of_one_handy_size(
+def test_cells_have_one_handy_size(
     size: tuple[int, int], cell: int, shown: tuple[int, int]
 ) -> None:
     rows = [("a dog", solids(2, 3, size), solids(2, 5, size))]
-    page = sheet(rows=rows, reference=solids(1, 0, (700, 700)), class_before=[], class_after=[])
+    page = sheet(rows=rows, photos=solids(1, 0, (700, 700)), class_before=[], class_after=[])
     left, top, right, bottom = box(page, 3)
     assert (right - left, bottom - top) == shown
     left, top, right, bottom = box(page, 0)
     assert (right - left, bottom - top) == (cell, cell)
 
 
-def test_class_pictures_may_be_left_out() -> None:
+def test_class_images_may_be_left_out() -> None:
     assert sheet(class_before=[], class_after=[]).height < sheet().height - 128
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reference": []}, "reference has no pictures"),
-        ({"reference": [None]}, r"reference\[0\] is None"),
+        ({"photos": []}, "photos has no images"),
+        ({"photos": [None]}, r"photos\[0\] is None"),
         ({"rows": []}, "rows is empty"),
-        ({"rows": [("a dog", [], [])]}, r"rows\[0\] base has no pictures"),
+        ({"rows": [("a dog", [], [])]}, r"rows\[0\] base has no images"),
         ({"rows": [("a dog", solids(2), [*solids(1), None])]}, r"rows\[0\] tuned\[1\] is None"),
-        ({"rows": [("a dog", solids(2), solids(3))]}, r"rows\[0\] tuned has 3 .* base 2"),
+        ({"rows": [("a dog", solids(2), solids(3))]}, r"rows\[0\] tuned has 3 .* base has 2"),
         (
             {"rows": [("a", solids(2), solids(2)), ("b", solids(3), solids(3))]},
             r"rows\[1\] base has 3",
         ),
-        ({"class_after": []}, "after has no pictures"),
-        ({"class_after": solids(2)}, "after has 2 pictures .* before 3"),
+        ({"class_after": []}, "after has no images"),
+        ({"class_after": solids(2)}, "after has 2 images .* before has 3"),
     ],
 )
-def test_missing_pictures_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_missing_images_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         sheet(tmp_path / "sheet.png", **changes)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_page_is_written_whole_and_replaces_an_older_one(tmp_path: Path) -> None:
+def test_the_page_replaces_an_older_one_atomically(tmp_path: Path) -> None:
     path = tmp_path / "new" / "sheet.png"
     path.parent.mkdir()
     path.write_text("older")
@@ -145,7 +145,7 @@ def test_the_page_is_written_whole_and_replaces_an_older_one(tmp_path: Path) -> 
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
 
 
-def test_grid_places_pictures_row_by_row() -> None:
+def test_grid_places_images_row_by_row() -> None:
     page = image_grids.grid(solids(5), 3)
     boxes = [box(page, index) for index in range(5)]
     assert [b[0] for b in boxes] == [8, 144, 280, 8, 144]
@@ -154,7 +154,7 @@ def test_grid_places_pictures_row_by_row() -> None:
     assert image_grids.grid(solids(2), 5).size == (2 * 136 + 8, 136 + 8)
 
 
-def test_grid_labels_stand_below_the_pictures() -> None:
+def test_grid_labels_are_below_the_images() -> None:
     labels = ["seed 0", "a label that needs more than one line", ""]
     page = image_grids.grid(solids(3), 2, labels)
     boxes = [box(page, index) for index in range(3)]
@@ -167,21 +167,21 @@ def test_grid_labels_stand_below_the_pictures() -> None:
 
 def test_grid_names_wrong_input() -> None:
     for call, message in (
-        (lambda: image_grids.grid([], 2), "pictures has no pictures"),
+        (lambda: image_grids.grid([], 2), "images has no images"),
         (lambda: image_grids.grid(solids(2), 0), "columns is 0"),
-        (lambda: image_grids.grid(solids(2), 2, ["one"]), "labels has 1 for 2"),
+        (lambda: image_grids.grid(solids(2), 2, ["one"]), "1 labels for 2 images"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
 
 
 def test_extremes_are_the_best_the_middle_and_the_worst() -> None:
-    scored = [(index / 10, f"n{index}", picture) for index, picture in enumerate(solids(9))]
+    scored = [(index / 10, f"n{index}", image) for index, image in enumerate(solids(9))]
     page = image_grids.extremes([scored[i] for i in (3, 8, 0, 5, 1, 7, 2, 6, 4)], columns=2)
     boxes = {index: box(page, index) for index in (8, 7, 4, 5, 1, 0)}
     shown = sorted(boxes, key=lambda index: (boxes[index][1], boxes[index][0]))
     assert shown == [8, 7, 5, 4, 1, 0]
-    with pytest.raises(ValueError, match="2 scored pictures; give three or more"):
+    with pytest.raises(ValueError, match="2 scored images; give three or more"):
         image_grids.extremes(scored[:2])
 
 

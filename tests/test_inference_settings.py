@@ -101,7 +101,7 @@ def test_the_embedded_base_draws_as_its_figures_were_made(tmp_path: Path) -> Non
     assert validation.plan_for(config) == validation.ValidationPlan(
         inference_steps=10, guidance_scale=3.25
     )
-    assert sweep._view_of(sweep.VIEW, config, tmp_path).inference_steps == 25
+    assert sweep._plan_of(sweep.PLAN, config, tmp_path).inference_steps == 25
 
 
 def inference_offline(base: str) -> Any:
@@ -352,19 +352,19 @@ def test_the_demos_class_images_and_figures_are_drawn_on_the_gpu(
 ) -> None:  # fmt: skip
     from dreambooth_lib.evaluation import demo
 
-    looked: list[bool] = []
-    look = demo.look
+    validated: list[bool] = []
+    draw_images = demo.draw_images
 
-    def validating(family: Family, *given: Any) -> Any:
-        looked.append(getattr(family, "on_gpu", False))
-        return look(family, *given)
+    def recorded(family: Family, *arguments: Any) -> Any:
+        validated.append(getattr(family, "on_gpu", False))
+        return draw_images(family, *arguments)
 
-    monkeypatch.setattr(demo, "look", validating)
+    monkeypatch.setattr(demo, "draw_images", recorded)
     config = plain(tiny_sd1, prior_inference_steps=1, validate_every=0)
-    view = validation.ValidationPlan(class_images=2, inference_steps=1)
-    demo.personalise(config, tmp_path / "runs" / "run", view=view)
-    assert gpu.drawn[0] == (True, torch.bfloat16, 2) and looked == [True, True]
-    assert {on_gpu for on_gpu, *_ in gpu.drawn} == {True}, "class images and looks"
+    plan = validation.ValidationPlan(class_images=2, inference_steps=1)
+    demo.personalise(config, tmp_path / "runs" / "run", plan=plan)
+    assert gpu.drawn[0] == (True, torch.bfloat16, 2) and validated == [True, True]
+    assert {on_gpu for on_gpu, *_ in gpu.drawn} == {True}, "class and validation images"
     assert gpu.freed >= 3
 
 

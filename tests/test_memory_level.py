@@ -192,7 +192,7 @@ def test_all_subjects_of_an_evaluation_train_at_the_level_of_the_first(
 ) -> None:  # fmt: skip
     plain = config(mixed_precision="no", prior="none", steps=1)
     gpu(needs_of(plain, "low") / USABLE_SHARE + 1)
-    tuned = dreambench.tuned(tmp_path, lambda subject: plain.replace(subject=subject))
+    tuned = dreambench.Tuned(tmp_path, lambda subject: plain.replace(subject=subject))
     first = tuned(Subject(photos, "dog", name="one"))
     gpu(16 * GIB)
     second = tuned(Subject(photos, "dog", name="other"))

@@ -158,7 +158,7 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
         assert [row.step for row in validation_record.history(run)] == [0, 2, 4]
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 7  # curves, front, maps, contact sheets
-    assert "stands highest of 4 settings" in said(shown) and "⚠" not in said(shown)
+    assert "has the highest score of 4 settings" in said(shown) and "⚠" not in said(shown)
     assert "SETTINGS = {'prior_weight': " in said(shown)
 
 
@@ -170,7 +170,7 @@ def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path, python: st
     assert {row.subject for row in rows} == {"patch_dog", "moon_mushroom"}
     (table,) = outputs(shown, "text/markdown")
     assert "| DreamBooth |" in "".join(table) and "| 0.774 | 0.885 |" in "".join(table)
-    assert "like the photos ↑ (judge)" in "".join(table)
+    assert "likeness to the photos ↑ (judge)" in "".join(table)
     assert len(outputs(shown, "image/png")) == 1
 
 

@@ -1,4 +1,4 @@
-"""Figures by what they draw."""
+"""Check what the plots draw."""
 
 import warnings
 from pathlib import Path
@@ -24,7 +24,7 @@ def log(count: int, prior: bool = True) -> list[dict[str, Any]]:
 def test_losses_draws_raw_values_and_their_running_mean_in_two_panels() -> None:
     rows = log(200)
     figure = plots.losses(rows)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["subject loss", "prior loss"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["instance loss", "prior loss"]
     for axes, key in zip(figure.axes, ("instance_loss", "prior_loss"), strict=True):
         raw, smooth = axes.get_lines()
         values = [row[key] for row in rows]
@@ -36,7 +36,7 @@ def test_losses_draws_raw_values_and_their_running_mean_in_two_panels() -> None:
         names = [text.get_text() for text in axes.get_legend().get_texts()]
         assert names == ["logged value", "running mean of 10 logged values"]
         assert axes.get_ylabel() == "mean squared error" and axes.get_ylim()[0] == 0
-    assert figure.axes[-1].get_xlabel() == "training steps"
+    assert figure.axes[-1].get_xlabel() == "training step"
 
 
 def test_losses_without_a_prior_has_one_panel() -> None:
@@ -66,7 +66,7 @@ def test_losses_names_wrong_logs() -> None:
         plots.losses([*log(1), {"step": 2, "loss": 1.0}])
 
 
-def seen(step: int, fidelity: float, drift: float) -> ValidationResult:
+def result(step: int, fidelity: float, drift: float) -> ValidationResult:
     return ValidationResult(
         step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=0.5,
         class_diversity=0.4, prior_drift=drift, unrelated_drift=0.01, pres=0.3, seconds=1.0,
@@ -74,21 +74,21 @@ def seen(step: int, fidelity: float, drift: float) -> ValidationResult:
     )  # fmt: skip
 
 
-def test_what_was_watched_is_drawn_with_the_chosen_step_marked() -> None:
-    rows = [seen(0, 0.3, 0.0), seen(100, 0.7, 0.1), seen(200, 0.72, 0.4)]
-    shares, losses = plots.validation_curves(rows).axes
-    by_name = {line.get_label(): list(line.get_ydata()) for line in shares.get_lines()}
-    assert by_name["like your photos"] == pytest.approx([0.3 / 0.8, 0.7 / 0.8, 0.72 / 0.8])
+def test_validation_curves_mark_the_best_step() -> None:
+    rows = [result(0, 0.3, 0.0), result(100, 0.7, 0.1), result(200, 0.72, 0.4)]
+    ratios, losses = plots.validation_curves(rows).axes
+    by_name = {line.get_label(): list(line.get_ydata()) for line in ratios.get_lines()}
+    assert by_name["likeness to the photos"] == pytest.approx([0.3 / 0.8, 0.7 / 0.8, 0.72 / 0.8])
     assert by_name["the rest unchanged"] == pytest.approx([0.995, 0.945, 0.795])
     assert by_name["best: step 100"] == [0, 1]
-    ratio = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
-    assert ratio["subject"] == pytest.approx([1, 0.8 / 0.9, 0.7 / 0.9])
-    assert ratio["class"] == pytest.approx([1, 1, 1])
-    assert all(axes.get_ylabel() for axes in (shares, losses)) and losses.get_xlabel()
-    titles = [axes.get_title(loc="left") for axes in (shares, losses)]
-    assert titles[0] == "How good the pictures are (1 is best)"
-    assert titles[1] == "Loss on pictures it never trained on (1 = before training)"
-    with pytest.raises(ValueError, match="no looks"):
+    relative = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
+    assert relative["subject"] == pytest.approx([1, 0.8 / 0.9, 0.7 / 0.9])
+    assert relative["class"] == pytest.approx([1, 1, 1])
+    assert all(axes.get_ylabel() for axes in (ratios, losses)) and losses.get_xlabel()
+    titles = [axes.get_title(loc="left") for axes in (ratios, losses)]
+    assert titles[0] == "What the score is made of (1 is best)"
+    assert titles[1] == "Loss on held-out photos and images (1 = before training)"
+    with pytest.raises(ValueError, match="no validations to plot"):
         plots.validation_curves([])
 
 
@@ -105,13 +105,13 @@ def test_a_heat_map_has_the_mean_over_seeds_in_each_cell_and_the_best_one_marked
     assert np.allclose(image.get_array(), [[0.15, 0.25], [0.40, 0.50]])
     texts = [text.get_text() for text in axes.texts]
     assert texts == ["0.150", "0.250", "0.400", "0.500"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training steps", "λ")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "λ")
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1"]
     (frame,) = [patch for patch in axes.patches if not patch.get_fill()]
     assert frame.get_xy() == (0.5, 0.5), "weight 1 at step 200"
 
 
-def test_a_map_of_what_should_be_small_frames_its_least_and_shows_it_bright() -> None:
+def test_a_heat_map_of_drift_frames_its_lowest_cell_and_draws_it_bright() -> None:
     axes, bar = plots.heat_map(CELLS, "step", "prior_weight", "prior_drift", best="min").axes
     (frame,) = [patch for patch in axes.patches if not patch.get_fill()]
     assert frame.get_xy() == (-0.5, 0.5), "weight 1, and of equals the first step"
@@ -124,7 +124,7 @@ def test_a_map_of_what_should_be_small_frames_its_least_and_shows_it_bright() ->
 
 def test_steps_are_drawn_from_zero_and_in_whole_numbers() -> None:
     for figure in (
-        plots.validation_curves([seen(0, 0.3, 0.0)]),
+        plots.validation_curves([result(0, 0.3, 0.0)]),
         plots.losses([log(1)[0] | {"step": 1}]),
     ):
         figure.canvas.draw()
@@ -133,16 +133,17 @@ def test_steps_are_drawn_from_zero_and_in_whole_numbers() -> None:
         assert low <= 0 and high >= 10 and all(tick == int(tick) for tick in ticks)
 
 
-def test_the_front_is_what_nothing_beats_in_fidelity_and_drift() -> None:
+def test_the_front_holds_the_points_that_no_other_beats_in_fidelity_and_drift() -> None:
     (axes,) = plots.front(CELLS, by="prior_weight").axes
     line = next(line for line in axes.get_lines() if line.get_label() == "front")
     points = [*line.get_xdata(), *line.get_ydata()]
     assert points == pytest.approx([0.2, 0.8]), "weight 1 at step 200, both seeds alike"
     names = [line.get_label() for line in axes.get_lines()]
     assert names == ["front", "λ 0", "λ 1"] and "class drift" in axes.get_xlabel()
+    assert "likeness to the photos" in axes.get_ylabel()
 
 
-def test_studies_are_written(tmp_path: Path) -> None:
+def test_heat_maps_and_fronts_are_saved(tmp_path: Path) -> None:
     plots.heat_map(CELLS, "step", "prior_weight", path=tmp_path / "map.png")
     plots.front(CELLS, by="prior_weight", path=tmp_path / "front.png")
     for name in ("map.png", "front.png"):

@@ -1,4 +1,4 @@
-"""Scores against plain NumPy on the encoders' own embeddings; intervals against known answers."""
+"""Check scores against plain NumPy on the encoders' embeddings, and intervals on known data."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreambooth_lib.core.config import Subject
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all
-from dreambooth_lib.evaluation.scores import Row, means, pictures_by, score
+from dreambooth_lib.evaluation.scores import Row, means, score, scored_images
 from dreambooth_lib.metrics import kid_and_lpips
 from dreambooth_lib.metrics.encoders import Encoder
 
@@ -34,7 +34,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def test_every_measure_is_what_numpy_makes_of_the_embeddings(
+def test_every_measure_matches_numpy_on_the_embeddings(
     drawn: tuple, clip: Encoder, dino: Encoder
 ) -> None:
     benchmark, out, photos = drawn
@@ -80,7 +80,7 @@ def test_every_measure_is_what_numpy_makes_of_the_embeddings(
     assert found["base", "clip", "prior_drift", None, None] == pytest.approx(0, abs=1e-6)
 
 
-def kid(one: np.ndarray, other: np.ndarray) -> float:
+def kid(left: np.ndarray, right: np.ndarray) -> float:
     def k(x: np.ndarray, y: np.ndarray) -> float:
         width = len(x)
         return float((np.sqrt(width) * x @ (np.sqrt(width) * y) / width + 1) ** 3)
@@ -91,15 +91,15 @@ def kid(one: np.ndarray, other: np.ndarray) -> float:
     def among(rows: np.ndarray) -> float:
         return mean([(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j])
 
-    return among(one) + among(other) - 2 * mean([(x, y) for x in one for y in other])
+    return among(left) + among(right) - 2 * mean([(x, y) for x in left for y in right])
 
 
-def test_pictures_come_with_their_own_scores(drawn: tuple, clip: Encoder) -> None:
+def test_every_image_gets_its_own_score(drawn: tuple, clip: Encoder) -> None:
     benchmark, out, _ = drawn
     rows = list(score(benchmark, ["base", "tuned"], out, {"clip": clip}, SHORT))
-    scored = pictures_by(rows, "tuned", "clip", benchmark, out)
+    scored = scored_images(rows, "tuned", "clip", benchmark, out)
     assert len(scored) == 6
-    for value, label, picture in scored:
+    for value, label, image in scored:
         alike = [
             row for row in rows
             if row.value == value and (row.method, row.measure) == ("tuned", "subject_fidelity")
@@ -107,16 +107,16 @@ def test_pictures_come_with_their_own_scores(drawn: tuple, clip: Encoder) -> Non
         assert label in {f"rex: {row.prompt}" for row in alike}
         number = int("red" in label)
         files = [out / f"tuned/rex/p{number:02d}-s{row.seed}.png" for row in alike]
-        assert any(np.array_equal(np.asarray(Image.open(f)), np.asarray(picture)) for f in files)
+        assert any(np.array_equal(np.asarray(Image.open(f)), np.asarray(image)) for f in files)
 
 
-def test_a_picture_that_was_not_drawn_is_named(drawn: tuple, clip: Encoder, tmp_path: Path) -> None:
+def test_a_missing_image_is_named(drawn: tuple, clip: Encoder, tmp_path: Path) -> None:
     benchmark, _, _ = drawn
     with pytest.raises(FileNotFoundError, match=r"base/rex/p00-s0\.png"):
         list(score(benchmark, ["base"], tmp_path, {"clip": clip}, SHORT))
 
 
-def test_real_pictures_are_not_paired_with_their_near_duplicates(
+def test_photos_are_not_paired_with_their_near_duplicates(
     drawn: tuple, clip: Encoder, tmp_path: Path
 ) -> None:
     benchmark, out, photos = drawn
@@ -136,7 +136,7 @@ def test_real_pictures_are_not_paired_with_their_near_duplicates(
     assert row.value == pytest.approx(unlike[0] @ unlike[1], abs=1e-6), "not 1 for the copies"
 
 
-def test_div_is_lpips_where_it_is_installed_and_the_row_says_so(
+def test_div_is_lpips_if_installed_and_the_row_names_it(
     drawn: tuple, clip: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class LPIPS(torch.nn.Module):  # stands in for the package: takes pairs of pixels in [-1, 1]
@@ -175,7 +175,7 @@ def rows_of(values: dict[tuple[str, str], list[float]], measure: str = "subject_
 
 
 def test_the_interval_is_over_seeds_and_not_over_subjects() -> None:
-    """Two subjects far apart whose seeds agree have an interval of no width."""
+    """Give an interval of zero width to two subjects far apart whose seeds agree."""
     (mean,) = means(rows_of({("a", "p"): [0.2, 0.2, 0.2], ("b", "p"): [0.8, 0.8, 0.8]}))
     assert mean.value == pytest.approx(0.5) and mean.count == 6
     assert mean.low == mean.high == pytest.approx(0.5)
@@ -191,7 +191,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.88 <= hits / 200 <= 0.99
 
 
-def test_one_number_a_subject_is_resampled_over_subjects() -> None:
+def test_one_value_per_subject_is_resampled_over_subjects() -> None:
     rows = [Row("base", name, "live", "clip", "pres", None, None, value)
             for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.6))]  # fmt: skip
     (mean,) = means(rows)

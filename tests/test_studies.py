@@ -1,4 +1,4 @@
-"""The studies' way from configs to tables, on a tiny base and in one process."""
+"""Check the studies from configs to tables, on a tiny base and in one process."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -14,7 +14,7 @@ from tools import studies
 
 
 class Here(Executor):
-    """Runs at once what is submitted."""
+    """An executor that runs each task at once."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         done: Future = Future()
@@ -33,7 +33,7 @@ def subject(
 
     monkeypatch.setattr(studies, "plain", plain)
     monkeypatch.setattr(studies, "auto", lambda s: plain(s).replace(steps=6, early_stop=True))
-    monkeypatch.setattr(studies, "VIEW", ValidationPlan(class_images=2, inference_steps=2))
+    monkeypatch.setattr(studies, "PLAN", ValidationPlan(class_images=2, inference_steps=2))
     monkeypatch.setattr(studies, "LAMBDAS", (0.0, 1.0))
     monkeypatch.setattr(studies, "STEPS", (2, 4))
     monkeypatch.setattr(studies, "SEEDS", 2)
@@ -45,13 +45,13 @@ def test_auto_is_set_beside_the_best_of_the_grid(subject: Subject, tmp_path: Pat
     for name in ("table.csv", "heat_map.png", "front.png", "sheet.png"):
         assert (tmp_path / "grid" / "rex" / name).exists()
     row = (tmp_path / "auto" / "auto.md").read_text().splitlines()[2]
-    assert row.startswith("| rex | λ 1, step ") and row.endswith("| 75% |"), "6 of 2 x 4 updates"
+    assert row.startswith("| rex | λ 1, step ") and row.endswith("| 75% |"), "6 of 2 x 4 steps"
 
 
 def test_the_choice_is_set_beside_every_checkpoint(subject: Subject, tmp_path: Path) -> None:
     studies.study_choice([subject], tmp_path, Here())
     rows = (tmp_path / "rex.csv").read_text().splitlines()
-    assert len(rows) == 1 + 8, "16 steps, a look every 2"
+    assert len(rows) == 1 + 8, "16 steps, a validation every 2"
     assert (tmp_path / "rex.png").exists()
     assert "| rex | " in (tmp_path / "choice.md").read_text()
 
@@ -61,8 +61,8 @@ def test_ablations_differ_in_one_thing_each(subject: Subject, tmp_path: Path) ->
     default = kinds.pop("default")
     of_lora = {"method", "lora_rank", "learning_rate"}  # LoRA has a rate of its own
     for name, config in kinds.items():
-        one, other = default.to_dict(), config.to_dict()
-        changed = {key for key in one if one[key] != other.get(key)}
+        before, after = default.to_dict(), config.to_dict()
+        changed = {key for key in before if before[key] != after.get(key)}
         assert changed, name
         if "LoRA" in name:
             assert of_lora <= changed
@@ -81,8 +81,8 @@ def test_kinds_are_trained_with_every_seed(subject: Subject, tmp_path: Path) -> 
     names = [row.split(" | ")[0] for row in rows]
     assert names == ["| the base", "| default (2)", "| no prior (2)"]
     for name in ("means.png", "sheet.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert picture.width > 300
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 300
     assert (tmp_path / "table.csv").read_text().count("-seed1,") == 2
 
 

@@ -1,4 +1,4 @@
-"""Studies: the grid, the table, going on after a stop, failures, and two dask workers."""
+"""Check sweeps: the grid, the table, resuming, failures, and two dask workers."""
 
 import json
 import shutil
@@ -31,14 +31,14 @@ def run(configs: dict[str, TrainConfig], folder: Path, **options: Any) -> list[s
 
 
 def test_a_grid_has_every_combination_and_names_what_is_wrong(config: TrainConfig) -> None:
-    found = grid(config, prior_weight=[0.0, 1.0], seed=[3, 4, 5])
-    assert len(found) == 6
-    assert found["prior_weight=0.0-seed=4"] == config.replace(prior_weight=0.0, seed=4)
+    configs = grid(config, prior_weight=[0.0, 1.0], seed=[3, 4, 5])
+    assert len(configs) == 6
+    assert configs["prior_weight=0.0-seed=4"] == config.replace(prior_weight=0.0, seed=4)
     with pytest.raises(ConfigError, match="prior_weight is -1"):
         grid(config, prior_weight=[-1])
 
 
-def test_a_sweep_gives_a_row_a_cell_and_step_and_is_not_run_twice(
+def test_a_sweep_gives_a_row_per_cell_and_step_and_does_not_run_twice(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = grid(config, prior_weight=[0.0, 1.0])
@@ -51,18 +51,18 @@ def test_a_sweep_gives_a_row_a_cell_and_step_and_is_not_run_twice(
     assert len(text) == 5
     assert len(list((tmp_path / "class_images").iterdir())) == 1
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
-    seen = history(sweep.runs.resume(tmp_path / "prior_weight=1.0"))
-    shares = best_checkpoint.ratios(seen[2].subject_fidelity, seen[2].reference_fidelity,
-                           seen[2].prompt_adherence, seen[0].prompt_adherence,
-                           seen[2].prior_drift, seen[2].unrelated_drift)  # fmt: skip
-    assert rows[3]["score"] == best_checkpoint.overall_score(shares)
-    assert rows[3]["prior_drift"] == seen[2].prior_drift
+    results = history(sweep.runs.resume(tmp_path / "prior_weight=1.0"))
+    ratios = best_checkpoint.ratios(results[2].subject_fidelity, results[2].reference_fidelity,
+                           results[2].prompt_adherence, results[0].prompt_adherence,
+                           results[2].prior_drift, results[2].unrelated_drift)  # fmt: skip
+    assert rows[3]["score"] == best_checkpoint.overall_score(ratios)
+    assert rows[3]["prior_drift"] == results[2].prior_drift
 
     monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("a finished cell ran again"))
     run(configs, tmp_path)
 
 
-def test_a_finished_study_goes_on_to_more_steps_as_if_it_had_had_them_all(
+def test_a_finished_sweep_extends_to_more_steps_as_if_they_had_been_there_from_the_start(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     configs = grid(config, prior_weight=[1.0])
@@ -75,19 +75,19 @@ def test_a_finished_study_goes_on_to_more_steps_as_if_it_had_had_them_all(
     cell = sweep.runs.resume(tmp_path / "short" / "prior_weight=1.0")
     assert cell.finished and cell.config.steps == 6 and len(load_images(cell, 6).subject) == 16
 
-    run(configs, tmp_path / "short")  # fewer again: what is there is kept
+    run(configs, tmp_path / "short")  # fewer again: the longer run stays
     cell = sweep.runs.resume(cell.folder)
     assert cell.finished and cell.config.steps == 6 and max(cell.checkpoints()) == 6
 
 
-def test_another_study_in_the_folder_is_refused_and_left_alone(
+def test_another_sweep_in_the_folder_is_refused_and_left_alone(
     config: TrainConfig, photos: str, tmp_path: Path
 ) -> None:
     run(grid(config, prior_weight=[1.0]), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     shutil.copytree(photos, tmp_path.with_name("max"))
     others = {
-        r"a study of rex on .*sd2 whose subject\.pictures is '.*rex', and not '.*max'; choose":
+        r"a sweep of rex on .*sd2 whose subject\.pictures is '.*rex', and not '.*max'; choose":
             config.replace(subject=Subject(str(tmp_path.with_name("max")), "dog", name="rex")),
         "whose base is '.*sd2', and not 'toybox'": config.replace(base="toybox"),
         "whose class_images is 4, and not 5": config.replace(class_images=5),
@@ -99,12 +99,12 @@ def test_another_study_in_the_folder_is_refused_and_left_alone(
     more = replace(QUICK, seeds=2)
     with pytest.raises(RunError, match="whose seeds is 4, and not 2; choose"):
         next(sweep.sweep(grid(config, prior_weight=[1.0]), tmp_path, [2, 4], more))
-    with pytest.raises(RunError, match="at step 4 and was not looked at in step 1, 3; leave"):
+    with pytest.raises(RunError, match="at step 4 and was not validated at step 1, 3; leave"):
         next(sweep.sweep(grid(config, prior_weight=[1.0]), tmp_path, [1, 2, 3], QUICK))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_longer_schedule_is_another_study(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_longer_schedule_is_another_sweep(config: TrainConfig, tmp_path: Path) -> None:
     configs = grid(config.replace(lr_schedule="linear"), prior_weight=[0.0])
     run(configs, tmp_path)
     run(configs, tmp_path)
@@ -112,7 +112,7 @@ def test_a_longer_schedule_is_another_study(config: TrainConfig, tmp_path: Path)
         next(sweep.sweep(configs, tmp_path, [2, 4, 6], QUICK))
 
 
-def test_a_study_of_one_weight_has_its_column(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_sweep_of_one_weight_has_its_column(config: TrainConfig, tmp_path: Path) -> None:
     configs = grid(config, prior_weight=[1.0])
     run(configs, tmp_path)
     rows = table(configs, tmp_path, [2, 4])
@@ -120,7 +120,7 @@ def test_a_study_of_one_weight_has_its_column(config: TrainConfig, tmp_path: Pat
     assert recommend(rows).settings.keys() == {"prior_weight", "step"}
 
 
-def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(
+def test_a_failed_cell_is_recorded_and_the_others_continue(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     configs = {
@@ -149,11 +149,11 @@ def test_two_dask_workers_make_the_same_table(config: TrainConfig, tmp_path: Pat
         done = run(configs, tmp_path / "there", executor=client.get_executor())
         workers = len(client.scheduler_info()["workers"])
     assert workers == 2 and {p.error for p in done} == {None}
-    one, other = (tmp_path / where / "table.csv" for where in ("here", "there"))
-    assert one.read_text() == other.read_text()
+    here, there = (tmp_path / where / "table.csv" for where in ("here", "there"))
+    assert here.read_text() == there.read_text()
 
 
-def test_recommended_is_the_highest_mean_over_seeds(config: TrainConfig) -> None:
+def test_the_highest_mean_over_seeds_is_recommended(config: TrainConfig) -> None:
     def row(weight: float, seed: int, step: int, score: float) -> dict[str, Any]:
         measured = dict.fromkeys(MEASURES, 0.5) | {"score": score}
         return {
@@ -164,11 +164,12 @@ def test_recommended_is_the_highest_mean_over_seeds(config: TrainConfig) -> None
         row(0, 0, 100, 0.9), row(0, 1, 100, 0.5), row(1, 0, 100, 0.8), row(1, 1, 100, 0.8),
         row(1, 0, 200, 0.8), row(1, 1, 200, 0.8),
     ]  # fmt: skip
-    found = recommend(rows)
-    assert found.settings == {"prior_weight": 1, "step": 100}, "of equals the fewest steps"
-    assert found.score == pytest.approx(0.8)
-    assert found.reason.startswith("λ 1, step 100 stands highest of 3 settings (0.800")
-    assert found.reason.endswith("prior drift 0.500.")
+    best = recommend(rows)
+    assert best.settings == {"prior_weight": 1, "step": 100}, "of equals the fewest steps"
+    assert best.score == pytest.approx(0.8)
+    start = "λ 1, step 100 has the highest score of 3 settings (0.800, mean of 2 runs): "
+    assert best.reason.startswith(start)
+    assert best.reason.endswith("with a class drift of 0.500.")
     last = recommend([*rows, row(1, 0, 300, 0.9), row(1, 1, 300, 0.9)]).reason
     assert last.endswith("This is the longest training tried: try more steps before you trust it.")
     two = recommend([*rows, row(0.5, 0, 100, 0.795), row(0.25, 0, 100, 0.79)]).reason

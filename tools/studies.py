@@ -1,13 +1,13 @@
-"""What ``docs/studies`` says, measured: ``python -m tools.studies NAME --out outputs/studies``.
+"""Run the studies of ``docs/studies``: ``python -m tools.studies NAME --out outputs/studies``.
 
-    grid       lambda x steps on each bundled subject: table, heat map, front, contact sheet
-    choice     training far past its best: is the checkpoint that the rule picks the best one?
-    auto       what is picked on a subject left alone, beside the best of its grid
+    grid       λ x steps on each bundled subject: table, heat map, front, contact sheet
+    choice     training far past the best step: does the rule select the best checkpoint?
+    auto       ``TrainConfig.auto`` beside the best of the grid
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
-    memory     what a memory level costs in the result, five seeds
+    memory     what a memory level costs in quality, five seeds
 
-Every part goes on where it was stopped. Cells run on ``--workers`` processes of one thread each,
-with ``--dask`` on a local cluster of dask's; the tables are the same.
+An interrupted study resumes. Cells run on ``--workers`` processes of one thread each, or with
+``--dask`` on a local dask cluster; the tables are the same.
 """
 
 import argparse
@@ -28,25 +28,25 @@ from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.data.images import read_pictures
 from dreambooth_lib.evaluation.demo import bundled_subjects
-from dreambooth_lib.evaluation.sweep import VIEW, grid, sweep
+from dreambooth_lib.evaluation.sweep import PLAN, grid, sweep
 from dreambooth_lib.evaluation.sweep_table import recommend, table
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids, plots
-from dreambooth_lib.figures.labels import HEADS
+from dreambooth_lib.figures.labels import heading
 from dreambooth_lib.training import best_checkpoint, runs, trainable, validation
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.validation_record import history, load_images
 
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 STEPS = (100, 200, 300, 400, 500)
-OTHER_SEEDS = 1000  # the first of pictures that no choice was made by
-#: What every checkpoint is scored by: drift is noisy, and told from many pictures of the class.
-SCORED = replace(VIEW, class_images=48, unrelated=4, inference_steps=12, first_seed=OTHER_SEEDS)
+OTHER_SEEDS = 1000  # the first seed of images that no selection has seen
+#: The plan that scores every checkpoint; drift is noisy and needs many class images.
+SCORED = replace(PLAN, class_images=48, unrelated=4, inference_steps=12, first_seed=OTHER_SEEDS)
 SEEDS = 5  # trainings of each kind
-ABLATION_STEPS = 300  # the prior's effects are whole by then, in three fifths of the default's time
-MEMORY_STEPS = 100  # this is about bf16's rounding, and a CPU is slow at it
-#: What over_seeds tells of, with the base's own by their names in a sweep's table.
+ABLATION_STEPS = 300  # enough for the prior's full effect, in three fifths of the default's time
+MEMORY_STEPS = 100  # this is about rounding to bf16, which is slow on a CPU
+#: The measures that over_seeds averages, and the base's column in a sweep's table.
 MEASURES = {"subject_fidelity": "", "prompt_adherence": "base_adherence",
             "class_diversity": "base_diversity", "pres": "base_pres",
             "prior_drift": "", "unrelated_drift": ""}  # fmt: skip
@@ -54,7 +54,7 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776)  # the 97.5% quantile of 1 to 4 degree
 
 
 def plain(subject: Subject) -> TrainConfig:
-    """What every study varies."""
+    """Return the config that every study varies."""
     return TrainConfig(subject=subject)
 
 
@@ -73,7 +73,7 @@ def workers(count: int, dask: bool) -> Iterator[Executor]:
         ):
             yield client.get_executor()
     else:
-        # Started anew, since a fork would take torch's threads with it half alive.
+        # Spawned, since a forked process would inherit torch's threads half alive.
         with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as executor:
             yield executor
 
@@ -81,8 +81,9 @@ def workers(count: int, dask: bool) -> Iterator[Executor]:
 def run(
     configs: Mapping[str, TrainConfig], folder: Path, steps: Sequence[int], executor: Executor
 ) -> list[dict]:
-    for at in sweep(configs, folder, steps, VIEW, executor, threads=1):
-        print(f"{at.done} of {at.total}: {at.cell} {at.error or ''}", flush=True)
+    for cell_done in sweep(configs, folder, steps, PLAN, executor, threads=1):
+        at = f"{cell_done.done} of {cell_done.total}"
+        print(f"{at}: {cell_done.cell} {cell_done.error or ''}", flush=True)
     return table(configs, folder, steps)
 
 
@@ -95,131 +96,133 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
     cells = [
         [
             # Two scenes, and the class.
-            (seen := load_images(runs.resume(folder / name), step)).subject[:: 2 * VIEW.seeds]
-            + seen.class_images[:1]
+            (images := load_images(runs.resume(folder / name), step)).subject[:: 2 * PLAN.seeds]
+            + images.class_images[:1]
             for step in STEPS
         ]
         for name in configs
     ]
     rows_named = [f"λ {config.prior_weight:g}" for config in configs.values()]
     columns = [f"step {step}" for step in STEPS]
-    title = f"{subject.name}: two pictures of the subject and one of the class"
+    title = f"{subject.name}: two images of the subject and one of the class"
     save_png(image_grids.matrix(rows_named, columns, cells, title), folder / "sheet.png")
     print(recommend(rows).reason)
     return rows
 
 
 def overtrain(subject: Subject, folder: Path) -> list[dict]:
-    """One run of four times the default steps, every checkpoint scored on seeds of its own."""
+    """Train for four times the default steps; score every checkpoint on seeds of their own."""
     torch.set_num_threads(1)
     config = plain(subject)
     config = config.replace(steps=4 * config.steps, checkpoints_kept=10_000)
-    started = (folder / "config.toml").exists()
-    one = runs.resume(folder) if started else runs.start(config, folder)
-    if not one.finished:
-        for _ in train(one):
-            pass
-    view = replace(SCORED, guidance_scale=config.guidance_scale)
+    run = trained(config, folder)
+    plan = replace(SCORED, guidance_scale=config.guidance_scale)
     photos = [photo.image for photo in read_pictures(subject.pictures)]
     encoder = validation.load_scorer(config)
-    before = validation.draw_images(loading.load_model(config.base), subject, view)
+    before = validation.draw_images(loading.load_model(config.base), subject, plan)
     base = validation.score_images(encoder, photos, subject, before, before)
-    found = []
-    for seen in history(one)[1:]:
-        file = folder / "scored" / f"{seen.step:06d}.json"
+    rows = []
+    for result in history(run)[1:]:
+        file = folder / "scored" / f"{result.step:06d}.json"
         if not file.exists():
-            again = validation.draw_images(
-                trainable.load_at_checkpoint(one, seen.step), subject, view
+            images = validation.draw_images(
+                trainable.load_at_checkpoint(run, result.step), subject, plan
             )
-            scores = validation.score_images(encoder, photos, subject, again, before)
+            scores = validation.score_images(encoder, photos, subject, images, before)
             replace_file(file, json.dumps(scores).encode())
         scores = json.loads(file.read_text())
-        shares = best_checkpoint.ratios(
-            scores["subject_fidelity"], seen.reference_fidelity, scores["prompt_adherence"],
+        ratios = best_checkpoint.ratios(
+            scores["subject_fidelity"], result.reference_fidelity, scores["prompt_adherence"],
             base["prompt_adherence"], scores["prior_drift"], scores["unrelated_drift"],
         )  # fmt: skip
         row = {
             "subject": subject.name,
-            "step": seen.step,
-            "score": best_checkpoint.overall_score(shares),
+            "step": result.step,
+            "score": best_checkpoint.overall_score(ratios),
         }
-        found.append(row | scores)
-    return found
+        rows.append(row | scores)
+    return rows
+
+
+def trained(config: TrainConfig, folder: Path) -> runs.Run:
+    """Train the run in ``folder`` to its end; start it if it is missing."""
+    started = (folder / "config.toml").exists()
+    run = runs.resume(folder) if started else runs.start(config, folder)
+    if not run.finished:
+        for _ in train(run):
+            pass
+    return run
 
 
 def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
     futures = [executor.submit(overtrain, s, out / s.name) for s in subjects]
-    lines = ["| subject | chosen | its score | best step | its score | of the best | last |",
+    lines = ["| subject | selected step | score | best step | score | of the best | last step |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for subject, future in zip(subjects, futures, strict=True):
         rows = future.result()
-        one = runs.resume(out / subject.name)
+        run = runs.resume(out / subject.name)
         replace_file(out / f"{subject.name}.csv", to_csv(rows).encode())
-        plots.validation_curves(history(one), out / f"{subject.name}.png")
-        found = best_checkpoint.best_checkpoint(one)
+        plots.validation_curves(history(run), out / f"{subject.name}.png")
+        selection = best_checkpoint.best_checkpoint(run)
         by_step = {row["step"]: row["score"] for row in rows}
         best, last = max(by_step, key=lambda step: by_step[step]), max(by_step)
         lines.append(
-            f"| {subject.name} | {found.step} | {by_step[found.step]:.3f} | {best} "
-            f"| {by_step[best]:.3f} | {by_step[found.step] / by_step[best]:.1%} "
+            f"| {subject.name} | {selection.step} | {by_step[selection.step]:.3f} | {best} "
+            f"| {by_step[best]:.3f} | {by_step[selection.step] / by_step[best]:.1%} "
             f"| {last}: {by_step[last]:.3f} |"
         )
-        print(found.reason, flush=True)
+        print(selection.reason, flush=True)
     replace_file(out / "choice.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 
 
-def left_alone(subject: Subject, folder: Path) -> tuple[float, int, int]:
-    """``TrainConfig.auto``: its score in the grid's view, its step, the updates it made."""
+def train_auto(subject: Subject, folder: Path) -> tuple[float, int, int]:
+    """Train ``TrainConfig.auto``; return its score by the grid's plan, best step and last step."""
     torch.set_num_threads(1)
     config = auto(subject)
-    started = (folder / "config.toml").exists()
-    one = runs.resume(folder) if started else runs.start(config, folder)
-    if not one.finished:
-        for _ in train(one):
-            pass
-    view = replace(VIEW, guidance_scale=config.guidance_scale)
+    run = trained(config, folder)
+    plan = replace(PLAN, guidance_scale=config.guidance_scale)
     photos = [photo.image for photo in read_pictures(subject.pictures)]
-    looks = [validation.draw_images(loading.load_model(where), subject, view) for where in
-             (config.base, str(one.folder))]  # fmt: skip
+    drawn = [validation.draw_images(loading.load_model(source), subject, plan) for source in
+             (config.base, str(run.folder))]  # fmt: skip
     encoder = validation.load_scorer(config)
     base, scores = (
-        validation.score_images(encoder, photos, subject, seen, looks[0]) for seen in looks
+        validation.score_images(encoder, photos, subject, images, drawn[0]) for images in drawn
     )
-    shares = best_checkpoint.ratios(
-        scores["subject_fidelity"], history(one)[0].reference_fidelity,
+    ratios = best_checkpoint.ratios(
+        scores["subject_fidelity"], history(run)[0].reference_fidelity,
         scores["prompt_adherence"], base["prompt_adherence"], scores["prior_drift"],
         scores["unrelated_drift"],
     )  # fmt: skip
     return (
-        best_checkpoint.overall_score(shares),
-        best_checkpoint.best_checkpoint(one).step,
-        one.log()[-1]["step"],
+        best_checkpoint.overall_score(ratios),
+        best_checkpoint.best_checkpoint(run).step,
+        run.log()[-1]["step"],
     )
 
 
 def study_auto(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
-    futures = [executor.submit(left_alone, s, out / "auto" / s.name) for s in subjects]
-    lines = ["| subject | auto | its score | best of the grid | its score | of the best "
-             "| updates of the grid's |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    futures = [executor.submit(train_auto, s, out / "auto" / s.name) for s in subjects]
+    lines = ["| subject | auto | score | best of the grid | score | of the best "
+             "| steps of the grid's |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for subject, future in zip(subjects, futures, strict=True):
         rows = study_grid(subject, out / "grid", executor)
-        stands, step, updates = future.result()
+        score, step, last = future.result()
         best = max(rows, key=lambda row: row["score"])
-        share = updates / (len(LAMBDAS) * max(STEPS))
+        ratio = last / (len(LAMBDAS) * max(STEPS))
         lines.append(
-            f"| {subject.name} | λ 1, step {step} | {stands:.3f} "
+            f"| {subject.name} | λ 1, step {step} | {score:.3f} "
             f"| λ {best['prior_weight']:g}, step {best['step']} | {best['score']:.3f} "
-            f"| {stands / best['score']:.1%} | {share:.0%} |"
+            f"| {score / best['score']:.1%} | {ratio:.0%} |"
         )
     replace_file(out / "auto" / "auto.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
-    """What the paper's ablations vary, one thing each, and this kit's methods.
+    """Return the paper's ablations, each with one change, and this kit's methods.
 
-    All five photos are trained on.
+    They train on all five photos.
     """
     default = plain(subject).replace(hold_out=False, steps=ABLATION_STEPS)
     lora = default.replace(method="lora", lora_rank=8, learning_rate=None)
@@ -262,9 +265,9 @@ def memory_levels(subject: Subject) -> dict[str, TrainConfig]:
 def over_seeds(
     subject: Subject, kinds: Mapping[str, TrainConfig], out: Path, executor: Executor
 ) -> None:
-    """Each kind trained with ``SEEDS`` seeds: its last step's scores and their means, and pictures.
+    """Train each kind with ``SEEDS`` seeds and average the scores of the last step.
 
-    ``means.md`` and ``means.png`` have the means, ``sheet.png`` the pictures of the first seed.
+    ``means.md`` and ``means.png`` have the means, ``sheet.png`` the images of the first seed.
     """
     configs = {
         cell(name, seed): config.replace(seed=seed)
@@ -273,52 +276,52 @@ def over_seeds(
     }
     (steps,) = {config.steps for config in kinds.values()}
     rows = run(configs, out, [steps], executor)
-    base = {name: rows[0][of_base] for name, of_base in MEASURES.items() if of_base}
+    base = {name: rows[0][column] for name, column in MEASURES.items() if column}
     own = {name: [row for row in rows if row["cell"].rpartition("-")[0] == cell(name)]
            for name in kinds}  # fmt: skip
-    shown = [HEADS[name] for name in MEASURES]
+    shown = [heading(name) for name in MEASURES]
     lines = [f"| | {' | '.join(shown)} |", f"|---|{'---|' * len(shown)}"]
     first = [f"{base[name]:.3f}" if name in base else "" for name in MEASURES]
     lines.append(f"| the base | {' | '.join(first)} |")
-    for name, of_kind in own.items():
-        if of_kind:
-            cells = [interval([row[measure] for row in of_kind]) for measure in MEASURES]
-            lines.append(f"| {name} ({len(of_kind)}) | {' | '.join(cells)} |")
+    for name, members in own.items():
+        if members:
+            cells = [interval([row[measure] for row in members]) for measure in MEASURES]
+            lines.append(f"| {name} ({len(members)}) | {' | '.join(cells)} |")
     replace_file(out / "means.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
-    draw_means({name: of_kind for name, of_kind in own.items() if of_kind}, base, out / "means.png")
+    draw_means({name: members for name, members in own.items() if members}, base, out / "means.png")
     done = [name for name in kinds if (out / cell(name, 0) / "pipeline").exists()]
-    looks = [load_images(runs.resume(out / cell(name, 0)), steps) for name in done]
-    pictures = [[seen.subject[:: VIEW.seeds], seen.class_images[:4]] for seen in looks]
-    title = f"{subject.name} after {steps} updates, training seed 0"
-    page = image_grids.matrix(done, ["the subject in four scenes", "its class"], pictures, title)
+    drawn = [load_images(runs.resume(out / cell(name, 0)), steps) for name in done]
+    cells = [[images.subject[:: PLAN.seeds], images.class_images[:4]] for images in drawn]
+    title = f"{subject.name} after {steps} steps, training seed 0"
+    page = image_grids.matrix(done, ["the subject in four scenes", "its class"], cells, title)
     save_png(page, out / "sheet.png")
 
 
 def cell(kind: str, seed: int | None = None) -> str:
-    """A kind's name as its runs have it."""
+    """Return the name of a kind's cell, by seed."""
     return kind.replace(" ", "-") + ("" if seed is None else f"-seed{seed}")
 
 
 def draw_means(
     rows: Mapping[str, Sequence[Mapping[str, float]]], base: Mapping[str, float], path: Path
 ) -> None:
-    """A panel for each measure: every training as a dot, means with their intervals, the base."""
+    """Draw a panel per measure: every run as a dot, means with 95% intervals, the base dotted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.6 * len(MEASURES) + 1.5, 0.3 * len(rows) + 1.2), dpi=110,
                     layout="constrained")  # fmt: skip
     panels = figure.subplots(1, len(MEASURES), sharey=True)
     for axes, name in zip(panels, MEASURES, strict=True):
-        for place, of_kind in enumerate(rows.values()):
-            values = [row[name] for row in of_kind]
+        for place, members in enumerate(rows.values()):
+            values = [row[name] for row in members]
             axes.plot(values, [place] * len(values), ".", color="tab:blue", alpha=0.35)
             axes.errorbar(fmean(values), place, xerr=half_width(values), fmt="o", capsize=3,
                           color="tab:blue")  # fmt: skip
         if name in base:
             axes.axvline(base[name], color="gray", linestyle=":")
             axes.set_title("dotted: the base", fontsize="small", color="gray")
-        axes.set_xlabel(fill(HEADS[name], 27))
+        axes.set_xlabel(fill(heading(name), 27))
         axes.grid(axis="y", color="#e4e4e4")
     panels[0].set_yticks(range(len(rows)), list(rows))
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -326,13 +329,13 @@ def draw_means(
 
 
 def interval(values: Sequence[float]) -> str:
-    """The mean and its 95% interval by Student's t."""
+    """Format the mean and its 95% interval by Student's t."""
     half = half_width(values)
     return f"{fmean(values):.3f}" + (f" ± {half:.3f}" if half else "")
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Of the interval of :func:`interval`; 0 of one value, which says nothing."""
+    """Return half the width of the 95% interval; 0 for a single value, which has none."""
     if len(values) < 2:
         return 0.0
     return STUDENT_T[len(values) - 2] * stdev(values) / len(values) ** 0.5
@@ -341,26 +344,28 @@ def half_width(values: Sequence[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=("grid", "choice", "auto", "ablations", "memory"))
-    parser.add_argument("--subjects", nargs="+", help="all bundled ones if left out")
+    parser.add_argument("--subjects", nargs="+", help="default: all bundled ones")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/studies"))
-    given = parser.parse_args()
-    subjects = [s for s in bundled_subjects() if not given.subjects or s.name in given.subjects]
-    with workers(given.workers, given.dask) as executor:
-        if given.study == "grid":
+    arguments = parser.parse_args()
+    subjects = [
+        s for s in bundled_subjects() if not arguments.subjects or s.name in arguments.subjects
+    ]
+    with workers(arguments.workers, arguments.dask) as executor:
+        if arguments.study == "grid":
             for subject in subjects:
-                study_grid(subject, given.out / "grid", executor)
-        elif given.study == "choice":
-            study_choice(subjects, given.out / "choice", executor)
-        elif given.study == "auto":
-            study_auto(subjects, given.out, executor)
-        elif given.study == "ablations":
-            out = given.out / "ablations"
+                study_grid(subject, arguments.out / "grid", executor)
+        elif arguments.study == "choice":
+            study_choice(subjects, arguments.out / "choice", executor)
+        elif arguments.study == "auto":
+            study_auto(subjects, arguments.out, executor)
+        elif arguments.study == "ablations":
+            out = arguments.out / "ablations"
             kinds = ablations(subjects[0], out / "photos")
             over_seeds(subjects[0], kinds, out, executor)
         else:
-            over_seeds(subjects[0], memory_levels(subjects[0]), given.out / "memory", executor)
+            over_seeds(subjects[0], memory_levels(subjects[0]), arguments.out / "memory", executor)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The paper's evaluation from start to end: base against tuned runs, and what is said of them."""
+"""Run the paper's evaluation from start to end: the base against tuned runs, with a report."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.evaluation import dreambench, scores, tables
 from dreambooth_lib.evaluation.dreambench import Benchmark, Progress, Protocol
@@ -11,7 +12,7 @@ from dreambooth_lib.figures import image_grids
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training.sampling import inference_settings
 
-#: What lies in the evaluation's folder at its end.
+#: The files that it leaves in the evaluation's folder.
 FILES = ("scores.csv", "report.md", "best_median_worst.png")
 
 
@@ -23,21 +24,20 @@ def base_against_tuned(
     base: str = "toybox",
     pictures: int = 4,
 ) -> Iterator[Progress]:
-    """Train, draw and score whatever is not in ``out`` yet; yields after each batch drawn.
+    """Train, draw and score whatever is missing in ``out``; yield after each batch drawn.
 
-    ``pictures`` are drawn of each prompt, as ``base`` needs them. A stopped evaluation goes on.
-    Under ``accelerate launch`` all processes train each subject together and then share out the
-    subjects to draw; the first one scores and writes :data:`FILES`, the last by the first encoder.
+    ``pictures`` images of each prompt are drawn, with the fewest inference steps that finish the
+    base's images. An interrupted evaluation resumes. Under ``accelerate launch`` all processes
+    train each subject together and then split the drawing; the first one scores and writes
+    :data:`FILES`, the page of images sorted by the first encoder's scores.
     """
-    from dreambooth_lib.core.files import replace_file, save_png
-
     state, runs, own = join_group(), out / "runs", inference_settings(base)
     protocol = Protocol(pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale)
-    train = dreambench.tuned(runs, config)
+    train = dreambench.Tuned(runs, config)
     methods: dict[str, dreambench.Method] = {"base": lambda subject: base, "dreambooth": train}
     for subject in benchmark.subjects:
         if state.is_main_process:
-            dreambench.started(runs, config, subject)
+            dreambench.start_or_resume(runs, config, subject)
         state.wait_for_everyone()
         train(subject)
     rank, processes = state.process_index, state.num_processes
@@ -45,10 +45,10 @@ def base_against_tuned(
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    judges = {Path(name).name: Encoder(name) for name in encoders}
-    rows = list(scores.score(benchmark, methods, out, judges, protocol))
+    scorers = {Path(name).name: Encoder(name) for name in encoders}
+    rows = list(scores.score(benchmark, methods, out, scorers, protocol))
     tables.write_csv(rows, out / "scores.csv")
     table = tables.markdown(scores.means(rows), published=base != "toybox")
     replace_file(out / "report.md", table.encode())
-    best = scores.pictures_by(rows, "dreambooth", next(iter(judges)), benchmark, out)
-    save_png(image_grids.extremes(best), out / "best_median_worst.png")
+    scored = scores.scored_images(rows, "dreambooth", next(iter(scorers)), benchmark, out)
+    save_png(image_grids.extremes(scored), out / "best_median_worst.png")

@@ -1,4 +1,4 @@
-"""A study's table, a row a cell and step, and the setting that it recommends."""
+"""Build a sweep's table, a row per cell and step, and recommend a setting from it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,22 +12,22 @@ from dreambooth_lib.figures.labels import NAMES
 from dreambooth_lib.training import best_checkpoint, runs
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
-#: A table's columns after the settings: score by the rule of ``choice``, then what it is of.
+#: A table's columns after the settings: the score of :mod:`best_checkpoint`, then its parts.
 MEASURES = ("score", "subject_fidelity", "reference_fidelity", "prompt_adherence",
             "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
             "base_pres", "unrelated_drift")  # fmt: skip
-#: Standings closer than this are alike: another seed moves them as much.
+#: Scores this close, relative to the best, are alike: another seed moves them as much.
 ALIKE = 0.01
 
 
 def table(
     configs: Mapping[str, TrainConfig], folder: str | Path, steps: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return a row a cell and step that is there, as ``pandas.DataFrame`` takes them.
+    """Return a row for every cell and step so far, as ``pandas.DataFrame`` takes them.
 
-    It has λ and what varies among the configs, then the measures.
+    The columns are the cell, λ, the fields that vary among the configs, the step and the measures.
     """
-    # λ is named even where it is one and the same: studies are read by it.
+    # λ is always included: sweeps are read by it.
     names = [field.name for field in fields(TrainConfig) if field.name != "subject"]
     varied = [
         name
@@ -37,30 +37,31 @@ def table(
     rows = []
     for name, config in configs.items():
         place = Path(folder) / name
-        looks = history(runs.resume(place)) if (place / "config.toml").exists() else []
-        of_cell = {"cell": name} | {field: getattr(config, field) for field in varied}
+        results = history(runs.resume(place)) if (place / "config.toml").exists() else []
+        settings = {"cell": name} | {field: getattr(config, field) for field in varied}
         rows += [
-            of_cell | {"step": seen.step} | measures(seen, looks[0])
-            for seen in looks[1:]
-            if seen.step in steps
+            settings | {"step": result.step} | measures(result, results[0])
+            for result in results[1:]
+            if result.step in steps
         ]
     return rows
 
 
-def measures(seen: ValidationResult, base: ValidationResult) -> dict[str, float]:
-    """A look's figures beside the base's, in the order of :data:`MEASURES`."""
+def measures(result: ValidationResult, base: ValidationResult) -> dict[str, float]:
+    """Return a validation's scores beside the base's, in the order of :data:`MEASURES`."""
     values = (
-        best_checkpoint.overall_score(best_checkpoint.ratios_of(seen, base)),
-        seen.subject_fidelity, seen.reference_fidelity,
-        seen.prompt_adherence, base.prompt_adherence, seen.class_diversity, base.class_diversity,
-        seen.prior_drift, seen.pres, base.pres, seen.unrelated_drift,
+        best_checkpoint.overall_score(best_checkpoint.ratios_of(result, base)),
+        result.subject_fidelity, result.reference_fidelity,
+        result.prompt_adherence, base.prompt_adherence,
+        result.class_diversity, base.class_diversity,
+        result.prior_drift, result.pres, base.pres, result.unrelated_drift,
     )  # fmt: skip
     return dict(zip(MEASURES, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Settings, how they stand, and why."""
+    """The best settings, their score, and the reason in a sentence."""
 
     settings: dict[str, Any]
     score: float
@@ -68,36 +69,39 @@ class Recommendation:
 
 
 def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
-    """Return the setting with the highest score, a mean over seeds; of equals the fewest steps.
+    """Return the settings with the highest mean score over seeds; of equals the fewest steps.
 
-    The reason says too where more steps may be better still, and which other values of λ stand as
-    high. ``rows`` are of :func:`table` or read back from its CSV; ``ValueError`` for none.
+    The reason also says where more steps may be better still, and which other values of λ are as
+    good. ``rows`` are those of :func:`table` or read from its CSV; raises ``ValueError`` for none.
     """
     if not rows:
         raise ValueError("the table has no rows; run a sweep first.")
     rows = [current_fields(row) for row in rows]
     fixed = {"cell", "seed", *MEASURES}
-    found: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         key = tuple((name, value) for name, value in row.items() if name not in fixed)
-        found.setdefault(key, []).append(row)
+        groups.setdefault(key, []).append(row)
 
     def mean(key: tuple[tuple[str, Any], ...], measure: str) -> float:
-        return fmean(float(row[measure]) for row in found[key])
+        return fmean(float(row[measure]) for row in groups[key])
 
-    best = max(found, key=lambda key: (round(mean(key, "score"), 6), -int(dict(key)["step"])))
+    best = max(groups, key=lambda key: (round(mean(key, "score"), 6), -int(dict(key)["step"])))
     settings, score = dict(best), mean(best, "score")
-    settings_named = [(NAMES[n] if n == "prior_weight" else n, v) for n, v in best]
-    stands = ", ".join(f"{name} {_short(value)}" for name, value in settings_named)
+    named = ((NAMES[n] if n == "prior_weight" else n, _short(v)) for n, v in best)
+    text = ", ".join(f"{name} {value}" for name, value in named)
+    count = len(groups[best])
     fidelity = mean(best, "subject_fidelity") / mean(best, "reference_fidelity")
     adherence = mean(best, "prompt_adherence") / mean(best, "base_adherence")
     reason = (
-        f"{stands} stands highest of {len(found)} settings ({score:.3f}, mean of "
-        f"{len(found[best])}): fidelity {fidelity:.0%} of the photos' own, adherence "
-        f"{adherence:.0%} of the base's, prior drift {mean(best, 'prior_drift'):.3f}."
+        f"{text} has the highest score of {len(groups)} settings ({score:.3f}, "
+        f"{f'mean of {count} runs' if count > 1 else 'one run'}): its images are {fidelity:.0%} as "
+        "close to the photos as the photos are to each other and follow the prompt "
+        f"{adherence:.0%} as well as the base's, with a class drift of "
+        f"{mean(best, 'prior_drift'):.3f}."
     )
-    high = [dict(key) for key in found if mean(key, "score") >= (1 - ALIKE) * score]
-    weights = {float(key["prior_weight"]) for key in high if "prior_weight" in key}
+    alike = [dict(key) for key in groups if mean(key, "score") >= (1 - ALIKE) * score]
+    weights = {float(key["prior_weight"]) for key in alike if "prior_weight" in key}
     if len(weights) > 1:
         *most, last = map(_short, sorted(weights))
         any_of = "either" if len(weights) == 2 else "any"
@@ -108,7 +112,7 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
 
 
 def _short(value: Any) -> str:
-    """A number without needless digits, also one that a CSV gave as text."""
+    """Format a number without needless digits, even one read from a CSV as text."""
     try:
         return f"{float(value):g}"
     except (TypeError, ValueError):

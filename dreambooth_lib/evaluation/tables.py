@@ -1,4 +1,4 @@
-"""An evaluation's tables: every row as CSV, means in Markdown beside the paper's own."""
+"""Write an evaluation's scores as CSV, and their means as Markdown beside the paper's."""
 
 import csv
 import io
@@ -7,8 +7,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.evaluation.scores import Mean, Row
-from dreambooth_lib.figures.labels import HEADS
+from dreambooth_lib.figures.labels import heading
 
 #: Table 1 of arXiv 2208.12242, on 30 subjects: DINO, CLIP-I, CLIP-T.
 PUBLISHED: dict[str, tuple[float, float, float | None]] = {
@@ -20,15 +21,13 @@ PUBLISHED: dict[str, tuple[float, float, float | None]] = {
 
 
 def write_csv(rows: Iterable[Row], path: str | Path) -> None:
-    """Every row with a column a field, an empty cell where it is of all prompts or seeds."""
-    from dreambooth_lib.core.files import replace_file
-
+    """Write every row, one column per field; a cell is empty where a row covers all of them."""
     text = to_csv([asdict(row) for row in rows], [f.name for f in fields(Row)])
     replace_file(path, text.encode())
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows as CSV; the columns are the first row's if not given."""
+    """Return rows as CSV; ``columns`` default to the first row's."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -48,15 +47,15 @@ def read_csv(path: str | Path) -> list[Row]:
 
 
 def markdown(means: Sequence[Mean], published: bool = False) -> str:
-    """A table with a row a method and a column a measure and encoder, intervals in brackets.
+    """Return a table with a row per method and a column per measure and encoder.
 
-    Measures are named in plain words, with an arrow to what is better; one that the library does
-    not know keeps its own name. ``published`` puts the paper's rows under it; they are by DINO
-    ViT-S/16 and a CLIP that the paper does not name, on 30 subjects: compare them only with the
-    same encoders on those.
+    Intervals are in brackets. Measures have plain names, with an arrow in the direction that is
+    better; a measure of your own keeps its name. ``published`` adds the paper's rows below: they
+    are by DINO ViT-S/16 and a CLIP that the paper does not name, on 30 subjects, so compare them
+    only with the same encoders on those.
     """
     columns = list(dict.fromkeys((mean.measure, mean.encoder) for mean in means))
-    heads = ["", *(f"{HEADS.get(measure, measure)} ({encoder})" for measure, encoder in columns)]
+    heads = ["", *(f"{heading(measure)} ({encoder})" for measure, encoder in columns)]
     rows = {mean.method: [mean.method, *[""] * len(columns)] for mean in means}
     for mean in means:
         place = 1 + columns.index((mean.measure, mean.encoder))

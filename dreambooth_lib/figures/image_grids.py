@@ -1,4 +1,4 @@
-"""Pages of pictures to judge a run by eye: a grid, best and worst, a study's matrix."""
+"""Lay images out on a page: a grid, best and worst, or a matrix of a sweep."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,65 +7,65 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 # All in pixels.
-_ENLARGE_TO = 128  # smaller pictures grow by the largest whole factor that stays within
+_ENLARGE_TO = 128  # smaller images grow by the largest integer factor that stays within
 _REDUCE_TO = 160  # larger ones shrink to it
 MARGIN = 32  # around a page, and between its parts
-_GAP = 8  # between pictures
+_GAP = 8  # between images
 TITLE, HEADING, TEXT, LABEL = 26, 18, 16, 13  # font sizes
 
-Pictures = Sequence[Image.Image]
+Images = Sequence[Image.Image]
 
 
-def grid(pictures: list[Image.Image], columns: int, labels: list[str] | None = None) -> Image.Image:
-    """Lay out pictures row by row on white, with an optional label under each.
+def grid(images: list[Image.Image], columns: int, labels: list[str] | None = None) -> Image.Image:
+    """Lay images out row by row on white, with an optional label under each.
 
-    Cells have one size: pictures below 128 pixels are enlarged by a whole factor, above 160
-    reduced, and none is cropped. Fewer pictures than ``columns`` make a narrower grid. Raises
-    ``ValueError`` for no pictures, fewer than one column, or another number of labels.
+    All cells have one size: images below 128 pixels are enlarged by an integer factor, those above
+    160 reduced, and none is cropped. Fewer images than ``columns`` make a narrower grid. Raises
+    ``ValueError`` for no images, fewer than one column, or another number of labels.
     """
-    check(pictures, "pictures")
+    check(images, "images")
     if columns < 1:
         raise ValueError(f"columns is {columns}; it must be 1 or more.")
-    if labels is not None and len(labels) != len(pictures):
-        raise ValueError(f"labels has {len(labels)} for {len(pictures)} pictures; give one each.")
-    columns, layout = min(columns, len(pictures)), Layout(pictures)
-    bottom = layout.pictures(_GAP, _GAP, pictures, columns, labels or [])
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"there are {len(labels)} labels for {len(images)} images; give one each.")
+    columns, layout = min(columns, len(images)), Layout(images)
+    bottom = layout.images(_GAP, _GAP, images, columns, labels or [])
     return layout.render(layout.across(columns) + 2 * _GAP, bottom + _GAP)
 
 
 def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4) -> Image.Image:
-    """Lay out the best, the middle and the worst pictures, a row each, over scores and labels.
+    """Lay out the best, the middle and the worst images, a row each, with scores and labels.
 
-    ``scored`` rows are (score, label, picture); with fewer than three rows' worth each row has a
-    third of them. Raises ``ValueError`` for fewer than three pictures.
+    ``scored`` rows are (score, label, image). Where there are too few for three full rows, each row
+    has a third of them. Raises ``ValueError`` for fewer than three images.
     """
     if len(scored) < 3:
-        raise ValueError(f"there are {len(scored)} scored pictures; give three or more.")
+        raise ValueError(f"there are {len(scored)} scored images; give three or more.")
     ordered = sorted(scored, key=lambda row: -row[0])
     columns = min(columns, len(ordered) // 3)
     middle = (len(ordered) - columns) // 2
     rows = [*ordered[:columns], *ordered[middle : middle + columns], *ordered[-columns:]]
     labels = [f"{score:.3f} {label}" for score, label, _ in rows]
-    return grid([picture for *_, picture in rows], columns, labels)
+    return grid([image for *_, image in rows], columns, labels)
 
 
 def matrix(
     rows: Sequence[str],
     columns: Sequence[str],
-    cells: Sequence[Sequence[Pictures]],
+    cells: Sequence[Sequence[Images]],
     title: str = "",
 ) -> Image.Image:
-    """Lay out a study: ``cells[row][column]`` are pictures side by side, the same seeds in each.
+    """Lay out a matrix: ``cells[row][column]`` are images side by side, the same seeds in each.
 
     ``rows`` and ``columns`` are their labels. Raises ``ValueError`` where a row has another number
-    of cells than there are columns, or a cell has no picture.
+    of cells than there are columns, or a cell has no image.
     """
     for number, row in enumerate(cells):
         if len(row) != len(columns):
             raise ValueError(f"row {number} has {len(row)} cells for {len(columns)} columns.")
-        for pictures in row:
-            check(pictures, f"a cell of row {number}")
-    layout = Layout([picture for row in cells for pictures in row for picture in pictures])
+        for images in row:
+            check(images, f"a cell of row {number}")
+    layout = Layout([image for row in cells for images in row for image in images])
     x = MARGIN + max(_width(label) for label in rows) + 2 * _GAP
     y = MARGIN + (line_height(TITLE) + _GAP if title else 0)
     layout.text(MARGIN, MARGIN, title, TITLE, bold=True)
@@ -77,26 +77,26 @@ def matrix(
     y += line_height(TEXT) + _GAP
     for label, row in zip(rows, cells, strict=True):
         layout.text(MARGIN, y + layout.side / 2, label, TEXT, anchor="lm")
-        for start, pictures in zip(starts, row, strict=True):
-            layout.pictures(start, y, pictures, len(pictures))
+        for start, images in zip(starts, row, strict=True):
+            layout.images(start, y, images, len(images))
         y += layout.side + 2 * _GAP
     return layout.render(x, y + MARGIN)
 
 
 class Layout:
-    """Texts, rules and pictures at their places, drawn once the page's size is known.
+    """Texts, rules and images at their places, drawn once the page's size is known.
 
-    The ``pictures`` decide how large its cells are.
+    The ``images`` decide how large its cells are.
     """
 
-    def __init__(self, pictures: Pictures) -> None:
-        longest = max(max(picture.size) for picture in pictures)
+    def __init__(self, images: Images) -> None:
+        longest = max(max(image.size) for image in images)
         enlarged = longest * max(1, _ENLARGE_TO // longest)
         self.side = _REDUCE_TO if longest > _REDUCE_TO else enlarged
         self._parts: list[Callable[[Image.Image, ImageDraw.ImageDraw], None]] = []
 
     def across(self, count: int) -> int:
-        """The width of ``count`` cells side by side."""
+        """Return the width of ``count`` cells side by side."""
         return count * (self.side + _GAP) - _GAP
 
     def text(
@@ -108,28 +108,28 @@ class Layout:
     def rule(self, x: int, y: int, width: int) -> None:
         self._parts.append(lambda _, draw: draw.line((x, y, x + width - 1, y), "#d0d0d0"))
 
-    def pictures(
-        self, x: int, y: int, pictures: Pictures, columns: int, labels: Sequence[str] = ()
+    def images(
+        self, x: int, y: int, images: Images, columns: int, labels: Sequence[str] = ()
     ) -> int:
-        """Place pictures row by row, each over its label; return where the last row ends."""
+        """Place images row by row, each over its label; return where the last row ends."""
         texts = ["\n".join(wrap(label, LABEL, self.side)) for label in labels]
         below = max((text.count("\n") + 1 for text in texts), default=0) * line_height(LABEL)
-        high = self.side + below + _GAP
-        for index, picture in enumerate(pictures):
+        height = self.side + below + _GAP
+        for index, image in enumerate(images):
             row, column = divmod(index, columns)
-            left, top = x + column * (self.side + _GAP), y + row * high
-            self._picture(left, top, picture)
+            left, top = x + column * (self.side + _GAP), y + row * height
+            self._image(left, top, image)
             if texts:
                 place = (left + self.side / 2, top + self.side + 2)
                 self.text(*place, texts[index], LABEL, anchor="ma", align="center")
-        return y + -(-len(pictures) // columns) * high - _GAP
+        return y + -(-len(images) // columns) * height - _GAP
 
-    def _picture(self, x: int, y: int, picture: Image.Image) -> None:
-        """Place a whole picture in the middle of its cell."""
-        factor = self.side / max(picture.size)
+    def _image(self, x: int, y: int, image: Image.Image) -> None:
+        """Place an uncropped image in the middle of its cell."""
+        factor = self.side / max(image.size)
         factor = int(factor) if factor >= 1 else factor
-        width, height = (max(1, round(length * factor)) for length in picture.size)
-        resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        width, height = (max(1, round(length * factor)) for length in image.size)
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         place = (x + (self.side - width) // 2, y + (self.side - height) // 2)
         self._parts.append(lambda sheet, _: sheet.paste(resized, place))
 
@@ -141,7 +141,7 @@ class Layout:
 
 
 def _font(size: int, bold: bool = False) -> Any:
-    """Matplotlib's own DejaVu Sans, since a machine may have no fonts at all."""
+    """Load the DejaVu Sans that comes with matplotlib, since a machine may have no fonts at all."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -168,10 +168,10 @@ def _width(label: str) -> int:
     return round(_font(TEXT).getlength(label))
 
 
-def check(pictures: Sequence[Any], name: str) -> None:
-    """Raise ``ValueError`` for no pictures, and for what is none, by its place in ``name``."""
-    if not pictures:
-        raise ValueError(f"{name} has no pictures; give one or more.")
-    for index, picture in enumerate(pictures):
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"{name}[{index}] is {picture!r}; give a PIL picture in its place.")
+def check(images: Sequence[Any], name: str) -> None:
+    """Raise ``ValueError`` for no images, or for an element that is not a PIL image."""
+    if not images:
+        raise ValueError(f"{name} has no images; give one or more.")
+    for index, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name}[{index}] is {image!r}; give a PIL image instead.")

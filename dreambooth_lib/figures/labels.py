@@ -1,4 +1,4 @@
-"""Plain names of fields and measures, for the figures and tables that a person reads.
+"""Name fields and measures in plain words, for figures, tables and sentences.
 
 Files keep the fields' own names.
 """
@@ -6,38 +6,45 @@ Files keep the fields' own names.
 import html
 from collections.abc import Iterable, Sequence
 
-#: For axes, legends and sentences.
 NAMES = {
     "prior_weight": "λ",
-    "step": "training steps",
-    "score": "score, 0 to 1",
-    "subject_fidelity": "like the photos",
+    "step": "training step",
+    "score": "score",
+    "subject_fidelity": "likeness to the photos",
     "prompt_adherence": "follows the prompt",
-    "class_diversity": "class variety",
+    "memorisation": "likeness to the closest photo",
+    "prompt_diversity": "diversity within a prompt",
+    "pres": "subject leakage into the class (PRES)",
+    "class_diversity": "class diversity",
     "prior_drift": "class drift",
+    "unrelated_drift": "unrelated drift",
+    "class_kid": "class distance (KID)",
 }
+_ARROWS = dict.fromkeys(
+    ("subject_fidelity", "prompt_adherence", "prompt_diversity", "class_diversity"), " ↑"
+) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "class_kid"), " ↓")
 
-#: For a table's heads, with the direction that is better.
-HEADS = {
-    "subject_fidelity": "like the photos ↑",
-    "prompt_adherence": "follows the prompt ↑",
-    "memorisation": "like one photo alone",
-    "prompt_diversity": "variety within a prompt ↑",
-    "pres": "subject leaking into the class (PRES) ↓",
-    "class_diversity": "class variety ↑",
-    "prior_drift": "class drift ↓",
-    "unrelated_drift": "drift of another prompt ↓",
-    "class_kid": "class distance (KID) ↓",
-}
+
+def name(field: str) -> str:
+    """Return a field's plain name, or the field itself where it has none."""
+    return NAMES.get(field, field)
+
+
+def heading(measure: str) -> str:
+    """Return a measure's plain name and an arrow in the direction that is better."""
+    return name(measure) + _ARROWS.get(measure, "")
 
 
 def sign(ok: bool) -> str:
-    """Return the sign of what is well, and of what is not."""
+    """Return a check mark, or a cross where something is wrong."""
     return "✓" if ok else "✗"
 
 
 def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]]) -> str:
-    """Return a table of rows (is all well, a word for it, cells), whose mark comes first."""
+    """Return an HTML table of rows (ok, word, cells).
+
+    The first column shows :func:`sign` and the word, in green or red.
+    """
     left = 'style="text-align: left"'
     body = []
     for ok, word, cells in rows:
@@ -45,11 +52,11 @@ def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[st
         mark = f'<b style="color: {colour}">{sign(ok)}</b> {html.escape(word)}'
         tags = [f"<td {left}>{cell}</td>" for cell in (mark, *map(html.escape, cells))]
         body.append(f"<tr>{''.join(tags)}</tr>")
-    head = "".join(f'<th scope="col" {left}>{one}</th>' for one in ("", *heads))
+    head = "".join(f'<th scope="col" {left}>{text}</th>' for text in ("", *heads))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def format_bytes(count: int) -> str:
-    """Say a number of bytes: "3.7 MB", "57 MB", "4.3 GB"."""
+    """Format a number of bytes: "3.7 MB", "57 MB", "4.3 GB"."""
     unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
     return f"{count / scale:.{0 if count >= 10 * scale else 1}f} {unit}"

@@ -1,6 +1,7 @@
-"""Figures to judge a run or a study by eye: loss curves, what was validation, heat map, front.
+"""Plot loss curves, validation curves, and a sweep's heat map and Pareto front.
 
-Each is a matplotlib Figure apart from pyplot's state, with a ``path`` also written as a PNG.
+Every function returns a matplotlib Figure outside pyplot's state; with a ``path`` it also writes
+the figure there as a PNG.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dreambooth_lib.figures.labels import NAMES
+from dreambooth_lib.core.files import replacing_file
+from dreambooth_lib.figures.labels import NAMES, name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,60 +19,60 @@ if TYPE_CHECKING:
 
     from dreambooth_lib.training.validation_record import ValidationResult
 
-_RIGHT = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend beside its axes
+_BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend to the right of its axes
 
 
 def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure":
-    """Subject and prior loss over the steps: every logged value faint, its running mean strong.
+    """Plot instance and prior loss over the training steps, with their running means.
 
-    ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors); without
-    any prior loss its panel is left out. The mean runs over a twentieth of the rows, at least 5.
-    Raises ``ValueError`` for an empty log or a row without a step or subject loss.
+    ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors). Without
+    any prior loss there is one panel. The running mean spans a twentieth of the rows, at least 5.
+    Raises ``ValueError`` for an empty log or a row without a step or an instance loss.
     """
     if not log:
         raise ValueError("the log has no rows; train for a step or more before plotting.")
     for index, row in enumerate(log):
         if row.get("step") is None or row.get("instance_loss") is None:
             raise ValueError(f"row {index} of the log lacks 'step' or 'instance_loss'; log both.")
-    series = [("subject loss", "instance_loss", "tab:blue")]
+    series = [("instance loss", "instance_loss", "tab:blue")]
     if any(row.get("prior_loss") is not None for row in log):
         series.append(("prior loss", "prior_loss", "tab:orange"))
     figure, panels = _figure(8, 2.6 * len(series) + 0.6, len(series))
     window = max(5, len(log) // 20)
-    for axes, (name, key, colour) in zip(panels, series, strict=True):
+    for axes, (title, key, colour) in zip(panels, series, strict=True):
         points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
         steps, values = zip(*points, strict=True)
         mean = [np.mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
         axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4, label="logged value")
         label = f"running mean of {window} logged values"
         axes.plot(steps, mean, color=colour, linewidth=2, label=label)
-        axes.set_title(name, loc="left")
+        axes.set_title(title, loc="left")
         axes.set(ylabel="mean squared error", ylim=(0, None))
         _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    _over_steps(panels[-1], log[-1]["step"])
-    return _written(figure, path)
+    _label_steps(panels[-1], log[-1]["step"])
+    return _save(figure, path)
 
 
 def validation_curves(
     rows: "Sequence[ValidationResult]", path: str | Path | None = None
 ) -> "Figure":
-    """What the looks at a run found: the shares that the choice weighs, and the held-out losses.
+    """Plot the ratios behind the score and the held-out losses over a run's validations.
 
-    Shares are of the photos' own likeness, of the base's adherence and of the rest as it was.
-    Losses are means over the timestep bins, relative to the frozen base's: above 1 is worse than
-    before training. Raises ``ValueError`` without any look.
+    The ratios are those of :func:`best_checkpoint.ratios`, each in [0, 1]. Losses are means over
+    the timestep bins, relative to the frozen base's: above 1 is worse than before training. The
+    best step is marked. Raises ``ValueError`` without a validation.
     """
     from dreambooth_lib.training.best_checkpoint import ratios_of, select_best
 
     if not rows:
-        raise ValueError("there are no looks to draw; train with validate_every above 0.")
+        raise ValueError("there are no validations to plot; train with validate_every above 0.")
     steps = [row.step for row in rows]
     figure, (upper, lower) = _figure(8, 5.8, 2)
-    names = ("like your photos", "follows the prompt", "the rest unchanged")
-    found = [ratios_of(row, rows[0]) for row in rows]
-    for name, values in zip(names, zip(*found, strict=True), strict=True):
-        upper.plot(steps, values, "o-", label=name)
-    upper.set(ylabel="score, 0 to 1", ylim=(0, 1.03))
+    names = (NAMES["subject_fidelity"], NAMES["prompt_adherence"], "the rest unchanged")
+    ratios = [ratios_of(row, rows[0]) for row in rows]
+    for label, values in zip(names, zip(*ratios, strict=True), strict=True):
+        upper.plot(steps, values, "o-", label=label)
+    upper.set(ylabel="ratio, 0 to 1", ylim=(0, 1.03))
     for kind in rows[0].held_out:
         means = [np.mean(row.held_out[kind]) for row in rows]
         lower.plot(steps, [mean / means[0] for mean in means], "o-", label=kind)
@@ -80,14 +82,14 @@ def validation_curves(
         upper.axvline(best, color="black", linestyle=":", label=f"best: step {best}")
         lower.axvline(best, color="black", linestyle=":")
     titles = {
-        upper: "How good the pictures are (1 is best)",
-        lower: "Loss on pictures it never trained on (1 = before training)",
+        upper: "What the score is made of (1 is best)",
+        lower: "Loss on held-out photos and images (1 = before training)",
     }
     for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize=10)
-        _style(axes, **_RIGHT)
-    _over_steps(lower, steps[-1])
-    return _written(figure, path)
+        _style(axes, **_BESIDE)
+    _label_steps(lower, steps[-1])
+    return _save(figure, path)
 
 
 def heat_map(
@@ -98,38 +100,41 @@ def heat_map(
     path: str | Path | None = None,
     best: Literal["max", "min"] = "max",
 ) -> "Figure":
-    """A study's table as a map: mean ``value`` over all rows of each (x, y), the best one framed.
+    """Draw a sweep's table as a heat map of mean ``value`` for each (x, y), the best one framed.
 
-    The best is the brightest: the most, or with ``best="min"`` the least. Rows are of
-    :func:`table`. Raises ``ValueError`` for none.
+    The best is the brightest: the highest, or with ``best="min"`` the lowest. ``rows`` are those
+    of :func:`sweep_table.table`. Raises ``ValueError`` for none.
     """
     from matplotlib.patches import Rectangle
 
-    across, down = _values(rows, x), _values(rows, y)
-    found = np.full((len(down), len(across)), np.nan)
-    for i, j in np.ndindex(found.shape):
+    across, down = _distinct(rows, x), _distinct(rows, y)
+    means = np.full((len(down), len(across)), np.nan)
+    for i, j in np.ndindex(means.shape):
         values = [row[value] for row in rows if (row[y], row[x]) == (down[i], across[j])]
-        found[i, j] = np.mean(values) if values else np.nan
+        means[i, j] = np.mean(values) if values else np.nan
     figure, (axes,) = _figure(2.6 + 0.95 * len(across), 1.6 + 0.6 * len(down))
-    colours, first = {"max": ("viridis", np.nanargmax), "min": ("viridis_r", np.nanargmin)}[best]
-    image = axes.imshow(found, cmap=colours, aspect="auto")
-    middle = (np.nanmin(found) + np.nanmax(found)) / 2
-    for (i, j), number in np.ndenumerate(found):
-        colour = "white" if (number < middle) == (best == "max") else "black"
-        axes.text(j, i, f"{number:.3f}", ha="center", va="center", color=colour)
-    i, j = np.unravel_index(first(found), found.shape)
+    colours, argbest = {"max": ("viridis", np.nanargmax), "min": ("viridis_r", np.nanargmin)}[best]
+    image = axes.imshow(means, cmap=colours, aspect="auto")
+    middle = (np.nanmin(means) + np.nanmax(means)) / 2
+    for (i, j), mean in np.ndenumerate(means):
+        colour = "white" if (mean < middle) == (best == "max") else "black"
+        axes.text(j, i, f"{mean:.3f}", ha="center", va="center", color=colour)
+    i, j = np.unravel_index(argbest(means), means.shape)
     frame = Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5)
     axes.add_patch(frame)
     axes.set_xticks(range(len(across)), map(_short, across))
     axes.set_yticks(range(len(down)), map(_short, down))
-    axes.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
-    figure.colorbar(image, label=NAMES.get(value, value))
-    return _written(figure, path)
+    axes.set(xlabel=name(x), ylabel=name(y))
+    figure.colorbar(image, label=name(value))
+    return _save(figure, path)
 
 
 def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = None) -> "Figure":
-    """Fidelity against drift, a colour a value of ``by``, and the front that nothing beats."""
-    kinds = _values(rows, by)
+    """Plot likeness to the photos against class drift, coloured by ``by``, with the Pareto front.
+
+    ``rows`` are those of :func:`sweep_table.table`. Raises ``ValueError`` for none.
+    """
+    kinds = _distinct(rows, by)
     figure, (axes,) = _figure(7, 4.6)
     points = [(row["prior_drift"], row["subject_fidelity"]) for row in rows]
     best = [
@@ -140,19 +145,17 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
     axes.plot(*zip(*best, strict=True), color="black", linewidth=1, label="front", zorder=0)
     for kind in kinds:
         own = [point for point, row in zip(points, rows, strict=True) if row[by] == kind]
-        label = f"{NAMES.get(by, by)} {_short(kind)}"
-        axes.plot(*zip(*own, strict=True), "o", alpha=0.8, label=label)
-    axes.set_xlabel("class drift (lower keeps the class)")
-    axes.set_ylabel("like the photos (higher is more)")
-    _style(axes, **_RIGHT)
-    return _written(figure, path)
+        axes.plot(*zip(*own, strict=True), "o", alpha=0.8, label=f"{name(by)} {_short(kind)}")
+    axes.set_xlabel(f"{NAMES['prior_drift']} (lower is better)")
+    axes.set_ylabel(f"{NAMES['subject_fidelity']} (higher is better)")
+    _style(axes, **_BESIDE)
+    return _save(figure, path)
 
 
-def _values(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    """The values of a table's column, each once."""
+def _distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
     if not rows:
         raise ValueError("the table has no rows; run a sweep first.")
-    return sorted({row[name] for row in rows})
+    return sorted({row[column] for row in rows})
 
 
 def _short(value: Any) -> str:
@@ -173,16 +176,14 @@ def _style(axes: "Axes", **legend: Any) -> None:
         axes.legend(frameon=False, fontsize=9, **legend)
 
 
-def _over_steps(axes: "Axes", last: int) -> None:
-    """Steps from 0 on, and ten at least: of fewer there would be ticks between the whole ones."""
+def _label_steps(axes: "Axes", last: int) -> None:
+    """Show steps from 0 to at least 10, since fewer would get fractional ticks."""
     span = max(10, last)
     axes.set(xlabel=NAMES["step"], xlim=(-0.02 * span, 1.02 * span))
 
 
-def _written(figure: "Figure", path: str | Path | None) -> "Figure":
+def _save(figure: "Figure", path: str | Path | None) -> "Figure":
     if path is not None:
-        from dreambooth_lib.core.files import replacing_file
-
         with replacing_file(path) as partial:
             figure.savefig(partial, format="png")
     return figure
