@@ -284,7 +284,7 @@ def test_other_settings_for_drawing_are_another_study(
     old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0)}
     assert [cell.error for cell in sweep.sweep(old, tmp_path, [2], view)] == [None]
     new = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=7.0)}
-    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, and not 7\.0"):
+    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, not 7\.0"):
         list(sweep.sweep(new, tmp_path, [2], view))
 
 

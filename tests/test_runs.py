@@ -231,6 +231,6 @@ def test_a_failed_write_keeps_all_older_checkpoints(run: Run) -> None:
 
 def test_the_first_difference_names_both_values() -> None:
     old, new = {"steps": 4, "seed": 0, "gone": 1}, {"steps": 4, "seed": 1}
-    assert str(runs.first_difference(old, new)) == "seed is 0, and not 1"
-    assert str(runs.first_difference(old, new, ["seed"])) == "gone is 1, and not left out"
+    assert str(runs.first_difference(old, new)) == "seed is 0, not 1"
+    assert str(runs.first_difference(old, new, ["seed"])) == "gone is 1, not left out"
     assert runs.first_difference(old, new, ["seed", "gone"]) is None

@@ -232,7 +232,7 @@ def describe(config: TrainConfig) -> str:
 
 
 class Difference(NamedTuple):
-    """A field that differs; in words "steps is 4, and not 8"."""
+    """A field that differs; in words "steps is 4, not 8"."""
 
     name: str
     old: Any
@@ -240,7 +240,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         old, new = ("left out" if v is None else repr(v) for v in (self.old, self.new))
-        return f"{self.name} is {old}, and not {new}"
+        return f"{self.name} is {old}, not {new}"
 
 
 def first_difference(
