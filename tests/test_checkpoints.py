@@ -1,4 +1,4 @@
-"""State folders: what comes back, and that no failure or kill ever costs the older state."""
+"""Test saved states: they load unchanged, and no failure or kill ever loses the older one."""
 
 import io
 import math
@@ -21,22 +21,22 @@ from dreambooth_lib.training.checkpoints import (
 )
 
 
-def assert_equal(one: Any, other: Any) -> None:
-    """Equal values of equal types, and for tensors of equal dtypes and bits."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and one.shape == other.shape
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for pair in zip(one, other, strict=True):
+def assert_equal(a: Any, b: Any) -> None:
+    """Assert equal values of equal types; for tensors equal dtypes, shapes and bits."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for pair in zip(a, b, strict=True):
             assert_equal(*pair)
     else:
-        assert one == other
+        assert a == b
 
 
 NESTED: dict[str, Any] = {
@@ -56,57 +56,57 @@ NESTED: dict[str, Any] = {
 }
 
 
-def test_a_nested_state_comes_back_the_same(tmp_path: Path) -> None:
+def test_a_nested_state_loads_unchanged(tmp_path: Path) -> None:
     save_state(tmp_path / "s", NESTED)
     assert_equal(load_state(tmp_path / "s"), NESTED)
 
 
-def test_an_empty_state_comes_back_the_same(tmp_path: Path) -> None:
+def test_an_empty_state_loads_unchanged(tmp_path: Path) -> None:
     save_state(tmp_path / "s", {})
     assert load_state(tmp_path / "s") == {}
 
 
-def test_transposed_sliced_and_shared_tensors_come_back_by_their_values(tmp_path: Path) -> None:
+def test_transposed_sliced_and_shared_tensors_load_by_value(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
-    given = {
+    state = {
         "transposed": base.t(),
         "slice": base[:, 1:3],
         "expanded": torch.ones(1).expand(5),
-        "one": base,
+        "base": base,
         "same": base,
         "parameter": torch.nn.Parameter(base.clone()),
     }
-    save_state(tmp_path / "s", given)
-    got = load_state(tmp_path / "s")
-    assert got.keys() == given.keys()
-    for name, value in given.items():
-        assert torch.equal(got[name], value), name
-        assert not got[name].requires_grad
-    got["one"].zero_()
-    assert got["same"].sum() == 66
+    save_state(tmp_path / "s", state)
+    loaded = load_state(tmp_path / "s")
+    assert loaded.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(loaded[name], value), name
+        assert not loaded[name].requires_grad
+    loaded["base"].zero_()
+    assert loaded["same"].sum() == 66
 
 
-def test_saved_values_are_those_at_the_moment_of_saving(tmp_path: Path) -> None:
+def test_a_saved_state_does_not_change_later(tmp_path: Path) -> None:
     tensor = torch.ones(3)
     save_state(tmp_path / "s", {"tensor": tensor})
     tensor.zero_()
     assert load_state(tmp_path / "s")["tensor"].tolist() == [1, 1, 1]
 
 
-def test_mixed_keys_are_refused_by_their_place_and_write_nothing(tmp_path: Path) -> None:
+def test_mixed_keys_are_refused_with_their_path_and_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"/outer/inner.*int and str"):
         save_state(tmp_path / "s", {"outer": {"inner": {0: 1, "a": 2}}})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_tensors_never_take_one_anothers_place(tmp_path: Path) -> None:
-    given = {"a/b": torch.zeros(2), "a": {"b": torch.ones(2)}}
-    save_state(tmp_path / "s", given)
-    assert_equal(load_state(tmp_path / "s"), given)
+def test_two_tensors_of_one_path_are_both_saved(tmp_path: Path) -> None:
+    state = {"a/b": torch.zeros(2), "a": {"b": torch.ones(2)}}
+    save_state(tmp_path / "s", state)
+    assert_equal(load_state(tmp_path / "s"), state)
 
 
-def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
-    given = {
+def test_safetensors_reads_the_written_tensors(tmp_path: Path) -> None:
+    tensors = {
         "bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),  # odd: what follows must be aligned
         "flags": torch.tensor([True, False, True]),
         "wide": torch.randn(3, 5, dtype=torch.float64),
@@ -115,35 +115,33 @@ def test_tensors_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
         "number": torch.tensor(2.5),
         "empty": torch.zeros(0, 3),
     }
-    write_tensors(tmp_path / "x.safetensors", given)
+    write_tensors(tmp_path / "x.safetensors", tensors)
     assert_equal(dict(sorted(load_file(tmp_path / "x.safetensors").items())),
-                 {name: value.contiguous() for name, value in sorted(given.items())})  # fmt: skip
+                 {name: value.contiguous() for name, value in sorted(tensors.items())})  # fmt: skip
 
 
-def test_tensors_that_a_disk_cuts_short_are_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_cut_short_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Short(io.BytesIO):
-        def __exit__(self, *given: Any) -> None:
+        def __exit__(self, *args: Any) -> None:
             with open(tmp_path / "x.safetensors", "wb") as file:
                 file.write(self.getvalue()[:-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda *given: Short())
+        patch.setattr(Path, "open", lambda *args: Short())
         with pytest.raises(OSError, match="was cut short"):
             write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
 
 
-def test_one_tensor_at_a_time_is_brought_to_the_cpu(
+def test_tensors_are_copied_to_the_cpu_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: set[int] = set()
     most = 0
     real = torch.Tensor.to
 
-    def counted(tensor: torch.Tensor, *given: Any) -> torch.Tensor:
+    def counted(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
         nonlocal most
-        copied = real(tensor, *given, copy=True)  # as from a GPU
+        copied = real(tensor, *args, copy=True)  # as from a GPU
         alive.add(id(copied))
         weakref.finalize(copied, alive.discard, id(copied))
         most = max(most, len(alive))
@@ -163,7 +161,7 @@ FULL: dict[str, Any] = {
 }
 
 
-def test_an_optimizers_state_can_be_dropped_and_the_rest_stays(tmp_path: Path) -> None:
+def test_the_optimizers_state_can_be_dropped(tmp_path: Path) -> None:
     save_state(tmp_path / "s", FULL)
     assert_equal(load_state(tmp_path / "s"), FULL)
     drop_optimizer(tmp_path / "s")
@@ -173,43 +171,43 @@ def test_an_optimizers_state_can_be_dropped_and_the_rest_stays(tmp_path: Path) -
     assert_equal(load_state(tmp_path / "s", ("model", "optimizer")), {"model": FULL["model"]})
 
 
-def test_a_state_of_one_file_is_read_as_before(tmp_path: Path) -> None:
+def test_a_state_in_one_file_loads(tmp_path: Path) -> None:
     save_state(tmp_path / "s", FULL)
     files = [tmp_path / "s" / name for name in (checkpoints.TENSORS, checkpoints.OPTIMIZER)]
-    every = load_file(files[0]) | load_file(files[1])
+    tensors = load_file(files[0]) | load_file(files[1])
     files[1].unlink()
-    save_file(every, files[0])
+    save_file(tensors, files[0])
     assert_equal(load_state(tmp_path / "s"), FULL)
 
 
-def test_rounding_halves_matrices_and_leaves_what_it_would_harm(tmp_path: Path) -> None:
+def test_rounding_halves_matrices_and_nothing_that_it_would_harm(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    given = {
+    tensors = {
         "matrix": torch.randn(64, 64),
         "convolution": torch.randn(4, 4, 3, 3),
         "norm": torch.randn(64),
         "too large": torch.full((2, 2), 1e5),
         "bfloat16": torch.randn(2, 2).bfloat16(),
         "moments": torch.ones(2, 2, dtype=torch.uint8),
-        "/optimizer/exp_avg_sq": torch.full((2, 2), 1e-10),  # of one file for all, as before
+        "/optimizer/exp_avg_sq": torch.full((2, 2), 1e-10),  # as earlier versions wrote it
     }
-    write_tensors(tmp_path / "a.safetensors", given)
+    write_tensors(tmp_path / "a.safetensors", tensors)
     round_weights(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    found = load_file(tmp_path / "b.safetensors")
-    for name, value in given.items():
+    loaded = load_file(tmp_path / "b.safetensors")
+    for name, value in tensors.items():
         rounded = name in ("matrix", "convolution")
-        assert found[name].dtype is (torch.float16 if rounded else value.dtype), name
-        assert torch.equal(found[name], value.half() if rounded else value), name
+        assert loaded[name].dtype is (torch.float16 if rounded else value.dtype), name
+        assert torch.equal(loaded[name], value.half() if rounded else value), name
 
 
-def test_a_newer_state_replaces_the_older_one_and_leaves_no_leftovers(tmp_path: Path) -> None:
+def test_a_newer_state_replaces_the_older_one_without_leftovers(tmp_path: Path) -> None:
     save_state(tmp_path / "s", {"value": 1, "gone": torch.ones(2)})
     save_state(tmp_path / "s", {"value": 2})
     assert load_state(tmp_path / "s") == {"value": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_failure_while_tensors_are_written_leaves_the_older_state_whole(
+def test_a_failure_while_writing_tensors_keeps_the_older_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_state(tmp_path / "s", {"value": torch.ones(2)})
@@ -225,7 +223,7 @@ def test_a_failure_while_tensors_are_written_leaves_the_older_state_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_value_that_cannot_be_written_leaves_the_older_state_whole(tmp_path: Path) -> None:
+def test_a_value_that_cannot_be_written_keeps_the_older_state(tmp_path: Path) -> None:
     save_state(tmp_path / "s", {"value": 1})
     with pytest.raises(TypeError):
         save_state(tmp_path / "s", {"value": object()})
@@ -234,11 +232,11 @@ def test_a_value_that_cannot_be_written_leaves_the_older_state_whole(tmp_path: P
 
 
 class Killed(BaseException):
-    """Stands for the process's end at one point: nothing after it runs."""
+    """Stands for a kill of the process: nothing runs after it."""
 
 
 def killed_at_rename(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the ``number``-th rename (from 0) and everything after it does not happen."""
+    """Make the ``number``-th rename (from 0) a kill: nothing happens from there on."""
     rename, calls = Path.rename, []
 
     def counting(path: Path, target: Path) -> Path:
@@ -265,7 +263,7 @@ def test_a_kill_at_either_rename_loses_no_state(
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_saving_after_a_kill_between_the_renames_and_failing_loses_no_state(
+def test_a_failed_write_after_a_kill_between_the_renames_loses_no_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_state(tmp_path / "s", {"value": 1})
@@ -278,7 +276,7 @@ def test_saving_after_a_kill_between_the_renames_and_failing_loses_no_state(
     assert load_state(tmp_path / "s")["value"] in (1, 2)
 
 
-def test_leftovers_of_a_killed_write_do_not_get_into_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_write_stay_out_of_the_next(tmp_path: Path) -> None:
     for leftover in (".s.partial", ".s.old"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "stray").write_text("left by a kill")
@@ -289,7 +287,7 @@ def test_leftovers_of_a_killed_write_do_not_get_into_the_next(tmp_path: Path) ->
     assert names == ["state.json", "tensors.safetensors"]
 
 
-def test_a_folder_appears_only_once_it_is_filled(tmp_path: Path) -> None:
+def test_a_folder_appears_only_once_it_is_complete(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "deep" / "folder") as partial:
         (partial / "sub").mkdir()
         (partial / "sub" / "file").write_text("whole")
@@ -297,7 +295,7 @@ def test_a_folder_appears_only_once_it_is_filled(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "folder" / "sub" / "file").read_text() == "whole"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(
+def test_a_file_is_replaced_completely_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "deep" / "file"

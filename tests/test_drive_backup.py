@@ -709,8 +709,8 @@ def test_a_run_of_something_else_is_left_alone_until_it_is_named(
     run: Run, drive: Path, tmp_path: Path, tiny_sd1: str
 ) -> None:
     others = {
-        "class_noun": ("cat", "its class noun is 'dog', and not 'cat'"),
-        "base": (tiny_sd1, f"its base is 'toybox', and not '{tiny_sd1}'"),
+        "class_noun": ("cat", "its class noun is 'dog', not 'cat'"),
+        "base": (tiny_sd1, f"its base is 'toybox', not '{tiny_sd1}'"),
         "pictures": (save_photos(tmp_path / "max", 2), "its pictures are not those in"),
     }
     for field, (value, why) in others.items():

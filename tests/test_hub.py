@@ -63,7 +63,7 @@ def test_a_card_tells_of_class_pictures_only_where_there_were_some(
 
 
 def test_a_card_needs_a_look_at_its_step(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="was not looked at in step 3"):
+    with pytest.raises(RunError, match="was not validated at step 3"):
         model_card.write_card(run, 3, tmp_path / "model")
 
 

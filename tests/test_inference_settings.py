@@ -272,7 +272,7 @@ def test_an_older_run_goes_on_as_it_was_drawn(
     list(train(again))
     assert {tuple(how) for _, *how in drawn} == {(10, 5.0)}
     assert runs.why_not_resumable(new, folder) is None, "a finished one, too"
-    assert "guidance_scale 5.0, and not 4.0" in str(
+    assert "guidance_scale 5.0, not 4.0" in str(
         runs.why_not_resumable(new.replace(guidance_scale=4.0), folder)
     )
 
@@ -284,7 +284,7 @@ def test_other_settings_for_drawing_are_another_study(
     old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0)}
     assert [cell.error for cell in sweep.sweep(old, tmp_path, [2], view)] == [None]
     new = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=7.0)}
-    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, and not 7\.0"):
+    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, not 7\.0"):
         list(sweep.sweep(new, tmp_path, [2], view))
 
 
@@ -311,7 +311,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     Only ``load_source`` places a family on it.
     """
     seen = SimpleNamespace(placed=[], drawn=[], freed=0)
-    place, draw = sampling._placed, Family.generate
+    place, draw = sampling._place, Family.generate
 
     def placed(family: Family) -> Family:
         seen.placed.append(family.denoiser.dtype)
@@ -323,7 +323,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return draw(family, wanted, *settings)
 
     monkeypatch.setattr(sampling, "_half", lambda: torch.bfloat16)
-    monkeypatch.setattr(sampling, "_placed", placed)
+    monkeypatch.setattr(sampling, "_place", placed)
     monkeypatch.setattr(Family, "generate", drawing)
     monkeypatch.setattr(
         "dreambooth_lib.core.gpu_memory.free_memory", lambda: setattr(seen, "freed", seen.freed + 1)

@@ -1,4 +1,4 @@
-"""What memory "auto" means: decided once on memory that is free, written down, kept, shared."""
+"""Test how memory "auto" is resolved: once, by the free memory, written down, kept and shared."""
 
 import gc
 import json
@@ -25,8 +25,8 @@ from dreambooth_lib.training.memory_level import (
     USABLE_SHARE,
     choose_level,
     decide_level,
+    resolve_memory,
     share_level,
-    with_level_for_now,
 )
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation import ValidationPlan
@@ -37,9 +37,9 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture
-def config(photos: str, make_config: Make, tiny_sd1: str) -> Make:
+def tiny_config(photos: str, make_config: Make, tiny_sd1: str) -> Make:
     def make(**changes: Any) -> TrainConfig:
-        # Drawing class images, which needs no gradients, is most of what a tiny base takes.
+        # Without "distilled", drawing class images would be most of what a tiny base takes.
         fields = {"resolution": 16, "prior": "distilled", "mixed_precision": "fp16"}
         return make_config(tiny_sd1, photos, **(fields | changes))
 
@@ -48,7 +48,7 @@ def config(photos: str, make_config: Make, tiny_sd1: str) -> Make:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Have this machine's CPU pass for a GPU of which so many bytes are free."""
+    """Let the CPU stand in for a GPU with the given bytes free."""
 
     def make(free: float) -> None:
         monkeypatch.setattr(memory_level, "is_gpu", lambda device: True)
@@ -64,35 +64,35 @@ def needs(config: TrainConfig) -> dict[str, int]:
     }
 
 
-def test_auto_takes_the_first_level_that_fits(config: Make) -> None:
-    asked = config()
-    assert asked.memory == "auto"
-    for level, need in needs(asked).items():
-        assert choose_level([asked], need) == {"memory": level}
-    assert choose_level([asked], 1) == {"memory": "lowest"}
-    assert choose_level([config(max_grad_norm=1.0)], 1) == {"memory": "standard"}
+def test_auto_takes_the_first_level_that_fits(tiny_config: Make) -> None:
+    config = tiny_config()
+    assert config.memory == "auto"
+    for level, need in needs(config).items():
+        assert choose_level([config], need) == {"memory": level}
+    assert choose_level([config], 1) == {"memory": "lowest"}
+    assert choose_level([tiny_config(max_grad_norm=1.0)], 1) == {"memory": "standard"}
 
 
-def test_what_an_earlier_run_left_in_the_allocator_counts_as_free(
+def test_memory_that_the_allocator_keeps_of_an_earlier_run_counts_as_free(
     photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A T4 on which torch has kept 10 GiB of an earlier run, none of it in use any more."""
+    """Test a T4 on which torch reserves 10 GiB of an earlier run, none of it in use."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4.56 * GIB, 14.56 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert gpu_memory.gpu_bytes(CUDA)[0] == pytest.approx(14.56 * GIB)
     base = configs("sd15", tmp_path / "sd15")
-    asked = TrainConfig(Subject(photos, "dog"), base)
-    assert with_level_for_now(asked, CUDA).memory == "standard"
+    config = TrainConfig(Subject(photos, "dog"), base)
+    assert resolve_memory(config, CUDA).memory == "standard"
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 6 * GIB)
-    assert gpu_memory.gpu_bytes(CUDA)[0] == pytest.approx(8.56 * GIB), "that is still in use"
+    assert gpu_memory.gpu_bytes(CUDA)[0] == pytest.approx(8.56 * GIB), "6 GiB are still in use"
 
 
-def test_garbage_of_an_earlier_run_is_collected_before_the_gpu_is_asked(
-    config: Make, monkeypatch: pytest.MonkeyPatch
+def test_garbage_is_collected_before_free_memory_is_read(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a trainer is, whose parts hold each other, when it has only just been let go of."""
+    """Test a model in a reference cycle, as an earlier run's trainer is."""
 
     class Model:
         def __init__(self) -> None:
@@ -100,49 +100,50 @@ def test_garbage_of_an_earlier_run_is_collected_before_the_gpu_is_asked(
 
     gc.disable()
     try:
-        left = weakref.ref(Model())
+        garbage = weakref.ref(Model())
         monkeypatch.setattr(
-            torch.cuda, "mem_get_info", lambda device: (1 if left() else 14 * GIB, 15 * GIB)
+            torch.cuda, "mem_get_info", lambda device: (1 if garbage() else 14 * GIB, 15 * GIB)
         )
-        assert with_level_for_now(config(), CUDA).memory == "standard"
+        assert resolve_memory(tiny_config(), CUDA).memory == "standard"
     finally:
         gc.enable()
 
 
-def test_a_level_is_written_down_printed_once_and_kept(
-    config: Make, gpu: Callable[[float], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_level_is_written_down_and_printed_once_and_kept(
+    tiny_config: Make,
+    gpu: Callable[[float], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, need = runs.start(config(), tmp_path / "run"), needs(config())
+    run, need = runs.start(tiny_config(), tmp_path / "run"), needs(tiny_config())
     gpu(need["low"] / USABLE_SHARE + 1)
     assert decide_level(run, CUDA).memory == "low"
     assert json.loads((run.folder / "memory.json").read_text()) == {"memory": "low"}
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and said.startswith(
-        "The run trains with memory 'low', which takes"
-    )
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1
+    assert output.startswith("The run trains with memory 'low', which takes")
     again = runs.resume(run.folder)
-    assert again.config.memory == "auto", "as was asked"
+    assert again.config.memory == "auto", "as configured"
     assert again.resolved_config.memory == "low"
     gpu(16 * GIB)
-    assert decide_level(again, CUDA).memory == "low", "as it began"
-    gpu(need["low"])  # it is there, and the margin that a first choice leaves is not needed
+    assert decide_level(again, CUDA).memory == "low", "as it started"
+    gpu(need["low"])  # the margin of a first choice is not needed
     assert decide_level(again, CUDA).memory == "low"
     assert capsys.readouterr().out == ""
     gpu(need["lowest"] / USABLE_SHARE + 1)
     assert decide_level(again, CUDA).memory == "lowest"
-    said = capsys.readouterr().out
-    assert (
-        said.startswith("The run started with memory 'low'.") and "continues with 'lowest'" in said
-    )
+    output = capsys.readouterr().out
+    assert output.startswith("The run started with memory 'low'.")
+    assert "continues with 'lowest'" in output
     assert runs.resume(run.folder).resolved_config.memory == "lowest"
-    asked = runs.resume(run.folder, memory="standard")
-    assert decide_level(asked, CUDA).memory == "standard", "what is asked for counts"
+    config = runs.resume(run.folder, memory="standard")
+    assert decide_level(config, CUDA).memory == "standard", "the config counts"
 
 
 def test_a_run_trains_and_resumes_at_its_level(
-    config: Make, gpu: Callable[[float], None], tmp_path: Path
+    tiny_config: Make, gpu: Callable[[float], None], tmp_path: Path
 ) -> None:
-    run = runs.start(config(mixed_precision="auto", checkpoint_every=2), tmp_path / "run")
+    run = runs.start(tiny_config(mixed_precision="auto", checkpoint_every=2), tmp_path / "run")
     plain = run.config.replace(mixed_precision="no")
     gpu(needs_of(plain, "low") / USABLE_SHARE + 1)
     for step in train(run):
@@ -157,55 +158,57 @@ def needs_of(config: TrainConfig, level: str) -> int:
     return estimate(config.replace(memory=level), config.mixed_precision).memory
 
 
-def test_a_run_of_bfloat16_weights_is_kept_in_them(config: Make, tmp_path: Path) -> None:
-    run = runs.start(config(mixed_precision="bf16", steps=1, prior="none"), tmp_path / "run")
+def test_a_run_of_bfloat16_weights_is_exported_in_bfloat16(
+    tiny_config: Make, tmp_path: Path
+) -> None:
+    run = runs.start(tiny_config(mixed_precision="bf16", steps=1, prior="none"), tmp_path / "run")
     (run.folder / "memory.json").write_text('{"memory": "lowest"}')
     list(train(run))
     family = trainable.load_to_export(run, 1)
     assert family.denoiser.dtype is torch.bfloat16
-    (run.folder / "memory.json").unlink()  # as of a run before levels were written down
+    (run.folder / "memory.json").unlink()  # as in runs of earlier versions
     assert trainable.load_to_export(run, 1).denoiser.dtype is torch.float16
 
 
 def test_all_cells_of_a_study_train_at_one_level(
-    config: Make, gpu: Callable[[float], None], tmp_path: Path, clip_folder: Path,
+    tiny_config: Make, gpu: Callable[[float], None], tmp_path: Path, clip_folder: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Without the prior half as many pictures go through the model: alone that cell would fit."""
-    asked = config(mixed_precision="auto", scorer=str(clip_folder), prior="distilled")
-    cells = grid(asked, prior_weight=[0.0, 1.0])
+    """Test a cell without the prior, which alone would fit at a higher level."""
+    config = tiny_config(mixed_precision="auto", scorer=str(clip_folder), prior="distilled")
+    cells = grid(config, prior_weight=[0.0, 1.0])
     plain = [c.replace(mixed_precision="no", validate_every=2) for c in cells.values()]
-    without, with_prior = (needs_of(one, "standard") for one in plain)
+    without, with_prior = (needs_of(c, "standard") for c in plain)
     assert without < with_prior
     gpu((without + with_prior) / 2 / USABLE_SHARE)
-    view = ValidationPlan(class_images=2, unrelated=1, inference_steps=1)
-    done = list(sweep(cells, tmp_path / "study", [2], view))
-    assert [cell.error for cell in done] == [None, None]
-    found = [runs.resume(tmp_path / "study" / name).resolved_config.memory for name in cells]
-    assert found == ["low", "low"]
+    plan = ValidationPlan(class_images=2, unrelated=1, inference_steps=1)
+    results = list(sweep(cells, tmp_path / "study", [2], plan))
+    assert [cell.error for cell in results] == [None, None]
+    levels = [runs.resume(tmp_path / "study" / name).resolved_config.memory for name in cells]
+    assert levels == ["low", "low"]
     assert "The study trains with memory 'low'" in capsys.readouterr().out
-    assert list(sweep(cells, tmp_path / "study", [2], view)), "it goes on where it was"
+    assert list(sweep(cells, tmp_path / "study", [2], plan)), "the study resumes"
 
 
 def test_all_subjects_of_an_evaluation_train_at_the_level_of_the_first(
-    config: Make, gpu: Callable[[float], None], tmp_path: Path, photos: str,
+    tiny_config: Make, gpu: Callable[[float], None], tmp_path: Path, photos: str,
 ) -> None:  # fmt: skip
-    plain = config(mixed_precision="no", prior="none", steps=1)
+    plain = tiny_config(mixed_precision="no", prior="none", steps=1)
     gpu(needs_of(plain, "low") / USABLE_SHARE + 1)
     tuned = dreambench.Tuned(tmp_path, lambda subject: plain.replace(subject=subject))
-    first = tuned(Subject(photos, "dog", name="one"))
+    first = tuned(Subject(photos, "dog", name="first"))
     gpu(16 * GIB)
-    second = tuned(Subject(photos, "dog", name="other"))
+    second = tuned(Subject(photos, "dog", name="second"))
     assert [run.resolved_config.memory for run in (first, second)] == ["low", "low"]
 
 
-def test_of_several_processes_a_whole_model_saves_memory_by_checkpointing(config: Make) -> None:
-    """Weights that are updated within the backward pass would not wait for other gradients."""
-    whole, lora = config(), config(method="lora", lora_rank=1)
-    assert choose_level([whole], 1, 2) == {"memory": "standard", "gradient_checkpointing": True}
-    assert choose_level([whole], GIB, 2) == {"memory": "standard"}
+def test_on_several_processes_a_full_model_saves_memory_by_checkpointing(tiny_config: Make) -> None:
+    """Test that no level is chosen that steps the optimizer before gradients are exchanged."""
+    full, lora = tiny_config(), tiny_config(method="lora", lora_rank=1)
+    assert choose_level([full], 1, 2) == {"memory": "standard", "gradient_checkpointing": True}
+    assert choose_level([full], GIB, 2) == {"memory": "standard"}
     assert choose_level([lora], 1, 2) == {"memory": "lowest"}
-    assert choose_level([whole, lora], 1, 2)["memory"] == "standard"
+    assert choose_level([full, lora], 1, 2)["memory"] == "standard"
 
 
 TWO = """
@@ -215,19 +218,17 @@ from dreambooth_lib.training import memory_level, runs
 from dreambooth_lib.core import gpu_memory
 state = PartialState(cpu=True)
 assert state.num_processes == 2
-free = [1, 2**34][state.process_index]  # only the first one's counts
+free = [1, 2**34][state.process_index]  # only the first process's counts
 memory_level.is_gpu = lambda device: True
 gpu_memory.gpu_bytes = lambda device=None: (free, 2**34)
-found = memory_level.decide_level(runs.resume(sys.argv[1]), torch.device("cpu"))
-print(state.process_index, found.memory, found.gradient_checkpointing, flush=True)
+config = memory_level.decide_level(runs.resume(sys.argv[1]), torch.device("cpu"))
+print(state.process_index, config.memory, config.gradient_checkpointing, flush=True)
 state.destroy_process_group()  # a process that ends before the other can abort without it
 """
 
 
-def test_two_processes_train_at_the_level_that_the_first_decides(
-    config: Make, tmp_path: Path
-) -> None:
-    run = runs.start(config(), tmp_path / "run")
+def test_two_processes_train_at_the_level_of_the_first(tiny_config: Make, tmp_path: Path) -> None:
+    run = runs.start(tiny_config(), tmp_path / "run")
     (tmp_path / "two.py").write_text(TWO)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -236,28 +237,25 @@ def test_two_processes_train_at_the_level_that_the_first_decides(
         timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")]
-    assert sorted(said) == ["0 standard True", "1 standard True"]
+    lines = [line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")]
+    assert sorted(lines) == ["0 standard True", "1 standard True"]
     assert done.stdout.count("The run trains with memory") == 1
 
 
-def test_the_peak_of_memory_is_a_runs_own(
-    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_peak_memory_is_reset_for_each_run(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an earlier run of this process took most is no peak of this one."""
-    reset: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    """Test that an earlier run of this process does not count."""
+    resets: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
     monkeypatch.setattr("dreambooth_lib.training.setup.is_gpu", lambda device: True)
-    Trainer(runs.start(config(prior="none"), tmp_path / "run"))
-    assert len(reset) == 1
+    Trainer(runs.start(tiny_config(prior="none"), tmp_path / "run"))
+    assert len(resets) == 1
 
 
-def test_nothing_is_decided_without_a_gpu(config: Make, tmp_path: Path) -> None:
-    run = runs.start(config(), tmp_path / "run")
-    assert (
-        decide_level(run, torch.device("cpu"))
-        == run.config
-        == with_level_for_now(run.config, torch.device("cpu"))
-    )
+def test_nothing_is_decided_without_a_gpu(tiny_config: Make, tmp_path: Path) -> None:
+    run = runs.start(tiny_config(), tmp_path / "run")
+    cpu = torch.device("cpu")
+    assert decide_level(run, cpu) == run.config == resolve_memory(run.config, cpu)
     share_level(tmp_path, [run.config])
     assert not list(tmp_path.rglob("memory.json"))

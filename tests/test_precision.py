@@ -257,9 +257,7 @@ def test_the_command_line_says_it_in_a_sentence(
     run = runs.start(make_config(broken(tiny_sd1, "decoder", tmp_path / "base"), photos),
                      tmp_path / "run")  # fmt: skip
     monkeypatch.setattr("sys.argv", ["dreambooth_lib", "resume", str(run.folder)])
-    with pytest.raises(
-        SystemExit, match=r"error: the autoencoder of .* gave images that are not"
-    ):
+    with pytest.raises(SystemExit, match=r"error: the autoencoder of .* gave images that are not"):
         main()
 
 

@@ -154,7 +154,7 @@ def fail(*given):
 
 
 if kind == "validating" and first:
-    validation_record.Validator.look = fail
+    validation_record.Validator.validate = fail
 for step in loop.train(runs.resume(folder)):
     if kind == "looping" and first and step.step == 2:
         fail()

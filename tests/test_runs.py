@@ -1,4 +1,4 @@
-"""A run's folder: starting, resuming, the log, and checkpoints kept and dropped."""
+"""Test a run's folder: starting, resuming, the log, and which checkpoints stay."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def test_a_started_run_opens_again_with_the_same_config(run: Run) -> None:
 
 def test_a_folder_that_holds_a_run_is_not_started_again(run: Run) -> None:
     before = (run.folder / "config.toml").read_text()
-    with pytest.raises(RunError, match=r"holds a run already.*resume\("):
+    with pytest.raises(RunError, match=r"already holds a run.*resume\("):
         runs.start(run.config.replace(steps=9), run.folder)
     assert (run.folder / "config.toml").read_text() == before
 
@@ -45,24 +45,24 @@ def test_a_folder_that_holds_other_files_is_refused_and_left_alone(
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_beginning_twice_goes_on_with_the_settings_of_the_second_time(
+def test_a_run_started_twice_is_resumed_with_the_second_config(
     tmp_path: Path, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(photos).parent)
     config = make_config("toybox", Path(photos).name, prior_weight=1.0)
-    begun = runs.start_or_resume(config, tmp_path / "run")
-    assert begun.config.subject.pictures == photos
+    started = runs.start_or_resume(config, tmp_path / "run")
+    assert started.config.subject.pictures == photos
     again = runs.start_or_resume(config.replace(prior_weight=0.5, steps=9), tmp_path / "run")
-    assert again.config == begun.config.replace(prior_weight=0.5, steps=9)
+    assert again.config == started.config.replace(prior_weight=0.5, steps=9)
     assert runs.resume(tmp_path / "run") == again
 
 
 @pytest.mark.parametrize("field", ["subject", "train_text_encoder"])
-def test_a_run_of_something_else_is_not_gone_on_with(field: str, run: Run) -> None:
+def test_a_run_of_another_subject_or_method_is_not_resumed(field: str, run: Run) -> None:
     subject = dataclasses.replace(run.config.subject, identifier="hta")
-    other = run.config.replace(**{field: {"subject": subject}.get(field, True)})
-    with pytest.raises(RunError, match=rf"whose {field} is .*choose another folder"):
-        runs.start_or_resume(other, run.folder)
+    config = run.config.replace(**{field: {"subject": subject}.get(field, True)})
+    with pytest.raises(RunError, match=rf"whose {field} is .*choose another folder for a new run"):
+        runs.start_or_resume(config, run.folder)
     assert runs.resume(run.folder) == run
 
 
@@ -72,50 +72,50 @@ def finish(run: Run, step: int) -> None:
     (run.pipeline / "model_index.json").write_text("{}")
 
 
-def test_a_finished_run_keeps_the_settings_that_it_was_trained_with(run: Run) -> None:
+def test_a_finished_run_keeps_the_settings_it_was_trained_with(run: Run) -> None:
     finish(run, 4)
     assert runs.start_or_resume(run.config, run.folder) == run, "nothing is changed"
-    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, and not 0.5; begin a new"):
+    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, not 0.5; start a new"):
         runs.start_or_resume(run.config.replace(prior_weight=0.5, steps=9), run.folder)
     assert runs.resume(run.folder) == run
     assert runs.start_or_resume(run.config.replace(steps=9), run.folder).config.steps == 9
 
 
-def test_a_run_is_not_said_to_be_shorter_than_it_is(run: Run) -> None:
+def test_a_run_cannot_be_made_shorter_than_it_is(run: Run) -> None:
     run.save_checkpoint(3, {"step": 3})
-    with pytest.raises(RunError, match=r"has come to step 3, beyond steps 2; raise steps"):
+    with pytest.raises(RunError, match=r"is already at step 3, beyond steps 2; raise steps"):
         runs.start_or_resume(run.config.replace(steps=2), run.folder)
     assert runs.resume(run.folder) == run
     assert runs.start_or_resume(run.config.replace(steps=3), run.folder).config.steps == 3
 
 
-def test_an_empty_folder_takes_a_run(tmp_path: Path, photos: str, make_config: Make) -> None:
+def test_a_run_starts_in_an_empty_folder(tmp_path: Path, photos: str, make_config: Make) -> None:
     (tmp_path / "empty").mkdir()
     run = runs.start(make_config("toybox", photos), tmp_path / "empty")
     assert runs.resume(tmp_path / "empty") == run
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_what_is_not_a_run_is_not_resumed(made: bool, tmp_path: Path) -> None:
-    if made:
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_a_run_is_not_resumed(exists: bool, tmp_path: Path) -> None:
+    if exists:
         (tmp_path / "folder").mkdir()
     with pytest.raises(RunError, match=r"not a run.*config\.toml"):
         runs.resume(tmp_path / "folder")
 
 
-def test_changes_on_resuming_are_kept(run: Run) -> None:
+def test_changes_on_resuming_are_saved(run: Run) -> None:
     changed = runs.resume(run.folder, steps=99, learning_rate=1e-5)
     assert (changed.config.steps, changed.config.learning_rate) == (99, 1e-5)
     assert runs.resume(run.folder) == changed
 
 
-def test_a_change_that_cannot_be_right_is_refused_and_not_kept(run: Run) -> None:
+def test_an_invalid_change_is_refused_and_not_saved(run: Run) -> None:
     with pytest.raises(ConfigError, match="steps"):
         runs.resume(run.folder, steps=0)
     assert runs.resume(run.folder) == run
 
 
-def test_relative_paths_are_kept_for_whatever_folder_the_run_is_resumed_from(
+def test_a_run_with_relative_paths_is_resumed_from_any_folder(
     tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("photos", "class", "base"):
@@ -130,7 +130,7 @@ def test_relative_paths_are_kept_for_whatever_folder_the_run_is_resumed_from(
 
 
 @pytest.mark.parametrize("base", ["toybox", "owner/name"])
-def test_names_of_bases_are_not_taken_for_paths(
+def test_base_names_are_not_taken_for_paths(
     base: str, tmp_path: Path, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toybox").mkdir()
@@ -138,14 +138,14 @@ def test_names_of_bases_are_not_taken_for_paths(
     assert runs.start(make_config(base, photos), "run").config.base == base
 
 
-def test_the_log_comes_back_row_by_row(run: Run) -> None:
+def test_the_log_is_read_row_by_row(run: Run) -> None:
     rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": 5e-324, "prior_loss": None}]
     for row in rows:
         run.append("log", row)
     assert run.log() == rows
 
 
-def test_a_row_cut_by_a_kill_is_left_out_and_later_ones_are_whole(run: Run) -> None:
+def test_a_half_written_row_is_left_out_and_later_rows_are_complete(run: Run) -> None:
     run.append("log", {"step": 1})
     with (run.folder / "log.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
@@ -155,7 +155,7 @@ def test_a_row_cut_by_a_kill_is_left_out_and_later_ones_are_whole(run: Run) -> N
     assert run.log() == [{"step": 1}, {"step": 2}]
 
 
-def test_cutting_the_log_drops_exactly_the_later_rows(run: Run) -> None:
+def test_truncating_the_log_drops_exactly_the_later_rows(run: Run) -> None:
     for step in range(1, 6):
         run.append("log", {"step": step})
     run.truncate("log", 3)
@@ -166,7 +166,7 @@ def test_cutting_the_log_drops_exactly_the_later_rows(run: Run) -> None:
     assert run.log() == []
 
 
-def test_the_newest_checkpoints_are_kept_and_the_newest_is_loaded(run: Run) -> None:
+def test_the_newest_checkpoints_stay_and_the_newest_is_loaded(run: Run) -> None:
     for step in (8, 9, 10, 11):
         run.save_checkpoint(step, {"step": step})
     assert list(run.checkpoints()) == [10, 11]
@@ -179,7 +179,7 @@ def test_checkpoints_are_ordered_by_number_beyond_six_digits(run: Run) -> None:
     assert run.load_checkpoint() == {"step": 1_000_000}
 
 
-def test_a_checkpoint_cut_by_a_kill_is_not_seen(run: Run) -> None:
+def test_a_half_written_checkpoint_is_ignored(run: Run) -> None:
     run.save_checkpoint(2, {"step": 2})
     partial = run.folder / "checkpoints" / ".000004.partial"
     partial.mkdir()
@@ -191,18 +191,17 @@ def test_a_checkpoint_cut_by_a_kill_is_not_seen(run: Run) -> None:
     assert run.load_checkpoint() == {"step": 4}
 
 
-def test_a_finished_run_of_earlier_defaults_is_gone_on_with(
+def test_a_finished_run_with_earlier_defaults_is_resumed(
     tmp_path: Path, photos: str, make_config: Make
 ) -> None:
     config = make_config("toybox", photos)
-    before = runs.start(config.replace(checkpoint_every=100), tmp_path / "run")
-    before.pipeline.mkdir()
-    (before.pipeline / "model_index.json").write_text("{}")
-    assert runs.why_not_resumable(config, before.folder) is None
-    assert runs.start_or_resume(config, before.folder).config.checkpoint_every == 100
-    assert "checkpoint_every 100" in str(
-        runs.why_not_resumable(config.replace(checkpoint_every=7), before.folder)
-    )
+    run = runs.start(config.replace(checkpoint_every=100), tmp_path / "run")
+    run.pipeline.mkdir()
+    (run.pipeline / "model_index.json").write_text("{}")
+    assert runs.why_not_resumable(config, run.folder) is None
+    assert runs.start_or_resume(config, run.folder).config.checkpoint_every == 100
+    why = str(runs.why_not_resumable(config.replace(checkpoint_every=7), run.folder))
+    assert "checkpoint_every 100" in why
 
 
 def test_only_the_newest_checkpoint_has_the_optimizers_state(run: Run) -> None:
@@ -211,9 +210,9 @@ def test_only_the_newest_checkpoint_has_the_optimizers_state(run: Run) -> None:
         state = {"step": step, "model": {"w": torch.full((4,), step)}, "optimizer": moments}
         run.save_checkpoint(step, state, best=1)
     assert list(run.checkpoints()) == [1, 3, 4]
-    kept = {step: load_state(path) for step, path in run.checkpoints().items()}
-    assert {step for step, state in kept.items() if "optimizer" in state} == {4}
-    assert all(state["model"]["w"].tolist() == [step] * 4 for step, state in kept.items())
+    states = {step: load_state(path) for step, path in run.checkpoints().items()}
+    assert {step for step, state in states.items() if "optimizer" in state} == {4}
+    assert all(state["model"]["w"].tolist() == [step] * 4 for step, state in states.items())
     loaded = run.load_checkpoint()
     assert loaded is not None and loaded["step"] == 4 and "optimizer" in loaded
     shutil.rmtree(run.checkpoints()[4])
@@ -221,7 +220,7 @@ def test_only_the_newest_checkpoint_has_the_optimizers_state(run: Run) -> None:
     assert loaded is not None and loaded["step"] == 3 and "optimizer" not in loaded
 
 
-def test_a_failing_write_keeps_all_older_checkpoints(run: Run) -> None:
+def test_a_failed_write_keeps_all_older_checkpoints(run: Run) -> None:
     for step in (1, 2):
         run.save_checkpoint(step, {"step": step})
     with pytest.raises(TypeError):
@@ -230,8 +229,8 @@ def test_a_failing_write_keeps_all_older_checkpoints(run: Run) -> None:
     assert run.load_checkpoint() == {"step": 2}
 
 
-def test_the_first_field_that_differs_is_told_with_both_values() -> None:
+def test_the_first_difference_names_both_values() -> None:
     old, new = {"steps": 4, "seed": 0, "gone": 1}, {"steps": 4, "seed": 1}
-    assert str(runs.first_difference(old, new)) == "seed is 0, and not 1"
-    assert str(runs.first_difference(old, new, ["seed"])) == "gone is 1, and not left out"
+    assert str(runs.first_difference(old, new)) == "seed is 0, not 1"
+    assert str(runs.first_difference(old, new, ["seed"])) == "gone is 1, not left out"
     assert runs.first_difference(old, new, ["seed", "gone"]) is None

@@ -1,4 +1,4 @@
-"""Pictures from bases and runs: by seed alone, for the run's subject, leaving models as found."""
+"""Test sampling: images follow from the seed alone, and models stay as they were."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,34 +38,34 @@ def finished(
 
 
 def pixels(samples: list[Sample]) -> np.ndarray:
-    return np.stack([np.asarray(made.image).astype(int) for made in samples])
+    return np.stack([np.asarray(s.image).astype(int) for s in samples])
 
 
 def test_every_prompt_is_drawn_with_every_seed_prompts_outermost(family: Family) -> None:
-    made = sample(family, ["a dog", "a cat"], [5, 6, 7], **QUICK)
-    assert [(s.prompt, s.seed) for s in made] == [
+    samples = sample(family, ["a dog", "a cat"], [5, 6, 7], **QUICK)
+    assert [(s.prompt, s.seed) for s in samples] == [
         (prompt, seed) for prompt in ("a dog", "a cat") for seed in (5, 6, 7)
     ]
-    assert {s.image.size for s in made} == {(16, 16)}
+    assert {s.image.size for s in samples} == {(16, 16)}
 
 
-def test_a_seeds_picture_is_the_same_in_batches_of_any_size(family: Family) -> None:
-    whole, pairs, single = (
+def test_a_seeds_image_is_the_same_at_any_batch_size(family: Family) -> None:
+    batch, pairs, single = (
         pixels(sample(family, ["a dog"], [0, 1, 2], batch_size=size, **QUICK)) for size in (8, 2, 1)
     )
-    assert np.abs(whole - pairs).max() <= 1
-    assert np.abs(whole - single).max() <= 1
-    assert np.abs(whole[0] - whole[1]).max() > 10
+    assert np.abs(batch - pairs).max() <= 1
+    assert np.abs(batch - single).max() <= 1
+    assert np.abs(batch[0] - batch[1]).max() > 10
 
 
-def test_the_same_call_draws_the_same_pictures_whatever_ran_before(family: Family) -> None:
+def test_the_same_call_draws_the_same_images_whatever_ran_before(family: Family) -> None:
     first = pixels(sample(family, ["a dog"], [3], **QUICK))
     torch.manual_seed(11)
     sample(family, ["a cat"], [8], **QUICK)
     assert np.array_equal(first, pixels(sample(family, ["a dog"], [3], **QUICK)))
 
 
-def test_prompt_guidance_and_negative_prompt_each_change_the_picture(family: Family) -> None:
+def test_prompt_guidance_and_negative_prompt_each_change_the_image(family: Family) -> None:
     plain = pixels(sample(family, ["a dog"], [0], steps=2, guidance_scale=3.0))
     for changed in (
         sample(family, ["a cat"], [0], steps=2, guidance_scale=3.0),
@@ -76,39 +76,39 @@ def test_prompt_guidance_and_negative_prompt_each_change_the_picture(family: Fam
         assert not np.array_equal(plain, pixels(changed))
 
 
-def test_a_run_draws_at_the_guidance_of_its_config(finished: Run) -> None:
+def test_a_run_draws_at_its_configs_guidance_scale(finished: Run) -> None:
     changed = dataclasses.replace(finished, config=finished.config.replace(guidance_scale=60.0))
-    of_run, other, given = (
+    by_run, by_changed, by_argument = (
         pixels(sample(source, ["a dog"], [0], steps=2, **more))
         for source, more in ((finished, {}), (changed, {}), (changed, {"guidance_scale": 7.5}))
     )
-    assert np.array_equal(of_run, given) and not np.array_equal(of_run, other)
+    assert np.array_equal(by_run, by_argument) and not np.array_equal(by_run, by_changed)
 
 
-def test_the_place_in_a_prompt_takes_the_runs_identifier(finished: Run) -> None:
-    (made,) = sample(finished, ["a {} dog on the beach"], [0], **QUICK)
-    assert made.prompt == "a ohwx dog on the beach"
+def test_braces_in_a_prompt_stand_for_the_runs_identifier(finished: Run) -> None:
+    (filled,) = sample(finished, ["a {} dog on the beach"], [0], **QUICK)
+    assert filled.prompt == "a ohwx dog on the beach"
     (written_out,) = sample(finished, ["a ohwx dog on the beach"], [0], **QUICK)
-    assert np.array_equal(pixels([made]), pixels([written_out]))
+    assert np.array_equal(pixels([filled]), pixels([written_out]))
 
 
-def test_fill_takes_the_subjects_own_identifier_and_leaves_other_prompts_alone() -> None:
+def test_fill_takes_the_subjects_identifier_and_leaves_other_prompts_alone() -> None:
     subject = Subject("photos", "dog", identifier="zwx")
     assert fill("a {} dog and a {} dog", subject) == "a zwx dog and a zwx dog"
     assert fill("a dog", subject) == fill("a dog", None) == "a dog"
 
 
-def test_a_base_has_no_identifier_for_the_place_in_a_prompt(family: Family) -> None:
+def test_a_base_has_no_identifier_for_braces_in_a_prompt(family: Family) -> None:
     with pytest.raises(ValueError, match=r"'a \{\} dog'.*no subject"):
         sample(family, ["a {} dog"], [0], **QUICK)
 
 
-def test_a_base_is_drawn_from_by_its_path(family: Family, tiny_sd1: str) -> None:
+def test_a_base_is_sampled_by_its_path(family: Family, tiny_sd1: str) -> None:
     by_path, loaded = (sample(source, ["a dog"], [0], **QUICK) for source in (tiny_sd1, family))
     assert np.array_equal(pixels(by_path), pixels(loaded))
 
 
-def test_a_run_that_has_not_finished_is_refused_by_name(
+def test_an_unfinished_run_is_refused_by_name(
     tmp_path: Path, tiny_sd1: str, photos: str, make_config: Make
 ) -> None:
     config = make_config(tiny_sd1, photos, prior_weight=0.0)
@@ -121,20 +121,20 @@ def test_a_run_that_has_not_finished_is_refused_by_name(
 
 
 def first_latents(source: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """The noise that the sampler of a source starts from."""
+    """Return the noise that sampling from a source starts from, [B, C, h, w]."""
     from diffusers import UNet2DConditionModel
 
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     forward = UNet2DConditionModel.forward
 
-    def spy(unet: Any, latents: torch.Tensor, *given: Any, **named: Any) -> Any:
-        seen.append(latents.clone())
-        return forward(unet, latents, *given, **named)
+    def spy(unet: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        inputs.append(latents.clone())
+        return forward(unet, latents, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(UNet2DConditionModel, "forward", spy)
         sample(source, ["a dog"], [0, 1], **QUICK)
-    return seen[0]
+    return inputs[0]
 
 
 def test_base_and_run_start_from_the_same_noise_and_end_differently(
@@ -148,7 +148,7 @@ def test_base_and_run_start_from_the_same_noise_and_end_differently(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_each_module_is_put_back_into_the_mode_it_was_in(
+def test_each_module_returns_to_the_mode_it_was_in(
     fails: bool, tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = loading.load_model(tiny_sd1)
@@ -158,11 +158,11 @@ def test_each_module_is_put_back_into_the_mode_it_was_in(
     modes: list[tuple[bool, bool]] = []
     forward = type(family.denoiser).forward
 
-    def spy(*given: Any, **named: Any) -> Any:
+    def spy(*args: Any, **kwargs: Any) -> Any:
         modes.append((family.denoiser.training, encoder.training))
         if fails:
             raise RuntimeError("out of memory")
-        return forward(*given, **named)
+        return forward(*args, **kwargs)
 
     monkeypatch.setattr(type(family.denoiser), "forward", spy)
     if fails:
@@ -174,7 +174,7 @@ def test_each_module_is_put_back_into_the_mode_it_was_in(
     assert family.denoiser.training and not encoder.training
 
 
-def test_drawing_leaves_weights_trainable(tiny_sd1: str) -> None:
+def test_weights_stay_trainable_after_sampling(tiny_sd1: str) -> None:
     family = loading.load_model(tiny_sd1)
     sample(family, ["a dog"], [0], **QUICK)
     cond = family.encode_prompts(["a dog"])
@@ -183,27 +183,27 @@ def test_drawing_leaves_weights_trainable(tiny_sd1: str) -> None:
     assert all(p.grad is not None for p in family.denoiser.parameters())
 
 
-def test_parts_take_turns_on_a_gpu_that_all_together_would_fill(
+def test_a_pipeline_that_would_fill_the_gpu_is_offloaded(
     tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same pictures either way; the GPU is the CPU here, of as much memory as is said."""
-    PartialState()  # which settles that
+    """Test that offloading draws the same images; the CPU stands in for a GPU of some memory."""
+    PartialState()  # chooses the CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    modules = [one for one in loading.load_model(tiny_sd1).pipeline.components.values()
-               if isinstance(one, torch.nn.Module)]  # fmt: skip
-    size = sum(weight.nbytes for one in modules for weight in one.state_dict().values()) // 2
+    components = loading.load_model(tiny_sd1).pipeline.components.values()
+    modules = [module for module in components if isinstance(module, torch.nn.Module)]
+    size = sum(weight.nbytes for m in modules for weight in m.state_dict().values()) // 2
     drawn = []
-    # The second as after a training, whose memory torch's allocator keeps though it is not used.
-    for free, kept, hooks in (
+    # The second is as after training: torch's allocator keeps the memory, though it is unused.
+    for free, reserved, hooks in (
         (2 * size + 1, 0, 0),
         (1, 2 * size, 0),
         (2 * size - 1, 0, len(modules)),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: kept)
-        placed = load_source(tiny_sd1)
-        assert placed.denoiser.dtype is torch.bfloat16
-        assert len(getattr(placed.pipeline, "_all_hooks", [])) == hooks
-        drawn.append(pixels(sample(placed, ["a dog", "a cat"], seeds=[0], **QUICK)))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, n=reserved: n)
+        family = load_source(tiny_sd1)
+        assert family.denoiser.dtype is torch.bfloat16
+        assert len(getattr(family.pipeline, "_all_hooks", [])) == hooks
+        drawn.append(pixels(sample(family, ["a dog", "a cat"], seeds=[0], **QUICK)))
     assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])

@@ -1,10 +1,11 @@
-"""Watching a run: what is drawn and written, that training does not notice, and what is kept."""
+"""Test validation: what it draws and writes, that training stays the same, and what is held out."""
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dreambooth_lib.data.images import Photo, captioned, read_pictures
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import hold_out, near_groups
 from dreambooth_lib.families import loading
-from dreambooth_lib.families.base import MAX_BATCH_SIZE, Family
+from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import runs, setup, validation, validation_record
@@ -32,33 +33,36 @@ from dreambooth_lib.training.trainable import Trainable
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
 Make = Callable[..., TrainConfig]
-VIEW = validation.ValidationPlan(class_images=2, inference_steps=2)
+PLAN = validation.ValidationPlan(class_images=2, inference_steps=2)
 
 
 @pytest.fixture
 def started(
     tmp_path: Path, photos: str, make_config: Make, tiny_sd2: str, clip_folder: Path
 ) -> Callable[..., Run]:
-    """Start a validation run in a folder of its own, with few and quick pictures a look."""
+    """Start runs in folders of their own, with few and quick validation images."""
 
     def start(name: str, **changes: Any) -> Run:
         fields = {"validate_every": 2, "scorer": str(clip_folder), "ema_decay": 0.5} | changes
         run = runs.start(make_config(tiny_sd2, photos, **fields), tmp_path / name)
         (run.folder / "validation").mkdir()
-        (run.folder / "validation" / "plan.json").write_text(json.dumps(asdict(VIEW)))
+        (run.folder / "validation" / "plan.json").write_text(json.dumps(asdict(PLAN)))
         return run
 
     return start
 
 
-def test_training_does_not_notice_that_it_is_watched(started: Callable[..., Run]) -> None:
+def test_validation_does_not_change_training(started: Callable[..., Run]) -> None:
     plain = [step.loss for step in train(started("plain", validate_every=0, dropout=0.2))]
-    seen = list(train(started("seen", validate_every=1, hold_out=False, dropout=0.2)))
-    assert [step.loss for step in seen] == plain
-    assert [step.validation.step for step in seen if step.validation] == [1, 2, 3, 4]
+    run = started("validated", validate_every=1, hold_out=False, dropout=0.2)
+    steps = list(train(run))
+    assert [step.loss for step in steps] == plain
+    assert [step.validation.step for step in steps if step.validation] == [1, 2, 3, 4]
 
 
-def test_what_a_look_writes_and_measures(started: Callable[..., Run], clip_folder: Path) -> None:
+def test_a_validation_writes_images_and_scores(
+    started: Callable[..., Run], clip_folder: Path
+) -> None:
     run = started("run")
     list(train(run))
     base, *_, last = history(run)
@@ -70,43 +74,43 @@ def test_what_a_look_writes_and_measures(started: Callable[..., Run], clip_folde
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["class-0.png", "class-1.png", *(f"subject-{i}.png" for i in range(4)),
                      "unrelated-0.png"]  # fmt: skip
-    # The same figures from the files and the public measures, and the same files from a sample.
+    # The files and the public metrics give the same scores, and sampling gives the same images.
     encoder = Encoder(clip_folder)
     photos = [photo.image for photo in read_pictures(run.config.subject.pictures)]
-    seen = [Image.open(folder / f"subject-{i}.png") for i in range(4)]
-    fidelity = clip_scores.subject_fidelity(encoder.images(seen), encoder.images(photos))
+    images = [Image.open(folder / f"subject-{i}.png") for i in range(4)]
+    fidelity = clip_scores.subject_fidelity(encoder.images(images), encoder.images(photos))
     assert last.subject_fidelity == pytest.approx(fidelity, abs=1e-6)
     prompts = [p.replace("{noun}", "dog") for p in validation.PROMPTS]
-    again = sample(run, prompts, [0], at=4, steps=2, guidance_scale=VIEW.guidance_scale)
-    for one, other in zip(seen, again, strict=True):
-        difference = np.abs(np.asarray(one, int) - np.asarray(other.image, int))
-        assert difference.max() <= 1  # another batch size may round a level otherwise
+    again = sample(run, prompts, [0], at=4, steps=2, guidance_scale=PLAN.guidance_scale)
+    for image, sampled in zip(images, again, strict=True):
+        difference = np.abs(np.asarray(image, int) - np.asarray(sampled.image, int))
+        assert difference.max() <= 1  # another batch size may round a level differently
 
 
-def test_a_checkpoint_draws_with_the_averaged_weights(started: Callable[..., Run]) -> None:
+def test_a_checkpoint_draws_with_the_ema_weights(started: Callable[..., Run]) -> None:
     run = started("run", validate_every=0)
     list(train(run))
     end, at = load_source(run), load_source(run, 4)
-    for one, other in zip(end.denoiser.parameters(), at.denoiser.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for a, b in zip(end.denoiser.parameters(), at.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
     with pytest.raises(RunError, match="no checkpoint of step 3; it has 4"):
         load_source(run, 3)
 
 
-def test_a_stopped_run_looks_as_one_that_was_not(started: Callable[..., Run]) -> None:
-    whole, stopped = started("whole", validate_every=1), started("stopped", validate_every=1)
-    list(train(whole))
-    for _ in islice(train(stopped), 3):
+def test_a_resumed_run_validates_as_an_uninterrupted_one(started: Callable[..., Run]) -> None:
+    run, resumed = started("run", validate_every=1), started("resumed", validate_every=1)
+    list(train(run))
+    for _ in islice(train(resumed), 3):
         pass
-    list(train(runs.resume(stopped.folder)))
-    for one, other in zip(history(whole), history(stopped), strict=True):
-        assert {**one.__dict__, "seconds": 0} == {**other.__dict__, "seconds": 0}
+    list(train(runs.resume(resumed.folder)))
+    for a, b in zip(history(run), history(resumed), strict=True):
+        assert {**a.__dict__, "seconds": 0} == {**b.__dict__, "seconds": 0}
 
 
-def test_an_interrupted_look_is_made_after_resuming(
+def test_an_interrupted_validation_is_repeated_on_resuming(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, whole = started("run"), started("whole")
+    run, uninterrupted = started("run"), started("uninterrupted")
     real = Family.generate
 
     def interrupted(family: Any, *rest: Any) -> Any:
@@ -121,23 +125,20 @@ def test_an_interrupted_look_is_made_after_resuming(
     monkeypatch.setattr(Family, "generate", real)
     losses = [step.loss for step in train(runs.resume(run.folder))]
     assert [row.step for row in history(run)] == [0, 2, 4]
-    assert losses == [step.loss for step in train(whole)][2:]
+    assert losses == [step.loss for step in train(uninterrupted)][2:]
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", validate_every=1, steps=6, checkpoints_kept=1)
-    best = {1: 0.9, 2: 0.5, 3: 0.1, 4: 0.0, 5: 0.0, 6: 0.0}
-    monkeypatch.setattr(setup, "best_of", lambda rows: choice_of(rows))
+    scores = {1: 0.9, 2: 0.5, 3: 0.1, 4: 0.0, 5: 0.0, 6: 0.0}
 
-    def choice_of(rows: Any) -> Any:
-        class Found:
-            step = max((row.step for row in rows[1:]), key=lambda step: best[step])
-            reason = ""
+    def select_best(rows: Any) -> Any:
+        step = max((row.step for row in rows[1:]), key=lambda step: scores[step])
+        return SimpleNamespace(step=step, reason="")
 
-        return Found
-
+    monkeypatch.setattr(setup, "select_best", select_best)
     list(train(run))
     assert list(run.checkpoints()) == [1, 6]
 
@@ -146,16 +147,15 @@ def test_an_early_stop_ends_with_the_best_weights(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", validate_every=1, steps=9, early_stop=True, learning_rate=0.1)
-    monkeypatch.setattr(setup, "has_peaked", lambda rows: len(rows) > 4)
+    monkeypatch.setattr(setup, "should_stop_early", lambda rows: len(rows) > 4)
     steps = [step.step for step in train(run)]
     assert steps == [1, 2, 3, 4]
-    best = best_checkpoint(run)
-    one, other = load_source(run), load_source(run, best.step)
-    for a, b in zip(one.denoiser.parameters(), other.denoiser.parameters(), strict=True):
+    end, best = load_source(run), load_source(run, best_checkpoint(run).step)
+    for a, b in zip(end.denoiser.parameters(), best.denoiser.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_judge_that_cannot_judge_is_named_before_anything_is_trained(
+def test_an_unusable_scorer_is_refused_before_training(
     started: Callable[..., Run], dino_folder: Path
 ) -> None:
     with pytest.raises(ConfigError, match="does not read prompts; give a CLIP"):
@@ -163,10 +163,10 @@ def test_a_judge_that_cannot_judge_is_named_before_anything_is_trained(
     with pytest.raises(ConfigError, match=r"cannot be read; .* validate_every to 0"):
         list(train(started("run", scorer="no/such-folder/clip")))
     with pytest.raises(ConfigError, match="validate_every"):
-        started("other", validate_every=0, early_stop=True)
+        started("early", validate_every=0, early_stop=True)
 
 
-# Held-out pictures
+# Held-out photos
 
 
 def photo(name: str, seed: int) -> Photo:
@@ -181,13 +181,13 @@ def test_near_duplicates_are_held_out_together_or_not_at_all() -> None:
     assert hold_out(four[:3]) == (four[:3], [])
     twin = Photo("twin", four[3].image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     assert near_groups([*four, twin]) == [[0], [1], [2], [3, 4]]
-    trained, held = hold_out([*four, twin])
-    assert [p.name for p in held] == ["2"] and len(trained) == 4
+    trained, held_out = hold_out([*four, twin])
+    assert [p.name for p in held_out] == ["2"] and len(trained) == 4
     pairs = [four[0], four[0], four[1], four[1]]
     assert hold_out(pairs) == (pairs, []), "two photos would be too few to train on"
 
 
-def test_near_groups_join_what_is_alike_by_a_third() -> None:
+def test_near_groups_join_photos_that_are_alike_by_a_third() -> None:
     assert near_groups([photo("a", 1), photo("b", 2), photo("a", 1), photo("a", 1)]) == [
         [0, 2, 3], [1],
     ]  # fmt: skip
@@ -200,36 +200,36 @@ def test_the_held_out_photo_is_not_trained_on(started: Callable[..., Run]) -> No
     assert len(class_images) == 7
 
 
-def test_only_what_is_asked_is_known_where_text_encoders_are_let_go_of(
+def test_prompts_are_encoded_before_text_encoders_are_offloaded(
     started: Callable[..., Run],
 ) -> None:
-    known = Trainer(started("run", memory="low", validate_every=1)).family.prompt_cache
-    assert known is not None
-    assert {"a ohwx dog", "a dog", "a ohwx dog in space"} <= known.row.keys()
+    cache = Trainer(started("run", memory="low", validate_every=1)).family.prompt_cache
+    assert cache is not None
+    assert {"a ohwx dog", "a dog", "a ohwx dog in space"} <= cache.row.keys()
 
 
-def test_a_row_that_an_earlier_version_wrote_is_read(started: Callable[..., Run]) -> None:
+def test_a_row_of_an_earlier_version_is_read(started: Callable[..., Run]) -> None:
     run, row = started("run"), ValidationResult(0, 0.5, 0.9, 0.3, 0.5, 0.0, 0.1, 0.0, {}, 1.0)
     run.append("validation", asdict(row) | {"fidelity": {}, "bleeding": {}})
     assert history(run) == [row]
 
 
-def test_held_out_losses_are_those_of_a_plain_computation(
+def test_held_out_losses_match_a_plain_computation(
     tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
     config, family = make_config(tiny_sd2, photos), loading.load_model(tiny_sd2)
-    (held, *_) = captioned(read_pictures(photos), config.subject.instance_prompt)
-    rows = HeldOutLoss(config, family, {"subject": [held], "class": []})
+    (held_out, *_) = captioned(read_pictures(photos), config.subject.instance_prompt)
+    held_out_loss = HeldOutLoss(config, family, {"subject": [held_out], "class": []})
     model = Trainable(family, False).eval()
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    found = rows.losses(model)
-    assert found == rows.losses(model), "the same each time"
+    losses = held_out_loss.losses(model)
+    assert losses == held_out_loss.losses(model), "the same each time"
     assert torch.equal(state, torch.random.get_rng_state())
 
     pipeline = family.pipeline
     with torch.no_grad():
-        mean = pipeline.vae.encode(to_tensor(held.image, 16)[None]).latent_dist.mode() * 0.7
+        mean = pipeline.vae.encode(to_tensor(held_out.image, 16)[None]).latent_dist.mode() * 0.7
         noise = torch.randn(
             (BINS * ROWS, *mean.shape[1:]), generator=torch.Generator().manual_seed(0)
         )
@@ -245,5 +245,5 @@ def test_held_out_losses_are_those_of_a_plain_computation(
             v = abar.sqrt() * noise[row] - (1 - abar).sqrt() * mean
             errors.append((pipeline.unet(x_t, t, context).sample - v).square().mean())
     expected = torch.stack(errors).view(BINS, ROWS).mean(1)
-    assert found["subject"] == pytest.approx(expected.tolist(), rel=1e-4)
-    assert MAX_BATCH_SIZE < BINS * ROWS, "more than one batch was needed"
+    assert losses["subject"] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert MOST < BINS * ROWS, "more than one batch was needed"

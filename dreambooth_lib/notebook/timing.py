@@ -54,7 +54,7 @@ def measure(config: TrainConfig) -> Pace:
     from dreambooth_lib.training.setup import Trainer
 
     gpu_memory.free_memory()
-    brief = memory_level.with_level_for_now(config, join_group().device).replace(
+    brief = memory_level.resolve_memory(config, join_group().device).replace(
         steps=_NEVER,
         checkpoint_every=_NEVER,
         validate_every=_NEVER if config.validate_every else 0,

@@ -1,4 +1,4 @@
-"""What tensors take, counted without their values: bytes alive at once, and numbers in files."""
+"""Count the memory of tensors without values: bytes allocated at once, and numbers in files."""
 
 import weakref
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-#: What autocast computes in float32 on a GPU, and on a CPU in half precision: of torch's list for
-#: CUDA those operations whose results are large in a diffusion model.
+#: Operations that autocast computes in float32 on a GPU, but in half precision on a CPU: those of
+#: torch's list for CUDA whose results are large in a diffusion model.
 IN_FLOAT32 = {
     F.group_norm, F.layer_norm, F.rms_norm, F.interpolate, F.softmax, torch.softmax,
     torch.Tensor.softmax, torch.exp, torch.Tensor.exp,
@@ -22,73 +22,74 @@ IN_FLOAT32 = {
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of tensors made under it, those alive now and the most at once, and work.
+    """Counts the current and peak bytes of the tensors created under it, and the FLOPs.
 
-    The tensors of ``modules`` are left out. ``FlopCounterMode`` counts the work too, but holds on
-    to every module's inputs.
+    The tensors of ``modules`` do not count. ``FlopCounterMode`` counts FLOPs too, but keeps every
+    module's inputs alive.
     """
 
     def __init__(self, *modules: torch.nn.Module) -> None:
         super().__init__()
-        self.now = self.most = self.flops = 0
+        self.current_bytes = self.peak_bytes = self.flops = 0
         self._known: set[int] = set()
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
-                self.without(tensor)
+                self.exclude(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=out)
-        tree_map_only(torch.Tensor, self._hold, out)
+        tree_map_only(torch.Tensor, self._add, out)
         return out
 
-    def without(self, tensor: torch.Tensor) -> None:
-        """Leave a tensor out, such as a weight."""
+    def exclude(self, tensor: torch.Tensor) -> None:
+        """Exclude a tensor, such as a weight, from the count."""
         self._known.add(tensor.untyped_storage()._cdata)
 
-    def _hold(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
-            self.now += size
-            self.most = max(self.most, self.now)
+            self.current_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.current_bytes)
             weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        self.current_bytes -= size
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Under a CPU's autocast, which tensors without values need, computes in what a GPU's would.
+    """Makes a CPU's autocast, which tensors without values need, compute as a GPU's would.
 
-    The results of :data:`IN_FLOAT32` are float32 there, which training keeps for the backward pass.
+    The results of :data:`IN_FLOAT32` are float32 on a GPU, and kept for the backward pass.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (args, kwargs or {})
+        arguments = (args, kwargs or {})
         if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            given = tree_map_only(
-                torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, given
+            arguments = tree_map_only(
+                torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, arguments
             )
-        return func(*given[0], **given[1])
+        return func(*arguments[0], **arguments[1])
 
 
 def make_fake(module: torch.nn.Module) -> None:
-    """Make tensors of the meta device ones without data on the CPU, which has autocast."""
-    for part in module.modules():
-        for name, one in part.named_parameters(recurse=False):
-            empty = torch.empty(one.shape, dtype=one.dtype)
-            setattr(part, name, torch.nn.Parameter(empty, requires_grad=one.requires_grad))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    """Replace a module's meta tensors by fake ones on the CPU, which has autocast."""
+    for submodule in module.modules():
+        for name, weight in submodule.named_parameters(recurse=False):
+            empty = torch.empty(weight.shape, dtype=weight.dtype)
+            parameter = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
+            setattr(submodule, name, parameter)
+        for name, buffer in submodule.named_buffers(recurse=False):
+            setattr(submodule, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def count_numbers(files: Iterable[Path]) -> int:
-    """Count the numbers in safetensors files by their headers."""
+    """Return how many numbers safetensors files hold, by their headers."""
     from safetensors import safe_open
 
     count = 0

@@ -1,9 +1,9 @@
-"""Which checkpoint to keep: the rule, and its reason in words.
+"""Select a run's best checkpoint, and say why in a sentence.
 
-A step is judged by three shares, each at most 1 (:func:`likeness`, :func:`adherence` and
-:func:`unchanged`). Its score is their geometric mean, so that none can be bought by giving up
-another: 1% of one weighs as much as 1% of the next. The best step has the highest score, of
-equals the earliest, and lies on the front: no other step is at least as good in all three.
+Each validation gives three ratios in [0, 1] (see :func:`ratios`), and their geometric mean is its
+score: no ratio can be bought by giving up another, since 1% of one weighs as much as 1% of the
+next. The best step has the highest score, the earliest of equals. It lies on the Pareto front: no
+other step is at least as good in all three ratios and better in one.
 """
 
 import math
@@ -15,7 +15,7 @@ from dreambooth_lib.training.validation_record import ValidationResult, history
 
 Ratios = tuple[float, float, float]
 
-#: What is said of another step's share that is higher, and lower.
+#: How to describe another step whose ratio is higher, and lower.
 _CHANGES = (
     ("looks {} more like the subject", "looks {} less like the subject"),
     ("follows the prompt {} better", "follows the prompt {} worse"),
@@ -25,27 +25,12 @@ _CHANGES = (
 
 @dataclass(frozen=True)
 class Selection:
-    """A step, how it stands, and why it was taken."""
+    """The best step, its score, and the reason in a sentence."""
 
     step: int
     score: float
     reason: str
-    front: tuple[int, ...]  #: all steps that no other step beats in every share
-
-
-def likeness(subject_fidelity: float, reference_fidelity: float) -> float:
-    """Return how close the images are to the photos, as a share of the photos' own closeness."""
-    return _ratio(subject_fidelity, reference_fidelity)
-
-
-def adherence(prompt_adherence: float, base_adherence: float) -> float:
-    """Return how well the images follow their prompts, as a share of how well the base's do."""
-    return _ratio(prompt_adherence, base_adherence)
-
-
-def unchanged(prior_drift: float, unrelated_drift: float) -> float:
-    """Return how much is left of the rest: 1 - the mean drift of class and unrelated prompt."""
-    return _ratio(1 - (prior_drift + unrelated_drift) / 2, 1.0)
+    front: tuple[int, ...]  #: the Pareto front: all steps that no other beats
 
 
 def ratios(
@@ -56,76 +41,83 @@ def ratios(
     prior_drift: float,
     unrelated_drift: float,
 ) -> Ratios:
-    """Return the three shares in [0, 1], as the rule weighs them."""
+    """Return three ratios, clipped to [0, 1]: how good a model is of what is possible.
+
+    The images' fidelity over that of the photos among themselves, their prompt adherence over the
+    base's, and 1 - the mean drift of the class and of the unrelated prompt.
+    """
     return (
-        likeness(subject_fidelity, reference_fidelity),
-        adherence(prompt_adherence, base_adherence),
-        unchanged(prior_drift, unrelated_drift),
+        _ratio(subject_fidelity, reference_fidelity),
+        _ratio(prompt_adherence, base_adherence),
+        _ratio(1 - (prior_drift + unrelated_drift) / 2, 1.0),
     )
 
 
 def ratios_of(row: ValidationResult, base: ValidationResult) -> Ratios:
-    """Return the shares of one look beside the frozen base's."""
+    """Return the ratios of one validation; ``base`` is the frozen base's."""
     return ratios(
         row.subject_fidelity, row.reference_fidelity, row.prompt_adherence,
         base.prompt_adherence, row.prior_drift, row.unrelated_drift,
     )  # fmt: skip
 
 
-def overall_score(shares: Sequence[float]) -> float:
-    """Return the geometric mean of the shares, in [0, 1]."""
-    return math.prod(shares) ** (1 / len(shares))
+def overall_score(ratios: Sequence[float]) -> float:
+    """Return the geometric mean of the ratios, in [0, 1]."""
+    return math.prod(ratios) ** (1 / len(ratios))
 
 
 def select_best(rows: Sequence[ValidationResult]) -> Selection:
-    """Return the best of a run's looks; the first row, the frozen base's, is not eligible.
+    """Select the best step of a run's validations; the first row is the frozen base's.
 
-    Raises ``ValueError`` where there is no other.
+    Raises ``ValueError`` if there is no other row.
     """
-    found = {row.step: ratios_of(row, rows[0]) for row in rows[1:]}
-    if not found:
-        raise ValueError("no step was looked at yet; train until the first look (validate_every).")
-    best = max(found, key=lambda step: (round(overall_score(found[step]), 6), -step))
-    every = found.values()
-    front = tuple(step for step, own in found.items() if not any(_beats(it, own) for it in every))
-    return Selection(best, overall_score(found[best]), _reason(best, found), front)
+    by_step = {row.step: ratios_of(row, rows[0]) for row in rows[1:]}
+    if not by_step:
+        raise ValueError(
+            "no step was validated yet; train up to the first validation (validate_every)."
+        )
+    best = max(by_step, key=lambda step: (round(overall_score(by_step[step]), 6), -step))
+    front = tuple(
+        step for step, own in by_step.items() if not any(_beats(r, own) for r in by_step.values())
+    )
+    return Selection(best, overall_score(by_step[best]), _reason(best, by_step), front)
 
 
 def best_checkpoint(run: Run) -> Selection:
-    """Return the best step of a run so far, whose checkpoint the run keeps.
+    """Select the best step of a run so far; the run keeps its checkpoint.
 
-    Raises :class:`RunError` where the run was not validation or no look came yet.
+    Raises :class:`RunError` if no trained step was validated yet.
     """
     rows = history(run)
     if len(rows) < 2:
         raise RunError(
-            f"{run.folder} has no validation of a trained model to choose from; train it with "
-            "validate_every above 0, up to the first validation."
+            f"{run.folder} has no validated step to choose from; train it with validate_every "
+            "above 0, up to the first validation."
         )
     return select_best(rows)
 
 
-def _ratio(value: float, whole: float) -> float:
-    return min(1.0, max(0.0, value / whole)) if whole > 0 else 1.0
+def _ratio(value: float, reference: float) -> float:
+    return min(1.0, max(0.0, value / reference)) if reference > 0 else 1.0
 
 
-def _beats(one: Ratios, other: Ratios) -> bool:
-    """Return whether ``one`` is at least as good in all shares, and better in one."""
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+def _beats(a: Ratios, b: Ratios) -> bool:
+    """Return whether ``a`` is at least as good in all ratios, and better in one."""
+    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
 
 
-def _reason(best: int, found: dict[int, Ratios]) -> str:
-    like, follows, rest = found[best]
+def _reason(best: int, by_step: dict[int, Ratios]) -> str:
+    fidelity, adherence, unchanged = by_step[best]
     text = (
-        f"Step {best}: its images are {like:.0%} as close to the photos as the photos are to each "
-        f"other, follow the prompt {follows:.0%} as well as the base's, and leave {rest:.0%} of "
-        "the rest unchanged."
+        f"Step {best}: its images are {fidelity:.0%} as close to the photos as the photos are to "
+        f"each other, follow the prompt {adherence:.0%} as well as the base's, and leave "
+        f"{unchanged:.0%} of the rest unchanged."
     )
-    last = max(found)
+    last = max(by_step)
     if best == last:
         return text
-    changes = list(zip(_CHANGES, found[best], found[last], strict=True))
+    changes = list(zip(_CHANGES, by_step[best], by_step[last], strict=True))
     gains = [more.format(f"{b - a:.0%}") for (more, _), a, b in changes if b - a >= 0.005]
     losses = [less.format(f"{a - b:.0%}") for (_, less), a, b in changes if a - b >= 0.005]
-    said = " but ".join(" and ".join(part) for part in (gains, losses) if part)
-    return f"{text} Step {last} {said or 'is hardly different'}."
+    difference = " but ".join(" and ".join(part) for part in (gains, losses) if part)
+    return f"{text} Step {last} {difference or 'is hardly different'}."

@@ -1,8 +1,8 @@
 """Write and read a checkpoint: nested state dicts as safetensors and JSON, without pickle.
 
-Every tensor goes to a safetensors file under its path, everything else to ``state.json``, with each
-tensor's place marked. The optimizer's tensors have a file of their own, so that an older checkpoint
-can drop them and keep its weights.
+Every tensor goes to a safetensors file under its path in the dict; everything else goes to
+``state.json``, which marks each tensor's place. The optimizer's tensors have a file of their own,
+so that an older checkpoint can drop them and keep its weights.
 """
 
 import json
@@ -10,19 +10,15 @@ import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from dreambooth_lib.core.files import recover_folder, replacing_folder
 
-if TYPE_CHECKING:
-    pass
-
 #: The tensors of a state's key "optimizer", and all others.
 OPTIMIZER, TENSORS = "optimizer.safetensors", "tensors.safetensors"
-
 
 #: How safetensors names the dtypes that a state may hold.
 _DTYPES = {
@@ -31,22 +27,17 @@ _DTYPES = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-
-_TENSOR = "__tensor__"
-
-
-_TUPLE = "__tuple__"
-
-
-_INT_KEYS = "__int_keys__"
+#: Keys that mark in ``state.json`` what JSON has not.
+_TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     """Write a nested dict of tensors, numbers, strings, lists and tuples to ``folder``, atomically.
 
-    Dict keys are strings or ints (optimizers index their state by int). One tensor at a time is
-    brought to the CPU, so that memory need not hold them all twice. An older folder of that name is
-    replaced only after the new one lies whole on disk.
+    Dict keys are strings or ints (optimizers index their state by int). Tensors are copied to the
+    CPU one at a time, so that memory never holds them all twice. An older folder of that name is
+    replaced once the new one is complete on disk. Raises ``ValueError`` for a dict with both kinds
+    of keys and ``TypeError`` for a value that JSON cannot hold.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _split(state, "", tensors)
@@ -54,9 +45,9 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     for path, tensor in tensors.items():
         files[OPTIMIZER if path.startswith("/optimizer/") else TENSORS][path] = tensor
     with replacing_folder(folder) as partial:
-        for name, held in files.items():
-            if held or name == TENSORS:
-                write_tensors(partial / name, held)
+        for name, part in files.items():
+            if part or name == TENSORS:
+                write_tensors(partial / name, part)
         (partial / "state.json").write_text(json.dumps(tree))
 
 
@@ -65,12 +56,13 @@ def write_tensors(
     tensors: Mapping[str, torch.Tensor],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """Write a safetensors file tensor by tensor: safetensors' own writer wants all on the CPU.
+    """Write a safetensors file one tensor at a time; safetensors' own writer needs all on the CPU.
 
-    ``tensors`` may be read lazily, as from an open safetensors file; ``dtypes`` says what to cast.
+    ``tensors`` may load lazily, as from an open safetensors file; ``dtypes`` says what to cast.
+    Raises ``OSError`` if the file is cut short.
     """
     types = {name: tensors[name].dtype for name in tensors} | dict(dtypes or {})
-    # The widest first, so that each begins at a multiple of its own width.
+    # Widest first, so that each starts at a multiple of its own width.
     types = dict(sorted(types.items(), key=lambda item: -item[1].itemsize))
     header: dict[str, Any] = {}
     end = 0
@@ -90,10 +82,10 @@ def write_tensors(
 
 
 def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote; tensors come back on the CPU in their own dtypes.
+    """Load what :func:`save_state` wrote, its tensors on the CPU in their own dtypes.
 
-    With ``keys`` only those entries are read, as far as they are there. What
-    :func:`drop_optimizer` took away is left out.
+    With ``keys``, load only those of them that exist. An optimizer's state that
+    :func:`drop_optimizer` deleted is left out.
     """
     folder = Path(folder)
     recover_folder(folder)
@@ -108,36 +100,35 @@ def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[
         for key in tree if keys is None else tree.keys() & keys:
             try:
                 state[key] = _join(tree[key], stored)
-            except KeyError:  # its tensors were dropped
+            except KeyError:  # its tensors were deleted
                 if key != "optimizer":
                     raise
         return state
 
 
 def drop_optimizer(folder: Path) -> None:
-    """Drop the optimizer's tensors of a saved state: what is left can be drawn from."""
+    """Delete the optimizer's tensors of a saved state; its weights stay."""
     (folder / OPTIMIZER).unlink(missing_ok=True)
 
 
 def round_weights(source: Path, target: Path) -> None:
-    """Copy a safetensors file with its float32 matrices in float16; half the bytes.
+    """Copy a safetensors file with its float32 matrices in float16, in half the bytes.
 
-    Vectors stay as they are, such as norms and biases, which are near 1 and few. So does a matrix
-    that float16 cannot hold.
+    Vectors (norms, biases) keep their dtype, and so does a matrix that overflows float16.
     """
     with safe_open(source, "pt") as file:
         tensors, dtypes = _Stored.fromkeys(file.keys(), file), {}
         for name in tensors:
             tensor = tensors[name]
-            moments = name.startswith("/optimizer/")  # of a state from before they had a file
-            wide = tensor.dtype is torch.float32 and tensor.ndim > 1 and not moments
-            if wide and bool(tensor.half().isfinite().all()):
+            is_optimizer = name.startswith("/optimizer/")  # earlier versions kept it in this file
+            is_matrix = tensor.dtype is torch.float32 and tensor.ndim > 1 and not is_optimizer
+            if is_matrix and bool(tensor.half().isfinite().all()):
                 dtypes[name] = torch.float16
         write_tensors(target, tensors, dtypes)
 
 
 class _Stored(dict[str, Any]):
-    """The open safetensors file of each tensor; a tensor is read when it is asked for."""
+    """Each tensor's open safetensors file; indexing loads the tensor."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return super().__getitem__(name).get_tensor(name)

@@ -1,14 +1,14 @@
-"""When a run stops before its last step: its looks bring nothing better any more."""
+"""Decide when to stop a run before its last step: validation no longer finds it better."""
 
 from collections.abc import Sequence
 
 from dreambooth_lib.training.best_checkpoint import select_best
 from dreambooth_lib.training.validation_record import ValidationResult
 
-PATIENCE = 5  #: looks without a better one before an early stop
+PATIENCE = 5  #: validations without a better score before an early stop
 
 
 def should_stop_early(rows: Sequence[ValidationResult], patience: int = PATIENCE) -> bool:
-    """Return whether the last ``patience`` looks brought no better score than earlier ones."""
+    """Return whether the best score is older than the last ``patience`` validations."""
     steps = [row.step for row in rows[1:]]
     return len(steps) > patience and select_best(rows).step < steps[-patience]

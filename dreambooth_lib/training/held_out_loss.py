@@ -1,9 +1,9 @@
-"""Loss on pictures that training never sees: the smooth curve that turns up when it overfits.
+"""The loss on held-out photos and class images: the smooth curve that turns up with overfitting.
 
-The training loss says little, since each step draws its own timesteps. Here the noise and the
-timesteps are fixed, a bin each of the schedule, and no random generator that training uses is
-touched. The subject's bins fall and then rise again; the class's stay near the frozen base's, which
-is step 0, while the prior holds.
+The training loss says little, since each step draws its own timesteps. Here noise and timesteps are
+fixed, one bin each of the noise schedule, and training's random generators stay untouched. The
+subject's losses fall and then rise again; the class's stay near the frozen base's, which is step 0,
+as long as the prior is preserved.
 """
 
 import torch
@@ -17,42 +17,39 @@ from dreambooth_lib.training.losses import per_sample_errors
 from dreambooth_lib.training.trainable import Trainable
 
 BINS = 4  #: equal parts of the schedule, least noise first
-ROWS = 4  #: noised rows of each bin and kind: a picture several times, or several pictures
+ROWS = 4  #: noised images of each bin and kind: one image several times, or several images
 
 
 class HeldOutLoss:
-    """Fixed noised rows of each kind of picture, ``{"subject": photos, "class": photos}``."""
+    """Fixed noised latents of each kind of image, ``{"subject": photos, "class": images}``."""
 
     def __init__(self, config: TrainConfig, family: Family, kinds: dict[str, list[Photo]]):
-        process, self.batch_size_in_training = (
-            family.forward_process(None),
-            family.batch_size_in_training,
-        )
-        plain = config.replace(crop="center", flip=False)
+        process, self.batch_size = family.forward_process(None), family.batch_size_in_training
+        not_augmented = config.replace(crop="center", flip=False)
         self.noised: dict[str, Noised] = {}
         self.prompts: dict[str, list[str]] = {}
         for kind, photos in kinds.items():
             if not photos:
                 continue
-            shown = [i % len(photos) for _ in range(BINS) for i in range(ROWS)]
-            (posterior,) = LatentCache(photos, family, plain).posteriors
-            x_0 = posterior.mean[shown]
+            indices = [i % len(photos) for _ in range(BINS) for i in range(ROWS)]
+            (posterior,) = LatentCache(photos, family, not_augmented).posteriors
+            x_0 = posterior.mean[indices]
             noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-            # Each row in the middle of its own quarter of the bin.
+            # Each in the middle of its own part of the bin.
             quantiles = (torch.arange(BINS * ROWS) + 0.5) / (BINS * ROWS)
             t = process.timesteps_at(quantiles)
             self.noised[kind] = process(x_0, noise.to(x_0.device), t.to(x_0.device))
-            self.prompts[kind] = [photos[i].caption or "" for i in shown]
+            self.prompts[kind] = [photos[i].caption or "" for i in indices]
 
     @torch.no_grad()
     def losses(self, model: Trainable) -> dict[str, list[float]]:
-        """Return the mean squared error of the prediction, by kind, one value a bin."""
-        found = {}
+        """Return the mean squared error of the prediction by kind, one value per timestep bin."""
+        losses = {}
         for kind, noised in self.noised.items():
             errors = []
-            for start in range(0, BINS * ROWS, self.batch_size_in_training):
-                part = slice(start, start + self.batch_size_in_training)
+            for start in range(0, BINS * ROWS, self.batch_size):
+                part = slice(start, start + self.batch_size)
                 prediction = model(noised.x_t[part], noised.t[part], None, self.prompts[kind][part])
                 errors.append(per_sample_errors(prediction, noised.target[part]))
-            found[kind] = torch.cat(errors).view(BINS, ROWS).mean(1).tolist()
-        return found
+            losses[kind] = torch.cat(errors).view(BINS, ROWS).mean(1).tolist()
+        return losses

@@ -1,9 +1,9 @@
-"""The level of memory that ``memory="auto"`` means: decided once, written down, and kept.
+"""Resolve ``memory="auto"`` to a memory level: decided once, written to a file, and kept.
 
-RUN/memory.json       what was decided for a run
-FOLDER/memory.json    for all runs in a study's folder, which only compare if they train alike
+RUN/memory.json       the level of a run
+FOLDER/memory.json    the level of all runs in a study's folder, which only compare at the same one
 
-Both hold fields of the config in place of its "auto". Of several processes the first one decides.
+Both hold the config's fields in place of "auto". Of several processes the first one decides.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
+from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.runs import LEVEL_FILE, Run, read_level
@@ -23,10 +24,10 @@ from dreambooth_lib.training.runs import LEVEL_FILE, Run, read_level
 if TYPE_CHECKING:
     import torch
 
-#: How much of the GPU's free memory an estimate may take; the allocator needs some of its own.
+#: How much of the GPU's free memory an estimate may take; the allocator itself needs some.
 USABLE_SHARE = 0.9
 
-#: Fields of a config that stand for "auto".
+#: Fields of a config in place of memory "auto".
 Level = dict[str, Any]
 _STANDARD: Level = {"memory": "standard"}
 
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 
 def first(ways: Iterable[T], fits: Callable[[T], bool]) -> T:
-    """Return the first way that fits, or else the last; what comes after it is not asked for."""
+    """Return the first way that fits, or else the last; later ones are not tried."""
     for way in ways:
         if fits(way):
             break
@@ -42,7 +43,7 @@ def first(ways: Iterable[T], fits: Callable[[T], bool]) -> T:
 
 
 def native_precision(mixed_precision: str, device: "torch.device") -> str:
-    """Resolve "auto" on a device: bf16 where it is native, else fp16; "no" on a CPU."""
+    """Resolve mixed precision "auto": bf16 where the GPU has it, else fp16; "no" on a CPU."""
     import torch
 
     if mixed_precision != "auto":
@@ -53,105 +54,104 @@ def native_precision(mixed_precision: str, device: "torch.device") -> str:
 
 
 def is_gpu(device: "torch.device") -> bool:
-    """Return whether a level of memory is decided at all; without a GPU "auto" is "standard"."""
+    """Return whether a device needs a memory level; without a GPU "auto" is "standard"."""
     return device.type == "cuda"
 
 
 def decide_level(run: Run, device: "torch.device") -> TrainConfig:
-    """Return the run's config with the level of memory that all its processes train at.
+    """Return the run's config with the memory level that all its processes train at.
 
-    It is decided, written into the run's folder and printed where that was not done before, for
-    the run or the folder that it lies in, or where the GPU cannot hold what was decided.
+    It is decided, written to the run's folder and printed unless that was done before, for the run
+    or for the folder it is in, and again if the GPU cannot hold the earlier level.
     """
     if run.config.memory != "auto" or not is_gpu(device):
         return run.resolved_config
 
     def decide() -> Level:
         before = read_level(run.folder) or read_level(run.folder.parent)
-        return _decide(run.folder, [_on(run.config, device)], before, "run", device)
+        return _decide(run.folder, [_with_precision(run.config, device)], before, "run", device)
 
-    return run.config.replace(**_by_the_first(decide))
+    return run.config.replace(**_on_main_process(decide))
 
 
-def with_level_for_now(config: TrainConfig, device: "torch.device") -> TrainConfig:
-    """Resolve a config's level of memory as for a run that begins now, without a trace."""
+def resolve_memory(config: TrainConfig, device: "torch.device") -> TrainConfig:
+    """Return a config with the memory level that a run would start at now; write nothing."""
     if config.memory != "auto" or not is_gpu(device):
         return config
-    (free, _), processes = gpu_memory.gpu_bytes(device), join_group().num_processes
-    return config.replace(**choose_level([_on(config, device)], USABLE_SHARE * free, processes))
+    configs, (free, _) = [_with_precision(config, device)], gpu_memory.gpu_bytes(device)
+    level = choose_level(configs, USABLE_SHARE * free, join_group().num_processes)
+    return config.replace(**level)
 
 
 def share_level(folder: str | Path, configs: Iterable[TrainConfig]) -> None:
-    """Decide one level for all runs of a study in ``folder``, the first at which each of them fits.
+    """Decide one memory level for all runs of a study in ``folder``: the first that fits them all.
 
-    What was decided there before is kept, unless the GPU can no longer hold it. Nothing is done
-    without a GPU, or where no config says "auto".
+    An earlier decision stays, unless the GPU can no longer hold it. Without a GPU, or if no config
+    has memory "auto", nothing is decided.
     """
     device, folder = join_group().device, Path(folder)
-    asked = [_on(config, device) for config in configs if config.memory == "auto"]
-    if asked and is_gpu(device):
-        _by_the_first(lambda: _decide(folder, asked, read_level(folder), "study", device))
+    autos = [_with_precision(config, device) for config in configs if config.memory == "auto"]
+    if autos and is_gpu(device):
+        _on_main_process(lambda: _decide(folder, autos, read_level(folder), "study", device))
 
 
 def choose_level(configs: Sequence[TrainConfig], free: float, processes: int = 1) -> Level:
-    """Return the first level at which each config takes at most ``free`` bytes of a GPU.
+    """Return the first level at which each config takes at most ``free`` bytes, or else the last.
 
-    One that a config's other fields or its base rule out is passed over, and of several processes
-    one that updates weights within the backward pass, before gradients could cross them; gradient
-    checkpointing then saves what it can. If none fits it is the last. The configs'
-    ``mixed_precision`` is what the GPU computes in.
+    Levels that a config's other fields or its base rule out are skipped. So are, on several
+    processes, those that step the optimizer in the backward pass, before gradients could be
+    exchanged; gradient checkpointing then saves what it can. The configs' ``mixed_precision`` is
+    what the GPU computes in.
     """
     levels = [_STANDARD, *({"memory": level} for level in LOW_MEMORY)]
     if processes > 1:
         levels.insert(1, _STANDARD | {"gradient_checkpointing": True})
-    needs = ((level, _takes(configs, level, processes)) for level in levels)
-    can = ((level, need) for level, need in needs if need < inf)
-    nowhere = (_STANDARD, inf)  # training then says what is wrong
-    return first(chain([nowhere], can), lambda one: one[1] <= free)[0]
+    needs = ((level, _peak_memory(configs, level, processes)) for level in levels)
+    possible = ((level, need) for level, need in needs if need < inf)
+    fallback = (_STANDARD, inf)  # training then says what is wrong
+    return first(chain([fallback], possible), lambda level_and_need: level_and_need[1] <= free)[0]
 
 
-def _takes(configs: Sequence[TrainConfig], level: Level, processes: int) -> float:
-    """Return the most bytes that a config takes at a level; inf where one cannot train so."""
+def _peak_memory(configs: Sequence[TrainConfig], level: Level, processes: int) -> float:
+    """Return the most bytes that any config takes at a level; inf if one cannot train at it."""
     from dreambooth_lib.training.memory_estimate import estimate
 
-    needs = []
+    peaks = []
     for config in configs:
         rows = max(config.batch_size // processes, config.gradient_accumulation)
         try:
-            one = config.replace(**level).replace(batch_size=rows)
-            if one.steps_in_backward and processes > 1:
+            config = config.replace(**level).replace(batch_size=rows)
+            if config.steps_in_backward and processes > 1:
                 return inf
-            needs.append(estimate(one, one.mixed_precision).memory)
+            peaks.append(estimate(config, config.mixed_precision).memory)
         except ConfigError:
             return inf
-    return max(needs)
+    return max(peaks)
 
 
 def _decide(
-    folder: Path, configs: list[TrainConfig], before: Level, what: str, device: "torch.device"
+    folder: Path, configs: list[TrainConfig], before: Level, kind: str, device: "torch.device"
 ) -> Level:
-    """Keep the level of ``before`` if the GPU can hold it, or else decide; write that down."""
-    from dreambooth_lib.core.files import replace_file
-
+    """Return the level of ``before`` if the GPU can hold it, or else decide; write it down."""
     (free, _), processes = gpu_memory.gpu_bytes(device), join_group().num_processes
 
-    def takes(level: Level) -> float:
-        return _takes(configs, level, processes)
+    def peak(level: Level) -> float:
+        return _peak_memory(configs, level, processes)
 
-    level, need = before, takes(before) if before else inf
+    level, need = before, peak(before) if before else inf
     if need > free:
         level = choose_level(configs, USABLE_SHARE * free, processes)
     if level != before:
-        now, standard, has = takes(level), takes(_STANDARD), f"this GPU has {_gib(free)} GiB free"
-        which = _name(level) + (f", which takes about {_gib(now)} GiB" if now < inf else "")
-        was = "cannot train here" if need == inf else f"takes about {_gib(need)} GiB"
+        now, standard, has = peak(level), peak(_STANDARD), f"this GPU has {_gib(free)} free"
+        name = _name(level) + (f", which takes about {_gib(now)}" if now < inf else "")
         if before:
-            begun = f"The {what} started with memory {_name(before)}. That {was}, and {has}"
-            print(f"{begun}, so it continues with {which}.")
+            why = "cannot train here" if need == inf else f"takes about {_gib(need)}"
+            started = f"The {kind} started with memory {_name(before)}. That {why}, and {has}"
+            print(f"{started}, so it continues with {name}.")
         else:
-            told = standard < inf and level != _STANDARD
-            more = f"; 'standard' would take {_gib(standard)}" if told else ""
-            print(f"The {what} trains with memory {which}; {has}{more}.")
+            other = level != _STANDARD and standard < inf
+            more = f"; 'standard' would take about {_gib(standard)}" if other else ""
+            print(f"The {kind} trains with memory {name}; {has}{more}.")
     if level != read_level(folder):
         replace_file(folder / LEVEL_FILE, json.dumps(level).encode())
     return level
@@ -163,24 +163,24 @@ def _name(level: Level) -> str:
 
 
 def _gib(count: float) -> str:
-    return f"{count / GIB:.1f}"
+    return f"{count / GIB:.1f} GiB"
 
 
-def _on(config: TrainConfig, device: "torch.device") -> TrainConfig:
+def _with_precision(config: TrainConfig, device: "torch.device") -> TrainConfig:
     return config.replace(mixed_precision=native_precision(config.mixed_precision, device))
 
 
-def _by_the_first(decide: Callable[[], Level]) -> Level:
-    """Share what the first process decides with every process; so is an error."""
+def _on_main_process(decide: Callable[[], Level]) -> Level:
+    """Decide on the first process; return the level, or raise the error, on every process."""
     from accelerate.utils import broadcast_object_list
 
-    found: list[Any] = [None]
+    box: list[Any] = [None]
     if join_group().is_main_process:
         try:
-            found = [decide()]
-        except Exception as error:  # whatever it is, the others must not wait for a level
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+            box = [decide()]
+        except Exception as error:  # of any kind: the other processes must not wait for a level
+            box = [error]
+    broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]

@@ -1,4 +1,4 @@
-"""Seeded pictures from a base or a run, through its own diffusers pipeline."""
+"""Draw images from a base or a run by seed, through its own diffusers pipeline."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what made it."""
+    """An image, its prompt and its seed."""
 
     prompt: str
     seed: int
@@ -29,12 +29,15 @@ class Sample:
 
 
 def fill(prompt: str, subject: Subject | None) -> str:
-    """Fill the subject's identifier in: ``a {} dog on the beach`` has a place for it."""
+    """Put the subject's identifier in place of each ``{}``, as in ``a {} dog on the beach``.
+
+    Raises ``ValueError`` for a prompt with ``{}`` if there is no subject.
+    """
     if "{}" not in prompt:
         return prompt
     if subject is None:
         raise ValueError(
-            f"the prompt '{prompt}' has a place for an identifier but the base has no subject; "
+            f"the prompt '{prompt}' has {{}} for an identifier, but the base has no subject; "
             "sample from a run, or write the prompt out."
         )
     return prompt.replace("{}", subject.identifier)
@@ -53,11 +56,11 @@ def sample(
 ) -> list[Sample]:
     """Draw every prompt with every seed, prompts outermost.
 
-    ``source`` is a run, finished or with ``at`` as it was at that checkpoint, a loaded family, or a
-    base as in ``TrainConfig.base``. Each picture's noise comes from its seed alone, whatever the
-    batch size; the same seed is the same noise in base and tuned model. ``steps`` and
-    ``guidance_scale`` left out are those of :func:`inference_of`. Raises :class:`RunError` for a
-    run that has not finished.
+    ``source`` is a finished run, a run's checkpoint of step ``at``, a loaded family, or a base as
+    in ``TrainConfig.base``. Each image's noise comes from its seed alone, whatever the batch size:
+    base and tuned model start from the same noise at the same seed. ``steps`` (inference steps) and
+    ``guidance_scale`` default to :func:`inference_settings`. Raises :class:`RunError` for a run
+    that has not finished.
     """
     subject = source.config.subject if isinstance(source, Run) else None
     family = load_source(source, at)
@@ -65,19 +68,19 @@ def sample(
     steps = own.steps if steps is None else steps
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or family.default_batch_size
-    wanted = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
+    pairs = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
     samples = []
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start : start + batch_size]
         images = family.generate(part, steps, guidance_scale, negative_prompt)
         samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
     return samples
 
 
 def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference":
-    """Return a source's steps and guidance: its config's, or else its base's own.
+    """Return a source's inference steps and guidance scale: its config's, or else its base's own.
 
-    Raises ``BaseError`` for a base that is not there.
+    Raises ``BaseError`` for a missing base.
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source.inference
@@ -85,7 +88,7 @@ def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference
         return loading.base_inference(source)
     config = source.config if isinstance(source, Run) else source
     if isinstance(source, Run) and source.finished:
-        own = loading.base_inference(str(source.folder))  # its base may be gone
+        own = loading.base_inference(str(source.folder))  # its base may have been deleted
     else:
         own = loading.base_inference(config.base, config.revision)
     scale, steps = config.guidance_scale, config.validation_inference_steps
@@ -97,33 +100,33 @@ def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference
 
 
 def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
-    """Load what draws, on the GPU in half precision if there is one; of a config that is its base.
+    """Load a source to draw images from, on the GPU in half precision if there is one.
 
-    Raises as :func:`sample` does.
+    For a config, load its base. Raises as :func:`sample` does.
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source
     half = _half()
     if isinstance(source, TrainConfig):
-        return _placed(load_base(source, half))
+        return _place(load_base(source, half))
     if isinstance(source, str):
-        return _placed(loading.load_model(source, half=half, whole=()))
+        return _place(loading.load_model(source, half=half, whole=()))
     if at is not None:
-        return _placed(load_at_checkpoint(source, at, half))
+        return _place(load_at_checkpoint(source, at, half))
     if not source.finished:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
-    of_run: dict[str, Any] = {"resolution": source.config.resolution, "half": half, "whole": ()}
-    return _placed(loading.load_model(str(source.folder), **of_run))
+    options: dict[str, Any] = {"resolution": source.config.resolution, "half": half, "whole": ()}
+    return _place(loading.load_model(str(source.folder), **options))
 
 
 def compose(loras: Mapping[Run | str, float]) -> "Family":
-    """Load what draws with several LoRAs at once: runs or their folders, each with its weight.
+    """Load a base with several LoRAs on it: runs or their folders, each with its weight.
 
-    Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; the weights
-    are 1 for each as it was trained. Raises ``BaseError`` where they are not all of one base.
+    Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; weight 1 is
+    a LoRA as it was trained. Raises ``BaseError`` if they were not all trained on one base.
     """
     folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
-    return _placed(loading.compose(folders, half=_half(), whole=()))
+    return _place(loading.compose(folders, half=_half(), whole=()))
 
 
 def _half() -> "torch.dtype":
@@ -135,21 +138,21 @@ def _half() -> "torch.dtype":
     return torch.bfloat16 if bf16 else torch.float16
 
 
-def _placed(family: "Family") -> "Family":
-    """Put it on the GPU, if there is one: part after part where all would fill half of that.
+def _place(family: "Family") -> "Family":
+    """Move a family to the GPU if there is one, or offload it if it would fill over half of that.
 
-    So drawing takes no more of a GPU than training did, which lets go of what it does not need.
+    So drawing takes no more of a GPU than training, which offloads what it does not need.
     """
     import torch
 
     if not torch.cuda.is_available():
         return family
     device, pipeline = join_group().device, family.pipeline
-    parts = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
-    weights = [weight for part in parts for weight in part.state_dict().values()]
-    here = sum(w.nbytes for w in weights if w.is_cuda)  # a quantized base is there already
+    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    weights = [weight for module in modules for weight in module.state_dict().values()]
+    on_gpu = sum(w.nbytes for w in weights if w.is_cuda)  # a quantized base is there already
     free, _ = gpu_memory.gpu_bytes(device)
-    if sum(w.nbytes for w in weights) > (free + here) / 2:
+    if sum(w.nbytes for w in weights) > (free + on_gpu) / 2:
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)

@@ -1,8 +1,8 @@
-"""What a run keeps of its looks: the images of each and what was measured of them.
+"""Validate a run in training, and keep the images and scores in its folder.
 
-RUN/validation.jsonl              a row a look, step 0 being the frozen base
-RUN/validation/000100/...png      its pictures: subject-0.png, class-0.png, unrelated-0.png
-RUN/validation/plan.json          what is drawn at each
+RUN/validation.jsonl              one row per validation; step 0 is the frozen base
+RUN/validation/000100/...png      its images: subject-0.png, class-0.png, unrelated-0.png
+RUN/validation/plan.json          what each validation draws
 """
 
 import json
@@ -33,7 +33,7 @@ from dreambooth_lib.training.validation import (
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What one look found; measures as in :mod:`dreambooth_lib.metrics.clip_scores`."""
+    """The scores of one validation; see :mod:`dreambooth_lib.metrics.clip_scores`."""
 
     step: int
     subject_fidelity: float
@@ -42,54 +42,56 @@ class ValidationResult:
     class_diversity: float
     prior_drift: float
     pres: float  #: of class images with the photos: how much of the subject leaked (PRES)
-    unrelated_drift: float  #: of pictures that have nothing to do with the subject
-    held_out: dict[
-        str, list[float]
-    ]  #: loss by timestep bin, see :mod:`dreambooth_lib.training.held_out_loss`
-    seconds: float  #: what the look cost
+    unrelated_drift: float  #: of images that have nothing to do with the subject
+    held_out: dict[str, list[float]]  #: losses by timestep bin, see :mod:`.held_out_loss`
+    seconds: float  #: what the validation took
 
 
 class Validator:
-    """Looks at a run in training, on disk as said above. A run keeps the view that it began with.
+    """Validates a run in training, always by the plan that it started with.
 
-    ``photos`` are all of the subject's, those held out of training too.
+    ``photos`` are all of the subject's, held-out ones too.
     """
 
     def __init__(
         self, run: Run, photos: list[Image.Image], held_out: HeldOutLoss, encoder: Encoder
     ):
         self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
-        self.view = plan_of(run)
-        self.reference = 1.0
+        self.plan = plan_of(run)
+        self.reference_fidelity = 1.0
         if len(photos) > 1:
-            self.reference = clip_scores.reference_fidelity(encoder.images(photos))
+            self.reference_fidelity = clip_scores.reference_fidelity(encoder.images(photos))
 
     def validate(self, step: int, model: Trainable, family: Family) -> ValidationResult:
-        """Draw and score the model as it is now, and write both down."""
-        began, subject, training = time.perf_counter(), self.run.config.subject, model.training
+        """Draw and score the model's validation images; write images and scores to the run."""
+        start, subject, was_training = time.perf_counter(), self.run.config.subject, model.training
         model.eval()
-        seen = draw_images(family, subject, self.view)
+        images = draw_images(family, subject, self.plan)
         losses = self.held_out.losses(model)
-        model.train(training)
-        before = load_images(self.run, 0) if step else seen
-        scores = score_images(self.encoder, self.photos, subject, seen, before)
-        kinds = {"subject": seen.subject, "class": seen.class_images, "unrelated": seen.unrelated}
-        for kind, images in kinds.items():
-            for number, image in enumerate(images):
+        model.train(was_training)
+        base_images = load_images(self.run, 0) if step else images
+        scores = score_images(self.encoder, self.photos, subject, images, base_images)
+        kinds = {
+            "subject": images.subject,
+            "class": images.class_images,
+            "unrelated": images.unrelated,
+        }
+        for kind, of_kind in kinds.items():
+            for number, image in enumerate(of_kind):
                 save_png(image, images_folder(self.run, step) / f"{kind}-{number}.png")
-        found = ValidationResult(
+        result = ValidationResult(
             step=step,
-            reference_fidelity=self.reference,
+            reference_fidelity=self.reference_fidelity,
             held_out=losses,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - start,
             **scores,
         )
-        self.run.append("validation", asdict(found))
-        return found
+        self.run.append("validation", asdict(result))
+        return result
 
 
 def plan_of(run: Run) -> ValidationPlan:
-    """Return the view that a run's looks have, written down when it is first asked for."""
+    """Return a run's validation plan; the first call writes it to the run's folder."""
     file = plan_file(run.folder)
     if not file.exists():
         replace_file(file, json.dumps(asdict(plan_for(run.config))).encode())
@@ -97,38 +99,38 @@ def plan_of(run: Run) -> ValidationPlan:
 
 
 def plan_file(folder: Path) -> Path:
-    """Return where the plan of the run in a folder is, or will be."""
+    """Return the path of the validation plan in a run's folder."""
     return locate(locate(folder, "validation"), "plan.json")
 
 
 def read_plan(file: Path) -> ValidationPlan:
-    """Read a plan, an earlier version's too."""
+    """Read a validation plan, an earlier version's too."""
     return ValidationPlan(**current_fields(json.loads(file.read_text())))
 
 
 def images_folder(run: Run, step: int) -> Path:
-    """Return where the pictures of one look lie."""
+    """Return the folder of one validation's images."""
     return locate(run.folder, "validation") / f"{step:06d}"
 
 
 def load_images(run: Run, step: int) -> ValidationImages:
-    """Read the pictures of one look. Raises ``RunError`` where there was none."""
-    place = images_folder(run, step)
-    if not place.exists():
-        raise RunError(f"{run.folder} was not looked at in step {step}; see db.history(run).")
+    """Load one validation's images. Raises ``RunError`` if there was none at that step."""
+    folder = images_folder(run, step)
+    if not folder.exists():
+        raise RunError(f"{run.folder} was not validated at step {step}; see db.history(run).")
 
-    def images(kind: str) -> list[Image.Image]:
-        files = [place / f"{kind}-{n}.png" for n in range(len(list(place.glob(f"{kind}-*.png"))))]
-        return [Image.open(file).convert("RGB") for file in files]
+    def load(kind: str) -> list[Image.Image]:
+        count = len(list(folder.glob(f"{kind}-*.png")))
+        return [Image.open(folder / f"{kind}-{n}.png").convert("RGB") for n in range(count)]
 
-    pictures = images("subject")
-    each = len(pictures) // len(PROMPTS)
-    prompts = [fill_prompt(p, run.config.subject) for p in PROMPTS for _ in range(each)]
-    return ValidationImages(pictures, images("class"), images("unrelated"), prompts)
+    of_subject = load("subject")
+    seeds = len(of_subject) // len(PROMPTS)
+    prompts = [fill_prompt(p, run.config.subject) for p in PROMPTS for _ in range(seeds)]
+    return ValidationImages(of_subject, load("class"), load("unrelated"), prompts)
 
 
 def history(run: Run) -> list[ValidationResult]:
-    """Return every look so far, the frozen base's first."""
+    """Return the result of every validation so far, the frozen base's first."""
     known = ValidationResult.__dataclass_fields__  # rows of earlier versions have more
     return [
         ValidationResult(**{k: row[k] for k in row if k in known}) for row in run.rows("validation")
@@ -136,5 +138,5 @@ def history(run: Run) -> list[ValidationResult]:
 
 
 def time_share(run: Run) -> float:
-    """Return the seconds spent on looks, as a share of those spent on updates."""
+    """Return the seconds spent on validation as a share of those spent on training steps."""
     return sum(row.seconds for row in history(run)) / sum(row["seconds"] for row in run.log())

@@ -180,7 +180,7 @@ def _memory(config: TrainConfig) -> str:
     if not torch.cuda.is_available():
         return ""
     device = torch.device("cuda")
-    config = memory_level.with_level_for_now(config, device)
+    config = memory_level.resolve_memory(config, device)
     need = estimate(config, memory_level.native_precision(config.mixed_precision, device)).memory
     _, total = gpu_memory.gpu_bytes(device)
     return (
