@@ -172,7 +172,7 @@ class Table:
 
     def __repr__(self) -> str:
         return "\n".join(
-            f"{labels.sign(ok)} {word:15} {name:24} {methods}"
+            f"{labels.sign(ok)} {word:15} {name:28}{methods}"
             for ok, word, (name, _, _, methods, *_) in self._cells()
         )
 
