@@ -95,7 +95,7 @@ class ResolvedBase:
         adapter = FAMILIES[class_name]
         if isinstance(adapter, tuple):
             module, name = adapter
-            return getattr(import_module(f"{__name__}.{module}"), name)
+            return getattr(import_module(f"dreambooth_lib.families.{module}"), name)
         return adapter
 
     @property
@@ -199,7 +199,9 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
     names = [f"lora{number}" for number in range(len(found))]
     for name, lora in zip(names, found, strict=True):
         if lora.word is not None:
-            import_module(f"{__name__}.tokens").load(family, lora.path, lora.word)
+            from dreambooth_lib.families import textual_inversion
+
+            textual_inversion.load_token(family, lora.path, lora.word)
         family.pipeline.load_lora_weights(lora.path, weight_name=LORA_FILE, adapter_name=name)
     family.pipeline.set_adapters(names, list(loras.values()))
     return family if bases[0].get("quantize") else merge_loras(family)
