@@ -141,9 +141,7 @@ def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) 
     reached = max(runs.resume(folder).checkpoints())
     assert 0 < reached < 30
     assert start(file, sys.executable).wait() == 0
-    assert f"Resuming runs/patch_dog: step {reached} of 30" in said(
-        json.loads(file.read_text())
-    )
+    assert f"Resuming runs/patch_dog: step {reached} of 30" in said(json.loads(file.read_text()))
     run = runs.resume(folder)
     assert [row["step"] for row in run.log()] == list(range(1, 31))
     assert (run.pipeline / "model_index.json").exists()
