@@ -170,10 +170,10 @@ def run_export(arguments: argparse.Namespace) -> None:
     from dreambooth_lib.export import comfyui, pipeline_folder
 
     run = runs.resume(arguments.run)
-    comfyui.refuse(run)
+    comfyui.check_exportable(run)
     step = max(run.checkpoints(), default=0) if arguments.step is None else arguments.step
     with TemporaryDirectory(dir=run.folder) as model:  # as large as the run's pipeline
-        pipeline_folder.write(run, step, Path(model))
+        pipeline_folder.write_pipeline(run, step, Path(model))
         print(comfyui.export(run, model, arguments.out or run.folder / "exports"))
 
 

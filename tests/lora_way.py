@@ -39,7 +39,7 @@ def way(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     )
     model = folder / "models" / "dog"
     pipeline_folder.write_model(run, 3, model)
-    comfyui_lora.lora_file(model / loading.LORA_FILE, folder / "exported.safetensors")
+    comfyui_lora.write_lora(model / loading.LORA_FILE, folder / "exported.safetensors")
     save_file(
         trainable.load_at_checkpoint(run, 3).denoiser.state_dict(), folder / "unet.safetensors"
     )

@@ -1,4 +1,4 @@
-"""Where the kit is published, written into the notebooks."""
+"""Test writing the kit's address into the notebooks and README."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ NAMES = [path.stem for path in sorted(address.NOTEBOOKS.glob("*.ipynb"))]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_gets_one_badge_and_one_address(name: str) -> None:
     plain = json.loads(Path(address.NOTEBOOKS, f"{name}.ipynb").read_text())
-    first = address.addressed(json.loads(json.dumps(plain)), name, "https://github.com/me/old")
-    again = address.addressed(first, name, "https://github.com/you/new.git")
+    first = address.with_address(json.loads(json.dumps(plain)), name, "https://github.com/me/old")
+    again = address.with_address(first, name, "https://github.com/you/new.git")
     head, setup = (
         again["cells"][0]["source"],
         next(cell["source"] for cell in again["cells"] if cell["cell_type"] == "code"),
@@ -29,8 +29,8 @@ def test_a_notebook_gets_one_badge_and_one_address(name: str) -> None:
 
 def test_readme_says_the_way_in_in_one_line() -> None:
     plain = (address.ROOT / "README.md").read_text()
-    first = address.way_in(plain, "https://github.com/me/old")
-    again = address.way_in(first, "https://github.com/you/new/")
+    first = address.with_badge(plain, "https://github.com/me/old")
+    again = address.with_badge(first, "https://github.com/you/new/")
     (line,) = [line for line in again.splitlines() if "colab-badge.svg" in line]
     assert "/github/you/new/blob/main/notebooks/01_dreambooth.ipynb)" in line
     assert "`pip install git+https://github.com/you/new`" in line
@@ -41,4 +41,4 @@ def test_readme_says_the_way_in_in_one_line() -> None:
 
 def test_an_address_elsewhere_is_refused() -> None:
     with pytest.raises(ValueError, match=r"is not https://github.com/OWNER/NAME"):
-        address.addressed({}, "01", "https://example.org/me/kit")
+        address.with_address({}, "01", "https://example.org/me/kit")

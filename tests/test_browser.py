@@ -189,7 +189,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     assert "to fix" not in page.text(PREFLIGHT)
     page.shoot(PREFLIGHT, "1-preflight")
     page.run(BEGIN)
-    page.wait_for(BEGIN, "Beginning a new run.")
+    page.wait_for(BEGIN, "Starting a new run.")
 
     page.run(SUBJECT)
     page.upload(SUBJECT, sorted((BUNDLED / "subjects" / "candy_turtle").glob("*.png"))[:3])

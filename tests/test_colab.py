@@ -1,4 +1,4 @@
-"""Colab's branches, driven by a stand-in for its package: secrets, uploads, Drive."""
+"""Test what is special to Colab with a fake of its package: secrets, uploads, Drive."""
 
 import io
 import os
@@ -45,7 +45,7 @@ PHOTOS = {"red.png": png("red"), "blue.png": png("blue")}
 # Token
 
 
-def test_outside_colab_nothing_of_it_is_asked() -> None:
+def test_outside_colab_it_is_not_asked_for_anything() -> None:
     assert not colab.in_colab()
     assert hub_token() is None and colab.mount_drive() is None
 

@@ -1,4 +1,4 @@
-"""A run's mirror on a drive with faults, and the run taken back from it."""
+"""Test the backup of a run on a drive with faults, and the run restored from it."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def drive(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, make_config: Make) -> Run:
-    """As after 200 steps, with files half-written beside the whole ones."""
+    """Start a run of 200 steps, with half-written files beside the complete ones."""
     photos = save_photos(tmp_path / "uploads" / "rex", 3)
     config = make_config("toybox", photos, checkpoints_kept=2, steps=400)
     run = runs.start(config, tmp_path / "runs" / "my-dog")
@@ -80,26 +80,26 @@ def shown(folder: Path) -> dict[str, bytes]:
 
 
 def wanted(run: Run) -> dict[str, bytes]:
-    """What a mirror has of a run without looks: of its checkpoints the newest."""
+    """Return what a backup has of a run without validation: only its newest checkpoint."""
     newest = f"checkpoints/{max(run.checkpoints()):06d}/"
     found = shown(run.folder).items()
     return {n: d for n, d in found if not n.startswith("checkpoints/") or n.startswith(newest)}
 
 
 def newest(*folders: Path | None, base: str = "toybox") -> FoundRun | None:
-    """The run in these folders that is gone on with, whatever its pictures."""
+    """Return the run in these folders that would be resumed, whatever its photos."""
     return find_interrupted(True, folders, None, "dog", base)[0]
 
 
-def looked_at(run: Run, fidelity: dict[int, float]) -> None:
-    """Write looks that differ by their subject fidelity alone."""
+def validated(run: Run, fidelity: dict[int, float]) -> None:
+    """Write validation rows that differ only in their subject fidelity."""
     for step, value in fidelity.items():
         row = ValidationResult(step, value, 0.9, 0.3, 0.5, 0.0, 0.1, 0.0, {}, 1.0)
         run.append("validation", asdict(row))
 
 
 class Faults:
-    """Copying that fails, is cut short, or is interrupted, as it is told; counts what it copied."""
+    """Copying that fails, is truncated or interrupted as told, and counts what it copied."""
 
     def __init__(self) -> None:
         self.real = shutil.copyfile
@@ -111,7 +111,7 @@ class Faults:
     def fail(self, place: Path) -> None:
         raise OSError(5, "Input/output error", str(place))
 
-    def cut(self, place: Path) -> None:
+    def truncate(self, place: Path) -> None:
         place.write_bytes(place.read_bytes()[:-1])
 
     def interrupt(self, place: Path) -> None:
@@ -134,17 +134,17 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     return faults
 
 
-# Mirroring
+# Backing up
 
 
-def test_a_mirror_is_the_run_with_its_photos_and_nothing_half_written(
+def test_a_backup_is_the_run_with_its_photos_and_nothing_half_written(
     run: Run, drive: Path
 ) -> None:
     assert backup(run, drive / "my-dog") is None
     photos = {f"photos/{n}": d for n, d in tree(Path(run.config.subject.pictures)).items()}
     assert len(photos) == 3
     assert shown(drive / "my-dog") == wanted(run) | photos
-    assert set(tree(drive / "my-dog")) - set(shown(drive / "my-dog")) == {".mirror.json"}
+    assert set(tree(drive / "my-dog")) - set(shown(drive / "my-dog")) == {".backup.json"}
 
 
 def test_only_what_is_new_is_copied(run: Run, drive: Path, faults: Faults) -> None:
@@ -175,7 +175,7 @@ def test_what_others_need_is_copied_first_and_the_newest_weights_before_older_on
 def test_of_the_checkpoints_the_newest_and_the_best_are_copied(run: Run, drive: Path) -> None:
     save(run, 300)
     run.save_checkpoint(400, {"step": 400}, best=200)
-    looked_at(run, {0: 0.1, 100: 0.5, 200: 0.8, 300: 0.7, 400: 0.6})
+    validated(run, {0: 0.1, 100: 0.5, 200: 0.8, 300: 0.7, 400: 0.6})
     assert list(run.checkpoints()) == [200, 300, 400]
     assert backup(run, drive / "my-dog") is None
     there = drive / "my-dog" / "checkpoints"
@@ -186,7 +186,7 @@ def test_of_the_checkpoints_the_newest_and_the_best_are_copied(run: Run, drive: 
 def test_the_best_being_whole_makes_room_for_the_newest(
     run: Run, drive: Path, faults: Faults
 ) -> None:
-    looked_at(run, {0: 0.1, 100: 0.8, 200: 0.5})
+    validated(run, {0: 0.1, 100: 0.8, 200: 0.5})
     assert backup(run, drive / "my-dog") is None
     run.save_checkpoint(300, {"step": 300, "model": torch.zeros(64)}, best=100)
     faults.names["tensors.safetensors"] = 3
@@ -222,11 +222,11 @@ def test_what_is_dropped_goes_into_a_drives_trash_empty(
     trash: dict[str, bytes] = {}
     remove = shutil.rmtree
 
-    def into_trash(path: Path, *given: Any, **named: Any) -> None:
+    def into_trash(path: Path, *args: Any, **kwargs: Any) -> None:
         if old.name in path.name:
             assert not old.exists(), "half-emptied it would be taken for a checkpoint"
             trash.update(tree(path))
-        remove(path, *given, **named)
+        remove(path, *args, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", into_trash)
     assert backup(run, drive / "my-dog") is None
@@ -263,11 +263,11 @@ def full_state(step: int) -> State:
 
 
 def best_then_newest(run: Run, drive: Path) -> None:
-    """Mirror a run whose best checkpoint is its newest, then give it a newer one."""
-    looked_at(run, {0: 0.1, 300: 0.8})
+    """Back up a run whose best checkpoint is its newest, then give it a newer one."""
+    validated(run, {0: 0.1, 300: 0.8})
     run.save_checkpoint(300, full_state(300))
     assert backup(run, drive / "my-dog") is None
-    looked_at(run, {400: 0.5})
+    validated(run, {400: 0.5})
     run.save_checkpoint(400, full_state(400), best=300)
 
 
@@ -338,7 +338,7 @@ def test_the_best_keeps_its_optimizers_state_until_the_newest_is_there(
     assert "optimizer" not in load_state(there / "000300")
 
 
-def test_a_file_that_left_a_folder_in_a_part_leaves_the_mirror(run: Run, drive: Path) -> None:
+def test_a_file_that_left_a_folder_in_a_part_leaves_the_backup(run: Run, drive: Path) -> None:
     inside = run.pipeline / "tokenizer"
     inside.mkdir(parents=True)
     for name in ("vocab.json", "tokenizer.json"):
@@ -350,7 +350,7 @@ def test_a_file_that_left_a_folder_in_a_part_leaves_the_mirror(run: Run, drive: 
     assert [path.name for path in there.iterdir()] == ["tokenizer.json"]
 
 
-@pytest.mark.parametrize("fault", ["fail", "cut"])
+@pytest.mark.parametrize("fault", ["fail", "truncate"])
 def test_a_passing_fault_is_tried_again(run: Run, drive: Path, faults: Faults, fault: str) -> None:
     faults.fault = getattr(faults, fault)
     faults.names = {"log.jsonl": 2, "state.json": 1, "0.png": 1}
@@ -383,10 +383,10 @@ def test_what_cannot_be_removed_or_renamed_is_a_sentence_too(
     save(run, 300)
 
     def failing(real: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(path: Path, *given: Any, **named: Any) -> Any:
+        def call(path: Path, *args: Any, **kwargs: Any) -> Any:
             if Path(path) == drive / "my-dog" / name:
                 raise OSError(107, "Transport endpoint is not connected")
-            return real(path, *given, **named)
+            return real(path, *args, **kwargs)
 
         return call
 
@@ -404,7 +404,7 @@ def test_what_cannot_be_removed_or_renamed_is_a_sentence_too(
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "tensors.safetensors", "config.toml", "0.png"])
-def test_a_mirror_that_is_interrupted_has_nothing_half(
+def test_a_backup_that_is_interrupted_has_nothing_half_written(
     run: Run, drive: Path, faults: Faults, name: str
 ) -> None:
     backup(run, drive / "my-dog")
@@ -431,20 +431,20 @@ def test_nothing_is_written_where_no_drive_is_mounted(run: Run, tmp_path: Path) 
     assert not (tmp_path / "content").exists()
 
 
-def test_another_runs_mirror_is_left_alone(run: Run, drive: Path, make_config: Make) -> None:
+def test_another_runs_backup_is_left_alone(run: Run, drive: Path, make_config: Make) -> None:
     backup(run, drive / "my-dog")
     before = tree(drive / "my-dog")
     config = make_config("toybox", run.config.subject.pictures, seed=5)
     other = runs.start(config, run.folder.parent / "again")
     problem = backup(other, drive / "my-dog")
-    assert problem is not None and "holds something else" in problem
+    assert problem is not None and "holds something other" in problem
     (drive / "thesis").mkdir()
     (drive / "thesis" / "thesis.txt").write_text("dear")
-    assert "holds something else" in str(backup(run, drive / "thesis"))
+    assert "holds something other" in str(backup(run, drive / "thesis"))
     assert tree(drive / "my-dog") == before and len(tree(drive / "thesis")) == 1
 
 
-def test_a_first_write_that_failed_does_not_bar_the_mirror(
+def test_a_first_write_that_failed_does_not_bar_the_backup(
     run: Run, drive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Path.write_bytes
@@ -459,15 +459,15 @@ def test_a_first_write_that_failed_does_not_bar_the_mirror(
         patch.setattr(Path, "write_bytes", full)
         assert "No space left" in str(backup(run, drive / "my-dog"))
     assert list((drive / "my-dog").iterdir()) == []
-    (drive / "my-dog" / ".mirror.json.7.partial").write_text("of a process that was killed")
+    (drive / "my-dog" / ".backup.json.7.partial").write_text("of a process that was killed")
     assert backup(run, drive / "my-dog") is None
 
 
-# Taking back
+# Restoring
 
 
 def lose(run: Run) -> None:
-    """What a disconnect does: all of the machine's own disk is gone."""
+    """Delete what a disconnect does: all of the machine's own disk."""
     shutil.rmtree(run.folder.parent)
     shutil.rmtree(run.folder.parents[1] / "uploads")
 
@@ -487,11 +487,11 @@ def test_a_restored_run_is_the_run_with_its_own_photos(
     assert back.config == run.config.replace(subject=subject)
     assert (subject.name, subject.token) == (run.config.subject.name, run.config.subject.token)
     faults.copied.clear()
-    assert backup(back, drive / "my-dog") is None, "its own mirror goes on"
+    assert backup(back, drive / "my-dog") is None, "its own backup goes on"
     assert faults.copied == ["config.toml"], "the rest is there already"
 
 
-def test_a_zip_and_own_and_drawn_class_pictures_come_back(
+def test_a_zip_and_own_and_generated_class_images_come_back(
     tmp_path: Path, drive: Path, make_config: Make
 ) -> None:
     photos, own = (save_photos(tmp_path / "uploads" / name, 2) for name in ("rex", "dogs"))
@@ -537,24 +537,24 @@ def test_restoring_is_all_or_nothing(run: Run, drive: Path, tmp_path: Path, faul
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_whose_mirror_lost_its_own_notes_is_found_and_restored(
+def test_a_run_whose_backup_lost_its_state_is_found_and_restored(
     run: Run, drive: Path, tmp_path: Path
 ) -> None:
     backup(run, drive / "my-dog")
-    (drive / "my-dog" / ".mirror.json").write_text("")
+    (drive / "my-dog" / ".backup.json").write_text("")
     found = newest(drive)
     assert found is not None and found.step == 200
     assert shown(restore(found.run.folder, tmp_path / "back").folder).keys() >= {"log.jsonl"}
-    assert "holds something else" in str(backup(run, drive / "my-dog"))
+    assert "holds something other" in str(backup(run, drive / "my-dog"))
 
 
 def test_a_drive_that_is_gone_holds_no_run_and_restores_none(
     run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(path: Path, *given: Any, real: Callable[..., Any], **named: Any) -> Any:
+    def gone(path: Path, *args: Any, real: Callable[..., Any], **kwargs: Any) -> Any:
         if drive in (path, *path.parents):
             raise OSError(107, "Transport endpoint is not connected")
-        return real(path, *given, **named)
+        return real(path, *args, **kwargs)
 
     for name in ("iterdir", "stat", "exists", "mkdir"):
         real = getattr(Path, name)
@@ -565,7 +565,7 @@ def test_a_drive_that_is_gone_holds_no_run_and_restores_none(
     assert "Transport endpoint" in str(backup(run, drive / "my-dog"))
 
 
-def test_a_run_goes_on_after_a_disconnect_as_if_there_had_been_none(
+def test_a_run_resumes_after_a_disconnect_as_if_there_had_been_none(
     tmp_path: Path, drive: Path, tiny_sd1: str, make_config: Make
 ) -> None:
     def begin(name: str) -> Run:
@@ -592,7 +592,7 @@ def test_a_run_goes_on_after_a_disconnect_as_if_there_had_been_none(
     assert max(runs.resume(drive / "my-dog").checkpoints()) == 4
 
 
-def test_a_large_run_goes_on_and_makes_its_pipeline_from_what_the_drive_has(
+def test_a_large_run_resumes_and_makes_its_pipeline_from_what_the_drive_has(
     tmp_path: Path, drive: Path, tiny_sd1: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drive_backup, "LARGE", 100)
@@ -643,10 +643,10 @@ def test_the_newest_run_that_has_not_finished_is_found(
     found = newest(None, tmp_path / "runs", tmp_path / "drive")
     assert found is not None and found.run.folder == tmp_path / "drive" / "new"
     assert (found.step, found.finished) == (3, False)
-    assert str(found).endswith("new: step 3 of 4, last written 1970-01-01 00:33 UTC")
+    assert str(found).endswith("new: step 3 of 4, last saved 1970-01-01 00:33 UTC")
 
 
-def test_of_a_run_and_its_mirror_the_further_one_is_found(run: Run, drive: Path) -> None:
+def test_of_a_run_and_its_backup_the_further_one_is_found(run: Run, drive: Path) -> None:
     backup(run, drive / "my-dog")
     found = newest(run.folder.parent, drive)
     assert found is not None and found.run.folder == run.folder, "of equals the first"
@@ -663,79 +663,81 @@ def finish(run: Run) -> None:
     (run.pipeline / "model_index.json").write_text("{}")
 
 
-def test_a_finished_run_does_not_lose_to_its_own_older_mirror(run: Run, drive: Path) -> None:
+def test_a_finished_run_does_not_lose_to_its_own_older_backup(run: Run, drive: Path) -> None:
     backup(run, drive / "my-dog")
     finish(run)
     assert newest(run.folder.parent, drive) is None, "the run itself has finished"
     save(run, 300)
     backup(run, drive / "my-dog")
-    shutil.rmtree(run.pipeline)  # gone on with, to more steps
+    shutil.rmtree(run.pipeline)  # resumed, for more steps
     save(run, 400)
     found = newest(run.folder.parent, drive)
     assert found is not None and (found.run.folder, found.step) == (run.folder, 400)
 
 
-# Going on with one
+# Resuming
 
 
-def cut(run: Run, drive: Path, **other: Any) -> tuple[Path | None, str]:
-    """Where the run lies that is gone on with, and what its user is told."""
+def interrupted(run: Run, drive: Path, **other: Any) -> tuple[Path | None, str]:
+    """Return the folder of the run that is resumed, and what its user is told."""
     asked: dict[str, Any] = {
-        "go_on": True, "pictures": run.config.subject.pictures, "class_noun": "dog",
+        "resume": True, "pictures": run.config.subject.pictures, "class_noun": "dog",
         "base": "toybox",
     }  # fmt: skip
-    found, said = find_interrupted(folders=[run.folder.parent, drive], **(asked | other))
-    return (found.run.folder if found else None), said
+    found, message = find_interrupted(folders=[run.folder.parent, drive], **(asked | other))
+    return (found.run.folder if found else None), message
 
 
-def test_a_run_of_the_same_pictures_noun_and_base_is_gone_on_with(
+def test_a_run_of_the_same_photos_noun_and_base_is_resumed(
     run: Run, drive: Path, tmp_path: Path
 ) -> None:
-    folder, said = cut(run, drive)
+    folder, message = interrupted(run, drive)
     assert folder == run.folder
-    assert said.startswith(f"Going on with {run.folder}: step 200 of 400")
+    assert message.startswith(f"Resuming {run.folder}: step 200 of 400")
     packed = shutil.make_archive(str(tmp_path / "zipped"), "zip", run.config.subject.pictures)
-    assert cut(run, drive, pictures=packed)[0] == run.folder, "the content counts"
-    assert cut(run, drive, pictures=None)[0] == run.folder, "they are uploaded later"
+    assert interrupted(run, drive, pictures=packed)[0] == run.folder, "the content counts"
+    assert interrupted(run, drive, pictures=None)[0] == run.folder, "they are uploaded later"
     backup(run, drive / "my-dog")
     shutil.rmtree(run.folder.parent)
-    assert cut(run, drive)[0] == drive / "my-dog"
+    assert interrupted(run, drive)[0] == drive / "my-dog"
     pictures = run.config.subject.pictures
     shutil.rmtree(pictures)
-    assert cut(run, drive, pictures=pictures)[0] == drive / "my-dog", "gone with the machine"
+    assert interrupted(run, drive, pictures=pictures)[0] == drive / "my-dog", (
+        "gone with the machine"
+    )
 
 
-def test_a_run_of_something_else_is_left_alone_until_it_is_named(
+def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
     run: Run, drive: Path, tmp_path: Path, tiny_sd1: str
 ) -> None:
     others = {
         "class_noun": ("cat", "its class noun is 'dog', not 'cat'"),
         "base": (tiny_sd1, f"its base is 'toybox', not '{tiny_sd1}'"),
-        "pictures": (save_photos(tmp_path / "max", 2), "its pictures are not those in"),
+        "pictures": (save_photos(tmp_path / "max", 2), "its photos are not those in"),
     }
     for field, (value, why) in others.items():
-        folder, said = cut(run, drive, **{field: value})
-        assert folder is None and why in said
-        assert said.startswith(f"Left alone: {run.folder}: step 200 of 400")
-        assert "RESUME = 'my-dog' goes on with it.\nBeginning a new run." in said
-        assert cut(run, drive, go_on="my-dog", **{field: value})[0] == run.folder
-    assert cut(run, drive, go_on=False) == (None, "Beginning a new run.")
-    assert "no unfinished run called 'max'" in cut(run, drive, go_on="max")[1]
+        folder, message = interrupted(run, drive, **{field: value})
+        assert folder is None and f"UTC; {why}" in message
+        assert message.startswith(f"Not resumed: {run.folder}: step 200 of 400, last saved ")
+        assert "set RESUME = 'my-dog' to resume it.\nStarting a new run." in message
+        assert interrupted(run, drive, resume="my-dog", **{field: value})[0] == run.folder
+    assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
+    assert "no unfinished run named 'max'" in interrupted(run, drive, resume="max")[1]
     finish(run)
-    assert cut(run, drive) == (None, "Beginning a new run.")
+    assert interrupted(run, drive) == (None, "Starting a new run.")
 
 
-def test_an_older_run_that_fits_is_gone_on_with_before_a_newer_one_that_does_not(
+def test_an_older_run_that_matches_is_resumed_before_a_newer_one_that_does_not(
     run: Run, drive: Path, tmp_path: Path, make_config: Make
 ) -> None:
     other = make_config("toybox", save_photos(tmp_path / "max", 2))
     runs.start(other, run.folder.parent / "max")
     for file in ("config.toml", "log.jsonl"):
         os.utime(run.folder / file, (1, 1))
-    assert cut(run, drive)[0] == run.folder
+    assert interrupted(run, drive)[0] == run.folder
 
 
-def test_a_name_is_free_where_no_folder_has_it_nor_a_zip(tmp_path: Path) -> None:
+def test_a_name_is_unique_among_folders_and_zips(tmp_path: Path) -> None:
     runs_, drive = tmp_path / "runs", tmp_path / "drive"
     for place in (runs_ / "dog", runs_ / "cat", drive / "dog-3"):
         place.mkdir(parents=True)
@@ -745,19 +747,63 @@ def test_a_name_is_free_where_no_folder_has_it_nor_a_zip(tmp_path: Path) -> None
     assert unique_name("cat", runs_) == "cat-2"
 
 
-def test_a_run_is_brought_beside_another_of_its_name(run: Run, drive: Path) -> None:
+def test_a_run_is_fetched_beside_another_of_its_name(run: Run, drive: Path) -> None:
     backup(run, drive / "my-dog")
     (found,) = [f for f in [newest(run.folder.parent)] if f]
     assert fetch(found, run.folder.parent, drive) == found.run
-    mirrored = newest(drive)
-    assert mirrored is not None
-    back = fetch(mirrored, run.folder.parent, drive)
+    backed_up = newest(drive)
+    assert backed_up is not None
+    back = fetch(backed_up, run.folder.parent, drive)
     assert back.folder == run.folder.parent / "my-dog-2" and back.checkpoints().keys() == {200}
     assert (run.folder / "config.toml").exists()
     shutil.rmtree(run.folder)
-    assert fetch(mirrored, run.folder.parent, drive).folder == run.folder
+    assert fetch(backed_up, run.folder.parent, drive).folder == run.folder
 
 
-def test_a_run_without_a_mirror_writes_no_word_for_one(run: Run) -> None:
+def test_a_run_without_a_backup_gets_no_identity(run: Run) -> None:
     newest(run.folder.parent)
     assert not (run.folder / drive_backup.IDENTITY).exists()
+
+
+# Backups of earlier versions
+
+
+def under_old_names(run: Run, backup_folder: Path) -> None:
+    """Rename a backup's state and its run's identity to what earlier versions called them."""
+    (backup_folder / ".backup.json").rename(backup_folder / ".mirror.json")
+    (run.folder / ".backup").rename(run.folder / ".mirror")
+
+
+def test_a_backup_under_the_old_names_is_found_and_restored(
+    run: Run, drive: Path, tmp_path: Path
+) -> None:
+    backup(run, drive / "my-dog")
+    under_old_names(run, drive / "my-dog")
+    found = newest(run.folder.parent, drive)
+    assert found is not None and found.run.folder == run.folder, "known to be one run"
+    identity = (run.folder / ".mirror").read_text()
+    assert found.identity == identity
+    lose(run)
+    back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
+    assert (back.folder / ".backup").read_text() == identity
+    (drive / "my-dog" / ".mirror.json").write_text('{"finished": true}')
+    assert has_finished(drive / "my-dog")
+
+
+def test_a_backup_under_the_old_names_is_carried_over(
+    run: Run, drive: Path, faults: Faults, make_config: Make
+) -> None:
+    backup(run, drive / "my-dog")
+    identity = (run.folder / ".backup").read_text()
+    under_old_names(run, drive / "my-dog")
+    other = runs.start(make_config("toybox", run.config.subject.pictures), run.folder.parent / "b")
+    assert "holds something other" in str(backup(other, drive / "my-dog"))
+    faults.copied.clear()
+    run.append("log", {"step": 201, "loss": 0.4})
+    assert backup(run, drive / "my-dog") is None
+    assert faults.copied == ["log.jsonl"], "the rest is there already"
+    assert (run.folder / ".backup").read_text() == identity
+    assert (drive / "my-dog" / ".backup.json").exists()
+    assert not (run.folder / ".mirror").exists()
+    assert not (drive / "my-dog" / ".mirror.json").exists()
+    assert backup(run, drive / "my-dog") is None

@@ -1,4 +1,4 @@
-"""The notebooks' first cell in a Python without the kit: it finds a clone or a wheel, or says so.
+"""Test the notebooks' first cell without the kit: it finds a clone or a wheel, or says so.
 
 The wheel itself is built and installed by this cell in ``test_package.py``.
 """
@@ -38,7 +38,7 @@ def first_cell() -> str:
 
 
 def run_bare(cell: str, python: str, folder: Path) -> str:
-    """What the cell shows in a notebook of ``folder``, and where the kit was found."""
+    """Return what the cell shows in a notebook in ``folder``, and where it found the kit."""
     (folder / ".cell.py").write_text(cell)
     site = folder / ".site"
     site.mkdir(exist_ok=True)  # as the environment's own is there before
@@ -54,21 +54,21 @@ def run_bare(cell: str, python: str, folder: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A notebook's, with nothing in it or in what lies around it."""
+    """Make a notebook's folder with nothing in it or around it."""
     (tmp_path / "home" / "clone" / "notebooks").mkdir(parents=True)
     return tmp_path / "home" / "clone" / "notebooks"
 
 
 def clone(place: Path) -> None:
-    """A clone's library and requirements; it is only imported."""
+    """Link a clone's library and copy its requirements; it is only imported."""
     place.mkdir(exist_ok=True)
     (place / "dreambooth_lib").symlink_to(ROOT / "dreambooth_lib")
     shutil.copy(ROOT / "requirements.txt", place)
 
 
 def test_without_the_kit_the_cell_says_the_one_thing_to_do(folder: Path, python: str) -> None:
-    said = run_bare(first_cell(), python, folder).strip()
-    assert said == (
+    shown = run_bare(first_cell(), python, folder).strip()
+    assert shown == (
         "The kit was not found here. Put its wheel (`make wheel`) next to this notebook; on Colab "
         "drag it into the Files panel on the left, or mount the Drive that has it. Then run this "
         "cell again."
@@ -77,8 +77,8 @@ def test_without_the_kit_the_cell_says_the_one_thing_to_do(folder: Path, python:
 
 def test_an_address_that_gives_nothing_is_named(folder: Path, python: str) -> None:
     cell = first_cell().replace('KIT_URL = ""', 'KIT_URL = "no/such/kit.whl"')
-    said = run_bare(cell, python, folder)
-    assert "The kit was not found here or at no/such/kit.whl." in said and "Traceback" not in said
+    shown = run_bare(cell, python, folder)
+    assert "The kit was not found here or at no/such/kit.whl." in shown and "Traceback" not in shown
 
 
 @pytest.mark.parametrize("place", ["around", "beside", "of-its-name", "drive"])
@@ -94,5 +94,5 @@ def test_a_clone_is_found(place: str, folder: Path, python: str, tmp_path: Path)
         drive.mkdir(parents=True)
         cell, expected = cell.replace("/content/drive/MyDrive", str(drive)), drive / "kit"
     clone(expected)
-    said = run_bare(cell, python, folder)
-    assert f"found {expected / 'dreambooth_lib'}" in said and "Nothing is absent" in said
+    shown = run_bare(cell, python, folder)
+    assert f"found {expected / 'dreambooth_lib'}" in shown and "Nothing to install" in shown

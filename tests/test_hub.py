@@ -1,4 +1,4 @@
-"""A tuned model's card and its upload, by the real client to a stand-in for the Hub."""
+"""Test a model's card, and its upload by the real client to a fake Hub."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,31 +38,31 @@ def test_a_card_says_how_to_draw_the_subject_and_how_it_was_made(run: Run, tmp_p
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
     assert card.data.base_model is None, "a base of this machine has no address"
     assert f'"{run.config.subject.instance_prompt} on the beach"' in card.text
-    assert f"λ {run.config.prior_weight:g}" in card.text and "Step 2 of 4" in card.text
+    assert f"λ {run.config.prior_weight:g}" in card.text and "step 2 of 4" in card.text
     assert run.config.subject.pictures not in card.content
-    assert run.config.base not in card.content and "`sd1` personalised" in card.text
+    assert run.config.base not in card.content and "`sd1`, fine-tuned with DreamBooth" in card.text
     assert Image.open(tmp_path / "model" / "samples.png").size[0] > 100
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "sentence"),
     [
-        ({"prior": "distilled"}, "λ 1, by the base's own predictions of “a dog”."),
+        ({"prior": "distilled"}, "λ 1 on the base model's own predictions for “a dog”."),
         ({"prior": "none"}, "no prior preservation."),
-        ({"class_folder": "/tmp"}, "λ 1 and the trainer's own class images."),
-        ({}, "λ 1 and 4 class images of “a dog”."),
+        ({"class_folder": "/tmp"}, "λ 1 on the trainer's own class images."),
+        ({}, "λ 1 on 4 class images of “a dog”."),
     ],
 )
-def test_a_card_tells_of_class_pictures_only_where_there_were_some(
-    changes: dict[str, Any], said: str, run: Run, tmp_path: Path
+def test_a_card_mentions_class_images_only_where_there_were_some(
+    changes: dict[str, Any], sentence: str, run: Run, tmp_path: Path
 ) -> None:
     other = Run(run.folder, run.config.replace(**changes))
     text = model_card.write_card(other, 2, tmp_path / "model").read_text()
-    assert said in " ".join(text.split())
+    assert sentence in " ".join(text.split())
     assert ("4 class images" in text) == (not changes)
 
 
-def test_a_card_needs_a_look_at_its_step(run: Run, tmp_path: Path) -> None:
+def test_a_card_needs_a_validation_at_its_step(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="was not validated at step 3"):
         model_card.write_card(run, 3, tmp_path / "model")
 
@@ -81,9 +81,9 @@ def test_a_card_shows_the_curves_and_the_photos_only_if_asked(run: Run, tmp_path
 def test_a_card_gives_the_licence_of_a_base_that_gives_one(
     run: Run, fake_hub: FakeHub, tmp_path: Path
 ) -> None:
-    said = "license: other\nlicense_name: not-for-sale\nlicense_link: "
+    fields = "license: other\nlicense_name: not-for-sale\nlicense_link: "
     for name, link in (("linked", "https://example.org/licence"), ("beside", "LICENSE.md")):
-        card = f"---\n{said}{link}\n---\n"
+        card = f"---\n{fields}{link}\n---\n"
         fake_hub.repos[f"maker/{name}"] = Repo(files={"README.md": card.encode()})
     fake_hub.repos["maker/silent"] = Repo()
 
@@ -92,7 +92,10 @@ def test_a_card_gives_the_licence_of_a_base_that_gives_one(
         card = ModelCard.load(
             fake_hub.call(model_card.write_card, on_the_hub, 2, tmp_path / "model")
         )
-        assert card.data.base_model == base and "The base's licence and terms hold" in card.text
+        assert (
+            card.data.base_model == base
+            and "licence and terms of the base model apply" in card.text
+        )
         return card
 
     linked = card_of("maker/linked").data
@@ -147,20 +150,20 @@ def test_the_lines_that_are_printed_load_a_lora_and_its_word_from_the_hub(
     fake_hub.call(hub.push, tmp_path / "model", NAME)
     code, _, drawn = model_card.usage(run, NAME).rpartition("\n")
     assert "a <rex> dog on the beach" in drawn
-    fake_hub.call(run_lines, code, tmp_path / "found")
+    fake_hub.call(run_lines, code, tmp_path / "actual")
     loading.load_model(str(run.folder)).pipeline.save_pretrained(tmp_path / "expected")
-    found, expected = weights_of(tmp_path / "found"), weights_of(tmp_path / "expected")
+    actual, expected = weights_of(tmp_path / "actual"), weights_of(tmp_path / "expected")
     base = weights_of(Path(tiny_sd1))
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[n], value, atol=1e-6) for n, value in expected.items())
-    moved = {n for n, one in found.items() if one.shape != base[n].shape or (one != base[n]).any()}
+    assert actual.keys() == expected.keys()
+    assert all(torch.allclose(actual[n], value, atol=1e-6) for n, value in expected.items())
+    moved = {n for n, one in actual.items() if one.shape != base[n].shape or (one != base[n]).any()}
     assert any("token_embedding" in name for name in moved)
     assert any(name.startswith("unet") for name in moved)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What may be pushed: small and large files, in folders too."""
+    """Make a folder to push: small and large files, in folders too."""
     folder = tmp_path / "model"
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "weights.safetensors").write_bytes(bytes(range(256)) * 64)
@@ -217,11 +220,9 @@ def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, fold
 )
 def test_a_refusal_is_one_sentence(part: str, status: int, fake_hub: FakeHub, folder: Path) -> None:
     fake_hub.refusals[part] = status
-    with pytest.raises(
-        hub.HubError, match=rf"did not take '{NAME}' \(.*{status}.*\); check"
-    ) as said:
+    with pytest.raises(hub.HubError, match=rf"refused '{NAME}' \(.*{status}.*\); check") as raised:
         fake_hub.call(hub.push, folder, NAME)
-    assert "\n" not in str(said.value) and TOKEN not in str(said.value)
+    assert "\n" not in str(raised.value) and TOKEN not in str(raised.value)
     assert not fake_hub.repos.get(NAME, Repo()).files
 
 
@@ -229,14 +230,16 @@ def test_a_refusal_is_one_sentence(part: str, status: int, fake_hub: FakeHub, fo
 def test_a_name_that_cannot_be_had_is_one_sentence(
     name: str, fake_hub: FakeHub, folder: Path
 ) -> None:
-    with pytest.raises(hub.HubError, match=rf"did not take '{name}' \(.+\); check that the name"):
+    with pytest.raises(hub.HubError, match=rf"refused '{name}' \(.+\); check that the name"):
         fake_hub.call(hub.push, folder, name)
 
 
 @pytest.mark.parametrize("part", ["repos/create", "/commit/"])
 def test_a_network_that_fails_is_one_sentence(part: str, fake_hub: FakeHub, folder: Path) -> None:
     fake_hub.refusals[part] = HANG_UP
-    with pytest.raises(hub.HubError, match=r"could not be sent to the Hub \(.*check the network"):
+    with pytest.raises(
+        hub.HubError, match=r"could not be uploaded to the Hub \(.*check the network"
+    ):
         fake_hub.call(hub.push, folder, NAME)
     fake_hub.refusals.clear()
     fake_hub.call(hub.push, folder, NAME)
@@ -250,7 +253,7 @@ def test_without_a_token_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, folder
         hub.push(folder, NAME)
 
 
-def test_what_is_on_the_hub_is_looked_at_before_it_is_loaded(
+def test_a_base_on_the_hub_is_checked_before_it_is_loaded(
     fake_hub: FakeHub, tmp_path: Path
 ) -> None:
     for name in ("there", "gated"):

@@ -226,11 +226,11 @@ def test_a_distilled_base_is_trained_with_a_sentence_and_others_without(
     other = runs.start(plain(tiny_sd1, **quick), tmp_path / "runs" / "other")
     assert "distilled" not in printed(other)
     checks = {check.name: check for check in preflight.preflight(turbo, tmp_path)}
-    assert checks["base"].ok and "distilled to draw in about 4 steps" in checks["base"].found
-    assert "distilled" not in preflight.preflight(tiny_sd1, tmp_path)[-1].found
+    assert checks["base"].ok and "distilled to draw in about 4 steps" in checks["base"].result
+    assert "distilled" not in preflight.preflight(tiny_sd1, tmp_path)[-1].result
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **given: None)
     schnell = preflight.preflight("black-forest-labs/FLUX.1-schnell", tmp_path)[-1]
-    assert schnell.ok and "is distilled" in schnell.found, "by its name, with nothing downloaded"
+    assert schnell.ok and "is distilled" in schnell.result, "by its name, with nothing downloaded"
 
 
 def test_a_run_is_drawn_as_what_it_was_trained_from_whatever_its_folders_name(

@@ -1,4 +1,4 @@
-"""What the notebooks' first cell installs: what is absent, and nothing that would move another."""
+"""Test what a notebook's first cell installs: missing packages, without changing any other."""
 
 import os
 import subprocess
@@ -21,53 +21,55 @@ COLAB_FREEZE = os.environ.get("DREAMBOOTH_TEST_COLAB_FREEZE", "")
 RUNTIMES = {"3.13": {}, "3.12": {"numpy": "2.0.2"}}
 
 
-def test_only_what_is_absent_is_added_and_everything_else_is_pinned() -> None:
+def test_only_missing_packages_are_installed_and_all_others_are_pinned() -> None:
     here = {"torch": "2.11.0+cu128", "numpy": "1.26.4", "dbus-thing": "1.2ubuntu3"}
     plan = missing_packages(["Torch>=2.6", "numpy>=2.0", "tomli_w>=1.0", "peft>=0.17"], here)
-    assert plan.absent == ["tomli_w>=1.0", "peft>=0.17"]
+    assert plan.missing == ["tomli_w>=1.0", "peft>=0.17"]
     assert plan.too_old == {"numpy>=2.0": "1.26.4"}
     assert plan.pins == ["numpy==1.26.4", "torch==2.11.0+cu128"], "pip takes no other versions"
     assert plan.pip_arguments("pins.txt") == [
         "install", "--quiet", "--constraint", "pins.txt", "tomli_w>=1.0", "peft>=0.17",
     ]  # fmt: skip
     assert str(plan) == (
-        "Added: tomli_w>=1.0, peft>=0.17; the 2 packages that are installed stay as they are, "
-        "1.26.4 though numpy>=2.0 is needed."
+        "Installed: tomli_w>=1.0, peft>=0.17; no preinstalled package was changed; numpy>=2.0 is "
+        "required, but 1.26.4 is installed."
     )
-    assert str(missing_packages(["numpy"], here)).startswith("Nothing is absent; ")
+    assert str(missing_packages(["numpy"], here)) == (
+        "Nothing to install; no preinstalled package was changed."
+    )
 
 
 def test_a_preinstalled_prerelease_counts_as_its_version() -> None:
     assert missing_packages(["a>=2.0"], {"a": "2.1.dev3"}).too_old == {}
 
 
-@pytest.mark.parametrize(("python", "absent"), [("3.12", ["a"]), ("3.13", ["b>=1"])])
-def test_markers_are_those_of_the_environment(python: str, absent: list[str]) -> None:
+@pytest.mark.parametrize(("python", "missing"), [("3.12", ["a"]), ("3.13", ["b>=1"])])
+def test_markers_are_those_of_the_environment(python: str, missing: list[str]) -> None:
     wanted = ["a; python_version < '3.13'", "b>=1; python_version >= '3.13'", "c; extra == 'test'"]
-    assert missing_packages(wanted, {}, {"python_version": python}).absent == absent
+    assert missing_packages(wanted, {}, {"python_version": python}).missing == missing
 
 
 def test_a_checkout_and_an_installed_package_ask_for_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def absent(name: str) -> None:
+    def uninstalled(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(metadata, "requires", absent)
+    monkeypatch.setattr(metadata, "requires", uninstalled)
     checkout = install.required()
     assert "torch>=2.6" in checkout and not any("#" in line for line in checkout)
     monkeypatch.setattr(metadata, "requires", lambda name: [*checkout, "ruff; extra == 'test'"])
-    assert missing_packages(install.required(), {}).absent == checkout
+    assert missing_packages(install.required(), {}).missing == checkout
 
 
 def test_what_the_kit_needs_is_here() -> None:
     plan = missing_packages(install.required(), install.installed())
-    assert plan.absent == [] and plan.too_old == {}
+    assert plan.missing == [] and plan.too_old == {}
 
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """A pip that answers as it is told; gives its calls, with the constraints in their place."""
+    """Fake pip; return its calls, with the constraints file's content in place of its path."""
 
     def make(returncode: int = 0, stderr: str = "") -> list[list[str]]:
         calls: list[list[str]] = []
@@ -86,21 +88,21 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
     return make
 
 
-def test_installing_asks_pip_for_what_is_absent_alone(pip: Callable[..., list[list[str]]]) -> None:
+def test_installing_asks_pip_for_missing_packages_only(pip: Callable[..., list[list[str]]]) -> None:
     calls = pip()
-    assert install.install_missing().absent == ["tomli-w>=1.0"]
+    assert install.install_missing().missing == ["tomli-w>=1.0"]
     assert calls == [
         [sys.executable, "-m", "pip", "install", "--quiet", "--constraint",
          "peft==0.20.0\ntorch==2.11.0", "tomli-w>=1.0"]
     ]  # fmt: skip
 
 
-def test_where_nothing_is_absent_pip_is_not_asked(
+def test_where_nothing_is_missing_pip_is_not_called(
     pip: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = pip()
     monkeypatch.setattr(install, "required", lambda: ["peft>=0.17"])
-    assert install.install_missing().absent == [] and calls == []
+    assert install.install_missing().missing == [] and calls == []
 
 
 def test_pips_failure_is_one_sentence(pip: Callable[..., list[list[str]]]) -> None:
@@ -119,13 +121,13 @@ def test_a_missing_pip_is_one_sentence(pip: Callable[..., list[list[str]]]) -> N
 
 
 def moved(wanted: list[str], here: dict[str, str], environment: dict[str, str]) -> list[str]:
-    """What would have to move for these to be there, with all that the added ones need in turn.
+    """Return what would change if these were installed, with all that they require in turn.
 
-    Of what is absent, the newest version is taken to be the one that the tests run with.
+    The newest version of a missing package is taken to be the one that the tests run with.
     """
     plan = missing_packages(wanted, here, environment)
     found = [f"{requirement} against {version}" for requirement, version in plan.too_old.items()]
-    for line in plan.absent:
+    for line in plan.missing:
         name = canonicalize_name(Requirement(line).name)
         if name not in here:
             here = {**here, name: metadata.version(name)}
@@ -135,18 +137,18 @@ def moved(wanted: list[str], here: dict[str, str], environment: dict[str, str]) 
 
 @pytest.mark.skipif(not COLAB_FREEZE, reason="DREAMBOOTH_TEST_COLAB_FREEZE is not set")
 @pytest.mark.parametrize("python", RUNTIMES)
-def test_nothing_preinstalled_on_colab_would_move(python: str) -> None:
+def test_nothing_preinstalled_on_colab_would_change(python: str) -> None:
     here = pins(Path(COLAB_FREEZE).read_text()) | RUNTIMES[python]
     environment = {"python_version": python, "python_full_version": f"{python}.13",
                    "sys_platform": "linux", "platform_machine": "x86_64"}  # fmt: skip
     plan = missing_packages(install.required(), here, environment)
-    assert {Requirement(line).name for line in plan.absent} == {"bitsandbytes", "tomli-w"}
+    assert {Requirement(line).name for line in plan.missing} == {"bitsandbytes", "tomli-w"}
     assert moved(install.required(), here, environment) == []
     assert not {"bitsandbytes", "tomli-w"} & {pin.split("==")[0] for pin in plan.pins}
     assert {f"{name}=={here[name]}" for name in ("torch", "numpy", "ipywidgets")} <= {*plan.pins}
 
 
-def test_what_would_move_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_would_change_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = {"b": ["c>=1", "a"], "c": ["a>=3; python_version >= '3.13'"]}
     monkeypatch.setattr(metadata, "requires", needs.__getitem__)
     monkeypatch.setattr(metadata, "version", lambda name: "1.0")

@@ -104,10 +104,10 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
     run = runs.resume(tmp_path / "runs" / "patch_dog")
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
-    assert "⚠" not in said(shown) and "Beginning a new run." in said(shown)
+    assert "⚠" not in said(shown) and "Starting a new run." in said(shown)
     assert "Finished at step 4." in said(shown) and "Chosen ★:" in said(shown)
     assert (tmp_path / "models" / "patch_dog.safetensors").stat().st_size > 1e6
-    assert "Neither can draw with it" in said(shown), "the embedded base has no released size"
+    assert "Neither program can run it" in said(shown), "the embedded base has no released size"
     # The subject, the settings, the training with its bar, the slider and the playground.
     assert len(outputs(shown, "application/vnd.jupyter.widget-view+json")) >= 6
 
@@ -141,9 +141,7 @@ def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) 
     reached = max(runs.resume(folder).checkpoints())
     assert 0 < reached < 30
     assert start(file, sys.executable).wait() == 0
-    assert f"Going on with runs/patch_dog: step {reached} of 30" in said(
-        json.loads(file.read_text())
-    )
+    assert f"Resuming runs/patch_dog: step {reached} of 30" in said(json.loads(file.read_text()))
     run = runs.resume(folder)
     assert [row["step"] for row in run.log()] == list(range(1, 31))
     assert (run.pipeline / "model_index.json").exists()
@@ -287,7 +285,7 @@ def test_a_run_beside_another_of_its_name_is_called_otherwise(
     run_cells(changed, "RESUME, NAME = False, 'rex'", marks[3])
     assert changed["name"] == "rex-2", "a LoRA cannot go on with the whole model's run"
     said = capsys.readouterr().out
-    assert "Left alone: runs/rex: step 0 of 300" in said and "This run is called rex." in said
+    assert "Not resumed: runs/rex: step 0 of 300" in said and "This run is called rex." in said
 
 
 def test_run_again_the_subjects_cell_keeps_what_the_settings_follow(

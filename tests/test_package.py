@@ -108,7 +108,7 @@ def test_the_first_cell_installs_the_wheel_beside_it_with_its_data(tmp_path: Pat
 
     said = run_bare(first_cell(), sys.executable, elsewhere)
     library = elsewhere / ".site" / "dreambooth_lib"
-    assert f"found {library}" in said and "Nothing is absent" in said
+    assert f"found {library}" in said and "Nothing to install" in said
     code = (
         "from dreambooth_lib.data.subjects import load_dataset\n"
         "from dreambooth_lib.families.loading import BUNDLED\n"

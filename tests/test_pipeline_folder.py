@@ -1,4 +1,4 @@
-"""A checkpoint kept as a model: read by plain diffusers, whole or not there, zipped, copied."""
+"""Test a checkpoint exported as a model: loaded by diffusers, all or nothing, zipped, copied."""
 
 import shutil
 import zipfile
@@ -46,9 +46,9 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     run, folder = trained(), tmp_path / "models" / "my-dog"
     archive = pipeline_folder.write_model(run, 2, folder)
     expected = denoiser(trainable.load_at_checkpoint(run, 2).pipeline)
-    found = denoiser(DiffusionPipeline.from_pretrained(folder))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value.half().float()) for name, value in expected.items())
+    actual = denoiser(DiffusionPipeline.from_pretrained(folder))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value.half().float()) for name, value in expected.items())
     assert archive == tmp_path / "models" / "my-dog.zip"
     with zipfile.ZipFile(archive) as packed:
         assert all(info.compress_type == zipfile.ZIP_STORED for info in packed.infolist())
@@ -64,7 +64,7 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     assert denoiser(scope["pipeline"]).keys() == expected.keys()
 
 
-def test_a_kept_model_is_of_half_precision_and_draws_whatever_dtype_is_asked_for(
+def test_an_exported_model_is_in_half_precision_and_draws_whatever_dtype_is_asked_for(
     trained: Callable[..., Run], tmp_path: Path
 ) -> None:
     run, folder = trained(train_text_encoder=True), tmp_path / "models" / "my-dog"
@@ -81,14 +81,14 @@ def test_a_kept_model_is_of_half_precision_and_draws_whatever_dtype_is_asked_for
 
 @pytest.mark.parametrize("fields", [{}, {"dora": True}, {"train_text_encoder": True},
                                     {"train_token": True}, {"ema_decay": 0.5}])  # fmt: skip
-def test_a_lora_is_kept_without_the_weights_of_its_base(
+def test_a_lora_is_exported_without_loading_its_base(
     fields: dict[str, Any], trained: Callable[..., Run], photos: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     subject = Subject(photos, "dog", "<rex>")
     run = trained(method="lora", lora_rank=2, subject=subject, **fields)
 
-    def loaded(*given: Any, **named: Any) -> None:
+    def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the base was loaded")
 
     last = max(run.checkpoints())
@@ -114,7 +114,7 @@ def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
     tiny_bases: Callable[[str], str], trained: Callable[..., Run], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Executed as they are, but that the GPU is this CPU and one step is drawn."""
+    """Execute the lines as they are, except that the CPU stands in for the GPU."""
     run = trained(base=tiny_bases(family), method="lora", resolution=16, steps=2)
     pipeline_folder.write_model(run, 2, tmp_path / "model")
     placed: list[Any] = []
@@ -126,13 +126,13 @@ def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
 
     kind = type(DiffusionPipeline.from_pretrained(run.config.base))
     monkeypatch.setattr(kind, "__call__", call)
-    monkeypatch.setattr(kind, "to", lambda self, *given, **named: placed.append(given))
+    monkeypatch.setattr(kind, "to", lambda self, *args, **kwargs: placed.append(args))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     scope: dict[str, Any] = {}
     exec(model_card.usage(run, tmp_path / "model"), scope)
     parts = scope["pipeline"].components.values()
-    found = {part.dtype for part in parts if isinstance(part, torch.nn.Module)}
-    assert found == {half if gpu else torch.float32}
+    actual = {part.dtype for part in parts if isinstance(part, torch.nn.Module)}
+    assert actual == {half if gpu else torch.float32}
     assert placed == [("cuda" if gpu else "cpu",)]
     assert drawn == [("a ohwx dog on the beach", *asked)]
 
@@ -170,8 +170,8 @@ def test_of_a_lora_run_it_is_what_plain_diffusers_loads_onto_the_base(
         base = DiffusionPipeline.from_pretrained(run.config.base).unet(x, t, cond).sample
     assert torch.allclose(one, other, atol=1e-5) and not torch.allclose(one, base, atol=1e-3)
     card = ModelCard.load(folder / "README.md")
-    assert "lora" in card.data.tags and "A LoRA of `sd1`" in card.text
-    assert "load_lora_weights" in card.text and "by LoRA of rank 2" in card.text
+    assert "lora" in card.data.tags and "A LoRA for `sd1`" in card.text
+    assert "load_lora_weights" in card.text and "as a LoRA of rank 2" in card.text
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
@@ -193,8 +193,8 @@ def test_the_lines_that_are_printed_give_plain_diffusers_the_new_word(
     tuned = trainable.load_at_checkpoint(run, 2)
     assert len(tuned.text_encoders) == code.count("word[")
     for number, expected in zip(("", "_2"), tuned.text_encoders, strict=False):
-        found = getattr(scope["pipeline"], f"text_encoder{number}").get_input_embeddings().weight
-        assert torch.equal(found, expected.get_input_embeddings().weight)
+        actual = getattr(scope["pipeline"], f"text_encoder{number}").get_input_embeddings().weight
+        assert torch.equal(actual, expected.get_input_embeddings().weight)
         assert "<rex>" in getattr(scope["pipeline"], f"tokenizer{number}").tokenize("a <rex> dog")
     assert 'hf_hub_download("this model\'s name", "word/token' in (folder / "README.md").read_text()
 
@@ -206,7 +206,7 @@ def test_an_older_model_stays_where_a_newer_one_cannot_be_written(
     archive = pipeline_folder.write_model(run, 2, folder)
     before = {path: path.stat().st_size for path in (folder / "unet").iterdir()}, archive.stat()
 
-    def full(*given: Any, **named: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -231,12 +231,12 @@ def test_a_drive_that_fails_costs_a_sentence(
     assert zip_download.copy_to(drive, archive) is None
     assert (drive / "my-dog.zip").read_bytes() == b"zip"
 
-    def full(*given: Any) -> None:
+    def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    said = zip_download.copy_to(drive, archive)
-    assert said is not None and said.count("\n") == 0 and "No space left" in said
+    message = zip_download.copy_to(drive, archive)
+    assert message is not None and message.count("\n") == 0 and "No space left" in message
 
 
 def test_a_link_names_the_file_its_size_and_no_more_than_it(
@@ -246,8 +246,8 @@ def test_a_link_names_the_file_its_size_and_no_more_than_it(
     file = tmp_path / "models" / '50% <b>of</b> "rex" #1?.zip'.replace("/", "-")
     file.parent.mkdir()
     file.write_bytes(b"0" * 2_340_000)
-    said = zip_download.download_link(file).data
-    assert said == (
+    message = zip_download.download_link(file).data
+    assert message == (
         '<a href="models/50%25%20%3Cb%3Eof%3C-b%3E%20%22rex%22%20%231%3F.zip" download>'
         "models/50% &lt;b&gt;of&lt;-b&gt; &quot;rex&quot; #1?.zip</a> (2.3 MB)"
     )

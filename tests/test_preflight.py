@@ -1,4 +1,4 @@
-"""What is looked at before a run, what counts as red, and how it is shown."""
+"""Test the checks before a run, which of them are red, and how they are shown."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.notebook import base_models, install, preflight, will_it_fit
 from dreambooth_lib.notebook.install import Plan
 from dreambooth_lib.notebook.preflight import Check, Table
-from dreambooth_lib.notebook.will_it_fit import Needs, Room
+from dreambooth_lib.notebook.will_it_fit import Needs, Resources
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -30,20 +30,20 @@ Z = "Tongyi-MAI/Z-Image"
 TOKEN = "hf_notAToken"
 
 
-def look(base: str, folder: Path) -> dict[str, Check]:
+def checks_of(base: str, folder: Path) -> dict[str, Check]:
     checks = preflight.preflight(base, folder)
     for check in checks:
-        assert bool(check.fix) != check.ok, f"{check} is red without a fix, or has one for nothing"
+        assert bool(check.fix) != check.ok, f"{check} is red without a fix, or ok with one"
         assert check.fix.endswith(".") or check.ok
     return {check.name: check for check in checks}
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """A Hub that has what it is asked for; gives what each question came with."""
+    """Fake a Hub that has everything; return what each request came with."""
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(
-        huggingface_hub, "get_hf_file_metadata", lambda url, **given: asked.append(given)
+        huggingface_hub, "get_hf_file_metadata", lambda url, **kwargs: asked.append(kwargs)
     )
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: None)
@@ -52,7 +52,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make this machine one with so many GiB free, and a GPU if it has a name."""
+    """Fake a machine with so many GiB free, and with a GPU if it has a name."""
 
     def make(gpu: str = "", vram: float = 14.4, bf16: bool = False, ram: float = 11.2,
              disk: float = 70.0) -> None:  # fmt: skip
@@ -63,7 +63,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(vram * GIB), 15 * GIB))
-        # As a T4 does: by emulation it has bf16, of its own it has none.
+        # As on a T4: bf16 is emulated, not native.
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
                 including_emulation or bf16
@@ -82,7 +82,7 @@ def test_the_embedded_base_is_ready_on_this_cpu(
     tmp_path: Path, machine: Callable[..., None]
 ) -> None:
     machine(ram=6, disk=5)
-    checks = look("toybox", tmp_path / "runs" / "not yet there")
+    checks = checks_of("toybox", tmp_path / "runs" / "not yet there")
     assert list(checks) == ["Python", "packages", "GPU", "memory", "disk", "base"]
     assert all(check.ok for check in checks.values()), Table(list(checks.values()))
     assert not (tmp_path / "runs").exists()
@@ -92,71 +92,73 @@ def test_stable_diffusion_on_a_free_colab_gpu(
     tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
 ) -> None:
     machine(gpu="Tesla T4")
-    checks = look(SD, tmp_path)
+    checks = checks_of(SD, tmp_path)
     assert all(check.ok for check in checks.values()), Table(list(checks.values()))
-    assert checks["GPU"].found == "Tesla T4, fp16, as it has no native bf16"
-    assert checks["GPU memory"].found == "14.4 of 15.0 GiB free, about 9.9 needed"
-    assert checks["way"].found == "whole model, memory 'standard'"
+    assert checks["GPU"].result == "Tesla T4, fp16 (no native bf16)"
+    assert checks["GPU memory"].result == "14.4 of 15.0 GiB free, about 9.9 needed"
+    assert checks["method"].result == "full fine-tuning, memory 'standard'"
     assert checks["8-bit AdamW"].ok
     machine(gpu="NVIDIA A100", bf16=True)
-    assert look(SD, tmp_path)["GPU"].found == "NVIDIA A100, native bf16"
-    assert look(Z, tmp_path)["way"].found.startswith("QLoRA, memory 'low'; for the whole")
+    assert checks_of(SD, tmp_path)["GPU"].result == "NVIDIA A100, native bf16"
+    assert checks_of(Z, tmp_path)["method"].result.startswith(
+        "QLoRA, memory 'low'; for full fine-tuning"
+    )
 
 
 def test_too_little_of_anything_is_red(
     tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
 ) -> None:
     machine(gpu="Tesla T4", vram=1.5, ram=2.0, disk=2.0)
-    red = {name: check for name, check in look(SD, tmp_path).items() if not check.ok}
-    assert red.keys() == {"way", "GPU memory", "memory", "disk"}
-    assert "too little GPU memory, memory and disk" in red["way"].found
-    assert red["GPU memory"].found.startswith("1.5 of 15.0 GiB free")
+    red = {name: check for name, check in checks_of(SD, tmp_path).items() if not check.ok}
+    assert red.keys() == {"method", "GPU memory", "memory", "disk"}
+    assert "not enough GPU memory, memory or disk" in red["method"].result
+    assert red["GPU memory"].result.startswith("1.5 of 15.0 GiB free")
     machine(gpu="Tesla T4", ram=2.0)
-    fix = look(FLUX, tmp_path)["memory"].fix
+    fix = checks_of(FLUX, tmp_path)["memory"].fix
     assert fix == "Restart the session or close other programs to free memory."
     assert str(tmp_path) in red["disk"].fix
 
 
-def test_drives_room_is_looked_at_where_a_run_is_mirrored(
+def test_drives_space_is_checked_where_a_run_is_backed_up(
     tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     machine(gpu="Tesla T4")
-    assert "Drive" not in look(SD, tmp_path)
+    assert "Drive" not in checks_of(SD, tmp_path)
     assert preflight.preflight(SD, tmp_path, tmp_path)[-2].name == "Drive"
-    whole = will_it_fit.ways(SD)[0].drive
+    whole = will_it_fit.needs_on_gpu(SD)[0].drive
     assert whole < 9 * GIB, "a free Drive has 15 GB, and not only for this"
     free_drive(monkeypatch, 5)
     checks = {check.name: check for check in preflight.preflight(SD, tmp_path, tmp_path)}
-    assert checks["way"].found == (
-        "LoRA, memory 'standard'; for the whole model there is too little Drive"
+    assert checks["method"].result == (
+        "LoRA, memory 'standard'; for full fine-tuning there is not enough Drive"
     )
     assert checks["Drive"].ok
     asked = {"method": "full"}
     (red,) = [c for c in preflight.preflight(SD, tmp_path, tmp_path, asked) if c.name == "Drive"]
     assert not red.ok and "DRIVE = False" in red.fix
-    mirrored = tmp_path / "my-dog" / "checkpoints" / "000100"
-    mirrored.mkdir(parents=True)
+    backed_up = tmp_path / "my-dog" / "checkpoints" / "000100"
+    backed_up.mkdir(parents=True)
     (tmp_path / "my-dog" / "config.toml").write_text("")
-    with (mirrored / "tensors.safetensors").open("wb") as file:
+    with (backed_up / "tensors.safetensors").open("wb") as file:
         file.truncate(5 * GIB)  # takes no room: nothing is written
     drive = preflight.preflight(SD, tmp_path, tmp_path, asked)[-2]
-    assert drive.ok, "it is the run that will be gone on with"
+    assert drive.ok, "it is the run that will be resumed"
     (tmp_path / "my-dog" / "pipeline").mkdir()
     assert not preflight.preflight(SD, tmp_path, tmp_path, asked)[-2].ok
     gone = tmp_path / "drive that is gone"
-    assert "does not answer" in preflight.preflight(SD, tmp_path, gone)[-2].found
+    assert "does not answer" in preflight.preflight(SD, tmp_path, gone)[-2].result
 
 
 def free_drive(monkeypatch: pytest.MonkeyPatch, gib: float, folder: Path | None = None) -> None:
-    """So much room on Drive, and as much as a new session has on the disk."""
+    """Fake the free space on Drive, and as much as a new session has on the disk."""
     usage, asked = namedtuple("usage", ["total", "free"]), []
 
     def room(place: Path) -> object:
         if "drive that is gone" in str(place):
             raise OSError(107, "Transport endpoint is not connected")
         asked.append(place)
-        of_drive = len(asked) % 2 == 0  # the disk is looked at first
+        of_drive = len(asked) % 2 == 0  # the disk is asked first
         return usage(15 * GIB, int(gib * GIB)) if of_drive else usage(110 * GIB, 70 * GIB)
 
     monkeypatch.setattr(shutil, "disk_usage", room)
@@ -173,35 +175,35 @@ def free_drive(monkeypatch: pytest.MonkeyPatch, gib: float, folder: Path | None 
         (FLUX, 10, {"method": "lora", "quantize": "nf4"}),
     ],
 )
-def test_on_a_free_colab_account_each_base_begins_with_a_way_that_works(
+def test_on_a_free_colab_account_each_base_begins_with_a_method_that_works(
     base: str, drive: float | None, settings: dict[str, object], tmp_path: Path,
     machine: Callable[..., None], hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """14.56 GiB of a T4, 12.7 GB of memory, 70 GB of disk, and what is left of Drive's 15."""
+    """Check with a T4's 14.56 GiB, 12.7 GB of memory, 70 GB of disk and the rest of Drive's 15."""
     machine(gpu="Tesla T4", vram=14.56, ram=10.6)
     if drive is not None:
         free_drive(monkeypatch, drive)
     place = None if drive is None else tmp_path
     checks = preflight.preflight(base, tmp_path, place)
     assert all(check.ok for check in checks), Table(checks)
-    offer = preflight.recommend(base, tmp_path, place)
-    assert offer.settings == settings
-    config = TrainConfig(TrainConfig.from_dict(ANY).subject, base, **offer.settings)
+    best = preflight.recommend(base, tmp_path, place)
+    assert best.settings == settings
+    config = TrainConfig(TrainConfig.from_dict(ANY).subject, base, **best.settings)
     assert config.method == settings["method"]
 
 
 ANY = {"subject": {"pictures": "photos", "class_noun": "dog"}}
 
 
-def test_what_a_person_sets_is_what_is_looked_at(
+def test_what_a_person_sets_is_what_is_checked(
     tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
 ) -> None:
     machine(gpu="Tesla T4")
     whole = preflight.recommend(SD35, tmp_path, None, {"method": "full"})
-    assert whole.needs is not None and whole.needs.way == "whole model"
-    assert whole.needs.lacking(whole.room)
+    assert whole.needs is not None and whole.needs.method == "full fine-tuning"
+    assert whole.needs.shortages(whole.free)
     small = preflight.recommend(SD, tmp_path, None, {"method": "lora", "memory": "low"})
-    assert small.needs is not None and (small.needs.way, small.needs.level) == ("LoRA", "low")
+    assert small.needs is not None and (small.needs.method, small.needs.level) == ("LoRA", "low")
     lowest = preflight.recommend(SD, tmp_path, None, {"method": "lora", "memory": "lowest"})
     assert lowest.needs == small.needs, "a LoRA has no lower level"
 
@@ -210,15 +212,15 @@ def test_a_base_that_cannot_compute_in_float16_needs_another_gpu(
     tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
 ) -> None:
     machine(gpu="Tesla T4")
-    check = look(Z, tmp_path)["way"]
-    assert not check.ok and "no bfloat16" in check.found and "L4" in check.fix
+    check = checks_of(Z, tmp_path)["method"]
+    assert not check.ok and "no bfloat16" in check.result and "L4" in check.fix
     machine(gpu="NVIDIA L4", vram=22.0, bf16=True)
-    assert look(Z, tmp_path)["way"].ok
+    assert checks_of(Z, tmp_path)["method"].ok
 
 
 def test_a_red_line_stops_whoever_asks() -> None:
     Table([Check("disk", True, "fine")]).check()
-    with pytest.raises(preflight.NotReady, match=r"not ready \(<base>\); do what.*SKIP_CHECKS"):
+    with pytest.raises(preflight.NotReady, match=r"not ready \(<base>\); follow.*SKIP_CHECKS"):
         Table(CHECKS).check()
 
 
@@ -227,45 +229,49 @@ def test_without_a_gpu_a_large_base_is_red_and_needs_what_it_needs_on_one(
     fake_colab: FakeColab,
 ) -> None:  # fmt: skip
     machine()
-    checks = look(SD, tmp_path)
+    checks = checks_of(SD, tmp_path)
     assert [name for name, check in checks.items() if not check.ok] == ["GPU"]
     assert "Change runtime type" in checks["GPU"].fix and "toybox" in checks["GPU"].fix
 
 
 def test_what_a_base_needs_grows_with_its_parameters(tiny_sd1: str) -> None:
-    tiny, toybox, sd = (will_it_fit.ways(base)[0] for base in (tiny_sd1, "toybox", SD))
+    tiny, toybox, sd = (will_it_fit.needs_on_gpu(base)[0] for base in (tiny_sd1, "toybox", SD))
     assert tiny.disk < toybox.disk < sd.disk / 10 and tiny.gpu < toybox.gpu < sd.gpu / 10
-    assert sd.memory < 10 * GIB < will_it_fit.on_cpu(SD).memory
-    assert will_it_fit.ways("somebody/model")[0] == sd, "taken for one of its size"
+    assert sd.memory < 10 * GIB < will_it_fit.needs_on_cpu(SD).memory
+    assert will_it_fit.needs_on_gpu("somebody/model")[0] == sd, "taken for one of its size"
 
 
-def test_each_way_takes_less_than_the_one_before() -> None:
-    whole, *_, small = will_it_fit.ways(FLUX)
-    assert (whole.way, small.way) == ("whole model", "QLoRA")
+def test_each_method_needs_less_than_the_one_before() -> None:
+    whole, *_, small = will_it_fit.needs_on_gpu(FLUX)
+    assert (whole.method, small.way) == ("full fine-tuning", "QLoRA")
     assert small.gpu < whole.gpu / 5 and small.memory < whole.memory / 4
     assert small.disk < whole.disk / 4 and small.drive < whole.drive / 10
-    plenty, nothing = Room(1 << 50, 1 << 50, 1 << 50), Room(0, 0, 0)
-    assert will_it_fit.first_fitting(will_it_fit.ways(FLUX), plenty) == whole
-    assert will_it_fit.first_fitting(will_it_fit.ways(FLUX), nothing) == small
+    plenty, nothing = Resources(1 << 50, 1 << 50, 1 << 50), Resources(0, 0, 0)
+    assert will_it_fit.first_fitting(will_it_fit.needs_on_gpu(FLUX), plenty) == whole
+    assert will_it_fit.first_fitting(will_it_fit.needs_on_gpu(FLUX), nothing) == small
 
 
 def test_memory_disk_and_drive_are_what_was_measured_of_stable_diffusion() -> None:
     whole, lora = (
-        found[0] for found in (will_it_fit.ways(SD), will_it_fit.ways(SD, asked={"method": "lora"}))
+        found[0]
+        for found in (
+            will_it_fit.needs_on_gpu(SD),
+            will_it_fit.needs_on_gpu(SD, asked={"method": "lora"}),
+        )
     )
     checkpoint = 5_187_079_736  # bytes that one of its U-Net's were, with 8-bit moments
     # There with weights in half precision: two while the newer one is copied, and the best.
-    mirrored = checkpoint - 1.72e9
-    assert whole.drive - will_it_fit.PICTURES == pytest.approx(2 * mirrored + 1.72e9, rel=0.01)
+    backed_up = checkpoint - 1.72e9
+    assert whole.drive - will_it_fit.IMAGES == pytest.approx(2 * backed_up + 1.72e9, rel=0.01)
     assert whole.disk == pytest.approx(4.27e9 + 3 * checkpoint + 4.27e9 + 4.27e9, rel=0.03)
     assert lora.drive < 1e9
     downloaded = 4 * 1_066_235_307  # its main files are float32
     assert downloaded < lora.disk < downloaded + 1.5e9
-    small = will_it_fit.ways(SD, asked={"method": "lora", "variant": "fp16"})[0]
+    small = will_it_fit.needs_on_gpu(SD, asked={"method": "lora", "variant": "fp16"})[0]
     assert lora.disk - small.disk == downloaded // 2
     assert whole.memory < 10e9 and lora.memory < 10e9
-    for way in will_it_fit.ways(FLUX, asked={"quantize": "nf4"}):
-        assert way.memory < 10e9, "what is quantized goes to the GPU tensor by tensor"
+    for needs in will_it_fit.needs_on_gpu(FLUX, asked={"quantize": "nf4"}):
+        assert needs.memory < 10e9, "what is quantized goes to the GPU tensor by tensor"
 
 
 def test_a_local_copy_of_a_known_base_takes_what_that_one_does(
@@ -274,9 +280,9 @@ def test_a_local_copy_of_a_known_base_takes_what_that_one_does(
     counted = {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656, "vae": 902_129_827}
     monkeypatch.setattr(base_models, "_parameters", lambda folder: counted.items())
     (tmp_path / "model_index.json").write_text("{}")
-    found = will_it_fit.ways(str(tmp_path))
-    assert [one.gpu for one in found] == [one.gpu for one in will_it_fit.ways(SD35)]
-    assert found[-1].disk < will_it_fit.ways(SD35)[-1].disk, "it need not be downloaded"
+    found = will_it_fit.needs_on_gpu(str(tmp_path))
+    assert [one.gpu for one in found] == [one.gpu for one in will_it_fit.needs_on_gpu(SD35)]
+    assert found[-1].disk < will_it_fit.needs_on_gpu(SD35)[-1].disk, "it need not be downloaded"
 
 
 @pytest.mark.parametrize(
@@ -293,9 +299,12 @@ def test_a_base_of_the_hub_that_is_not_known_is_taken_for_one_and_told(
     hub: list[dict[str, object]],
 ) -> None:  # fmt: skip
     machine(gpu="Tesla T4")
-    assert will_it_fit.described(base).name == like
-    assert f"if '{base}' is as large as {like}" in look(base, tmp_path)["way"].found
-    assert "as large" not in look(SD, tmp_path)["way"].found
+    assert will_it_fit.describe(base).name == like
+    assert (
+        f"assuming that '{base}' is as large as {like}"
+        in checks_of(base, tmp_path)["method"].result
+    )
+    assert "as large" not in checks_of(SD, tmp_path)["method"].result
 
 
 def test_what_settings_rule_out_is_not_told_of_the_gpu(
@@ -303,8 +312,8 @@ def test_what_settings_rule_out_is_not_told_of_the_gpu(
 ) -> None:
     machine(gpu="NVIDIA A100", bf16=True)
     asked = {"method": "full", "quantize": "nf4"}
-    (way,) = [c for c in preflight.preflight(SD, tmp_path, None, asked) if c.name == "way"]
-    assert not way.ok and way.found == "no way to train agrees with SETTINGS"
+    (check,) = [c for c in preflight.preflight(SD, tmp_path, None, asked) if c.name == "method"]
+    assert not check.ok and check.result == "no training method agrees with SETTINGS"
 
 
 def test_a_finished_run_on_drive_takes_its_room(tmp_path: Path) -> None:
@@ -312,29 +321,32 @@ def test_a_finished_run_on_drive_takes_its_room(tmp_path: Path) -> None:
     (run / "checkpoints" / "000100").mkdir(parents=True)
     (run / "checkpoints" / "000100" / "tensors.safetensors").write_bytes(bytes(1000))
     (run / "config.toml").write_text("")
-    mark = run / ".mirror.json"
+    mark = run / ".backup.json"
     for finished, free in ((False, 1000), (True, 0)):
         mark.write_text(json.dumps({"identity": "x", "parts": {}, "finished": finished}))
-        assert will_it_fit._cut_off(tmp_path) - free * (not finished) in (0, mark.stat().st_size)
+        assert will_it_fit._interrupted_bytes(tmp_path) - free * (not finished) in (
+            0,
+            mark.stat().st_size,
+        )
 
 
 def test_one_variant_of_a_local_bases_files_is_counted(tiny_sd1: str, tmp_path: Path) -> None:
     shutil.copytree(tiny_sd1, tmp_path / "base")
     unet = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
-    before = will_it_fit.described(str(tmp_path / "base"))
+    before = will_it_fit.describe(str(tmp_path / "base"))
     shutil.copy(unet, unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert will_it_fit.described(str(tmp_path / "base")).parameters == before.parameters
+    assert will_it_fit.describe(str(tmp_path / "base")).parameters == before.parameters
     unet.unlink()
-    assert will_it_fit.described(str(tmp_path / "base")).denoiser == before.denoiser > 0
+    assert will_it_fit.describe(str(tmp_path / "base")).denoiser == before.denoiser > 0
 
 
 def test_a_level_is_set_only_where_auto_would_take_another() -> None:
-    """What fits the GPU at "standard" may need the order of loading that "low" has."""
+    """Check that what fits the GPU at "standard" may need the loading order of "low"."""
     standard, low = Needs(4, 9, 1, 1, "LoRA"), Needs(2, 5, 1, 1, "LoRA", "low")
-    tight = Room(memory=6, disk=9, gpu=16)
+    tight = Resources(memory=6, disk=9, gpu=16)
     assert will_it_fit.first_fitting([standard, low], tight) is low
     assert will_it_fit.settings(low, [standard, low], tight) == {"method": "lora", "memory": "low"}
-    roomy = Room(memory=9, disk=9, gpu=4)
+    roomy = Resources(memory=9, disk=9, gpu=4)
     assert will_it_fit.first_fitting([standard, low], roomy) is low
     assert will_it_fit.settings(low, [standard, low], roomy) == {"method": "lora"}
 
@@ -345,23 +357,23 @@ def test_a_broken_bitsandbytes_is_red(
 ) -> None:  # fmt: skip
     machine(gpu="Tesla T4")
     monkeypatch.delattr(sys.modules["bitsandbytes.optim"], "AdamW8bit")
-    check = look(SD, tmp_path)["8-bit AdamW"]
-    assert not check.ok and "ImportError" in check.found and "'adamw'" in check.fix
+    check = checks_of(SD, tmp_path)["8-bit AdamW"]
+    assert not check.ok and "ImportError" in check.result and "'adamw'" in check.fix
 
 
-def test_absent_and_old_packages_are_red(
+def test_missing_and_old_packages_are_red(
     tmp_path: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine()
     plan = Plan([], {"numpy>=2.0": "1.26.4"}, [])
-    monkeypatch.setattr(install, "missing_packages", lambda *given: plan)
-    check = look("toybox", tmp_path)["packages"]
-    assert check.found == "too old: numpy>=2.0 (here 1.26.4)"
+    monkeypatch.setattr(install, "missing_packages", lambda *args: plan)
+    check = checks_of("toybox", tmp_path)["packages"]
+    assert check.result == "too old: numpy>=2.0 (here 1.26.4)"
     assert check.fix == "Run pip install -U 'numpy>=2.0' and restart the session."
     plan = Plan(["torch>=2.6"], {}, [])
-    checks = look("toybox", tmp_path)
-    assert list(checks) == ["Python", "packages"], "the rest cannot be looked at without torch"
-    assert checks["packages"].found == "not installed: torch>=2.6"
+    checks = checks_of("toybox", tmp_path)
+    assert list(checks) == ["Python", "packages"], "the rest cannot be checked without torch"
+    assert checks["packages"].result == "missing: torch>=2.6"
     assert "install_missing()" in checks["packages"].fix
 
 
@@ -370,7 +382,7 @@ def test_python_is_what_the_package_asks_for(monkeypatch: pytest.MonkeyPatch) ->
     assert f'requires-python = ">={".".join(map(str, preflight.PYTHON))}"' in text
     monkeypatch.setattr(sys, "version_info", (3, 10, 14, "final", 0))
     check = preflight._python()
-    assert (check.ok, check.found) == (False, "3.10.14") and "3.11" in check.fix
+    assert (check.ok, check.result) == (False, "3.10.14") and "3.11" in check.fix
 
 
 # The base
@@ -379,16 +391,16 @@ def test_python_is_what_the_package_asks_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_hub_is_asked_with_the_token_alone_and_not_for_long(
     tmp_path: Path, hub: list[dict[str, object]], fake_colab: FakeColab,
 ) -> None:  # fmt: skip
-    assert look(SD, tmp_path)["base"].ok
+    assert checks_of(SD, tmp_path)["base"].ok
     assert hub == [{"token": False, "timeout": preflight.TIMEOUT}], "without a token, none is sent"
     fake_colab.secrets["HF_TOKEN"] = TOKEN
-    checks = look(SD, tmp_path)
+    checks = checks_of(SD, tmp_path)
     assert hub[1]["token"] == TOKEN
     assert TOKEN not in repr(checks)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(url: str, **given: object) -> None:
+    def fail(url: str, **kwargs: object) -> None:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
@@ -406,8 +418,8 @@ def test_a_base_that_cannot_be_had_is_red(
     kind: type[Exception], fix: str,
 ) -> None:  # fmt: skip
     failing(monkeypatch, kind.__new__(kind, f"bearer {TOKEN}"))
-    check = look(SD, tmp_path)["base"]
-    assert not check.ok and SD in check.found and fix in check.fix
+    check = checks_of(SD, tmp_path)["base"]
+    assert not check.ok and SD in check.result and fix in check.fix
     assert TOKEN not in repr(check), "what an error says is not shown"
 
 
@@ -420,20 +432,20 @@ def test_a_base_that_was_downloaded_needs_no_network(
     (index.parent / denoiser).mkdir(parents=True)
     index.write_text("{}")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: str(index))
-    assert not look(SD, tmp_path)["base"].ok, "a download that failed leaves this much"
+    assert not checks_of(SD, tmp_path)["base"].ok, "a download that failed leaves this much"
     (index.parent / denoiser / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    assert look(SD, tmp_path)["base"].ok
+    assert checks_of(SD, tmp_path)["base"].ok
 
 
 def test_a_local_base_is_found_or_said_to_be_wrong(
     tmp_path: Path, hub: list[dict[str, object]], tiny_sd1: str
 ) -> None:
-    assert look(tiny_sd1, tmp_path)["base"].ok
-    check = look(str(tmp_path), tmp_path)["base"]
-    assert not check.ok and "has no model_index.json" in check.found
+    assert checks_of(tiny_sd1, tmp_path)["base"].ok
+    check = checks_of(str(tmp_path), tmp_path)["base"]
+    assert not check.ok and "has no model_index.json" in check.result
     assert check.fix.startswith("Give a folder")
-    check = look("/nowhere/base", tmp_path)["base"]
-    assert not check.ok and "/nowhere/base" in check.found
+    check = checks_of("/nowhere/base", tmp_path)["base"]
+    assert not check.ok and "/nowhere/base" in check.result
     assert hub == [], "the Hub is not asked for what is here"
 
 

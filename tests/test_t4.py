@@ -16,8 +16,8 @@ from dreambooth_lib import sample
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.export import pipeline_folder
-from dreambooth_lib.export.comfyui_checkpoint import single_file
-from dreambooth_lib.export.comfyui_lora import lora_file
+from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
+from dreambooth_lib.export.comfyui_lora import write_lora
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.families.stable_diffusion import StableDiffusion
@@ -107,9 +107,9 @@ def test_the_whole_path_computes_in_float16_and_stays_finite(
     assert moved(run)
     lora = tmp_path / "kept" / "pytorch_lora_weights.safetensors"
     if run.config.method == "lora":
-        lora_file(lora, tmp_path / "file.safetensors")
+        write_lora(lora, tmp_path / "file.safetensors")
     elif base == "toybox":
-        single_file(tmp_path / "kept", tmp_path / "file.safetensors")
+        write_checkpoint(tmp_path / "kept", tmp_path / "file.safetensors")
 
 
 def test_a_base_whose_autoencoder_overflows_float16_trains_and_draws(

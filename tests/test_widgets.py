@@ -392,7 +392,7 @@ def test_minutes_are_shown_only_once_they_are_measured(
     settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "min" not in settings.time.value
-    measured = timing.Pace(update=30.0, look=15.0)
+    measured = timing.Pace(step=30.0, validation=15.0)
     monkeypatch.setattr("dreambooth_lib.notebook.widgets.settings.measure", lambda config: measured)
     settings.predict.click()
     # Four updates, and looks before the first and after the second and the fourth.
@@ -487,7 +487,7 @@ def test_updates_that_the_loss_scale_skips_are_not_measured(
         return apply(optimizer) if len(tries) > 12 else False
 
     monkeypatch.setattr(Optimizer, "_apply_gradients", skipping)
-    assert timing.measure(config).update > 0
+    assert timing.measure(config).step > 0
     assert len(tries) == 12 + 1 + 3
     monkeypatch.setattr(Optimizer, "_apply_gradients", lambda optimizer: False)
     with pytest.raises(loop.NonFiniteLoss, match="use mixed_precision 'no'"):
@@ -498,8 +498,8 @@ def test_a_pace_is_measured_and_leaves_nothing(started: Callable[..., Run], tmp_
     run = started()
     before = sorted(tmp_path.rglob("*"))
     found = timing.measure(run.config)
-    assert 0 < found.update < 60 and 0 < found.look < 60
-    assert timing.measure(run.config.replace(validate_every=0, prior_weight=0)).look == 0
+    assert 0 < found.step < 60 and 0 < found.validation < 60
+    assert timing.measure(run.config.replace(validate_every=0, prior_weight=0)).validation == 0
     assert sorted(tmp_path.rglob("*")) == before
 
 

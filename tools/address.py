@@ -1,8 +1,8 @@
 """Write where the kit is published into the notebooks: ``python -m tools.address ADDRESS``.
 
 ADDRESS is that of a GitHub repository, https://github.com/OWNER/NAME. Each notebook then begins
-with a badge that opens it in Colab, and its first cell installs the kit from there; README has both
-in one line, in the place of the way by a wheel.
+with a badge that opens it in Colab, and its first cell installs the kit from there; README gets
+both in one line, in place of the instructions for a wheel.
 """
 
 import argparse
@@ -16,27 +16,27 @@ NOTEBOOKS = ROOT / "notebooks"
 COLAB = "https://colab.research.google.com"
 _BADGE = re.compile(r"^\[!\[Open in Colab\]")
 _KIT = re.compile(r'^KIT_URL = ".*?"')
-_WAY_IN = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
+_ON_COLAB = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
 
 
 def badge(repository: str, name: str) -> str:
-    """Return a picture that opens the notebook ``name`` of OWNER/NAME in Colab."""
+    """Return the Markdown of a badge that opens the notebook ``name`` of OWNER/NAME in Colab."""
     link = f"{COLAB}/github/{repository}/blob/main/notebooks/{name}.ipynb"
     return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
 
 
 def repository_of(address: str) -> str:
-    """OWNER/NAME. Raises ``ValueError`` for an address that is not a GitHub repository's."""
-    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git|/)?", address)
-    if not found:
+    """Return OWNER/NAME. Raises ``ValueError`` if the address is not a GitHub repository's."""
+    match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git|/)?", address)
+    if not match:
         raise ValueError(f"'{address}' is not https://github.com/OWNER/NAME.")
-    return found[1]
+    return match[1]
 
 
-def addressed(notebook: dict[str, Any], name: str, address: str) -> dict[str, Any]:
-    """The notebook ``name`` with a badge under its title and the kit's address in its first cell.
+def with_address(notebook: dict[str, Any], name: str, address: str) -> dict[str, Any]:
+    """Return the notebook with a badge under its title and the kit's address in its first cell.
 
-    Raises ``ValueError`` for an address that is not a GitHub repository's.
+    Raises ``ValueError`` if the address is not a GitHub repository's.
     """
     repository = repository_of(address)
     title, *rest = (line for line in notebook["cells"][0]["source"] if not _BADGE.match(line))
@@ -49,24 +49,24 @@ def addressed(notebook: dict[str, Any], name: str, address: str) -> dict[str, An
     return notebook
 
 
-def way_in(readme: str, address: str) -> str:
-    """README with the badge of the first notebook and the installation in one line."""
+def with_badge(readme: str, address: str) -> str:
+    """Return README with the first notebook's badge and the installation in one line."""
     repository = repository_of(address)
     install = f"`pip install git+https://github.com/{repository}`"
     line = f"{badge(repository, '01_dreambooth')} or {install}"
-    return _WAY_IN.sub(f"## On Colab\n\n{line}\n\n", readme)
+    return _ON_COLAB.sub(f"## On Colab\n\n{line}\n\n", readme)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("address")
-    given = parser.parse_args()
+    address = parser.parse_args().address
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        notebook = addressed(json.loads(path.read_text()), path.stem, given.address)
+        notebook = with_address(json.loads(path.read_text()), path.stem, address)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         print(path)
     readme = ROOT / "README.md"
-    readme.write_text(way_in(readme.read_text(), given.address))
+    readme.write_text(with_badge(readme.read_text(), address))
     print(readme)
 
 

@@ -196,9 +196,9 @@ def export(kind: Kind, work: Path, tiny: bool) -> None:
     folder, file = work / "kept" / "model", work / "exported.safetensors"
     with measured("export") as told:
         if kind.settings.get("method") == "lora":
-            comfyui_lora.lora_file(folder / "pytorch_lora_weights.safetensors", file)
+            comfyui_lora.write_lora(folder / "pytorch_lora_weights.safetensors", file)
         else:
-            comfyui_checkpoint.single_file(folder, file)
+            comfyui_checkpoint.write_checkpoint(folder, file)
         told["bytes"] = file.stat().st_size
 
 

@@ -1,1 +1,1 @@
-"""Hand a trained model on: folder, model card, Hub, zip, A1111 and ComfyUI."""
+"""Export a trained model: diffusers folder, model card, Hub, zip, A1111 and ComfyUI."""

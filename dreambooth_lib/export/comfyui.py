@@ -1,52 +1,53 @@
 """Export a run as the file that A1111 and ComfyUI load."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dreambooth_lib.core.config import origin
-from dreambooth_lib.export.comfyui_checkpoint import single_file
-from dreambooth_lib.export.comfyui_lora import ExportError, lora_file
+from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
+from dreambooth_lib.export.comfyui_lora import ExportError, write_lora
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures.labels import format_bytes
-
-if TYPE_CHECKING:
-    from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.runs import Run
 
 
-def refuse(run: "Run") -> None:
-    """Raise :class:`ExportError` where :func:`export` has no file for a run's family."""
+def check_exportable(run: Run) -> None:
+    """Raise :class:`ExportError` if :func:`export` has no file format for a run's model."""
     config = run.config
     family = loading.resolve(config.base, config.revision).family
     if config.method == "full" and family.denoiser_name != "unet":
         raise ExportError(
-            f"'{config.base}' is no Stable Diffusion 1.x, 2.x or XL, and has no one-file layout "
-            "here; train it with method 'lora', whose file ComfyUI loads, or keep it for diffusers."
+            f"'{config.base}' is not a Stable Diffusion 1.x, 2.x or XL model, so it has no "
+            "single-file format here; train it with method 'lora', whose file ComfyUI loads, or "
+            "use the model with diffusers."
         )
 
 
-def export(run: "Run", model: str | Path, path: str | Path) -> str:
-    """Write a run's kept model as the file that A1111 and ComfyUI load; say where it belongs.
+def export(run: Run, model: str | Path, path: str | Path) -> str:
+    """Write a run's exported model as the file that A1111 and ComfyUI load.
 
-    ``model`` is its folder (:func:`write`), ``path`` a file that ends in
-    ``.safetensors`` or a folder for one of the run's name. Raises as :func:`single_file` and
-    :func:`lora_file` do.
+    ``model`` is its folder, as :func:`.pipeline_folder.write_pipeline` writes it; ``path`` is a
+    file that ends in ``.safetensors``, or a folder for a file of the run's name. Return a sentence
+    on which folder the file belongs in. Raises :class:`ExportError` as :func:`write_checkpoint`
+    and :func:`write_lora` do.
     """
     path, config = Path(path), run.config
     if path.suffix != ".safetensors":
         path = path / f"{run.folder.name}.safetensors"
-    refuse(run)
+    check_exportable(run)
     if config.method == "lora":
-        lora_file(Path(model) / loading.LORA_FILE, path)
-        place = "models/Lora of A1111 or models/loras of ComfyUI"
+        write_lora(Path(model) / loading.LORA_FILE, path)
+        folders = "models/Lora (A1111) or models/loras (ComfyUI)"
     else:
-        single_file(model, path)
-        place = "models/Stable-diffusion of A1111 or models/checkpoints of ComfyUI"
-    said = [f"{path} ({format_bytes(path.stat().st_size)}) is for {place}."]
+        write_checkpoint(model, path)
+        folders = "models/Stable-diffusion (A1111) or models/checkpoints (ComfyUI)"
+    message = f"Wrote {path} ({format_bytes(path.stat().st_size)}). Copy it to {folders}."
     if origin(config.base) == "toybox":
-        said += ["Neither can draw with it: they know the sizes of the released Stable Diffusion "
-                 "models alone, and the embedded base is smaller."]  # fmt: skip
+        message += (
+            " Neither program can run it: they only know the sizes of the released Stable "
+            "Diffusion models, and the embedded base is smaller."
+        )
     if config.train_token:
-        said += [f"It has no place for the new word '{config.subject.identifier}'."]
+        message += f" The file has no place for the trained token '{config.subject.identifier}'."
     if config.dora:
-        said += ["Neither draws a DoRA quite as it was trained."]
-    return " ".join(said)
+        message += " Both programs reproduce a DoRA only approximately."
+    return message

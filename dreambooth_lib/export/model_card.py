@@ -1,9 +1,10 @@
-"""A tuned model's card: what it is, how it was made, and the lines that draw with it."""
+"""Write a model card: what the model is, how it was trained, and the code that loads it."""
 
 from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.hub_token import hub_token
 from dreambooth_lib.data import images
 from dreambooth_lib.families import loading, textual_inversion
@@ -18,58 +19,57 @@ pipeline.load_lora_weights("{}", weight_name="{}")"""
 
 
 def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
-    """Write ``README.md`` and its pictures into a pipeline's folder; gives the card's path.
+    """Write ``README.md`` and its images into a model's folder; return the card's path.
 
-    The card says how to draw the subject, what it was trained on and with, and how the pictures of
-    ``step``, the checkpoint that the folder holds, scored; ``samples.png`` has the pictures and
-    ``curves.png`` the looks at the run. Only if ``photos`` is asked for does ``photos.png`` show
-    what it was trained on. Raises ``RunError`` where the run has no look at that step, and
-    ``DataError`` where the photos that are asked for cannot be read.
+    ``step`` is the checkpoint that the folder holds. ``samples.png`` shows its validation images,
+    ``curves.png`` the validation scores of the run and, only if ``photos`` is true, ``photos.png``
+    the instance images. Raises ``RunError`` if the run has no validation at that step, and
+    ``DataError`` if the photos cannot be read.
     """
-    from dreambooth_lib.core.files import replace_file, save_png
-
     folder, subject = Path(folder), run.config.subject
-    seen = validation_record.load_images(run, step)
-    heads = [f"at step {step}", "others of its class"]
-    page = image_grids.matrix([subject.token], heads, [[seen.subject, seen.class_images]])
-    save_png(page, folder / "samples.png")
+    shown = validation_record.load_images(run, step)
+    heads = [f"step {step}", f"class: {subject.class_noun}"]
+    samples = image_grids.matrix([subject.token], heads, [[shown.subject, shown.class_images]])
+    save_png(samples, folder / "samples.png")
     plots.validation_curves(validation_record.history(run), folder / "curves.png")
     if photos:
-        shown = [photo.image for photo in images.read_pictures(subject.pictures)]
-        save_png(image_grids.grid(shown, 6), folder / "photos.png")
+        instance_images = [photo.image for photo in images.read_pictures(subject.pictures)]
+        save_png(image_grids.grid(instance_images, 6), folder / "photos.png")
     replace_file(folder / "README.md", _card(run, step, photos).encode())
     return folder / "README.md"
 
 
 def usage(run: Run, model: str | Path, base: str = "") -> str:
-    """Return the Python that draws a run's subject by plain diffusers, its model at ``model``.
+    """Return Python that generates an image of a run's subject with plain diffusers.
 
-    On a GPU in half precision and else in float32, in the steps and with the guidance of the base.
-    ``model`` is a folder or, if there is none, a name on the Hub; ``base`` is where that of a LoRA
-    is, if not where the run had it. Raises ``BaseError`` where the base of a run that learnt a new
-    word is gone.
+    It computes in half precision on a GPU and in float32 elsewhere, with the base's own inference
+    steps and guidance scale. ``model`` is a folder or, if there is none of that name, a name on
+    the Hub; ``base`` says where a LoRA's base is if not where the run had it. Raises ``BaseError``
+    if the run trained a token and its base is missing.
     """
     config = run.config
     lora = config.method == "lora"
-    first = (base or config.base) if lora else model
+    loaded_first = (base or config.base) if lora else model
     load = [_LOAD_LORA.format(model, loading.LORA_FILE)] if lora else []
     if config.train_token:
         family = loading.resolve(config.base, config.revision).family
         load += textual_inversion.usage_lines(family, model, config.subject.identifier)
     try:
-        own = inference_settings(run)
-        where = str(run.folder) if run.finished else config.base
-        dtype = loading.resolve(where, config.revision).family.card_dtype
-        settings = f", num_inference_steps={own.steps}, guidance_scale={own.guidance_scale:g}"
-    except loading.BaseError:  # a LoRA's base that is gone; the pipeline's own will have to do
+        inference = inference_settings(run)
+        trained = str(run.folder) if run.finished else config.base
+        dtype = loading.resolve(trained, config.revision).family.card_dtype
+        settings = (
+            f", num_inference_steps={inference.steps}, guidance_scale={inference.guidance_scale:g}"
+        )
+    except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""
     # diffusers calls it dtype since 0.40, and takes this name from 0.36 to 0.42 at least.
-    given = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
+    torch_dtype = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
         "import torch",
         "from diffusers import DiffusionPipeline",
         "gpu = torch.cuda.is_available()",
-        f'pipeline = DiffusionPipeline.from_pretrained("{first}", {given})',
+        f'pipeline = DiffusionPipeline.from_pretrained("{loaded_first}", {torch_dtype})',
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
         f'pipeline("{config.subject.instance_prompt} on the beach"{settings}).images[0]',
@@ -77,21 +77,22 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
 
 
 def licence_of(base: str) -> dict[str, Any]:
-    """Return the licence of a base's card on the Hub, as a card's fields; empty if none is known.
+    """Return the licence fields of a base's card on the Hub; empty if there are none.
 
-    Nothing is raised for a Hub that does not answer.
+    They are ``license``, ``license_name`` and ``license_link``. A Hub that does not answer raises
+    nothing.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    network: Any = HfHubHTTPError.__bases__  # of its HTTP library, which is one of two
+    network: Any = HfHubHTTPError.__bases__  # those of its HTTP library, which is one of two
     try:
-        found = HfApi(token=hub_token() or False).model_info(base, timeout=5.0)
+        model = HfApi(token=hub_token() or False).model_info(base, timeout=5.0)
     except (OSError, *network):
         return {}
-    card: Any = found.card_data or {}
+    card: Any = model.card_data or {}
     fields = {name: card.get(name) for name in ("license", "license_name", "license_link")}
-    if not str(fields["license_link"]).startswith("http"):  # a file that this model has not
+    if not str(fields["license_link"]).startswith("http"):  # a file in the base's own repository
         del fields["license_link"]
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
@@ -100,22 +101,21 @@ def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
     config, subject = run.config, run.config.subject
-    of_hub = not Path(loading.locate(config.base)).exists()
+    on_hub = not Path(loading.locate(config.base)).exists()
     lora = config.method == "lora"
-    # A folder's path would tell of the machine, and be of no use elsewhere.
-    base = config.base if of_hub else Path(config.base).name
+    # A local path would reveal the machine's folders and mean nothing elsewhere.
+    base = config.base if on_hub else Path(config.base).name
     header = ModelCardData(
-        base_model=config.base if of_hub else None,
+        base_model=config.base if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
-        **(licence_of(config.base) if of_hub else {}),
+        **(licence_of(config.base) if on_hub else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
-    fidelity, adherence, kept = best_checkpoint.ratios_of(rows[step], rows[0])
+    likeness, adherence, unchanged = best_checkpoint.ratios_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
-    how = f", by LoRA of rank {config.lora_rank}" if lora else ""
-    what = f"A LoRA of `{base}`, to be loaded on top of it" if lora else f"`{base}` personalised"
+    what = f"A LoRA for `{base}`, trained" if lora else f"`{base}`, fine-tuned"
     code = usage(run, "this model's name", base).replace("\n", "\n    ")
     return f"""---
 {header.to_yaml()}
@@ -123,31 +123,39 @@ def _card(run: Run, step: int, photos: bool) -> str:
 
 # {subject.token}
 
-{what}, by DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)):
-“{subject.token}” is one {subject.class_noun}, learnt from a few photos.
+{what} with DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)) on a few photos of
+one {subject.class_noun}. Write “{subject.token}” in a prompt to generate images of it.
 
-![what was learnt, and its class](samples.png)
-![the looks at it while it trained](curves.png)
-{"![the photos](photos.png)" if photos else ""}
+![generated images of the subject and of its class](samples.png)
+![validation scores during training](curves.png)
+{"![the photos it was trained on](photos.png)" if photos else ""}
+
+## Use
 
     {code}
 
-- Step {step} of {config.steps}: pictures of the subject are {fidelity:.0%} as close to the photos
-  as those to each other, follow prompts {adherence:.0%} as well as the base's, and {kept:.0%} of
-  the class is as it was.
-- Trained: {trained}{how}; learning rate {config.learning_rate:g}, {config.batch_size} photos an
-  update; {_prior(config)}.
-- The base's licence and terms hold for this model too. Ask whoever is in the photos or owns what
-  they show before you share it.
+## Training
+
+- Checkpoint: step {step} of {config.steps}. Its images of the subject are {likeness:.0%} as
+  similar to the photos as the photos are to each other. They follow prompts {adherence:.0%} as well
+  as the base model's do. Images of anything else are {unchanged:.0%} unchanged.
+- Trained weights: {trained}{f", as a LoRA of rank {config.lora_rank}" if lora else ""}.
+- Settings: learning rate {config.learning_rate:g}, batch size {config.batch_size},
+  {_prior(config)}.
+
+## Licence
+
+The licence and terms of the base model apply to this model too. Before you share it, ask the
+people in the photos, and the owners of what they show, for their consent.
 """
 
 
 def _prior(config: TrainConfig) -> str:
     if not config.prior_weight:
         return "no prior preservation"
-    by = f"prior preservation with λ {config.prior_weight:g}"
+    prior = f"prior preservation with λ {config.prior_weight:g}"
     if config.prior == "distilled":
-        return f"{by}, by the base's own predictions of “{config.subject.class_prompt}”"
+        return f"{prior} on the base model's own predictions for “{config.subject.class_prompt}”"
     if config.class_folder is not None:
-        return f"{by} and the trainer's own class images"
-    return f"{by} and {config.class_images} class images of “{config.subject.class_prompt}”"
+        return f"{prior} on the trainer's own class images"
+    return f"{prior} on {config.class_images} class images of “{config.subject.class_prompt}”"

@@ -1,7 +1,8 @@
-"""The original (CompVis, SGM, OpenCLIP) names of what a Stable Diffusion pipeline consists of.
+"""Map diffusers' names of Stable Diffusion's weights to the original ones (CompVis, SGM, OpenCLIP).
 
-They follow from the structure of the models, whatever their depth and width; no file is read here.
-diffusers has tables of those that no structure gives, and converts in the other direction only.
+The names follow from the structure of the models, whatever their depth and width; no file is read
+here. diffusers has tables for the names that the structure does not give, but converts in the
+other direction only.
 """
 
 import re
@@ -18,7 +19,7 @@ _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
-#: Of the autoencoder's attention; the second names are those of diffusers' early files.
+#: The VAE's attention; the second row has the names in diffusers' early files.
 _ATTENTION = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
@@ -28,12 +29,13 @@ _ATTENTION = {
 def checkpoint_keys(
     component: str, names: Iterable[str], config: Mapping[str, Any], xl: bool = False
 ) -> dict[str, str]:
-    """Return where the tensors ``names`` of a component go in a one-file checkpoint: {name: key}.
+    """Map a component's tensor names to their keys in a single-file checkpoint: {name: key}.
 
-    ``component`` is "unet", "vae", "text_encoder" or, of SDXL, "text_encoder_2", ``config`` its
-    ``config.json``; ``xl`` says that the pipeline is SDXL. Names that share a key, as OpenCLIP's
-    queries, keys and values do, come in the order in which they are stacked there. A name without
-    a place raises ``KeyError``; the positions' indices, which some files hold, are left out.
+    ``component`` is "unet", "vae", "text_encoder" or, for SDXL, "text_encoder_2", ``config`` its
+    ``config.json``; ``xl`` says whether the pipeline is SDXL. Names that share a key, such as
+    OpenCLIP's queries, keys and values, come in the order in which the tensors are concatenated.
+    The position ids, which some files have, are left out. Raises ``KeyError`` for a name that has
+    no key.
     """
     rename: Callable[[str], str]
     if component == "unet":
@@ -44,7 +46,7 @@ def checkpoint_keys(
         prefix, rename = "conditioner.embedders.1.model.", _open_clip_name
     elif xl:
         prefix, rename = "conditioner.embedders.0.transformer.", clip_name
-    elif config.get("hidden_act", "quick_gelu") == "quick_gelu":  # OpenAI's CLIP, of SD 1.x
+    elif config.get("hidden_act", "quick_gelu") == "quick_gelu":  # SD 1.x's OpenAI CLIP
         prefix, rename = "cond_stage_model.transformer.", clip_name
     else:
         prefix, rename = "cond_stage_model.model.", _open_clip_name
@@ -59,23 +61,23 @@ def checkpoint_keys(
 
 
 def unet_name(name: str, config: Mapping[str, Any]) -> str:
-    """Return LDM's name of a tensor of the U-Net; ``KeyError`` where it has none."""
+    """Return LDM's name of a U-Net tensor. Raises ``KeyError`` if it has none."""
     if name in _UNET:
         return _UNET[name]
-    row = config["layers_per_block"] + 1
-    name = re.sub(r"(\.resnets\.\d+\.)(\w+)", lambda found: found[1] + _RESNET[found[2]], name)
+    stride = config["layers_per_block"] + 1
+    name = re.sub(r"(\.resnets\.\d+\.)(\w+)", lambda match: match[1] + _RESNET[match[2]], name)
     match name.split("."):
         case ["mid_block", "resnets" | "attentions" as kind, j, *rest]:
             place = f"middle_block.{2 * int(j) + int(kind == 'attentions')}"
         case ["down_blocks", i, "resnets" | "attentions" as kind, j, *rest]:
-            place = f"input_blocks.{1 + row * int(i) + int(j)}.{int(kind == 'attentions')}"
+            place = f"input_blocks.{1 + stride * int(i) + int(j)}.{int(kind == 'attentions')}"
         case ["down_blocks", i, "downsamplers", "0", "conv", *rest]:
-            place = f"input_blocks.{row * (int(i) + 1)}.0.op"
+            place = f"input_blocks.{stride * (int(i) + 1)}.0.op"
         case ["up_blocks", i, "resnets" | "attentions" as kind, j, *rest]:
-            place = f"output_blocks.{row * int(i) + int(j)}.{int(kind == 'attentions')}"
+            place = f"output_blocks.{stride * int(i) + int(j)}.{int(kind == 'attentions')}"
         case ["up_blocks", i, "upsamplers", "0", "conv", *rest]:
-            after = 2 if "Attn" in config["up_block_types"][int(i)] else 1
-            place = f"output_blocks.{row * (int(i) + 1) - 1}.{after}.conv"
+            layer = 2 if "Attn" in config["up_block_types"][int(i)] else 1
+            place = f"output_blocks.{stride * (int(i) + 1) - 1}.{layer}.conv"
         case _:
             raise KeyError(name)
     return ".".join([place, *rest])
@@ -102,12 +104,12 @@ def _vae_name(name: str, config: Mapping[str, Any]) -> str:
 
 
 def clip_name(name: str) -> str:
-    """Return OpenAI's name of a module or a tensor of the text encoder: with ``text_model.``.
+    """Return OpenAI's name of a text encoder's module or tensor, which begins with ``text_model.``.
 
-    Which transformers leaves out from version 5.6 on, where the model has no projection.
+    transformers leaves this prefix out from version 5.6 on where the model has no projection.
     """
-    inside = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
-    return f"text_model.{name}" if inside else name
+    bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
+    return f"text_model.{name}" if bare else name
 
 
 def _open_clip_name(name: str) -> str:

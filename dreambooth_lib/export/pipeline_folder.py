@@ -1,7 +1,6 @@
 """Write a checkpoint as a model folder for plain diffusers, with its model card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.export import model_card
@@ -11,33 +10,30 @@ from dreambooth_lib.families.precision import save_pipeline
 from dreambooth_lib.training import lora, trainable
 from dreambooth_lib.training.runs import Run
 
-if TYPE_CHECKING:
-    pass
-
 
 def write_model(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
-    """Make ``folder`` the model that a checkpoint is, with its card, and a zip beside it; the zip.
+    """Write a checkpoint as a model folder with its card, and zip it; return the zip's path.
 
-    ``photos`` is :func:`model_card.write_card`'s. Each appears when it is whole, and is as it was
-    before where this fails. Raises ``RunError`` where the run has no checkpoint of that step, or
-    did not look at it.
+    ``photos`` is as in :func:`model_card.write_card`. The folder and the zip each appear only when
+    they are complete; on failure an older one stays as it was. Raises ``RunError`` if the run has
+    no checkpoint or no validation at that step.
     """
     with replacing_folder(Path(folder)) as partial:
-        write(run, step, partial)
+        write_pipeline(run, step, partial)
         model_card.write_card(run, step, partial, photos)
     return zip_folder(Path(folder))
 
 
-def write(run: Run, step: int, folder: Path) -> None:
-    """Write a checkpoint as plain diffusers loads it, without a card.
+def write_pipeline(run: Run, step: int, folder: Path) -> None:
+    """Write a checkpoint for plain diffusers, without a card.
 
-    That is the pipeline in half precision, or of a LoRA run what ``load_lora_weights`` takes.
-    Raises ``RunError`` where the run has no checkpoint of that step.
+    This is the whole pipeline in half precision or, for a LoRA run, what ``load_lora_weights``
+    loads. Raises ``RunError`` if the run has no checkpoint at that step.
     """
     config, family = run.config, trainable.load_to_export(run, step)
     if config.method == "lora":
         lora.save_lora(family, config, folder)
-        if Path(config.base).is_absolute():  # of use to no other machine
+        if Path(config.base).is_absolute():  # a path means nothing on another machine
             (folder / LORA_BASE_FILE).unlink()
     else:
         save_pipeline(family.pipeline, folder)

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 from zipfile import ZIP_STORED, ZipFile
 
-from dreambooth_lib.core.files import (
-    copy_file,
-    replacing_file,
-    retry,
-    visible_files,
-)
+from dreambooth_lib.core.files import copy_file, replacing_file, retry, visible_files
 from dreambooth_lib.figures.labels import format_bytes
 
 if TYPE_CHECKING:
@@ -20,31 +15,31 @@ if TYPE_CHECKING:
 
 
 def zip_folder(folder: Path) -> Path:
-    """Zip a folder beside it, uncompressed, as weights hardly shrink; gives the zip."""
+    """Zip a folder beside it and return the zip's path; uncompressed, as weights hardly shrink."""
     archive = folder.with_name(f"{folder.name}.zip")
-    with replacing_file(archive) as partial, ZipFile(partial, "w", ZIP_STORED) as packed:
+    with replacing_file(archive) as partial, ZipFile(partial, "w", ZIP_STORED) as zip_file:
         for name in visible_files(folder):
-            packed.write(folder / name, name)
+            zip_file.write(folder / name, name)
     return archive
 
 
 def copy_to(folder: str | Path, file: Path) -> str | None:
-    """Copy a file to a folder, such as Drive's; gives None, or a sentence on what did not work."""
+    """Copy a file to a folder, such as Drive's; return None, or a sentence on what went wrong."""
     try:
         retry(copy_file, file, Path(folder) / file.name)
     except OSError as error:
         return (
-            f"{file} could not be copied to {folder} ({error}); see whether the drive is full or "
-            "gone, and run this again: the file itself is whole."
+            f"{file} could not be copied to {folder} ({error}); check that the drive is mounted "
+            "and has space, and try again: the file itself is complete."
         )
     return None
 
 
 def download_link(file: str | Path) -> "HTML":
-    """Make a link that downloads a file in JupyterLab and the classic Notebook, with its size.
+    """Return a link, with the file's size, that downloads it in JupyterLab and classic Notebook.
 
-    Without ``download`` Lab opens the file, and fails at a zip. The link is relative, as both look
-    for it from the notebook's folder, which is this kernel's.
+    Without the ``download`` attribute, JupyterLab opens the file and fails for a zip. The link is
+    relative to the notebook's folder, which is the kernel's working directory.
     """
     from IPython.display import HTML
 

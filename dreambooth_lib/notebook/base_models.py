@@ -1,8 +1,7 @@
-"""The bases that people know by name, and what training each takes of a GPU.
+"""Describe the well-known base models, and list the training methods that fit a GPU.
 
-They are in ``base_models.json``, with figures of ``python -m tools.bases``: what
-:func:`estimate` says with the default settings, on configs with the
-published architectures' numbers.
+Their figures in ``base_models.json`` come from ``python -m tools.bases``: they are what
+:func:`.memory_estimate.estimate` returns with the default settings for the published architectures.
 """
 
 import json
@@ -21,56 +20,57 @@ from dreambooth_lib.figures import labels
 from dreambooth_lib.training.memory_level import USABLE_SHARE, first, native_precision
 
 
-class Way(NamedTuple):
-    """How people say what is trained: the config's fields for it, and its levels of memory."""
+class Method(NamedTuple):
+    """A training method: the config's fields for it, and its memory levels."""
 
     fields: dict[str, Any]
     levels: tuple[str, ...]
 
 
-#: From what changes most of a base to what takes least.
-WAYS = {
-    "whole model": Way({"method": "full"}, ("standard", "low", "lowest")),
-    "LoRA": Way({"method": "lora"}, ("standard", "low")),
-    "QLoRA": Way({"method": "lora", "quantize": "nf4"}, ("standard", "low")),
+#: By name, from the method that trains most of a base's weights to the one that needs least memory.
+METHODS = {
+    "full fine-tuning": Method({"method": "full"}, ("standard", "low", "lowest")),
+    "LoRA": Method({"method": "lora"}, ("standard", "low")),
+    "QLoRA": Method({"method": "lora", "quantize": "nf4"}, ("standard", "low")),
 }
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base as people know it."""
+class BaseModel:
+    """A well-known base model."""
 
     name: str
-    base: str  #: as a config's ``base`` takes it
-    resolution: int  #: pixels a side
+    base: str  #: what a config's ``base`` takes
+    resolution: int  #: pixels per side
     licence: str
-    gated: bool  #: whether its terms must be accepted on the Hub, and a token given
+    gated: bool  #: whether its terms must be accepted on the Hub, and a token is needed
     remark: str
-    parameters: int  #: of all parts that are loaded
-    denoiser: int  #: of them, those of the denoiser
-    large: int  #: and those of text encoders that are too large to train
-    stored: int  #: bytes of each in the files that are downloaded by default
-    #: GiB by precision: of each of WAYS, one for each of its levels, None where it does not work
+    parameters: int  #: in all components that are loaded
+    denoiser: int  #: those of the denoiser among them
+    large: int  #: those of text encoders that are too large to train
+    stored: int  #: bytes per parameter in the files that are downloaded by default
+    #: GiB by precision: a row for each of METHODS, a figure for each of its levels; None where the
+    #: base does not work in this precision
     gib: Mapping[str, Sequence[Sequence[float | None]]]
-    scale: float = 1  #: of these figures, for a base of another size
-    guess: bool = False  #: whether it stands for one that is not known
+    scale: float = 1  #: the factor on these figures for a base of another size
+    guess: bool = False  #: whether it stands in for a base of unknown size
 
-    def takes(self, precision: str) -> list[tuple[str, str, float]]:
-        """List each way, level of memory and GiB of a GPU, in the order of :data:`WAYS`."""
-        by_way = zip(WAYS.items(), self.gib[precision], strict=True)
+    def requirements(self, precision: str) -> list[tuple[str, str, float]]:
+        """List (method, memory level, GiB of GPU memory) in the order of :data:`METHODS`."""
+        by_method = zip(METHODS.items(), self.gib[precision], strict=True)
         return [
-            (way, level, gib * self.scale)
-            for (way, (_, levels)), by_level in by_way
-            for level, gib in zip(levels, by_level, strict=True)
+            (name, level, gib * self.scale)
+            for (name, method), by_level in by_method
+            for level, gib in zip(method.levels, by_level, strict=True)
             if gib is not None
         ]
 
 
 _FILE = Path(__file__).with_name("base_models.json")
-KNOWN: tuple[Base, ...] = tuple(Base(**one) for one in json.loads(_FILE.read_text()))
-_BY_NAME = {name: one for one in KNOWN for name in (one.base, one.name)}
-#: Which known base one on the Hub is like, by its name or its pipeline's.
-_LIKE = {
+KNOWN: tuple[BaseModel, ...] = tuple(BaseModel(**row) for row in json.loads(_FILE.read_text()))
+_BY_NAME = {name: model for model in KNOWN for name in (model.base, model.name)}
+#: Which known base model to take for one on the Hub, by its name or its pipeline's.
+_SIMILAR = {
     r"flux": "Flux.1 dev",
     r"z-?image": "Z-Image",
     r"diffusion-?3|sd-?3|3\.5": "Stable Diffusion 3.5 medium",
@@ -81,123 +81,127 @@ _LIKE = {
 
 
 class Row(NamedTuple):
-    """A way to train a base, at the first level of memory that fits or else the last."""
+    """A method for a base model, at the first memory level that fits, or else the last."""
 
-    base: Base
+    base: BaseModel
     method: str
     level: str
     gib: float  #: needed
     fits: bool
 
 
-def known(base: str) -> Base | None:
-    """Return the base of that name, hub id or "toybox", if it is one of :data:`KNOWN`."""
+def find_known(base: str) -> BaseModel | None:
+    """Return the base model with this name, Hub id or "toybox"; None if it is not known."""
     return _BY_NAME.get(base)
 
 
-def described(base: str) -> Base:
-    """Find the known base that a base is, or is like: by its parameters, if it is here.
+def describe(base: str) -> BaseModel:
+    """Return the known base model that a base is, or resembles most.
 
-    One of as many parameters as a known one is taken for that, another for a Stable Diffusion 1.5
-    of another size. One on the Hub is taken for the known base that its name or, once that was
-    read, its ``model_index.json`` tells of.
+    A local base with as many parameters as a known one is taken for that one; any other local base
+    is taken for Stable Diffusion 1.5 of another size. A base on the Hub is recognised by its name
+    or, once it was downloaded, by its ``model_index.json``.
     """
     from huggingface_hub import try_to_load_from_cache
 
     if base in _BY_NAME:
         return _BY_NAME[base]
-    like = _BY_NAME["Stable Diffusion 1.5"]
+    default = _BY_NAME["Stable Diffusion 1.5"]
     try:
-        found = loading.resolve(base)
+        resolved = loading.resolve(base)
     except loading.BaseError:
-        return like
-    if found.loras:
-        return described(found.name)
-    if not found.is_local:
-        read = try_to_load_from_cache(base, "model_index.json")
-        said = json.loads(Path(read).read_text())["_class_name"] if isinstance(read, str) else base
-        name = next(name for part, name in _LIKE.items() if re.search(part, said.lower()))
+        return default
+    if resolved.loras:
+        return describe(resolved.name)
+    if not resolved.is_local:
+        index = try_to_load_from_cache(base, "model_index.json")
+        text = (
+            json.loads(Path(index).read_text())["_class_name"] if isinstance(index, str) else base
+        )
+        name = next(name for part, name in _SIMILAR.items() if re.search(part, text.lower()))
         return replace(_BY_NAME[name], guess=True)
-    parts = dict(_parameters(Path(found.path)))
-    every = max(1, sum(parts.values()))
-    for one in KNOWN:
-        if abs(every / one.parameters - 1) < 0.01:
-            return one
-    denoiser = parts.get("unet", 0) + parts.get("transformer", 0)
-    return replace(like, parameters=every, denoiser=denoiser, scale=every / like.parameters)
+    counts = dict(_parameters(Path(resolved.path)))
+    total = max(1, sum(counts.values()))
+    for model in KNOWN:
+        if abs(total / model.parameters - 1) < 0.01:
+            return model
+    denoiser = counts.get("unet", 0) + counts.get("transformer", 0)
+    return replace(default, parameters=total, denoiser=denoiser, scale=total / default.parameters)
 
 
 def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
-    """Count each part's parameters by the headers of its files, of one variant alone."""
+    """Count each component's parameters from its files' headers, for one variant only."""
     from dreambooth_lib.training.allocation_counter import count_numbers
 
-    for part in folder.iterdir():
-        files = [file for file in part.glob("*.safetensors") if part.name != "safety_checker"]
+    for component in folder.iterdir():
+        if component.name == "safety_checker":
+            continue
+        files = list(component.glob("*.safetensors"))
         variant = all("." in file.stem for file in files)
-        yield part.name, count_numbers(file for file in files if ("." in file.stem) == variant)
+        yield component.name, count_numbers(f for f in files if ("." in f.stem) == variant)
 
 
-def ways(base: Base, free: float, precision: str = "fp16") -> list[Row]:
-    """List the ways that work in ``precision``, "fp16" or "bf16", on ``free`` bytes of a GPU."""
-    rows = [Row(base, *one, one[-1] * GIB <= free) for one in base.takes(precision)]
-    return [first(of_way, lambda row: row.fits) for _, of_way in groupby(rows, lambda row: row[1])]
+def methods_for(base: BaseModel, free: float, precision: str = "fp16") -> list[Row]:
+    """List the methods that work in ``precision``, "fp16" or "bf16", on ``free`` GPU bytes."""
+    rows = [Row(base, *need, need[-1] * GIB <= free) for need in base.requirements(precision)]
+    return [first(group, lambda row: row.fits) for _, group in groupby(rows, lambda row: row[1])]
 
 
-def fitting(free: float, precision: str = "fp16") -> list[Row]:
-    """List :func:`ways` of all known bases."""
-    return [row for base in KNOWN for row in ways(base, free, precision)]
+def methods_for_all(free: float, precision: str = "fp16") -> list[Row]:
+    """List :func:`methods_for` every known base model."""
+    return [row for base in KNOWN for row in methods_for(base, free, precision)]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Which base fits, as a notebook shows it, and as text."""
+    """The base models that fit, as a table in a notebook and as text elsewhere."""
 
     rows: Sequence[Row]
     gpu: bool = True
 
-    def _said(self) -> Iterator[tuple[bool, str, Sequence[str]]]:
+    def _cells(self) -> Iterator[tuple[bool, str, Sequence[str]]]:
         for base in KNOWN:
             rows = [row for row in self.rows if row.base is base]
             on_cpu = base.base == "toybox"
             ok = on_cpu or any(row.fits for row in rows)
-            lacks = "needs a GPU" if not self.gpu else "too large" if rows else "needs bfloat16"
-            how = _how(rows) if self.gpu or not on_cpu else "on the CPU too"
+            reason = "needs a GPU" if not self.gpu else "too large" if rows else "needs bfloat16"
+            methods = _methods(rows) if self.gpu or not on_cpu else "runs on the CPU too"
             terms = f"{base.licence}; accept its terms on the Hub" if base.gated else base.licence
-            cells = (base.name, base.base, str(base.resolution), how, terms, base.remark)
-            yield ok, "fits" if ok else lacks, cells
+            cells = (base.name, base.base, str(base.resolution), methods, terms, base.remark)
+            yield ok, "fits" if ok else reason, cells
 
     def __repr__(self) -> str:
         return "\n".join(
-            f"{labels.sign(ok)} {word:15} {name:24} {how}"
-            for ok, word, (name, _, _, how, *_) in self._said()
+            f"{labels.sign(ok)} {word:15} {name:28}{methods}"
+            for ok, word, (name, _, _, methods, *_) in self._cells()
         )
 
     def _repr_html_(self) -> str:
-        heads = ("base", "BASE =", "pixels", "how, and GPU memory needed", "licence", "remark")
-        return labels.html_table(heads, self._said())
+        heads = ("base", "BASE =", "pixels", "method and GPU memory it needs", "licence", "remark")
+        return labels.html_table(heads, self._cells())
 
 
-def _how(rows: Sequence[Row]) -> str:
-    """Name the ways that fit of a base's, or else the one that takes least."""
+def _methods(rows: Sequence[Row]) -> str:
+    """Name a base's methods that fit or, if there are none, the one that needs the least memory."""
     if not rows:
         return "only on a GPU with bfloat16; it does not work in float16"
 
-    def room(row: Row) -> str:
+    def memory(row: Row) -> str:
         level = "" if row.level == "standard" else f", memory '{row.level}'"
         return f"{row.gib:g} GiB{level}"
 
-    least = min(rows, key=lambda row: row.gib)
-    fit = "; ".join(f"{row.method} ({room(row)})" for row in rows if row.fits)
-    return fit or f"{least.method} takes {room(least)}"
+    smallest = min(rows, key=lambda row: row.gib)
+    fitting = "; ".join(f"{row.method} ({memory(row)})" for row in rows if row.fits)
+    return fitting or f"{smallest.method} needs {memory(smallest)}"
 
 
 def table() -> Table:
-    """Return which of the known bases fit this machine's GPU, as it is now."""
-    if find_spec("torch") is not None:  # or it is yet to be installed
+    """Return the table of base models for this machine's GPU and its free memory."""
+    if find_spec("torch") is not None:  # it may not be installed yet
         import torch
 
         if torch.cuda.is_available():
             free, _ = gpu_memory.gpu_bytes()
             precision = native_precision("auto", torch.device("cuda"))
-            return Table(fitting(USABLE_SHARE * free, precision))
-    return Table(fitting(0), gpu=False)
+            return Table(methods_for_all(USABLE_SHARE * free, precision))
+    return Table(methods_for_all(0), gpu=False)

@@ -1,7 +1,6 @@
-"""What is different on Colab: its secrets, uploads, downloads and Drive. Elsewhere each says so.
+"""Upload and download files on Colab, and mount Drive.
 
-How a notebook installs the kit there is in :mod:`.install`; how a run is backed up to
-Drive in :mod:`.drive_backup`.
+:mod:`.install` installs the kit there; :mod:`.drive_backup` backs up a run to Drive.
 """
 
 import hashlib
@@ -16,29 +15,31 @@ MOUNT = Path("/content/drive")  #: where Colab mounts Drive
 
 
 def upload(folder: str | Path) -> Path:
-    """Ask for pictures or a zip by Colab's own button; the rest is :func:`save_uploads`.
+    """Show Colab's upload button for photos or a zip, and save them with :func:`save_uploads`.
 
     Raises :class:`DataError` as that does, and outside Colab.
     """
     if not in_colab():
-        raise DataError("only Colab has this upload; give load_subject a folder or a zip instead.")
+        raise DataError(
+            "this upload works only on Colab; elsewhere, give load_subject a folder or a zip."
+        )
     from google.colab import files
 
     return save_uploads(files.upload(), folder)
 
 
 def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
-    """Write uploaded pictures, or a zip of them, into ``folder``; return what load_subject takes.
+    """Save uploaded photos, or a zip of them, in ``folder``; return the path for load_subject.
 
-    Each upload has a sub-folder of its own, named by what is in it, which appears when it is whole:
-    another upload neither mixes with it nor changes what an earlier run resumes with. A zip is kept
-    as it is. Raises :class:`DataError` for no files, for a name that is a path, for a zip with
-    other files, and where ``folder`` cannot be written.
+    Each upload gets its own sub-folder, named by a hash of its content, which appears only when it
+    is complete: uploads never mix, and an earlier run resumes with its own photos. A zip is not
+    unpacked. Raises :class:`DataError` if there are no files, a name is a path, a zip comes with
+    other files, or ``folder`` cannot be written.
     """
     from dreambooth_lib.core.files import replacing_folder
 
     if not files:
-        raise DataError("nothing was uploaded; choose three to six pictures, or a zip of them.")
+        raise DataError("nothing was uploaded; choose three to six photos, or a zip of them.")
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"} or Path(name).name != name:
@@ -47,7 +48,7 @@ def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
         digest.update(content)
     zips = [name for name in files if name.lower().endswith(".zip")]
     if zips and len(files) > 1:
-        raise DataError(f"'{zips[0]}' was uploaded with other files; upload one zip, or pictures.")
+        raise DataError(f"'{zips[0]}' was uploaded with other files; upload one zip, or photos.")
     place = Path(folder) / digest.hexdigest()[:12]
     try:
         if not place.exists():
@@ -56,23 +57,23 @@ def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
                     (partial / name).write_bytes(content)
     except OSError as error:
         raise DataError(
-            f"the upload cannot be saved in {folder} ({error}); free some space, or choose another "
-            "folder."
+            f"the upload could not be saved in {folder} ({error}); free some space, or choose "
+            "another folder."
         ) from None
     return place / zips[0] if zips else place
 
 
 def download(file: str | Path) -> None:
-    """Have the browser download a file from Colab's machine."""
+    """Download a file from Colab's machine with the browser."""
     from google.colab import files
 
     files.download(str(file))
 
 
 def mount_drive(folder: str = "dreambooth") -> Path | None:
-    """Return a folder of the user's Drive, made if it is not there; None outside Colab.
+    """Mount the user's Drive and return a folder on it, made if missing; None outside Colab.
 
-    Where Drive cannot be had, it warns and returns None: everything but the copy there goes on.
+    If Drive cannot be mounted, warn and return None: a notebook then works without a backup.
     """
     if not in_colab():
         return None
@@ -81,11 +82,11 @@ def mount_drive(folder: str = "dreambooth") -> Path | None:
     try:
         drive.mount(str(MOUNT))
         place = MOUNT / "MyDrive" / folder
-        place.mkdir(exist_ok=True)  # not MyDrive: without it nothing is mounted
-    except Exception as error:  # Colab raises many kinds, for a refusal as for a fault
+        place.mkdir(exist_ok=True)  # but not MyDrive: if that is missing, nothing is mounted
+    except Exception as error:  # Colab raises many types, for a refusal and for a fault
         warnings.warn(
-            f"Drive could not be mounted ({type(error).__name__}: {error}); runs stay on this "
-            "machine alone until you run this cell again and allow it.",
+            f"Drive could not be mounted ({type(error).__name__}: {error}); runs are not backed up "
+            "until you run this cell again and allow access.",
             stacklevel=2,
         )
         return None

@@ -1,17 +1,17 @@
-"""A run's mirror: a copy in a second place, such as Drive, kept up while it trains.
+"""Back up a run to a second folder, such as one on Drive, while it trains.
 
-MIRROR/...                 the run's folder without what is hidden; of its checkpoints the newest
-                           and the best, as a drive has little room; large ones have their weights
-                           in float16, and the pipeline that follows from these is left out
-MIRROR/photos/             the subject's pictures: an upload is gone with the session, too
-MIRROR/class_photos/       the user's own class images
-MIRROR/class_images/     the sets that the base drew for this class
-MIRROR/.mirror.json        whose copy it is, whether the run has finished, and each part's files:
-                           size and time at the run, and size here
+BACKUP/...              the run's folder without hidden files. Of the checkpoints only the newest
+                        and the best, as a drive has little space; large ones have their weights in
+                        float16, and a large pipeline is left out, as it follows from these
+BACKUP/photos/          the subject's photos: an upload is lost with the session, too
+BACKUP/class_photos/    the user's own class images
+BACKUP/class_images/    the sets of class images that the base generated for this class
+BACKUP/.backup.json     the run's identity, whether it has finished, and each part's files: their
+                        size and time in the run, and their size here
 
-A file, a checkpoint and the pipeline each appear when they are whole: they are written beside and
-renamed. Whatever is cut short, the mirror holds a run that can go on: see
-:mod:`dreambooth_lib.notebook.drive_restore`.
+Each file, checkpoint and pipeline appears only when it is complete: it is written beside its place
+and renamed. Whenever copying is interrupted, the backup holds a run that can be resumed: see
+:mod:`.drive_restore`.
 """
 
 import json
@@ -21,50 +21,71 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.files import Fingerprint, copy, fingerprint, retry, visible_files
+from dreambooth_lib.core.files import (
+    Fingerprint,
+    copy,
+    fingerprint,
+    replace_file,
+    retry,
+    visible_files,
+)
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.training.runs import Run
 
-#: Bytes above which weights are rounded, and a pipeline is left out: a free drive has 15 GB in all.
+#: Bytes above which weights are rounded and a pipeline is left out: a free Drive has 15 GB in all.
 LARGE = 2**30
-STATE = ".mirror.json"  # in the mirror
-IDENTITY = ".mirror"  # at the run: the word that its mirror knows it by
+STATE = ".backup.json"  # in the backup
+IDENTITY = ".backup"  # in the run: the identity that its backup records
+#: What earlier versions called these two.
+OLD_STATE, OLD_IDENTITY = ".mirror.json", ".mirror"
 
 
 def backup(run: Run, folder: str | Path) -> str | None:
-    """Copy what is new of a run to ``folder``; return None, or a sentence on what did not work.
+    """Copy what is new in a run to ``folder``; return None, or a sentence on what went wrong.
 
-    Call it as often as you like while training: what is there already costs a look at its size, and
-    what a drive fails at is tried again, then left to the next call; it never raises for that. A
-    checkpoint that the run has dropped goes once one that it still has is whole there. ``folder``
-    is made, but not what it lies in, so that nothing is written where a drive is not mounted. A
-    folder that holds something else, such as another run, is left alone.
+    Call it as often as you like while training: what was copied before is only checked by its size
+    and time. What the drive fails at is retried, then left to the next call; no exception is
+    raised for it. A checkpoint that the run no longer has is deleted once one that it has is
+    complete there. ``folder`` is created, but not its parent, so nothing is written where no drive
+    is mounted. A folder that holds something else, such as another run, is left alone.
     """
     folder = Path(folder)
     try:
-        known = retry(_known, folder, _identity(run))
-        if known is None:
-            return f"{folder} holds something else than this run; mirror it to another folder."
-        failures = _copy_parts(run, folder, known["parts"])
-        known["finished"] = run.finished and not failures
-        retry(_write, folder, known)
+        state = retry(_open_state, folder, _identity(run))
+        if state is None:
+            return f"{folder} holds something other than this run; back it up to another folder."
+        failures = _copy_parts(run, folder, state["parts"])
+        state["finished"] = run.finished and not failures
+        retry(_write_state, folder, state)
     except (OSError, ValueError) as error:
         failures = [str(error)]
     if not failures:
         return None
     return (
-        f"{run.folder} is not all in {folder} yet ({failures[0]}); training goes on, and the next "
-        "call tries again: if it keeps failing, see whether the drive is full or gone."
+        f"{run.folder} could not be backed up completely to {folder} ({failures[0]}); training "
+        "continues, and the next backup tries again. If this persists, check that the drive is "
+        "mounted and has space."
     )
 
 
-def notes(folder: Path) -> dict[str, Any] | None:
-    """Return what a mirror says of itself; None where it says nothing, or that is damaged."""
-    file = folder / STATE
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """Return what a backup records about itself; None if there is nothing, or it is damaged."""
+    file = _current_or_old(folder, STATE, OLD_STATE)
     try:
         return json.loads(file.read_text()) if file.exists() else None
-    except ValueError:  # what it was kept for is lost, but not the run
+    except ValueError:  # the run itself may well be intact
         return None
+
+
+def read_identity(folder: Path) -> str | None:
+    """Return the identity that was written into a run's folder for its backups; None if none."""
+    file = _current_or_old(folder, IDENTITY, OLD_IDENTITY)
+    return file.read_text() if file.exists() else None
+
+
+def _current_or_old(folder: Path, name: str, old_name: str) -> Path:
+    current = folder / name
+    return current if current.exists() else folder / old_name
 
 
 def _copy_parts(run: Run, folder: Path, stamps: dict[str, Fingerprint]) -> list[str]:
@@ -77,16 +98,16 @@ def _copy_parts(run: Run, folder: Path, stamps: dict[str, Fingerprint]) -> list[
         stamp, place = fingerprint(source), folder / name
         is_checkpoint = place.parent.name == "checkpoints"
         try:
-            # Without the newest, an older one may have all that there is of an optimizer's state.
+            # While the newest is missing, an older one may have the only optimizer state.
             if not (is_checkpoint and newest_failed and place.exists()):
-                stamps[name] = _without(stamps.get(name, []), stamp, place)
+                stamps[name] = _delete_removed(stamps.get(name, []), stamp, place)
                 if not _is_current(stamps[name], stamp, place):
                     rounded = is_checkpoint and _is_large(source / TENSORS)
-                    ways = {TENSORS: round_weights} if rounded else {}
-                    retry(copy, source, place, ways, patient=not failures)
-                    stamps[name] = _with_copy(stamp, place)
+                    copiers = {TENSORS: round_weights} if rounded else {}
+                    retry(copy, source, place, copiers, patient=not failures)
+                    stamps[name] = _with_copied_sizes(stamp, place)
             if is_checkpoint:
-                _drop(folder, parts, stamps)
+                _delete_dropped(folder, parts, stamps)
         except OSError as error:
             failures.append(str(error))
             newest_failed |= is_checkpoint
@@ -97,24 +118,24 @@ def _is_large(path: Path) -> bool:
     return sum(size for _, size, _ in fingerprint(path)) > LARGE
 
 
-def _with_copy(stamp: Fingerprint, place: Path) -> Fingerprint:
-    """Return a stamp with the size that each file's copy has."""
+def _with_copied_sizes(stamp: Fingerprint, place: Path) -> Fingerprint:
+    """Append the size of its copy to each file's entry."""
     sizes = {name: size for name, size, _ in fingerprint(place)}
     return [[*row, sizes.get(row[0])] for row in stamp]
 
 
 def _is_current(known: Fingerprint, stamp: Fingerprint, place: Path) -> bool:
-    """Return whether a part's copy is there, whole, and of what the part is now."""
+    """Return whether a part's copy is there, complete and up to date."""
     try:
-        now = _with_copy(stamp, place)
+        now = _with_copied_sizes(stamp, place)
     except OSError:
         return False
-    # A run that was restored has the sizes of its mirror.
+    # The files of a restored run have the sizes of the backup's.
     return now in (known, [[row[0], row[-1], row[2], row[-1]] for row in known])
 
 
-def _without(known: Fingerprint, stamp: Fingerprint, place: Path) -> Fingerprint:
-    """Remove from a folder's copy the files that the folder no longer has; return what is left."""
+def _delete_removed(known: Fingerprint, stamp: Fingerprint, place: Path) -> Fingerprint:
+    """Delete the files of a folder's copy that the folder no longer has; return the others."""
     names = {name for name, *_ in stamp}
     for name, *_ in known:
         file = place / name
@@ -125,16 +146,16 @@ def _without(known: Fingerprint, stamp: Fingerprint, place: Path) -> Fingerprint
     return [row for row in known if row[0] in names]
 
 
-def _drop(folder: Path, parts: dict[str, Path], stamps: dict[str, Fingerprint]) -> None:
-    """Remove checkpoints and a pipeline that are no part any more, and their half-made copies.
+def _delete_dropped(folder: Path, parts: dict[str, Path], stamps: dict[str, Fingerprint]) -> None:
+    """Delete checkpoints and a pipeline that are no longer parts, and incomplete copies.
 
-    Their files are emptied first: Drive's trash counts against its room.
+    Their files are emptied first, as Drive's trash counts towards its quota.
     """
     for path in [*(folder / "checkpoints").iterdir(), *folder.glob("*pipeline*")]:
         name = path.relative_to(folder).as_posix()
         if name in parts or not path.is_dir():
             continue
-        if not path.name.startswith("."):  # half-emptied, it must not be taken for a checkpoint
+        if not path.name.startswith("."):  # half-emptied, it must not pass for a checkpoint
             path = path.rename(path.with_name(f".{path.name}.gone"))
         for file in path.rglob("*"):
             if file.is_file():
@@ -144,65 +165,67 @@ def _drop(folder: Path, parts: dict[str, Path], stamps: dict[str, Fingerprint]) 
 
 
 def _parts(run: Run) -> dict[str, Path]:
-    """Return files, and folders that are copied whole, by their place in the mirror.
+    """Map places in the backup to the files, and the folders that are copied as a whole.
 
-    Of the checkpoints these are the newest and the best, where looks tell which that is. In the
-    order in which a mirror that is cut short can be gone on with: pictures before the rows that
-    tell of them, those before the config that makes a folder a run, the newest weights first.
+    Of the checkpoints these are the newest and, if there is validation, the best. The order lets
+    an interrupted backup be resumed: images before the rows that mention them, these before the
+    config that makes a folder a run, the newest weights first.
     """
     from dreambooth_lib.training import best_checkpoint, validation_record
 
     config = run.config
-    parts = _pictures(config.subject.pictures, "photos")
+    parts = _image_files(config.subject.pictures, "photos")
     if config.class_folder is not None:
-        parts |= _pictures(config.class_folder, "class_photos")
+        parts |= _image_files(config.class_folder, "class_photos")
     sets = locate(run.folder.parent, "class_images")
     for manifest in sorted(sets.glob("*/manifest.json")):
-        made_by = json.loads(manifest.read_text())
-        if (made_by["base"], made_by["prompt"]) == (config.base, config.subject.class_prompt):
-            parts |= _pictures(manifest.parent, f"{sets.name}/{manifest.parent.name}")
+        source = json.loads(manifest.read_text())
+        if (source["base"], source["prompt"]) == (config.base, config.subject.class_prompt):
+            parts |= _image_files(manifest.parent, f"{sets.name}/{manifest.parent.name}")
     files = [p for p in visible_files(run.folder) if p.parts[0] not in ("checkpoints", "pipeline")]
     files.sort(key=lambda path: (len(path.parts), path), reverse=True)
     parts |= {name.as_posix(): run.folder / name for name in files}
-    # A large pipeline is the base with a checkpoint's weights: train makes it anew from these.
+    # A large pipeline is the base with a checkpoint's weights: resuming writes it again.
     if run.pipeline.exists() and not _is_large(run.pipeline):
         parts["pipeline"] = run.pipeline
     checkpoints = run.checkpoints()
-    wanted = list(checkpoints)[-1:]
+    steps = list(checkpoints)[-1:]
     if len(validation_record.history(run)) > 1:
-        wanted.append(best_checkpoint.best_checkpoint(run).step)
+        steps.append(best_checkpoint.best_checkpoint(run).step)
     return parts | {f"checkpoints/{checkpoints[step].name}": checkpoints[step]
-                    for step in wanted if step in checkpoints}  # fmt: skip
+                    for step in steps if step in checkpoints}  # fmt: skip
 
 
-def _pictures(source: str | Path, place: str) -> dict[str, Path]:
+def _image_files(source: str | Path, place: str) -> dict[str, Path]:
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.glob("[!.]*"))
     return {f"{place}/{file.name}": file for file in files if file.is_file()}
 
 
 def _identity(run: Run) -> str:
-    """Return the run's own word, so that no other run of its name overwrites its mirror."""
-    from dreambooth_lib.core.files import replace_file
+    """Return the run's identity, so that no other run of its name overwrites its backup.
 
+    It is written into the run's folder: a new one, or the one under the old name.
+    """
     file = run.folder / IDENTITY
     if not file.exists():
-        replace_file(file, uuid.uuid4().hex.encode())
+        identity = read_identity(run.folder) or uuid.uuid4().hex
+        replace_file(file, identity.encode())
+        (run.folder / OLD_IDENTITY).unlink(missing_ok=True)
     return file.read_text()
 
 
-def _known(folder: Path, identity: str) -> dict[str, Any] | None:
-    """Return a mirror's notes, begun where nothing is; None if it is not this run's."""
+def _open_state(folder: Path, identity: str) -> dict[str, Any] | None:
+    """Return a backup's state, a new one for an empty folder; None if it is not this run's."""
     folder.mkdir(exist_ok=True)
-    known = notes(folder)
-    # What is hidden may be left of a first write that failed.
-    if known is None and all(path.name.startswith(".") for path in folder.iterdir()):
-        known = {"identity": identity, "parts": {}}
-        _write(folder, known)
-    return known if known and known["identity"] == identity else None
+    state = read_state(folder)
+    # Hidden files may remain from a first write that failed.
+    if state is None and all(path.name.startswith(".") for path in folder.iterdir()):
+        state = {"identity": identity, "parts": {}}
+        _write_state(folder, state)
+    return state if state and state["identity"] == identity else None
 
 
-def _write(folder: Path, known: dict[str, Any]) -> None:
-    from dreambooth_lib.core.files import replace_file
-
-    replace_file(folder / STATE, json.dumps(known).encode())
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    replace_file(folder / STATE, json.dumps(state).encode())
+    (folder / OLD_STATE).unlink(missing_ok=True)

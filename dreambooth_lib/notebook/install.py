@@ -1,19 +1,19 @@
-"""What the kit needs beside what is installed, and how to add it without moving anything.
+"""Install the packages that are missing without changing any that is installed.
 
-A fresh Colab has no ``dreambooth_lib`` to ask yet, so a notebook's first cell takes two steps:
+A fresh Colab has no ``dreambooth_lib`` yet, so a notebook's first cell takes two steps:
 
     try:
-        import dreambooth_lib
-    except ModuleNotFoundError:
+        from dreambooth_lib.notebook import install
+    except ImportError:
         %pip install --quiet --no-deps git+ADDRESS
-    from dreambooth_lib import packages
-    print(packages.install_missing())
+        from dreambooth_lib.notebook import install
+    print(install.install_missing())
 
-``--no-deps`` brings the kit and nothing else. Then pip is asked only for what is absent, under a
-constraints file that holds every installed package at its version: pip either finds a way that
-leaves them alone or fails with nothing changed. Nothing that may be imported already is replaced,
-so no restart is needed. A package that is there but too old stays as it is and is named;
-:mod:`dreambooth_lib.notebook.preflight` shows it red. Nothing here imports what is looked for.
+``--no-deps`` installs the kit alone. Then pip installs only the missing packages, under a
+constraints file that pins every installed package to its version: it either leaves them all alone
+or fails with nothing changed. No package that may already be imported is replaced, so no restart
+is needed. A package that is too old stays as it is and is named; :mod:`.preflight` shows it red.
+Nothing here imports the packages it checks.
 """
 
 import importlib
@@ -34,30 +34,30 @@ NAME = "dreambooth-lib"
 
 
 class InstallError(RuntimeError):
-    """pip could not add what is absent; nothing was changed."""
+    """A failure of pip, which left every package as it was."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`install_missing` adds, and what it leaves as it is."""
+    """The packages that :func:`install_missing` installs, and those that it leaves alone."""
 
-    absent: list[str]  #: requirements of which no version is installed
-    too_old: dict[str, str]  #: requirements of which another version is installed, and which
-    pins: list[str]  #: every installed package at its version, as lines of a constraints file
+    missing: list[str]  #: requirements of which no version is installed
+    too_old: dict[str, str]  #: requirements, each with the version that is installed instead
+    pins: list[str]  #: every installed package's version, as lines of a constraints file
 
     def pip_arguments(self, constraints: str | Path) -> list[str]:
-        """Return what follows ``pip``; the file ``constraints`` holds :attr:`pins`."""
-        return ["install", "--quiet", "--constraint", str(constraints), *self.absent]
+        """Return pip's arguments; the file ``constraints`` holds :attr:`pins`."""
+        return ["install", "--quiet", "--constraint", str(constraints), *self.missing]
 
     def __str__(self) -> str:
-        added = f"Added: {', '.join(self.absent)}" if self.absent else "Nothing is absent"
-        kept = f"the {len(self.pins)} packages that are installed stay as they are"
-        old = [f", {here} though {wanted} is needed" for wanted, here in self.too_old.items()]
-        return f"{added}; {kept}{''.join(old)}."
+        added = f"Installed: {', '.join(self.missing)}" if self.missing else "Nothing to install"
+        old = [f"; {needed} is required, but {version} is installed"
+               for needed, version in self.too_old.items()]  # fmt: skip
+        return f"{added}; no preinstalled package was changed{''.join(old)}."
 
 
 def required() -> list[str]:
-    """Return the kit's requirements: the installed package's, or a checkout's file."""
+    """Return the kit's requirements, from the installed package or the checkout's file."""
     try:
         return metadata.requires(NAME) or []
     except metadata.PackageNotFoundError:
@@ -67,9 +67,9 @@ def required() -> list[str]:
 
 def installed() -> dict[str, str]:
     """Return every installed package's version, by its canonical name."""
-    found = [(one.metadata["Name"], one) for one in metadata.distributions()]
-    # A broken one may have no name; of two of a name, Python imports the first.
-    return {canonicalize_name(name): one.version for name, one in reversed(found) if name}
+    packages = [(package.metadata["Name"], package) for package in metadata.distributions()]
+    # A broken one may have no name; of two with the same name, Python imports the first.
+    return {canonicalize_name(name): p.version for name, p in reversed(packages) if name}
 
 
 def missing_packages(
@@ -77,12 +77,12 @@ def missing_packages(
     installed: Mapping[str, str],
     environment: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Compare requirements with what is installed, by canonical name and version.
+    """Compare requirements with the installed packages, by canonical name and version.
 
-    Markers are those of ``environment`` (``{"python_version": "3.13", ...}``) over this Python's
-    own; requirements of extras do not count.
+    ``environment`` (``{"python_version": "3.13", ...}``) overrides this Python's own values for
+    the requirements' markers; requirements of extras are ignored.
     """
-    absent, too_old = [], {}
+    missing, too_old = [], {}
     for requirement in map(Requirement, requirements):
         context = {"extra": "", **(environment or {})}
         if requirement.marker and not requirement.marker.evaluate(context):
@@ -90,23 +90,25 @@ def missing_packages(
         version = installed.get(canonicalize_name(requirement.name))
         requirement.marker = None
         if version is None:
-            absent.append(str(requirement))
+            missing.append(str(requirement))
         elif not requirement.specifier.contains(version, prereleases=True):
             too_old[str(requirement)] = version
     pins = []
     for name, version in installed.items():
-        with suppress(InvalidVersion):  # a system's own packages have some that pip does not take
+        with suppress(
+            InvalidVersion
+        ):  # some of a system's own packages have versions that pip rejects
             pins.append(f"{name}=={Version(version)}")
-    return Plan(absent, too_old, sorted(pins))
+    return Plan(missing, too_old, sorted(pins))
 
 
 def install_missing() -> Plan:
-    """Add what is absent and move nothing; return the plan that was carried out.
+    """Install the missing packages without changing any other; return the plan.
 
-    Raises :class:`InstallError` where pip finds no such way, or cannot reach its index.
+    Raises :class:`InstallError` if pip cannot do that, or cannot reach its index.
     """
     plan = missing_packages(required(), installed())
-    if plan.absent:
+    if plan.missing:
         with tempfile.TemporaryDirectory() as folder:
             constraints = Path(folder) / "installed.txt"
             constraints.write_text("\n".join(plan.pins))
@@ -114,10 +116,11 @@ def install_missing() -> Plan:
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.strip()]
-            said = next((line for line in errors if line.startswith("ERROR")), *errors[-1:] or [""])
+            last = errors[-1] if errors else ""
+            message = next((line for line in errors if line.startswith("ERROR")), last)
             raise InstallError(
-                f"pip could not add {', '.join(plan.absent)} beside what is installed ({said}); "
-                "check the network, or start from a fresh session."
+                f"pip could not install {', '.join(plan.missing)} without changing other packages "
+                f"({message}); check the network, or start from a fresh session."
             )
         importlib.invalidate_caches()
     return plan

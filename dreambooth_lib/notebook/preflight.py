@@ -1,4 +1,4 @@
-"""Whether this machine can do what a run on a base asks of it, and what to do where it cannot."""
+"""Check whether this machine can train a base, and say what to do if it cannot."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,57 +11,57 @@ from dreambooth_lib.core.hub_token import hub_token, in_colab
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import labels
 from dreambooth_lib.notebook import install
-from dreambooth_lib.notebook.base_models import described
-from dreambooth_lib.notebook.will_it_fit import KINDS, Offer, recommend
+from dreambooth_lib.notebook.base_models import describe
+from dreambooth_lib.notebook.will_it_fit import KINDS, Recommendation, recommend
 from dreambooth_lib.training.memory_level import USABLE_SHARE, native_precision
 
-PYTHON = (3, 11)  #: the lowest that the kit runs on
-#: Seconds until a Hub that does not answer counts as out of reach.
+PYTHON = (3, 11)  #: the oldest version that the kit supports
+#: Seconds after which the Hub counts as not answering.
 TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One check and its result."""
 
     name: str
     ok: bool
-    found: str
-    fix: str = ""  #: one sentence on what to do; empty where all is well
+    result: str
+    fix: str = ""  #: one sentence on what to do; empty if the check passed
 
 
 class NotReady(RuntimeError):
-    """Something that a run needs is not there."""
+    """A machine that failed a check."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Checks as a notebook shows them, and as text; each row says in words whether it is well."""
+    """Checks as a table in a notebook and as text elsewhere; each row says whether it passed."""
 
     checks: Sequence[Check]
 
     def check(self) -> None:
-        """Raise :class:`NotReady` where there is a red line."""
-        red = [check.name for check in self.checks if not check.ok]
-        if red:
+        """Raise :class:`NotReady` if a check failed."""
+        failed = [check.name for check in self.checks if not check.ok]
+        if failed:
             raise NotReady(
-                f"this machine is not ready ({', '.join(red)}); do what the red lines of the table "
-                "say, or set SKIP_CHECKS = True to go on all the same."
+                f"this machine is not ready ({', '.join(failed)}); follow the red lines of the "
+                "table, or set SKIP_CHECKS = True to continue anyway."
             )
 
-    def _said(self) -> list[tuple[bool, str, Sequence[str]]]:
-        called = {True: "ok", False: "to fix"}
-        return [(one.ok, called[one.ok], (one.name, one.found, one.fix)) for one in self.checks]
+    def _cells(self) -> list[tuple[bool, str, Sequence[str]]]:
+        words = {True: "ok", False: "to fix"}
+        return [(c.ok, words[c.ok], (c.name, c.result, c.fix)) for c in self.checks]
 
     def __repr__(self) -> str:
         lines = []
-        for ok, word, (name, found, fix) in self._said():
-            lines.append(f"{f'{labels.sign(ok)} {word}':8}  {name:13}  {found}")
+        for ok, word, (name, result, fix) in self._cells():
+            lines.append(f"{f'{labels.sign(ok)} {word}':8}  {name:13}  {result}")
             lines += [f"{'':8}  {'':13}  -> {fix}"] if fix else []
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return labels.html_table(("what", "found", "what to do"), self._said())
+        return labels.html_table(("check", "result", "what to do"), self._cells())
 
 
 def preflight(
@@ -70,49 +70,52 @@ def preflight(
     drive: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Check]:
-    """Look at what a run on ``base`` in ``folder`` needs; the fixes are for whoever is not ready.
+    """Check what a run on ``base`` in ``folder`` needs, and say how to fix what is missing.
 
-    ``drive`` is where it will be mirrored, if it will. What runs that were cut off take there and
-    in ``folder`` counts as free, as one of them mostly goes on. It is trained as :func:`recommend`
-    says, which ``settings`` may narrow down. Nothing is downloaded, written or changed; the Hub is
-    asked for one header. While packages are absent only what needs none of them is looked at.
+    ``drive`` is where the run will be backed up, if anywhere. The space of interrupted runs there
+    and in ``folder`` counts as free, as one of them is usually resumed. The method is the one that
+    :func:`recommend` returns; ``settings``, fields of a config, may restrict it. Nothing is
+    downloaded, written or changed; the Hub is asked for one header. While packages are missing,
+    only the checks that need none of them are made.
     """
     plan = install.missing_packages(install.required(), install.installed())
     checks = [_python(), _packages(plan)]
-    if plan.absent:
+    if plan.missing:
         return checks
-    offer = recommend(base, folder, drive, settings)
-    gpu = offer.room.gpu is not None
-    checks.append(_gpu(offer.large))
+    best = recommend(base, folder, drive, settings)
+    gpu = best.free.gpu is not None
+    checks.append(_gpu(best.large))
     if gpu:
         checks.append(_optimizer())
-    if gpu or offer.large:
-        checks.append(_way(base, offer))
-    if offer.needs is not None:
-        there = {"gpu": gpu, "memory": True, "disk": True, "drive": drive is not None}
-        place = {"disk": Path(folder).resolve(), "drive": Path(drive or "")}
-        checks += [_room(kind, offer, place.get(kind)) for kind in KINDS if there[kind]]
+    if gpu or best.large:
+        checks.append(_method(base, best))
+    if best.needs is not None:
+        relevant = {"gpu": gpu, "memory": True, "disk": True, "drive": drive is not None}
+        folders = {"disk": Path(folder).resolve(), "drive": Path(drive or "")}
+        checks += [_resource(kind, best, folders.get(kind)) for kind in KINDS if relevant[kind]]
     return [*checks, _base(base)]
 
 
 def _python() -> Check:
-    found, lowest = (".".join(map(str, of)) for of in (sys.version_info[:3], PYTHON))
-    fix = f"Use Python {lowest} or newer; on Colab, take the latest runtime version."
+    version, oldest = (".".join(map(str, parts)) for parts in (sys.version_info[:3], PYTHON))
+    fix = f"Use Python {oldest} or newer; on Colab, choose the latest runtime version."
     ok = sys.version_info >= PYTHON
-    return Check("Python", ok, found, "" if ok else fix)
+    return Check("Python", ok, version, "" if ok else fix)
 
 
 def _packages(plan: install.Plan) -> Check:
-    found, fix = "all that are required", ""
-    if plan.absent:
-        found = f"not installed: {', '.join(plan.absent)}"
-        fix = "Run dreambooth_lib.notebook.install.install_missing(), which moves nothing else."
+    result, fix = "all required packages are installed", ""
+    if plan.missing:
+        result = f"missing: {', '.join(plan.missing)}"
+        fix = (
+            "Run dreambooth_lib.notebook.install.install_missing(), which changes no other package."
+        )
     elif plan.too_old:
-        old = (f"{wanted} (here {here})" for wanted, here in plan.too_old.items())
-        names = " ".join(f"'{wanted}'" for wanted in plan.too_old)
-        found = f"too old: {', '.join(old)}"
+        old = (f"{requirement} (here {version})" for requirement, version in plan.too_old.items())
+        names = " ".join(f"'{requirement}'" for requirement in plan.too_old)
+        result = f"too old: {', '.join(old)}"
         fix = f"Run pip install -U {names} and restart the session."
-    return Check("packages", not fix, found, fix)
+    return Check("packages", not fix, result, fix)
 
 
 def _gpu(large: bool) -> Check:
@@ -120,100 +123,103 @@ def _gpu(large: bool) -> Check:
 
     if torch.cuda.is_available():
         precision = native_precision("auto", torch.device("cuda"))
-        native = "native bf16" if precision == "bf16" else "fp16, as it has no native bf16"
+        native = "native bf16" if precision == "bf16" else "fp16 (no native bf16)"
         return Check("GPU", True, f"{torch.cuda.get_device_name()}, {native}")
     if not large:
         return Check("GPU", True, "none; training runs on the CPU")
     t4 = "Choose Runtime > Change runtime type > T4 GPU"
-    where = t4 if in_colab() else "Use a machine with an NVIDIA GPU"
-    found = "none, and this base would take days on a CPU"
-    return Check("GPU", False, found, f"{where}, or train the base 'toybox'.")
+    machine = t4 if in_colab() else "Use a machine with an NVIDIA GPU"
+    result = "none, and this base would take days to train on a CPU"
+    return Check("GPU", False, result, f"{machine}, or train the base 'toybox'.")
 
 
-def _way(base: str, offer: Offer) -> Check:
-    if offer.needs is None:
-        fix = "Use a GPU that has it (L4, A100 and newer), or choose another base."
-        found = f"'{base}' does not work in float16, and this GPU has no bfloat16"
-        if offer.why:
-            found, fix = offer.why, "Leave method, quantize and memory out of SETTINGS."
-        return Check("way", False, found, fix)
-    like = described(base)
-    found = f"{offer.needs.way}, memory '{offer.needs.level}'"
-    found += f", if '{base}' is as large as {like.name}" if like.guess else ""
-    if not offer.needs.lacking(offer.room):
-        return Check("way", True, f"{found}; {offer.why}" if offer.why else found)
-    found = f"no way to train fits; the closest is the {found}, but "
-    found += offer.needs.too_little(offer.room)
-    return Check("way", False, found, "Do what the lines below say, or choose a smaller base.")
+def _method(base: str, best: Recommendation) -> Check:
+    if best.needs is None:
+        result = f"'{base}' does not work in float16, and this GPU has no bfloat16"
+        fix = "Use a GPU with bfloat16 (L4, A100 or newer), or choose another base."
+        if best.reason:
+            result, fix = best.reason, "Leave method, quantize and memory out of SETTINGS."
+        return Check("method", False, result, fix)
+    similar = describe(base)
+    result = f"{best.needs.method}, memory '{best.needs.level}'"
+    result += f", assuming that '{base}' is as large as {similar.name}" if similar.guess else ""
+    if not best.needs.shortages(best.free):
+        return Check("method", True, f"{result}; {best.reason}" if best.reason else result)
+    result = f"none fits; the closest is {result}, but {best.needs.describe_shortage(best.free)}"
+    return Check("method", False, result, "Follow the red lines below, or choose a smaller base.")
 
 
 def _optimizer() -> Check:
     try:
         from bitsandbytes.optim import AdamW8bit  # noqa: F401
     except Exception as error:  # a broken native library raises whatever its loader raises
-        found = f"bitsandbytes does not load ({type(error).__name__}: {error})"
+        result = f"bitsandbytes cannot be loaded ({type(error).__name__}: {error})"
         fix = "Run 'pip install -U bitsandbytes', or set optimizer to 'adamw' if memory allows."
-        return Check("8-bit AdamW", False, found, fix)
+        return Check("8-bit AdamW", False, result, fix)
     return Check("8-bit AdamW", True, "bitsandbytes loads")
 
 
-def _room(kind: str, offer: Offer, place: Path | None) -> Check:
-    """Check one of :data:`KINDS` of room, which is at a place if it is a folder's."""
-    need, free, total = (getattr(one, kind) for one in (offer.needs, offer.room, offer.total))
+def _resource(kind: str, best: Recommendation, folder: Path | None) -> Check:
+    """Check one of :data:`KINDS`; ``folder`` is where the disk or Drive space is needed."""
+    need, free, total = (getattr(part, kind) for part in (best.needs, best.free, best.total))
     fix = {
         "gpu": "Restart the session to free it, or choose a GPU with more memory.",
         "memory": "Restart the session or close other programs to free memory.",
-        "disk": "Remove runs and models that you no longer need, or use another folder than "
-        f"{place}.",
-        "drive": "Make room on Drive, its trash too, or set DRIVE = False and lose a run to a "
-        "disconnect.",
+        "disk": f"Delete runs and models that you no longer need, or use a folder other than "
+        f"{folder}.",
+        "drive": "Free space on Drive and empty its trash, or set DRIVE = False; a disconnect then "
+        "loses the run.",
     }[kind]
     if free is None:
-        return Check(KINDS[kind], False, f"{place} does not answer", fix)
-    if not offer.total.holds(kind, need):
+        return Check(KINDS[kind], False, f"{folder} does not answer", fix)
+    if not best.total.has(kind, need):
         more = "Use a machine with more memory, or choose a smaller base."
         if in_colab():
             more = "Choose Runtime > Change runtime type > High-RAM, or a smaller base."
-        gpu = "Choose a GPU with more memory, or leave method and memory to the kit."
+        gpu = "Choose a GPU with more memory, or leave method and memory out of SETTINGS."
         fix = {"gpu": gpu, "memory": more}.get(kind, fix)
-    ok = offer.room.holds(kind, need)
-    share = f", {USABLE_SHARE:.0%} of it usable" if kind == "gpu" and not ok else ""
-    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{share}, about {need / GIB:.1f} needed"
-    return Check(KINDS[kind], ok, found, "" if ok else fix)
+    ok = best.free.has(kind, need)
+    usable = f" ({USABLE_SHARE:.0%} of it usable)" if kind == "gpu" and not ok else ""
+    result = (
+        f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{usable}, about {need / GIB:.1f} needed"
+    )
+    return Check(KINDS[kind], ok, result, "" if ok else fix)
 
 
 def _base(base: str) -> Check:
     try:
         path = loading.locate(base)
-        sentence = loading.warn_of_distillation(base)
+        warning = loading.warn_of_distillation(base)
     except loading.BaseError as error:
-        found, _, fix = str(error).partition("; ")
-        return Check("base", False, found, f"{fix[:1].upper()}{fix[1:]}")
-    advice = f". {sentence}" if sentence else ""
+        result, _, fix = str(error).partition("; ")
+        return Check("base", False, result, f"{fix[:1].upper()}{fix[1:]}")
+    advice = f". {warning}" if warning else ""
     if Path(path).exists():
         return Check("base", True, f"'{base}' is on this machine{advice}")
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
-    found = f"'{base}' cannot be had from the Hub"
-    secret = "as Colab's secret HF_TOKEN" if in_colab() else "in the environment as HF_TOKEN"
+    result = f"'{base}' cannot be downloaded from the Hub"
+    place = "Colab's secret HF_TOKEN" if in_colab() else "the environment variable HF_TOKEN"
     try:
         url = hf_hub_url(base, "model_index.json")
         get_hf_file_metadata(url, token=hub_token() or False, timeout=TIMEOUT)
         return Check("base", True, f"'{base}' is on the Hub{advice}")
     except GatedRepoError:
-        fix = f"Accept the terms on the Hub's page of {base}, and give your token {secret}."
+        fix = f"Accept the terms on the Hub's page of {base}, and put your token into {place}."
     except RepositoryNotFoundError:
-        fix = f"Check its name; if it is private, give a token that may read it {secret}."
+        fix = f"Check its name; if it is private, put a token with read access into {place}."
     except EntryNotFoundError:
-        found = f"'{base}' is on the Hub but has no model_index.json"
-        fix = "Choose a base in diffusers' layout."
-    except Exception as error:  # the Hub's client raises many kinds, all meaning no answer
+        result = f"'{base}' is on the Hub but has no model_index.json"
+        fix = "Choose a base in diffusers' format."
+    except (
+        Exception
+    ) as error:  # the Hub's client raises many types, which all mean that it does not answer
         cached = try_to_load_from_cache(base, "model_index.json")
         files = Path(cached).parent.glob("*/*.safetensors") if isinstance(cached, str) else ()
         if any(file.parent.name in ("unet", "transformer") for file in files):
-            found = f"'{base}' was downloaded before; the Hub does not answer{advice}"
-            return Check("base", True, found)
-        found += f" ({type(error).__name__})"
-        fix = "Check the network, or train the base 'toybox', which is here."
-    return Check("base", False, found, fix)
+            result = f"'{base}' is in the local cache; the Hub does not answer{advice}"
+            return Check("base", True, result)
+        result += f" ({type(error).__name__})"
+        fix = "Check the network, or train the bundled base 'toybox'."
+    return Check("base", False, result, fix)

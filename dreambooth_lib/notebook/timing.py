@@ -1,4 +1,4 @@
-"""What training costs on this machine: a few updates, one look and a file, measured."""
+"""Predict a run's time on this machine from a few training steps, one validation and a file."""
 
 import os
 import time
@@ -13,39 +13,39 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training import memory_level, runs
 
-_NEVER = 10**6  # updates
-_UPDATES = 3
-_RARELY = 250  # updates between checkpoints where a config asks for none and for no looks
-_WRITTEN = 2**28  # bytes at most, to measure the disk by
+_NEVER = 10**6  # steps
+_STEPS = 3
+_RARELY = 250  # steps between checkpoints if a config asks for neither checkpoints nor validation
+_WRITTEN = 2**28  # bytes at most to measure the disk with
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one update, one look (0 without looks) and one checkpoint."""
+    """Seconds of one training step, one validation (0 if there is none) and one checkpoint."""
 
-    update: float
+    step: float
     validation: float
     checkpoint: float = 0.0
 
     def seconds(self, config: TrainConfig) -> float:
-        """Add up a run's updates, looks and checkpoints; an early stop may end it before."""
-        looks = 1 + -(-config.steps // config.validate_every) if config.validate_every else 0
-        saves = checkpoints(config) * self.checkpoint
-        return config.steps * self.update + looks * self.validation + saves
+        """Add up a run's steps, validations and checkpoints; early stopping may end it sooner."""
+        validations = 1 + -(-config.steps // config.validate_every) if config.validate_every else 0
+        saving = checkpoints(config) * self.checkpoint
+        return config.steps * self.step + validations * self.validation + saving
 
 
 def checkpoints(config: TrainConfig) -> int:
-    """Count a run's checkpoints: after each look, every so many steps, and at its end."""
+    """Count a run's checkpoints: after each validation, every ``checkpoint_every``, at its end."""
     own = config.checkpoint_every or (0 if config.validate_every else _RARELY)
     every = filter(None, (config.validate_every, own))
     return len({config.steps}.union(*(range(each, config.steps, each) for each in every)))
 
 
 def measure(config: TrainConfig) -> Pace:
-    """Train for a moment beside all runs, and leave nothing behind.
+    """Train for a few steps in a temporary folder and return the pace.
 
-    A checkpoint is told from its size and the pace of the disk; loading the base and drawing a
-    batch of class images are no part of it. Raises as :func:`train` does.
+    A checkpoint's time follows from its size and the speed of the disk; loading the base and
+    drawing class images are not included. Raises as :func:`.loop.train` does.
     """
     import torch
     from torch.utils._pytree import tree_leaves
@@ -54,25 +54,25 @@ def measure(config: TrainConfig) -> Pace:
     from dreambooth_lib.training.setup import Trainer
 
     gpu_memory.free_memory()
-    brief = memory_level.resolve_memory(config, join_group().device).replace(
+    short = memory_level.resolve_memory(config, join_group().device).replace(
         steps=_NEVER,
         checkpoint_every=_NEVER,
         validate_every=_NEVER if config.validate_every else 0,
         class_images=min(config.class_images, config.batch_size),
     )
     with TemporaryDirectory() as folder:
-        trainer = Trainer(runs.start(brief, Path(folder) / "run"))
-        look = trainer.validate_if_due()
-        # The first one also warms up.
-        seconds = [step.seconds for step in islice(training_steps(trainer), 1, 1 + _UPDATES)]
+        trainer = Trainer(runs.start(short, Path(folder) / "run"))
+        validation = trainer.validate_if_due()
+        # The first step also warms up.
+        seconds = [step.seconds for step in islice(training_steps(trainer), 1, 1 + _STEPS)]
         leaves = tree_leaves(trainer.optimizer.state_dict())
         size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
         checkpoint = _seconds_to_write(size, Path(folder))
-    return Pace(median(seconds), look.seconds if look else 0.0, checkpoint)
+    return Pace(median(seconds), validation.seconds if validation else 0.0, checkpoint)
 
 
 def _seconds_to_write(size: int, folder: Path) -> float:
-    """Time a file of ``size`` bytes, told from a part of it, until it lies on the disk."""
+    """Estimate the seconds to write ``size`` bytes to the disk by writing some of them."""
     block = os.urandom(min(size, 2**22))
     blocks, began = max(1, min(size, _WRITTEN) // len(block)), time.perf_counter()
     with (folder / "written").open("wb") as file:

@@ -1,4 +1,4 @@
-"""What a run takes of GPU, memory, disk and Drive by each way to train, and the first that fits."""
+"""Estimate what a run needs of GPU, memory, disk and Drive, and recommend a method that fits."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,79 +10,81 @@ from typing import Any
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.notebook import drive_backup, drive_restore
-from dreambooth_lib.notebook.base_models import WAYS, Base, described
+from dreambooth_lib.notebook.base_models import METHODS, BaseModel, describe
 from dreambooth_lib.training.memory_level import USABLE_SHARE, first, native_precision
 
-#: What a run takes some of, by the fields of :class:`Room` and :class:`Needs`.
+#: What a run needs some of, by the fields of :class:`Resources` and :class:`Needs`.
 KINDS = {"gpu": "GPU memory", "memory": "memory", "disk": "disk", "drive": "Drive"}
-#: Bytes of memory that a process takes beside a notebook's, once it computes on a GPU.
+#: Bytes of memory that a process takes beside a notebook's own, once it uses a GPU.
 PROCESS = 2.5e9
-#: Bytes of a weight in half precision, as which a kept model, its zip and large weights on Drive
-#: are written; and of AdamW's two moments in 8 bits.
+#: Bytes of a weight in half precision, in which an exported model, its zip and large weights on
+#: Drive are written; and of AdamW's two moments in 8 bits.
 HALF, MOMENTS = 2, 2
 #: Checkpoints on the disk at once: the newest, the one that is being written, and the older and
-#: the best one, which have no moments, together counted as one more.
+#: the best one, which have no moments and count together as one more.
 CHECKPOINTS = 3
-#: LoRA's parameters of rank 16, of the denoiser's and at most: 6 million, 0.7%, on Stable Diffusion
-#: 1.5, 47 million, 1.8%, on XL, and 54 million on Flux.1.
-ADDED, ADDED_MOST = 0.02, 60_000_000
-#: Class images, latents, pictures of looks and the log.
-PICTURES = 0.5e9
-#: Without a GPU a base above this many parameters is not worth training.
+#: A rank-16 LoRA's parameters as a fraction of the denoiser's, and at most: 6 million (0.7%) for
+#: Stable Diffusion 1.5, 47 million (1.8%) for XL, 54 million for Flux.1.
+LORA_FRACTION, LORA_MOST = 0.02, 60_000_000
+#: Bytes of class images, latents, validation images and the log.
+IMAGES = 0.5e9
+#: Above this many parameters a base is not worth training without a GPU.
 LARGE = 200_000_000
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes that are free, None where there is no such thing."""
+class Resources:
+    """Bytes that a machine has; None for what it lacks."""
 
     memory: int
     disk: int
     gpu: int | None = None
-    drive: int | None = None  #: where the run is mirrored
+    drive: int | None = None  #: where the run is backed up
 
-    def holds(self, kind: str, need: float) -> bool:
-        """Return whether there are so many bytes of one of :data:`KINDS`."""
-        has = getattr(self, kind)
-        return has is None or need <= has * (USABLE_SHARE if kind == "gpu" else 1)
+    def has(self, kind: str, need: float) -> bool:
+        """Return whether there are this many bytes of one of :data:`KINDS`."""
+        size = getattr(self, kind)
+        return size is None or need <= size * (USABLE_SHARE if kind == "gpu" else 1)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a run takes, roughly, and how it is trained."""
+    """Bytes that a run needs, roughly, with a method at a memory level."""
 
     gpu: int
     memory: int
     disk: int
     drive: int
-    way: str = "whole model"  #: one of :data:`bases.WAYS`
+    method: str = "full fine-tuning"  #: one of :data:`.base_models.METHODS`
     level: str = "standard"  #: of memory
 
-    def lacking(self, room: Room) -> list[str]:
-        """Return what there is too little of."""
-        return [name for k, name in KINDS.items() if not room.holds(k, getattr(self, k))]
+    def shortages(self, free: Resources) -> list[str]:
+        """List the kinds of which too little is free."""
+        return [name for k, name in KINDS.items() if not free.has(k, getattr(self, k))]
 
-    def too_little(self, room: Room) -> str:
-        """Say what of, where there is."""
-        *most, last = self.lacking(room)
-        return f"there is too little {', '.join(most)}{' and ' if most else ''}{last}"
+    def describe_shortage(self, free: Resources) -> str:
+        """Say in words of which kinds too little is free."""
+        *rest, last = self.shortages(free)
+        return f"there is not enough {', '.join(rest)}{' or ' if rest else ''}{last}"
 
 
 @dataclass(frozen=True)
-class Offer:
-    """How a base is best trained on this machine, which is what a notebook begins with."""
+class Recommendation:
+    """The best method to train a base on this machine, and why."""
 
-    needs: Needs | None  #: None where the base cannot be trained on such a GPU at all
-    room: Room
-    total: Room  #: what would be free if nothing were in use
-    large: bool  #: too large for a CPU
-    why: str = ""  #: what the ways before it lack here, or why there is none
-    ways: Sequence[Needs] = ()  #: from which it was chosen
+    needs: Needs | None  #: None if the base cannot be trained on such a GPU at all
+    free: Resources
+    total: Resources
+    large: bool  #: too large to train on a CPU
+    reason: str = ""  #: why the methods before it do not fit, or why there is none
+    options: Sequence[Needs] = ()  #: the methods and levels it was chosen from
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields of a config for it, such as {"method": "lora"}; often none."""
-        return settings(self.needs, self.ways, self.room) if self.needs and self.ways else {}
+        """The config's fields for it, such as {"method": "lora"}; often none."""
+        if self.needs is None or not self.options:
+            return {}
+        return settings(self.needs, self.options, self.free)
 
 
 def recommend(
@@ -90,134 +92,135 @@ def recommend(
     folder: str | Path,
     drive: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> Offer:
-    """Return the first way to train a base that fits GPU, memory, disk and Drive as they are now.
+) -> Recommendation:
+    """Return the first method that fits the GPU, memory, disk and Drive space that are free now.
 
-    They come in the order of :data:`bases.WAYS`; where none fits it is one that lacks the least.
-    Arguments are those of :func:`preflight`.
+    Methods come in the order of :data:`.base_models.METHODS`; if none fits, the result is one with
+    the fewest shortages. The arguments are those of :func:`.preflight.preflight`.
     """
     import torch
 
-    large = described(base).parameters > LARGE
-    room, total = _here(Path(folder), drive)
-    if room.gpu is None and not large:
-        return Offer(on_cpu(base), room, total, large)
-    gpu = torch.device("cuda")  # or one with bf16, that is yet to be found
-    precision = "bf16" if room.gpu is None else native_precision("auto", gpu)
-    found = ways(base, precision, settings)
-    if not found:
-        said = "no way to train agrees with SETTINGS" if ways(base, precision) else ""
-        return Offer(None, room, total, large, said)
-    best = first_fitting(found, room)
-    # Of each way before it the level that takes the least.
-    tried = {one.way: one for one in found[: found.index(best)] if one.way != best.way}
-    called = {"whole model": "the whole model"}
-    why = [f"for {called.get(way, way)} {one.too_little(room)}" for way, one in tried.items()]
-    return Offer(best, room, total, large, "; ".join(why), found)
+    large = describe(base).parameters > LARGE
+    free, total = _measure_machine(Path(folder), drive)
+    if free.gpu is None and not large:
+        return Recommendation(needs_on_cpu(base), free, total, large)
+    gpu = torch.device("cuda")
+    precision = "bf16" if free.gpu is None else native_precision("auto", gpu)
+    options = needs_on_gpu(base, precision, settings)
+    if not options:
+        contradiction = bool(needs_on_gpu(base, precision))
+        reason = "no training method agrees with SETTINGS" if contradiction else ""
+        return Recommendation(None, free, total, large, reason)
+    best = first_fitting(options, free)
+    # The last level of each method before it, which needs the least memory.
+    tried = {need.method: need for need in options[: options.index(best)]}
+    tried.pop(best.method, None)
+    reasons = [f"for {name} {need.describe_shortage(free)}" for name, need in tried.items()]
+    return Recommendation(best, free, total, large, "; ".join(reasons), options)
 
 
-def on_cpu(base: str) -> Needs:
-    """Count what a run takes without a GPU: weights, gradients, moments, their average."""
-    weights = 4 * described(base).parameters
+def needs_on_cpu(base: str) -> Needs:
+    """Estimate a run without a GPU: its weights, gradients, moments and EMA weights."""
+    weights = 4 * describe(base).parameters
     return Needs(0, 2 * GIB + 5 * weights, 19 * weights, 9 * weights)
 
 
-def ways(base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = None) -> list[Needs]:
-    """List what each way takes on a GPU by level, what changes most of the base first.
+def needs_on_gpu(
+    base: str, precision: str = "fp16", asked: Mapping[str, Any] | None = None
+) -> list[Needs]:
+    """List what each method needs on a GPU at each memory level, in the order of METHODS.
 
-    ``precision`` is what the GPU computes in; a way in which the base cannot is left out. ``asked``
-    are fields of a config: only ways that agree with them are given. The figures:
+    ``precision`` is what the GPU computes in; methods in which the base cannot are left out.
+    ``asked`` are fields of a config: only methods that agree with them are listed. The estimates:
 
-    - Memory holds a process, and what of the base is on the CPU at once: all of it, or from level
-      "low" on text encoders first and the denoiser after them. Weights count as they are loaded,
-      since what is cast, or put tuned weights into, is no longer the mapped file. What is quantized
-      goes to the GPU tensor by tensor.
-    - The disk holds the base as it is downloaded, :data:`CHECKPOINTS`, the pipeline, and the kept
-      model and its zip in half precision.
+    - Memory holds a process and the part of the base that is on the CPU at once: all of it or,
+      from level "low" on, the text encoders first and the denoiser after them. Weights count as
+      they are loaded, since those that are cast or replaced are no longer backed by the file.
+      Quantized weights go to the GPU tensor by tensor.
+    - The disk holds the downloaded base, :data:`CHECKPOINTS`, the pipeline, and the exported model
+      and its zip in half precision.
     - Drive holds the newest checkpoint with its moments, a newer one while it is copied there, and
       the best weights; large ones in half precision.
     """
-    like, asked = described(base), asked or {}
-    stored = HALF if asked.get("variant") else like.stored
+    model, asked = describe(base), asked or {}
+    stored = HALF if asked.get("variant") else model.stored
     if base == "toybox" or Path(base).exists():
         stored = 0
     return [
-        _needs(like, way, level, gib, stored)
-        for way, level, gib in like.takes(precision)
-        if _agrees(way, level, asked)
+        _needs(model, method, level, gib, stored)
+        for method, level, gib in model.requirements(precision)
+        if _agrees(method, level, asked)
     ]
 
 
-def _agrees(way: str, level: str, asked: Mapping[str, Any]) -> bool:
-    fields, levels = WAYS[way]
-    wanted = asked.get("memory", "auto")
+def _agrees(method: str, level: str, asked: Mapping[str, Any]) -> bool:
+    fields, levels = METHODS[method]
+    memory = asked.get("memory", "auto")
     return (
         asked.get("method") in (None, fields["method"])
         and bool(asked.get("quantize", "quantize" in fields)) == ("quantize" in fields)
-        and (wanted in ("auto", level) or (wanted == "lowest" and level == levels[-1]))
+        and (memory in ("auto", level) or (memory == "lowest" and level == levels[-1]))
     )
 
 
-def _needs(base: Base, way: str, level: str, gib: float, stored: int) -> Needs:
-    """Count bytes by the rules of :func:`ways`, ``stored`` for each downloaded weight."""
+def _needs(base: BaseModel, method: str, level: str, gib: float, stored: int) -> Needs:
+    """Estimate as :func:`needs_on_gpu` describes; ``stored`` is bytes per downloaded weight."""
     rest = base.parameters - base.denoiser
-    weight = HALF if level == "lowest" else 4  # of what is trained
-    if way == "whole model":
+    weight = HALF if level == "lowest" else 4  # bytes of a trained weight
+    if method == "full fine-tuning":
         trained, loaded = base.denoiser, weight * base.denoiser
         models = loaded + 4 * rest + 2 * HALF * base.parameters
     else:
-        trained = min(int(ADDED * base.denoiser), ADDED_MOST)
+        trained = min(int(LORA_FRACTION * base.denoiser), LORA_MOST)
         loaded, models = HALF * base.denoiser, (4 + 2 * HALF) * trained
-    if way == "QLoRA":
+    if method == "QLoRA":
         loaded, rest = 0, rest - base.large
-    together = sum if level == "standard" and way != "QLoRA" else max
+    at_once = sum if level == "standard" and method != "QLoRA" else max
     checkpoint = (weight + MOMENTS) * trained
-    # As mirrors has it: large weights are rounded, and the newer copy is whole before the older
-    # one goes.
-    mirrored = min(weight, HALF) if weight * trained > drive_backup.LARGE else weight
-    ram = PROCESS + together((loaded, HALF * rest))
-    disk = stored * base.parameters + CHECKPOINTS * checkpoint + models + PICTURES
-    drive = (2 * (mirrored + MOMENTS) + mirrored) * trained + PICTURES
-    return Needs(int(gib * GIB), int(ram), int(disk), int(drive), way, level)
+    # As in drive_backup: large weights are rounded, and the older copy goes after the newer came.
+    backed_up = min(weight, HALF) if weight * trained > drive_backup.LARGE else weight
+    memory = PROCESS + at_once((loaded, HALF * rest))
+    disk = stored * base.parameters + CHECKPOINTS * checkpoint + models + IMAGES
+    drive = (2 * (backed_up + MOMENTS) + backed_up) * trained + IMAGES
+    return Needs(int(gib * GIB), int(memory), int(disk), int(drive), method, level)
 
 
-def first_fitting(found: Sequence[Needs], room: Room) -> Needs:
-    """Choose the first way that fits everything; if none does, the last that lacks the fewest."""
-    fewest = min(len(needs.lacking(room)) for needs in found)
-    closest = [needs for needs in found if len(needs.lacking(room)) == fewest]
+def first_fitting(options: Sequence[Needs], free: Resources) -> Needs:
+    """Return the first option that fits; if none does, the last with the fewest shortages."""
+    fewest = min(len(needs.shortages(free)) for needs in options)
+    closest = [needs for needs in options if len(needs.shortages(free)) == fewest]
     return first(closest, lambda needs: fewest == 0)
 
 
-def settings(chosen: Needs, found: Sequence[Needs], room: Room) -> dict[str, Any]:
-    """Return the fields of a config for a way; its level where memory "auto" would take another."""
-    of_way = [needs for needs in found if needs.way == chosen.way]
-    auto = first(of_way, lambda needs: room.holds("gpu", needs.gpu))
-    return WAYS[chosen.way].fields | ({} if auto is chosen else {"memory": chosen.level})
+def settings(chosen: Needs, options: Sequence[Needs], free: Resources) -> dict[str, Any]:
+    """Return the config's fields for an option, with its level if "auto" would take another."""
+    levels = [needs for needs in options if needs.method == chosen.method]
+    auto = first(levels, lambda needs: free.has("gpu", needs.gpu))
+    return METHODS[chosen.method].fields | ({} if auto is chosen else {"memory": chosen.level})
 
 
-def _here(folder: Path, drive: str | Path | None) -> tuple[Room, Room]:
-    """Count the bytes that are free on this machine now, and of how many."""
+def _measure_machine(folder: Path, drive: str | Path | None) -> tuple[Resources, Resources]:
+    """Return the bytes that are free on this machine now, and those that it has in all."""
     import psutil
     import torch
 
     ram, folder = psutil.virtual_memory(), folder.resolve()
     disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
     gpu = gpu_memory.gpu_bytes() if torch.cuda.is_available() else (None, None)
-    mirror: tuple[int | None, int | None] = None, None
+    space: tuple[int | None, int | None] = None, None
     if drive is not None:
-        with suppress(OSError):  # one that is gone has no room, which its own line says
+        with suppress(OSError):  # a drive that is gone has a line of its own in the table
             usage = shutil.disk_usage(drive)
-            mirror = usage.free + _cut_off(Path(drive)), usage.total
+            space = usage.free + _interrupted_bytes(Path(drive)), usage.total
     return (
-        Room(ram.available, disk.free + _cut_off(folder), gpu[0], mirror[0]),
-        Room(ram.total, disk.total, gpu[1], mirror[1]),
+        Resources(ram.available, disk.free + _interrupted_bytes(folder), gpu[0], space[0]),
+        Resources(ram.total, disk.total, gpu[1], space[1]),
     )
 
 
-def _cut_off(folder: Path) -> int:
-    """Count the bytes of the runs in a folder that have not finished."""
-    begun = [place.parent for place in folder.glob("*/config.toml")]
-    files = (
-        file for run in begun if not drive_restore.has_finished(run) for file in run.rglob("*")
-    )
+def _interrupted_bytes(folder: Path) -> int:
+    """Count the bytes of the unfinished runs in a folder."""
+    runs = [place.parent for place in folder.glob("*/config.toml")]
+    unfinished = [run for run in runs if not drive_restore.has_finished(run)]
+    files = [file for run in unfinished for file in run.rglob("*")]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -199,6 +199,6 @@ def _time(config: TrainConfig, pace: Pace, taken: str) -> str:
     saves = f"{checkpoints(config)} checkpoints of {pace.checkpoint:.1f} s"
     return (
         f"Training takes about <b>{max(1, round(minutes))} min</b> on this machine: {config.steps} "
-        f"updates of {pace.update:.2f} s{looks} and {saves}, as measured. Class images come on "
+        f"updates of {pace.step:.2f} s{looks} and {saves}, as measured. Class images come on "
         f"top.{taken}"
     )
