@@ -190,8 +190,8 @@ def test_after_a_bad_input_no_photos_are_left_to_train_on(
     else:
         with pytest.raises(DataError, match="is empty, damaged or no picture"):
             subject.use({"a.jpg": b"text"})
-    said = texts(subject)
-    assert images(subject) == [] and "Showing" not in said and not subject.findings.value
+    text = texts(subject)
+    assert images(subject) == [] and "Showing" not in text and not subject.findings.value
     assert subject.children[0] is subject.note and subject.note.layout.display == ""
     assert subject.note.value.count("⚠") == 1 and "color" in subject.note.value
     subject.class_noun.value = "cat"
@@ -212,9 +212,9 @@ def test_files_too_large_for_the_server_are_named_with_what_to_do(
     subject: widgets.SubjectPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     press(subject.upload, {upload._NOTE: b'{"files": 5, "bytes": 18900000}'})
-    said = html.unescape(subject.note.value)
-    assert "5 photos of 19 MB in all did not arrive: this Jupyter server accepts 10 MB" in said
-    assert "into a folder in Jupyter's file browser" in said and "type the folder's name" in said
+    text = html.unescape(subject.note.value)
+    assert "5 photos of 19 MB in all did not arrive: this Jupyter server accepts 10 MB" in text
+    assert "into a folder in Jupyter's file browser" in text and "type the folder's name" in text
     assert subject.source.value == "", "the old path is not theirs"
     press(subject.upload, {upload._NOTE: b'{"files": 1, "bytes": 18900000}'})
     assert "a file of 19 MB in all" in subject.note.value
@@ -269,9 +269,9 @@ def test_the_bundled_base_says_what_it_cannot_draw(
     known.class_noun.value = "Dog"
     assert "can draw neither" not in texts(known)
     known.class_noun.value = "dachshund"
-    said = texts(known)
-    assert "can draw neither &#x27;dachshund&#x27; nor photos" in said
-    assert "drawings of 48 things (dog, cat" in said
+    text = texts(known)
+    assert "can draw neither &#x27;dachshund&#x27; nor photos" in text
+    assert "drawings of 48 things (dog, cat" in text
     pretrained = widgets.SubjectPanel(make_config(tiny_sd2, photos))
     pretrained.class_noun.value = "dachshund"
     assert "can draw neither" not in texts(pretrained)
@@ -420,9 +420,9 @@ def test_predicted_time_has_the_checkpoints_that_a_run_writes(
     run = started(steps=5, **changes)
     saved, save = [], Run.save_checkpoint
 
-    def counting(run: Run, step: int, *given: Any) -> None:
+    def counting(run: Run, step: int, *args: Any) -> None:
         saved.append(step)
-        save(run, step, *given)
+        save(run, step, *args)
 
     monkeypatch.setattr(Run, "save_checkpoint", counting)
     list(loop.train(run))
@@ -495,7 +495,9 @@ def test_steps_that_the_loss_scale_skips_are_not_measured(
         timing.measure(config)
 
 
-def test_measuring_the_pace_leaves_nothing_behind(started: Callable[..., Run], tmp_path: Path) -> None:
+def test_measuring_the_pace_leaves_nothing_behind(
+    started: Callable[..., Run], tmp_path: Path
+) -> None:
     run = started()
     before = sorted(tmp_path.rglob("*"))
     pace = timing.measure(run.config)
@@ -736,7 +738,7 @@ def test_a_kept_error_holds_no_frames(
         settings.check()
     assert models[0]() is None
     settings.controls["resolution"].value = 8
-    assert not settings.note.value, "with other settings it may go well"
+    assert not settings.note.value, "other settings may work"
 
 
 def test_the_playgrounds_base_is_the_runs_at_its_resolution(started: Callable[..., Run]) -> None:
