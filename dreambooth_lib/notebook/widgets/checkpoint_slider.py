@@ -2,13 +2,7 @@
 
 from ipywidgets import HTML, SelectionSlider
 
-from dreambooth_lib.notebook.widgets.parts import (
-    Panel,
-    captioned_image,
-    control,
-    with_hints,
-    wrapping_row,
-)
+from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
 from dreambooth_lib.training import best_checkpoint
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history, load_images, plan_of
@@ -26,10 +20,10 @@ class CheckpointSlider(Panel):
 
     def __init__(self, run: Run):
         self.run, self.best = run, best_checkpoint.best_checkpoint(run)
-        self._rows = {row.step: row for row in history(run)}
-        labels = [(self._label(step), step) for step in self._rows]
+        self._results = {result.step: result for result in history(run)}
+        labels = [(self._label(step), step) for step in self._results]
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
-        self.scores, self.images = HTML(), wrapping_row([])
+        self.scores, self.images = HTML(), row([])
         reason = HTML(f"<b>Chosen ★:</b> {self.best.reason}")
         super().__init__(reason, with_hints({self.slider: _HINT}), self.scores, self.images)
         self.on_change(self._show, self.slider)
@@ -50,7 +44,7 @@ class CheckpointSlider(Panel):
 
     def _show(self) -> None:
         step = self.slider.value
-        like, follows, rest = best_checkpoint.ratios_of(self._rows[step], self._rows[0])
+        like, follows, rest = best_checkpoint.ratios_of(self._results[step], self._results[0])
         used = "The cells below use this step."
         if step != self.step:
             used = f"<i>View only</i>: the cells below use step {self.step} ★."
@@ -62,6 +56,6 @@ class CheckpointSlider(Panel):
         images = validation.subject + validation.class_images + validation.unrelated
         prompts = plan_of(self.run).prompts(self.run.config.subject)
         self.images.children = [
-            captioned_image(image, prompt, *_WIDTHS)
+            captioned(image, prompt, *_WIDTHS)
             for image, prompt in zip(images, prompts, strict=True)
         ]

@@ -83,9 +83,9 @@ def control(kind: type, description: str, **traits: Any) -> Any:
 
 def with_hints(controls: Mapping[Any, str]) -> VBox:
     """Stack controls, each beside a line that says when to change it."""
-    row = Layout(flex_flow="row wrap", align_items="center")
+    layout = Layout(flex_flow="row wrap", align_items="center")
     hints = [HTML(f"<small>{html.escape(hint)}</small>") for hint in controls.values()]
-    return VBox([HBox(pair, layout=row) for pair in zip(controls, hints, strict=True)])
+    return VBox([HBox(pair, layout=layout) for pair in zip(controls, hints, strict=True)])
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def show_image(widget: Image, save: Callable[..., Any]) -> None:
     widget.layout.display = ""
 
 
-def captioned_image(image: Any, caption: str, min_width: int, max_width: int) -> VBox:
+def captioned(image: Any, caption: str, min_width: int, max_width: int) -> VBox:
     """Lay out a PIL image above its caption, as wide as it is within these pixels."""
     width = max(min_width, min(max_width, image.width))
     shown = Image(value=_png(image.save), format="png", width=width)
@@ -131,6 +131,6 @@ def captioned_image(image: Any, caption: str, min_width: int, max_width: int) ->
     return VBox([shown, text], layout=Layout(width=f"{width}px", margin="0 8px 8px 0"))
 
 
-def wrapping_row(boxes: list[Any]) -> HBox:
+def row(boxes: list[Any]) -> HBox:
     """Lay out boxes in a row that wraps on a narrow page."""
     return HBox(boxes, layout=Layout(flex_flow="row wrap"))

@@ -9,14 +9,7 @@ from ipywidgets import HTML, Button, Dropdown, FloatSlider, IntSlider, IntText, 
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.notebook.widgets.parts import (
-    Panel,
-    busy,
-    captioned_image,
-    control,
-    with_hints,
-    wrapping_row,
-)
+from dreambooth_lib.notebook.widgets.parts import Panel, busy, captioned, control, row, with_hints
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import Sample, fill, inference_settings, load_source, sample
 
@@ -151,8 +144,8 @@ def _show_entry(entry: GalleryEntry) -> VBox:
     prompt = html.escape(f"“{entry.prompt}”{without}")
     settings = f"guidance scale {entry.guidance_scale:g}, {entry.inference_steps} inference steps"
     images = [
-        captioned_image(drawn.image, f"{name}, seed {drawn.seed}", *_WIDTHS)
+        captioned(drawn.image, f"{name}, seed {drawn.seed}", *_WIDTHS)
         for pair in zip(*entry.images.values(), strict=True)
         for name, drawn in zip(entry.images, pair, strict=True)
     ]
-    return VBox([HTML(f"<b>{prompt}</b> <small>{settings}</small>"), wrapping_row(images)])
+    return VBox([HTML(f"<b>{prompt}</b> <small>{settings}</small>"), row(images)])

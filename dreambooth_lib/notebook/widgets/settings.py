@@ -192,13 +192,11 @@ def _memory(config: TrainConfig) -> str:
 
 def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
     minutes = max(1, round(pace.seconds(config) / 60))
-    validations = ""
+    extra = ""
     if pace.validation:
-        validations = (
-            f", validations of {pace.validation:.1f} s every {config.validate_every} steps"
-        )
+        extra = f", validations of {pace.validation:.1f} s every {config.validate_every} steps"
     return (
         f"Training takes about <b>{minutes} min</b> on this machine, as measured: {config.steps} "
-        f"steps of {pace.update:.2f} s{validations} and {checkpoints(config)} checkpoints of "
+        f"steps of {pace.update:.2f} s{extra} and {checkpoints(config)} checkpoints of "
         f"{pace.checkpoint:.1f} s. Drawing class images takes extra time.{memory}"
     )

@@ -11,7 +11,7 @@ from PIL import Image as PIL_Image
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.figures import image_grids, plots
-from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, show_image, wrapping_row
+from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_image
 from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.training.loop import Objective, Step, prior_preservation, train
 from dreambooth_lib.training.runs import Run
@@ -77,7 +77,7 @@ class _TrainingPanel(Panel):
         self.run, self._drawn_at, self._seconds, self._validations = run, 0.0, 0.0, 0
         self.status = HTML("Loading the base; class images and validation come before step 1.")
         self.losses, self.curves, self.images = empty_image(), empty_image(), empty_image()
-        super().__init__(self.status, wrapping_row([self.losses, self.curves]), self.images)
+        super().__init__(self.status, row([self.losses, self.curves]), self.images)
         for figure in (self.losses, self.curves):
             figure.layout.width, figure.layout.min_width = "49%", "400px"
 
@@ -112,7 +112,7 @@ def validation_sheet(run: Run) -> PIL_Image.Image:
 
     Raises ``ValueError`` if there are none.
     """
-    steps = {row.step: load_images(run, row.step) for row in history(run)}
+    steps = {result.step: load_images(run, result.step) for result in history(run)}
     rows = [f"step {step}" if step else "the base" for step in steps]
     cells = [[images.subject, images.class_images, images.unrelated] for images in steps.values()]
     subject = run.config.subject
