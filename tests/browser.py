@@ -1,6 +1,6 @@
-"""A notebook's page in a real browser, in JupyterLab and in the classic Notebook.
+"""Drive a notebook in a real browser, in JupyterLab and in the classic Notebook.
 
-Both are driven as a person does it: by clicks, keys and what stands on the page.
+Both are driven as by a person: with clicks, keys and the text on the page.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 VIEW = {"width": 1200, "height": 2400}  #: high enough for the longest cell
-#: What Lab asks or leaves out by itself: news, and cells that are off the screen.
+#: Keep Lab from asking about news and from leaving out cells off the screen.
 LAB_SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {
@@ -74,15 +74,15 @@ CLASSIC = Stack(
 def served(
     stack: Stack, python: str, folder: Path, *arguments: str, **variables: str
 ) -> Iterator[str]:
-    """A server on ``folder``, with more arguments and in this environment; gives its address."""
+    """Serve ``folder`` with more arguments and environment variables; yield its address."""
     settings = folder / ".lab"
     for name, values in LAB_SETTINGS.items():
         file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JUPYTERLAB_SETTINGS_DIR": str(settings),
@@ -117,10 +117,10 @@ def _wait(address: str, server: subprocess.Popen, log: Path) -> None:
 
 
 class Page:
-    """One notebook, open in a tab."""
+    """A notebook, open in a tab."""
 
-    def __init__(self, tab: Any, stack: Stack, address: str, name: str, pictures: Path):
-        self.tab, self.stack, self.pictures = tab, stack, pictures
+    def __init__(self, tab: Any, stack: Stack, address: str, name: str, screenshots: Path):
+        self.tab, self.stack, self.screenshots = tab, stack, screenshots
         tab.goto(address + stack.address.format(name))
         tab.locator(stack.ready).first.wait_for(timeout=120_000, state="attached")
 
@@ -128,12 +128,12 @@ class Page:
         return self.tab.locator(self.stack.cell).nth(number)
 
     def start(self, number: int) -> None:
-        """Run a code cell, by its place among them, as a person does: click, Shift and Enter."""
+        """Run the code cell of this number as a person does: click, Shift and Enter."""
         self.cell(number).locator(self.stack.editor).first.click()
         self.tab.keyboard.press("Shift+Enter")
 
     def finish(self, number: int, seconds: float = 300) -> str:
-        """Wait until a cell has run; gives its output's text."""
+        """Wait until a cell has run; return the text of its output."""
         prompt = self.cell(number).locator(self.stack.prompt).first
         until = time.monotonic() + seconds
         while not any(letter.isdigit() for letter in prompt.inner_text()):
@@ -151,19 +151,19 @@ class Page:
         return self.cell(number).locator(self.stack.outputs).first.inner_text()
 
     def wait_for(self, number: int, text: str | re.Pattern[str], seconds: float = 300) -> None:
-        found = self.cell(number).locator(self.stack.outputs).get_by_text(text).first
-        found.wait_for(timeout=1000 * seconds)
+        place = self.cell(number).locator(self.stack.outputs).get_by_text(text).first
+        place.wait_for(timeout=1000 * seconds)
 
     def interrupt(self) -> None:
         self.tab.locator(self.stack.interrupt).first.click()
 
     def control(self, number: int, label: str) -> Any:
-        """The row of a cell's output that a control's label stands in."""
+        """Return the row of a cell's output with this control."""
         rows = self.cell(number).locator(".widget-inline-hbox")
         return rows.filter(has=self.tab.get_by_text(label, exact=True)).first
 
     def drag(self, number: int, label: str, pixels: int) -> str:
-        """Drag a slider's handle to the right; gives what its readout says then."""
+        """Drag a slider's handle to the right; return its new readout."""
         control = self.control(number, label)
         handle = control.locator(".noUi-handle, .ui-slider-handle").first
         handle.scroll_into_view_if_needed()
@@ -182,11 +182,11 @@ class Page:
 
     def upload(self, number: int, files: list[Path]) -> None:
         with self.tab.expect_file_chooser() as chooser:
-            self.cell(number).locator("button", has_text="Upload pictures").click()
+            self.cell(number).locator("button", has_text="Upload photos").click()
         chooser.value.set_files(files)
 
     def shoot(self, number: int, name: str) -> None:
-        """A picture of a cell with what it shows."""
+        """Take a screenshot of a cell with its output."""
         self.tab.wait_for_timeout(500)
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        self.cell(number).screenshot(path=self.pictures / f"{name}.png")
+        self.screenshots.mkdir(parents=True, exist_ok=True)
+        self.cell(number).screenshot(path=self.screenshots / f"{name}.png")

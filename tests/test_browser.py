@@ -1,7 +1,7 @@
-"""The main notebook in a real browser, on both stacks that people have, as a person goes through.
+"""Use notebook 01 in a real browser as a person does, in JupyterLab and in the classic Notebook.
 
-Pictures of each step are left in ``outputs/browser/STACK``. It needs Debian's chromium; the classic
-Notebook runs on the second environment, whose Python ``DREAMBOOTH_TEST_COLAB_PYTHON`` names.
+Screenshots of each step go to ``outputs/browser/STACK``. The tests need Debian's chromium. The
+classic Notebook runs on the environment whose Python ``DREAMBOOTH_TEST_COLAB_PYTHON`` names.
 """
 
 import json
@@ -26,7 +26,7 @@ from dreambooth_lib.training import runs
 
 CHROMIUM = shutil.which("chromium")
 PYTHONS = {"lab": sys.executable, "classic": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")}
-#: Fewer steps, and nothing else; more of them make pictures to show.
+#: Only the steps are shortened; more of them make screenshots for the docs.
 STEPS = int(os.environ.get("DREAMBOOTH_TEST_BROWSER_STEPS", 24))
 SHORT = f'SETTINGS = {{"steps": {STEPS}, "class_images": 24, "validate_every": {STEPS // 4}}}'
 (SETUP, PARAMETERS, PREFLIGHT, BEGIN, SUBJECT, SETTINGS, CLASS, TRAIN, CHECKPOINT, PLAY, KEEP,
@@ -43,7 +43,7 @@ pytestmark = [
 def opened(
     stack: Stack, folder: Path, name: str, *arguments: str, **variables: str
 ) -> Iterator[Page]:
-    """A notebook of a folder that a server with these arguments and variables serves."""
+    """Open a notebook of a folder on a server with these arguments and variables."""
     from playwright.sync_api import sync_playwright
 
     python = PYTHONS[stack.name]
@@ -55,9 +55,9 @@ def opened(
     ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport=VIEW)
-        pictures = ROOT / "outputs" / "browser" / stack.name
-        yield Page(tab, stack, address, name, pictures)
-        tab.screenshot(path=pictures / "end.png")
+        screenshots = ROOT / "outputs" / "browser" / stack.name
+        yield Page(tab, stack, address, name, screenshots)
+        tab.screenshot(path=screenshots / "end.png")
         browser.close()
 
 
@@ -77,7 +77,7 @@ def page(stack: Stack, tmp_path: Path) -> Iterator[Page]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Five JPEGs of nearly 4 MB each, as a phone's are."""
+    """Make five JPEGs of nearly 4 MB each, like a phone's."""
     folder, rng = tmp_path_factory.mktemp("phone"), np.random.default_rng(0)
     for number in range(5):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((1920, 1440))
@@ -89,7 +89,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
-#: The subject's panel, what it gives to the settings, and a link; in a folder of the server's.
+#: Cells: the subject's panel, the photos of its config, and a download link.
 PANEL = ("from dreambooth_lib import TrainConfig, load_subject",
          "from dreambooth_lib.export import zip_download",
          "from dreambooth_lib.families import loading",
@@ -116,32 +116,30 @@ def write_panel(folder: Path) -> str:
 
 
 def make_lab() -> tuple[dict[str, str], list[str]]:
-    """The variables that ``make lab`` sets, and the server's arguments that it gives."""
+    """Return the environment variables and the server's arguments of ``make lab``."""
     dry = ["make", "--dry-run", "--no-print-directory", "--old-file=.venv/ready", "lab"]
-    # The make that runs the tests would have this one name the folder first.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    said = subprocess.run(
-        dry, cwd=ROOT, check=True, capture_output=True, text=True, env=alone
-    ).stdout
-    words = shlex.split(said.replace("\\\n", ""))
+    # Else this make, run by the one that runs the tests, would print its folder first.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(
+        dry, cwd=ROOT, check=True, capture_output=True, text=True, env=environment
+    )
+    words = shlex.split(done.stdout.replace("\\\n", ""))
     start = words.index("-m") - 1
     variables = dict(word.split("=", 1) for word in words[:start])
     return variables, [word for word in words[start:] if word.startswith("--")]
 
 
-def test_photos_of_18_mb_arrive_where_make_lab_serves_them(
-    stack: Stack, tmp_path: Path, photos: list[Path]
-) -> None:
+def test_make_lab_accepts_photos_of_18_mb(stack: Stack, tmp_path: Path, photos: list[Path]) -> None:
     variables, arguments = make_lab()
     if stack is CLASSIC:
         arguments = [word.replace("--ServerApp", "--NotebookApp") for word in arguments]
     with opened(stack, tmp_path, write_panel(tmp_path), *arguments, **variables) as page:
         page.run(0)
-        assert "below 210 MB" in page.text(0)
+        assert "at most 210 MB" in page.text(0)
         page.upload(0, photos)
-        page.wait_for(0, "(uploaded", 60)  # the bundled ones are five without problems, too
-        page.wait_for(0, "No problems found in 5 pictures.")
-        assert re.search(r"Showing 5 pictures of photos/\w+ \(uploaded", page.text(0))
+        page.wait_for(0, "(uploaded", 60)  # the five bundled ones have no problems either
+        page.wait_for(0, "No problems found in 5 photos.")
+        assert re.search(r"Showing 5 photos from photos/\w+ \(uploaded", page.text(0))
         page.shoot(0, "upload-18-mb")
         (arrived,) = (tmp_path / "mine" / "photos").iterdir()
         assert [file.read_bytes() for file in sorted(arrived.iterdir())] == [
@@ -149,30 +147,30 @@ def test_photos_of_18_mb_arrive_where_make_lab_serves_them(
         ]
 
 
-def test_on_another_server_the_panel_says_what_to_do_and_the_button_lives_on(
+def test_on_another_server_the_panel_says_what_to_do_and_the_button_still_works(
     stack: Stack, tmp_path: Path, photos: list[Path]
 ) -> None:
     with opened(stack, tmp_path, write_panel(tmp_path)) as page:
         page.run(0)
         page.upload(0, photos)
         page.wait_for(0, "did not arrive", 60)
-        said = page.text(0)
-        assert "MB in all did not arrive: this Jupyter server takes 10 MB at once" in said
-        assert "type the folder's name below" in said and "No problems" not in said
-        assert not page.cell(0).locator("img:visible").count(), "no other pictures are shown"
+        text = page.text(0)
+        assert "MB in all did not arrive: this Jupyter server accepts 10 MB at once" in text
+        assert "type the folder's name below" in text and "No problems" not in text
+        assert not page.cell(0).locator("img:visible").count(), "no other photos are shown"
         page.shoot(0, "upload-too-large")
         page.start(1)
         assert "DataError" in page.finish(1) and "patch_dog" not in page.text(1)
 
-        page.upload(0, photos[:2])  # each server takes these
+        page.upload(0, photos[:2])  # each server accepts these
         page.wait_for(0, "IMG_0.jpg and IMG_1.jpg alone are too little", 60)
-        page.type(0, "folder or zip", str(photos[0].parent))  # as dragged into the file list
-        page.wait_for(0, "No problems found in 5 pictures.", 60)
+        page.type(0, "folder or zip", str(photos[0].parent))  # as if dragged into the file browser
+        page.wait_for(0, "No problems found in 5 photos.", 60)
         assert str(photos[0].parent) in page.run(1)
         page.shoot(0, "upload-by-the-folders-name")
 
         archive = tmp_path / "mine" / "models" / "rex.zip"
-        archive.write_bytes(bytes(range(256)) * 10_000)  # no UTF-8
+        archive.write_bytes(bytes(range(256)) * 10_000)  # not UTF-8
         assert "(2.6 MB)" in page.run(2)
         with page.tab.expect_download() as download:
             page.cell(2).locator("a", has_text="models/rex.zip").click()
@@ -181,7 +179,7 @@ def test_on_another_server_the_panel_says_what_to_do_and_the_button_lives_on(
         assert not page.tab.get_by_text("File Load Error").count()
 
 
-def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path) -> None:
+def test_from_photos_to_an_image_of_your_own_prompt(page: Page, tmp_path: Path) -> None:
     for number in (SETUP, PARAMETERS):
         page.run(number)
     page.run(PREFLIGHT)
@@ -194,7 +192,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     page.run(SUBJECT)
     page.upload(SUBJECT, sorted((BUNDLED / "subjects" / "candy_turtle").glob("*.png"))[:3])
     page.type(SUBJECT, "class noun", "turtle")
-    page.wait_for(SUBJECT, "3 pictures")
+    page.wait_for(SUBJECT, "3 photos")
     page.shoot(SUBJECT, "2-subject")
 
     page.run(SETTINGS)
@@ -214,7 +212,7 @@ def test_from_photos_to_a_picture_of_ones_own_prompt(page: Page, tmp_path: Path)
     page.wait_for(TRAIN, re.compile(r"Step ([89]|1\d):"))
     page.interrupt()
     page.finish(TRAIN)
-    page.wait_for(TRAIN, "run this cell again to go on")
+    page.wait_for(TRAIN, "run this cell again to resume")
     assert "Traceback" not in page.text(TRAIN)
     page.shoot(TRAIN, "5-interrupted")
     (folder,) = [path.parent for path in (tmp_path / "runs").glob("*/config.toml")]

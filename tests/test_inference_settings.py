@@ -19,7 +19,7 @@ from dreambooth_lib.evaluation import dreambench, sweep
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.notebook import preflight
-from dreambooth_lib.notebook.widgets import playground
+from dreambooth_lib.notebook.widgets import compare_with_base
 from dreambooth_lib.training import class_images, runs, sampling, validation
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.validation_record import history, plan_of
@@ -176,7 +176,7 @@ def test_class_images_and_validation_images_are_drawn_as_the_base_is(
         drawn.clear()
         for source in (run, base, loading.load_model(base), loading.load_model(str(run.folder))):
             sampling.sample(source, ["a dog"], [0])
-        playground(run).draw()
+        compare_with_base(run).draw()
         assert len(drawn) == 6 and {tuple(how) for _, *how in drawn} == {of_card}
 
 

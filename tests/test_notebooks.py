@@ -1,7 +1,7 @@
-"""The notebooks run from top to bottom on the embedded base, and are kept without outputs.
+"""Run the notebooks from top to bottom on the bundled base, and check that they have no outputs.
 
-A cell passes over an error in a widget, so each notebook ends with assertions, and what the widgets
-said is read from the executed notebook.
+An error in a widget does not stop its cell, so each notebook ends with assertions, and these tests
+read what the widgets show from the executed notebook.
 """
 
 import json
@@ -27,13 +27,13 @@ from dreambooth_lib.training import runs, validation_record
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-#: What is shortened, and nothing else: lines after those of the parameters cell.
+#: Lines added to the parameters cell, which only shorten the notebook.
 SHORT = {
     "01_dreambooth": 'SETTINGS = {"steps": 4, "class_images": 4, "validate_every": 2}',
-    "02_lambda_study": "LAMBDAS, STEPS, CLASS_PICTURES = [0.0, 1.0], [2, 4], 4",
+    "02_lambda_study": "LAMBDAS, STEPS, CLASS_IMAGES = [0.0, 1.0], [2, 4], 4",
     "03_evaluation": 'SETTINGS = {"steps": 2, "class_images": 4, "validate_every": 0}\n'
     "PROTOCOL = dreambench.Protocol(pictures=1, class_images=2, steps=2)",
-    "04_your_own": "STEPS, CLASS_PICTURES = 4, 4",
+    "04_your_own": "STEPS, CLASS_IMAGES = 4, 4",
 }
 
 
@@ -51,14 +51,14 @@ PYTHONS = {"newest": sys.executable, "colab": os.environ.get("DREAMBOOTH_TEST_CO
 
 @pytest.fixture(params=PYTHONS)
 def python(request: pytest.FixtureRequest) -> str:
-    found = PYTHONS[request.param]
-    if found is None:
+    path = PYTHONS[request.param]
+    if path is None:
         pytest.skip("needs the second environment")
-    return found
+    return path
 
 
 def write(name: str, folder: Path, parameters: str) -> Path:
-    """A notebook in a folder, with more lines in its parameters cell."""
+    """Write a notebook to a folder, with more lines in its parameters cell."""
     notebook = json.loads(NOTEBOOKS[name].read_text())
     codes(notebook)[1]["source"] += ["\n", parameters]
     file = folder / f"{name}.ipynb"
@@ -67,30 +67,30 @@ def write(name: str, folder: Path, parameters: str) -> Path:
 
 
 def start(file: Path, python: str) -> subprocess.Popen:
-    """Run a notebook from top to bottom; it is left with its outputs."""
+    """Start a notebook from top to bottom; its outputs are saved in the file."""
     command = [python, "-m", "pytest", "--nbmake", "-q", "-p", "no:cacheprovider",
                "--nbmake-timeout=500", "--overwrite", file.name]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    # Output into a file: the kernel would keep a pipe open when only its parent ends.
+    # Not into a pipe, which the kernel would keep open after its parent has ended.
     with file.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, cwd=file.parent, env=environment, stdout=log, stderr=log)
 
 
 def execute(name: str, folder: Path, python: str = sys.executable) -> dict[str, Any]:
-    """Run a shortened notebook in a folder; gives it with its outputs."""
+    """Run a shortened notebook in a folder; return it with its outputs."""
     file = write(name, folder, SHORT[name])
     assert start(file, python).wait() == 0, file.with_suffix(".log").read_text()[-3000:]
     return json.loads(file.read_text())
 
 
 def outputs(notebook: dict[str, Any], kind: str) -> list[Any]:
-    """All that was shown of one kind, such as "image/png", cell by cell."""
+    """Return all outputs of one MIME type, such as "image/png", cell by cell."""
     shown = [out.get("data", {}) for cell in codes(notebook) for out in cell["outputs"]]
     return [data[kind] for data in shown if kind in data]
 
 
-def said(notebook: dict[str, Any]) -> str:
-    """Every text that a widget held at the end, or a cell printed."""
+def text_of(notebook: dict[str, Any]) -> str:
+    """Return every text that a widget showed at the end or a cell printed."""
     widgets = notebook["metadata"].get("widgets", {})
     states = widgets.get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     texts = [str(widget["state"].get("value", "")) for widget in states.values()]
@@ -104,10 +104,10 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
     run = runs.resume(tmp_path / "runs" / "patch_dog")
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
-    assert "⚠" not in said(shown) and "Starting a new run." in said(shown)
-    assert "Finished at step 4." in said(shown) and "Chosen ★:" in said(shown)
+    assert "⚠" not in text_of(shown) and "Starting a new run." in text_of(shown)
+    assert "Finished at step 4." in text_of(shown) and "Chosen ★:" in text_of(shown)
     assert (tmp_path / "models" / "patch_dog.safetensors").stat().st_size > 1e6
-    assert "Neither program can run it" in said(shown), "the embedded base has no released size"
+    assert "Neither program can run it" in text_of(shown), "the bundled base has no released size"
     # The subject, the settings, the training with its bar, the slider and the playground.
     assert len(outputs(shown, "application/vnd.jupyter.widget-view+json")) >= 6
 
@@ -118,8 +118,8 @@ def test_the_main_notebook_trains_and_keeps_a_lora(tmp_path: Path) -> None:
     file = write("01_dreambooth", tmp_path, f"SETTINGS = {{{settings}}}")
     assert start(file, sys.executable).wait() == 0, file.with_suffix(".log").read_text()[-3000:]
     shown = json.loads(file.read_text())
-    assert "Finished at step 4." in said(shown) and "⚠" not in said(shown)
-    assert "load_lora_weights" in said(shown)
+    assert "Finished at step 4." in text_of(shown) and "⚠" not in text_of(shown)
+    assert "load_lora_weights" in text_of(shown)
     (weights,) = (tmp_path / "models" / "patch_dog").glob("*.safetensors")
     assert not (tmp_path / "runs" / "class_images").exists(), "none are needed"
     assert 1e5 < weights.stat().st_size < 1e7
@@ -127,7 +127,7 @@ def test_the_main_notebook_trains_and_keeps_a_lora(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) -> None:
+def test_run_all_resumes_the_run_of_a_killed_kernel(tmp_path: Path) -> None:
     settings = 'SETTINGS = {"steps": 30, "class_images": 4, "validate_every": 3}'
     file, folder = write("01_dreambooth", tmp_path, settings), tmp_path / "runs" / "patch_dog"
     first = start(file, sys.executable)
@@ -141,7 +141,9 @@ def test_run_all_after_a_kernel_was_killed_goes_on_with_its_run(tmp_path: Path) 
     reached = max(runs.resume(folder).checkpoints())
     assert 0 < reached < 30
     assert start(file, sys.executable).wait() == 0
-    assert f"Resuming runs/patch_dog: step {reached} of 30" in said(json.loads(file.read_text()))
+    assert f"Going on with runs/patch_dog: step {reached} of 30" in text_of(
+        json.loads(file.read_text())
+    )
     run = runs.resume(folder)
     assert [row["step"] for row in run.log()] == list(range(1, 31))
     assert (run.pipeline / "model_index.json").exists()
@@ -156,8 +158,8 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
         assert [row.step for row in validation_record.history(run)] == [0, 2, 4]
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 7  # curves, front, maps, contact sheets
-    assert "has the highest score of 4 settings" in said(shown) and "⚠" not in said(shown)
-    assert "SETTINGS = {'prior_weight': " in said(shown)
+    assert "stands highest of 4 settings" in text_of(shown) and "⚠" not in text_of(shown)
+    assert "SETTINGS = {'prior_weight': " in text_of(shown)
 
 
 @pytest.mark.slow
@@ -168,16 +170,16 @@ def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path, python: st
     assert {row.subject for row in rows} == {"patch_dog", "moon_mushroom"}
     (table,) = outputs(shown, "text/markdown")
     assert "| DreamBooth |" in "".join(table) and "| 0.774 | 0.885 |" in "".join(table)
-    assert "likeness to the photos ↑ (judge)" in "".join(table)
+    assert "like the photos ↑ (scorer)" in "".join(table)
     assert len(outputs(shown, "image/png")) == 1
 
 
 @pytest.mark.slow
-def test_a_study_of_one_weight_and_an_evaluation_of_ones_own_pictures(tmp_path: Path) -> None:
-    """As their texts say that they can be changed, and run twice, as after Run All again."""
-    own = f'PICTURES, CLASS_NOUN = "{BUNDLED_SUBJECTS / "candy_turtle"}", "turtle"'
+def test_a_study_of_one_weight_and_an_evaluation_of_your_own_photos(tmp_path: Path) -> None:
+    """Change what the notebooks say can be changed, and run each twice, as by Run All again."""
+    own = f'PHOTOS, CLASS_NOUN = "{BUNDLED_SUBJECTS / "candy_turtle"}", "turtle"'
     changes = {
-        "02_lambda_study": "LAMBDAS, STEPS, CLASS_PICTURES = [0.5], [2], 4",
+        "02_lambda_study": "LAMBDAS, STEPS, CLASS_IMAGES = [0.5], [2], 4",
         "03_evaluation": f"{SHORT['03_evaluation']}\n{own}",
     }
     for name, parameters in changes.items():
@@ -189,7 +191,7 @@ def test_a_study_of_one_weight_and_an_evaluation_of_ones_own_pictures(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_loop_an_objective_and_a_measure_of_ones_own(tmp_path: Path, python: str) -> None:
+def test_your_own_loop_loss_and_metric(tmp_path: Path, python: str) -> None:
     shown = execute("04_your_own", tmp_path, python)
     folder = tmp_path / "runs" / "your_own_patch_dog_toybox"
     paper, own, aura = (runs.resume(folder / n) for n in ("loop", "distilled", "aura_flow"))
@@ -197,11 +199,11 @@ def test_a_loop_an_objective_and_a_measure_of_ones_own(tmp_path: Path, python: s
     assert own.log()[0]["instance_loss"] == paper.log()[0]["instance_loss"]
     assert own.log()[0]["prior_loss"] != paper.log()[0]["prior_loss"]
     (table,) = outputs(shown, "text/markdown")
-    assert "sameness (judge)" in "".join(table) and "⚠" not in said(shown)
+    assert "sameness (scorer)" in "".join(table) and "⚠" not in text_of(shown)
     assert (aura.pipeline / "pytorch_lora_weights.safetensors").exists() and len(aura.log()) == 2
 
 
-def test_the_page_on_families_has_the_notebooks_family_and_every_shipped_one() -> None:
+def test_the_page_on_families_has_the_notebooks_family_and_every_bundled_one() -> None:
     page = (ROOT / "docs" / "families.md").read_text()
     cells = codes(json.loads(NOTEBOOKS["04_your_own"].read_text()))
     (family,) = [source(cell) for cell in cells if "class AuraFlow(Family)" in source(cell)]
@@ -211,7 +213,7 @@ def test_the_page_on_families_has_the_notebooks_family_and_every_shipped_one() -
 
 
 def run_cells(scope: dict[str, Any], parameters: str, *marks: str) -> dict[str, Any]:
-    """Run the main notebook's parameters, then its cells that have these marks, in this process."""
+    """Run notebook 01's parameters cell and the cells with these marks in this process."""
     _, first, *cells = map(source, codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text())))
     exec(f"{first}\n{parameters}", scope)
     for mark in marks:
@@ -220,7 +222,7 @@ def run_cells(scope: dict[str, Any], parameters: str, *marks: str) -> dict[str, 
     return scope
 
 
-def test_the_practice_settings_are_the_embedded_bases_alone() -> None:
+def test_the_practice_settings_are_for_the_bundled_base_only() -> None:
     first = source(codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text()))[1])
     scopes: list[dict[str, Any]] = [{}, {}]
     exec(first, scopes[0])
@@ -228,33 +230,31 @@ def test_the_practice_settings_are_the_embedded_bases_alone() -> None:
     assert scopes[0]["SETTINGS"]["steps"] == 300 and scopes[1]["SETTINGS"] == {}
 
 
-def test_after_a_disconnect_an_upload_is_not_asked_for_again(
+def test_after_a_disconnect_photos_need_no_second_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_colab: FakeColab
 ) -> None:
     monkeypatch.chdir(tmp_path)
     bundled = loading.BUNDLED / "subjects" / "patch_dog"
     fake_colab.uploads = {path.name: path.read_bytes() for path in bundled.glob("*.png")}
-    marks = ("cut_off", "SubjectPanel")
-    asked = "UPLOAD, SETTINGS = True, {}"
+    marks = ("find_interrupted", "SubjectPanel")
+    parameters = "UPLOAD, SETTINGS = True, {}"
     scope = {
         "drive": colab.mount_drive(),
         "colab": colab,
         "preflight": preflight,
         "widgets": widgets,
     }
-    said = run_cells(dict(scope), asked, *marks)
-    assert fake_colab.asked.count("upload") == 1 and said["found"] is None
-    run = runs.start(said["subject"].config, tmp_path / "runs" / "mine")
+    first = run_cells(dict(scope), parameters, *marks)
+    assert fake_colab.asked.count("upload") == 1 and first["interrupted"] is None
+    run = runs.start(first["subject"].config, tmp_path / "runs" / "mine")
     assert drive_backup.backup(run, scope["drive"] / "mine") is None
     for folder in ("runs", "photos"):
         shutil.rmtree(tmp_path / folder)
-    back = run_cells(dict(scope), asked, *marks)
-    assert fake_colab.asked.count("upload") == 1 and back["name"] == "mine"
-    pictures = back["subject"].config.subject.pictures
-    assert pictures == str(tmp_path / "runs" / "mine" / "photos")
-    assert (
-        runs.start_or_resume(back["subject"].config, tmp_path / "runs" / "mine").config.steps == 500
-    )
+    resumed = run_cells(dict(scope), parameters, *marks)
+    assert fake_colab.asked.count("upload") == 1 and resumed["name"] == "mine"
+    config = resumed["subject"].config
+    assert config.subject.pictures == str(tmp_path / "runs" / "mine" / "photos")
+    assert runs.start_or_resume(config, tmp_path / "runs" / "mine").config.steps == 500
 
 
 def test_outside_colab_the_upload_is_the_panels_button(
@@ -262,20 +262,20 @@ def test_outside_colab_the_upload_is_the_panels_button(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
-    run_cells(scope, "UPLOAD = True", "cut_off", "SubjectPanel")
+    run_cells(scope, "UPLOAD = True", "find_interrupted", "SubjectPanel")
     assert "use the button below" in capsys.readouterr().out
 
 
-def test_a_run_beside_another_of_its_name_is_called_otherwise(
+def test_a_new_run_gets_a_free_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
-    marks = ("cut_off", "SubjectPanel", "SettingsPanel", "widgets.monitor")
+    marks = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     first = run_cells(dict(scope), "", *marks)["run"]
     assert first.folder == Path("runs/patch_dog")
-    assert run_cells(dict(scope), "", *marks)["run"].folder == first.folder, "it was cut off"
+    assert run_cells(dict(scope), "", *marks)["run"].folder == first.folder, "it was interrupted"
     assert run_cells(dict(scope), "RESUME = False", *marks)["name"] == "patch_dog-2"
     assert run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks)["name"] == "rex"
     assert run_cells(dict(scope), "CLASS_NOUN = 'fox'", *marks)["name"] == "patch_dog-3"
@@ -283,12 +283,13 @@ def test_a_run_beside_another_of_its_name_is_called_otherwise(
     changed["name"] = "rex"  # as if this cell had run before
     changed["settings"].controls["method"].value = "lora"
     run_cells(changed, "RESUME, NAME = False, 'rex'", marks[3])
-    assert changed["name"] == "rex-2", "a LoRA cannot go on with the whole model's run"
-    said = capsys.readouterr().out
-    assert "Not resumed: runs/rex: step 0 of 300" in said and "This run is called rex." in said
+    assert changed["name"] == "rex-2", "a LoRA cannot resume the run of a full model"
+    printed = capsys.readouterr().out
+    assert "Left alone: runs/rex: step 0 of 300" in printed
+    assert "This run is called rex." in printed
 
 
-def test_run_again_the_subjects_cell_keeps_what_the_settings_follow(
+def test_running_the_subjects_cell_again_keeps_its_panel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -297,21 +298,21 @@ def test_run_again_the_subjects_cell_keeps_what_the_settings_follow(
         widgets, "monitor", lambda run: trained.append(run.config.subject.pictures) or iter(())
     )
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
-    run_cells(scope, "", "cut_off", "SubjectPanel", "SettingsPanel")
-    other = str(loading.BUNDLED / "subjects" / "candy_turtle")
-    scope["subject"].source.value = other
+    run_cells(scope, "", "find_interrupted", "SubjectPanel", "SettingsPanel")
+    turtle = str(loading.BUNDLED / "subjects" / "candy_turtle")
+    scope["subject"].source.value = turtle
     cells = [source(c) for c in codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text()))]
-    (chosen,), (training,) = ([c for c in cells if mark in c]
+    (choose,), (training,) = ([c for c in cells if mark in c]
                               for mark in ("SubjectPanel", "widgets.monitor"))  # fmt: skip
-    exec(chosen, scope)
+    exec(choose, scope)
     exec(training, scope)
     shown = scope["subject"].config.subject.pictures
-    assert trained == [shown] == [other], "what is trained on is what step 2 shows"
-    scope["config"] = scope["config"].replace(steps=7)  # as after another cell above
-    exec(chosen, scope)
+    assert trained == [shown] == [turtle], "training uses the photos of step 2"
+    scope["config"] = scope["config"].replace(steps=7)  # as after running another cell above
+    exec(choose, scope)
     with pytest.raises(ConfigError, match="run the cell of step 3 again"):
         exec(training, scope)
-    assert trained == [other]
+    assert trained == [turtle]
 
 
 def test_the_first_cell_is_the_same_in_all_notebooks() -> None:
@@ -347,5 +348,5 @@ def test_a_notebook_begins_with_its_parts_and_its_parameters_and_ends_with_asser
     assert "install_missing" in source(setup)
     assert parameters["metadata"]["tags"] == ["parameters"]
     assert source(last).count("assert ") >= 3
-    # A cell is one idea: what it does is said above it, and it fits on a screen.
+    # A cell holds one idea and fits on a screen.
     assert all(len(cell["source"]) <= 28 for cell in cells)

@@ -1,4 +1,4 @@
-"""What a run, its command and a notebook print: what a person can act on, and nothing else."""
+"""Check that a run, the command and a notebook print what a person can act on, and no more."""
 
 import logging
 import os
@@ -25,11 +25,11 @@ from dreambooth_lib.training.trainable import make_trainable
 Make = Callable[..., TrainConfig]
 PYTHONS = {"newest": None, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")}
 
-#: All that the command says of a training, line by line.
-SAID = [
-    r"step 1/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
-    r"step 2/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
-    r"validation took \d+% of the time; raise validate_every to validate less",
+#: All that the command prints of a training, line by line.
+PRINTED = [
+    r"step 1/2 instance \d\.\d{4} prior \d\.\d{4}",
+    r"step 2/2 instance \d\.\d{4} prior \d\.\d{4}",
+    r"looks took \d+% of the time; a larger validate_every means fewer",
     r"Best: Step \d: .*",
     r".*/run/pipeline",
 ]
@@ -48,13 +48,13 @@ def test_the_command_prints_its_steps_and_no_more(
         train_text_encoder=True, method="lora", lr_schedule="cosine", optimizer="adamw8bit",
     )  # fmt: skip
     (tmp_path / "config.toml").write_text(config.to_toml())
-    words = ["-m", "dreambooth_lib", "train", str(tmp_path / "config.toml")]
-    done = launched(*words, "--out", str(tmp_path / "run"), python=PYTHONS[python])
+    command = ["-m", "dreambooth_lib", "train", str(tmp_path / "config.toml")]
+    done = launched(*command, "--out", str(tmp_path / "run"), python=PYTHONS[python])
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(SAID), lines
-    for line, said in zip(lines, SAID, strict=True):
-        assert re.fullmatch(said, line), line
+    assert len(lines) == len(PRINTED), lines
+    for line, expected in zip(lines, PRINTED, strict=True):
+        assert re.fullmatch(expected, line), line
 
 
 @pytest.mark.parametrize("error", [OutOfMemory, NonFiniteLoss, RunError])
@@ -87,7 +87,7 @@ def test_a_notebooks_run_prints_nothing(
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stdout + done.stderr
 
 
-def test_casts_to_8_bits_are_not_told(
+def test_casts_to_8_bits_are_not_reported(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bitsandbytes.nn import Linear8bitLt
@@ -97,22 +97,22 @@ def test_casts_to_8_bits_are_not_told(
     caplog.set_level(logging.WARNING, logger.name)
     layer = Linear8bitLt(8, 8, has_fp16_weights=False)
     layer.load_state_dict(torch.nn.Linear(8, 8).state_dict())
-    layer.to("cpu").eval()  # on a CPU training takes another way
-    with warnings.catch_warnings(record=True) as told:
+    layer.to("cpu").eval()  # training on a CPU takes another path
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         layer(torch.randn(2, 8))
-        assert "MatMul8bitLt" in caplog.text + "".join(str(w.message) for w in told)
+        assert "MatMul8bitLt" in caplog.text + "".join(str(w.message) for w in shown)
         caplog.clear()
-        told.clear()
+        shown.clear()
         hide_casts()
         layer(torch.randn(2, 8))
         logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
-    assert not told
+    assert not shown
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_no_warning_of_the_schedule_where_the_loss_is_scaled(
+def test_the_schedule_gives_no_warning_with_a_scaled_loss(
     resumed: bool, tiny_sd1: str, photos: str, make_config: Make
 ) -> None:
     config = make_config(tiny_sd1, photos, lr_schedule="cosine")

@@ -1,4 +1,4 @@
-"""The notebooks' views: what they show, what they give, and that no error is passed over."""
+"""Check the notebooks' widgets: what they show, what they return, and that no error is lost."""
 
 import gc
 import html
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import save_photos
 from ipywidgets import HTML, Image, Widget
-from PIL import Image as Pictures
+from PIL import Image as PIL_Image
 
 from dreambooth_lib import TrainConfig
 from dreambooth_lib.core import gpu_memory
@@ -38,26 +38,26 @@ from dreambooth_lib.training.validation_record import load_images
 Make = Callable[..., TrainConfig]
 
 
-def texts(view: Any) -> str:
-    """All that a view says now."""
-    own = view.value if isinstance(view, HTML) else ""
-    return " ".join([own, *(texts(child) for child in getattr(view, "children", ()))])
+def texts(widget: Any) -> str:
+    """Return all the text that a widget shows."""
+    own = widget.value if isinstance(widget, HTML) else ""
+    return " ".join([own, *(texts(child) for child in getattr(widget, "children", ()))])
 
 
-def pictures(view: Any) -> list[Pictures.Image]:
-    """All pictures that a view shows now, in order."""
+def images(widget: Any) -> list[PIL_Image.Image]:
+    """Return all images that a widget shows, in order."""
     own = []
-    if isinstance(view, Image) and view.layout.display != "none":
-        own = [Pictures.open(io.BytesIO(view.value))]
-    return own + [found for child in getattr(view, "children", ()) for found in pictures(child)]
+    if isinstance(widget, Image) and widget.layout.display != "none":
+        own = [PIL_Image.open(io.BytesIO(widget.value))]
+    return own + [image for child in getattr(widget, "children", ()) for image in images(child)]
 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Widget]:
-    """What is displayed below the cell."""
-    found: list[Widget] = []
-    monkeypatch.setattr("dreambooth_lib.notebook.widgets.training.display", found.append)
-    return found
+    """Collect what is displayed below the cell."""
+    displayed: list[Widget] = []
+    monkeypatch.setattr("dreambooth_lib.notebook.widgets.training.display", displayed.append)
+    return displayed
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def started(
     def start(name: str = "run", **changes: Any) -> Run:
         fields = {"validate_every": 2, "scorer": str(clip_folder), "ema_decay": None} | changes
         run = runs.start(make_config(tiny_sd2, photos, **fields), tmp_path / name)
-        view = validation.ValidationPlan(class_images=2, inference_steps=2)
+        plan = validation.ValidationPlan(class_images=2, inference_steps=2)
         (run.folder / "validation").mkdir()
-        (run.folder / "validation" / "plan.json").write_text(json.dumps(asdict(view)))
+        (run.folder / "validation" / "plan.json").write_text(json.dumps(asdict(plan)))
         return run
 
     return start
@@ -77,7 +77,7 @@ def started(
 
 def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
     buffer = io.BytesIO()
-    Pictures.new("RGB", size, colour).save(buffer, "PNG")
+    PIL_Image.new("RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -93,14 +93,14 @@ def test_the_subject_panel_begins_with_the_configs_subject(
     subject: widgets.SubjectPanel, tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
     assert subject.config == make_config(tiny_sd2, photos)
-    thumbnails, crops = pictures(subject)
+    thumbnails, crops = images(subject)
     assert thumbnails.width > 4 * 24 and crops.width > 4 * 16
     assert "cropped to 16 × 16" in texts(subject)
     assert "below 16" not in texts(subject), "the photos are larger than this base's pictures"
 
 
 @pytest.mark.parametrize("version", [7, 8])
-def test_what_is_uploaded_becomes_the_subject_in_both_versions(
+def test_uploads_become_the_subject_in_both_versions(
     version: int, subject: widgets.SubjectPanel, tmp_path: Path
 ) -> None:
     files = {"a.png": png("red"), "b.png": png("blue")}
@@ -108,17 +108,17 @@ def test_what_is_uploaded_becomes_the_subject_in_both_versions(
                   for name, data in files.items()}  # fmt: skip
     if version == 8:
         value = tuple({"name": n, "content": memoryview(data)} for n, data in files.items())
-    assert upload.uploaded(value) == files
-    subject.use(upload.uploaded(value))
-    found = subject.config.subject
-    assert Path(found.pictures).parent == tmp_path / "uploads"
+    assert upload.uploaded_files(value) == files
+    subject.use(upload.uploaded_files(value))
+    uploaded = subject.config.subject
+    assert Path(uploaded.pictures).parent == tmp_path / "uploads"
     assert [photo.name for photo in subject.photos] == ["a.png", "b.png"]
-    assert (found.class_noun, found.name) == ("dog", "my_dog"), "not a digest of the pictures"
+    assert (uploaded.class_noun, uploaded.name) == ("dog", "my_dog"), "not a digest of the photos"
     assert "blurred" in texts(subject)
 
 
 def press(button: Any, files: dict[str, bytes]) -> None:
-    """What the button's page sends in each version."""
+    """Send files as the button's page does in each version of ipywidgets."""
     if isinstance(button.value, dict):  # ipywidgets 7: a count tells that all data is there
         button.metadata = [{"name": name} for name in files]
         button.data = list(files.values())
@@ -137,7 +137,7 @@ def test_the_upload_buttons_value_is_used(subject: widgets.SubjectPanel) -> None
     assert [photo.name for photo in subject.photos] == ["c.png"]
 
 
-def test_a_typed_path_that_is_wrong_says_so_and_fails_whoever_goes_on(
+def test_a_wrong_path_is_an_error_for_the_panel_and_its_config(
     subject: widgets.SubjectPanel, photos: str
 ) -> None:
     subject.source.value = "/no/<such>"
@@ -148,7 +148,7 @@ def test_a_typed_path_that_is_wrong_says_so_and_fails_whoever_goes_on(
     assert not subject.note.value and subject.config.subject.pictures == photos
 
 
-def test_an_error_stays_until_its_own_field_is_mended(
+def test_an_error_stays_until_its_own_field_is_corrected(
     subject: widgets.SubjectPanel, photos: str
 ) -> None:
     subject.source.value = "/no/such"
@@ -161,7 +161,7 @@ def test_an_error_stays_until_its_own_field_is_mended(
     assert not subject.note.value and len(subject.photos) == 2
 
 
-def test_good_pictures_mend_an_upload_that_failed_too(
+def test_good_photos_clear_the_error_of_a_failed_upload(
     subject: widgets.SubjectPanel, photos: str, tmp_path: Path
 ) -> None:
     subject._read_uploaded = lambda: subject.use({"a.txt": b"no picture"})  # type: ignore[method-assign]
@@ -176,10 +176,10 @@ def test_good_pictures_mend_an_upload_that_failed_too(
 
 
 @pytest.mark.parametrize("bad", ["upload", "path", "too large", "used by a cell"])
-def test_after_a_bad_input_no_pictures_are_left_to_train_on(
+def test_after_a_bad_input_no_photos_are_left_to_train_on(
     bad: str, subject: widgets.SubjectPanel, photos: str
 ) -> None:
-    assert f"Showing 4 pictures of {photos}" in texts(subject) and len(pictures(subject)) == 2
+    assert f"Showing 4 photos from {photos}" in texts(subject) and len(images(subject)) == 2
     assert "before you train" in subject.findings.value  # the identifier is common to this base
     if bad == "upload":
         press(subject.upload, {"a.jpg": b"text", "b.png": png("red")})
@@ -190,13 +190,13 @@ def test_after_a_bad_input_no_pictures_are_left_to_train_on(
     else:
         with pytest.raises(DataError, match="is empty, damaged or no picture"):
             subject.use({"a.jpg": b"text"})
-    said = texts(subject)
-    assert pictures(subject) == [] and "Showing" not in said and not subject.findings.value
+    text = texts(subject)
+    assert images(subject) == [] and "Showing" not in text and not subject.findings.value
     assert subject.children[0] is subject.note and subject.note.layout.display == ""
     assert subject.note.value.count("⚠") == 1 and "color" in subject.note.value
     subject.class_noun.value = "cat"
     subject.crop_to(8)
-    assert pictures(subject) == [] and not subject.findings.value
+    assert images(subject) == [] and not subject.findings.value
     panel_fails = [lambda: subject.config, subject.check, lambda: widgets.SettingsPanel(subject)]
     for fails in panel_fails:
         with pytest.raises(DataError):
@@ -204,54 +204,54 @@ def test_after_a_bad_input_no_pictures_are_left_to_train_on(
     subject.source.value = "/nor/such"
     assert subject.note.value.count("⚠") == 1, "only what was tried last is of interest"
     subject.source.value = photos
-    assert len(pictures(subject)) == 2 and subject.note.layout.display == "none"
+    assert len(images(subject)) == 2 and subject.note.layout.display == "none"
     assert subject.config.subject.pictures == photos
 
 
-def test_files_that_the_server_would_not_take_are_named_with_what_to_do(
+def test_files_too_large_for_the_server_are_named_with_what_to_do(
     subject: widgets.SubjectPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     press(subject.upload, {upload._NOTE: b'{"files": 5, "bytes": 18900000}'})
-    said = html.unescape(subject.note.value)
-    assert "5 pictures of 19 MB in all did not arrive: this Jupyter server takes 10 MB" in said
-    assert "into a folder in Jupyter's file list" in said and "type the folder's name" in said
-    assert subject.source.value == "", "the path of the pictures before is not theirs"
+    text = html.unescape(subject.note.value)
+    assert "5 photos of 19 MB in all did not arrive: this Jupyter server accepts 10 MB" in text
+    assert "into a folder in Jupyter's file browser" in text and "type the folder's name" in text
+    assert subject.source.value == "", "the old path is not theirs"
     press(subject.upload, {upload._NOTE: b'{"files": 1, "bytes": 18900000}'})
     assert "a file of 19 MB in all" in subject.note.value
     monkeypatch.setenv(upload.LIMIT, "209715200")
     press(subject.upload, {upload._NOTE: b'{"files": 99, "bytes": 310000000}'})
-    assert "takes 210 MB at once" in subject.note.value and "make lab" not in subject.note.value
+    assert "accepts 210 MB at once" in subject.note.value and "make lab" not in subject.note.value
     monkeypatch.setenv(upload.LIMIT, "much")
     with pytest.raises(ConfigError, match="DREAMBOOTH_UPLOAD_LIMIT is 'much'"):
-        upload.limit()
+        upload.size_limit()
 
 
 def test_the_same_files_can_be_uploaded_again(subject: widgets.SubjectPanel, photos: str) -> None:
     for _ in range(2):
         press(subject.upload, {"c.png": png("green")})
-        assert not upload.uploaded(subject.upload.value), "the button is empty again"
+        assert not upload.uploaded_files(subject.upload.value), "the button is empty again"
         subject.check()
-        assert re.search(r"Showing 1 picture of .*</b> \(uploaded \d\d:\d\d\)", texts(subject))
+        assert re.search(r"Showing 1 photo from .*</b> \(uploaded \d\d:\d\d\)", texts(subject))
         assert "c.png alone is too little" in texts(subject)
         subject.source.value = photos
         assert "uploaded" not in subject._title.value
 
 
-def test_pictures_that_were_added_to_the_folder_are_read_again(
+def test_photos_added_to_the_folder_are_read_on_reload(
     tiny_sd2: str, make_config: Make, tmp_path: Path
 ) -> None:
     folder = Path(save_photos(tmp_path / "max", 3))
     panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
     (folder / "more.png").write_bytes(png("red"))
-    panel.read_again()
+    panel.reload()
     assert [photo.name for photo in panel.photos] == ["0.png", "1.png", "2.png", "more.png"]
     (folder / "text.jpg").write_text("text")
-    panel.read_again()
+    panel.reload()
     with pytest.raises(DataError, match=r"text\.jpg"):
         panel.check()
 
 
-def test_settings_of_another_panel_than_is_shown_are_refused(
+def test_settings_of_another_panel_are_rejected(
     subject: widgets.SubjectPanel, tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
     panel = widgets.SettingsPanel(subject)
@@ -261,22 +261,23 @@ def test_settings_of_another_panel_than_is_shown_are_refused(
         panel.check(again)
 
 
-def test_the_embedded_base_says_what_it_cannot_draw(
+def test_the_bundled_base_says_what_it_cannot_draw(
     photos: str, make_config: Make, tiny_sd2: str
 ) -> None:
     known = widgets.SubjectPanel(make_config("toybox", photos))
-    assert "cannot draw" not in texts(known)
+    assert "can draw neither" not in texts(known)
     known.class_noun.value = "Dog"
-    assert "cannot draw" not in texts(known)
+    assert "can draw neither" not in texts(known)
     known.class_noun.value = "dachshund"
-    said = texts(known)
-    assert "cannot draw &#x27;dachshund&#x27;" in said and "drawings of 48 things (dog, cat" in said
-    other = widgets.SubjectPanel(make_config(tiny_sd2, photos))
-    other.class_noun.value = "dachshund"
-    assert "cannot draw" not in texts(other)
+    text = texts(known)
+    assert "can draw neither &#x27;dachshund&#x27; nor photos" in text
+    assert "drawings of 48 things (dog, cat" in text
+    pretrained = widgets.SubjectPanel(make_config(tiny_sd2, photos))
+    pretrained.class_noun.value = "dachshund"
+    assert "can draw neither" not in texts(pretrained)
 
 
-def test_the_crops_follow_the_resolution_and_mark_what_is_kept_out(
+def test_the_crops_follow_the_resolution_and_mark_the_held_out_photo(
     photos: str, make_config: Make, tiny_sd2: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels: list[Any] = []
@@ -287,8 +288,8 @@ def test_the_crops_follow_the_resolution_and_mark_what_is_kept_out(
         )[1],
     )  # fmt: skip
     subject = widgets.SubjectPanel(make_config(tiny_sd2, photos, validate_every=2))
-    held = hold_out(subject.photos)[1]
-    marks = ["kept out, to test on" if p in held else "" for p in subject.photos]
+    held_out = hold_out(subject.photos)[1]
+    marks = ["held out" if p in held_out else "" for p in subject.photos]
     assert labels[-1] == marks and sum(map(bool, marks)) == 1
     widgets.SubjectPanel(make_config(tiny_sd2, photos, validate_every=0))
     assert labels[-1] is None
@@ -308,7 +309,7 @@ def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
         _ = subject.config
 
 
-def test_colab_is_told_to_use_its_own_upload(
+def test_on_colab_the_panel_points_to_colabs_upload(
     fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path
 ) -> None:
     from dreambooth_lib.notebook import colab
@@ -328,7 +329,7 @@ def settings(tiny_sd2: str, photos: str, make_config: Make) -> widgets.SettingsP
     return widgets.SettingsPanel(make_config(tiny_sd2, photos, validate_every=2))
 
 
-def test_the_settings_say_what_the_config_says_until_they_are_moved(
+def test_the_settings_begin_with_the_config_and_follow_their_controls(
     settings: widgets.SettingsPanel, tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
     config = make_config(tiny_sd2, photos, validate_every=2)
@@ -353,7 +354,7 @@ def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.Settin
     assert "warmup_steps" not in settings.python.value
 
 
-def test_pictures_in_this_folder_are_named_from_here(
+def test_photos_in_the_working_directory_have_a_relative_path(
     photos: str, make_config: Callable[..., TrainConfig], tiny_sd1: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -375,11 +376,11 @@ def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) 
     assert "class_noun='cat'" in python and "uploads" in python
 
 
-def test_settings_that_contradict_say_so_and_fail_whoever_goes_on(
+def test_contradicting_settings_are_an_error_for_the_panel_and_its_config(
     settings: widgets.SettingsPanel,
 ) -> None:
     settings.controls["class_images"].value = 0
-    assert "set class_images above 0" in settings.note.value
+    assert "class_images is 0" in settings.note.value
     for fails in (settings.check, lambda: settings.config):
         with pytest.raises(ConfigError, match="class_images is 0"):
             fails()
@@ -388,14 +389,14 @@ def test_settings_that_contradict_say_so_and_fail_whoever_goes_on(
     assert settings.config.prior_weight == 0 and not settings.note.value
 
 
-def test_minutes_are_shown_only_once_they_are_measured(
+def test_minutes_are_shown_only_after_measuring(
     settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "min" not in settings.time.value
     measured = timing.Pace(step=30.0, validation=15.0)
     monkeypatch.setattr("dreambooth_lib.notebook.widgets.settings.measure", lambda config: measured)
     settings.predict.click()
-    # Four updates, and looks before the first and after the second and the fourth.
+    # Four steps, and validations before the first and after the second and the fourth.
     assert measured.seconds(settings.config) == 4 * 30 + 3 * 15
     assert "<b>3 min</b>" in settings.time.value
     settings.controls["steps"].value = 9
@@ -419,9 +420,9 @@ def test_predicted_time_has_the_checkpoints_that_a_run_writes(
     run = started(steps=5, **changes)
     saved, save = [], Run.save_checkpoint
 
-    def counting(run: Run, step: int, *given: Any) -> None:
+    def counting(run: Run, step: int, *args: Any) -> None:
         saved.append(step)
-        save(run, step, *given)
+        save(run, step, *args)
 
     monkeypatch.setattr(Run, "save_checkpoint", counting)
     list(loop.train(run))
@@ -446,10 +447,10 @@ def test_a_checkpoint_is_timed_by_its_bytes_on_the_disk(
     assert timing.measure(config).checkpoint == pytest.approx(tensors, rel=0.02)
 
 
-def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
+def test_memory_is_estimated_after_the_measured_run_is_freed(
     settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trainer's parts hold each other, and so the GPU, until they are collected."""
+    """Check the memory after garbage collection: a session's parts hold each other and the GPU."""
     import torch
 
     class Parts:
@@ -477,7 +478,7 @@ def test_the_memory_of_a_new_run_is_told_after_the_measured_one_is_gone(
     assert "level 'standard'" in settings.time.value
 
 
-def test_updates_that_the_loss_scale_skips_are_not_measured(
+def test_steps_that_the_loss_scale_skips_are_not_measured(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, apply, tries = started(validate_every=0).config, Optimizer._apply_gradients, []
@@ -494,11 +495,13 @@ def test_updates_that_the_loss_scale_skips_are_not_measured(
         timing.measure(config)
 
 
-def test_a_pace_is_measured_and_leaves_nothing(started: Callable[..., Run], tmp_path: Path) -> None:
+def test_measuring_the_pace_leaves_nothing_behind(
+    started: Callable[..., Run], tmp_path: Path
+) -> None:
     run = started()
     before = sorted(tmp_path.rglob("*"))
-    found = timing.measure(run.config)
-    assert 0 < found.step < 60 and 0 < found.validation < 60
+    pace = timing.measure(run.config)
+    assert 0 < pace.step < 60 and 0 < pace.validation < 60
     assert timing.measure(run.config.replace(validate_every=0, prior_weight=0)).validation == 0
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -506,24 +509,24 @@ def test_a_pace_is_measured_and_leaves_nothing(started: Callable[..., Run], tmp_
 # The training monitor
 
 
-def test_monitor_yields_the_steps_of_train_and_shows_curves_and_looks(
+def test_monitor_yields_the_steps_of_train_and_shows_curves_and_images(
     started: Callable[..., Run], shown: list[Widget]
 ) -> None:
     plain = [step.loss for step in loop.train(started("plain"))]
     run = started()
     assert [step.loss for step in widgets.monitor(run)] == plain
-    (view,) = shown
-    losses, validation, looks = pictures(view)
+    (panel,) = shown
+    losses, validation, sheet = images(panel)
     assert min(losses.width, validation.width) > 500
-    assert looks.height > 3 * 128, "a row for the base and each look"
-    assert "Finished at step 4" in texts(view)
+    assert sheet.height > 3 * 128, "a row for the base and each validation"
+    assert "Finished at step 4" in texts(panel)
 
 
-def test_an_interrupt_ends_the_cell_and_says_how_to_go_on(
+def test_an_interrupt_ends_the_cell_and_says_how_to_resume(
     started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, at = started(), Batches.at
-    whole = [step.loss for step in loop.train(started("plain"))]
+    uninterrupted = [step.loss for step in loop.train(started("plain"))]
 
     def interrupted(batches: Batches, step: int) -> Batch:
         if step == 3:
@@ -534,13 +537,13 @@ def test_an_interrupt_ends_the_cell_and_says_how_to_go_on(
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; run this cell again"):
         for _ in widgets.monitor(run):
             pass
-    assert "Interrupted at step 3; run this cell again to go on." in texts(shown[0])
+    assert "Interrupted at step 3; run this cell again to resume." in texts(shown[0])
     monkeypatch.setattr(Batches, "at", at)
     again = [(step.step, step.loss) for step in widgets.monitor(runs.resume(run.folder))]
-    assert again == [(4, whole[3])]
+    assert again == [(4, uninterrupted[3])]
 
 
-def test_an_interrupt_while_the_view_is_drawn_saves_too(
+def test_an_interrupt_while_curves_are_drawn_saves_the_run(
     started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started()
@@ -573,10 +576,10 @@ def test_an_error_in_training_is_shown_and_raised(
     assert "lower learning_rate" in texts(shown[0]) and "Traceback" not in texts(shown[0])
 
 
-# Looking back and drawing
+# The checkpoint slider and the playground
 
 
-def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
+def test_the_slider_steps_through_validations_and_marks_the_best(
     started: Callable[..., Run],
 ) -> None:
     run = started()
@@ -589,14 +592,14 @@ def test_the_slider_goes_through_the_looks_and_marks_the_chosen_one(
     seen = {}
     for step in (0, 2, 4):
         slider.slider.value = step
-        seen[step] = [picture.tobytes() for picture in pictures(slider)]
+        seen[step] = [picture.tobytes() for picture in images(slider)]
         assert seen[step][0] == load_images(run, step).subject[0].tobytes()
         assert len(seen[step]) == 4 + 2 + 1
     assert seen[0] != seen[4]
-    assert slider.step == 4 and "The cells below use this one." in texts(slider)
+    assert slider.step == 4 and "The cells below use this step." in texts(slider)
 
 
-def test_a_step_whose_weights_are_gone_can_be_looked_at_only(started: Callable[..., Run]) -> None:
+def test_a_step_without_weights_is_view_only(started: Callable[..., Run]) -> None:
     run = started(validate_every=1, checkpoints_kept=1)
     list(loop.train(run))
     slider = widgets.CheckpointSlider(run)
@@ -607,10 +610,10 @@ def test_a_step_whose_weights_are_gone_can_be_looked_at_only(started: Callable[.
         slider.slider.value = step
         assert slider.step == slider.best.step
         assert f"the cells below use step {slider.best.step} ★" in texts(slider)
-        assert len(pictures(slider)) == 4 + 2 + 1
+        assert len(images(slider)) == 4 + 2 + 1
 
 
-def test_class_pictures_are_drawn_where_the_run_will_look_for_them(
+def test_class_images_are_drawn_where_the_run_expects_them(
     started: Callable[..., Run],
 ) -> None:
     run = started(validate_every=0)
@@ -623,7 +626,7 @@ def test_class_pictures_are_drawn_where_the_run_will_look_for_them(
     assert widgets.show_class_images(run.config.replace(prior_weight=0), run.folder.parent) is None
 
 
-def test_class_pictures_of_a_base_by_a_relative_path_are_the_runs_too(
+def test_a_run_reuses_class_images_of_a_base_with_a_relative_path(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started(validate_every=0)
@@ -634,8 +637,8 @@ def test_class_pictures_of_a_base_by_a_relative_path_are_the_runs_too(
     assert len(list(run.folder.parent.glob("class_images/*/manifest.json"))) == 1
 
 
-def test_a_run_without_a_look_has_no_slider(started: Callable[..., Run]) -> None:
-    with pytest.raises(RunError, match="no look at a tuned model"):
+def test_a_run_without_validation_has_no_slider(started: Callable[..., Run]) -> None:
+    with pytest.raises(RunError, match="no validation of a trained model"):
         widgets.CheckpointSlider(started(validate_every=0))
 
 
@@ -644,7 +647,7 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
 ) -> None:
     run = started(validate_every=0)
     list(loop.train(run))
-    play = widgets.playground(run)
+    play = widgets.compare_with_base(run)
     assert play.prompt.value == "a {} dog on the beach"
     play.steps.value, play.count.value, play.seed.value = 5, 2, 7
     play.button.click()
@@ -652,13 +655,13 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     play.negative_prompt.value = "snow <b>"
     last = play.draw()
     assert play.gallery[-1] is last and len(play.gallery) == 2
-    assert last.prompt == "a ohwx dog on the beach" and list(last.pictures) == ["base", "tuned"]
-    assert [made.seed for made in last.pictures["base"]] == [7, 8]
+    assert last.prompt == "a ohwx dog on the beach" and list(last.images) == ["base", "tuned"]
+    assert [made.seed for made in last.images["base"]] == [7, 8]
     newest, first = play.entries.children
     assert "without “snow &lt;b&gt;”" in texts(newest) and "without" not in texts(first)
     assert [text in texts(first) for text in ("base, seed 7", "tuned, seed 8")] == [True, True]
-    drawn = [picture.tobytes() for picture in pictures(newest)]
-    asked = {name: [made.image.tobytes() for made in row] for name, row in last.pictures.items()}
+    drawn = [picture.tobytes() for picture in images(newest)]
+    asked = {name: [made.image.tobytes() for made in row] for name, row in last.images.items()}
     assert drawn == [asked["base"][0], asked["tuned"][0], asked["base"][1], asked["tuned"][1]]
     assert asked["base"] != asked["tuned"]
 
@@ -667,37 +670,37 @@ def test_any_two_sources_can_be_compared(started: Callable[..., Run]) -> None:
     run = started(validate_every=0, checkpoint_every=2)
     list(loop.train(run))
     sources = {"step 2": (run, 2), "step 4": (run, 4), "end": run}
-    pair = widgets.SideBySide(sources, run.config.subject, "a {} dog")
+    pair = widgets.Playground(sources, run.config.subject, "a {} dog")
     pair.steps.value = 5
     pair.left.value, pair.right.value = "step 4", "end"
-    one, other = (rows[0].image.tobytes() for rows in pair.draw().pictures.values())
-    assert one == other, "the run ended with step 4's weights"
+    left, right = (rows[0].image.tobytes() for rows in pair.draw().images.values())
+    assert left == right, "the run ended with step 4's weights"
     pair.left.value = "step 2"
-    one, other = (rows[0].image.tobytes() for rows in pair.draw().pictures.values())
-    assert one != other and set(playground._LOADED) == {(run, 2), run}
+    left, right = (rows[0].image.tobytes() for rows in pair.draw().images.values())
+    assert left != right and set(playground._LOADED) == {(run, 2), run}
 
 
-def test_models_of_earlier_views_are_let_go_of(
+def test_models_of_earlier_playgrounds_are_freed(
     started: Callable[..., Run], shown: list[Widget]
 ) -> None:
     run = started(validate_every=0)
     list(loop.train(run))
-    view = widgets.playground(run)
-    view.steps.value = 5
-    view.draw()
+    play = widgets.compare_with_base(run)
+    play.steps.value = 5
+    play.draw()
     models = [weakref.ref(family) for family in playground._LOADED.values()]
     assert len(models) == 2 and all(model() is not None for model in models)
-    again = widgets.playground(run)
+    again = widgets.compare_with_base(run)
     assert [model() for model in models] == [None, None], "as when its cell is run again"
     again.steps.value = 5
     again.draw()
-    assert view.draw().prompt, "an earlier view loads its own again"
+    assert play.draw().prompt, "an earlier playground loads its models again"
     list(widgets.monitor(run))
     assert not playground._LOADED, "training has the memory for itself"
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "error"])
-def test_a_session_is_gone_once_its_cell_has_ended(
+def test_a_session_is_freed_once_its_cell_has_ended(
     kind: str, started: Callable[..., Run], shown: list[Widget], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, finished, trainers = started(), Trainer.finished, []
@@ -716,7 +719,7 @@ def test_a_session_is_gone_once_its_cell_has_ended(
     assert trainers[0]() is None and kept.value is not None and shown
 
 
-def test_an_error_that_a_view_keeps_holds_nothing_of_where_it_came_from(
+def test_a_kept_error_holds_no_frames(
     settings: widgets.SettingsPanel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Model:
@@ -735,20 +738,20 @@ def test_an_error_that_a_view_keeps_holds_nothing_of_where_it_came_from(
         settings.check()
     assert models[0]() is None
     settings.controls["resolution"].value = 8
-    assert not settings.note.value, "with other settings it may go well"
+    assert not settings.note.value, "other settings may work"
 
 
 def test_the_playgrounds_base_is_the_runs_at_its_resolution(started: Callable[..., Run]) -> None:
     run = started(validate_every=0, resolution=24)
     list(loop.train(run))
-    play = widgets.playground(run)
+    play = widgets.compare_with_base(run)
     play.steps.value = 5
     drawn = play.draw()
-    assert {made.image.size for row in drawn.pictures.values() for made in row} == {(24, 24)}
+    assert {made.image.size for row in drawn.images.values() for made in row} == {(24, 24)}
 
 
-def test_a_prompt_without_the_subject_is_remarked(started: Callable[..., Run]) -> None:
-    play = widgets.playground(started())
+def test_the_playground_warns_of_a_prompt_without_the_subject(started: Callable[..., Run]) -> None:
+    play = widgets.compare_with_base(started())
     assert not play.advice.value
     play.prompt.value = "a dog in the snow"
     assert "does not name your subject: write <code>a {} dog ...</code>" in play.advice.value
@@ -758,17 +761,17 @@ def test_a_prompt_without_the_subject_is_remarked(started: Callable[..., Run]) -
 
 
 @pytest.mark.parametrize(("side", "wide"), [(64, 256), (512, 480)])
-def test_large_pictures_are_shown_larger(side: int, wide: int) -> None:
-    sample = playground.Sample("a dog", 0, Pictures.new("RGB", (side, side)))
-    entry = playground._entry(widgets.Drawn("a dog", "", 5.0, 5, {"base": [sample]}))
+def test_large_images_are_shown_larger(side: int, wide: int) -> None:
+    sample = playground.Sample("a dog", 0, PIL_Image.new("RGB", (side, side)))
+    entry = playground._show_entry(widgets.GalleryEntry("a dog", "", 5.0, 5, {"base": [sample]}))
     (column,) = entry.children[1].children
     assert (column.children[0].width, column.layout.width) == (str(wide), f"{wide}px")
 
 
-def test_an_error_while_drawing_is_a_sentence_there_and_fails_the_next_cell(
+def test_an_error_while_drawing_is_shown_and_raised_by_check(
     started: Callable[..., Run],
 ) -> None:
-    play = widgets.playground(started())
+    play = widgets.compare_with_base(started())
     play.button.click()
     assert "has not finished; train it to its end" in play.note.value
     assert not play.button.disabled
@@ -782,7 +785,7 @@ def test_controls_have_labels_and_hints_and_html_has_no_colours(
     for panel in (settings, subject):
         assert "color" not in texts(panel) and "background" not in texts(panel)
     assert texts(settings).count("<small>") == len(settings.controls) + 1
-    assert all(one.description for one in settings.controls.values())
+    assert all(control.description for control in settings.controls.values())
 
 
 def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -> None:
@@ -791,7 +794,7 @@ def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -
     config = TrainConfig(make_config("toybox", photos).subject)
     settings = widgets.SettingsPanel(config)
     assert settings.config == config
-    assert settings.controls["learning_rate"].label == "what suits the method", "and not blank"
+    assert settings.controls["learning_rate"].label == "the method's default", "and not blank"
     settings.controls["method"].value = "lora"
     assert settings.config.learning_rate == TrainConfig(config.subject, method="lora").learning_rate
     assert "method=&#x27;lora&#x27;" in settings.python.value
@@ -800,7 +803,7 @@ def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -
     assert settings.config == config.replace(learning_rate=1e-4)
 
 
-def test_the_memory_of_a_gpu_is_told_with_its_level(
+def test_gpu_memory_is_shown_with_its_level(
     tiny_sd1: str, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -832,7 +835,7 @@ def test_qlora_is_one_of_the_methods(photos: str, make_config: Make) -> None:
     assert again.config.quantize is None
 
 
-def test_what_others_say_of_themselves_stays_out_of_the_notebook(tmp_path: Path) -> None:
+def test_other_libraries_print_nothing_into_the_notebook(tmp_path: Path) -> None:
     code = (
         "from dreambooth_lib.families import loading; from dreambooth_lib.notebook import widgets; "
         "widgets.quiet(); loading.load_model('toybox'); import bitsandbytes"

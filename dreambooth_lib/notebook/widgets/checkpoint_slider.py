@@ -1,31 +1,31 @@
-"""A slider through what a run looked like on its way, its best checkpoint marked."""
+"""Slide through the validations of a run, with the best checkpoint marked."""
 
 from ipywidgets import HTML, SelectionSlider
 
-from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, hinted, in_a_row
+from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
 from dreambooth_lib.training import best_checkpoint
 from dreambooth_lib.training.runs import Run
-from dreambooth_lib.training.validation_record import history, load_images
+from dreambooth_lib.training.validation_record import history, load_images, plan_of
 
-_HINT = "early steps lack the subject, late ones draw it alone: take one that shows both"
-_WIDTHS = 200, 256  # pixels on the page, of the smallest pictures and of the largest
+_HINT = "early steps lack the subject, late ones ignore the prompt: choose one that shows both"
+_WIDTHS = 200, 256  # smallest and largest width of an image on the page, in pixels
 
 
 class CheckpointSlider(Panel):
-    """The looks at a run, one at a time, the best at first.
+    """The validation images of a run, one step at a time, beginning with the best.
 
-    ``step`` is the one that is shown where its weights are kept, else the best. Raises ``RunError``
-    where the run has no look at a tuned model.
+    ``step`` is the step shown if its weights are saved, else the best. Raises ``RunError`` if the
+    run has no validation of a trained model.
     """
 
     def __init__(self, run: Run):
         self.run, self.best = run, best_checkpoint.best_checkpoint(run)
-        self._rows = {row.step: row for row in history(run)}
-        labels = [(self._label(step), step) for step in self._rows]
+        self._results = {result.step: result for result in history(run)}
+        labels = [(self._label(step), step) for step in self._results]
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
-        self.figures, self.pictures = HTML(), in_a_row([])
+        self.scores, self.images = HTML(), row([])
         reason = HTML(f"<b>Chosen ★:</b> {self.best.reason}")
-        super().__init__(reason, hinted({self.slider: _HINT}), self.figures, self.pictures)
+        super().__init__(reason, with_hints({self.slider: _HINT}), self.scores, self.images)
         self.on_change(self._show, self.slider)
         self._show()
 
@@ -35,7 +35,7 @@ class CheckpointSlider(Panel):
         return shown if shown in self.run.checkpoints() else self.best.step
 
     def _label(self, step: int) -> str:
-        # Short: beside a slider there is little room.
+        # There is little room beside a slider.
         if step == self.best.step:
             return f"{step} ★"
         if step == 0:
@@ -43,19 +43,19 @@ class CheckpointSlider(Panel):
         return str(step) if step in self.run.checkpoints() else f"{step}, view only"
 
     def _show(self) -> None:
-        at = self.slider.value
-        like, follows, rest = best_checkpoint.ratios_of(self._rows[at], self._rows[0])
-        text = (
-            f"<b>{f'Step {at}' if at else 'The base'}</b>: like your photos {like:.0%}, follows "
-            f"the prompt {follows:.0%}, the rest unchanged {rest:.0%}. "
+        step = self.slider.value
+        like, follows, rest = best_checkpoint.ratios_of(self._results[step], self._results[0])
+        used = "The cells below use this step."
+        if step != self.step:
+            used = f"<i>View only</i>: the cells below use step {self.step} ★."
+        self.scores.value = (
+            f"<b>{f'Step {step}' if step else 'The base'}</b>: like your photos {like:.0%}, "
+            f"follows the prompt {follows:.0%}, the rest unchanged {rest:.0%}. {used}"
         )
-        use = f"<i>View only</i>: the cells below use step {self.step} ★."
-        self.figures.value = text + ("The cells below use this one." if self.step == at else use)
-        seen = load_images(self.run, at)
-        captions = [*seen.prompts, *[self.run.config.subject.class_prompt] * len(seen.class_images)]
-        captions += ["something else"] * len(seen.unrelated)
-        pictures = seen.subject + seen.class_images + seen.unrelated
-        self.pictures.children = [
-            captioned(picture, caption, *_WIDTHS)
-            for picture, caption in zip(pictures, captions, strict=True)
+        validation = load_images(self.run, step)
+        images = validation.subject + validation.class_images + validation.unrelated
+        prompts = plan_of(self.run).prompts(self.run.config.subject)
+        self.images.children = [
+            captioned(image, prompt, *_WIDTHS)
+            for image, prompt in zip(images, prompts, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What the panels share: errors that are shown and kept, controls with hints, pictures."""
+"""Build panels: errors shown in red, controls with hints, images with captions."""
 
 import html
 import io
@@ -11,14 +11,14 @@ from ipywidgets import HTML, Button, HBox, Image, Layout, VBox
 
 from dreambooth_lib.core import gpu_memory
 
-#: Jupyter's own red, in its dark theme too; the classic Notebook has none. Lines may be long.
+#: Jupyter's own red, which suits its dark theme too; the classic Notebook has none.
 _RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
 
 
 class Panel(VBox):
-    """A column of widgets whose callbacks show an error on top, as a red sentence, and keep it.
+    """A column of widgets that shows the errors of its callbacks on top, in red.
 
-    What one callback failed at stays until that one succeeds, whatever other fields do meanwhile.
+    The error of a callback stays until that callback succeeds, whatever other fields do meanwhile.
     """
 
     def __init__(self, *children: Any):
@@ -27,70 +27,70 @@ class Panel(VBox):
         super().__init__([self.note, *children])
 
     def check(self) -> None:
-        """Raise the first error that stands, if there is one."""
+        """Raise the first error shown, if any."""
         for error in self.errors.values():
             raise error
 
-    def fail(self, error: Exception, act: Any = None) -> None:
-        """Show an error and keep it, as that of ``act``."""
+    def report(self, error: Exception, action: Any = None) -> None:
+        """Show and keep an error, as that of ``action``."""
         gpu_memory.clear_frames(error)
-        self.errors[act] = error
-        self._tell()
+        self.errors[action] = error
+        self._show_errors()
 
-    def mend(self, *acts: Any) -> None:
-        """Drop the errors of these callbacks, without any those of all."""
-        for act in acts or list(self.errors):
-            self.errors.pop(act, None)
-        self._tell()
+    def clear_errors(self, *actions: Any) -> None:
+        """Drop the errors of these callbacks, or of all if none is given."""
+        for action in actions or list(self.errors):
+            self.errors.pop(action, None)
+        self._show_errors()
 
-    def _tell(self) -> None:
-        errors = dict.fromkeys(self.errors.values())  # two callbacks may have failed at one
-        texts = [f"<b>⚠ {html.escape(sentence(error))}</b>" for error in errors]
-        self.note.value = f'<div style="{_RED}">{"<br>".join(texts)}</div>' if texts else ""
-        self.note.layout.display = "" if texts else "none"
+    def _show_errors(self) -> None:
+        errors = dict.fromkeys(self.errors.values())  # two callbacks may share an error
+        lines = [f"<b>⚠ {html.escape(error_text(error))}</b>" for error in errors]
+        self.note.value = f'<div style="{_RED}">{"<br>".join(lines)}</div>' if lines else ""
+        self.note.layout.display = "" if lines else "none"
 
-    def callback(self, act: Callable[[], Any]) -> Callable[[Any], None]:
-        """Wrap ``act`` for a widget, which would hide its error or show a traceback."""
+    def callback(self, action: Callable[[], Any]) -> Callable[[Any], None]:
+        """Wrap ``action`` for a widget, which would hide its error or show a traceback."""
 
         def call(_event: Any) -> None:
-            self.mend(act)
+            self.clear_errors(action)
             try:
-                act()
-            except Exception as error:  # whatever it is, check() raises it
-                self.fail(error, act)
+                action()
+            except Exception as error:  # check() raises it
+                self.report(error, action)
 
         return call
 
-    def on_change(self, act: Callable[[], Any], *fields: Any) -> None:
-        """Call ``act`` whenever one of the fields has another value."""
+    def on_change(self, action: Callable[[], Any], *fields: Any) -> None:
+        """Call ``action`` whenever the value of a field changes."""
         for field in fields:
-            field.observe(self.callback(act), "value")
+            field.observe(self.callback(action), "value")
 
 
-def sentence(error: Exception) -> str:
-    """Return what a reader is told of an error; those that are not the kit's with their kind."""
+def error_text(error: Exception) -> str:
+    """Return an error's message, with its type unless it is a ``ValueError`` or the kit's own."""
     known = type(error) is ValueError or type(error).__module__.startswith("dreambooth_lib.")
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def control(kind: type, description: str, **traits: Any) -> Any:
-    """Make a labelled control; a slider and a text report when they are let go of."""
+    """Make a labelled control; sliders and text fields report their value on release."""
     if "continuous_update" in kind.class_trait_names():  # type: ignore[attr-defined]
         traits["continuous_update"] = False
     style = {"description_width": "9em"}
     return kind(description=description, style=style, layout=Layout(width="32em"), **traits)
 
 
-def hinted(controls: Mapping[Any, str]) -> VBox:
-    """Lay out controls below each other, each beside one line that says what to do when."""
-    row = Layout(flex_flow="row wrap", align_items="center")
+def with_hints(controls: Mapping[Any, str]) -> VBox:
+    """Stack controls, each beside a line that says when to change it."""
+    layout = Layout(flex_flow="row wrap", align_items="center")
     hints = [HTML(f"<small>{html.escape(hint)}</small>") for hint in controls.values()]
-    return VBox([HBox(pair, layout=row) for pair in zip(controls, hints, strict=True)])
+    return VBox([HBox(pair, layout=layout) for pair in zip(controls, hints, strict=True)])
 
 
 @contextmanager
 def busy(button: Button) -> Iterator[None]:
-    """Keep a button from being pressed again meanwhile."""
+    """Disable a button meanwhile."""
     button.disabled = True
     try:
         yield
@@ -98,8 +98,8 @@ def busy(button: Button) -> Iterator[None]:
         button.disabled = False
 
 
-def from_here(path: str | Path) -> str:
-    """Return a path as it is said to the reader: what lies in this folder is named from here."""
+def short_path(path: str | Path) -> str:
+    """Return a path relative to the working directory if it lies inside, else as it is."""
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
@@ -110,27 +110,27 @@ def _png(save: Callable[..., Any]) -> bytes:
     return buffer.getvalue()
 
 
-def blank() -> Image:
-    """Make a place for a page or a figure, hidden until :func:`show` fills it."""
+def empty_image() -> Image:
+    """Make an image widget that stays hidden until :func:`show_image` fills it."""
     layout = Layout(max_width="100%", align_self="flex-start", display="none")
     return Image(format="png", layout=layout)
 
 
-def show(place: Image, save: Callable[..., Any]) -> None:
-    """Show what a PIL picture's ``save`` or a figure's ``savefig`` writes."""
-    place.value = _png(save)
-    place.layout.display = ""
+def show_image(widget: Image, save: Callable[..., Any]) -> None:
+    """Fill an image widget with what a PIL image's ``save`` or a figure's ``savefig`` writes."""
+    widget.value = _png(save)
+    widget.layout.display = ""
 
 
-def captioned(picture: Any, caption: str, least: int, most: int) -> VBox:
-    """Lay out a PIL picture, as wide as it is within these pixels, over a line of text."""
-    width = max(least, min(most, picture.width))
-    shown = Image(value=_png(picture.save), format="png", width=width)
+def captioned(image: Any, caption: str, min_width: int, max_width: int) -> VBox:
+    """Lay out a PIL image above its caption, as wide as it is within these pixels."""
+    width = max(min_width, min(max_width, image.width))
+    shown = Image(value=_png(image.save), format="png", width=width)
     shown.layout.margin = "0"
     text = HTML(f'<div style="line-height: 1.3"><small>{html.escape(caption)}</small></div>')
     return VBox([shown, text], layout=Layout(width=f"{width}px", margin="0 8px 8px 0"))
 
 
-def in_a_row(boxes: list[Any]) -> HBox:
-    """Lay out boxes in a row, on more lines where the page is narrow."""
+def row(boxes: list[Any]) -> HBox:
+    """Lay out boxes in a row that wraps on a narrow page."""
     return HBox(boxes, layout=Layout(flex_flow="row wrap"))

@@ -1,4 +1,4 @@
-"""Choosing the subject: its pictures, what they are of, and the word that will name it."""
+"""Choose the subject: its photos, its class noun and its identifier."""
 
 import html
 import json
@@ -21,44 +21,52 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.notebook import colab
 from dreambooth_lib.notebook.widgets import upload
-from dreambooth_lib.notebook.widgets.parts import Panel, blank, control, from_here, hinted, show
+from dreambooth_lib.notebook.widgets.parts import (
+    Panel,
+    control,
+    empty_image,
+    short_path,
+    show_image,
+    with_hints,
+)
 
 if TYPE_CHECKING:
     import torch
 
 _ON_COLAB = (
-    "on Colab: set UPLOAD = True in the settings cell and run from there; or type a folder's or "
-    "zip's path"
+    "To upload photos, set UPLOAD = True in the settings cell and run the notebook from there; or "
+    "type the path of a folder or a zip."
 )
 
 
 class SubjectPanel(Panel):
-    """A subject's pictures, shown and checked, its class noun and its identifier.
+    """A subject's photos, shown and checked, with its class noun and identifier.
 
-    ``config`` is the run's with this subject, and ``given`` what that began as. Uploads are saved
-    in ``uploads``. Raises ``DataError`` for the first pictures and ``BaseError`` for the base.
+    ``config`` is ``initial_config`` with the subject shown. Uploads are saved in ``uploads``.
+    Raises ``DataError`` for the first photos and ``BaseError`` for the base.
     """
 
     def __init__(self, config: TrainConfig, uploads: str | Path = "photos"):
-        outline = loading.inspect_base(config.base, config.revision)
-        self.given, self.uploads, self._tokenizer = config, Path(uploads), outline.tokenizer
-        self.resolution = config.resolution or outline.resolution
-        subject, rare = config.subject, rare_identifiers(outline.tokenizer)
-        self.upload = upload.button()
+        base = loading.inspect_base(config.base, config.revision)
+        self.initial_config, self.uploads = config, Path(uploads)
+        self._tokenizer = base.tokenizer
+        self.resolution = config.resolution or base.resolution
+        subject, rare = config.subject, rare_identifiers(base.tokenizer)
+        self.upload = upload.upload_button()
         self.source = control(Text, "folder or zip", value=subject.pictures)
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
         self.identifier = control(Combobox, "identifier", value=subject.identifier, options=rare)
         self.photos: list[Photo] = []
-        self.findings, self.thumbnails, self.crops = HTML(), blank(), blank()
+        self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
         self._title, self._crops_title = HTML(), HTML()
         hints = {
-            self.source: "three to six pictures of the subject in different surroundings",
+            self.source: "three to six photos of the subject in different surroundings",
             self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
-            self.identifier: "a rare word that will mean your subject; keep it if in doubt",
+            self.identifier: "a rare word that will stand for your subject; keep it if in doubt",
         }
         super().__init__(
-            HTML(_ON_COLAB) if colab.in_colab() else upload.row(self.upload),
-            hinted(hints),
+            HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),
+            with_hints(hints),
             self._title, self.thumbnails, self.findings, self._crops_title, self.crops,
         )  # fmt: skip
         self.on_change(self._read_uploaded, self.upload)
@@ -67,114 +75,113 @@ class SubjectPanel(Panel):
         self.use(subject.pictures)
 
     def use(self, source: str | Path | Mapping[str, bytes]) -> None:
-        """Take pictures from a folder, a zip or uploaded files by name, and show them.
+        """Use and show the photos of a folder, a zip or uploaded files by name.
 
-        Raises ``DataError`` as ``read_pictures`` and ``colab.save_uploads`` do. The panel has no
-        pictures then, and says why: those from before would be taken for these.
+        Raises ``DataError`` as ``read_pictures`` and ``colab.save_uploads`` do. The panel is then
+        empty and says why: the former photos would be taken for these.
         """
         self._clear()
-        self._title.value = "Reading the pictures ..."
         try:
-            self._when = ""
+            self._uploaded_at = ""
             if isinstance(source, Mapping):
                 source = colab.save_uploads(source, self.uploads)
-                self._when = f" (uploaded {datetime.now():%H:%M})"
+                self._uploaded_at = f" (uploaded {datetime.now():%H:%M})"
             self.photos = read_pictures(source)
-            self._used = self.source.value = str(source)
+            self._path = self.source.value = str(source)
             self._show()
         except Exception as error:
             self._clear()
-            self.fail(error, self.use)
+            self.report(error, self.use)
             raise
 
-    def read_again(self) -> None:
-        """Take the pictures that lie in the folder or zip by now, and show them."""
+    def reload(self) -> None:
+        """Read the folder or zip again, and show its photos."""
         self.callback(self._read)(None)
 
     def _clear(self) -> None:
-        """Show no pictures, and say nothing of any, not even what was wrong with earlier ones."""
-        self.mend()
-        self.photos, self._used = [], ""
+        """Show no photos, and no messages on earlier ones."""
+        self.clear_errors()
+        self.photos, self._path = [], ""
         for text in (self._title, self.findings, self._crops_title):
             text.value = ""
-        for place in (self.thumbnails, self.crops):
-            place.layout.display = "none"
+        for image in (self.thumbnails, self.crops):
+            image.layout.display = "none"
 
     def _ipython_display_(self) -> None:
         if not colab.in_colab():
             display(upload.guard())
-        display(VBox([self]))  # shown by either version's own way, which this one stands for
+        display(VBox([self]))  # as either version of ipywidgets displays it
 
     def crop_to(self, side: int) -> None:
-        """Show what training sees at another resolution."""
+        """Show the crops of another resolution."""
         if side != self.resolution:
             self.resolution = side
             self._show()
 
     @property
     def config(self) -> TrainConfig:
-        """The run's config with this subject. Raises what the panel says is wrong."""
+        """Return the run's config with this subject. Raises the error that the panel shows."""
         self.check()
         if not self.photos:  # reading them was interrupted
-            raise DataError("no pictures are chosen; run the cell of step 2 again.")
-        subject, noun = self.given.subject, self.class_noun.value.strip()
-        pictures, name = Path(self._used).resolve(), subject.name
-        if str(pictures) != subject.pictures:
-            uploaded = pictures.is_relative_to(self.uploads.resolve())
+            raise DataError("no photos are chosen; run the cell of step 2 again.")
+        subject, noun = self.initial_config.subject, self.class_noun.value.strip()
+        path, name = Path(self._path).resolve(), subject.name
+        if str(path) != subject.pictures:
+            uploaded = path.is_relative_to(self.uploads.resolve())
             name = f"my_{noun.replace(' ', '_')}" if uploaded else ""
         subject = replace(
             subject,
-            pictures=str(pictures),
+            pictures=str(path),
             class_noun=noun,
             identifier=self.identifier.value.strip(),
             name=name,
         )
-        return self.given.replace(subject=subject)
+        return self.initial_config.replace(subject=subject)
 
     def _read_uploaded(self) -> None:
         try:
-            files = upload.taken(self.upload)
+            files = upload.take_files(self.upload)
             if files:
                 self.use(files)
         except DataError:
             self._clear()
-            self.source.value = ""  # what it names is not what was meant
+            self.source.value = ""  # its path is not that of the upload
             raise
 
     def _read_typed(self) -> None:
-        if self.source.value != self._used:
+        if self.source.value != self._path:
             self._read()
 
     def _read(self) -> None:
         self.use(self.source.value.strip())
 
     def _show(self) -> None:
-        photos, config, side = self.photos, self.given, self.resolution
+        photos, config, side = self.photos, self.initial_config, self.resolution
         if not photos:
             return
-        found = [finding.message for finding in check_pictures(photos, side)]
-        found += check_identifier(self.identifier.value.strip(), self._tokenizer)
-        found += _unknown_noun(config.base, self.class_noun.value.strip())
-        items = "".join(f"<li>{html.escape(text)}</li>" for text in found)
-        count = f"{len(photos)} picture{'s' * (len(photos) > 1)}"
+        problems = [finding.message for finding in check_pictures(photos, side)]
+        problems += check_identifier(self.identifier.value.strip(), self._tokenizer)
+        problems += _unknown_noun(config.base, self.class_noun.value.strip())
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in problems)
+        count = f"{len(photos)} photo{'s' * (len(photos) > 1)}"
         grid = image_grids.grid([p.image for p in photos], 6, [photo.name for photo in photos])
         crops = [_to_image(to_tensor(p.image, side, config.crop)) for p in photos]
-        held = hold_out(photos)[1] if config.validate_every and config.hold_out else []
-        labels = ["kept out, to test on" if p in held else "" for p in photos] if held else None
+        held_out = hold_out(photos)[1] if config.validate_every and config.hold_out else []
+        labels = ["held out" if p in held_out else "" for p in photos] if held_out else None
         cropped = image_grids.grid(crops, 6, labels)
-        # All at once, as by now it is all of the same pictures.
-        place = html.escape(from_here(self._used))
-        self._title.value = f"<b>Showing {count} of {place}</b>{self._when}"
-        show(self.thumbnails, grid.save)
+        # Change everything at once, so that all of it shows the same photos.
+        path = html.escape(short_path(self._path))
+        self._title.value = f"<b>Showing {count} from {path}</b>{self._uploaded_at}"
+        show_image(self.thumbnails, grid.save)
         self.findings.value = f"<b>No problems found in {count}.</b>"
-        if found:
-            self.findings.value = f"<b>Look at these before you train:</b><ul>{items}</ul>"
+        if problems:
+            self.findings.value = f"<b>Check these before you train:</b><ul>{items}</ul>"
         self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
-        show(self.crops, cropped.save)
+        show_image(self.crops, cropped.save)
 
 
 def _unknown_noun(base: str, noun: str) -> list[str]:
-    """Warn where the embedded base has never seen such a thing; other bases have seen most."""
+    """Warn of a class that the bundled base does not know; other bases know most."""
     if base != "toybox":
         return []
     classifier = loading.BUNDLED / "toybox" / "classifier" / "config.json"
@@ -183,9 +190,9 @@ def _unknown_noun(base: str, noun: str) -> list[str]:
     if noun.lower() in nouns:
         return []
     return [
-        f"the embedded base cannot draw '{noun}', nor photos of anything: it knows emoji-like "
-        f"drawings of {len(nouns)} things ({', '.join(nouns)}); take one of these, or for photos "
-        "of your own another base."
+        f"the bundled base can draw neither '{noun}' nor photos: it knows emoji-like drawings of "
+        f"{len(nouns)} things ({', '.join(nouns)}); choose one of them, or another base for your "
+        "own photos."
     ]
 
 
