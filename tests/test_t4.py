@@ -203,7 +203,7 @@ def test_a_family_that_float16_is_too_small_for_is_refused(
         estimate(run.config, "fp16")
     with pytest.raises(BaseError, match=r"z_image' produces NaN in float16.*use one that"):
         sample(base, ["a dog"], [0], steps=1)
-    monkeypatch.setattr(StableDiffusion, "halves", (torch.bfloat16,))
+    monkeypatch.setattr(StableDiffusion, "half_dtypes", (torch.bfloat16,))
     with pytest.raises(BaseError, match="sd1' produces NaN in float16"):
         sample(tiny_bases("sd1"), ["a dog"], [0], steps=1)
     assert estimate(run.config, "bf16").memory > 0

@@ -118,7 +118,7 @@ def test_a_known_word_a_large_encoder_and_whole_weights_are_refused(
         textual_inversion.TokenError, match="'dog' is a word that the base has already"
     ):
         Trainer(started("known", "sd1", subject=Subject(photos, "cat", "dog")))
-    with pytest.raises(ConfigError, match="train_token is set but the text encoder of"):
+    with pytest.raises(ConfigError, match="train_token is set, but the text encoder of"):
         Trainer(started("large", "z_image"))
     with pytest.raises(ConfigError, match="train_token is set but method is 'full'"):
         started("full", "sd1", method="full")
