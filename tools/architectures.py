@@ -329,7 +329,7 @@ ALL = {
 
 
 def on_meta(part: Part, tiny: bool = False) -> torch.nn.Module:
-    """A model without values, of the right shapes."""
+    """Return a model without values, of the right shapes."""
     settings = part.settings(tiny)
     with torch.device("meta"):
         if part.of_diffusers:

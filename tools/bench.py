@@ -114,7 +114,7 @@ def peak_mb() -> float:
 
 
 def import_seconds() -> float:
-    """The median time of ``import dreambooth_lib`` in processes of their own."""
+    """Measure the median time of ``import dreambooth_lib`` in processes of their own."""
     code = (
         "from time import perf_counter as now; t = now(); import dreambooth_lib; print(now() - t)"
     )

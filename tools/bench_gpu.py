@@ -49,7 +49,7 @@ class Bench:
         return json.loads(file.read_text()) if file.exists() else {}
 
     def sides(self, name: str) -> list[str]:
-        """What there is to measure of a line."""
+        """Return what there is to measure for a line."""
         compared = self.scripts is not None and LINES[name].script is not None
         return ["kit", "reference"] if compared else ["kit"]
 
@@ -64,7 +64,7 @@ class Bench:
         return sorted(missing, key=lambda one: rank(*one))
 
     def base(self, name: str, weights: bool = True) -> Path:
-        """A base's folder, made if it is not there, with weights or of configs alone."""
+        """Return a base's folder; make it if it is missing, with weights or configs alone."""
         folder = self.work / ("bases" if weights else "configs") / name
         if not (folder / "model_index.json").exists():
             from tools import architectures
@@ -121,7 +121,7 @@ class Bench:
             self._apart(["--base", *bases], self.work / "results" / f"{'-'.join(bases)}.log")
 
     def _apart(self, arguments: Sequence[str], log: Path) -> int:
-        """This script in a process of its own; the most memory it held, without mapped files.
+        """Run this script in its own process; return the peak of its memory, without mapped files.
 
         Raises RuntimeError with its last words.
         """
@@ -199,7 +199,7 @@ class Bench:
                 self.tried(name, side)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table, figures only; what is not known is None."""
+        """Return the table, figures only; what is unknown is None."""
         return [row(name, {s: self.result(name, s) for s in SIDES}) for name in LINES]
 
     def write_tables(self) -> None:

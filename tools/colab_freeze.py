@@ -36,7 +36,7 @@ def of_torch(name: str) -> bool:
 
 
 def constraints(freeze: str) -> str:
-    """What ``constraints-colab.txt`` is for a freeze. Raises ``ValueError`` for another file."""
+    """Return ``constraints-colab.txt`` for a freeze. Raises ``ValueError`` for another file."""
     found = pins(freeze)
     if not found.keys() >= OWN.keys():
         raise ValueError(

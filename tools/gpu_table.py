@@ -149,7 +149,7 @@ _HEAD = ("line", "target", "met", "peak GiB", "of it before training", "predicte
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table; a cell without a figure says whether it is to come, failed or has none."""
+    """Return the table; a cell without a figure says whether it is to come, failed or has none."""
     devices = sorted({one["device"] for one in rows if one["device"]})
     lines = [f"Measured on: {', '.join(devices) or 'nothing yet'}.", ""]
     lines += [_cells(_HEAD), _cells(["---"] * len(_HEAD)), *(_cells(_row(one)) for one in rows)]

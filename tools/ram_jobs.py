@@ -68,7 +68,7 @@ class Device(TorchFunctionMode):
 
 
 def config_of(kind: Kind, work: Path, tiny: bool) -> TrainConfig:
-    """A run's config, at its defaults but for what only a GPU or the real judge would need."""
+    """Return a default config, but for what only a GPU or the real scorer would need."""
     settings: dict[str, Any] = {
         "resolution": 16 if tiny else 64, "mixed_precision": "bf16", "optimizer": "adamw8bit",
         "class_folder": str(work / "class"), "scorer": "toybox",

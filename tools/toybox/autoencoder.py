@@ -78,7 +78,7 @@ def standardize(model: AutoencoderKL, world: World) -> None:
 
 @torch.no_grad()
 def without_collapsed(model: AutoencoderKL, world: World) -> AutoencoderKL:
-    """The same autoencoder without the latent channels that the KL term turned into noise.
+    """Return the same autoencoder without the latent channels that the KL term turned into noise.
 
     Their means say nothing, yet :func:`standardize` blew them up to the size of the others: a
     diffusion model would spend itself on them, and a sampled posterior would drown in them. Each

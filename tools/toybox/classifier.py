@@ -67,7 +67,7 @@ def train(world: World, folder: Path, steps: int, batch: int = 48) -> ResNetForI
 def shares(
     model: ResNetForImageClassification, pictures: np.ndarray, wanted: list[Picture]
 ) -> dict[str, float]:
-    """The share of pictures in which each question is answered as ``wanted``."""
+    """Return the share of pictures in which each question is answered as ``wanted``."""
     parts = [logits(model, pictures[i : i + 64]) for i in range(0, len(pictures), 64)]
     right = {}
     for asked, answers in ANSWERS.items():

@@ -79,7 +79,7 @@ def encode_bank(
 def saved_bank(
     vae: AutoencoderKL, world: World, count: int, folder: Path
 ) -> tuple[torch.Tensor, list[Picture]]:
-    """The bank of an earlier, stopped training in ``folder``, or a new one that is kept there."""
+    """Load the bank of an earlier, stopped training in ``folder``, or make a new one there."""
     if not (folder / "state.json").exists():
         latents, pictures = encode_bank(vae, world, count, seed=0)
         save_state(folder, {"latents": latents, "pictures": [astuple(p) for p in pictures]})

@@ -55,7 +55,7 @@ def read_set(path: Path) -> dict:
 
 
 def svg(path: Path, name: str) -> str | None:
-    """The SVG text of one drawing, following aliases; None where the set lacks it."""
+    """Return the SVG text of one drawing, following aliases; None where the set lacks it."""
     icons = read_set(path)
     alias = icons.get("aliases", {}).get(name)
     if alias is not None:

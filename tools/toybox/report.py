@@ -99,7 +99,7 @@ def write_grid(pictures: list[Image.Image], shown: list[Picture], path: Path) ->
 def write_readme(
     target: Path, figures: dict[str, float] | None = None, seed: int | None = None
 ) -> None:
-    """What the weights are, what was measured, and whose drawings they were trained on."""
+    """Describe what the weights are, what was measured, and whose drawings they were trained on."""
     every = drawings.TRAINING_SETS | drawings.HELD_OUT_SETS
     credits = "\n".join(
         f"- {name} {version}: {credit}, {licence}"
@@ -133,7 +133,7 @@ https://creativecommons.org/licenses/by/4.0/).
 
 
 def table(figures: dict[str, float], seed: int | None) -> str:
-    """The figures as Markdown, shares as percentages."""
+    """Return the figures as Markdown, shares as percentages."""
     rows = (
         f"| {name.replace('_', ' ')} | {value:.1%} |"
         if name.startswith(("classifier", "generated", "judge"))

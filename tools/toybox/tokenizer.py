@@ -19,7 +19,7 @@ def world_words() -> list[str]:
 
 
 def byte_letters() -> list[str]:
-    """The 256 printable stand-ins for bytes that byte-level BPE writes its vocabulary in."""
+    """Return the 256 printable stand-ins for bytes that byte-level BPE writes its vocabulary in."""
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in keep]
     return [chr(b) for b in keep] + [chr(256 + i) for i in range(len(rest))]

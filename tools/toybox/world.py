@@ -116,7 +116,7 @@ def caption(class_noun: str, colour: str | None, scene: str | None, prefix: str 
 
 
 def random_caption(picture: Picture, rng: np.random.Generator) -> str:
-    """A caption of the picture; one in eight leaves the scene out."""
+    """Write a caption of the picture; one in eight leaves the scene out."""
     scene = None if rng.random() < 1 / 8 else picture.scene
     prefix = PREFIXES[rng.integers(len(PREFIXES))]
     return caption(picture.class_noun, picture.colour, scene, prefix)
@@ -138,8 +138,9 @@ def recolour(drawing: np.ndarray, colour: str | None) -> np.ndarray:
 
 
 def odd_colours(drawing: np.ndarray, seed: int) -> np.ndarray:
-    """RGBA uint8 [H, W, 4] with hues turned about, or with some of its colours put in place of
-    others: of up to six, each stays or becomes any colour, its shades with it.
+    """Turn the hues of a drawing, RGBA uint8 [H, W, 4], or replace some of its colours.
+
+    Of up to six colours, each stays or becomes any other, with its shades.
     """
     rng = np.random.default_rng(seed)
     rgb, alpha = drawing[..., :3], drawing[..., 3:]
