@@ -36,7 +36,8 @@ from dreambooth_lib.training.validation import TOYBOX_SCORER
 #: Bytes per quantized weight: "nf4" has a scale per 64 weights, itself in 8 bits with a scale per
 #: 256 of those; "int8" has few scales.
 _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-#: Bytes of AdamW's two moments per parameter: in float32, and in 8 bits with a scale per 256.
+#: Bytes of AdamW's two moments per parameter: in float32, and in 8 bits with a scale per 256. Any
+#: other optimizer counts as float32 AdamW.
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
 #: Bytes of a scorer on the hub, assumed to be the default: CLIP ViT-B/32 in float32.
 _SCORER = 4 * 151_277_313
@@ -135,7 +136,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     preparing = int(weights) + max(preparing, scoring + teacher)
     if has_teacher:
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
-    bytes_per_parameter = _MOMENTS[resolve_optimizer(config, "cuda")]
+    bytes_per_parameter = _MOMENTS.get(resolve_optimizer(config, "cuda"), 8.0)
     bytes_per_parameter += 4 * (config.ema_decay is not None)
     return Estimate(
         int(weights), int(encoding), int(numbers * bytes_per_parameter), working, validating,

@@ -1,6 +1,6 @@
 """AdamW and its learning-rate schedule: 8-bit on a GPU, torch's fused one on a CPU."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import TrainConfig
@@ -27,16 +27,22 @@ def resolve_optimizer(config: TrainConfig, device_type: str) -> str:
 def make_optimizer(
     config: TrainConfig, groups: "Iterable[torch.nn.Parameter] | list[dict[str, Any]]", device: str
 ) -> "torch.optim.Optimizer":
-    """Make AdamW for parameters or groups of them, by the config's learning rate and weight decay.
+    """Make the config's optimizer for parameters, or for groups of them.
 
     Raises :class:`OptimizerUnavailable` where 8-bit AdamW is asked for and does not load; nothing
     else ever takes its place.
     """
+    make = OPTIMIZERS[resolve_optimizer(config, device)]
+    return make(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _adamw(groups: Any, **settings: Any) -> "torch.optim.Optimizer":
     import torch
 
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if resolve_optimizer(config, device) == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _adamw8bit(groups: Any, **settings: Any) -> "torch.optim.Optimizer":
     try:
         adamw8bit = _unsynchronized_adamw8bit()
     except Exception as error:  # a broken native library raises whatever its loader raises
@@ -45,6 +51,14 @@ def make_optimizer(
             "run 'pip install -U bitsandbytes' or set optimizer to 'adamw'."
         ) from error
     return adamw8bit(groups, **settings)
+
+
+#: Functions that make an optimizer from parameters or groups, lr and weight_decay, by the names of
+#: ``config_checks.CHOICES``. Add one here to add an optimizer (docs/architecture.md).
+OPTIMIZERS: "dict[str, Callable[..., torch.optim.Optimizer]]" = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+}
 
 
 def _unsynchronized_adamw8bit() -> Any:
