@@ -1,4 +1,4 @@
-"""The measures against plain loops."""
+"""Compare the scores with plain loops."""
 
 import subprocess
 import sys
@@ -52,9 +52,9 @@ def test_prompt_adherence_and_prior_drift_match_row_by_row() -> None:
 
 
 def test_diversity_is_one_minus_the_mean_cosine_of_pairs() -> None:
-    pictures = embeddings(5, 5)
-    expected = np.mean([1 - cosine(a, b) for a, b in combinations(pictures, 2)])
-    assert diversity(pictures) == pytest.approx(expected, abs=1e-9)
+    images = embeddings(5, 5)
+    expected = np.mean([1 - cosine(a, b) for a, b in combinations(images, 2)])
+    assert diversity(images) == pytest.approx(expected, abs=1e-9)
 
 
 def test_values_at_the_ends() -> None:
@@ -125,16 +125,16 @@ def test_strip_identifier_takes_the_identifier_literally() -> None:
     assert strip_identifier("a  dog", "") == "a dog"
 
 
-def test_evaluate_gives_every_measure(clip: Encoder) -> None:
+def test_evaluate_returns_every_score(clip: Encoder) -> None:
     reference, generated = drawings(3, 1), drawings(4, 2)
     before, after = drawings(3, 3), drawings(3, 4)
     prompts = ["a ohwx dog", "a ohwx dog in snow", "a ohwx dog", "ohwx dog"]
     scores = evaluate(clip, reference, generated, prompts, after, "ohwx", before)
-    pictures, class_images = clip.images(generated), clip.images(after)
+    images, class_images = clip.images(generated), clip.images(after)
     texts = clip.texts(["a dog", "a dog in snow", "a dog", "dog"])
     assert scores == {
-        "subject_fidelity": subject_fidelity(pictures, clip.images(reference)),
-        "prompt_adherence": prompt_adherence(pictures, texts),
+        "subject_fidelity": subject_fidelity(images, clip.images(reference)),
+        "prompt_adherence": prompt_adherence(images, texts),
         "class_diversity": diversity(class_images),
         "prior_drift": prior_drift(clip.images(before), class_images),
     }
@@ -143,8 +143,8 @@ def test_evaluate_gives_every_measure(clip: Encoder) -> None:
 
 
 def test_evaluate_by_a_dino_leaves_out_the_prompts(dino: Encoder) -> None:
-    pictures = drawings(2)
-    scores = evaluate(dino, pictures, pictures, ["a dog", "a dog"], pictures, "ohwx", pictures)
+    images = drawings(2)
+    scores = evaluate(dino, images, images, ["a dog", "a dog"], images, "ohwx", images)
     assert set(scores) == {"subject_fidelity", "class_diversity", "prior_drift"}
     assert scores["prior_drift"] == pytest.approx(0, abs=1e-6)
 
@@ -159,10 +159,10 @@ def test_evaluate_by_a_dino_leaves_out_the_prompts(dino: Encoder) -> None:
     ],
 )
 def test_evaluate_names_wrong_counts(clip: Encoder, change: dict[str, Any], message: str) -> None:
-    pictures = drawings(2)
+    images = drawings(2)
     fields: dict[str, Any] = {
-        "reference": pictures, "generated": pictures, "prompts": ["a dog"] * 2,
-        "class_images": pictures, "identifier": "ohwx",
+        "reference": images, "generated": images, "prompts": ["a dog"] * 2,
+        "class_images": images, "identifier": "ohwx",
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         evaluate(clip, **(fields | change))

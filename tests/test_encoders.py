@@ -1,4 +1,4 @@
-"""Encoders on tiny random models saved to disk, and the cache of their embeddings."""
+"""Embed images and prompts with tiny random models saved to disk, and cache the embeddings."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def prepared(
-    picture: Image.Image, short: int, crop: int, mean: list[float], std: list[float]
+    image: Image.Image, short: int, crop: int, mean: list[float], std: list[float]
 ) -> torch.Tensor:
-    """Shorter side by bicubic, centre crop, to [0, 1], normalised: float32 ``[1, 3, s, s]``."""
-    width, height = picture.size
+    """Resize by bicubic, crop the center and normalize: float32 ``[1, 3, crop, crop]``."""
+    width, height = image.size
     scale = short / min(width, height)
-    resized = picture.convert("RGB").resize((int(width * scale), int(height * scale)), 3)
+    resized = image.convert("RGB").resize((int(width * scale), int(height * scale)), 3)
     left, top = (resized.width - crop) // 2, (resized.height - crop) // 2
     pixels = np.asarray(resized, np.float32)[top : top + crop, left : left + crop] / 255
     pixels = (pixels - np.float32(mean)) / np.float32(std)
@@ -33,27 +33,27 @@ def prepared(
 def test_clip_rows_have_length_one_and_do_not_depend_on_the_batch(
     clip: Encoder, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = drawings(5)
+    images = drawings(5)
     prompts = ["a dog", "a dog on a beach", "dog", "snow", "a very long prompt about many dogs"]
-    at_once, texts = clip.images(pictures), clip.texts(prompts)
+    at_once, texts = clip.images(images), clip.texts(prompts)
     assert at_once.shape == texts.shape == (5, 10)
     for rows in (at_once, texts):
         assert rows.dtype == torch.float32 and not rows.requires_grad
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(5))
     monkeypatch.setattr(encoders, "BATCH", 2)
-    torch.testing.assert_close(clip.images(pictures), at_once, atol=1e-5, rtol=0)
+    torch.testing.assert_close(clip.images(images), at_once, atol=1e-5, rtol=0)
     torch.testing.assert_close(clip.texts(prompts), texts, atol=1e-5, rtol=0)
     assert clip.model_id == str(clip_folder) and clip.reads_texts
 
 
-def test_clip_pictures_are_prepared_as_the_config_says(clip: Encoder, clip_folder: Path) -> None:
+def test_clip_images_are_prepared_as_the_config_says(clip: Encoder, clip_folder: Path) -> None:
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    for picture in [*drawings(3), drawings(1, 9)[0].convert("L")]:
-        pixels = prepared(picture, 32, 32, CLIP_MEAN, CLIP_STD)
+    for image in [*drawings(3), drawings(1, 9)[0].convert("L")]:
+        pixels = prepared(image, 32, 32, CLIP_MEAN, CLIP_STD)
         with torch.inference_mode():
             features = model.visual_projection(model.vision_model(pixels).pooler_output)
         expected = torch.nn.functional.normalize(features, dim=-1)
-        torch.testing.assert_close(clip.images([picture]), expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(clip.images([image]), expected, atol=2e-4, rtol=0)
 
 
 def test_clip_embeddings_are_those_of_the_whole_model(clip: Encoder, clip_folder: Path) -> None:
@@ -76,10 +76,10 @@ def test_half_precision_weights_are_used_in_float32(clip_folder: Path, tmp_path:
 
 def test_dino_gives_the_class_token(dino: Encoder, dino_folder: Path) -> None:
     model = ViTModel.from_pretrained(dino_folder, add_pooling_layer=False).eval()
-    pictures = drawings(3)
-    rows = dino.images(pictures)
-    for picture, row in zip(pictures, rows, strict=True):
-        pixels = prepared(picture, 32, 28, IMAGENET_MEAN, IMAGENET_STD)
+    images = drawings(3)
+    rows = dino.images(images)
+    for image, row in zip(images, rows, strict=True):
+        pixels = prepared(image, 32, 28, IMAGENET_MEAN, IMAGENET_STD)
         with torch.inference_mode():
             token = model(pixels).last_hidden_state[:, 0]
         expected = torch.nn.functional.normalize(token, dim=-1)[0]
@@ -117,25 +117,25 @@ def test_a_folder_that_lacks_a_file_is_refused(
 def test_files_are_embedded_once_by_their_content(
     clip: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = drawings(5)
+    images = drawings(5)
     paths = [tmp_path / f"{number}.png" for number in range(5)]
-    for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path)
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
     (tmp_path / "copy.png").write_bytes(paths[0].read_bytes())
     monkeypatch.setattr(encoders, "BATCH", 2)
     cache = tmp_path / "cache"
     rows = embed_files(clip, [*paths, tmp_path / "copy.png"], cache)
-    torch.testing.assert_close(rows[:5], clip.images(pictures), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows[:5], clip.images(images), atol=1e-5, rtol=0)
     assert torch.equal(rows[5], rows[0])
     assert len(list(cache.glob("*/*.npy"))) == 5
 
     asked: list[int] = []
     plain = Encoder.images
     monkeypatch.setattr(
-        Encoder, "images", lambda self, seen: asked.append(len(seen)) or plain(self, seen)
+        Encoder, "images", lambda self, batch: asked.append(len(batch)) or plain(self, batch)
     )
     assert torch.equal(embed_files(clip, paths, cache), rows[:5]) and not asked
-    pictures[3].rotate(90).save(paths[3])
+    images[3].rotate(90).save(paths[3])
     again = embed_files(clip, paths, cache)
     assert asked == [1] and not torch.equal(again[3], rows[3]) and torch.equal(again[4], rows[4])
 
@@ -157,5 +157,5 @@ def test_other_weights_and_other_preparation_have_a_cache_of_their_own(
             settings = json.loads((folder / "preprocessor_config.json").read_text())
             settings["image_mean"] = [0.1, 0.1, 0.1]
             (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-        other = embed_files(Encoder(folder), [tmp_path / "a.png"], tmp_path / "cache")
-        assert not torch.allclose(other, rows, atol=1e-3)
+        changed = embed_files(Encoder(folder), [tmp_path / "a.png"], tmp_path / "cache")
+        assert not torch.allclose(changed, rows, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Each family's adapter against a training step written by hand with diffusers' own pieces."""
+"""Compare each family with a training step written by hand with diffusers' own parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,34 +12,34 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training.losses import per_sample_errors
 
-#: Those with an adapter of their own beside Stable Diffusion's, which has tests of its own.
+#: All but Stable Diffusion, which test_families.py tests.
 FAMILIES = ["sdxl", "sd3", "flux", "z_image"]
 PROMPTS = ["a dog", "a ohwx dog on the beach in snow"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def both(request: pytest.FixtureRequest, tiny_bases: Callable[[str], str]) -> tuple[Family, Any]:
-    """An adapter and the same base as a plain diffusers pipeline."""
+    """Load a tiny base as a family and as a plain diffusers pipeline."""
     path = tiny_bases(request.param)
     return loading.load_model(path, resolution=16), DiffusionPipeline.from_pretrained(path)
 
 
-def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, share: float) -> Any:
-    """Squared error of one prediction each, as diffusers' documentation describes the family."""
+def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, level: float) -> Any:
+    """Return timesteps and squared errors of one prediction, as in diffusers' documentation."""
     kind = type(plain).__name__
     if kind == "StableDiffusionXLPipeline":
-        t = torch.full([2], int(share * 1000))
+        t = torch.full([2], int(level * 1000))
         hidden, _, pooled, _ = plain.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
         x_t = plain.scheduler.add_noise(x_0, noise, t.float())
-        # EulerDiscreteScheduler adds noise in its own scale, x_0 + sigma eps; the U-Net's is
-        # that divided by sqrt(1 + sigma^2).
+        # EulerDiscreteScheduler gives x_0 + sigma eps; the U-Net's input is that divided by
+        # sqrt(1 + sigma^2).
         sigma = ((1 - plain.scheduler.alphas_cumprod) / plain.scheduler.alphas_cumprod).sqrt()[t]
         x_t = x_t / (1 + sigma**2).sqrt().view(-1, 1, 1, 1)
         ids = plain._get_add_time_ids((16, 16), (0, 0), (16, 16), torch.float32, 16).repeat(2, 1)
-        told = {"text_embeds": pooled, "time_ids": ids}
-        out = plain.unet(x_t, t, encoder_hidden_states=hidden, added_cond_kwargs=told)[0]
+        added = {"text_embeds": pooled, "time_ids": ids}
+        out = plain.unet(x_t, t, encoder_hidden_states=hidden, added_cond_kwargs=added)[0]
         return t, (out - noise).square().flatten(1).mean(1)
-    sigma, t = share, torch.full([2], share * 1000)
+    sigma, t = level, torch.full([2], level * 1000)
     x_t, target = (1 - sigma) * x_0 + sigma * noise, noise - x_0
     if kind == "StableDiffusion3Pipeline":
         hidden, _, pooled, _ = plain.encode_prompt(
@@ -48,7 +48,7 @@ def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, share: float) ->
         out = plain.transformer(x_t, hidden, pooled, t)[0]
     elif kind == "FluxPipeline":
         hidden, pooled, text_ids = plain.encode_prompt(PROMPTS, PROMPTS)
-        # 2 x 2 latents a token, and each token's place in the picture.
+        # 2 x 2 latents for each token, and each token's position in the image.
         tokens = torch.nn.functional.pixel_unshuffle(x_t, 2).flatten(2).mT
         places = torch.tensor([[0, i, j] for i in range(4) for j in range(4)]).float()
         out = plain.transformer(
@@ -57,9 +57,9 @@ def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, share: float) ->
         out = torch.nn.functional.pixel_shuffle(out.mT.unflatten(2, (4, 4)), 2)
     else:
         hidden, _ = plain.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-        pictures = [row[:, None] for row in x_t]
-        found = plain.transformer(pictures, (1000 - t) / 1000, hidden)[0]
-        out = -torch.stack([row[:, 0] for row in found])
+        frames = [row[:, None] for row in x_t]
+        velocity = plain.transformer(frames, (1000 - t) / 1000, hidden)[0]
+        out = -torch.stack([row[:, 0] for row in velocity])
     return t, (out - target).square().flatten(1).mean(1)
 
 
@@ -73,13 +73,13 @@ def test_a_steps_loss_and_gradients_are_those_of_one_written_by_hand(
     errors.mean().backward()
     noised = family.forward_process(None)(x_0, noise, t)
     prediction = family.predict(noised.x_t, noised.t, family.encode_prompts(PROMPTS))
-    found = per_sample_errors(prediction, noised.target)
-    assert torch.allclose(found, errors, rtol=1e-4)
-    found.mean().backward()
-    other = dict(getattr(plain, family.denoiser_name).named_parameters())
+    family_errors = per_sample_errors(prediction, noised.target)
+    assert torch.allclose(family_errors, errors, rtol=1e-4)
+    family_errors.mean().backward()
+    plain_parameters = dict(getattr(plain, family.denoiser_name).named_parameters())
     compared = 0
     for name, parameter in family.denoiser.named_parameters():
-        expected = other[name].grad
+        expected = plain_parameters[name].grad
         assert (parameter.grad is None) == (expected is None), name
         if expected is not None:
             assert torch.allclose(parameter.grad, expected, rtol=1e-3, atol=1e-6), name
@@ -99,15 +99,15 @@ def test_latents_are_those_that_the_pipeline_decodes(both: tuple[Family, Any]) -
     assert torch.allclose(std / config.scaling_factor, posterior.std, atol=1e-5)
 
 
-def test_an_outline_says_what_the_loaded_base_says(both: tuple[Family, Any]) -> None:
+def test_base_info_equals_what_the_loaded_base_has(both: tuple[Family, Any]) -> None:
     _, plain = both
     path = plain.config._name_or_path
-    outline = loading.inspect_base(path)
-    assert outline.resolution == loading.load_model(path).resolution
-    assert outline.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+    info = loading.inspect_base(path)
+    assert info.resolution == loading.load_model(path).resolution
+    assert info.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
 
 
-def test_pictures_are_drawn_at_the_resolution_in_hand(both: tuple[Family, Any]) -> None:
+def test_images_are_drawn_at_the_familys_resolution(both: tuple[Family, Any]) -> None:
     family, plain = both
     drawn = family.generate([("a dog", 0), ("a cat", 1)], 2, 2.0)
     plain.set_progress_bar_config(disable=True)
@@ -130,7 +130,7 @@ def test_lora_finds_its_layers(both: tuple[Family, Any]) -> None:
         assert any(name.endswith(f".{layer}") for name in names), layer
 
 
-def test_the_empty_prompt_is_the_one_that_guidance_is_away_from(
+def test_the_empty_prompt_is_encoded_as_in_guidance(
     tiny_bases: Callable[[str], str],
 ) -> None:
     family = loading.load_model(tiny_bases("sdxl"))
@@ -160,7 +160,7 @@ def test_a_family_is_added_by_naming_its_pipeline(
     assert type(loading.load_model(tiny_bases("sd3"))) is Mine
 
 
-def test_only_what_is_named_is_loaded_whole(
+def test_only_the_named_parts_are_loaded_in_the_master_dtype(
     tiny_bases: Callable[[str], str], make_config: Callable[..., TrainConfig]
 ) -> None:
     family = loading.load_model(tiny_bases("flux"), half=torch.bfloat16, whole=("denoiser",))

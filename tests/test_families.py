@@ -1,4 +1,4 @@
-"""Bases: finding them, refusing what is none, and the adapter against plain diffusers."""
+"""Find bases, refuse what is none, and compare Stable Diffusion's family with plain diffusers."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_toybox_is_the_embedded_base() -> None:
     assert Path(locate("toybox")).is_absolute()
 
 
-def test_a_name_with_one_slash_is_taken_for_a_hub_id() -> None:
+def test_a_name_with_one_slash_is_a_hub_id() -> None:
     assert locate("owner/model") == "owner/model"
 
 
@@ -52,16 +52,16 @@ def test_a_folder_that_is_no_base_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["toybx", "a/b/c", "/no/such"])
-def test_what_is_neither_folder_nor_hub_id_is_refused_by_name(base: str) -> None:
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(base: str) -> None:
     with pytest.raises(BaseError, match=f"no base '{base}'.*'toybox'.*hub id"):
         locate(base)
 
 
-def test_an_outline_says_what_the_loaded_base_says(tiny_sd1: str, tiny_sd2: str) -> None:
+def test_base_info_equals_what_the_loaded_base_has(tiny_sd1: str, tiny_sd2: str) -> None:
     for base in (tiny_sd1, tiny_sd2, "toybox"):
-        outline, family = loading.inspect_base(base), loading.load_model(base)
-        assert outline.resolution == family.resolution
-        assert outline.tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
+        info, family = loading.inspect_base(base), loading.load_model(base)
+        assert info.resolution == family.resolution
+        assert info.tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
 
 
 def test_a_pipeline_of_another_family_is_refused_by_its_class(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_with_what_to_check(
 
 
 @pytest.mark.parametrize("base", ["tiny_sd1", "tiny_sd2"])
-def test_a_loaded_base_is_in_float32_whatever_its_files_hold(
+def test_a_loaded_base_is_in_float32_whatever_dtype_its_files_have(
     base: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(request.getfixturevalue(base))
@@ -132,7 +132,7 @@ def test_latents_prompts_and_predictions_are_those_of_plain_diffusers(
 
 
 @pytest.mark.parametrize(("base", "kind"), [("tiny_sd1", "epsilon"), ("tiny_sd2", "v_prediction")])
-def test_the_forward_process_predicts_what_the_base_was_made_for(
+def test_the_forward_process_predicts_what_the_base_was_trained_for(
     base: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
     family = loading.load_model(request.getfixturevalue(base))
@@ -142,17 +142,17 @@ def test_the_forward_process_predicts_what_the_base_was_made_for(
     assert family.resolution == 16
 
 
-def test_rows_of_conditioning_are_picked_in_the_order_asked_for() -> None:
+def test_rows_of_conditioning_are_returned_in_the_order_of_the_index() -> None:
     cond = {"a": torch.arange(3), "b": torch.arange(6).reshape(3, 2)}
     picked = rows(cond, [2, 0, 2])
     assert picked["a"].tolist() == [2, 0, 2]
     assert picked["b"].tolist() == [[4, 5], [0, 1], [4, 5]]
 
 
-@pytest.mark.parametrize(("side", "beside", "alone"), [(64, 8, 8), (512, 2, 8), (1024, 1, 4)])
-def test_large_pictures_are_handled_few_at_a_time(
-    tiny_sd1: str, side: int, beside: int, alone: int
+@pytest.mark.parametrize(("side", "in_training", "alone"), [(64, 8, 8), (512, 2, 8), (1024, 1, 4)])
+def test_large_images_are_drawn_in_small_batches(
+    tiny_sd1: str, side: int, in_training: int, alone: int
 ) -> None:
     family = loading.load_model(tiny_sd1, resolution=side)
-    assert (family.batch_size_in_training, family.default_batch_size) == (beside, alone)
-    assert family.pipeline.vae.use_slicing == (beside < 8)
+    assert (family.batch_size_in_training, family.default_batch_size) == (in_training, alone)
+    assert family.pipeline.vae.use_slicing == (in_training < 8)

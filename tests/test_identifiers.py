@@ -1,4 +1,4 @@
-"""Rare identifiers: which are offered, and what is said about others."""
+"""Suggest rare identifiers, and warn of others."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """CLIP's kind, with single tokens from "dog" (frequent) to "qzv" (rare)."""
+    """Make a CLIPTokenizer with single tokens from "dog" (frequent) to "qzv" (rare)."""
     from transformers import CLIPTokenizer
 
     letters = [chr(code) for code in range(33, 127)]
@@ -57,7 +57,7 @@ def test_check_identifier(tokenizer: Any) -> None:
     assert "guns" in bad
 
 
-def test_all_identifiers_of_the_embedded_base_are_offered(tmp_path: Path) -> None:
+def test_all_identifiers_of_toybox_are_suggested(tmp_path: Path) -> None:
     toybox = save_tokenizer(tmp_path)
     words = rare_identifiers(toybox)
     assert set(words) == set(IDENTIFIERS) - {"sks"}

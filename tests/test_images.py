@@ -1,4 +1,4 @@
-"""Reading pictures from folders and zips: what is read, how, and what is refused."""
+"""Read photos from folders and zips, and refuse what cannot be read."""
 
 import io
 import json
@@ -47,14 +47,14 @@ def one_pixel(folder: Path) -> list[int]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "pictures"
+    path = tmp_path / "photos"
     path.mkdir()
     return path
 
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., None]:
-    """``refused(source, *words)``: reading fails in a sentence with the words; nothing changes."""
+    """Check that reading fails in one sentence with these words and changes nothing."""
 
     def check(source: Path, *words: str) -> None:
         before = snapshot(tmp_path)
@@ -91,8 +91,8 @@ MODES: dict[str, tuple[Image.Image, dict[str, Any], list[int]]] = {
     "cmyk.tif": (Image.new("CMYK", (2, 2), (255, 0, 0, 0)), {}, [0, 255, 255]),
     "deep.png": (Image.fromarray(np.full((2, 2), 30000, np.uint16)), {}, [117, 117, 117]),
     "deep.tiff": (Image.fromarray(np.full((2, 2), 65535, np.uint16)), {}, [255, 255, 255]),
-    "picture.bmp": (Image.new("RGB", (2, 2), (9, 8, 7)), {}, [9, 8, 7]),
-    "picture.webp": (Image.new("RGB", (2, 2), (9, 8, 7)), {"lossless": True}, [9, 8, 7]),
+    "photo.bmp": (Image.new("RGB", (2, 2), (9, 8, 7)), {}, [9, 8, 7]),
+    "photo.webp": (Image.new("RGB", (2, 2), (9, 8, 7)), {"lossless": True}, [9, 8, 7]),
     "clear.gif": (PALETTE, {"transparency": 1}, [255, 255, 255]),
 }
 
@@ -116,9 +116,9 @@ def test_cmyk_jpeg_keeps_its_colours(folder: Path) -> None:
     assert np.allclose(one_pixel(folder), [0, 255, 255], atol=3)
 
 
-def test_exif_turns_the_picture_and_is_gone(folder: Path) -> None:
+def test_exif_rotates_the_photo_and_is_gone(folder: Path) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = 6  # the camera lay on its side: turn by 90 degrees clockwise
+    exif[ORIENTATION] = 6  # the camera was turned: rotate by 90 degrees clockwise
     exif[MAKE] = "Camera"
     exif.get_ifd(GPS)[1] = "N"
     image = Image.new("RGB", (32, 16), "white")
@@ -154,7 +154,7 @@ def test_folder_is_sorted_and_its_clutter_ignored(folder: Path) -> None:
         (folder / name).write_bytes(b"\xff\x00")
     for name in (".ipynb_checkpoints", "__MACOSX", "more"):
         (folder / name).mkdir()
-        (folder / name / "a.png").write_bytes(b"no picture")
+        (folder / name / "a.png").write_bytes(b"no photo")
     assert [photo.name for photo in read_pictures(folder)] == ["a.png", "b.PNG", "c"]
 
 
@@ -214,7 +214,7 @@ FLOAT = encoded(Image.new("F", (4, 4), 0.5), "TIFF")
     ("name", "content", "word"),
     [
         ("x.png", b"", "replace or remove"),
-        ("x.jpg", b"no picture at all", "replace or remove"),
+        ("x.jpg", b"no photo at all", "replace or remove"),
         ("x.png", PNG[: len(PNG) // 2], "cannot be read"),
         ("x.jpg", JPEG[: len(JPEG) // 2], "cannot be read"),
         ("x.png", PNG[:60] + b"\0\0\0\0" + PNG[64:], "cannot be read"),
@@ -258,9 +258,9 @@ def test_missing_and_empty_sources(
     tmp_path: Path, folder: Path, refused: Callable[..., None]
 ) -> None:
     refused(tmp_path / "nowhere", "nowhere", "check the path")
-    refused(folder, "pictures", "has no photos")
-    (folder / "a.txt").write_text("a caption without its picture")
-    refused(folder, "pictures", "has no photos")
+    refused(folder, "photos", "has no photos")
+    (folder / "a.txt").write_text("a caption without its photo")
+    refused(folder, "photos", "has no photos")
     refused(make_zip(tmp_path / "empty.zip", {}), "empty.zip", "has no photos")
     (folder / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     refused(folder, "link.jpg", "remove it")

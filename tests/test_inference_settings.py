@@ -1,4 +1,4 @@
-"""Steps and guidance of a base: what tells them, who takes them, and what distilled ones say."""
+"""Inference settings of bases: what tells them, what uses them, and the warning of distillation."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from dreambooth_lib.training.validation_record import history, plan_of
 
 Make = Callable[..., TrainConfig]
 
-#: Schedulers' configs as they are on the Hub, in part.
+#: Excerpts of schedulers' configs on the Hub.
 PNDM = {"_class_name": "PNDMScheduler", "steps_offset": 1}
 EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
 ZERO_SNR = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
@@ -65,37 +65,40 @@ BASES = {
 }  # fmt: skip
 
 
-def described(place: Path, kind: str, scheduler: dict[str, Any], denoiser: dict[str, Any]) -> str:
-    """A folder with a base's configs, and none of its weights."""
+def save_configs(
+    folder: Path, kind: str, scheduler: dict[str, Any], denoiser: dict[str, Any]
+) -> str:
+    """Write a base's configs without weights and return the folder."""
     part = "unet" if kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else (
         "transformer"
     )  # fmt: skip
     files = {"model_index": {"_class_name": kind}, f"{part}/config": denoiser,
              "scheduler/scheduler_config": scheduler}  # fmt: skip
     for name, config in files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / f"{name}.json").write_text(json.dumps(config))
-    return str(place)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_bases_files_and_name_tell_its_steps_and_guidance(name: str, tmp_path: Path) -> None:
-    kind, called, scheduler, denoiser, expected = BASES[name]
-    base = described(tmp_path / called, kind, scheduler, denoiser)
+    kind, folder, scheduler, denoiser, expected = BASES[name]
+    base = save_configs(tmp_path / folder, kind, scheduler, denoiser)
     own = loading.base_inference(base)
     assert (own.steps, own.guidance_scale, own.fewest_steps) == expected
-    assert own.validation == own.fewest_steps, "no checkpoint is chosen by unfinished pictures"
+    assert own.validation_steps == own.fewest_steps, "no checkpoint is chosen by unfinished images"
     assert own.distilled == (own.steps < 10)
-    said = loading.warn_of_distillation(base)
+    warning = loading.warn_of_distillation(base)
     if own.distilled:
-        assert said is not None and f"about {own.steps} steps" in said and ": train '" in said
+        assert warning is not None and f"about {own.steps} steps" in warning
+        assert ": train '" in warning
     else:
-        assert said is None
+        assert warning is None
 
 
-def test_the_embedded_base_draws_as_its_figures_were_made(tmp_path: Path) -> None:
+def test_toybox_has_the_settings_of_its_figures(tmp_path: Path) -> None:
     own = loading.base_inference("toybox")
-    assert (own.steps, own.fewest_steps, own.validation, own.distilled) == (25, 25, 10, False)
+    assert (own.steps, own.fewest_steps, own.validation_steps, own.distilled) == (25, 25, 10, False)
     assert own.guidance_scale == base_defaults("toybox")["guidance_scale"] == 3.25
     config = TrainConfig(Subject("photos", "dog"))
     assert validation.plan_for(config) == validation.ValidationPlan(
@@ -109,7 +112,7 @@ def inference_offline(base: str) -> Any:
         return loading.base_inference(base)
 
 
-def test_a_base_on_the_hub_tells_by_three_small_files_and_later_offline(fake_hub: FakeHub) -> None:
+def test_a_base_on_the_hub_needs_three_small_files_and_none_when_offline(fake_hub: FakeHub) -> None:
     configs = {"model_index.json": {"_class_name": "StableDiffusionXLPipeline"},
                "scheduler/scheduler_config.json": XL_TURBO, "unet/config.json": {}}  # fmt: skip
     files = {name: json.dumps(config).encode() for name, config in configs.items()}
@@ -126,7 +129,7 @@ def test_a_base_on_the_hub_tells_by_three_small_files_and_later_offline(fake_hub
 
 @pytest.fixture
 def turbo(tiny_sd1: str, tmp_path: Path) -> str:
-    """The tiny base with the scheduler of a distilled one."""
+    """Copy the tiny base with the scheduler of a distilled one."""
     shutil.copytree(tiny_sd1, tmp_path / "base")
     (tmp_path / "base" / "scheduler" / "scheduler_config.json").write_text(json.dumps(TURBO))
     index = json.loads((tmp_path / "base" / "model_index.json").read_text())
@@ -137,7 +140,7 @@ def turbo(tiny_sd1: str, tmp_path: Path) -> str:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
-    """The prompt, steps and guidance of each picture that is drawn from now on."""
+    """Record the prompt, steps and guidance scale of each image that is drawn."""
     from diffusers import StableDiffusionPipeline
 
     seen: list[tuple[str, int, float]] = []
@@ -154,7 +157,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
 
 @pytest.fixture
 def plain(photos: str, clip_folder: Path) -> Callable[..., TrainConfig]:
-    """A short run's config, which leaves how pictures are drawn to its base."""
+    """Make configs of short runs without inference settings of their own."""
 
     def make(base: str, **changes: Any) -> TrainConfig:
         fields = {"steps": 2, "batch_size": 1, "class_images": 2, "learning_rate": 1e-3,
@@ -164,7 +167,7 @@ def plain(photos: str, clip_folder: Path) -> Callable[..., TrainConfig]:
     return make
 
 
-def test_class_images_and_validation_images_are_drawn_as_the_base_is(
+def test_class_images_and_validation_images_use_the_bases_settings(
     plain: Callable[..., TrainConfig], tiny_sd1: str, turbo: str, tmp_path: Path,
     drawn: list[tuple[str, int, float]],
 ) -> None:  # fmt: skip
@@ -180,13 +183,13 @@ def test_class_images_and_validation_images_are_drawn_as_the_base_is(
         assert len(drawn) == 6 and {tuple(how) for _, *how in drawn} == {of_card}
 
 
-def test_what_a_config_says_of_drawing_is_done(
+def test_a_configs_inference_settings_are_used(
     plain: Callable[..., TrainConfig], turbo: str, tmp_path: Path,
     drawn: list[tuple[str, int, float]],
 ) -> None:  # fmt: skip
-    said = {"prior_inference_steps": 6, "prior_guidance_scale": 2.0, "guidance_scale": 3.0,
+    settings = {"prior_inference_steps": 6, "prior_guidance_scale": 2.0, "guidance_scale": 3.0,
             "validation_inference_steps": 7}  # fmt: skip
-    run = runs.start(plain(turbo, **said), tmp_path / "runs" / "run")
+    run = runs.start(plain(turbo, **settings), tmp_path / "runs" / "run")
     list(train(run))
     assert {tuple(how) for _, *how in drawn[:2]} == {(6, 2.0)}, "class images come first"
     assert {tuple(how) for _, *how in drawn[2:]} == {(7, 3.0)}
@@ -195,7 +198,7 @@ def test_what_a_config_says_of_drawing_is_done(
     assert drawn == [("a dog", 4, 3.0)]
 
 
-def test_an_evaluation_draws_as_each_base_is(
+def test_an_evaluation_uses_each_bases_settings(
     turbo: str, tiny_sd1: str, photos: str, tmp_path: Path, drawn: list[tuple[str, int, float]]
 ) -> None:
     subject = Subject(photos, "dog", kind="live")
@@ -208,7 +211,7 @@ def test_an_evaluation_draws_as_each_base_is(
         assert len(drawn) == 2 and {tuple(how) for _, *how in drawn} == {asked}
 
 
-def test_a_distilled_base_is_trained_with_a_sentence_and_others_without(
+def test_training_warns_of_distilled_bases_and_of_no_others(
     plain: Callable[..., TrainConfig], tiny_sd1: str, turbo: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -219,10 +222,10 @@ def test_a_distilled_base_is_trained_with_a_sentence_and_others_without(
 
     quick = {"validate_every": 0, "prior_weight": 0.0}
     run = runs.start(plain(turbo, **quick), tmp_path / "runs" / "turbo")
-    said = printed(run)
-    assert said.count("distilled to draw in about 4 steps") == 1
-    assert f"train '{loading.resolve(turbo).family.undistilled_base}' instead" in said
-    assert "distilled" not in printed(runs.resume(run.folder, steps=4)), "it is said once"
+    text = printed(run)
+    assert text.count("distilled to draw in about 4 steps") == 1
+    assert f"train '{loading.resolve(turbo).family.undistilled_base}' instead" in text
+    assert "distilled" not in printed(runs.resume(run.folder, steps=4)), "it warns once"
     other = runs.start(plain(tiny_sd1, **quick), tmp_path / "runs" / "other")
     assert "distilled" not in printed(other)
     checks = {check.name: check for check in preflight.preflight(turbo, tmp_path)}
@@ -233,7 +236,7 @@ def test_a_distilled_base_is_trained_with_a_sentence_and_others_without(
     assert schnell.ok and "is distilled" in schnell.result, "by its name, with nothing downloaded"
 
 
-def test_a_run_is_drawn_as_what_it_was_trained_from_whatever_its_folders_name(
+def test_a_runs_settings_are_its_bases_whatever_its_folders_name(
     plain: Callable[..., TrainConfig], turbo: str, tiny_sd1: str, tmp_path: Path
 ) -> None:
     quick = {"validate_every": 0, "prior_weight": 0.0, "steps": 1}
@@ -250,11 +253,11 @@ def test_a_run_is_drawn_as_what_it_was_trained_from_whatever_its_folders_name(
     assert loading.base_inference(str(tmp_path / "kept")).steps == 4
 
 
-def test_an_older_run_goes_on_as_it_was_drawn(
+def test_an_older_run_resumes_with_its_settings(
     plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path,
     drawn: list[tuple[str, int, float]],
 ) -> None:  # fmt: skip
-    """Its config.toml has numbers where a newer one leaves them to the base."""
+    """Its config.toml has settings that a newer one leaves to the base."""
     old = {"prior_inference_steps": 25, "prior_guidance_scale": 5.0, "guidance_scale": 5.0}
     folder = tmp_path / "runs" / "old"
     run = runs.start(plain(tiny_sd1, **old), folder)
@@ -277,7 +280,7 @@ def test_an_older_run_goes_on_as_it_was_drawn(
     )
 
 
-def test_other_settings_for_drawing_are_another_study(
+def test_other_inference_settings_are_another_study(
     plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path
 ) -> None:
     view = validation.ValidationPlan(class_images=2, inference_steps=1)
@@ -288,7 +291,7 @@ def test_other_settings_for_drawing_are_another_study(
         list(sweep.sweep(new, tmp_path, [2], view))
 
 
-def test_a_study_goes_on_as_it_was_drawn_where_that_is_left_to_the_base(
+def test_a_study_resumes_with_its_settings_if_new_configs_have_none(
     plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path
 ) -> None:
     old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0, prior_inference_steps=25)}
@@ -306,7 +309,7 @@ def test_a_study_goes_on_as_it_was_drawn_where_that_is_left_to_the_base(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A machine whose GPU is this CPU: what is drawn on it, in which precision, and what is freed.
+    """Let the CPU pass for a GPU; record what is drawn on it, in which dtype, and what is freed.
 
     Only ``load_source`` places a family on it.
     """
@@ -331,7 +334,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return seen
 
 
-def test_a_studys_class_images_are_drawn_on_the_gpu_with_progress_and_make_room(
+def test_a_studys_class_images_are_drawn_on_the_gpu_which_is_then_freed(
     plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path, gpu: SimpleNamespace,
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -342,7 +345,7 @@ def test_a_studys_class_images_are_drawn_on_the_gpu_with_progress_and_make_room(
     list(sweep.sweep(configs, tmp_path, [2], validation.ValidationPlan(inference_steps=1)))
     assert gpu.drawn == [(True, torch.bfloat16, 3)] * 2, "a set for each seed"
     assert gpu.placed == [torch.bfloat16], "loaded once for all cells of a base"
-    assert seen == [1, 1, 1, 1], "before the first cell the base has made room"
+    assert seen == [1, 1, 1, 1], "the base is freed before the first cell"
     assert "class images: 100%" in capfd.readouterr().err
 
 
@@ -368,7 +371,7 @@ def test_the_demos_class_images_and_figures_are_drawn_on_the_gpu(
     assert gpu.freed >= 3
 
 
-def test_a_set_of_class_images_is_the_same_whichever_precision_draws_it(
+def test_class_images_of_any_precision_are_one_set(
     plain: Callable[..., TrainConfig], tiny_sd1: str, tmp_path: Path, gpu: SimpleNamespace
 ) -> None:
     config = plain(tiny_sd1)
@@ -381,13 +384,14 @@ def test_a_set_of_class_images_is_the_same_whichever_precision_draws_it(
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "z_image"])
-def test_each_family_draws_without_guidance_where_prompts_are_known_beforehand_too(
+def test_each_family_draws_without_guidance_from_cached_prompts(
     name: str, tiny_bases: Callable[[str], str]
 ) -> None:
-    """As distilled bases are drawn at low memory, where the text encoders have made room."""
-    base, wanted = tiny_bases(name), [("a dog", 0), ("a cat", 1)]
-    known = loading.load_model(base, prompts=["a dog", "a cat"], resolution=16)
+    """As distilled bases draw at low memory, where the text encoders are freed."""
+    base, prompts_and_seeds = tiny_bases(name), [("a dog", 0), ("a cat", 1)]
+    cached = loading.load_model(base, prompts=["a dog", "a cat"], resolution=16)
     whole = loading.load_model(base, resolution=16)
-    pictures = [family.generate(wanted, 2, 0.0) for family in (known, whole)]
-    for one, other in zip(*pictures, strict=True):
-        assert one.tobytes() == other.tobytes() and max(high for _, high in one.getextrema()) > 0
+    images = [family.generate(prompts_and_seeds, 2, 0.0) for family in (cached, whole)]
+    for image, expected in zip(*images, strict=True):
+        assert image.tobytes() == expected.tobytes()
+        assert max(high for _, high in image.getextrema()) > 0

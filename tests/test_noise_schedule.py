@@ -1,4 +1,4 @@
-"""The forward processes against diffusers' schedulers and the papers' formulas."""
+"""Compare the forward processes with diffusers' schedulers and the papers' formulas."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_noised_latents_and_targets_equal_the_schedulers(prediction_type):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_perfect_prediction_gives_x_0_back_by_the_schedulers_own_step(prediction_type):
+def test_the_schedulers_own_step_recovers_x_0_from_a_perfect_prediction(prediction_type):
     scheduler = DDIMScheduler(**SD, prediction_type=prediction_type, clip_sample=False)
     scheduler.set_timesteps(1000)
     x_0, noise, t = batch()
@@ -41,12 +41,12 @@ def test_any_scheduler_of_a_base_gives_the_same_process():
     from diffusers import DPMSolverMultistepScheduler
 
     ddpm = DDPMScheduler(**SD)
-    other = DPMSolverMultistepScheduler.from_config(ddpm.config)
-    mine = DiscreteNoise.of_scheduler(other)
-    torch.testing.assert_close(mine.alphas_cumprod, ddpm.alphas_cumprod)
+    dpm_solver = DPMSolverMultistepScheduler.from_config(ddpm.config)
+    process = DiscreteNoise.of_scheduler(dpm_solver)
+    torch.testing.assert_close(process.alphas_cumprod, ddpm.alphas_cumprod)
 
 
-def test_zero_terminal_snr_of_the_base_is_kept():
+def test_zero_terminal_snr_of_the_base_is_preserved():
     scheduler = DDPMScheduler(**SD, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     x_0, noise, t = batch()
     noised = DiscreteNoise.of_scheduler(scheduler, min_snr_gamma=5.0)(x_0, noise, t)
@@ -63,7 +63,7 @@ def test_min_snr_weights_by_hand():
 
 
 def test_min_snr_weights_make_the_same_error_of_x_0_for_epsilon_and_v():
-    # x_0 off by d is epsilon off by d * sqrt(snr) and v off by d * sqrt(snr + 1).
+    # An error d of x_0 is an error d * sqrt(snr) of epsilon and d * sqrt(snr + 1) of v.
     snr = torch.logspace(-3, 3, 13)
     in_epsilon = min_snr_weights(snr, 5.0, "epsilon") * snr
     in_v = min_snr_weights(snr, 5.0, "v_prediction") * (snr + 1)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite are refused where they are made; saved bases say their precision."""
+"""Refuse numbers that are not finite where they arise, and save bases that load in float32."""
 
 import os
 import subprocess
@@ -33,61 +33,61 @@ SUBJECTS = Path(loading.BUNDLED) / "subjects"
 
 
 def bundled() -> torch.Tensor:
-    """All pictures of the bundled subjects, [15, 3, 64, 64]."""
+    """Return all photos of the bundled subjects, [15, 3, 64, 64]."""
     photos = [photo for folder in sorted(SUBJECTS.iterdir()) if folder.is_dir()
               for photo in read_pictures(folder)]  # fmt: skip
     return torch.stack([to_tensor(photo.image, 64) for photo in photos])
 
 
-def psnr(found: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Of each picture, in dB."""
-    errors = (found.float().clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+def psnr(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the peak signal-to-noise ratio of each image, in dB."""
+    errors = (decoded.float().clamp(-1, 1) - pixels).square().mean((1, 2, 3))
     return 10 * torch.log10(4 / errors)
 
 
-# The embedded base in plain diffusers.
+# Toybox in plain diffusers.
 
 
 @torch.no_grad()
-def test_the_embedded_autoencoder_is_as_good_in_float16_as_in_float32() -> None:
-    pixels, found = bundled()[::3], {}
+def test_toyboxs_autoencoder_is_as_good_in_float16_as_in_float32() -> None:
+    pixels, quality = bundled()[::3], {}
     for dtype in (torch.float32, torch.float16):
         vae = AutoencoderKL.from_pretrained(TOYBOX, subfolder="vae", torch_dtype=dtype)
         mean = vae.encode(pixels.to(dtype)).latent_dist.mean
-        found[dtype] = psnr(vae.decode(mean).sample, pixels)
-    assert len(pixels) == 5 and found[torch.float32].min() > 20
-    assert (found[torch.float32] - found[torch.float16]).abs().max() < 0.1
+        quality[dtype] = psnr(vae.decode(mean).sample, pixels)
+    assert len(pixels) == 5 and quality[torch.float32].min() > 20
+    assert (quality[torch.float32] - quality[torch.float16]).abs().max() < 0.1
 
 
 @torch.no_grad()
-def test_no_layer_of_the_embedded_base_comes_near_where_float16_ends() -> None:
+def test_no_layer_of_toybox_comes_near_the_end_of_float16() -> None:
     family = loading.load_model("toybox")
     most = 0.0
 
-    def look(module: Any, given: Any, out: Any) -> None:
+    def record(module: Any, inputs: Any, out: Any) -> None:
         nonlocal most
         if isinstance(out, torch.Tensor):
             most = max(most, float(out.abs().max()))
 
     for part in (family.denoiser, *family.text_encoders, family.pipeline.vae):
         for module in part.modules():
-            module.register_forward_hook(look)
+            module.register_forward_hook(record)
     family.encode_images(bundled())
     family.generate([("a dog on the beach", 0), ("a purple teapot in space", 1)], 5, 7.5)
     assert 100 < most < 65504 / 4
 
 
 def drawn_plainly(folder: Path) -> Any:
-    """A pipeline of plain diffusers with no precision said, once it has drawn."""
+    """Load a pipeline with plain diffusers without a dtype, draw with it, and return it."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a dog", num_inference_steps=1, width=16, height=16).images
     return pipeline
 
 
-def test_the_embedded_base_draws_with_no_precision_said() -> None:
-    found = drawn_plainly(TOYBOX)
-    assert found.text_encoder.dtype is found.unet.dtype is torch.float32
+def test_toybox_draws_in_float32_by_default() -> None:
+    pipeline = drawn_plainly(TOYBOX)
+    assert pipeline.text_encoder.dtype is pipeline.unet.dtype is torch.float32
 
 
 DRAW = """
@@ -100,7 +100,7 @@ print(pipeline.unet.dtype, pipeline.text_encoder.dtype, image.getbbox())
 
 
 @pytest.mark.slow
-def test_the_embedded_base_draws_with_colabs_versions_too() -> None:
+def test_toybox_draws_with_colabs_versions_too() -> None:
     python = os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON")
     if python is None:
         pytest.skip("there is no second environment: make test makes one")
@@ -113,7 +113,7 @@ def test_the_embedded_base_draws_with_colabs_versions_too() -> None:
     assert made.stdout.strip() == "torch.float32 torch.float32 (0, 0, 16, 16)"
 
 
-def test_what_a_run_saves_and_keeps_draws_with_no_precision_said(
+def test_what_a_run_saves_draws_in_float32_by_default(
     tiny_sd1: str, photos: str, make_config: Make, clip_folder: Path, tmp_path: Path
 ) -> None:
     """At the lowest memory a text encoder trains in bfloat16, and is saved so."""
@@ -123,8 +123,8 @@ def test_what_a_run_saves_and_keeps_draws_with_no_precision_said(
     list(train(run))
     pipeline_folder.write_model(run, 1, tmp_path / "kept")
     for folder in (run.pipeline, tmp_path / "kept"):
-        found = drawn_plainly(folder)
-        assert found.text_encoder.dtype is found.unet.dtype is torch.float32
+        pipeline = drawn_plainly(folder)
+        assert pipeline.text_encoder.dtype is pipeline.unet.dtype is torch.float32
     saved = load_file(run.pipeline / "text_encoder" / "model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
 
@@ -149,16 +149,16 @@ def test_autoencoders_stay_in_float32_where_the_rest_is_in_float16(
     with torch.no_grad():
         expected = whole.pipeline.vae.decode(latent).sample, *whole.encode_images(pixels)
         with torch.autocast("cpu", torch.float16):
-            found = half.pipeline.vae.decode(latent).sample, *half.encode_images(pixels)
-    for value, other in zip(found, expected, strict=True):
-        assert value.dtype is torch.float32 and torch.equal(value, other)
+            values = half.pipeline.vae.decode(latent).sample, *half.encode_images(pixels)
+    for value, expected_value in zip(values, expected, strict=True):
+        assert value.dtype is torch.float32 and torch.equal(value, expected_value)
 
 
 # What is not finite.
 
 
 def broken(base: str, part: str, folder: Path) -> str:
-    """The base with NaN in the last layer of a part; its path."""
+    """Save the base with NaN in the last layer of a part, and return its path."""
     plain = DiffusionPipeline.from_pretrained(base)
     layers = {"unet": plain.unet.conv_out, "encoder": plain.vae.encoder.conv_out,
               "decoder": plain.vae.decoder.conv_out}  # fmt: skip
@@ -174,7 +174,7 @@ def photo_list(photos: str) -> list[Any]:
     return read_pictures(photos)
 
 
-def test_latents_that_are_not_finite_are_refused_and_not_kept(
+def test_latents_that_are_not_finite_are_refused_and_not_cached(
     tiny_sd1: str, photos: str, photo_list: list[Any], make_config: Make, tmp_path: Path
 ) -> None:
     base = broken(tiny_sd1, "encoder", tmp_path / "base")
@@ -189,7 +189,7 @@ def test_latents_that_are_not_finite_are_refused_and_not_kept(
         cropped.sample([2, 1], torch.Generator().manual_seed(0))
 
 
-def test_kept_latents_that_are_not_finite_are_made_anew(
+def test_cached_latents_that_are_not_finite_are_encoded_again(
     tiny_sd1: str, photos: str, photo_list: list[Any], make_config: Make, tmp_path: Path
 ) -> None:
     family, config = loading.load_model(tiny_sd1), make_config(tiny_sd1, photos)
@@ -218,7 +218,7 @@ def test_conditioning_that_is_not_finite_is_refused(tiny_sd1: str, tmp_path: Pat
     ],
 )
 @pytest.mark.parametrize("autocast", [False, True])
-def test_pictures_that_are_not_finite_are_refused_and_not_kept(
+def test_images_that_are_not_finite_are_refused_and_not_saved(
     autocast: bool, part: str, message: str, tiny_sd1: str, photos: str, make_config: Make,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -236,7 +236,7 @@ def test_pictures_that_are_not_finite_are_refused_and_not_kept(
             sample(base, ["a dog"], [0], steps=1)
 
 
-def test_black_pictures_are_refused_and_those_that_lie_there_are_drawn_anew(
+def test_black_images_are_refused_and_saved_ones_are_drawn_again(
     tiny_sd1: str, photos: str, make_config: Make, tmp_path: Path
 ) -> None:
     config, family = make_config(tiny_sd1, photos), loading.load_model(tiny_sd1)
@@ -261,22 +261,22 @@ def test_the_command_line_says_it_in_a_sentence(
         main()
 
 
-# Latents are made a batch at a time.
+# Latents are encoded a batch at a time.
 
 
-def test_no_more_than_a_batch_of_pictures_is_held_as_pixels(
+def test_at_most_one_batch_of_photos_is_in_memory_as_pixels(
     tiny_sd1: str, photos: str, photo_list: list[Any], make_config: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
 
-    def counted(*given: Any) -> torch.Tensor:
+    def counted(*args: Any) -> torch.Tensor:
         nonlocal most
-        made = to_tensor(*given)
-        alive.add(made)
+        pixels = to_tensor(*args)
+        alive.add(pixels)
         most = max(most, len(alive))
-        return made
+        return pixels
 
     family, config = loading.load_model(tiny_sd1), make_config(tiny_sd1, photos, flip=True)
     whole = LatentCache(photo_list, family, config).posteriors
@@ -284,5 +284,5 @@ def test_no_more_than_a_batch_of_pictures_is_held_as_pixels(
     monkeypatch.setattr(Family, "batch_size_in_training", property(lambda _: 2))
     parts = LatentCache(photo_list, family, config).posteriors
     assert len(photo_list) == 4 and most == 2
-    for one, other in zip(parts, whole, strict=True):
-        assert torch.allclose(one.mean, other.mean, atol=1e-5)
+    for part, expected in zip(parts, whole, strict=True):
+        assert torch.allclose(part.mean, expected.mean, atol=1e-5)

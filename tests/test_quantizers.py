@@ -1,4 +1,4 @@
-"""LoRA beside quantizers that peft asks for and cannot use."""
+"""Add LoRAs where peft finds quantizers that it cannot use."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ class Broken(ModuleType):
         raise OSError(f"torchao.so: undefined symbol, asked for {name}")
 
 
-def hold(patch: pytest.MonkeyPatch, name: str, check: Callable[[], bool]) -> None:
-    """Put a check where peft's modules hold theirs."""
+def replace_check(patch: pytest.MonkeyPatch, name: str, check: Callable[[], bool]) -> None:
+    """Replace a check in all of peft's modules."""
     for key, module in [*sys.modules.items()]:
         if key.partition(".")[0] == "peft" and name in vars(module):
             patch.setattr(module, name, check)
@@ -38,19 +38,19 @@ def hold(patch: pytest.MonkeyPatch, name: str, check: Callable[[], bool]) -> Non
 
 @pytest.fixture(params=["torchao too old", "torchao too new", "torchao broken", "gptqmodel"])
 def unusable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A quantizer that keeps peft from adding a LoRA to a plain layer."""
+    """Install a quantizer that keeps peft from adding a LoRA to a plain layer."""
     match request.param:
         case "torchao too old":
-            hold(monkeypatch, "is_torchao_available", refuses("torchao"))
+            replace_check(monkeypatch, "is_torchao_available", refuses("torchao"))
         case "gptqmodel":
-            hold(monkeypatch, "is_gptqmodel_available", refuses("gptqmodel"))
+            replace_check(monkeypatch, "is_gptqmodel_available", refuses("gptqmodel"))
         case kind:
-            hold(monkeypatch, "is_torchao_available", lambda: True)
+            replace_check(monkeypatch, "is_torchao_available", lambda: True)
             monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
             if kind == "torchao broken":
                 monkeypatch.setitem(sys.modules, "torchao.utils", Broken("torchao.utils"))
-    # So that what ignore_unusable puts in its place is undone too.
-    hold(monkeypatch, "is_torchao_available", import_utils.is_torchao_available)
+    # So that monkeypatch undoes what ignore_unusable replaces, too.
+    replace_check(monkeypatch, "is_torchao_available", import_utils.is_torchao_available)
     quantizers.ignore_unusable.cache_clear()
     yield
     quantizers.ignore_unusable.cache_clear()
@@ -61,7 +61,7 @@ def plain_layer() -> Any:
     return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), layer)
 
 
-def test_a_lora_is_added_saved_and_merged_beside_it(
+def test_a_lora_is_added_saved_and_merged(
     unusable: None, tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig],
     tmp_path: Any,
 ) -> None:  # fmt: skip
@@ -76,7 +76,7 @@ def test_a_lora_is_added_saved_and_merged_beside_it(
     plain_layer()
 
 
-def test_a_lora_is_composed_beside_it(
+def test_a_lora_is_composed(
     unusable: None, tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig],
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_lora_is_composed_beside_it(
     config = make_config(tiny_sd1, photos, method="lora", lora_rank=2)
     with monkeypatch.context() as usable:
         for name in ("is_torchao_available", "is_gptqmodel_available"):
-            hold(usable, name, lambda: False)
+            replace_check(usable, name, lambda: False)
         family = loading.load_model(tiny_sd1)
         lora.add_lora(family, config)
         lora.save_lora(family, config, tmp_path)
@@ -92,8 +92,8 @@ def test_a_lora_is_composed_beside_it(
     assert loading.compose({str(tmp_path): 1.0}).denoiser is not None
 
 
-def test_quantizers_that_peft_can_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    hold(monkeypatch, "is_torchao_available", lambda: False)
+def test_usable_quantizers_are_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_check(monkeypatch, "is_torchao_available", lambda: False)
     before = import_utils.is_torchao_available
     quantizers.ignore_unusable.cache_clear()
     quantizers.ignore_unusable()

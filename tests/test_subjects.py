@@ -1,4 +1,4 @@
-"""Findings about pictures, the data set's layout, tensors and the order of items."""
+"""Check photos, load data sets, make tensors and shuffle."""
 
 import io
 import os
@@ -19,7 +19,7 @@ DREAMBENCH = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH", "")
 
 
 def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A picture with coarse shapes of its own and sharp detail, as a photo has."""
+    """Draw coarse shapes and sharp detail, as in a photo."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size)
     fine = rng.integers(-40, 41, (size[1], size[0], 3))
@@ -27,18 +27,18 @@ def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def found(*images: Image.Image, resolution: int = 32) -> list[tuple[str, tuple[str, ...]]]:
-    """All findings but that the pictures are few."""
+    """Return all findings but "few"."""
     photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
     findings = quality_checks.check_pictures(photos, resolution)
     assert all(f.message.startswith(f.names[0]) and f.message.endswith(".") for f in findings)
     return [(f.kind, f.names) for f in findings if f.kind != "few"]
 
 
-def test_distinct_pictures_have_no_findings() -> None:
+def test_distinct_photos_have_no_findings() -> None:
     assert found(*(noise(seed) for seed in range(12))) == []
 
 
-def test_one_or_two_pictures_are_few_and_copies_do_not_count() -> None:
+def test_one_or_two_photos_are_few_and_copies_do_not_count() -> None:
     one, two, three = (noise(seed) for seed in range(3))
 
     def few(*images: Image.Image) -> list[str]:
@@ -51,7 +51,7 @@ def test_one_or_two_pictures_are_few_and_copies_do_not_count() -> None:
     assert few(one, two, three) == []
 
 
-def test_plain_pictures_of_other_colours_are_distinct() -> None:
+def test_plain_photos_of_other_colours_are_distinct() -> None:
     plain = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "white")]
     assert {kind for kind, _ in found(*plain)} == {"blurred"}
 
@@ -74,14 +74,14 @@ def test_each_finding() -> None:
 
 
 def test_load_subject_reads_and_warns(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "photos"
     folder.mkdir()
     for seed, name in enumerate("acd", start=1):
         noise(seed).save(folder / f"{name}.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "tiny" is no warning
         subject = subjects.load_subject(folder, "dog")
-    assert (subject.name, subject.identifier) == ("pictures", DEFAULT_IDENTIFIER)
+    assert (subject.name, subject.identifier) == ("photos", DEFAULT_IDENTIFIER)
     assert Path(subject.pictures) == folder.resolve()
     noise(1).save(folder / "b.png")
     with pytest.warns(UserWarning, match="same photo"):

@@ -1,4 +1,4 @@
-"""A new word: its embedding alone trains beside LoRA, and plain diffusers reads it."""
+"""Train a new token: only its embedding trains beside LoRA, and plain diffusers loads it."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -45,7 +45,7 @@ def row(encoder: Any, tokenizer: Any, word: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
 @pytest.mark.parametrize("with_text", [False, True])
-def test_only_the_words_row_trains_resumes_and_is_read_back(
+def test_only_the_tokens_row_trains_resumes_and_is_loaded(
     family: str, with_text: bool, started: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     whole = started("whole", family, train_text_encoder=with_text)
@@ -60,14 +60,14 @@ def test_only_the_words_row_trains_resumes_and_is_read_back(
     for _ in islice(train(broken), 1):
         pass
     list(train(runs.resume(broken.folder)))
-    one, other = (load_state(run.checkpoints()[2])["model"] for run in (whole, broken))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    state, resumed = (load_state(run.checkpoints()[2])["model"] for run in (whole, broken))
+    assert all(torch.equal(state[name], resumed[name]) for name in state)
     tuned, base = load_source(whole), loading.load_model(tiny_bases(family))
     for name, encoder in enumerate(tuned.text_encoders):
         tokenizer = getattr(tuned.pipeline, ("tokenizer", "tokenizer_2")[name])
         before = base.text_encoders[name].get_input_embeddings().weight
         after = encoder.get_input_embeddings().weight
-        learnt = one[
+        learnt = state[
             next(n for n in names if n.startswith(f"text_encoders.{name}") and ".word" in n)
         ]
         assert type(encoder.get_input_embeddings()) is torch.nn.Embedding
@@ -78,7 +78,7 @@ def test_only_the_words_row_trains_resumes_and_is_read_back(
     assert at_end.tobytes() == drawn.tobytes()
 
 
-def test_the_word_begins_as_its_class_noun_and_is_worked_with_as_one_token(
+def test_the_token_is_initialized_as_its_class_noun(
     started: Callable[..., Run],
 ) -> None:
     trainer = Trainer(started("run", "sd1"))
@@ -87,31 +87,32 @@ def test_the_word_begins_as_its_class_noun_and_is_worked_with_as_one_token(
     word = encoder.get_input_embeddings().word
     assert torch.equal(word, row(encoder, pipeline.tokenizer, "dog</w>"))
     with torch.no_grad():
-        one, other = (
+        prompt, expected = (
             trainer.family.encode_prompts([f"a {noun} on the beach"])["encoder_hidden_states"]
             for noun in (WORD, "dog")
         )
-        assert torch.equal(one, other)
+        assert torch.equal(prompt, expected)
         word.add_(1.0)
         moved = trainer.family.encode_prompts([f"a {WORD} on the beach"])["encoder_hidden_states"]
-    assert not torch.equal(moved, one)
+    assert not torch.equal(moved, prompt)
 
 
-def test_plain_diffusers_reads_the_word_and_draws_the_same(started: Callable[..., Run]) -> None:
+def test_plain_diffusers_loads_the_token_and_draws_the_same(started: Callable[..., Run]) -> None:
     run = started("run", "sd1")
     list(train(run))
     plain = DiffusionPipeline.from_pretrained(run.config.base, safety_checker=None)
     plain.load_lora_weights(run.pipeline)
     plain.load_textual_inversion(load_file(run.pipeline / textual_inversion.TOKEN_FILE), token=WORD)
     plain.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
-    expected = plain(f"a {WORD} dog", generator=torch.Generator().manual_seed(0), **given).images[0]
-    (found,) = sample(run, ["a {} dog"], [0], steps=2, guidance_scale=3.0)
-    pairs = zip(expected.tobytes(), found.image.tobytes(), strict=True)
-    assert max(abs(one - other) for one, other in pairs) <= 1
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
+    generator = torch.Generator().manual_seed(0)
+    expected = plain(f"a {WORD} dog", generator=generator, **settings).images[0]
+    (drawn,) = sample(run, ["a {} dog"], [0], steps=2, guidance_scale=3.0)
+    pairs = zip(expected.tobytes(), drawn.image.tobytes(), strict=True)
+    assert max(abs(a - b) for a, b in pairs) <= 1
 
 
-def test_a_known_word_a_large_encoder_and_whole_weights_are_refused(
+def test_a_known_word_a_large_encoder_and_full_training_are_refused(
     photos: str, started: Callable[..., Run]
 ) -> None:
     with pytest.raises(
@@ -124,7 +125,7 @@ def test_a_known_word_a_large_encoder_and_whole_weights_are_refused(
         started("full", "sd1", method="full")
 
 
-def test_a_word_is_counted_before_anything_is_loaded(started: Callable[..., Run]) -> None:
+def test_the_memory_estimate_includes_the_token(started: Callable[..., Run]) -> None:
     run = started("run", "sd1")
     with_word = estimate(run.config, "no")
     plain = estimate(run.config.replace(train_token=False), "no")

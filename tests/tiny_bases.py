@@ -1,4 +1,4 @@
-"""Tiny random pipelines of each family, written in diffusers' layout: pictures of 16 x 16."""
+"""Save tiny random pipelines of each family in diffusers' layout; they draw 16 x 16 pixels."""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def _clip(tokenizer: CLIPTokenizer, kind: type = CLIPTextModelWithProjection) ->
 
 
 def _words(kind: str, words: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, with a chat's form where it is of a chat model."""
+    """Make a tokenizer of whole words, with a chat template if ``kind`` is "chat"."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *words))}
