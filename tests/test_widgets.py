@@ -379,7 +379,7 @@ def test_settings_that_contradict_say_so_and_fail_whoever_goes_on(
     settings: widgets.SettingsPanel,
 ) -> None:
     settings.controls["class_images"].value = 0
-    assert "ask for class images" in settings.note.value
+    assert "set class_images above 0" in settings.note.value
     for fails in (settings.check, lambda: settings.config):
         with pytest.raises(ConfigError, match="class_images is 0"):
             fails()

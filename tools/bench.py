@@ -38,7 +38,7 @@ def unet_seconds(session: Session) -> float:
     unet = session.family.denoiser
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_t, t = torch.randn(rows, channels, side, side), torch.randint(0, 1000, (rows,))
-    context = session.batches.known([""] * rows)["encoder_hidden_states"]
+    context = session.batches.prompt_cache([""] * rows)["encoder_hidden_states"]
     began = time.perf_counter()
     unet(x_t, t, context).sample.square().mean().backward()
     seconds = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""What a run is asked to do: frozen, validated dataclasses, and the defaults of each base."""
+"""Define the settings of a run: frozen, validated dataclasses with defaults for each base."""
 
 import dataclasses
 import tomllib
@@ -9,11 +9,11 @@ from typing import Any
 from dreambooth_lib.core import config_file
 from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError, check
 
-#: The default identifier: one token for CLIP's tokenizer and for the embedded base's.
+#: The default identifier. CLIP's tokenizer and toybox's both make it a single token.
 DEFAULT_IDENTIFIER = "ohwx"
 
-#: Defaults that depend on the base: toybox's, and every other's, which are the paper's for Stable
-#: Diffusion; such a base is drawn with as its own card says, where None is.
+#: Defaults that depend on the base: first toybox's, then every other base's, which are the paper's
+#: for Stable Diffusion. None means what the base's own model card says.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "learning_rate": (3e-4, 5e-6),
     "lora_learning_rate": (4e-3, 1e-4),
@@ -30,19 +30,19 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "scorer": ("toybox", "openai/clip-vit-base-patch32"),
 }
 
-#: Stands for such a default until ``__post_init__`` puts the number in.
+#: A placeholder for such a default until ``__post_init__`` fills the number in.
 _BY_BASE: Any = None
 
-#: How pictures are drawn. Left at None they are the base's own, which its files tell once they are
-#: there: see ``families.inference``.
+#: Fields that say how images are drawn. None means the base's own settings, which are read from
+#: its files when they are needed (see ``families.inference_settings``).
 SAMPLING_FIELDS = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
            "validation_inference_steps")  # fmt: skip
 
 
 def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
-    """Return the defaults of the fields that depend on base and method.
+    """Return the defaults of the fields that depend on the base and the method.
 
-    A finished run as a base has those of the base that it was trained from.
+    A finished run used as a base has the defaults of the base that it was trained from.
     """
     column = 0 if origin(base) == "toybox" else 1
     defaults = {name: values[column] for name, values in _DEFAULTS.items()}
@@ -51,7 +51,7 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
 
 
 def origin(base: str) -> str:
-    """Trace a run's folder to the base it was trained from; any other base is its own."""
+    """Return the base that a run's folder was trained from; return any other base unchanged."""
     run = Path(base) / "config.toml"
     if base in ("", "toybox") or not run.is_file():
         return base
@@ -60,17 +60,17 @@ def origin(base: str) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject: its pictures, its rare identifier and the class noun that says what it is.
+    """A subject: its photos, the rare identifier that names it, and its class noun.
 
     The prompts are the paper's (arXiv 2208.12242, section 3.1): ``a [identifier] [class noun]``
     for the subject and ``a [class noun]`` for the class.
     """
 
-    pictures: str  #: a folder or a zip of pictures
-    class_noun: str  #: what the subject is, in the base's words: "dog", "teapot"
-    identifier: str = DEFAULT_IDENTIFIER  #: a rare single token of the base's tokenizer
-    name: str = ""  #: for tables and folders; the pictures' folder name if left empty
-    kind: str = ""  #: "live" or "object", where a data set says so
+    pictures: str  #: a folder or a zip of photos
+    class_noun: str  #: what the subject is, in one plain word: "dog", "teapot"
+    identifier: str = DEFAULT_IDENTIFIER  #: a rare word that the tokenizer makes a single token
+    name: str = ""  #: for tables and folders; the name of the photos' folder if left empty
+    kind: str = ""  #: "live" or "object", if a data set says so
 
     def __post_init__(self) -> None:
         for field in ("class_noun", "identifier"):
@@ -81,7 +81,7 @@ class Subject:
 
     @property
     def token(self) -> str:
-        """What stands for the subject in a prompt: identifier and class noun."""
+        """Identifier and class noun, which stand for the subject in a prompt."""
         return f"{self.identifier} {self.class_noun}"
 
     @property
@@ -95,103 +95,101 @@ class Subject:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a run does; two equal configs make equal runs on one machine.
+    """All settings of a run. Two equal configs give equal runs on one machine.
 
-    Fields left at ``None`` take the base's defaults (see ``docs`` of each). Raises
-    :class:`ConfigError` for a value that is out of range or contradicts another.
+    Fields left at ``None`` take the base's defaults. Raises :class:`ConfigError` for a value that
+    is out of range or contradicts another.
     """
 
     subject: Subject
-    base: str = "toybox"  #: "toybox", a hub id, a folder in diffusers' layout, or a run's folder
-    revision: str | None = None  #: the hub revision of the base
-    variant: str | None = None  #: the hub variant of the base's files, such as "fp16"
+    base: str = "toybox"  #: "toybox", a Hub id, a folder in diffusers' layout, or a run's folder
+    revision: str | None = None  #: the base's revision on the Hub
+    variant: str | None = None  #: the variant of the base's files on the Hub, such as "fp16"
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
-    prior_weight: float = 1.0  #: lambda of the prior preservation loss; 0 trains without it
-    min_snr_gamma: float | None = None  #: min-SNR weights (arXiv 2303.09556); 5 is its default
+    prior_weight: float = 1.0  #: lambda, the weight of the prior preservation loss; 0 turns it off
+    min_snr_gamma: float | None = None  #: min-SNR weighting (arXiv 2303.09556, whose default is 5)
     #: share of prompts replaced by "", to keep guidance working; None is 0.1 for toybox, else 0
     prompt_dropout: float = _BY_BASE
 
-    # Prior: what keeps the class as the frozen base knows it
-    #: "generated": class images that the base draws (the paper's); "distilled": the base's own
-    #: prediction for the class prompt, on the subject's noised pictures, is what the trained one
-    #: must keep to, with no class images; "none": nothing, which makes prior_weight 0
+    # Prior preservation: what keeps the class as the frozen base draws it
+    #: "generated": train on class images that the base drew (the paper's way); "distilled": on the
+    #: subject's noised images with the class prompt, match the frozen base's prediction, without
+    #: class images; "none": no prior preservation, prior_weight becomes 0
     prior: str = "generated"
-    class_images: int = _BY_BASE  #: how many; None is 48 for toybox, 200 otherwise
-    class_folder: str | None = None  #: a folder of the user's own class images instead
-    #: None is 25 for toybox, otherwise as many as finish the base's pictures
+    class_images: int = _BY_BASE  #: how many; None is 48 for toybox, else 200
+    class_folder: str | None = None  #: a folder of your own class images to use instead
+    #: None is 25 for toybox, else the fewest steps that finish an image of the base
     prior_inference_steps: int | None = None
-    #: None is 1 for toybox, otherwise as the base's own card says. Without guidance (1 for Stable
-    #: Diffusion, 0 for Z-Image) the class images are what the base itself believes, so that
-    #: training on them leaves it as it was; guided ones are better drawn but more alike.
+    #: None is 1 for toybox, else what the base's model card says. Class images drawn without
+    #: guidance (1 for Stable Diffusion, 0 for Z-Image) follow the base's own distribution, so that
+    #: training on them changes it least; guided ones look better but more alike.
     prior_guidance_scale: float | None = None
 
     # What is trained
-    method: str = "full"  #: "full": the weights; "lora": low-rank additions (arXiv 2106.09685)
+    method: str = "full"  #: "full": all weights; "lora": low-rank adapters (arXiv 2106.09685)
     lora_rank: int = 16
-    lora_alpha: int | None = None  #: the additions are scaled by alpha / rank; None is the rank
+    lora_alpha: int | None = None  #: adapters are scaled by alpha / rank; None is the rank
     lora_dropout: float = 0.0
-    lora_layers: str = (
-        "all"  #: those that LoRA adapts: "attention", or "all", feed-forward ones too
-    )
-    dora: bool = False  #: learn each layer's magnitude apart from its direction (arXiv 2402.09353)
-    #: QLoRA (arXiv 2305.14314): the frozen denoiser and large text encoders in 4 bits, "nf4", or in
-    #: 8, "int8"; needs a GPU
+    lora_layers: str = "all"  #: layers with an adapter: "attention", or "all"
+    dora: bool = False  #: learn a layer's magnitude and direction separately (arXiv 2402.09353)
+    #: QLoRA (arXiv 2305.14314): keep the frozen denoiser and large text encoders in 4 bits ("nf4")
+    #: or 8 bits ("int8"); needs a GPU
     quantize: str | None = None
     train_text_encoder: bool = False
-    #: learn the identifier as a new word, by an embedding of its own, beside LoRA (pivotal tuning)
+    #: also learn a new token embedding for the identifier (pivotal tuning); LoRA only
     train_token: bool = False
 
     # Training
-    steps: int = _BY_BASE  #: optimizer updates; None is 500 for toybox, 1000 otherwise
-    batch_size: int = _BY_BASE  #: instance pictures an update, and as many class images,
-    #: over all processes and accumulated micro-batches; None is 2 for toybox, 1 otherwise
-    gradient_accumulation: int = 1  #: micro-batches an update is split into
-    #: None is 3e-4 for toybox and 5e-6 (the paper's) otherwise; by LoRA 4e-3 and 1e-4
+    steps: int = _BY_BASE  #: optimizer steps; None is 500 for toybox, else 1000
+    #: instance images per step, and as many class images, over all processes and micro-batches;
+    #: None is 2 for toybox, else 1
+    batch_size: int = _BY_BASE
+    gradient_accumulation: int = 1  #: micro-batches per optimizer step
+    #: None is 3e-4 for toybox, else 5e-6 (the paper's); with LoRA 4e-3 and 1e-4
     learning_rate: float = _BY_BASE
     lr_schedule: str = "constant"
     warmup_steps: int = 0
     optimizer: str = "auto"  #: "auto": 8-bit AdamW on a GPU, torch's fused AdamW on a CPU
     weight_decay: float = 0.01
-    #: the norm that all gradients together are clipped to; None is 1, or none where weights are
-    #: updated within the backward pass, since it needs all of them at once
+    #: clip the global gradient norm to this; None is 1, or no clipping where the optimizer steps
+    #: during the backward pass, since clipping needs all gradients at once
     max_grad_norm: float | None = None
     dropout: float = 0.0  #: of the denoiser's own dropout layers
-    #: keep an average of the weights, which the run ends with; None is 0.98 for toybox, else none;
-    #: 0.999 suits 1000 steps
+    #: keep an exponential moving average (EMA) of the weights and save that; None is 0.98 for
+    #: toybox, else no EMA; 0.999 suits 1000 steps
     ema_decay: float | None = _BY_BASE
-    mixed_precision: str = "auto"  #: "auto": bf16 where the GPU has it, else fp16; "no" on a CPU
-    gradient_checkpointing: bool = False  #: about 20% slower for much less memory
-    #: "standard": float32 weights; "low": gradient checkpointing, and the weights of a whole model
-    #: are updated within the backward pass, so that gradients never exist together; "lowest":
-    #: bfloat16 weights too, rounded stochastically; "auto": the first of these that fits the GPU,
-    #: "standard" on a CPU
+    mixed_precision: str = "auto"  #: "auto": bf16 if the GPU supports it, else fp16; "no" on a CPU
+    gradient_checkpointing: bool = False  #: about 20% slower, but needs much less memory
+    #: "standard": float32 weights; "low": gradient checkpointing and, for a whole model, optimizer
+    #: steps during the backward pass, which free each gradient at once; "lowest": also bfloat16
+    #: weights with stochastic rounding; "auto": the first level that fits the GPU
     memory: str = "auto"
 
-    # Pictures
-    resolution: int | None = None  #: pixels a side; None is the base's own
+    # Images
+    resolution: int | None = None  #: pixels per side; None is the base's own
     crop: str = "center"
-    flip: bool = False  #: mirror pictures at random; not for a subject with writing on it
+    flip: bool = False  #: flip images at random; not for a subject with text on it
 
-    #: of the run's pictures; None is 3.25 for toybox, otherwise as the base's own card says
+    #: for images drawn from the run; None is 3.25 for toybox, else what the model card says
     guidance_scale: float | None = None
 
     seed: int = 0
-    #: updates between checkpoints; None is at each validation, or every 250 updates without any;
-    #: the last step always has one
+    #: steps between checkpoints; None saves one at each validation, or every 250 steps if the run
+    #: never validates; the last step always saves one
     checkpoint_every: int | None = None
-    checkpoints_kept: int = 2  #: the newest ones; the best is kept besides
+    checkpoints_kept: int = 2  #: how many of the newest to keep, besides the best one
 
-    # Watching for overfitting
-    #: updates between looks, each of which draws and scores pictures and saves a checkpoint; 0 is
-    #: never; None is what costs about 15% of the training time: 100 for toybox, 250 otherwise, by
-    #: LoRA 200 and 400
+    # Validation
+    #: steps between validations, each of which draws and scores images and saves a checkpoint; 0
+    #: turns validation off; None costs about 15% of the training time: 100 for toybox, else 250;
+    #: with LoRA 200 and 400
     validate_every: int = _BY_BASE
-    #: steps of the pictures of a look; None is 10 for toybox, otherwise as many as finish them
+    #: None is 10 for toybox, else the fewest steps that finish an image of the base
     validation_inference_steps: int | None = None
-    hold_out: bool = True  #: keep one of four photos or more out of training, to measure its loss
-    scorer: str = _BY_BASE  #: the CLIP that scores, by hub id or folder; "toybox" for its own
-    early_stop: bool = False  #: end when looks get no better, with the best checkpoint's weights
+    hold_out: bool = True  #: of four photos or more, keep one out of training to measure its loss
+    scorer: str = _BY_BASE  #: the CLIP that scores: a Hub id or folder; "toybox" for its own
+    early_stop: bool = False  #: stop when validation stops improving; keep the best checkpoint
 
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
@@ -205,30 +203,30 @@ class TrainConfig:
 
     @property
     def trains_text(self) -> bool:
-        """Whether text encoders, or their embedding of a new word, change in training."""
+        """Whether training changes the text encoders or adds a token to them."""
         return self.train_text_encoder or self.train_token
 
     @property
     def steps_in_backward(self) -> bool:
-        """Whether weights are updated within the backward pass, each heap of gradients freed.
+        """Whether the optimizer steps during the backward pass, freeing gradients as it goes.
 
-        A LoRA's gradients are small: stepping them one by one would only cost time.
+        Never for LoRA: its gradients are small, and stepping them in chunks would only cost time.
         """
         return self.memory in LOW_MEMORY and self.method == "full"
 
     @property
     def draws_class_images(self) -> bool:
-        """Whether the run needs class images that its base must draw."""
+        """Whether the base has to draw class images for this run."""
         asked = self.prior == "generated" and self.prior_weight > 0
         return asked and self.class_folder is None
 
     @classmethod
     def auto(cls, subject: Subject, base: str = "toybox", **changes: Any) -> "TrainConfig":
-        """Make settings that nobody tunes by hand: lambda 1, and as many steps as help.
+        """Make a config that needs no tuning: lambda 1, and as many steps as help.
 
-        A run may take half as many steps again as the base's default and ends with the best
-        checkpoint's weights, or before once looks no longer get better. Lambda between 0.5 and 2
-        made less than 1% of difference on the embedded base (docs/studies); steps did.
+        The run may take 1.5 times the base's default steps. It stops early once validation stops
+        improving, and keeps the best checkpoint. On toybox lambda between 0.5 and 2 made less than
+        1% of difference (docs/studies); the number of steps did matter.
         """
         steps = base_defaults(base)["steps"] * 3 // 2
         return cls(subject, base, **{"steps": steps, "early_stop": True} | changes)
@@ -238,12 +236,12 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a plain dict without the fields that are None or empty, as TOML and JSON want."""
+        """Return a plain dict for TOML or JSON, without fields that are None or empty."""
         return config_file.to_dict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
-        """Reverse :meth:`to_dict`. Raises :class:`ConfigError` for unknown fields."""
+        """Make a config from :meth:`to_dict`'s dict. Raises ConfigError for unknown fields."""
         return config_file.from_dict(cls, fields)
 
     def to_toml(self) -> str:
@@ -251,5 +249,5 @@ class TrainConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "TrainConfig":
-        """Read a TOML file; paths in it are taken relative to the file's folder."""
+        """Read a TOML file; paths in it are relative to the file's folder."""
         return cls.from_dict(config_file.from_toml(path))

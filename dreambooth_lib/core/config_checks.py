@@ -1,4 +1,4 @@
-"""Check a config: what a field may be, and which fields contradict each other."""
+"""Check a config: the values each field may have, and fields that contradict each other."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dreambooth_lib.core.config import TrainConfig
 
-#: Levels of memory with gradient checkpointing, at which a whole model is updated within the
-#: backward pass.
+#: Memory levels with gradient checkpointing; a whole model's optimizer steps during the backward
+#: pass there.
 LOW_MEMORY = ("low", "lowest")
 
-_CHOICES = {
+#: Fields with a few allowed values. Add a name here to add an optimizer (docs/architecture.md).
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
     "optimizer": ("auto", "adamw", "adamw8bit"),
     "lr_schedule": ("constant", "linear", "cosine"),
@@ -22,7 +23,7 @@ _CHOICES = {
     "memory": ("auto", "standard", *LOW_MEMORY),
     "quantize": (None, "nf4", "int8"),
 }
-#: What numbers must be, where they are not None.
+#: Bounds of numbers; None is always allowed.
 _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "1 or more": (lambda value: value >= 1, (
         "steps", "batch_size", "gradient_accumulation", "checkpoint_every", "checkpoints_kept",
@@ -40,12 +41,12 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 
 
 class ConfigError(ValueError):
-    """A field that cannot be right; the message names it and says what to write instead."""
+    """A field has an impossible value; the message names it and says what to write instead."""
 
 
 def check(config: "TrainConfig") -> None:
-    """Raise :class:`ConfigError` for a value out of range or one that contradicts another."""
-    for name, choices in _CHOICES.items():
+    """Raise :class:`ConfigError` for a value that is out of range or contradicts another."""
+    for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             options = ", ".join("left out" if c is None else f"'{c}'" for c in choices)
             raise ConfigError(f"{name} is '{getattr(config, name)}'; it can be {options}.")
@@ -65,18 +66,18 @@ def check(config: "TrainConfig") -> None:
 def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
     yield (
         config.draws_class_images and config.class_images == 0,
-        f"prior_weight is {config.prior_weight} but class_images is 0; ask for class "
-        "pictures, give a class_folder, or set prior_weight to 0.",
+        f"prior_weight is {config.prior_weight} but class_images is 0; set class_images above 0, "
+        "give a class_folder, or set prior_weight to 0.",
     )
     yield (
         config.early_stop and not config.validate_every,
-        "early_stop needs looks to judge by; set validate_every above 0.",
+        "early_stop needs validation; set validate_every above 0.",
     )
     full = config.method == "full"
     yield (
         full and config.quantize is not None,
-        f"quantize is '{config.quantize}' but method is '{config.method}': weights of so few "
-        "bits cannot train; set method to 'lora', or leave quantize out.",
+        f"quantize is '{config.quantize}' but method is '{config.method}': quantized weights "
+        "cannot be trained; set method to 'lora', or leave quantize out.",
     )
     yield (
         full and config.train_token,
@@ -85,24 +86,24 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
     )
     yield (
         full and config.memory == "lowest" and config.mixed_precision == "no",
-        "memory is 'lowest', whose weights are bfloat16, and mixed_precision is 'no'; set "
-        "it to 'auto', or memory to 'low'.",
+        "memory is 'lowest', which keeps weights in bfloat16, but mixed_precision is 'no'; set "
+        "mixed_precision to 'auto', or memory to 'low'.",
     )
-    level = f"memory is '{config.memory}', which updates weights within the backward pass,"
+    level = f"memory is '{config.memory}', which steps the optimizer during the backward pass,"
     yield (
         config.steps_in_backward and config.max_grad_norm is not None,
         f"{level} and max_grad_norm is {config.max_grad_norm}, which needs all gradients at "
-        "once; leave it out, or set memory to 'standard'.",
+        "once; leave max_grad_norm out, or set memory to 'standard'.",
     )
     yield (
         config.steps_in_backward and config.gradient_accumulation > 1,
-        f"{level} and gradient_accumulation is {config.gradient_accumulation}, which keeps "
-        "gradients; set it to 1, or memory to 'standard'.",
+        f"{level} and gradient_accumulation is {config.gradient_accumulation}, which has to "
+        "keep gradients; set gradient_accumulation to 1, or memory to 'standard'.",
     )
     yield (
         config.batch_size % config.gradient_accumulation > 0,
         f"batch_size {config.batch_size} does not split into gradient_accumulation "
-        f"{config.gradient_accumulation} equal micro-batches; make it a multiple.",
+        f"{config.gradient_accumulation} equal micro-batches; make batch_size a multiple.",
     )
     side = config.resolution
     yield (

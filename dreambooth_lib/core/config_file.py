@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def to_dict(config: "TrainConfig") -> dict[str, Any]:
-    """Return a plain dict without the fields that are None or empty, as TOML and JSON want it."""
+    """Return a plain dict for TOML or JSON, without fields that are None or empty."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     return fields | {"subject": {k: v for k, v in vars(config.subject).items() if v}}
 
@@ -26,14 +26,14 @@ def to_toml(config: "TrainConfig") -> str:
 
 
 def from_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file's fields; paths in it are taken relative to the file's folder."""
+    """Read a TOML file's fields; paths in it are relative to the file's folder."""
     path = Path(path)
     try:
         fields = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}; check the path.") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}; mend that line.") from None
+        raise ConfigError(f"{path} is not valid TOML: {error}; fix that line.") from None
     for table, key in ((fields.get("subject"), "pictures"), (fields, "class_folder")):
         if isinstance(table, dict) and key in table:
             table[key] = str((path.parent / table[key]).resolve())
@@ -44,40 +44,40 @@ def from_toml(path: str | Path) -> dict[str, Any]:
 
 
 def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig":
-    """Make a config from its fields; warn of fields under names of earlier versions.
+    """Make a config from its fields; warn about fields that still have an old name.
 
     Raises :class:`ConfigError` for unknown fields and values of the wrong type.
     """
-    for old in fields.keys() & FIELDS.keys():
-        warnings.warn(
-            f"the config's field {old} is now called {FIELDS[old]}; this version still reads the "
-            "old name, the next one will not.",
-            stacklevel=3,
-        )
+    if old := [name for name in FIELDS if name in fields]:
+        renamed = ", ".join(f"{name} is now called {FIELDS[name]}" for name in old)
+        warnings.warn(f"In the config, {renamed}; the next version will not read the old names.",
+                      stacklevel=3)  # fmt: skip
     fields = current_fields(fields)
     subject = fields.pop("subject", None)
     if not isinstance(subject, dict):
-        raise ConfigError("the config has no [subject] table with pictures and class_noun.")
+        raise ConfigError(
+            "the config has no [subject] table; add one with pictures and class_noun."
+        )
     if "others" in fields:
         raise ConfigError(
-            "others is set, but several subjects in one run are no longer supported; train one "
-            "run each, and compose their LoRAs with db.compose."
+            "others is set, but a run no longer trains several subjects; train one run for each, "
+            "and combine their LoRAs with db.compose."
         )
     kind: Any = cls.__dataclass_fields__["subject"].type
     subject = _checked(kind, subject, "subject.")
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.name not in subject:
-            raise ConfigError(f"subject.{field.name} is missing; the config must name it.")
+            raise ConfigError(f"subject.{field.name} is missing; add it to the config.")
     return cls(subject=kind(**subject), **_checked(cls, fields, ""))
 
 
 def _checked(cls: Any, fields: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return fields as ``cls`` takes them: whole numbers where it wants floats become such."""
+    """Return the fields with the types that ``cls`` wants; whole numbers become floats."""
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
     checked = dict(fields)
     for name, value in fields.items():
         if name not in types:
-            raise ConfigError(f"unknown field '{prefix}{name}'; known are {', '.join(types)}.")
+            raise ConfigError(f"unknown field '{prefix}{name}'; the fields are {', '.join(types)}.")
         wanted = types[name]
         number = isinstance(value, int) and not isinstance(value, bool)
         if number and wanted in (float, float | None):

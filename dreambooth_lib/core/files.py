@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WAITS = (0.5, 2.0)  #: seconds to wait before each retry
 
-WAITS = (0.5, 2.0)  #: seconds before an operation that failed is tried again
-
-
-#: Name, size in bytes and time in nanoseconds of each file of a folder; of a file itself, as ".".
+#: Name, size in bytes and mtime in nanoseconds of each file in a folder; a single file is ".".
 Fingerprint = list[list[Any]]
 
 
 def retry(operation: Callable[..., T], *given: Any, patient: bool = True) -> T:
-    """Return what the operation gives; if ``patient``, only a third ``OSError`` is raised."""
+    """Call the operation and return its result; if ``patient``, retry twice after an OSError."""
     for wait in WAITS if patient else ():
         try:
             return operation(*given)
@@ -33,25 +31,23 @@ def retry(operation: Callable[..., T], *given: Any, patient: bool = True) -> T:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return all files in a folder, relative to it, but hidden ones, such as half-written ones."""
+    """List all files in a folder, relative to it; hidden and half-written ones are left out."""
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     return [file for file in files if not any(part.startswith(".") for part in file.parts)]
 
 
 def fingerprint(source: Path) -> Fingerprint:
-    """Return what tells whether a copy of a file or folder is of what it is now."""
+    """Describe a file or folder so that a copy can be recognised as current or outdated."""
     names = visible_files(source) if source.is_dir() else [Path()]
     stats = [(name.as_posix(), (source / name).stat()) for name in names]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def copy(source: Path, place: Path, ways: Mapping[str, Callable[[Path, Path], None]]) -> None:
-    """Copy a file or a folder so that it appears at ``place`` when it is whole.
+    """Copy a file or folder; it appears at ``place`` only once it is complete.
 
-    ``ways`` says how a folder's files of a certain name are copied; else by :func:`copy_file`.
+    ``ways`` maps the names of files that need another copy function than :func:`copy_file`.
     """
-    pass
-
     if not source.is_dir():
         copy_file(source, place)
         return
@@ -61,7 +57,7 @@ def copy(source: Path, place: Path, ways: Mapping[str, Callable[[Path, Path], No
 
 
 def copy_file(source: Path, place: Path) -> None:
-    """Copy a file of any size, whatever the free memory; it appears at ``place`` when whole."""
+    """Copy a file of any size; it appears at ``place`` only once it is complete."""
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f".{place.name}.partial")
     shutil.copyfile(source, partial)
@@ -72,9 +68,9 @@ def copy_file(source: Path, place: Path) -> None:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """``with replacing_folder(path) as partial``: fill ``partial``; it becomes ``path`` on success.
+    """Yield a temporary folder to fill; it replaces ``folder`` when the block succeeds.
 
-    On an exception the partial folder is removed and ``path`` stays as it was.
+    On an exception the temporary folder is removed and ``folder`` stays as it was.
     """
     folder = Path(folder)
     partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
@@ -96,7 +92,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def recover_folder(folder: Path) -> None:
-    """Put an older folder back where a kill came between the two renames of its replacement."""
+    """Restore the older folder if the process was killed between the two renames."""
     if _old(folder).exists() and not folder.exists():
         _old(folder).rename(folder)
 
@@ -107,12 +103,13 @@ def _old(folder: Path) -> Path:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """``with replacing_file(path) as partial``: write ``partial``; it becomes ``path`` on success.
+    """Yield a temporary path to write; it replaces ``path`` when the block succeeds.
 
-    On an exception the partial file is removed and ``path`` stays as it was.
+    On an exception the temporary file is removed and ``path`` stays as it was.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may write it too
+    # Another process may write the same file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
@@ -123,13 +120,13 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 
 def replace_file(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that the file is whole or, on failure, as it was before."""
+    """Write ``data`` to ``path``, completely or not at all."""
     with replacing_file(path) as partial:
         partial.write_bytes(data)
 
 
 def save_png(image: "Image.Image", path: str | Path) -> None:
-    """Write a picture as PNG to ``path``, whole or not at all."""
+    """Write an image as PNG to ``path``, completely or not at all."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     replace_file(path, buffer.getvalue())

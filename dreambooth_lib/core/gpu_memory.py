@@ -1,4 +1,4 @@
-"""Memory that earlier models still hold, given back before the next one is loaded; what is free."""
+"""Free the memory of earlier models, and ask how much GPU memory is free."""
 
 import gc
 import sys
@@ -9,7 +9,7 @@ GIB = 2**30
 
 
 def free_memory() -> None:
-    """Collect what nobody uses any more; a trainer's parts hold each other until then."""
+    """Collect garbage, since a session's objects refer to each other, and empty torch's cache."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -17,24 +17,24 @@ def free_memory() -> None:
 
 
 def gpu_bytes(device: Any = None) -> tuple[int, int]:
-    """Return the free and the total bytes of a GPU, asked of it after :func:`free`.
+    """Return the free and total bytes of a GPU, after :func:`free_memory`.
 
-    What torch's allocator has kept of the GPU and no tensor fills is free for the next model too.
+    Memory that torch's allocator has reserved but no tensor uses counts as free.
     """
     import torch
 
     free_memory()
     unused, total = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return unused + kept, total
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return unused + cached, total
 
 
 def clear_frames(error: BaseException) -> None:
-    """Empty the frames that an error, and those it came from, fell through.
+    """Clear the local variables in the traceback of an error and of the errors it came from.
 
-    A notebook keeps the last error, and its frames would keep the models that they had in hand.
+    A notebook holds on to the last error, and through its frames to the models in them.
     """
-    found: BaseException | None = error
-    while found is not None:
-        traceback.clear_frames(found.__traceback__)
-        found = found.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__

@@ -1,28 +1,27 @@
-"""What the libraries below say of themselves, kept out of what a person reads."""
+"""Silence notices of diffusers, transformers and bitsandbytes that a user can do nothing about."""
 
 import logging
 import os
 import warnings
 from importlib import import_module
 
-#: What bitsandbytes says at every layer of every call in 8 bits: its way, and nothing to be done.
+#: bitsandbytes says this at every 8-bit layer in every call.
 _CAST = "MatMul8bitLt: inputs will be cast from"
 
 
 def quiet() -> None:
-    """Leave out the notices and loading bars of diffusers, transformers and bitsandbytes.
+    """Turn off notices and loading bars of diffusers, transformers and bitsandbytes.
 
-    For the command and the notebooks, before these are imported: what they lack for speed is told
-    as they are. Errors still show, as do downloads from the Hub; a level that the environment names
-    for a library is kept.
+    Call it before they are imported: they print what they miss for speed at import. Errors and
+    downloads from the Hub still show. A verbosity set in the environment is respected.
     """
-    # Where flax is installed, as on Colab, diffusers imports it and says that it is deprecated.
+    # If flax is installed, as on Colab, diffusers imports it and warns that it is deprecated.
     os.environ.setdefault("USE_FLAX", "0")
-    # What they lack for speed on a CPU is told at their import.
+    # They print what they miss for speed on a CPU when they are imported.
     for name in ("bitsandbytes", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for library in ("diffusers", "transformers"):
-        # For its import, which other modules may come before, and for processes started from here.
+        # The variable is for its import and for child processes.
         name = f"{library.upper()}_VERBOSITY"
         level = os.environ.setdefault(name, "error")
         own = import_module(f"{library}.utils.logging")
@@ -32,15 +31,15 @@ def quiet() -> None:
     from huggingface_hub.utils import enable_progress_bars
 
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        enable_progress_bars()  # which transformers has disabled too
+        enable_progress_bars()  # transformers has disabled them too
 
 
 def hide_casts() -> None:
-    """Leave out what bitsandbytes says of each cast of its 8-bit layers: it is as it should be."""
+    """Silence bitsandbytes about the casts in its 8-bit layers; they are intended."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not any(isinstance(kept, _NoCasts) for kept in logger.filters):
+    if not any(isinstance(entry, _NoCasts) for entry in logger.filters):
         logger.addFilter(_NoCasts())
-        warnings.filterwarnings("ignore", message=_CAST)  # as older versions say it
+        warnings.filterwarnings("ignore", message=_CAST)  # older versions warn instead
 
 
 class _NoCasts(logging.Filter):

@@ -1,4 +1,4 @@
-"""The group of processes that train together, on GPUs or CPUs, as a launcher started them."""
+"""Join the group of processes that a launcher started to train together, on GPUs or CPUs."""
 
 import os
 from datetime import timedelta
@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-#: How long processes wait for each other: one may validate, or draw its share, for hours. Where one
-#: of them ends, its launcher ends the others at once.
+#: How long processes wait for each other: one may validate or draw class images for hours. If one
+#: of them dies, the launcher ends the others at once.
 PATIENCE = timedelta(days=1)
 
-#: Where a launcher says how many processes it started: torchrun, and the kinds of MPI.
+#: Environment variables with the number of processes: torchrun's and MPI's.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class LaunchError(ValueError):
-    """Processes that cannot form a group; the message says how to start them."""
+    """The processes cannot form a group; the message says how to start them."""
 
 
 def join_group() -> "PartialState":
-    """Join the process group, once in each process; without a launcher it is of one process.
+    """Join the process group, once in each process; without a launcher it is a group of one.
 
-    Raises :class:`LaunchError` where fewer processes would train than were asked for, or more than
+    Raises :class:`LaunchError` if fewer processes would train than were asked for, or more than
     there are GPUs.
     """
     import torch
