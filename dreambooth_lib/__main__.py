@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = main.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="train the embedded base on a bundled subject")
+    demo = commands.add_parser("demo", help="train the bundled base on a bundled subject")
     demo.set_defaults(call=run_demo)
     demo.add_argument("--subject", help="a bundled subject's name (default: the first)")
     demo.add_argument("--out", type=Path, default=Path("outputs/demo"))
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--base", default="toybox")
     evaluate.add_argument(
-        "--encoders", nargs="+", help="hub ids or folders (default: the embedded base's scorer)"
+        "--encoders", nargs="+", help="hub ids or folders (default: the bundled base's scorer)"
     )
     evaluate.add_argument("--pictures", type=int, default=4, help="images of each prompt")
     evaluate.add_argument("--steps", type=int, help="training steps (default: the base's)")

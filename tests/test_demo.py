@@ -1,4 +1,4 @@
-"""Check the demo on the embedded base: what it writes, and the scores it must reach."""
+"""Check the demo on the bundled base: what it writes, and the scores it must reach."""
 
 import json
 import os

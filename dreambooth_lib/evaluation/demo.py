@@ -48,7 +48,7 @@ PLAN = ValidationPlan(seeds=4, class_images=48, unrelated=0)
 
 
 def bundled_subjects() -> list[Subject]:
-    """Load the subjects in ``data/subjects``, which the embedded base never saw."""
+    """Load the subjects in ``data/subjects``, which the bundled base never saw."""
     return load_dataset(BUNDLED_SUBJECTS)
 
 
