@@ -116,7 +116,7 @@ def _card(run: Run, step: int, photos: bool) -> str:
     likeness, adherence, unchanged = best_checkpoint.ratios_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
     what = f"A LoRA for `{base}`, trained" if lora else f"`{base}`, fine-tuned"
-    code = usage(run, "this model's name", base).replace("\n", "\n    ")
+    where = "its name on the Hub" + ("" if config.train_token else " or the path of its folder")
     return f"""---
 {header.to_yaml()}
 ---
@@ -132,13 +132,18 @@ one {subject.class_noun}. Write “{subject.token}” in a prompt to generate im
 
 ## Use
 
-    {code}
+```python
+{usage(run, "this model's name", base)}
+```
+
+Replace “this model's name” with {where}.
 
 ## Training
 
 - Checkpoint: step {step} of {config.steps}. Its images of the subject are {likeness:.0%} as
   similar to the photos as the photos are to each other. They follow prompts {adherence:.0%} as well
-  as the base model's do. Images of anything else are {unchanged:.0%} unchanged.
+  as the base model's do. Images of other subjects are {unchanged:.0%} unchanged from the base
+  model's.
 - Trained weights: {trained}{f", as a LoRA of rank {config.lora_rank}" if lora else ""}.
 - Settings: learning rate {config.learning_rate:g}, batch size {config.batch_size},
   {_prior(config)}.
