@@ -76,8 +76,8 @@ def upload_button() -> FileUpload:
 def upload_row(button: FileUpload) -> HBox:
     """Lay out the button beside a line on how much it accepts."""
     line = HTML(
-        '<div style="line-height: 1.4">three to six photos or one zip, together at most '
-        f"<b>{format_bytes(size_limit())}</b>. For larger ones, {_OTHER_WAY}.</div>"
+        '<div style="line-height: 1.4">Three to six photos or one zip, at most '
+        f"<b>{format_bytes(size_limit())}</b> in all. For more, {_OTHER_WAY}.</div>"
     )
     return HBox([button, line], layout=Layout(flex_flow="row wrap", align_items="center"))
 
