@@ -8,7 +8,7 @@ WHEELS := outputs/gpu-wheels
 UPLOAD := 209715200
 
 .PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base lint
-demo: $(VENV)/ready  ## personalise the embedded base for a bundled subject
+demo: $(VENV)/ready  ## personalise the bundled base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
 test: $(VENV)/ready $(COLAB)/ready  ## the whole test suite

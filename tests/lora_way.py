@@ -1,6 +1,6 @@
 """The whole way of a LoRA run, by whichever Python runs this: ``python lora_way.py FOLDER JSON``.
 
-It trains the embedded base for a few steps with what JSON says besides, is cut off and goes on, and
+It trains the bundled base for a few steps with what JSON says besides, is cut off and goes on, and
 its model is sampled, kept and exported. Prints what was so, and leaves ``unet.safetensors``: the
 denoiser with the LoRA worked in.
 """

@@ -142,7 +142,7 @@ def test_each_memory_level_takes_less_than_the_one_before(tiny_config: Make) -> 
 def test_encoding_to_latents_is_counted_and_large_images_one_at_a_time(
     large: bool, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "PIXELS", 16 * 16 * (1 if large else 8))
+    monkeypatch.setattr(base, "MAX_PIXELS", 16 * 16 * (1 if large else 8))
     _estimate.cache_clear()
     config = tiny_config("sd1", method="lora", lora_rank=1, prior="none")
     family = loading.load_model(config.base, **training_load_options(config, torch.float32))

@@ -141,9 +141,7 @@ def test_run_all_resumes_the_run_of_a_killed_kernel(tmp_path: Path) -> None:
     reached = max(runs.resume(folder).checkpoints())
     assert 0 < reached < 30
     assert start(file, sys.executable).wait() == 0
-    assert f"Going on with runs/patch_dog: step {reached} of 30" in text_of(
-        json.loads(file.read_text())
-    )
+    assert f"Resuming runs/patch_dog: step {reached} of 30" in text_of(json.loads(file.read_text()))
     run = runs.resume(folder)
     assert [row["step"] for row in run.log()] == list(range(1, 31))
     assert (run.pipeline / "model_index.json").exists()
@@ -158,7 +156,7 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
         assert [row.step for row in validation_record.history(run)] == [0, 2, 4]
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 7  # curves, front, maps, contact sheets
-    assert "stands highest of 4 settings" in text_of(shown) and "⚠" not in text_of(shown)
+    assert "has the highest score of 4 settings" in text_of(shown) and "⚠" not in text_of(shown)
     assert "SETTINGS = {'prior_weight': " in text_of(shown)
 
 
@@ -285,7 +283,7 @@ def test_a_new_run_gets_a_free_name(
     run_cells(changed, "RESUME, NAME = False, 'rex'", marks[3])
     assert changed["name"] == "rex-2", "a LoRA cannot resume the run of a full model"
     printed = capsys.readouterr().out
-    assert "Left alone: runs/rex: step 0 of 300" in printed
+    assert "Not resumed: runs/rex: step 0 of 300" in printed
     assert "This run is called rex." in printed
 
 

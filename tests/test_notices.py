@@ -29,7 +29,7 @@ PYTHONS = {"newest": None, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON
 PRINTED = [
     r"step 1/2 instance \d\.\d{4} prior \d\.\d{4}",
     r"step 2/2 instance \d\.\d{4} prior \d\.\d{4}",
-    r"looks took \d+% of the time; a larger validate_every means fewer",
+    r"validation took \d+% of the time; raise validate_every to validate less",
     r"Best: Step \d: .*",
     r".*/run/pipeline",
 ]

@@ -14,7 +14,7 @@ from dreambooth_lib.training.class_images import draw_class_images
 from dreambooth_lib.training.sampling import load_source
 from dreambooth_lib.training.validation_record import images_folder, load_images, plan_of
 
-#: A LoRA run of rank 1 on the embedded base, interrupted at step 1 of 2 by version 0.1.0 before
+#: A LoRA run of rank 1 on the bundled base, interrupted at step 1 of 2 by version 0.1.0 before
 #: its fields and files had their present names; beside it the class images that it drew.
 OLD = Path(__file__).parent / "data" / "old_run"
 SENTENCE = "watch_every is now called validate_every"

@@ -93,7 +93,7 @@ def test_a_lora_is_exported_without_loading_its_base(
 
     last = max(run.checkpoints())
     with monkeypatch.context() as patch:
-        patch.setattr("dreambooth_lib.families.pretrained.from_pretrained", loaded)
+        patch.setattr("dreambooth_lib.families.pretrained.load_pretrained", loaded)
         pipeline_folder.write_model(run, last, tmp_path / "models" / "my-dog")
     for name in ("pytorch_lora_weights.safetensors", "word/token.safetensors"):
         if (run.pipeline / name).exists():

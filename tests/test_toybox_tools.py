@@ -1,4 +1,4 @@
-"""What builds the embedded base, on a drawing made here: no network."""
+"""What builds the bundled base, on a drawing made here: no network."""
 
 import copy
 import json

@@ -1,6 +1,6 @@
 """Which ways of training work on this machine: ``python -m tools.check_gpu --work DIR``.
 
-Each way trains the embedded base, stops in the middle as if it were interrupted, is resumed, ends,
+Each way trains the bundled base, stops in the middle as if it were interrupted, is resumed, ends,
 and draws from what it saved, in a process of its own, five at a time. ``make gpu`` does this too.
 A way is ok where every loss is finite, the loss on held-out pictures falls, no update is lost or
 made twice, and the finished run and its best checkpoint load and draw. What was ok in DIR is not

@@ -44,7 +44,7 @@ def export(run: Run, model: str | Path, path: str | Path) -> str:
     if origin(config.base) == "toybox":
         message += (
             " Neither program can run it: they only know the sizes of the released Stable "
-            "Diffusion models, and the embedded base is smaller."
+            "Diffusion models, and the bundled base is smaller."
         )
     if config.train_token:
         message += f" The file has no place for the trained token '{config.subject.identifier}'."

@@ -1,4 +1,4 @@
-"""Build the embedded base from nothing: ``python -m tools.toybox build``.
+"""Build the bundled base from nothing: ``python -m tools.toybox build``.
 
     build     fetch the drawings, train autoencoder, classifier, diffusion and judge, write
               data/toybox

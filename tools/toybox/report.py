@@ -105,7 +105,7 @@ def write_readme(
         f"- {name} {version}: {credit}, {licence}"
         for name, (version, credit, licence) in every.items()
     )
-    text = f"""# The embedded base
+    text = f"""# The bundled base
 
 A small Stable Diffusion pipeline, its judge (a CLIPModel) and the classifier that examines it (a
 ResNet), trained by `tools/toybox` on emoji drawings set on drawn scenes at 64x64 pixels:
