@@ -355,19 +355,19 @@ def test_the_demos_class_images_and_figures_are_drawn_on_the_gpu(
 ) -> None:  # fmt: skip
     from dreambooth_lib.evaluation import demo
 
-    looked: list[bool] = []
-    look = demo.look
+    on_gpu: list[bool] = []
+    draw_images = demo.draw_images
 
-    def validating(family: Family, *given: Any) -> Any:
-        looked.append(getattr(family, "on_gpu", False))
-        return look(family, *given)
+    def validating(family: Family, *args: Any) -> Any:
+        on_gpu.append(getattr(family, "on_gpu", False))
+        return draw_images(family, *args)
 
-    monkeypatch.setattr(demo, "look", validating)
+    monkeypatch.setattr(demo, "draw_images", validating)
     config = plain(tiny_sd1, prior_inference_steps=1, validate_every=0)
     view = validation.ValidationPlan(class_images=2, inference_steps=1)
     demo.personalise(config, tmp_path / "runs" / "run", view=view)
-    assert gpu.drawn[0] == (True, torch.bfloat16, 2) and looked == [True, True]
-    assert {on_gpu for on_gpu, *_ in gpu.drawn} == {True}, "class images and validation images"
+    assert gpu.drawn[0] == (True, torch.bfloat16, 2) and on_gpu == [True, True]
+    assert {placed for placed, *_ in gpu.drawn} == {True}, "class images and validation images"
     assert gpu.freed >= 3
 
 
