@@ -49,7 +49,7 @@ class CheckpointSlider(Panel):
         if step != self.step:
             used = f"<i>View only</i>: the cells below use step {self.step} ★."
         self.scores.value = (
-            f"<b>{f'Step {step}' if step else 'The base'}</b>: like your photos {like:.0%}, "
+            f"<b>{f'Step {step}' if step else 'The base'}</b>: likeness to the photos {like:.0%}, "
             f"follows the prompt {follows:.0%}, the rest unchanged {rest:.0%}. {used}"
         )
         validation = load_images(self.run, step)

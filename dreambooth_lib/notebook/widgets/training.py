@@ -84,7 +84,7 @@ class _TrainingPanel(Panel):
     def show(self, step: Step) -> None:
         """Show a step's losses, and draw the curves if there is time for them."""
         prior = "" if step.prior_loss is None else f", prior loss {step.prior_loss:.3f}"
-        self.status.value = f"Step {step.step}: subject loss {step.instance_loss:.3f}{prior}."
+        self.status.value = f"Step {step.step}: instance loss {step.instance_loss:.3f}{prior}."
         if step.validation or (time.monotonic() - self._drawn_at) * _PLOT_TIME > self._seconds:
             self.draw()
 
