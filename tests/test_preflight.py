@@ -243,7 +243,7 @@ def test_what_a_base_needs_grows_with_its_parameters(tiny_sd1: str) -> None:
 
 def test_each_method_needs_less_than_the_one_before() -> None:
     whole, *_, small = will_it_fit.needs_on_gpu(FLUX)
-    assert (whole.method, small.way) == ("full fine-tuning", "QLoRA")
+    assert (whole.method, small.method) == ("full fine-tuning", "QLoRA")
     assert small.gpu < whole.gpu / 5 and small.memory < whole.memory / 4
     assert small.disk < whole.disk / 4 and small.drive < whole.drive / 10
     plenty, nothing = Resources(1 << 50, 1 << 50, 1 << 50), Resources(0, 0, 0)
