@@ -34,6 +34,7 @@ def test_readme_says_the_way_in_in_one_line() -> None:
     (line,) = [line for line in again.splitlines() if "colab-badge.svg" in line]
     assert "/github/you/new/blob/main/notebooks/01_dreambooth.ipynb)" in line
     assert "`pip install git+https://github.com/you/new`" in line
+    assert "git clone https://github.com/you/new.git dreambooth" in again
     assert "make wheel" not in again and "me/old" not in again
     heads = [row.removesuffix(", today") for row in plain.splitlines() if row.startswith("## ")]
     assert [row for row in again.splitlines() if row.startswith("## ")] == heads

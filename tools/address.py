@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 COLAB = "https://colab.research.google.com"
 _BADGE = re.compile(r"^\[!\[Open in Colab\]")
+_CLONE = re.compile(r"git clone https://github\.com/\S+?\.git")
 _KIT = re.compile(r'^KIT_URL = ".*?"')
 _ON_COLAB = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
 
@@ -50,8 +51,9 @@ def with_address(notebook: dict[str, Any], name: str, address: str) -> dict[str,
 
 
 def with_badge(readme: str, address: str) -> str:
-    """Return README with the first notebook's badge and the installation in one line."""
+    """Return README with the clone line, and the first notebook's badge and installation."""
     repository = repository_of(address)
+    readme = _CLONE.sub(f"git clone https://github.com/{repository}.git", readme)
     install = f"`pip install git+https://github.com/{repository}`"
     line = f"{badge(repository, '01_dreambooth')} or {install}"
     return _ON_COLAB.sub(f"## On Colab\n\n{line}\n\n", readme)
