@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dreambooth_lib.core.config import Subject, TrainConfig
     from dreambooth_lib.core.config_checks import ConfigError
     from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
-    from dreambooth_lib.data.images import read_pictures
-    from dreambooth_lib.data.quality_checks import check_pictures
+    from dreambooth_lib.data.images import read_photos
+    from dreambooth_lib.data.quality_checks import check_photos
     from dreambooth_lib.data.subjects import load_dataset, load_subject
     from dreambooth_lib.training.best_checkpoint import Selection, best_checkpoint
     from dreambooth_lib.training.loop import Step, train
@@ -34,12 +34,12 @@ _HOME = {
     "ConfigError": "core.config_checks",
     "Subject": "core.config",
     "TrainConfig": "core.config",
-    "check_pictures": "data.quality_checks",
+    "check_photos": "data.quality_checks",
     "load_dataset": "data.subjects",
     "load_subject": "data.subjects",
     "check_identifier": "data.identifiers",
     "rare_identifiers": "data.identifiers",
-    "read_pictures": "data.images",
+    "read_photos": "data.images",
     "Run": "training.runs",
     "resume": "training.runs",
     "start": "training.runs",

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.data.subjects import read_pictures
+from dreambooth_lib.data.subjects import read_photos
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import runs
@@ -66,7 +66,7 @@ def test_as_many_distinct_images_as_asked_for_are_drawn_of_the_class(
     images = draw(config, family, tmp_path)
     assert len(set(images.values())) == 5
     assert texts == ["a dog"] * 5
-    photos = read_pictures(class_images_folder(config, family, tmp_path))
+    photos = read_photos(class_images_folder(config, family, tmp_path))
     assert [photo.image.size for photo in photos] == [(16, 16)] * 5
 
 
@@ -173,7 +173,7 @@ def test_images_do_not_depend_on_the_rest_of_their_batch(
 ) -> None:
     def pixels(folder: Path) -> np.ndarray:
         draw(config, family, folder)
-        photos = read_pictures(class_images_folder(config, family, folder))
+        photos = read_photos(class_images_folder(config, family, folder))
         return np.stack([np.asarray(photo.image).astype(int) for photo in photos])
 
     together = pixels(tmp_path / "together")
@@ -212,7 +212,7 @@ def test_a_generator_closed_early_leaves_only_whole_images_and_is_continued_late
     folder = class_images_folder(config, family, tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "manifest.json"]
-    assert len(read_pictures(folder)) == 3
+    assert len(read_photos(folder)) == 3
     seeds = record_seeds(monkeypatch)
     assert len(draw(config, family, tmp_path)) == 5
     assert seeds == [3, 4]
@@ -233,7 +233,7 @@ def test_a_failed_write_leaves_no_partial_image(
         patch.setattr(Path, "write_bytes", failing)
         with pytest.raises(OSError, match="no space"):
             draw(config, family, tmp_path)
-    photos = read_pictures(class_images_folder(config, family, tmp_path))
+    photos = read_photos(class_images_folder(config, family, tmp_path))
     assert [photo.name for photo in photos] == ["00000.png", "00001.png"]
     assert len(draw(config, family, tmp_path)) == 5
 

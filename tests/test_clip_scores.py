@@ -130,13 +130,13 @@ def test_evaluate_returns_every_score(clip: Encoder) -> None:
     before, after = drawings(3, 3), drawings(3, 4)
     prompts = ["a ohwx dog", "a ohwx dog in snow", "a ohwx dog", "ohwx dog"]
     scores = evaluate(clip, reference, generated, prompts, after, "ohwx", before)
-    images, class_images = clip.images(generated), clip.images(after)
-    texts = clip.texts(["a dog", "a dog in snow", "a dog", "dog"])
+    images, class_images = clip.embed_images(generated), clip.embed_images(after)
+    texts = clip.embed_texts(["a dog", "a dog in snow", "a dog", "dog"])
     assert scores == {
-        "subject_fidelity": subject_fidelity(images, clip.images(reference)),
+        "subject_fidelity": subject_fidelity(images, clip.embed_images(reference)),
         "prompt_adherence": prompt_adherence(images, texts),
         "class_diversity": diversity(class_images),
-        "prior_drift": prior_drift(clip.images(before), class_images),
+        "prior_drift": prior_drift(clip.embed_images(before), class_images),
     }
     without = evaluate(clip, reference, generated, prompts, after, "ohwx")
     assert without == {k: v for k, v in scores.items() if k != "prior_drift"}

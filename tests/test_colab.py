@@ -13,7 +13,7 @@ from fake_colab import FakeColab, NotebookAccessError, SecretNotFoundError, Time
 from PIL import Image
 
 from dreambooth_lib.core.hub_token import hub_token
-from dreambooth_lib.data.images import DataError, read_pictures
+from dreambooth_lib.data.images import DataError, read_photos
 from dreambooth_lib.data.subjects import load_subject
 from dreambooth_lib.notebook import colab
 
@@ -95,7 +95,7 @@ def test_an_upload_is_a_folder_that_a_subject_loads_from(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == PHOTOS
     with pytest.warns(UserWarning, match="blurred"):
         subject = load_subject(folder, class_noun="dog", name="rex")
-    assert subject.pictures == str(folder) and len(read_pictures(subject.pictures)) == 2
+    assert subject.pictures == str(folder) and len(read_photos(subject.pictures)) == 2
 
 
 def test_outside_colab_there_is_no_upload(tmp_path: Path) -> None:
@@ -120,13 +120,13 @@ def test_what_a_widget_gives_is_saved_too(tmp_path: Path) -> None:
 
 def test_a_zip_is_kept_as_it_is_and_read(tmp_path: Path) -> None:
     source = colab.save_uploads({"mine.ZIP": packed(PHOTOS)}, tmp_path)
-    assert [photo.name for photo in read_pictures(source)] == ["blue.png", "red.png"]
+    assert [photo.name for photo in read_photos(source)] == ["blue.png", "red.png"]
 
 
 def test_a_zip_that_leaves_its_folder_is_refused_when_it_is_read(tmp_path: Path) -> None:
     source = colab.save_uploads({"bad.zip": packed({"../red.png": png("red")})}, tmp_path)
     with pytest.raises(DataError, match="leads out of the zip"):
-        read_pictures(source)
+        read_photos(source)
     assert not (tmp_path / "red.png").exists()
 
 

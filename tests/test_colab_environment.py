@@ -88,7 +88,7 @@ from transformers import AutoImageProcessor
 from dreambooth_lib.metrics.encoders import Encoder
 print(type(AutoImageProcessor.from_pretrained({str(clip_folder)!r})).__name__)
 encoder = Encoder({str(clip_folder)!r})
-print(type(encoder._processor).__name__, *encoder.images([Image.new("RGB", (40, 30))]).shape)
+print(type(encoder._processor).__name__, *encoder.embed_images([Image.new("RGB", (40, 30))]).shape)
 """
     assert there("-c", code).split() == ["CLIPImageProcessor", "CLIPImageProcessorPil", "1", "10"]
 

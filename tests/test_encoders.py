@@ -35,14 +35,14 @@ def test_clip_rows_have_length_one_and_do_not_depend_on_the_batch(
 ) -> None:
     images = drawings(5)
     prompts = ["a dog", "a dog on a beach", "dog", "snow", "a very long prompt about many dogs"]
-    at_once, texts = clip.images(images), clip.texts(prompts)
+    at_once, texts = clip.embed_images(images), clip.embed_texts(prompts)
     assert at_once.shape == texts.shape == (5, 10)
     for rows in (at_once, texts):
         assert rows.dtype == torch.float32 and not rows.requires_grad
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(5))
     monkeypatch.setattr(encoders, "BATCH", 2)
-    torch.testing.assert_close(clip.images(images), at_once, atol=1e-5, rtol=0)
-    torch.testing.assert_close(clip.texts(prompts), texts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(clip.embed_images(images), at_once, atol=1e-5, rtol=0)
+    torch.testing.assert_close(clip.embed_texts(prompts), texts, atol=1e-5, rtol=0)
     assert clip.model_id == str(clip_folder) and clip.reads_texts
 
 
@@ -53,7 +53,7 @@ def test_clip_images_are_prepared_as_the_config_says(clip: Encoder, clip_folder:
         with torch.inference_mode():
             features = model.visual_projection(model.vision_model(pixels).pooler_output)
         expected = torch.nn.functional.normalize(features, dim=-1)
-        torch.testing.assert_close(clip.images([image]), expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(clip.embed_images([image]), expected, atol=2e-4, rtol=0)
 
 
 def test_clip_embeddings_are_those_of_the_whole_model(clip: Encoder, clip_folder: Path) -> None:
@@ -63,21 +63,23 @@ def test_clip_embeddings_are_those_of_the_whole_model(clip: Encoder, clip_folder
     ids = torch.tensor([[last - 1, 26, 53, last]])  # <start> a</w> dog</w> <end>
     with torch.inference_mode():
         output = model(input_ids=ids, pixel_values=pixels)
-    torch.testing.assert_close(clip.texts(["a dog"]), output.text_embeds, atol=1e-5, rtol=0)
-    torch.testing.assert_close(clip.images(drawings(1)), output.image_embeds, atol=2e-4, rtol=0)
+    torch.testing.assert_close(clip.embed_texts(["a dog"]), output.text_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        clip.embed_images(drawings(1)), output.image_embeds, atol=2e-4, rtol=0
+    )
 
 
 def test_half_precision_weights_are_used_in_float32(clip_folder: Path, tmp_path: Path) -> None:
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     CLIPModel.from_pretrained(clip_folder).half().save_pretrained(tmp_path)
-    assert Encoder(tmp_path).images(drawings(2)).dtype == torch.float32
+    assert Encoder(tmp_path).embed_images(drawings(2)).dtype == torch.float32
 
 
 def test_dino_gives_the_class_token(dino: Encoder, dino_folder: Path) -> None:
     model = ViTModel.from_pretrained(dino_folder, add_pooling_layer=False).eval()
     images = drawings(3)
-    rows = dino.images(images)
+    rows = dino.embed_images(images)
     for image, row in zip(images, rows, strict=True):
         pixels = prepared(image, 32, 28, IMAGENET_MEAN, IMAGENET_STD)
         with torch.inference_mode():
@@ -86,7 +88,7 @@ def test_dino_gives_the_class_token(dino: Encoder, dino_folder: Path) -> None:
         torch.testing.assert_close(row, expected, atol=2e-4, rtol=0)
     assert not dino.reads_texts
     with pytest.raises(ValueError, match="embeds images only"):
-        dino.texts(["a dog"])
+        dino.embed_texts(["a dog"])
 
 
 def test_encoders_that_cannot_be_used_are_named(clip: Encoder, tmp_path: Path) -> None:
@@ -96,9 +98,9 @@ def test_encoders_that_cannot_be_used_are_named(clip: Encoder, tmp_path: Path) -
     with pytest.raises(ValueError, match="is of type 'bert'; give a CLIP"):
         Encoder(tmp_path)
     with pytest.raises(ValueError, match="no images"):
-        clip.images([])
+        clip.embed_images([])
     with pytest.raises(ValueError, match="no prompts"):
-        clip.texts([])
+        clip.embed_texts([])
 
 
 @pytest.mark.parametrize(
@@ -125,14 +127,14 @@ def test_files_are_embedded_once_by_their_content(
     monkeypatch.setattr(encoders, "BATCH", 2)
     cache = tmp_path / "cache"
     rows = embed_files(clip, [*paths, tmp_path / "copy.png"], cache)
-    torch.testing.assert_close(rows[:5], clip.images(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows[:5], clip.embed_images(images), atol=1e-5, rtol=0)
     assert torch.equal(rows[5], rows[0])
     assert len(list(cache.glob("*/*.npy"))) == 5
 
     asked: list[int] = []
-    plain = Encoder.images
+    plain = Encoder.embed_images
     monkeypatch.setattr(
-        Encoder, "images", lambda self, batch: asked.append(len(batch)) or plain(self, batch)
+        Encoder, "embed_images", lambda self, batch: asked.append(len(batch)) or plain(self, batch)
     )
     assert torch.equal(embed_files(clip, paths, cache), rows[:5]) and not asked
     images[3].rotate(90).save(paths[3])

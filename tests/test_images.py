@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_lib.data import images
-from dreambooth_lib.data.images import DataError, read_pictures
+from dreambooth_lib.data.images import DataError, read_photos
 
 GPS, ORIENTATION, MAKE = 0x8825, 0x0112, 0x010F
 
@@ -38,7 +38,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 def one_pixel(folder: Path) -> list[int]:
-    (photo,) = read_pictures(folder)
+    (photo,) = read_photos(folder)
     assert photo.image.mode == "RGB"
     assert photo.image.info == {}
     pixel: list[int] = np.asarray(photo.image)[0, 0].tolist()
@@ -59,7 +59,7 @@ def refused(tmp_path: Path) -> Callable[..., None]:
     def check(source: Path, *words: str) -> None:
         before = snapshot(tmp_path)
         with pytest.raises(DataError) as caught:
-            read_pictures(source)
+            read_photos(source)
         for word in words:
             assert word in str(caught.value)
         assert str(caught.value).endswith(".")
@@ -107,7 +107,7 @@ def test_every_mode_becomes_rgb(folder: Path, name: str) -> None:
 def test_16_bit_big_endian_tiff_is_scaled(folder: Path) -> None:
     pixels = struct.pack(">4H", 0, 1000, 30000, 65535)
     Image.frombytes("I;16B", (4, 1), pixels).save(folder / "a.tif")
-    (photo,) = read_pictures(folder)
+    (photo,) = read_photos(folder)
     assert np.asarray(photo.image)[0, :, 0].tolist() == [0, 4, 117, 255]
 
 
@@ -125,7 +125,7 @@ def test_exif_rotates_the_photo_and_is_gone(folder: Path) -> None:
     image.paste("black", (0, 0, 16, 16))
     image.save(folder / "a.jpg", exif=exif, quality=95)
     assert b"Camera" in (folder / "a.jpg").read_bytes()
-    (photo,) = read_pictures(folder)
+    (photo,) = read_photos(folder)
     assert photo.image.size == (16, 32)
     assert np.asarray(photo.image)[:16].max() < 20
     assert np.asarray(photo.image)[16:].min() > 235
@@ -155,7 +155,7 @@ def test_folder_is_sorted_and_its_clutter_ignored(folder: Path) -> None:
     for name in (".ipynb_checkpoints", "__MACOSX", "more"):
         (folder / name).mkdir()
         (folder / name / "a.png").write_bytes(b"no photo")
-    assert [photo.name for photo in read_pictures(folder)] == ["a.png", "b.PNG", "c"]
+    assert [photo.name for photo in read_photos(folder)] == ["a.png", "b.PNG", "c"]
 
 
 @pytest.mark.parametrize("prefix", ["", "dog/", "a/dog/", "dog\\"])
@@ -168,7 +168,7 @@ def test_zip_reads_like_a_folder(tmp_path: Path, prefix: str) -> None:
         f"{prefix}.DS_Store": b"",
         "README.md": b"about",
     }
-    photos = read_pictures(make_zip(tmp_path / "dog.zip", members))
+    photos = read_photos(make_zip(tmp_path / "dog.zip", members))
     assert [(p.name, p.caption) for p in photos] == [("a.png", "a caption"), ("b.png", None)]
     assert np.array_equal(np.asarray(photos[1].image), np.asarray(noise(1)))
     assert [p.name for p in tmp_path.iterdir()] == ["dog.zip"]
@@ -180,7 +180,7 @@ def test_captions_of_both_kinds(folder: Path) -> None:
     (folder / "a.txt").write_text("\ufeffbeside é\n", encoding="utf-8")
     rows = [{"file_name": "a.png", "text": "listed"}, {"file_name": "b.png", "text": " listed "}]
     (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    assert [p.caption for p in read_pictures(folder)] == ["beside é", "listed", None]
+    assert [p.caption for p in read_photos(folder)] == ["beside é", "listed", None]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth_lib import sample
 from dreambooth_lib.__main__ import main
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.data.images import read_pictures
+from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.export import pipeline_folder
 from dreambooth_lib.families import loading
@@ -35,7 +35,7 @@ SUBJECTS = Path(loading.BUNDLED) / "subjects"
 def bundled() -> torch.Tensor:
     """Return all photos of the bundled subjects, [15, 3, 64, 64]."""
     photos = [photo for folder in sorted(SUBJECTS.iterdir()) if folder.is_dir()
-              for photo in read_pictures(folder)]  # fmt: skip
+              for photo in read_photos(folder)]  # fmt: skip
     return torch.stack([to_tensor(photo.image, 64) for photo in photos])
 
 
@@ -171,7 +171,7 @@ def broken(base: str, part: str, folder: Path) -> str:
 
 @pytest.fixture
 def photo_list(photos: str) -> list[Any]:
-    return read_pictures(photos)
+    return read_photos(photos)
 
 
 def test_latents_that_are_not_finite_are_refused_and_not_cached(

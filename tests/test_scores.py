@@ -43,7 +43,7 @@ def test_every_measure_matches_numpy_on_the_embeddings(
     assert len(found) == len(rows)
 
     def embed(encoder: Encoder, paths: list[Path]) -> np.ndarray:
-        return encoder.images([Image.open(p).convert("RGB") for p in paths]).double().numpy()
+        return encoder.embed_images([Image.open(p).convert("RGB") for p in paths]).double().numpy()
 
     for name, encoder in (("clip", clip), ("dino", dino)):
         real = embed(encoder, sorted(Path(photos).glob("*.png")))
@@ -62,7 +62,7 @@ def test_every_measure_matches_numpy_on_the_embeddings(
                     if name == "dino":
                         assert key not in found
                     else:
-                        text = clip.texts([prompt.replace("{} ", "")])[0].double().numpy()
+                        text = clip.embed_texts([prompt.replace("{} ", "")])[0].double().numpy()
                         assert found[key] == pytest.approx(made[seed] @ text, abs=1e-5)
                 apart = [1 - made[i] @ made[j] for i, j in ((0, 1), (0, 2), (1, 2))]
                 key = (method, name, "prompt_diversity", prompt, None)
@@ -121,7 +121,7 @@ def test_photos_are_not_paired_with_their_near_duplicates(
 ) -> None:
     benchmark, out, photos = drawn
     three = [Image.open(p).convert("RGB") for p in sorted(Path(photos).glob("*.png"))]
-    unlike = clip.images(three).double().numpy()
+    unlike = clip.embed_images(three).double().numpy()
     expected = np.mean([unlike[i] @ unlike[j] for i, j in ((0, 1), (0, 2), (1, 2))])
     (row,) = [r for r in score(benchmark, [], out, {"clip": clip}, SHORT)]
     assert (row.method, row.measure, row.prompt) == ("real pictures", "subject_fidelity", None)

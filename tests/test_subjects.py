@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 from dreambooth_lib.core.config import DEFAULT_IDENTIFIER
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.data import preprocessing, quality_checks, subjects
-from dreambooth_lib.data.images import DataError, Photo, read_pictures
+from dreambooth_lib.data.images import DataError, Photo, read_photos
 
 DREAMBENCH = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH", "")
 
@@ -29,7 +29,7 @@ def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
 def found(*images: Image.Image, resolution: int = 32) -> list[tuple[str, tuple[str, ...]]]:
     """Return all findings but "few"."""
     photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
-    findings = quality_checks.check_pictures(photos, resolution)
+    findings = quality_checks.check_photos(photos, resolution)
     assert all(f.message.startswith(f.names[0]) and f.message.endswith(".") for f in findings)
     return [(f.kind, f.names) for f in findings if f.kind != "few"]
 
@@ -43,7 +43,7 @@ def test_one_or_two_photos_are_few_and_copies_do_not_count() -> None:
 
     def few(*images: Image.Image) -> list[str]:
         photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
-        return [f.message for f in quality_checks.check_pictures(photos, 32) if f.kind == "few"]
+        return [f.message for f in quality_checks.check_photos(photos, 32) if f.kind == "few"]
 
     assert few(one)[0].startswith("0.png alone is too little to learn from; take three to six")
     assert few(one, two)[0].startswith("0.png and 1.png alone are too little")
@@ -151,9 +151,9 @@ def test_real_dataset() -> None:
     assert len(found) == 8
     assert [s.name for s in found if s.kind == "live"] == ["cat2", "dog"]
     for subject in found:
-        photos = read_pictures(subject.pictures)
+        photos = read_photos(subject.pictures)
         assert 4 <= len(photos) <= 6
-        assert quality_checks.check_pictures(photos) == []
+        assert quality_checks.check_photos(photos) == []
 
 
 def test_to_tensor_by_hand() -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from dreambooth_lib import best_checkpoint
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
-from dreambooth_lib.data.images import Photo, captioned, read_pictures
+from dreambooth_lib.data.images import Photo, captioned, read_photos
 from dreambooth_lib.data.preprocessing import to_tensor
-from dreambooth_lib.data.quality_checks import hold_out, near_groups
+from dreambooth_lib.data.quality_checks import hold_out, near_duplicate_groups
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import MAX_BATCH_SIZE, Family
 from dreambooth_lib.metrics import clip_scores
@@ -76,9 +76,11 @@ def test_a_validation_writes_images_and_scores(
                      "unrelated-0.png"]  # fmt: skip
     # The files and the public metrics give the same scores, and sampling gives the same images.
     encoder = Encoder(clip_folder)
-    photos = [photo.image for photo in read_pictures(run.config.subject.pictures)]
+    photos = [photo.image for photo in read_photos(run.config.subject.pictures)]
     images = [Image.open(folder / f"subject-{i}.png") for i in range(4)]
-    fidelity = clip_scores.subject_fidelity(encoder.images(images), encoder.images(photos))
+    fidelity = clip_scores.subject_fidelity(
+        encoder.embed_images(images), encoder.embed_images(photos)
+    )
     assert last.subject_fidelity == pytest.approx(fidelity, abs=1e-6)
     prompts = [p.replace("{noun}", "dog") for p in validation.PROMPTS]
     again = sample(run, prompts, [0], at=4, steps=2, guidance_scale=PLAN.guidance_scale)
@@ -176,11 +178,11 @@ def photo(name: str, seed: int) -> Photo:
 
 def test_near_duplicates_are_held_out_together_or_not_at_all() -> None:
     four = [photo(str(i), i) for i in range(4)]
-    assert near_groups(four) == [[0], [1], [2], [3]]
+    assert near_duplicate_groups(four) == [[0], [1], [2], [3]]
     assert hold_out(four) == (four[:3], four[3:])
     assert hold_out(four[:3]) == (four[:3], [])
     twin = Photo("twin", four[3].image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    assert near_groups([*four, twin]) == [[0], [1], [2], [3, 4]]
+    assert near_duplicate_groups([*four, twin]) == [[0], [1], [2], [3, 4]]
     trained, held_out = hold_out([*four, twin])
     assert [p.name for p in held_out] == ["2"] and len(trained) == 4
     pairs = [four[0], four[0], four[1], four[1]]
@@ -188,7 +190,7 @@ def test_near_duplicates_are_held_out_together_or_not_at_all() -> None:
 
 
 def test_near_groups_join_photos_that_are_alike_by_a_third() -> None:
-    assert near_groups([photo("a", 1), photo("b", 2), photo("a", 1), photo("a", 1)]) == [
+    assert near_duplicate_groups([photo("a", 1), photo("b", 2), photo("a", 1), photo("a", 1)]) == [
         [0, 2, 3], [1],
     ]  # fmt: skip
 
@@ -218,7 +220,7 @@ def test_held_out_losses_match_a_plain_computation(
     tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
     config, family = make_config(tiny_sd2, photos), loading.load_model(tiny_sd2)
-    (held_out, *_) = captioned(read_pictures(photos), config.subject.instance_prompt)
+    (held_out, *_) = captioned(read_photos(photos), config.subject.instance_prompt)
     held_out_loss = HeldOutLoss(config, family, {"subject": [held_out], "class": []})
     model = Trainable(family, False).eval()
     torch.manual_seed(5)

@@ -26,7 +26,7 @@ import torch
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.data.images import read_pictures
+from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.evaluation.sweep import PLAN, grid, sweep
 from dreambooth_lib.evaluation.sweep_table import recommend, table
@@ -117,7 +117,7 @@ def overtrain(subject: Subject, folder: Path) -> list[dict]:
     config = config.replace(steps=4 * config.steps, checkpoints_kept=10_000)
     run = trained(config, folder)
     plan = replace(SCORED, guidance_scale=config.guidance_scale)
-    photos = [photo.image for photo in read_pictures(subject.pictures)]
+    photos = [photo.image for photo in read_photos(subject.pictures)]
     encoder = validation.load_scorer(config)
     before = validation.draw_images(loading.load_model(config.base), subject, plan)
     base = validation.score_images(encoder, photos, subject, before, before)
@@ -182,7 +182,7 @@ def train_auto(subject: Subject, folder: Path) -> tuple[float, int, int]:
     config = auto(subject)
     run = trained(config, folder)
     plan = replace(PLAN, guidance_scale=config.guidance_scale)
-    photos = [photo.image for photo in read_pictures(subject.pictures)]
+    photos = [photo.image for photo in read_photos(subject.pictures)]
     drawn = [validation.draw_images(loading.load_model(source), subject, plan) for source in
              (config.base, str(run.folder))]  # fmt: skip
     encoder = validation.load_scorer(config)

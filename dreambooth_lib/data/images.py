@@ -48,7 +48,7 @@ def captioned(photos: list[Photo], prompt: str) -> list[Photo]:
     return [replace(photo, caption=photo.caption or prompt) for photo in photos]
 
 
-def read_pictures(source: str | Path) -> list[Photo]:
+def read_photos(source: str | Path) -> list[Photo]:
     """Read all photos in a folder (not in its sub-folders) or a zip, sorted by name.
 
     They are turned upright by EXIF, transparency becomes white, 16 bits are scaled to 8, and of

@@ -24,7 +24,7 @@ class Finding:
     message: str
 
 
-def check_pictures(photos: list[Photo], resolution: int = 512) -> list[Finding]:
+def check_photos(photos: list[Photo], resolution: int = 512) -> list[Finding]:
     """Find problems that would spoil training.
 
     "few": there are only one or two photos, copies not counted. "duplicate": the same pixels.
@@ -58,10 +58,10 @@ def check_pictures(photos: list[Photo], resolution: int = 512) -> list[Finding]:
     return findings + [finding for photo in photos for finding in _check_photo(photo, resolution)]
 
 
-def near_groups(photos: list[Photo]) -> list[list[int]]:
+def near_duplicate_groups(photos: list[Photo]) -> list[list[int]]:
     """Return groups of near-duplicates, as indices into ``photos``, in order of their first one.
 
-    Copies and near-duplicates, as :func:`check_pictures` finds them, are one group. Scores of pairs
+    Copies and near-duplicates, as :func:`check_photos` finds them, are one group. Scores of pairs
     of photos or of a held-out photo must count a group as one photo.
     """
     group = list(range(len(photos)))
@@ -79,7 +79,7 @@ def hold_out(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
     """
     if len(photos) < 4:
         return photos, []
-    held_out = min(reversed(near_groups(photos)), key=len)
+    held_out = min(reversed(near_duplicate_groups(photos)), key=len)
     if len(photos) - len(held_out) < 3:
         return photos, []
     return [p for i, p in enumerate(photos) if i not in held_out], [photos[i] for i in held_out]

@@ -5,8 +5,8 @@ import warnings
 from pathlib import Path
 
 from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
-from dreambooth_lib.data.images import DataError, read_pictures
-from dreambooth_lib.data.quality_checks import check_pictures
+from dreambooth_lib.data.images import DataError, read_photos
+from dreambooth_lib.data.quality_checks import check_photos
 
 
 def load_subject(
@@ -14,11 +14,11 @@ def load_subject(
 ) -> Subject:
     """Return the subject whose photos are in a folder or zip, after checking them.
 
-    Warns of each finding of :func:`check_pictures` but "tiny", which depends on the resolution.
-    Raises :class:`DataError` as :func:`read_pictures` does, and ``ConfigError`` for empty words.
+    Warns of each finding of :func:`check_photos` but "tiny", which depends on the resolution.
+    Raises :class:`DataError` as :func:`read_photos` does, and ``ConfigError`` for empty words.
     """
     subject = Subject(str(Path(source).resolve()), class_noun, identifier, name)
-    for finding in check_pictures(read_pictures(source)):
+    for finding in check_photos(read_photos(source)):
         if finding.kind != "tiny":
             warnings.warn(finding.message, stacklevel=2)
     return subject

@@ -22,7 +22,7 @@ from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.core.old_names import locate
-from dreambooth_lib.data.images import read_pictures
+from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.subjects import load_dataset
 from dreambooth_lib.evaluation.sweep import run_all
 from dreambooth_lib.families import loading
@@ -91,7 +91,7 @@ def personalise(
         images[name] = draw_images(load_source(source), subject, plan)
         gpu_memory.free_memory()
     times.append(time.perf_counter())
-    photos = [photo.image for photo in read_pictures(subject.pictures)]
+    photos = [photo.image for photo in read_photos(subject.pictures)]
     encoder = Encoder(TOYBOX_SCORER)
     row: dict[str, Any] = {
         "name": subject.name,
@@ -101,7 +101,7 @@ def personalise(
         "seeds": list(range(plan.seeds)),
         "steps": config.steps,
         "encoder": Path(encoder.model_id).name,
-        "reference_fidelity": clip_scores.reference_fidelity(encoder.images(photos)),
+        "reference_fidelity": clip_scores.reference_fidelity(encoder.embed_images(photos)),
     }
     for name, drawn in images.items():
         row[name] = score_images(encoder, photos, subject, drawn, images["base"])

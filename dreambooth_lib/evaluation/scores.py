@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from dreambooth_lib.core.config import Subject
-from dreambooth_lib.data.images import read_pictures
-from dreambooth_lib.data.quality_checks import near_groups
+from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.evaluation.dreambench import Benchmark, DrawnImage, Protocol, images_of
 from dreambooth_lib.metrics import clip_scores, kid_and_lpips
 from dreambooth_lib.metrics.encoders import Encoder, embed_files
@@ -129,7 +129,7 @@ def score(
                 embedded = Embedded(
                     photos=embed_photos(encoder, subject),
                     drawn=embed_files(encoder, drawn, cache).unflatten(0, (len(prompts), count)),
-                    texts=encoder.texts(texts) if encoder.reads_texts else None,
+                    texts=encoder.embed_texts(texts) if encoder.reads_texts else None,
                     class_images=embed_files(encoder, class_images, cache),
                     base_class_images=embed_files(encoder, before, cache),
                 )
@@ -172,13 +172,15 @@ def _open(path: Path) -> "Image.Image":
 
 def embed_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     """Embed the subject's photos, turned upright: ``[M, D]``."""
-    return encoder.images([photo.image for photo in read_pictures(subject.pictures)])
+    return encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
 
 
 def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
     """Return the mean cosine over pairs of photos that are not near-duplicates; None if none is."""
-    photos, rows = read_pictures(subject.pictures), embed_photos(encoder, subject)
-    group = {i: number for number, members in enumerate(near_groups(photos)) for i in members}
+    photos, rows = read_photos(subject.pictures), embed_photos(encoder, subject)
+    group = {
+        i: number for number, members in enumerate(near_duplicate_groups(photos)) for i in members
+    }
     pairs = [(i, j) for i in group for j in group if i < j and group[i] != group[j]]
     if not pairs:
         return None

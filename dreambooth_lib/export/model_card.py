@@ -33,7 +33,7 @@ def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) ->
     save_png(samples, folder / "samples.png")
     plots.validation_curves(validation_record.history(run), folder / "curves.png")
     if photos:
-        instance_images = [photo.image for photo in images.read_pictures(subject.pictures)]
+        instance_images = [photo.image for photo in images.read_photos(subject.pictures)]
         save_png(image_grids.grid(instance_images, 6), folder / "photos.png")
     replace_file(folder / "README.md", _card(run, step, photos).encode())
     return folder / "README.md"

@@ -84,14 +84,14 @@ def evaluate(
             f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
             "prompt for each image, and repeat a prompt that has several."
         )
-    images, classes = encoder.images(generated), encoder.images(class_images)
-    scores = {"subject_fidelity": subject_fidelity(images, encoder.images(reference))}
+    images, classes = encoder.embed_images(generated), encoder.embed_images(class_images)
+    scores = {"subject_fidelity": subject_fidelity(images, encoder.embed_images(reference))}
     if encoder.reads_texts:
-        texts = encoder.texts([strip_identifier(prompt, identifier) for prompt in prompts])
+        texts = encoder.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])
         scores["prompt_adherence"] = prompt_adherence(images, texts)
     scores["class_diversity"] = diversity(classes)
     if base_class_images is not None:
-        scores["prior_drift"] = prior_drift(encoder.images(base_class_images), classes)
+        scores["prior_drift"] = prior_drift(encoder.embed_images(base_class_images), classes)
     return scores
 
 

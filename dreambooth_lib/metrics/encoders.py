@@ -34,7 +34,7 @@ class Encoder:
     """
 
     model_id: str  #: to report with every score
-    reads_texts: bool  #: whether :meth:`texts` works: True for CLIP, False for DINO
+    reads_texts: bool  #: whether :meth:`embed_texts` works: True for CLIP, False for DINO
 
     def __init__(self, model_id: str | Path, device: "str | torch.device" = "cpu") -> None:
         from transformers import AutoConfig
@@ -90,11 +90,11 @@ class Encoder:
         settings = self._processor.to_dict()
         return {"model_id": self.model_id, "weights": digest.hexdigest(), "preparation": settings}
 
-    def images(self, images: list[Image.Image]) -> "torch.Tensor":
+    def embed_images(self, images: list[Image.Image]) -> "torch.Tensor":
         """Embed images of any size as float32 ``[N, D]``; raise ``ValueError`` for none."""
         return self._embed(images, self._image_features, "images")
 
-    def texts(self, prompts: list[str]) -> "torch.Tensor":
+    def embed_texts(self, prompts: list[str]) -> "torch.Tensor":
         """Embed prompts as float32 ``[N, D]``; raise ``ValueError`` for none and for a DINO."""
         if not self.reads_texts:
             raise ValueError(
@@ -157,7 +157,7 @@ def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.
     missing = [npy for npy in path_of if not npy.exists()]
     for start in range(0, len(missing), BATCH):
         batch = missing[start : start + BATCH]
-        rows = encoder.images([Image.open(path_of[npy]) for npy in batch]).numpy()
+        rows = encoder.embed_images([Image.open(path_of[npy]) for npy in batch]).numpy()
         for npy, row in zip(batch, rows, strict=True):
             buffer = io.BytesIO()
             np.save(buffer, row)

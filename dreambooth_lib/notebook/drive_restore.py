@@ -11,7 +11,7 @@ from pathlib import Path
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import copy_file, replacing_folder, retry, visible_files
 from dreambooth_lib.core.old_names import PLACES
-from dreambooth_lib.data.images import read_pictures
+from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.notebook.drive_backup import IDENTITY, read_identity, read_state
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run, RunError
@@ -205,7 +205,7 @@ def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: st
 def _hashes(pictures: str | Path) -> list[str] | None:
     """Return the hashes of photos, whatever their names; None if they cannot be read."""
     try:
-        photos = read_pictures(pictures)
+        photos = read_photos(pictures)
     except (OSError, ValueError):
         return None
     return sorted(hashlib.sha256(photo.image.tobytes()).hexdigest() for photo in photos)

@@ -14,7 +14,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
-from dreambooth_lib.data.images import Photo, captioned, read_pictures
+from dreambooth_lib.data.images import Photo, captioned, read_photos
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -61,7 +61,7 @@ class Trainer:
             self.precision = "bf16"  # as its weights are
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
-        photos = captioned(read_pictures(config.subject.pictures), config.subject.instance_prompt)
+        photos = captioned(read_photos(config.subject.pictures), config.subject.instance_prompt)
         self.family = self._load_base(photos)
         instance, classes = self._set_up_validation(photos, self._class_images())
         teacher = None
@@ -95,7 +95,7 @@ class Trainer:
         config, subject = self.config, self.config.subject
         load_options = training_load_options(config, self.dtype)
         if offloads_text_encoders(config):
-            own = read_pictures(config.class_folder) if config.class_folder else []
+            own = read_photos(config.class_folder) if config.class_folder else []
             photos = [*own, *instance, *with_class_captions(instance, subject)]
             prompts = {photo.caption for photo in photos if photo.caption} | {subject.class_prompt}
             if config.validate_every:
@@ -111,14 +111,14 @@ class Trainer:
         if config.prior_weight == 0 or config.prior != "generated":
             return []
         if config.class_folder:
-            return captioned(read_pictures(config.class_folder), config.subject.class_prompt)
+            return captioned(read_photos(config.class_folder), config.subject.class_prompt)
         folder = locate(self.run.folder.parent, "class_images")
         rank, processes = accelerator.process_index, accelerator.num_processes
         with accelerator.autocast():
             for _ in draw_class_images(config, self.family, folder, rank, processes):
                 pass
         accelerator.wait_for_everyone()
-        images = read_pictures(class_images_folder(config, self.family, folder))
+        images = read_photos(class_images_folder(config, self.family, folder))
         return captioned(images[: config.class_images], config.subject.class_prompt)
 
     def _set_up_validation(

@@ -127,9 +127,12 @@ def score_images(
         encoder, photos, images.subject, images.prompts, images.class_images, subject.identifier,
         base_images.class_images,
     )  # fmt: skip
-    class_images = encoder.images(images.class_images)
-    scores["pres"] = clip_scores.subject_fidelity(class_images, encoder.images(photos))
+    class_images = encoder.embed_images(images.class_images)
+    scores["pres"] = clip_scores.subject_fidelity(class_images, encoder.embed_images(photos))
     if images.unrelated:
-        before, after = encoder.images(base_images.unrelated), encoder.images(images.unrelated)
+        before, after = (
+            encoder.embed_images(base_images.unrelated),
+            encoder.embed_images(images.unrelated),
+        )
         scores["unrelated_drift"] = clip_scores.prior_drift(before, after)
     return scores

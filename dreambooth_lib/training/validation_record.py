@@ -60,7 +60,7 @@ class Validator:
         self.plan = plan_of(run)
         self.reference_fidelity = 1.0
         if len(photos) > 1:
-            self.reference_fidelity = clip_scores.reference_fidelity(encoder.images(photos))
+            self.reference_fidelity = clip_scores.reference_fidelity(encoder.embed_images(photos))
 
     def validate(self, step: int, model: Trainable, family: Family) -> ValidationResult:
         """Draw and score the model's validation images; write images and scores to the run."""

@@ -14,9 +14,9 @@ from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
-from dreambooth_lib.data.images import DataError, Photo, read_pictures
+from dreambooth_lib.data.images import DataError, Photo, read_photos
 from dreambooth_lib.data.preprocessing import to_tensor
-from dreambooth_lib.data.quality_checks import check_pictures, hold_out
+from dreambooth_lib.data.quality_checks import check_photos, hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.notebook import colab
@@ -77,7 +77,7 @@ class SubjectPanel(Panel):
     def use(self, source: str | Path | Mapping[str, bytes]) -> None:
         """Use and show the photos of a folder, a zip or uploaded files by name.
 
-        Raises ``DataError`` as ``read_pictures`` and ``colab.save_uploads`` do. The panel is then
+        Raises ``DataError`` as ``read_photos`` and ``colab.save_uploads`` do. The panel is then
         empty and says why: the former photos would be taken for these.
         """
         self._clear()
@@ -86,7 +86,7 @@ class SubjectPanel(Panel):
             if isinstance(source, Mapping):
                 source = colab.save_uploads(source, self.uploads)
                 self._uploaded_at = f" (uploaded {datetime.now():%H:%M})"
-            self.photos = read_pictures(source)
+            self.photos = read_photos(source)
             self._path = self.source.value = str(source)
             self._show()
         except Exception as error:
@@ -159,7 +159,7 @@ class SubjectPanel(Panel):
         photos, config, side = self.photos, self.initial_config, self.resolution
         if not photos:
             return
-        problems = [finding.message for finding in check_pictures(photos, side)]
+        problems = [finding.message for finding in check_photos(photos, side)]
         problems += check_identifier(self.identifier.value.strip(), self._tokenizer)
         problems += _unknown_noun(config.base, self.class_noun.value.strip())
         items = "".join(f"<li>{html.escape(text)}</li>" for text in problems)
