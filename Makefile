@@ -7,7 +7,7 @@ WHEELS := outputs/gpu-wheels
 # Bytes that Jupyter takes in one message; by itself 10 MiB, which three phone photos exceed.
 UPLOAD := 209715200
 
-.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base lint
+.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base
 demo: $(VENV)/ready  ## personalise the bundled base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 

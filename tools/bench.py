@@ -74,7 +74,7 @@ def measure(batch_size: int, optimizer: str, folder: Path) -> dict[str, float]:
 def evaluation(folder: Path) -> dict[str, float]:
     """Pictures a second through the paper's protocol, and what four times as many cost in memory.
 
-    ``drawn``: by the bundled base, 25 steps. ``embedded``: from files, by the judge. ``scored``:
+    ``drawn``: by the bundled base, 25 steps. ``embedded``: from files, by the scorer. ``scored``:
     from kept embeddings to a table's rows.
     """
     bundled = load_benchmark(BUNDLED_SUBJECTS)

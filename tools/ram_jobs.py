@@ -19,15 +19,14 @@ from dreambooth_lib.core.files import save_png
 from dreambooth_lib.export import comfyui_checkpoint, comfyui_lora, pipeline_folder
 from dreambooth_lib.families import loading, pretrained
 from dreambooth_lib.notebook import drive_backup
-from dreambooth_lib.training import runs
-from dreambooth_lib.training import validation_record as looks
+from dreambooth_lib.training import runs, validation_record
 from dreambooth_lib.training.best_checkpoint import best_checkpoint
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import training_load_options
 from dreambooth_lib.training.validation import PROMPTS
 from tools.ram import Kind, measured
 
-STEPS = (250, 500)  # with a checkpoint and a look each, the earlier one being the best
+STEPS = (250, 500)  # with a checkpoint and a validation each; the earlier one is the best
 
 
 class Device(TorchFunctionMode):
@@ -122,17 +121,19 @@ def due(config: TrainConfig) -> int:
 
 
 def note_look(run: runs.Run, step: int) -> None:
-    """Write down a look that was not taken, of grey pictures; the first of STEPS is best."""
-    found: dict[str, Any] = dict.fromkeys(looks.ValidationResult.__dataclass_fields__, 0.5)
+    """Record a validation of grey images; the first of STEPS scores best."""
+    found: dict[str, Any] = dict.fromkeys(
+        validation_record.ValidationResult.__dataclass_fields__, 0.5
+    )
     found["subject_fidelity"] = {0: 0.4, STEPS[0]: 0.9}.get(step, 0.5)
     rows = {"subject": [0.1], "class": [0.1]}
     kinds = {"subject": len(PROMPTS), "class": 3, "unrelated": 1}
     for name, pictures in kinds.items():
         for number in range(pictures):
             grey = Image.new("RGB", (64, 64), "grey")
-            save_png(grey, looks.images_folder(run, step) / f"{name}-{number}.png")
+            save_png(grey, validation_record.images_folder(run, step) / f"{name}-{number}.png")
     found |= {"step": step, "held_out": rows}
-    run.append("validation", asdict(looks.ValidationResult(**found)))
+    run.append("validation", asdict(validation_record.ValidationResult(**found)))
     run.append("log", {"step": step, "loss": 0.1, "instance_loss": 0.1, "prior_loss": 0.1,
                        "lr": 1e-6, "seconds": 1.0, "memory_mb": None})  # fmt: skip
 
