@@ -322,7 +322,7 @@ def test_a_lora_at_low_memory_has_the_ordinary_optimizer(started: Callable[..., 
     ("changes", "reason"),
     [
         ({"max_grad_norm": 1.0}, "max_grad_norm is 1.0, which needs all gradients at once"),
-        ({"gradient_accumulation": 2}, "gradient_accumulation is 2, which keeps gradients"),
+        ({"gradient_accumulation": 2}, "gradient_accumulation is 2, which has to keep gradients"),
         ({"mixed_precision": "no", "memory": "lowest"}, "mixed_precision is 'no'"),
     ],
 )

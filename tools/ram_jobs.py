@@ -133,7 +133,7 @@ def note_look(run: runs.Run, step: int) -> None:
             grey = Image.new("RGB", (64, 64), "grey")
             save_png(grey, validation_record.images_folder(run, step) / f"{name}-{number}.png")
     found |= {"step": step, "held_out": rows}
-    run.append("validation", asdict(ValidationResult(**found)))
+    run.append("validation", asdict(validation_record.ValidationResult(**found)))
     run.append("log", {"step": step, "loss": 0.1, "instance_loss": 0.1, "prior_loss": 0.1,
                        "lr": 1e-6, "seconds": 1.0, "memory_mb": None})  # fmt: skip
 
