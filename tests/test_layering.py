@@ -1,4 +1,4 @@
-"""Which wing may import which, what importing costs, and what no module may do."""
+"""Which package may import which, what importing costs, and what no module may do."""
 
 import ast
 import importlib
@@ -17,8 +17,8 @@ import dreambooth_lib
 PACKAGE = "dreambooth_lib"
 ROOT = Path(dreambooth_lib.__file__).parent
 
-#: What each wing may import of the others, lazily too; imports for type checkers are free.
-WINGS = {
+#: What each package may import of the others, lazily too; imports for type checkers are free.
+LAYERS = {
     "core": (),
     "data": ("core",),
     "metrics": ("core",),
@@ -42,7 +42,7 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def wing(module: str) -> str:
+def layer(module: str) -> str:
     return module.partition(".")[0]
 
 
@@ -100,17 +100,17 @@ def forbidden(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", [m for m in SOURCES if m not in ("__init__", "__main__")])
-def test_module_imports_only_wings_below_its_own(module: str) -> None:
-    allowed = {wing(module), *WINGS[wing(module)]}
-    extra = {m for m in imported(SOURCES[module].read_text(), module) if wing(m) not in allowed}
+def test_module_imports_only_packages_below_its_own(module: str) -> None:
+    allowed = {layer(module), *LAYERS[layer(module)]}
+    extra = {m for m in imported(SOURCES[module].read_text(), module) if layer(m) not in allowed}
     assert not extra, (
-        f"{module} imports {', '.join(sorted(extra))}; move what it needs to a wing below, or pass "
-        "it in. To allow the import, add the wing to WINGS."
+        f"{module} imports {', '.join(sorted(extra))}; move what it needs to a package below, or "
+        "pass it in. To allow the import, add the package to LAYERS."
     )
 
 
 def test_no_imports_go_in_circles() -> None:
-    list(TopologicalSorter(WINGS).static_order())
+    list(TopologicalSorter(LAYERS).static_order())
     modules = {m: imported(path.read_text(), m) - {m} for m, path in SOURCES.items()}
     list(TopologicalSorter(modules).static_order())
 
@@ -123,7 +123,7 @@ def test_a_stranger_sees_twelve_entries() -> None:
     entries = [path for path in ROOT.iterdir() if path.name != "__pycache__"]
     entries = [path for path in entries if path.name != "bundled"]  # of an installed package
     assert len(entries) <= 12, sorted(path.name for path in entries)
-    assert {path.name for path in entries if path.is_dir()} == set(WINGS)
+    assert {path.name for path in entries if path.is_dir()} == set(LAYERS)
 
 
 @pytest.mark.parametrize("module", SOURCES)

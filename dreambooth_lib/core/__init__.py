@@ -1,1 +1,1 @@
-"""Provide what every other wing needs: the config, atomic files, GPU memory, processes."""
+"""Provide what every other package needs: the config, atomic files, GPU memory, processes."""
