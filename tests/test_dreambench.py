@@ -55,7 +55,7 @@ def test_the_data_sets_own_prompts_are_read() -> None:
     found = load_benchmark(Path(REAL or ""))
     assert len(found.subjects) == 8 and {len(p) for p in found.prompts.values()} == {25}
     by_name = {subject.name: subject for subject in found.subjects}
-    live, still = found.prompts_for(by_name["dog"]), found.of(by_name["duck_toy"])
+    live, still = found.prompts_for(by_name["dog"]), found.prompts_for(by_name["duck_toy"])
     assert live[0] == "a {} dog in the jungle" and live[13].endswith(
         "a black top hat and a monocle"
     )

@@ -168,7 +168,7 @@ def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path, python: st
     assert {row.subject for row in rows} == {"patch_dog", "moon_mushroom"}
     (table,) = outputs(shown, "text/markdown")
     assert "| DreamBooth |" in "".join(table) and "| 0.774 | 0.885 |" in "".join(table)
-    assert "like the photos ↑ (scorer)" in "".join(table)
+    assert "likeness to the photos ↑ (scorer)" in "".join(table)
     assert len(outputs(shown, "image/png")) == 1
 
 
