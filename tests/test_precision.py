@@ -179,7 +179,7 @@ def test_latents_that_are_not_finite_are_refused_and_not_cached(
 ) -> None:
     base = broken(tiny_sd1, "encoder", tmp_path / "base")
     config, cached = make_config(base, photos), tmp_path / "latents"
-    with pytest.raises(NonFinite, match=r"autoencoder of '.*base' gave .* of 0.png, in float32"):
+    with pytest.raises(NonFinite, match=r"autoencoder of '.*base' gave .* for 0.png, in float32"):
         LatentCache(photo_list, loading.load_model(base), config, cached)
     assert not list(tmp_path.glob("latents/*"))
     with pytest.raises(NonFinite, match="in bfloat16"):

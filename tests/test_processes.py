@@ -34,7 +34,8 @@ state = join_group()
 (folder / f"rank{state.process_index}").write_text(str(state.num_processes))
 for name, steps in json.loads((folder / "jobs.json").read_text()):
     if steps is None:
-        command.run_train(folder / f"{name}.toml", folder / "two" / name)
+        words = ["train", str(folder / f"{name}.toml"), "--out", str(folder / "two" / name)]
+        command.run_train(command.parser().parse_args(words))
     elif steps == "resume":
         command.run_training(runs.resume(folder / "two" / name))
     else:

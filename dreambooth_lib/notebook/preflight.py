@@ -211,7 +211,7 @@ def _base(base: str) -> Check:
         fix = f"Check its name; if it is private, put a token with read access into {place}."
     except EntryNotFoundError:
         result = f"'{base}' is on the Hub but has no model_index.json"
-        fix = "Choose a base in diffusers' format."
+        fix = "Choose a base in diffusers' layout."
     except (
         Exception
     ) as error:  # the Hub's client raises many types, which all mean that it does not answer
