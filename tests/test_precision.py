@@ -185,7 +185,7 @@ def test_latents_that_are_not_finite_are_refused_and_not_cached(
     with pytest.raises(NonFinite, match="in bfloat16"):
         LatentCache(photo_list, loading.load_model(base, half=torch.bfloat16), config)
     cropped = LatentCache(photo_list, loading.load_model(base), config.replace(crop="random"))
-    with pytest.raises(NonFinite, match=r"of 2.png"):
+    with pytest.raises(NonFinite, match=r"for 2.png"):
         cropped.sample([2, 1], torch.Generator().manual_seed(0))
 
 

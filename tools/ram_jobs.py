@@ -165,7 +165,7 @@ def quantize(kind: Kind, work: Path, tiny: bool) -> None:
         quantizer.validate_environment = lambda *_, **__: None
         quantizer.update_device_map = lambda *_: {"": "cpu"}
     loading._has_gpu = lambda: True
-    pretrained.Known = lambda *_: None
+    pretrained.PromptCache = lambda *_: None
     config = config_of(kind, work, tiny).replace(base=str(work / "whole"), quantize="nf4")
     with measured("load"):
         loading.load_model(
