@@ -188,7 +188,7 @@ def test_after_a_bad_input_no_photos_are_left_to_train_on(
     elif bad == "too large":
         press(subject.upload, {upload._NOTE: b'{"files": 5, "bytes": 18900000}'})
     else:
-        with pytest.raises(DataError, match="is empty, damaged or no picture"):
+        with pytest.raises(DataError, match="is empty, damaged or not an image"):
             subject.use({"a.jpg": b"text"})
     text = texts(subject)
     assert images(subject) == [] and "Showing" not in text and not subject.findings.value
@@ -303,7 +303,7 @@ def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
 ) -> None:
     subject.class_noun.value, subject.identifier.value = " cat ", "sks"
     assert subject.config.subject.token == "sks cat"
-    assert "known to be a rifle" in texts(subject)
+    assert "a rifle, and guns appear" in texts(subject)
     subject.class_noun.value = " "
     with pytest.raises(ConfigError, match="class_noun is empty"):
         _ = subject.config
@@ -638,7 +638,7 @@ def test_a_run_reuses_class_images_of_a_base_with_a_relative_path(
 
 
 def test_a_run_without_validation_has_no_slider(started: Callable[..., Run]) -> None:
-    with pytest.raises(RunError, match="no validation of a trained model"):
+    with pytest.raises(RunError, match="has no validated step to choose from"):
         widgets.CheckpointSlider(started(validate_every=0))
 
 
