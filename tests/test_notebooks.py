@@ -337,7 +337,7 @@ def test_a_notebook_begins_with_its_parts_and_its_parameters_and_ends_with_asser
 ) -> None:
     cells = json.loads(path.read_text())["cells"]
     first, *rest = map(source, cells)
-    assert "| time | cost |" in first
+    assert "| time | download and storage |" in first
     for line in first.splitlines():
         if "](#" in line:
             anchor = line.partition("](#")[2].rstrip(")")
