@@ -35,7 +35,7 @@ WIDTH = 16  # of the text encoder
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A real CLIPTokenizer to which each of WORDS is one token, merged from its last letter."""
+    """Save a real CLIPTokenizer with each of WORDS as one token, merged from its last letter."""
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in keep] + [chr(256 + i) for i in range(256 - len(keep))]
     vocabulary = letters + [letter + "</w>" for letter in letters]

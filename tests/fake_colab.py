@@ -28,7 +28,7 @@ class TimeoutException(Error):
 
 @dataclass
 class FakeColab:
-    """What the user of this Colab has and does; change it before the code under test asks."""
+    """Hold what the user of this Colab has and does; change it before the code under test asks."""
 
     mount_point: Path
     secrets: dict[str, str | Exception] = field(default_factory=dict)

@@ -48,7 +48,7 @@ class Request:
 
 @dataclass
 class FakeHub:
-    """What is on the Hub and what was asked of it; ``refusals`` are statuses by a path's part."""
+    """Hold what is on the Hub and what was asked of it; ``refusals``: statuses by path part."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class FakeHub:
     client: ProcessPoolExecutor | None = None
 
     def call(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """What a function gives in the process whose client knows this Hub."""
+        """Return what a function gives in the process whose client knows this Hub."""
         assert self.client is not None
         return self.client.submit(_result, function, *given, **named).result(timeout=300)
 
@@ -224,7 +224,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
 
 def _result(function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """A function's result, or its error as one that another process can read."""
+    """Return a function's result, or its error as one that another process can read."""
     try:
         return function(*given, **named)
     except Exception as error:
@@ -261,7 +261,7 @@ def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def fake_hub(_served: FakeHub) -> FakeHub:
-    """An empty Hub; ``call`` what is to see it."""
+    """Return an empty Hub; ``call`` what is to see it."""
     for part in (_served.repos, _served.stored, _served.refusals, _served.gated, _served.requests):
         part.clear()
     return _served

@@ -14,7 +14,7 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 def launched(
     *words: str, python: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command on one thread a process, from this checkout."""
+    """Return a command on one thread a process, from this checkout."""
     given = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     given |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240}

@@ -20,7 +20,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 def there(*arguments: str | Path, **environment: str) -> str:
-    """What the second environment's Python prints."""
+    """Return what the second environment's Python prints."""
     settings = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run([PYTHON, *arguments], capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -47,7 +47,7 @@ def layer(module: str) -> str:
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, without what only type checkers execute."""
+    """Yield all nodes, without what only type checkers execute."""
     yield tree
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
@@ -58,7 +58,7 @@ def nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported(source: str, module: str) -> set[str]:
-    """The library's modules that ``module`` imports, "__init__" for the package itself."""
+    """Return the library's modules that ``module`` imports, "__init__" for the package itself."""
     package = f"{PACKAGE}.{module}"
     if SOURCES[module].name != "__init__.py" or module == "__init__":
         package = package.rpartition(".")[0]
@@ -78,7 +78,7 @@ def imported(source: str, module: str) -> set[str]:
 
 
 def forbidden(source: str) -> set[str]:
-    """What the source uses of pickle, torch's own files and code from a model's repository."""
+    """Return what the source uses of pickle, torch's own files and a model repository's code."""
     tree = ast.parse(source)
     names: set[str] = set()  # dotted, by their first names, whatever they are imported as
     first_names: dict[str, str] = {}

@@ -15,7 +15,7 @@ MB = 10**6
 
 
 def validation(code: str, tmp_path: Path, limit: float = 4 * GB) -> dict[str, int]:
-    """The bytes that a piece of code, which measures "it", held before and at most."""
+    """Return the bytes that a piece of code, which measures "it", held before and at most."""
     command = [sys.executable, "-c", code, str(tmp_path)]
     return watch(command, limit, tmp_path / "log")["it"]
 

@@ -60,7 +60,7 @@ def started(
 
 
 def moved(run: Run) -> bool:
-    """Whether training changed what the run's base draws."""
+    """Tell whether training changed what the run's base draws."""
     tuned, base = (loading.load_model(of) for of in (str(run.folder), run.config.base))
     weights = base.denoiser.state_dict()
     return any(not torch.equal(v, weights[k]) for k, v in tuned.denoiser.state_dict().items())

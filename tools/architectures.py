@@ -339,7 +339,7 @@ def on_meta(part: Part, tiny: bool = False) -> torch.nn.Module:
 
 
 def parameters(part: Part) -> int:
-    """How many numbers a model has."""
+    """Count the numbers in a model."""
     return sum(parameter.numel() for parameter in on_meta(part).parameters())
 
 
@@ -429,7 +429,7 @@ def _write_zeros(shapes: dict[str, torch.Size], dtype: torch.dtype, file: Path) 
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    """Of every tensor that is saved, those that are shared once."""
+    """Return the shape of every saved tensor, shared ones once."""
     shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own = {name for name, _ in model.named_parameters()}
     state = model.state_dict()

@@ -33,7 +33,7 @@ PROMPTS, FEW, MANY = 25, 512, 2048  # of an evaluation: prompts drawn, pictures 
 
 
 def unet_seconds(trainer: Trainer) -> float:
-    """One forward and backward of the U-Net at the size of the run's batch."""
+    """Time one forward and backward of the U-Net at the size of the run's batch."""
     rows = 2 * trainer.config.batch_size
     unet = trainer.family.denoiser
     side, channels = unet.config.sample_size, unet.config.in_channels

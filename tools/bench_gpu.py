@@ -54,7 +54,7 @@ class Bench:
         return ["kit", "reference"] if compared else ["kit"]
 
     def missing(self, name: str, sides: Sequence[str]) -> list[str]:
-        """Of these, what has not been measured, or failed."""
+        """Return those of these that were not measured, or that failed."""
         found = {side: self.result(name, side) for side in sides}
         return [side for side in sides if not found[side] or "error" in found[side]]
 
@@ -192,7 +192,7 @@ class Bench:
                 making.wait()
 
     def predictions(self) -> None:
-        """Those that are missing, without a GPU."""
+        """Predict those that are missing, without a GPU."""
         (self.work / "results").mkdir(parents=True, exist_ok=True)
         for name in self.asked:
             for side in self.missing(name, ["predicted"]):

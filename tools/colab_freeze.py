@@ -31,7 +31,7 @@ def pins(text: str) -> dict[str, str]:
 
 
 def of_torch(name: str) -> bool:
-    """Whether a distribution is torch, or of what its build brings: never at Colab's version."""
+    """Tell whether a distribution comes with a torch build: never at Colab's version."""
     return name in OWN or _OF_TORCH.fullmatch(name) is not None
 
 

@@ -28,7 +28,7 @@ class Line:
     draws: bool = False  #: class images, in place of training
 
     def config(self, folder: Path, work: Path, tiny: bool) -> TrainConfig:
-        """Of one instance and one class image, drawn by nobody and validation by nobody."""
+        """Return a config for one instance and one class image, without drawing or validation."""
         fields: dict[str, Any] = {
             "batch_size": 1, "steps": 10**6, "checkpoint_every": 10**6, "validate_every": 0,
             "class_folder": str(work / "class"), "optimizer": "adamw8bit",
@@ -87,7 +87,7 @@ SIDES = ("kit", "reference", "predicted")
 
 
 def rank(name: str, side: str) -> int:
-    """When a side of a line is measured: 0 for SD 1.5's with what its targets ask, then 1, 2.
+    """Return when to measure a side of a line: 0, SD 1.5's with what its targets ask, then 1, 2.
 
     That is the kit's side of the other bases, and at last the reference of what compares nothing.
     """
@@ -98,7 +98,7 @@ def rank(name: str, side: str) -> int:
 
 
 def row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One line's figures, of its results by side."""
+    """Format one line's figures from its results by side."""
     line, kit, other = LINES[name], found["kit"], found["reference"]
     quantity = "pictures_per_second" if line.draws else "seconds"
     compared = kit.get(quantity) and other.get(quantity) and kit[quantity] / other[quantity]

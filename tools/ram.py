@@ -145,7 +145,7 @@ def watch(command: Sequence[str], limit: float, log: Path) -> dict[str, dict[str
 
 @contextmanager
 def measured(name: str) -> Iterator[dict[str, Any]]:
-    """In a process that :func:`watch` runs: measure this; what the dict is given is told too."""
+    """Measure this, in a process that :func:`watch` runs; what the dict is given is told too."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _tell({"begin": name})
@@ -180,7 +180,7 @@ def prepare(kind: Kind, work: Path, tiny: bool) -> None:
 
 
 def measure(name: str, folder: Path, limit: float, tiny: bool) -> dict[str, dict[str, Any]]:
-    """All jobs of a kind of run, in processes of their own; a row's dict for each of ROWS."""
+    """Run all jobs of a kind of run, in processes of their own; a row's dict for each of ROWS."""
     work, found = folder / name, {}
     own = [sys.executable, "-m", "tools.ram", "--work", str(folder), *(["--tiny"] * tiny)]
     subprocess.run([*own, "--one", name, "prepare"], check=True)

@@ -81,7 +81,7 @@ class Subject:
 
     @property
     def token(self) -> str:
-        """Identifier and class noun, which stand for the subject in a prompt."""
+        """Return identifier and class noun, which stand for the subject in a prompt."""
         return f"{self.identifier} {self.class_noun}"
 
     @property
@@ -203,12 +203,12 @@ class TrainConfig:
 
     @property
     def trains_text(self) -> bool:
-        """Whether training changes the text encoders or adds a token to them."""
+        """Tell whether training changes the text encoders or adds a token to them."""
         return self.train_text_encoder or self.train_token
 
     @property
     def steps_in_backward(self) -> bool:
-        """Whether the optimizer steps during the backward pass, freeing gradients as it goes.
+        """Tell whether the optimizer steps during the backward pass, freeing gradients as it goes.
 
         Never for LoRA: its gradients are small, and stepping them in chunks would only cost time.
         """
@@ -216,7 +216,7 @@ class TrainConfig:
 
     @property
     def draws_class_images(self) -> bool:
-        """Whether the base has to draw class images for this run."""
+        """Tell whether the base has to draw class images for this run."""
         asked = self.prior == "generated" and self.prior_weight > 0
         return asked and self.class_folder is None
 

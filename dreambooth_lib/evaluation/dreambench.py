@@ -47,7 +47,10 @@ Method = Callable[[Subject], "Run | Family | str"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is drawn for each method and subject; evaluations are comparable if these are equal."""
+    """Define what is drawn for each method and subject.
+
+    Evaluations are comparable if their protocols are equal.
+    """
 
     pictures: int = 4  #: images of each prompt, seeds 0, 1, ...
     class_images: int = 24  #: images of the class prompt, seeds from CLASS_SEED on

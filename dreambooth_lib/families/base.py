@@ -91,17 +91,17 @@ class Family:
 
     @property
     def batch_size_in_training(self) -> int:
-        """Images to draw, encode or predict at once while a training is in memory."""
+        """Return how many images to draw, encode or predict at once with a training in memory."""
         return max(1, min(MAX_BATCH_SIZE, MAX_PIXELS // self.resolution**2))
 
     @property
     def default_batch_size(self) -> int:
-        """Images to draw at once while only the model is in memory: 8 of 512 pixels a side."""
+        """Return how many images to draw at once with only the model in memory: 8 of 512 x 512."""
         return min(8, 4 * self.batch_size_in_training)
 
     @property
     def name(self) -> str:
-        """The folder or hub id that the base was loaded from."""
+        """Return the folder or hub id that the base was loaded from."""
         return self.pipeline.config.get("_name_or_path") or type(self.pipeline).__name__
 
     def _parts(self, names: Collection[str]) -> list[Any]:
@@ -139,7 +139,7 @@ class Family:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Channels of the latents, and latents a side."""
+        """Return the channels of the latents, and latents a side."""
         vae = self.pipeline.vae.config
         return vae.latent_channels, self.resolution // vae_scale(dict(vae))
 

@@ -82,7 +82,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class ResolvedBase:
-    """Where a base is, its family, and the LoRAs on top of it; see :func:`resolve`."""
+    """Hold where a base is, its family, and the LoRAs on top of it; see :func:`resolve`."""
 
     name: str  #: of the base under all LoRAs: "toybox", a folder or a hub id
     path: str  #: its pipeline's folder, or the hub id
@@ -250,7 +250,7 @@ def load_meta(base: str, revision: str | None = None, **loading: Any) -> "Family
 
 
 class BaseInfo(NamedTuple):
-    """What is known of a base without its weights."""
+    """Hold what is known of a base without its weights."""
 
     resolution: int  #: pixels a side that the base was trained at
     tokenizer: Any

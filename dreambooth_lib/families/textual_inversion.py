@@ -32,7 +32,7 @@ class TrainableTokenEmbedding(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The frozen rows, for code that reads the dtype or device."""
+        """Return the frozen rows, for code that reads the dtype or device."""
         return self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ class Encoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All that embeddings depend on: the id, the weights' sha256 and the preprocessing."""
+        """Return all that embeddings depend on: id, the weights' sha256 and the preprocessing."""
         digest = hashlib.sha256()
         for weights in self._model.state_dict().values():
             digest.update(weights.cpu().contiguous().numpy())

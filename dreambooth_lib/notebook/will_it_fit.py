@@ -81,7 +81,7 @@ class Recommendation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The config's fields for it, such as {"method": "lora"}; often none."""
+        """Return the config's fields for it, such as {"method": "lora"}; often none."""
         if self.needs is None or not self.options:
             return {}
         return settings(self.needs, self.options, self.free)

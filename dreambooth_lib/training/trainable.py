@@ -76,7 +76,7 @@ def offloads_text_encoders(config: TrainConfig) -> bool:
 
 
 class Trainable(torch.nn.Module):
-    """What is trained, as one module: the denoiser, and the text encoders if they are trained.
+    """Hold what is trained, as one module: the denoiser, and the text encoders if they are trained.
 
     Frozen parameters, such as the base's with LoRA, are not among its trained weights.
     """

@@ -30,7 +30,7 @@ TOYBOX_SCORER = loading.BUNDLED / "toybox" / "judge"
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """What each validation draws; two are comparable if their plans are equal.
+    """Define what each validation draws; two are comparable if their plans are equal.
 
     The eight images of the default are one batch.
     """

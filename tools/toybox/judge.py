@@ -66,7 +66,7 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 
 
 def pairs(world: World, rng: np.random.Generator, classes: int) -> tuple[list[Picture], ...]:
-    """Two drawings of each of some classes, each drawing twice, on scenes of its own.
+    """Draw two drawings of each of some classes, each drawing twice, on scenes of its own.
 
     A third has a named colour and four in nine odd ones, the same in both pictures of a drawing.
     """

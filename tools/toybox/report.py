@@ -20,7 +20,7 @@ STEPS, GUIDANCE_SCALE = 25, 3.25  # as dreambooth_lib.sample draws by default
 
 
 def report(work: Path, target: Path, seed: int, rounds: int = 5) -> dict[str, float]:
-    """Every figure of the base in ``target``; grids of 64 pictures go to ``outputs/``.
+    """Measure every figure of the base in ``target``; grids of 64 pictures go to ``outputs/``.
 
     The base draws every class ``rounds`` times on the scenes in turn, and as often recoloured.
     """
@@ -61,7 +61,7 @@ def report(work: Path, target: Path, seed: int, rounds: int = 5) -> dict[str, fl
 
 
 def wanted(rounds: int, colours: Sequence[str | None] = (None,)) -> list[Picture]:
-    """Every class once a round, with another scene and another colour in each round."""
+    """Return every class once a round, with another scene and another colour in each round."""
     scenes = list(SCENES)
     return [
         Picture(

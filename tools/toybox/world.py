@@ -98,7 +98,7 @@ PREFIXES = ("a", "a", "a", "a photo of a", "a picture of a")
 
 @dataclass(frozen=True)
 class Picture:
-    """What a composite shows; ``colour`` is None where the drawing keeps its own colours.
+    """Describe what a composite shows; ``colour`` is None where the drawing keeps its own colours.
 
     ``odd`` is a seed of colours that no word names (:func:`odd_colours`), which captions omit.
     """
@@ -171,7 +171,7 @@ def _gradient(size: int, *stops: tuple[float, tuple[int, int, int]]) -> Image.Im
 
 
 def draw_scene(scene: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """One view of a scene, RGB [size, size], drawn at twice the size and reduced."""
+    """Draw one view of a scene, RGB [size, size], drawn at twice the size and reduced."""
     n = 2 * size
     lift = rng.uniform(-0.06, 0.06)  # of the horizon
 
