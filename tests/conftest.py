@@ -27,6 +27,8 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.runs import Run
 
 WORDS = ("a", "dog", "cat", "ohwx", "on", "the", "beach", "in", "snow", "photo", "of", "red")
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -182,6 +184,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make_config() -> Callable[..., TrainConfig]:
     def make(base: str, photos: str, **changes: Any) -> TrainConfig:
         fields: dict[str, Any] = {
+            "subject": Subject(photos, "dog"),
             "steps": 4,
             "batch_size": 2,
             "class_images": 4,
@@ -190,9 +193,26 @@ def make_config() -> Callable[..., TrainConfig]:
             "learning_rate": 1e-3,
             "validate_every": 0,
         }
-        return TrainConfig(subject=Subject(photos, "dog"), base=base, **(fields | changes))
+        return TrainConfig(base=base, **(fields | changes))
 
     return make
+
+
+@pytest.fixture
+def start_run(
+    tmp_path: Path,
+    photos: str,
+    make_config: Callable[..., TrainConfig],
+    tiny_bases: Callable[[str], str],
+) -> Callable[..., Run]:
+    """Return a function that starts a two-step run of a name on a family's tiny base."""
+
+    def start(name: str, family: str, **changes: Any) -> Run:
+        fields = {"steps": 2, "resolution": 16, "lora_rank": 2, "checkpoint_every": 1}
+        config = make_config(tiny_bases(family), photos, **(fields | changes))
+        return runs.start(config, tmp_path / name)
+
+    return start
 
 
 # What scores pictures: tiny random encoders, and pictures of several shapes for them.

@@ -39,33 +39,26 @@ def draw(config: TrainConfig, family: Family, folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
-def record_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the seed of each image drawn from now on."""
-    seeds: list[int] = []
+def record_drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Record the prompt and seed of each image drawn from now on."""
+    drawn: list[tuple[str, int]] = []
     generate = Family.generate
 
     def recording(family: Family, prompts: list[tuple[str, int]], *settings: Any) -> Any:
-        seeds.extend(seed for _, seed in prompts)
+        drawn.extend(prompts)
         return generate(family, prompts, *settings)
 
     monkeypatch.setattr(Family, "generate", recording)
-    return seeds
+    return drawn
 
 
 def test_as_many_distinct_images_as_asked_for_are_drawn_of_the_class(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts: list[str] = []
-    generate = Family.generate
-
-    def spy(family: Family, prompts: list[tuple[str, int]], *settings: Any) -> Any:
-        texts.extend(prompt for prompt, _ in prompts)
-        return generate(family, prompts, *settings)
-
-    monkeypatch.setattr(Family, "generate", spy)
+    drawn = record_drawn(monkeypatch)
     images = draw(config, family, tmp_path)
     assert len(set(images.values())) == 5
-    assert texts == ["a dog"] * 5
+    assert [prompt for prompt, _ in drawn] == ["a dog"] * 5
     photos = read_photos(class_images_folder(config, family, tmp_path))
     assert [photo.image.size for photo in photos] == [(16, 16)] * 5
 
@@ -74,16 +67,16 @@ def test_a_complete_set_is_not_drawn_again(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = draw(config, family, tmp_path)
-    seeds = record_seeds(monkeypatch)
+    drawn = record_drawn(monkeypatch)
     assert draw(config, family, tmp_path) == first
-    assert seeds == []
+    assert drawn == []
 
 
 def test_settings_that_change_no_class_image_share_the_set(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = draw(config, family, tmp_path)
-    seeds = record_seeds(monkeypatch)
+    drawn = record_drawn(monkeypatch)
     changed = config.replace(
         steps=9,
         learning_rate=1.0,
@@ -91,7 +84,7 @@ def test_settings_that_change_no_class_image_share_the_set(
         subject=Subject("elsewhere", "dog", identifier="sks"),
     )
     assert draw(changed, family, tmp_path) == first
-    assert seeds == []
+    assert drawn == []
 
 
 @pytest.mark.parametrize(
@@ -151,21 +144,21 @@ def test_only_deleted_images_are_drawn_again_and_identical_to_the_byte(
     folder = class_images_folder(config, family, tmp_path)
     for number in (1, 3):
         (folder / f"{number:05d}.png").unlink()
-    seeds = record_seeds(monkeypatch)
+    drawn = record_drawn(monkeypatch)
     assert draw(config, family, tmp_path) == first
-    assert seeds == [1, 3]
+    assert [seed for _, seed in drawn] == [1, 3]
 
 
 def test_a_larger_count_adds_images_and_a_smaller_one_uses_fewer(
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = draw(config.replace(class_images=3), family, tmp_path)
-    seeds = record_seeds(monkeypatch)
+    drawn = record_drawn(monkeypatch)
     more = draw(config, family, tmp_path)
-    assert seeds == [3, 4]
+    assert [seed for _, seed in drawn] == [3, 4]
     assert {name: more[name] for name in first} == first
     assert list(draw(config.replace(class_images=2), family, tmp_path)) == list(first)[:2]
-    assert seeds == [3, 4]
+    assert [seed for _, seed in drawn] == [3, 4]
 
 
 def test_images_do_not_depend_on_the_rest_of_their_batch(
@@ -213,9 +206,9 @@ def test_a_generator_closed_early_leaves_only_whole_images_and_is_continued_late
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["00000.png", "00001.png", "00002.png", "manifest.json"]
     assert len(read_photos(folder)) == 3
-    seeds = record_seeds(monkeypatch)
+    drawn = record_drawn(monkeypatch)
     assert len(draw(config, family, tmp_path)) == 5
-    assert seeds == [3, 4]
+    assert [seed for _, seed in drawn] == [3, 4]
 
 
 def test_a_failed_write_leaves_no_partial_image(
@@ -256,7 +249,7 @@ def test_the_users_own_class_images_are_used_and_none_are_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses = []
-    seeds = record_seeds(monkeypatch)
+    drawn = record_drawn(monkeypatch)
     for name, colour in (("one", "red"), ("two", "navy")):
         own = tmp_path / name
         own.mkdir()
@@ -266,4 +259,4 @@ def test_the_users_own_class_images_are_used_and_none_are_drawn(
         losses.append((step.instance_loss, step.prior_loss))
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
-    assert seeds == [] and not (tmp_path / "class_images").exists()
+    assert drawn == [] and not (tmp_path / "class_images").exists()

@@ -31,18 +31,6 @@ Make = Callable[..., TrainConfig]
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"]
 
 
-@pytest.fixture
-def started(
-    tmp_path: Path, photos: str, make_config: Make, tiny_bases: Callable[[str], str]
-) -> Callable[..., Run]:
-    def start(name: str, family: str, **changes: Any) -> Run:
-        fields = {"steps": 2, "resolution": 16, "lora_rank": 2, "checkpoint_every": 1}
-        config = make_config(tiny_bases(family), photos, **(fields | changes))
-        return runs.start(config, tmp_path / name)
-
-    return start
-
-
 def denoiser(family: Any) -> dict[str, torch.Tensor]:
     return family.denoiser.state_dict()
 
@@ -51,14 +39,14 @@ def denoiser(family: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_resumes_bit_for_bit_and_plain_diffusers_loads_its_pipeline(
-    family: str, method: str, prior: str, started: Callable[..., Run], tmp_path: Path
+    family: str, method: str, prior: str, start_run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    complete = started("complete", family, method=method, prior=prior)
+    complete = start_run("complete", family, method=method, prior=prior)
     steps = list(train(complete))
     assert [step.step for step in steps] == [1, 2]
     assert all((step.prior_loss is None) == (prior == "none") for step in steps)
     assert (tmp_path / "class_images").exists() == (prior == "generated")
-    interrupted = started("interrupted", family, method=method, prior=prior)
+    interrupted = start_run("interrupted", family, method=method, prior=prior)
     for _ in islice(train(interrupted), 1):
         pass
     list(train(runs.resume(interrupted.folder)))
@@ -85,9 +73,9 @@ def test_a_run_resumes_bit_for_bit_and_plain_diffusers_loads_its_pipeline(
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
 def test_a_saved_lora_draws_the_same_images_as_the_trained_one(
-    family: str, started: Callable[..., Run]
+    family: str, start_run: Callable[..., Run]
 ) -> None:
-    run = started("run", family, method="lora", lora_alpha=6, learning_rate=0.1, ema_decay=0.5)
+    run = start_run("run", family, method="lora", lora_alpha=6, learning_rate=0.1, ema_decay=0.5)
     list(train(run))
     before, after = (sample(run, ["a {} dog"], [0], steps=2, at=at)[0].image for at in (2, None))
     plain = sample(run.config.base, ["a ohwx dog"], [0], steps=2)[0].image
@@ -99,9 +87,9 @@ def test_a_saved_lora_draws_the_same_images_as_the_trained_one(
 
 
 def test_lora_starts_from_the_base_and_trains_only_its_own_weights(
-    started: Callable[..., Run], tiny_bases: Callable[[str], str]
+    start_run: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
-    run = started("run", "sd1", method="lora", train_text_encoder=True, lora_layers="all")
+    run = start_run("run", "sd1", method="lora", train_text_encoder=True, lora_layers="all")
     trainer = Trainer(run)
     names = trainer.trainable.trained_weights()
     assert names and all("lora_" in name for name in names)
@@ -117,10 +105,10 @@ def test_lora_starts_from_the_base_and_trains_only_its_own_weights(
 
 
 def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
-    started: Callable[..., Run], tiny_bases: Callable[[str], str]
+    start_run: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
     changes = {"train_text_encoder": True, "learning_rate": 0.1}
-    run = started("run", "sdxl", method="lora", **changes)
+    run = start_run("run", "sdxl", method="lora", **changes)
     list(train(run))
     base, tuned = loading.load_model(tiny_bases("sdxl")), load_source(run)
     for first, second in zip(base.text_encoders, tuned.text_encoders, strict=True):
@@ -128,27 +116,27 @@ def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
         assert not torch.equal(first.get_parameter(name), second.get_parameter(name))
 
 
-def test_lora_does_not_depend_on_what_was_drawn_before(started: Callable[..., Run]) -> None:
+def test_lora_does_not_depend_on_what_was_drawn_before(start_run: Callable[..., Run]) -> None:
     torch.manual_seed(1)
-    first = Trainer(started("first", "sd1", method="lora")).trainable.trained_weights()
+    first = Trainer(start_run("first", "sd1", method="lora")).trainable.trained_weights()
     torch.manual_seed(2)
-    second = Trainer(started("second", "sd1", method="lora")).trainable.trained_weights()
-    seeded = Trainer(started("seeded", "sd1", method="lora", seed=3)).trainable.trained_weights()
+    second = Trainer(start_run("second", "sd1", method="lora")).trainable.trained_weights()
+    seeded = Trainer(start_run("seeded", "sd1", method="lora", seed=3)).trainable.trained_weights()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], seeded[name]) for name in first)
 
 
-def test_dora_learns_a_magnitude_for_each_layer(started: Callable[..., Run]) -> None:
-    run = started("run", "sd1", method="lora", dora=True)
+def test_dora_learns_a_magnitude_for_each_layer(start_run: Callable[..., Run]) -> None:
+    run = start_run("run", "sd1", method="lora", dora=True)
     list(train(run))
     assert any("magnitude" in name for name in load_state(run.checkpoints()[2])["model"])
     assert sample(run, ["a {} dog"], [0], steps=1)
 
 
-def test_a_lora_run_is_a_base_that_can_be_trained_on(started: Callable[..., Run]) -> None:
-    first = started("first", "sd1", method="lora", learning_rate=0.1)
+def test_a_lora_run_is_a_base_that_can_be_trained_on(start_run: Callable[..., Run]) -> None:
+    first = start_run("first", "sd1", method="lora", learning_rate=0.1)
     list(train(first))
-    second = started("second", "sd1", steps=1).config.replace(base=str(first.folder))
+    second = start_run("second", "sd1", steps=1).config.replace(base=str(first.folder))
     run = runs.start(second, first.folder.parent / "third")
     list(train(run))
     merged = denoiser(loading.load_model(str(first.folder)))
@@ -160,9 +148,9 @@ def test_a_lora_run_is_a_base_that_can_be_trained_on(started: Callable[..., Run]
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
-    method: str, started: Callable[..., Run], tiny_bases: Callable[[str], str]
+    method: str, start_run: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:
-    run = started("run", "sd1", method=method, prior="distilled", learning_rate=0.05)
+    run = start_run("run", "sd1", method=method, prior="distilled", learning_rate=0.05)
     trainer = Trainer(run)
     assert trainer.batches.teacher is not None
     list(islice(training_steps(trainer), 2))
@@ -179,8 +167,8 @@ def test_the_distilled_target_is_the_bases_own_prediction_for_the_class(
     assert torch.equal(distilled.target[:2], batch.noised.target[:2])
 
 
-def test_the_distilled_prior_of_an_untrained_model_is_zero(started: Callable[..., Run]) -> None:
-    (first, *_) = train(started("run", "sd1", prior="distilled"))
+def test_the_distilled_prior_of_an_untrained_model_is_zero(start_run: Callable[..., Run]) -> None:
+    (first, *_) = train(start_run("run", "sd1", prior="distilled"))
     assert first.prior_loss == pytest.approx(0, abs=1e-10)
     assert first.instance_loss > 0.1
 
@@ -194,8 +182,8 @@ def test_captions_name_the_class_when_the_prior_is_distilled() -> None:
     assert captions == ["a dog", "a dog on the beach"]
 
 
-def test_disabling_lora_is_undone(started: Callable[..., Run]) -> None:
-    trainer = Trainer(started("run", "sd1", method="lora", learning_rate=0.1))
+def test_disabling_lora_is_undone(start_run: Callable[..., Run]) -> None:
+    trainer = Trainer(start_run("run", "sd1", method="lora", learning_rate=0.1))
     next(training_steps(trainer))
     family, x_t, t = trainer.family, torch.ones(1, 4, 8, 8), torch.tensor([5])
     with torch.no_grad():
@@ -211,11 +199,11 @@ def test_disabling_lora_is_undone(started: Callable[..., Run]) -> None:
 @pytest.mark.parametrize("memory", ["low", "lowest"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_low_memory_trains_and_resumes_bit_for_bit(
-    family: str, memory: str, started: Callable[..., Run]
+    family: str, memory: str, start_run: Callable[..., Run]
 ) -> None:
-    complete = started("complete", family, memory=memory)
+    complete = start_run("complete", family, memory=memory)
     list(train(complete))
-    interrupted = started("interrupted", family, memory=memory)
+    interrupted = start_run("interrupted", family, memory=memory)
     for _ in islice(train(interrupted), 1):
         pass
     list(train(runs.resume(interrupted.folder)))
@@ -236,12 +224,12 @@ def test_low_memory_trains_and_resumes_bit_for_bit(
 )
 @pytest.mark.parametrize("memory", ["standard", "low", "lowest"])
 def test_a_resumed_run_uses_its_schedules_rates(
-    memory: str, schedule: dict[str, Any], started: Callable[..., Run]
+    memory: str, schedule: dict[str, Any], start_run: Callable[..., Run]
 ) -> None:
     fields = {"memory": memory, "steps": 4, "prior_weight": 0.0, "validate_every": 0} | schedule
     complete, interrupted = (
-        started("complete", "sd1", **fields),
-        started("interrupted", "sd1", **fields),
+        start_run("complete", "sd1", **fields),
+        start_run("interrupted", "sd1", **fields),
     )
     list(train(complete))
     for _ in islice(train(interrupted), 2):
@@ -253,21 +241,21 @@ def test_a_resumed_run_uses_its_schedules_rates(
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_low_memory_trains_the_same_weights_as_standard(
-    method: str, started: Callable[..., Run]
+    method: str, start_run: Callable[..., Run]
 ) -> None:
     # The gradient norm is never clipped at so high a limit.
-    standard = started("standard", "sd1", method=method, steps=5, max_grad_norm=1e9)
-    low = started("low", "sd1", method=method, steps=5, memory="low")
+    standard = start_run("standard", "sd1", method=method, steps=5, max_grad_norm=1e9)
+    low = start_run("low", "sd1", method=method, steps=5, memory="low")
     losses = [[step.loss for step in train(run)] for run in (standard, low)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     first, second = (load_state(run.checkpoints()[5])["model"] for run in (standard, low))
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
-def test_a_run_resumes_at_another_memory_level(started: Callable[..., Run]) -> None:
-    complete = started("complete", "sd1", steps=3, max_grad_norm=1e9)
+def test_a_run_resumes_at_another_memory_level(start_run: Callable[..., Run]) -> None:
+    complete = start_run("complete", "sd1", steps=3, max_grad_norm=1e9)
     list(train(complete))
-    eased = started("eased", "sd1", steps=3, max_grad_norm=1e9)
+    eased = start_run("eased", "sd1", steps=3, max_grad_norm=1e9)
     for _ in islice(train(eased), 1):
         pass
     list(train(runs.resume(eased.folder, memory="low", max_grad_norm=None)))
@@ -275,8 +263,8 @@ def test_a_run_resumes_at_another_memory_level(started: Callable[..., Run]) -> N
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
-def test_lowest_keeps_its_ema_and_final_weights_in_float32(started: Callable[..., Run]) -> None:
-    run = started("run", "sd1", memory="lowest", ema_decay=0.9)
+def test_lowest_keeps_its_ema_and_final_weights_in_float32(start_run: Callable[..., Run]) -> None:
+    run = start_run("run", "sd1", memory="lowest", ema_decay=0.9)
     list(train(run))
     state = load_state(run.checkpoints()[2])
     assert {value.dtype for value in state["ema"]["shadow_params"]} == {torch.float32}
@@ -287,10 +275,10 @@ def test_lowest_keeps_its_ema_and_final_weights_in_float32(started: Callable[...
 
 
 def test_at_low_memory_gradients_never_all_exist_at_once(
-    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    start_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_optimizer, "CHUNK", 1)
-    trainer = Trainer(started("run", "sd1", memory="low"))
+    trainer = Trainer(start_run("run", "sd1", memory="low"))
     most = 0
 
     def count(_: torch.nn.Parameter) -> None:
@@ -303,9 +291,9 @@ def test_at_low_memory_gradients_never_all_exist_at_once(
     assert most <= 3 < len(trainer.optimizer.parameters)
 
 
-def test_a_lora_at_low_memory_has_the_ordinary_optimizer(started: Callable[..., Run]) -> None:
+def test_a_lora_at_low_memory_has_the_ordinary_optimizer(start_run: Callable[..., Run]) -> None:
     fields = {"method": "lora", "batch_size": 2, "max_grad_norm": 1e-3, "gradient_accumulation": 2}
-    runs_ = [started(level, "sd1", memory=level, **fields) for level in ("standard", "low")]
+    runs_ = [start_run(level, "sd1", memory=level, **fields) for level in ("standard", "low")]
     trainer = Trainer(runs_[1])
     assert (
         type(trainer.optimizer) is optimizer_step.Optimizer
@@ -334,9 +322,9 @@ def test_settings_that_low_memory_cannot_honour_are_rejected(
 
 
 def test_a_loras_checkpoint_loads_as_plain_models(
-    started: Callable[..., Run], tmp_path: Path
+    start_run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    run = started("run", "sdxl", method="lora", train_text_encoder=True, learning_rate=0.1)
+    run = start_run("run", "sdxl", method="lora", train_text_encoder=True, learning_rate=0.1)
     list(train(run))
     load_source(run, 2).pipeline.save_pretrained(tmp_path / "merged")
     plain, end = DiffusionPipeline.from_pretrained(tmp_path / "merged"), load_source(run)
@@ -348,9 +336,9 @@ def test_a_loras_checkpoint_loads_as_plain_models(
 
 @pytest.mark.parametrize("order", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
 def test_a_run_resumes_with_another_optimizer(
-    order: tuple[str, str], started: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+    order: tuple[str, str], start_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = started("run", "sd1", optimizer=order[0], prior_weight=0.0)
+    run = start_run("run", "sd1", optimizer=order[0], prior_weight=0.0)
     for _ in islice(train(run), 1):
         pass
     assert [step.step for step in train(runs.resume(run.folder, optimizer=order[1]))] == [2]
@@ -359,9 +347,9 @@ def test_a_run_resumes_with_another_optimizer(
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_during_validation_of_the_ema_weights_restores_the_trained_ones(
-    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    start_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(started("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
+    trainer = Trainer(start_run("run", "sd1", ema_decay=0.5, prior_weight=0.0, steps=3))
     list(islice(training_steps(trainer), 2))
     optimizer = trainer.optimizer
     own = [parameter.detach().clone() for parameter in optimizer.parameters]
@@ -385,10 +373,10 @@ def test_an_interrupt_during_validation_of_the_ema_weights_restores_the_trained_
 
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_a_run_that_trained_unused_weights_can_be_resumed(
-    ema: float | None, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch,
+    ema: float | None, start_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    run = started("run", "sdxl", train_text_encoder=True, prior_weight=0.0, ema_decay=ema)
+    run = start_run("run", "sdxl", train_text_encoder=True, prior_weight=0.0, ema_decay=ema)
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusionXL, "unused_parameters", lambda self: ())
         for _ in islice(train(run), 1):
@@ -401,15 +389,17 @@ def test_a_run_that_trained_unused_weights_can_be_resumed(
     assert sample(run, ["a {} dog"], [0], steps=1) and load_source(run, 2)
 
 
-def test_a_text_encoder_that_is_too_large_to_train_is_rejected(started: Callable[..., Run]) -> None:
+def test_a_text_encoder_that_is_too_large_to_train_is_rejected(
+    start_run: Callable[..., Run],
+) -> None:
     with pytest.raises(ConfigError, match=r"train_text_encoder is set, .*too large"):
-        Trainer(started("run", "z_image", train_text_encoder=True))
+        Trainer(start_run("run", "z_image", train_text_encoder=True))
 
 
 @pytest.mark.parametrize("family", ["sd1", "flux"])
-def test_loras_are_composed_with_their_weights(family: str, started: Callable[..., Run]) -> None:
+def test_loras_are_composed_with_their_weights(family: str, start_run: Callable[..., Run]) -> None:
     fields = {"method": "lora", "learning_rate": 0.1}
-    run0, run1 = (started(f"seed{seed}", family, seed=seed, **fields) for seed in (0, 1))
+    run0, run1 = (start_run(f"seed{seed}", family, seed=seed, **fields) for seed in (0, 1))
     for run in (run0, run1):
         list(train(run))
     base, lora0, lora1 = (
@@ -425,8 +415,8 @@ def test_loras_are_composed_with_their_weights(family: str, started: Callable[..
     assert all(torch.equal(alone[name], value) for name, value in lora0.items())
 
 
-def test_loras_of_two_bases_cannot_be_composed(started: Callable[..., Run]) -> None:
-    one, other = (started(name, name, method="lora", steps=1) for name in ("sd1", "sd2"))
+def test_loras_of_two_bases_cannot_be_composed(start_run: Callable[..., Run]) -> None:
+    one, other = (start_run(name, name, method="lora", steps=1) for name in ("sd1", "sd2"))
     for run in (one, other):
         list(train(run))
     with pytest.raises(BaseError, match="of the same base can be composed, and these are"):

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -43,16 +43,8 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def started(
-    tmp_path: Path, photos: str, make_config: Make, tiny_bases: Callable[[str], str]
-) -> Callable[..., Run]:
-    def start(name: str, family: str, **changes: Any) -> Run:
-        fields: dict[str, Any] = {"steps": 2, "resolution": 16, "checkpoint_every": 1}
-        fields |= {"method": "lora", "lora_rank": 2}
-        config = make_config(tiny_bases(family), photos, **(fields | changes))
-        return runs.start(config, tmp_path / name)
-
-    return start
+def started(start_run: Callable[..., Run]) -> Callable[..., Run]:
+    return partial(start_run, method="lora")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,8 +1,8 @@
 """Train a new token: only its embedding trains beside LoRA, and plain diffusers loads it."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,17 +26,9 @@ WORD = "<rex>"
 
 
 @pytest.fixture
-def started(
-    tmp_path: Path, photos: str, make_config: Make, tiny_bases: Callable[[str], str]
-) -> Callable[..., Run]:
-    def start(name: str, family: str, **changes: Any) -> Run:
-        fields: dict[str, Any] = {"steps": 2, "resolution": 16, "checkpoint_every": 1}
-        fields |= {"method": "lora", "lora_rank": 2, "train_token": True, "learning_rate": 0.05}
-        fields |= {"subject": Subject(photos, "dog", WORD)}
-        config = make_config(tiny_bases(family), photos).replace(**(fields | changes))
-        return runs.start(config, tmp_path / name)
-
-    return start
+def started(start_run: Callable[..., Run], photos: str) -> Callable[..., Run]:
+    fields = {"method": "lora", "train_token": True, "learning_rate": 0.05}
+    return partial(start_run, subject=Subject(photos, "dog", WORD), **fields)
 
 
 def row(encoder: Any, tokenizer: Any, word: str) -> torch.Tensor:
