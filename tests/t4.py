@@ -56,7 +56,7 @@ def t4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     monkeypatch.setattr(setup, "native_precision", precision)
     monkeypatch.setattr(setup, "Accelerator", T4Accelerator)
     monkeypatch.setattr(fused_optimizer.FusedBackwardOptimizer, "GROWTH_INTERVAL", 1)
-    monkeypatch.setattr(sampling, "_half", lambda: torch.float16)
+    monkeypatch.setattr(sampling, "_sampling_dtype", lambda: torch.float16)
     yield seen
     if is_initialized():
         AcceleratorState._reset_state()

@@ -163,7 +163,7 @@ def test_a_family_is_added_by_naming_its_pipeline(
 def test_only_the_named_parts_are_loaded_in_the_master_dtype(
     tiny_bases: Callable[[str], str], make_config: Callable[..., TrainConfig]
 ) -> None:
-    family = loading.load_model(tiny_bases("flux"), half=torch.bfloat16, whole=("denoiser",))
+    family = loading.load_model(tiny_bases("flux"), dtype=torch.bfloat16, trained=("denoiser",))
     assert family.denoiser.dtype is torch.float32
     others = {part.dtype for part in (*family.text_encoders, *family.frozen)}
     assert others == {torch.bfloat16}

@@ -186,7 +186,7 @@ def test_the_estimate_is_close_to_what_an_h200_measured(
 def test_class_images_are_estimated_as_an_h200_measured_them(sd15: str) -> None:
     """Compare eight images of 512 pixels at once, with guidance, in pure half precision."""
     config = TrainConfig(Subject("photos", "dog"), sd15, prior_guidance_scale=7.5)
-    family = loading.load_meta(sd15, resolution=config.resolution, half=torch.bfloat16, whole=())
+    family = loading.load_meta(sd15, resolution=config.resolution, dtype=torch.bfloat16, trained=())
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
     peak = sum(_module_bytes(module, None, torch.bfloat16) for module in modules)
     with FakeTensorMode():

@@ -136,13 +136,13 @@ def test_what_a_run_saves_draws_in_float32_by_default(
 def test_autoencoders_stay_in_float32_where_the_rest_is_in_float16(
     name: str, tiny_bases: Callable[[str], str]
 ) -> None:
-    half, whole = (loading.load_model(tiny_bases(name), resolution=16, half=dtype, whole=())
+    half, whole = (loading.load_model(tiny_bases(name), resolution=16, dtype=dtype, trained=())
                    for dtype in (torch.float16, torch.float32))  # fmt: skip
     assert half.denoiser.dtype is torch.float16
     assert half.pipeline.vae.dtype is torch.float32
-    skeleton = loading.load_meta(tiny_bases(name), half=torch.float16, whole=())
+    skeleton = loading.load_meta(tiny_bases(name), dtype=torch.float16, trained=())
     assert skeleton.pipeline.vae.dtype is torch.float32
-    bf16 = loading.load_model(tiny_bases(name), half=torch.bfloat16, whole=())
+    bf16 = loading.load_model(tiny_bases(name), dtype=torch.bfloat16, trained=())
     assert bf16.pipeline.vae.dtype is torch.bfloat16
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = torch.zeros(1, 3, 16, 16)
@@ -183,7 +183,7 @@ def test_latents_that_are_not_finite_are_refused_and_not_cached(
         LatentCache(photo_list, loading.load_model(base), config, cached)
     assert not list(tmp_path.glob("latents/*"))
     with pytest.raises(NonFinite, match="in bfloat16"):
-        LatentCache(photo_list, loading.load_model(base, half=torch.bfloat16), config)
+        LatentCache(photo_list, loading.load_model(base, dtype=torch.bfloat16), config)
     cropped = LatentCache(photo_list, loading.load_model(base), config.replace(crop="random"))
     with pytest.raises(NonFinite, match=r"for 2.png"):
         cropped.sample([2, 1], torch.Generator().manual_seed(0))

@@ -109,9 +109,9 @@ class Family:
         return [part for part in parts if part is not None]
 
     @classmethod
-    def supports_dtype(cls, half: torch.dtype | None) -> bool:
+    def supports_dtype(cls, dtype: torch.dtype | None) -> bool:
         """Return whether the bases can compute in a dtype; None is float32."""
-        return half in (None, torch.float32, *cls.half_dtypes)
+        return dtype in (None, torch.float32, *cls.half_dtypes)
 
     @classmethod
     def quantized_names(cls) -> tuple[str, ...]:

@@ -177,7 +177,7 @@ def load_model(
             f"quantize is '{quantize}', which needs a GPU, and this machine has none; "
             "leave quantize out, or use a machine with a GPU."
         )
-    if not resolved.family.supports_dtype(loading.get("half")):
+    if not resolved.family.supports_dtype(loading.get("dtype")):
         raise BaseError(
             f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
             "that has it, such as an L4 or A100, or choose another base."

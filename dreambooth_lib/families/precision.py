@@ -24,13 +24,13 @@ class NonFinite(FloatingPointError):
         return cls(f"{part} of '{base}' gave {gave}, in {precision}, and nothing was saved; {fix}.")
 
 
-def autoencoder_dtype(half: torch.dtype) -> torch.dtype:
-    """Return the dtype of the autoencoder where the rest of the base is in ``half``.
+def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the autoencoder where the rest of the base is in ``dtype``.
 
     Many autoencoders overflow float16, which ends at 65,504, and give NaN or black images, so they
     stay in float32, as in diffusers' own training scripts.
     """
-    return torch.float32 if half is torch.float16 else half
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def outside_autocast(vae: Any) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from dreambooth_lib.families.prompt_cache import PromptCache
 #: The argument by which diffusers takes the dtype to load a model in.
 DTYPE = "dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype"
 
-#: Parts of a base that may be loaded in another dtype than the rest.
+#: Parts of a base that can be trained, and so loaded in another dtype than the rest.
 TRAINABLE = ("denoiser", "text_encoders")
 
 
@@ -31,35 +31,35 @@ def load_pretrained(
     path: str,
     *,
     resolution: int | None = None,
-    half: torch.dtype = torch.float32,
-    whole: Collection[str] = TRAINABLE,
-    master: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+    trained: Collection[str] = TRAINABLE,
+    trained_dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
     prompts: Collection[str] | None = None,
     device: str | torch.device = "cpu",
     **hub: Any,
 ) -> Family:
-    """Load a pipeline on the CPU in ``half``, and the parts that ``whole`` names in ``master``.
+    """Load a pipeline on the CPU in ``dtype``, and its ``trained`` parts in ``trained_dtype``.
 
-    The autoencoder is in float32 where ``half`` is float16. ``quantize`` is as in ``TrainConfig``;
+    The autoencoder is in float32 where ``dtype`` is float16. ``quantize`` is as in ``TrainConfig``;
     quantized parts go to the GPU at once. With ``prompts``, the text encoders are loaded first,
     encode these prompts on ``device`` and are freed before the rest is loaded; the family then
     knows no other prompt.
     """
     index = DiffusionPipeline.load_config(path, **hub)
     options: dict[str, Any] = {"use_safetensors": True, **family_class.options, **hub}
-    options[DTYPE] = {"default": half} | _dtypes(family_class, half, whole, master)
+    options[DTYPE] = {"default": dtype} | _dtypes(family_class, dtype, trained, trained_dtype)
     prompt_cache = None
     if prompts is not None:
         encoders_only = options | dict.fromkeys((family_class.denoiser_name, "vae"))
-        encoders_only |= _quantization(family_class, index, encoders_only, quantize, half)
+        encoders_only |= _quantization(family_class, index, encoders_only, quantize, dtype)
         pipeline = DiffusionPipeline.from_pretrained(path, **encoders_only).to(device)
         prompt_cache = PromptCache(family_class(pipeline, resolution=1), {*prompts, ""})
         del pipeline
         gpu_memory.free_memory()
         encoders = (*family_class.encoder_names, *family_class.large_encoder_names)
         options |= {name: None for name in encoders if name in index}
-    options |= _quantization(family_class, index, options, quantize, half)
+    options |= _quantization(family_class, index, options, quantize, dtype)
     family = family_class(DiffusionPipeline.from_pretrained(path, **options), resolution)
     family.prompt_cache = prompt_cache
     return family
@@ -70,18 +70,18 @@ def build_on_meta(
     path: str,
     *,
     resolution: int | None = None,
-    half: torch.dtype = torch.float32,
-    whole: Collection[str] = TRAINABLE,
-    master: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+    trained: Collection[str] = TRAINABLE,
+    trained_dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
     revision: str | None = None,
 ) -> Family:
     """Build a pipeline as :func:`load_pretrained` does, from its configs alone, on the meta device.
 
-    Parts that ``quantize`` would quantize are in ``half`` here.
+    Parts that ``quantize`` would quantize are in ``dtype`` here.
     """
     index = DiffusionPipeline.load_config(path, revision=revision)
-    dtypes = _dtypes(family_class, half, whole, master)
+    dtypes = _dtypes(family_class, dtype, trained, trained_dtype)
     parts: dict[str, Any] = dict(family_class.options)
     for name, (library, class_name) in _parts(index).items():
         if name in parts or class_name is None:
@@ -97,23 +97,26 @@ def build_on_meta(
                 part = part_class.from_config(part_class.load_config(path, **source))
             else:
                 part = part_class(part_class.config_class.from_pretrained(path, **source))
-            parts[name] = part.to(dtypes.get(name, half))
+            parts[name] = part.to(dtypes.get(name, dtype))
         # transformers keeps layers that overflow float16 in float32.
         fp32_layers = getattr(part_class, "_keep_in_fp32_modules", None) or []
-        for module_name, module in part.named_modules() if half is torch.float16 else ():
+        for module_name, module in part.named_modules() if dtype is torch.float16 else ():
             if module_name.rpartition(".")[2] in fp32_layers:
                 module.to(torch.float32)
     return family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
 
 
 def _dtypes(
-    family_class: type[Family], half: torch.dtype, whole: Collection[str], master: torch.dtype
+    family_class: type[Family],
+    dtype: torch.dtype,
+    trained: Collection[str],
+    trained_dtype: torch.dtype,
 ) -> dict[str, torch.dtype]:
-    """Map the pipeline's parts that are not in ``half`` to their dtypes."""
+    """Map the pipeline's parts that may differ from ``dtype`` to their dtypes."""
     trainable = ((family_class.denoiser_name,), family_class.encoder_names)
     names = dict(zip(TRAINABLE, trainable, strict=True))
-    in_master = {name: master for part in whole for name in names[part]}
-    return in_master | {"vae": autoencoder_dtype(half)}
+    own = {name: trained_dtype for part in trained for name in names[part]}
+    return own | {"vae": autoencoder_dtype(dtype)}
 
 
 def _quantization(
@@ -121,7 +124,7 @@ def _quantization(
     index: dict[str, Any],
     options: dict[str, Any],
     quantize: str | None,
-    half: torch.dtype,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` argument of the pipeline's ``from_pretrained``.
 
@@ -132,7 +135,7 @@ def _quantization(
         settings = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": half,
+            "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_use_double_quant": True,
         }
     mapping = {

@@ -106,16 +106,20 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source
-    half = _half()
+    dtype = _sampling_dtype()
     if isinstance(source, TrainConfig):
-        return _place(load_base(source, half))
+        return _place(load_base(source, dtype))
     if isinstance(source, str):
-        return _place(loading.load_model(source, half=half, whole=()))
+        return _place(loading.load_model(source, dtype=dtype, trained=()))
     if at is not None:
-        return _place(load_at_checkpoint(source, at, half))
+        return _place(load_at_checkpoint(source, at, dtype))
     if not source.finished:
         raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
-    options: dict[str, Any] = {"resolution": source.config.resolution, "half": half, "whole": ()}
+    options: dict[str, Any] = {
+        "resolution": source.config.resolution,
+        "dtype": dtype,
+        "trained": (),
+    }
     return _place(loading.load_model(str(source.folder), **options))
 
 
@@ -126,10 +130,10 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
     a LoRA as it was trained. Raises ``BaseError`` if they were not all trained on one base.
     """
     folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
-    return _place(loading.compose(folders, half=_half(), whole=()))
+    return _place(loading.compose(folders, dtype=_sampling_dtype(), trained=()))
 
 
-def _half() -> "torch.dtype":
+def _sampling_dtype() -> "torch.dtype":
     import torch
 
     if not torch.cuda.is_available():

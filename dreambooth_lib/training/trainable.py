@@ -16,7 +16,7 @@ from dreambooth_lib.training.runs import Run, RunError
 def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32) -> Family:
     """Load a config's base at its resolution, with all its weights in ``dtype``."""
     return _load(
-        config, resolution=config.resolution, half=dtype, whole=(), quantize=config.quantize
+        config, resolution=config.resolution, dtype=dtype, trained=(), quantize=config.quantize
     )
 
 
@@ -47,9 +47,9 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
     trained = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
     return {
         "resolution": config.resolution,
-        "half": dtype,
-        "whole": trained if config.method == "full" else (),
-        "master": torch.bfloat16 if config.memory == "lowest" else torch.float32,
+        "dtype": dtype,
+        "trained": trained if config.method == "full" else (),
+        "trained_dtype": torch.bfloat16 if config.memory == "lowest" else torch.float32,
         "quantize": config.quantize,
     }
 
@@ -61,7 +61,7 @@ def load_base_to_save(config: TrainConfig) -> Family:
     """
     load_options = training_load_options(config, torch.float32)
     if config.ema_decay is not None:
-        load_options["master"] = torch.float32
+        load_options["trained_dtype"] = torch.float32
     return _load(config, **load_options)
 
 
