@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from dreambooth_lib.core.errors import KitError
+
 if TYPE_CHECKING:
     from dreambooth_lib.core.config import TrainConfig
 
@@ -40,7 +42,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(KitError, ValueError):
     """A field has an impossible value; the message names it and says what to write instead."""
 
 

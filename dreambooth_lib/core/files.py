@@ -5,9 +5,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from dreambooth_lib.core.disk import explain_disk_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,36 +60,36 @@ def copy(source: Path, place: Path, ways: Mapping[str, Callable[[Path, Path], No
 
 def copy_file(source: Path, place: Path) -> None:
     """Copy a file of any size; it appears at ``place`` only once it is complete."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.copyfile(source, partial)
-    if partial.stat().st_size != source.stat().st_size:
-        raise OSError(f"{place} was cut short")
-    partial.replace(place)
+    with replacing_file(place) as partial:
+        shutil.copyfile(source, partial)
+        if partial.stat().st_size != source.stat().st_size:
+            raise OSError(f"{place} was cut short")
 
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it replaces ``folder`` when the block succeeds.
 
-    On an exception the temporary folder is removed and ``folder`` stays as it was.
+    On an exception the temporary folder is removed and ``folder`` stays as it was. Raises
+    :class:`DiskError` where the disk is full, read-only or gone.
     """
     folder = Path(folder)
     partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
-    recover_folder(folder)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with explain_disk_errors(folder):
+        recover_folder(folder)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    _flush(path)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -105,24 +107,33 @@ def _old(folder: Path) -> Path:
 def replacing_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write; it replaces ``path`` when the block succeeds.
 
-    On an exception the temporary file is removed and ``path`` stays as it was.
+    On an exception the temporary file is removed and ``path`` stays as it was. Raises
+    :class:`DiskError` where the disk is full, read-only or gone.
     """
     path = Path(path)
     # Another process may write the same file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        _flush(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explain_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            _flush(partial)
+            partial.replace(path)
+        finally:
+            with suppress(OSError):  # the disk's error is the one to tell
+                partial.unlink(missing_ok=True)
 
 
 def replace_file(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path``, completely or not at all."""
     with replacing_file(path) as partial:
         partial.write_bytes(data)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file. Raises :class:`DiskError` where that is not possible."""
+    with explain_disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
 def save_png(image: "Image.Image", path: str | Path) -> None:

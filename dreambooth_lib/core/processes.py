@@ -4,6 +4,8 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from dreambooth_lib.core.errors import KitError
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -15,7 +17,7 @@ PATIENCE = timedelta(days=1)
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-class LaunchError(ValueError):
+class LaunchError(KitError, ValueError):
     """The processes cannot form a group; the message says how to start them."""
 
 

@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dreambooth_lib.core.errors import KitError
+
 MAX_PIXELS = 50_000_000  #: in one photo, by its header
 MAX_ZIP_BYTES = 2 * 2**30  #: of all members of a zip, unpacked
 MAX_ZIP_RATIO = 100  #: unpacked bytes per byte of the zip, for zips above 100 MiB unpacked
@@ -30,7 +32,7 @@ _TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".md", ".xml", ".url", ".in
 _IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
-class DataError(ValueError):
+class DataError(KitError, ValueError):
     """Photos or tables that cannot be used; the message names the file and says what to do."""
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from dreambooth_lib.core.config import origin
+from dreambooth_lib.core.disk import format_bytes
 from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
 from dreambooth_lib.export.comfyui_lora import ExportError, write_lora
 from dreambooth_lib.families import loading
-from dreambooth_lib.figures.labels import format_bytes
 from dreambooth_lib.training.runs import Run
 
 

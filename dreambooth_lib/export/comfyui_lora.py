@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.export.original_names import clip_name, unet_name
 
@@ -26,7 +27,7 @@ _TENSOR = re.compile(
 )
 
 
-class ExportError(ValueError):
+class ExportError(KitError, ValueError):
     """A model that cannot be written in another program's format."""
 
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.hub_token import hub_token, in_colab
 
 
-class HubError(ValueError):
+class HubError(KitError, ValueError):
     """An upload that the Hub refused, or that did not reach it."""
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 from zipfile import ZIP_STORED, ZipFile
 
+from dreambooth_lib.core.disk import format_bytes
 from dreambooth_lib.core.files import copy_file, replacing_file, retry, visible_files
-from dreambooth_lib.figures.labels import format_bytes
 
 if TYPE_CHECKING:
     from IPython.display import HTML

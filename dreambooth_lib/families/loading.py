@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib.core.config import origin
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.families import quantizers
 from dreambooth_lib.families.inference_settings import (
     Inference,
@@ -43,7 +44,7 @@ FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
 }
 
 
-class BaseError(ValueError):
+class BaseError(KitError, ValueError):
     """A base that cannot be found or loaded, or whose family is unknown."""
 
 

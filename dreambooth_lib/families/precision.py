@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from dreambooth_lib.core.errors import KitError
 
-class NonFinite(FloatingPointError):
+
+class NonFinite(KitError, FloatingPointError):
     """A part of a base gave NaN, infinity or black images; the message names the part."""
 
     @classmethod

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dreambooth_lib.core.errors import KitError
+
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
 
@@ -18,7 +20,7 @@ TOKEN_FILE = "word/token.safetensors"
 _KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
-class TokenError(ValueError):
+class TokenError(KitError, ValueError):
     """A word that cannot become a new token."""
 
 

@@ -54,9 +54,3 @@ def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[st
         body.append(f"<tr>{''.join(tags)}</tr>")
     head = "".join(f'<th scope="col" {left}>{text}</th>' for text in ("", *heads))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def format_bytes(count: int) -> str:
-    """Format a number of bytes: "3.7 MB", "57 MB", "4.3 GB"."""
-    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
-    return f"{count / scale:.{0 if count >= 10 * scale else 1}f} {unit}"

@@ -9,6 +9,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import copy_file, replacing_folder, retry, visible_files
 from dreambooth_lib.core.old_names import PLACES
 from dreambooth_lib.data.images import read_photos
@@ -17,7 +18,7 @@ from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run, RunError
 
 
-class RestoreError(RuntimeError):
+class RestoreError(KitError, RuntimeError):
     """A backup that could not be read; nothing was restored."""
 
 

@@ -30,10 +30,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from dreambooth_lib.core.errors import KitError
+
 NAME = "dreambooth-lib"
 
 
-class InstallError(RuntimeError):
+class InstallError(KitError, RuntimeError):
     """A failure of pip, which left every package as it was."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.hub_token import hub_token, in_colab
 from dreambooth_lib.families import loading
@@ -30,7 +31,7 @@ class Check:
     fix: str = ""  #: one sentence on what to do; empty if the check passed
 
 
-class NotReady(RuntimeError):
+class NotReady(KitError, RuntimeError):
     """A machine that failed a check."""
 
 

@@ -2,23 +2,29 @@
 
 Every tensor goes to a safetensors file under its path in the dict; everything else goes to
 ``state.json``, which marks each tensor's place. The optimizer's tensors have a file of their own,
-so that an older checkpoint can drop them and keep its weights.
+so that an older checkpoint can drop them and keep its weights. ``digests.json`` has a digest of
+each file, and whatever reads a checkpoint compares them.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from dreambooth_lib.core.files import recover_folder, replacing_folder
+from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.files import recover_folder, replace_file, replacing_folder
 
 #: The tensors of a state's key "optimizer", and all others.
 OPTIMIZER, TENSORS = "optimizer.safetensors", "tensors.safetensors"
+STATE = "state.json"
+#: Digests of the other files by name. Checkpoints of earlier versions have none.
+DIGESTS = "digests.json"
 
 #: How safetensors names the dtypes that a state may hold.
 _DTYPES = {
@@ -29,6 +35,10 @@ _DTYPES = {
 
 #: Keys that mark in ``state.json`` what JSON has not.
 _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
+
+
+class CheckpointError(KitError, ValueError):
+    """A checkpoint with a missing, damaged or foreign file; the message names it."""
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
@@ -48,7 +58,8 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
         for name, part in files.items():
             if part or name == TENSORS:
                 write_tensors(partial / name, part)
-        (partial / "state.json").write_text(json.dumps(tree))
+        (partial / STATE).write_text(json.dumps(tree))
+        write_digests(partial)
 
 
 def write_tensors(
@@ -85,12 +96,14 @@ def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[
     """Load what :func:`save_state` wrote, its tensors on the CPU in their own dtypes.
 
     With ``keys``, load only those of them that exist. An optimizer's state that
-    :func:`drop_optimizer` deleted is left out.
+    :func:`drop_optimizer` deleted is left out. Raises :class:`CheckpointError` where a file is not
+    as it was written.
     """
     folder = Path(folder)
     recover_folder(folder)
-    tree = json.loads((folder / "state.json").read_text())
-    with ExitStack() as stack:
+    check_digests(folder)
+    with _explain_damage(folder), ExitStack() as stack:
+        tree = json.loads((folder / STATE).read_text())
         stored = _Stored()
         for path in (folder / TENSORS, folder / OPTIMIZER):
             if path.exists():
@@ -108,7 +121,50 @@ def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[
 
 def drop_optimizer(folder: Path) -> None:
     """Delete the optimizer's tensors of a saved state; its weights stay."""
-    (folder / OPTIMIZER).unlink(missing_ok=True)
+    if (folder / OPTIMIZER).exists():
+        if (folder / DIGESTS).exists():  # first: a digest without its file would be damage
+            digests = json.loads((folder / DIGESTS).read_text())
+            digests.pop(OPTIMIZER, None)
+            replace_file(folder / DIGESTS, json.dumps(digests).encode())
+        (folder / OPTIMIZER).unlink()
+
+
+def write_digests(folder: Path) -> None:
+    """Write the digests of a checkpoint's files as they are now."""
+    files = [folder / name for name in (STATE, TENSORS, OPTIMIZER)]
+    digests = {file.name: _digest(file) for file in files if file.exists()}
+    replace_file(folder / DIGESTS, json.dumps(digests).encode())
+
+
+def check_digests(folder: Path) -> None:
+    """Raise :class:`CheckpointError` where a checkpoint's file is not as it was written.
+
+    Checkpoints of earlier versions, without digests, pass.
+    """
+    with _explain_damage(folder):
+        if not (folder / DIGESTS).exists() and (folder / STATE).exists():
+            return
+        for name, digest in json.loads((folder / DIGESTS).read_text()).items():
+            if name not in (STATE, TENSORS, OPTIMIZER) or digest != _digest(folder / name):
+                raise ValueError(f"{name} is not as it was written")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()
+
+
+@contextmanager
+def _explain_damage(folder: Path) -> Iterator[None]:
+    """Raise :class:`CheckpointError` for whatever reading a damaged file raises."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            SafetensorError) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged ({reason}); choose another one."
+        ) from error
 
 
 def round_weights(source: Path, target: Path) -> None:

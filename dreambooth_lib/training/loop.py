@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, per_sample_errors
@@ -22,11 +23,11 @@ from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation_record import ValidationResult
 
 
-class NonFiniteLoss(FloatingPointError):
+class NonFiniteLoss(KitError, FloatingPointError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(KitError, RuntimeError):
     """The GPU ran out of memory; the message says what would take less, and by how much."""
 
 

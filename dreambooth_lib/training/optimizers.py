@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import KitError
 
 if TYPE_CHECKING:
     import torch
 
 
-class OptimizerUnavailable(RuntimeError):
+class OptimizerUnavailable(KitError, RuntimeError):
     """bitsandbytes is missing or does not load; the message says what to do."""
 
 

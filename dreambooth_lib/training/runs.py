@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth_lib.core.config import SAMPLING_FIELDS, TrainConfig
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.old_names import locate
 
@@ -24,7 +25,7 @@ _FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "metho
           "lora_rank", "lora_alpha", "lora_layers", "dora", "quantize", "train_token")  # fmt: skip
 
 
-class RunError(ValueError):
+class RunError(KitError, ValueError):
     """A run's folder is missing, not empty or not readable."""
 
 

@@ -14,8 +14,8 @@ from IPython.display import Javascript
 from ipywidgets import HTML, FileUpload, HBox, Layout
 
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.disk import format_bytes
 from dreambooth_lib.data.images import DataError
-from dreambooth_lib.figures.labels import format_bytes
 
 #: The environment variable with the bytes that this server accepts in a message, if not 10 MiB.
 LIMIT = "DREAMBOOTH_UPLOAD_LIMIT"

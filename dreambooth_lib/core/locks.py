@@ -1,0 +1,38 @@
+"""Let one process at a time use a folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dreambooth_lib.core.disk import explain_disk_errors
+from dreambooth_lib.core.errors import KitError
+
+#: The lock's file in the folder; it may lie there without a process that holds it.
+LOCK_FILE = ".lock"
+
+
+class LockError(KitError, RuntimeError):
+    """A folder that another process uses."""
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock. Raises :class:`LockError` where another process holds it.
+
+    The operating system frees the lock of a process that ends, however it ends. Within one process
+    the lock can be held several times: an interrupted cell may not have let go of it yet.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(folder / LOCK_FILE, timeout=0, is_singleton=True)
+    try:
+        with explain_disk_errors(folder / LOCK_FILE):
+            held.acquire()
+    except Timeout:
+        raise LockError(
+            f"{folder} is in use by another process; stop that one, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()

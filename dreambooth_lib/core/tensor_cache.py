@@ -1,0 +1,50 @@
+"""Keep tensors that can be computed again in files that are checked when they are read."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_lib.core.files import replace_file
+
+if TYPE_CHECKING:
+    import torch
+
+_DIGEST = "digest"  #: the key in the file's metadata
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Write tensors to a safetensors file with a digest of them."""
+    from safetensors.torch import save
+
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace_file(path, save(content, {_DIGEST: _digest(content)}))
+
+
+def read_tensors(path: Path, names: tuple[str, ...]) -> "dict[str, torch.Tensor] | None":
+    """Return the tensors of a file, on the CPU; None where it is missing or damaged.
+
+    ``names`` are the tensors that it must have.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+            written = (file.metadata() or {}).get(_DIGEST)
+    except (OSError, SafetensorError):
+        return None
+    return tensors if written == _digest(tensors) else None
+
+
+def _digest(tensors: "Mapping[str, torch.Tensor]") -> str:
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        # As bytes: NumPy has no bfloat16.
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
