@@ -11,7 +11,7 @@ import torch
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.runs import Run, RunError
 
@@ -231,6 +231,6 @@ def test_a_failed_write_keeps_all_older_checkpoints(run: Run) -> None:
 
 def test_the_first_difference_names_both_values() -> None:
     old, new = {"steps": 4, "seed": 0, "gone": 1}, {"steps": 4, "seed": 1}
-    assert str(runs.first_difference(old, new)) == "seed is 0, not 1"
-    assert str(runs.first_difference(old, new, ["seed"])) == "gone is 1, not left out"
-    assert runs.first_difference(old, new, ["seed", "gone"]) is None
+    assert str(config_changes.first_difference(old, new)) == "seed is 0, not 1"
+    assert str(config_changes.first_difference(old, new, ["seed"])) == "gone is 1, not left out"
+    assert config_changes.first_difference(old, new, ["seed", "gone"]) is None
