@@ -15,6 +15,7 @@ import torch
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.files import remove_partials
 from dreambooth_lib.core.locks import lock
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.batches import Batch
@@ -73,6 +74,8 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     """
     is_first = join_group().is_main_process
     with raise_on_termination(), lock(run.folder) if is_first else nullcontext():
+        if is_first:
+            remove_partials(run.folder)
         trainer = Trainer(run)
         with _save_and_explain(trainer):
             trainer.warn_of_distillation()

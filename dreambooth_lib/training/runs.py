@@ -163,20 +163,19 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
     folder, config = Path(folder), with_absolute_paths(config)
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    # Hidden files may be left of a try that was killed.
+    names = {path.name for path in folder.glob("[!.]*")}
+    own = {*_FIRST_FILES, *(PLACES.get(name, name) for name in _FIRST_FILES)}
+    if has_begun(folder):
+        raise RunError(
+            f"{folder} already holds a run; resume it with resume('{folder}'), or choose another "
+            "folder."
+        )
+    if names and ("config.toml" not in names or names - own - {"checkpoints"}):
+        raise RunError(f"{folder} is not empty; choose a new folder for the run.")
     with lock(folder):
-        is_run = (folder / "config.toml").exists()
-        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        own = {*_FIRST_FILES, *(PLACES.get(name, name) for name in _FIRST_FILES), "checkpoints"}
-        if is_run and has_begun(folder):
-            raise RunError(
-                f"{folder} already holds a run; resume it with resume('{folder}'), or choose "
-                "another folder."
-            )
-        if names - own or (names and not is_run):
-            raise RunError(f"{folder} is not empty; choose a new folder for the run.")
-        if is_run and not _is_same(config, folder):
-            for name in names:  # of a first try with another config
-                place = folder / name
+        if names and not _is_same(config, folder):
+            for place in (folder / name for name in names):  # of a try with another config
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
         _write_config(folder, config)
     return Run(folder, config)
