@@ -31,7 +31,12 @@ from dreambooth_lib.training.checkpoints import CheckpointError, load_state, sav
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.setup import Trainer
-from dreambooth_lib.training.validation_record import history, images_folder, load_images
+from dreambooth_lib.training.validation_record import (
+    history,
+    images_folder,
+    load_all_images,
+    load_images,
+)
 
 Start = Callable[..., Run]
 
@@ -216,6 +221,8 @@ def test_a_damaged_validation_image_is_named(validated: Callable[[str], Run]) ->
     flip(images_folder(run, 1) / "subject-2.png")
     with pytest.raises(RunError, match=r"000001/subject-2\.png is missing or damaged"):
         load_images(run, 1)
+    with pytest.warns(UserWarning, match="step 1 is not shown"):
+        assert list(load_all_images(run)) == [0, 2]
 
 
 CACHE_DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -236,6 +243,28 @@ def test_damaged_latents_are_encoded_again(damage: str, start_run: Start) -> Non
         CACHE_DAMAGES[damage](file)
     again = trained(start_run("again", "sd1"))
     assert same_bits(run, again) and [file.read_bytes() for file in latents] == whole
+
+
+def test_latents_of_other_images_are_not_taken(start_run: Start) -> None:
+    run = trained(start_run("run", "sd1"))
+    one, other = sorted((run.folder.parent / "latents").iterdir())
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    assert same_bits(run, trained(start_run("again", "sd1")))
+
+
+def test_what_a_killed_process_was_writing_is_removed(run: Run) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    places = [run.folder, run.folder.parent / "class_images", run.folder.parent / "latents"]
+    left = [place / f".file.{dead.pid}.partial" for place in places]
+    living = places[1] / f".file.{os.getpid()}.partial"
+    for file in (*left, living):
+        file.write_text("half")
+    trained(run)
+    assert not any(file.exists() for file in left)
+    assert living.exists(), "another run may draw class images at the same time"
 
 
 @pytest.mark.parametrize("damage", [*CACHE_DAMAGES, "another picture", "gone"])

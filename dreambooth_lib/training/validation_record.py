@@ -169,6 +169,20 @@ def load_images(run: Run, step: int) -> ValidationImages:
     return ValidationImages(of_subject, load("class"), load("unrelated"), prompts)
 
 
+def load_all_images(run: Run) -> dict[int, ValidationImages]:
+    """Load the images of every validation so far, by step; warn of damaged ones and leave them out.
+
+    Training goes on without an image of an earlier step.
+    """
+    images = {}
+    for result in history(run):
+        try:
+            images[result.step] = load_images(run, result.step)
+        except RunError as error:
+            warnings.warn(f"step {result.step} is not shown: {error}", stacklevel=2)
+    return images
+
+
 def _open_image(file: Path) -> Image.Image:
     try:
         return Image.open(file).convert("RGB")
