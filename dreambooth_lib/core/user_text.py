@@ -15,7 +15,9 @@ _RESERVED = {
     *(f"{port}{n}" for port in ("COM", "LPT") for n in "123456789"),
 }
 #: What Markdown and HTML would take for their own; an underscore only at the edge of a word.
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~@]|^[#+\-]|(?<=:)//|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.I)
+_MARKUP = re.compile(
+    r"[\\`*\[\]<>&|~@$=]|^[#+\-]|(?<=:)//|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE
+)
 
 
 def problem_with_words(text: str) -> str | None:
