@@ -14,7 +14,7 @@ from dreambooth_lib.core.files import copy_file, replacing_folder, retry, visibl
 from dreambooth_lib.core.old_names import PLACES
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.notebook.drive_backup import IDENTITY, read_identity, read_state
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.runs import Run, RunError
 
 
@@ -194,8 +194,8 @@ def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: st
     """Say in words how a run's base, noun or photos differ from these; empty if they do not."""
     subject = run.config.subject
     before = {"base": run.config.base, "class noun": subject.class_noun}
-    now = {"base": runs.absolute_base(base), "class noun": class_noun.strip()}
-    if difference := runs.first_difference(before, now):
+    now = {"base": config_changes.absolute_base(base), "class noun": class_noun.strip()}
+    if difference := config_changes.first_difference(before, now):
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""
