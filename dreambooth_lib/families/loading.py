@@ -254,11 +254,11 @@ class BaseInfo(NamedTuple):
     """Hold what is known of a base without its weights."""
 
     resolution: int  #: pixels a side that the base was trained at
-    tokenizer: Any
+    tokenizers: list[Any]  #: of all text encoders; identifiers are chosen by the first
 
 
 def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
-    """Return a base's resolution and tokenizer; from the hub, that is a small download.
+    """Return a base's resolution and tokenizers; from the hub, that is a small download.
 
     Raises as :func:`load_model` does.
     """
@@ -267,11 +267,15 @@ def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
     resolved = resolve(base, revision)
     family = resolved.family
     denoiser, vae = (resolved.read(f"{n}/config.json") for n in (family.denoiser_name, "vae"))
-    tokenizer = getattr(transformers, resolved.read("model_index.json")["tokenizer"][1])
-    source = {"subfolder": "tokenizer", "revision": resolved.hub.get("revision")}
-    return BaseInfo(
-        family.native_resolution(denoiser, vae), tokenizer.from_pretrained(resolved.path, **source)
-    )
+    index, revision = resolved.read("model_index.json"), resolved.hub.get("revision")
+    tokenizers = [
+        getattr(transformers, index[name][1]).from_pretrained(
+            resolved.path, subfolder=name, revision=revision
+        )
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
+        if index.get(name, [None])[0]
+    ]
+    return BaseInfo(family.native_resolution(denoiser, vae), tokenizers)
 
 
 def base_inference(base: str, revision: str | None = None) -> Inference:

@@ -16,7 +16,7 @@ from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
-from dreambooth_lib.data.images import Photo, captioned, read_photos
+from dreambooth_lib.data.images import Images, Photo, captioned, read_photos
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -67,7 +67,10 @@ class Trainer:
             self.precision = "bf16"  # as its weights are
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
-        photos = captioned(read_photos(config.subject.pictures), config.subject.instance_prompt)
+        subject = config.subject
+        photos = captioned(
+            read_photos(subject.pictures), subject.instance_prompt, subject.identifier
+        )
         self.family = self._load_base(photos)
         instance, classes = self._set_up_validation(photos, self._class_images())
         teacher = None
@@ -145,7 +148,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             loss = HeldOutLoss(config, self.family, {"subject": held_out, "class": classes[end:]})
             device = "cpu" if config.memory in LOW_MEMORY else self.accelerator.device
-            references = [photo.image for photo in photos]
+            references = Images(photos)
             self.validator = Validator(self.run, references, loss, load_scorer(config, device))
         return instance, classes[:end]
 

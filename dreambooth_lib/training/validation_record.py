@@ -7,6 +7,7 @@ RUN/validation/plan.json          what each validation draws
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Validator:
     """
 
     def __init__(
-        self, run: Run, photos: list[Image.Image], held_out: HeldOutLoss, encoder: Encoder
+        self, run: Run, photos: Sequence[Image.Image], held_out: HeldOutLoss, encoder: Encoder
     ):
         self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
         self.plan = plan_of(run)
