@@ -51,11 +51,36 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
 
 
 def origin(base: str) -> str:
-    """Return the base that a run's folder was trained from; return any other base unchanged."""
-    run = Path(base) / "config.toml"
-    if base in ("", "toybox") or not run.is_file():
-        return base
-    return origin(tomllib.loads(run.read_text()).get("base", "toybox"))
+    """Return the base that a run's folder was trained from; return any other base unchanged.
+
+    Raises :class:`ConfigError` for a run whose config cannot be read, or that names itself.
+    """
+    seen: list[Path] = []
+    while base not in ("", "toybox") and (file := _config_of(base)) is not None:
+        if file.resolve() in seen:
+            raise ConfigError(
+                f"{file} has as its base a run that was trained from this one; correct its 'base'."
+            )
+        seen.append(file.resolve())
+        try:
+            base = tomllib.loads(file.read_text("utf-8-sig")).get("base", "toybox")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{file} cannot be read as a run's config ({type(error).__name__}); correct or "
+                "restore it."
+            ) from error
+        if not isinstance(base, str):
+            raise ConfigError(f"base is no text in {file}; correct it.")
+    return base
+
+
+def _config_of(base: str) -> Path | None:
+    """Return the config of a run's folder; None for what is none."""
+    file = Path(base) / "config.toml"
+    try:
+        return file if file.is_file() else None
+    except OSError:  # such as a name that is too long for the disk
+        return None
 
 
 @dataclass(frozen=True)
