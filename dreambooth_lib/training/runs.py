@@ -80,7 +80,8 @@ class Run:
 
     def checkpoints(self) -> dict[int, Path]:
         """Return the checkpoints by step, oldest first; half-written ones are left out."""
-        folders = {int(p.name): p for p in self.folder.glob("checkpoints/[0-9]*") if p.is_dir()}
+        places = [p for p in self.folder.glob("checkpoints/*") if p.name.isdigit() and p.is_dir()]
+        folders = {int(path.name): path for path in places}
         return dict(sorted(folders.items()))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
