@@ -128,6 +128,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def run_training(run: Run) -> None:
     from dreambooth_lib.training.best_checkpoint import select_best
+    from dreambooth_lib.training.interrupts import Terminated
     from dreambooth_lib.training.loop import train
     from dreambooth_lib.training.validation_record import history, time_share
 
@@ -137,9 +138,10 @@ def run_training(run: Run) -> None:
             prior = "" if step.prior_loss is None else f", prior loss {step.prior_loss:.4f}"
             losses = f"instance loss {step.instance_loss:.4f}{prior}"
             state.print(f"step {step.step}/{run.config.steps}: {losses}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         state.print(f"interrupted; resume with 'python -m dreambooth_lib resume {run.folder}'.")
-        raise SystemExit(128 + signal.SIGINT) from None
+        number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
+        raise SystemExit(128 + number) from None
     if results := history(run):
         if (ratio := time_share(run)) > 0.2:
             state.print(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dreambooth_lib.core.digests import DIGESTS
 from dreambooth_lib.core.files import replace_file, replacing_folder
 from dreambooth_lib.training import checkpoints
 from dreambooth_lib.training.checkpoints import (
@@ -177,6 +178,7 @@ def test_a_state_in_one_file_loads(tmp_path: Path) -> None:
     tensors = load_file(files[0]) | load_file(files[1])
     files[1].unlink()
     save_file(tensors, files[0])
+    (tmp_path / "s" / DIGESTS).unlink()  # which earlier versions did not write
     assert_equal(load_state(tmp_path / "s"), FULL)
 
 
@@ -284,7 +286,7 @@ def test_leftovers_of_a_killed_write_stay_out_of_the_next(tmp_path: Path) -> Non
     save_state(tmp_path / "s", {"value": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     names = sorted(path.name for path in (tmp_path / "s").iterdir())
-    assert names == ["state.json", "tensors.safetensors"]
+    assert names == ["digests.json", "state.json", "tensors.safetensors"]
 
 
 def test_a_folder_appears_only_once_it_is_complete(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_generator_closed_early_leaves_only_whole_images_and_is_continued_late
     drawing.close()
     folder = class_images_folder(config, family, tmp_path)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["00000.png", "00001.png", "00002.png", "manifest.json"]
+    assert names == ["00000.png", "00001.png", "00002.png", "digests.jsonl", "manifest.json"]
     assert len(read_photos(folder)) == 3
     drawn = record_drawn(monkeypatch)
     assert len(draw(config, family, tmp_path)) == 5

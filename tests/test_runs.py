@@ -5,13 +5,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.runs import Run, RunError
 
@@ -29,6 +30,7 @@ def test_a_started_run_opens_again_with_the_same_config(run: Run) -> None:
 
 
 def test_a_folder_that_holds_a_run_is_not_started_again(run: Run) -> None:
+    run.save_checkpoint(1, state_of(1))
     before = (run.folder / "config.toml").read_text()
     with pytest.raises(RunError, match=r"already holds a run.*resume\("):
         runs.start(run.config.replace(steps=9), run.folder)
@@ -61,13 +63,18 @@ def test_a_run_started_twice_is_resumed_with_the_second_config(
 def test_a_run_of_another_subject_or_method_is_not_resumed(field: str, run: Run) -> None:
     subject = dataclasses.replace(run.config.subject, identifier="hta")
     config = run.config.replace(**{field: {"subject": subject}.get(field, True)})
+    run.save_checkpoint(1, state_of(1))
     with pytest.raises(RunError, match=rf"whose {field} is .*choose another folder for a new run"):
         runs.start_or_resume(config, run.folder)
     assert runs.resume(run.folder) == run
 
 
+def state_of(step: int) -> dict[str, Any]:
+    return {"step": step, "model": {}}
+
+
 def finish(run: Run, step: int) -> None:
-    run.save_checkpoint(step, {"step": step})
+    run.save_checkpoint(step, state_of(step))
     run.pipeline.mkdir()
     (run.pipeline / "model_index.json").write_text("{}")
 
@@ -82,7 +89,7 @@ def test_a_finished_run_keeps_the_settings_it_was_trained_with(run: Run) -> None
 
 
 def test_a_run_cannot_be_made_shorter_than_it_is(run: Run) -> None:
-    run.save_checkpoint(3, {"step": 3})
+    run.save_checkpoint(3, state_of(3))
     with pytest.raises(RunError, match=r"is already at step 3, beyond steps 2; raise steps"):
         runs.start_or_resume(run.config.replace(steps=2), run.folder)
     assert runs.resume(run.folder) == run
@@ -168,27 +175,27 @@ def test_truncating_the_log_drops_exactly_the_later_rows(run: Run) -> None:
 
 def test_the_newest_checkpoints_stay_and_the_newest_is_loaded(run: Run) -> None:
     for step in (8, 9, 10, 11):
-        run.save_checkpoint(step, {"step": step})
+        run.save_checkpoint(step, state_of(step))
     assert list(run.checkpoints()) == [10, 11]
-    assert run.load_checkpoint() == {"step": 11}
+    assert run.load_checkpoint() == state_of(11)
 
 
 def test_checkpoints_are_ordered_by_number_beyond_six_digits(run: Run) -> None:
     for step in (999_999, 1_000_000):
-        run.save_checkpoint(step, {"step": step})
-    assert run.load_checkpoint() == {"step": 1_000_000}
+        run.save_checkpoint(step, state_of(step))
+    assert run.load_checkpoint() == state_of(1_000_000)
 
 
 def test_a_half_written_checkpoint_is_ignored(run: Run) -> None:
-    run.save_checkpoint(2, {"step": 2})
+    run.save_checkpoint(2, state_of(2))
     partial = run.folder / "checkpoints" / ".000004.partial"
     partial.mkdir()
     (partial / "tensors.safetensors").write_bytes(b"half")
     assert list(run.checkpoints()) == [2]
-    assert run.load_checkpoint() == {"step": 2}
-    run.save_checkpoint(4, {"step": 4})
+    assert run.load_checkpoint() == state_of(2)
+    run.save_checkpoint(4, state_of(4))
     assert not partial.exists()
-    assert run.load_checkpoint() == {"step": 4}
+    assert run.load_checkpoint() == state_of(4)
 
 
 def test_a_finished_run_with_earlier_defaults_is_resumed(
@@ -222,15 +229,15 @@ def test_only_the_newest_checkpoint_has_the_optimizers_state(run: Run) -> None:
 
 def test_a_failed_write_keeps_all_older_checkpoints(run: Run) -> None:
     for step in (1, 2):
-        run.save_checkpoint(step, {"step": step})
+        run.save_checkpoint(step, state_of(step))
     with pytest.raises(TypeError):
         run.save_checkpoint(3, {"step": object()})
     assert list(run.checkpoints()) == [1, 2]
-    assert run.load_checkpoint() == {"step": 2}
+    assert run.load_checkpoint() == state_of(2)
 
 
 def test_the_first_difference_names_both_values() -> None:
     old, new = {"steps": 4, "seed": 0, "gone": 1}, {"steps": 4, "seed": 1}
-    assert str(runs.first_difference(old, new)) == "seed is 0, not 1"
-    assert str(runs.first_difference(old, new, ["seed"])) == "gone is 1, not left out"
-    assert runs.first_difference(old, new, ["seed", "gone"]) is None
+    assert str(config_changes.first_difference(old, new)) == "seed is 0, not 1"
+    assert str(config_changes.first_difference(old, new, ["seed"])) == "gone is 1, not left out"
+    assert config_changes.first_difference(old, new, ["seed", "gone"]) is None

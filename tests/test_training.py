@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.families import loading
-from dreambooth_lib.training import latent_cache, loop, runs, setup
+from dreambooth_lib.training import latent_cache, loop, runs, sampling, setup
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.loop import (
@@ -547,16 +547,21 @@ def test_a_runs_pipeline_draws_in_plain_diffusers_without_this_library(
     assert done.stdout.strip() == "(16, 16)"
 
 
-def test_a_finished_run_that_is_extended_has_no_pipeline_until_its_new_end(
+def test_a_finished_run_that_is_extended_keeps_its_pipeline_until_its_new_end(
     tiny_sd1: str, photos: str, tmp_path: Path, make_config: Callable[..., TrainConfig]
 ) -> None:
     run = runs.start(make_config(tiny_sd1, photos, steps=2), tmp_path / "run")
     list(train(run))
     longer = train(runs.resume(run.folder, steps=4))
     assert next(longer).step == 3
-    assert not run.pipeline.exists()
-    assert [step.step for step in longer] == [4]
-    assert (run.pipeline / "model_index.json").exists()
+    before = weights(run.folder / "pipeline", "unet")
+    longer.close()
+    run = runs.resume(run.folder)
+    assert not run.finished
+    with pytest.warns(UserWarning, match="has more steps to train"):
+        sampling.sample(run, ["a {} dog"], [0], steps=1)
+    assert [step.step for step in train(run)] == [4]
+    assert run.finished and not same(weights(run.folder / "pipeline", "unet"), before)
 
 
 def test_a_second_interrupt_does_not_truncate_the_checkpoint(
@@ -709,9 +714,10 @@ attempt(in_the_pipeline, "resume", folder)
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """Return the log's rows without time and memory."""
+    """Return the log's rows without time, memory and checksum."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_mb")} for row in rows]
+    left_out = ("seconds", "memory_mb", "crc32")
+    return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
 
 
 def one_thread() -> dict[str, str]:
@@ -751,4 +757,4 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
     left = [path.name for path in killed.rglob(".*")] + [
         path.name for path in (killed / "checkpoints").iterdir()
     ]
-    assert sorted(left) == ["000010", "000012"]
+    assert sorted(left) == [".lock", "000010", "000012"]

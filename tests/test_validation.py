@@ -72,8 +72,8 @@ def test_a_validation_writes_images_and_scores(
     assert "class" not in last.held_out, "of four class images none can be spared"
     folder = validation_record.images_folder(run, 4)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["class-0.png", "class-1.png", *(f"subject-{i}.png" for i in range(4)),
-                     "unrelated-0.png"]  # fmt: skip
+    assert names == ["class-0.png", "class-1.png", "digests.json",
+                     *(f"subject-{i}.png" for i in range(4)), "unrelated-0.png"]  # fmt: skip
     # The files and the public metrics give the same scores, and sampling gives the same images.
     encoder = Encoder(clip_folder)
     photos = [photo.image for photo in read_photos(run.config.subject.pictures)]

@@ -28,17 +28,18 @@ def require_room(folder: Path, size: int) -> None:
 def explain_disk_errors(path: str | Path) -> Iterator[None]:
     """Raise :class:`DiskError` for an error of the disk while ``path`` is written.
 
-    Errors about other files pass through, and so do those that do not come from the disk.
+    Errors about other files pass through, and so do those that do not come from the disk. Of
+    nested blocks the outermost path is named.
     """
     try:
         yield
-    except DiskError:
-        raise
     except Exception as error:
         number = _errno_of(error)
         if number is None or _is_elsewhere(error, Path(path)):
             raise
-        raise DiskError(_sentence(Path(path), number)) from error
+        told = DiskError(_sentence(Path(path), number))
+        told.errno = number
+        raise told from error
 
 
 def _errno_of(error: Exception) -> int | None:

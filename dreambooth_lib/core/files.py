@@ -87,6 +87,12 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder; no other may be writing there now."""
+    for partial in [*folder.rglob(".*.partial")]:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
 def recover_folder(folder: Path) -> None:
     """Restore the older folder if the process was killed between the two renames."""
     if _old(folder).exists() and not folder.exists():

@@ -29,8 +29,14 @@ from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.subjects import load_dataset
 from dreambooth_lib.training import memory_level, runs
+from dreambooth_lib.training.config_changes import (
+    absolute_base,
+    describe,
+    first_difference,
+    flat_fields,
+)
 from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.runs import Run, RunError, describe, first_difference, flat_fields
+from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.sampling import load_source
 from dreambooth_lib.training.validation import CLASS_SEED
 
@@ -283,5 +289,5 @@ def _description(source: "TrainConfig | Run | Family | str") -> dict[str, Any]:
     if isinstance(source, TrainConfig):
         return flat_fields(source)
     if isinstance(source, str):
-        return {"base": runs.absolute_base(source)}
+        return {"base": absolute_base(source)}
     return {"family": type(source).__name__}

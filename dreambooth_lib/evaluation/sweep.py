@@ -25,8 +25,9 @@ from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.training import class_images, early_stopping, memory_level, runs, sampling
+from dreambooth_lib.training.config_changes import describe, first_difference, flat_fields
 from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.runs import Run, RunError, describe, first_difference, flat_fields
+from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation import ValidationPlan
 from dreambooth_lib.training.validation_record import history, plan_file, read_plan
 

@@ -83,6 +83,9 @@ def _back_up(run: Run, folder: Path) -> list[str]:
     state = retry(open_state, folder, own_identity(run))
     if state is None:
         return ["that folder holds something other than this run; choose another one"]
+    if state.finished and not run.finished:  # it has a longer goal now
+        state.finished = False
+        retry(write_state, folder, state)
     leftovers = []
     try:
         retry(_delete_leftovers, folder)

@@ -6,11 +6,13 @@ beside them on the drive, and everything else by its path from the run's folder.
 
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.digests import DIGESTS, forget_digest, write_digests
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.files import (
     Fingerprint,
@@ -38,8 +40,6 @@ def describe(name: str, source: Path) -> Fingerprint:
 
     Photos have other names and sizes in the backup, so they are described as one.
     """
-    from dreambooth_lib.training.checkpoints import DIGESTS
-
     rows = fingerprint(source)
     if name in (PHOTOS, CLASS_PHOTOS):
         return [[".", sum(row[1] for row in rows), max((row[2] for row in rows), default=0)]]
@@ -131,8 +131,8 @@ def copy_checkpoint(source: Path, place: Path) -> None:
                 copy_file(source / name, partial / name)
         if not rounded:
             checkpoints.check_digests(partial)
-        elif checkpoints.DIGESTS in sizes:
-            checkpoints.write_digests(partial)
+        elif DIGESTS in sizes:
+            write_digests(partial)
 
 
 def _check_rounded(source: Path, copied: Path) -> None:
@@ -155,19 +155,9 @@ def delete_removed(name: str, known: Fingerprint, stamp: Fingerprint, place: Pat
     for file, *_ in known:
         if file not in names and (place / file).exists():
             if is_checkpoint(name):
-                _forget_digest(place, file)
+                forget_digest(place, file)
             hide_and_delete(place / file)
     return [row for row in known if row[0] in names]
-
-
-def _forget_digest(folder: Path, file: str) -> None:
-    """Take a file, which is about to be deleted, off a checkpoint's digests."""
-    from dreambooth_lib.training.checkpoints import DIGESTS
-
-    if (folder / DIGESTS).exists():
-        digests = json.loads((folder / DIGESTS).read_text())
-        digests.pop(file, None)
-        replace_file(folder / DIGESTS, json.dumps(digests).encode())
 
 
 def hide_and_delete(path: Path) -> None:
@@ -175,8 +165,6 @@ def hide_and_delete(path: Path) -> None:
 
     Its files are emptied first, as Drive's trash counts towards its quota.
     """
-    import shutil
-
     if not path.name.startswith("."):
         path = path.rename(path.with_name(f".{path.name}.gone"))
     for file in path.rglob("*") if path.is_dir() else [path]:

@@ -15,7 +15,7 @@ from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.notebook.drive_copy import PHOTOS
 from dreambooth_lib.notebook.drive_copy_back import backed_up, copy_back, list_files
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.runs import Run, RunError
 
 #: Seconds that a drive has to list a folder or to show some photos.
@@ -116,7 +116,8 @@ def has_finished(folder: Path) -> bool:
 
     A backup may lack the pipeline that a run ends with; its state says whether the run finished.
     """
-    return (folder / "pipeline").exists() or (read_state(folder) or State()).finished
+    run = _read_run(folder)
+    return run is not None and run.finished
 
 
 def unique_name(name: str, *folders: str | Path | None) -> str:
@@ -180,12 +181,13 @@ def _read_run(folder: Path) -> FoundRun | None:
 
 def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: str) -> str:
     """Say in words how a run's base, noun or photos differ from these; empty if they do not."""
-    subject, own_base, base = run.config.subject, run.config.base, runs.absolute_base(base)
+    subject, own_base = run.config.subject, run.config.base
+    base = config_changes.absolute_base(base)
     if own_base.startswith("../") and Path(own_base).name == Path(base).name:
         own_base = base  # a backup's, which is relative to where the run was
     before = {"base": own_base, "class noun": subject.class_noun}
     now = {"base": base, "class noun": class_noun.strip()}
-    if difference := runs.first_difference(before, now):
+    if difference := config_changes.first_difference(before, now):
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""

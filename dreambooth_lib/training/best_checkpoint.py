@@ -71,7 +71,7 @@ def select_best(rows: Sequence[ValidationResult]) -> Selection:
 
     Raises ``ValueError`` if there is no other row.
     """
-    by_step = {row.step: ratios_of(row, rows[0]) for row in rows[1:]}
+    by_step = {row.step: ratios_of(row, rows[0]) for row in rows[1:] if rows[0].step == 0}
     if not by_step:
         raise ValueError(
             "no step was validated yet; train up to the first validation (validate_every)."

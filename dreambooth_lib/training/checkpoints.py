@@ -6,9 +6,10 @@ so that an older checkpoint can drop them and keep its weights. ``digests.json``
 each file, and whatever reads a checkpoint compares them.
 """
 
-import hashlib
 import json
 import math
+import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dreambooth_lib.core.digests import changed_file, forget_digest, write_digests
+from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.files import recover_folder, replace_file, replacing_folder
+from dreambooth_lib.core.files import recover_folder, replacing_folder
 
 #: The tensors of a state's key "optimizer", and all others.
 OPTIMIZER, TENSORS = "optimizer.safetensors", "tensors.safetensors"
 STATE = "state.json"
-#: Digests of the other files by name. Checkpoints of earlier versions have none.
-DIGESTS = "digests.json"
 
 #: How safetensors names the dtypes that a state may hold.
 _DTYPES = {
@@ -46,19 +47,21 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
 
     Dict keys are strings or ints (optimizers index their state by int). Tensors are copied to the
     CPU one at a time, so that memory never holds them all twice. An older folder of that name is
-    replaced once the new one is complete on disk. Raises ``ValueError`` for a dict with both kinds
-    of keys and ``TypeError`` for a value that JSON cannot hold.
+    replaced once the new one is complete on disk. Raises :class:`DiskError` before anything is
+    written if there is no room, ``ValueError`` for a dict with both kinds of keys and ``TypeError``
+    for a value that JSON cannot hold.
     """
     tensors: dict[str, torch.Tensor] = {}
-    tree = _split(state, "", tensors)
+    tree = json.dumps(_split(state, "", tensors))
     files: dict[str, dict[str, torch.Tensor]] = {TENSORS: {}, OPTIMIZER: {}}
     for path, tensor in tensors.items():
         files[OPTIMIZER if path.startswith("/optimizer/") else TENSORS][path] = tensor
+    require_room(Path(folder), sum(tensor.nbytes for tensor in tensors.values()) + len(tree))
     with replacing_folder(folder) as partial:
         for name, part in files.items():
             if part or name == TENSORS:
                 write_tensors(partial / name, part)
-        (partial / STATE).write_text(json.dumps(tree))
+        (partial / STATE).write_text(tree)
         write_digests(partial)
 
 
@@ -119,21 +122,41 @@ def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[
         return state
 
 
+def load_newest(checkpoints: Mapping[int, Path]) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint of those by step; None if there are none.
+
+    Newer ones, which are damaged, are renamed to ``damaged-...``, with a warning. Raises
+    :class:`CheckpointError` if there are checkpoints but none is whole.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for step, folder in sorted(checkpoints.items(), reverse=True):
+        try:
+            state = load_state(folder)
+            if state.get("step") != step or not isinstance(state.get("model"), dict):
+                raise CheckpointError(f"the checkpoint {folder} is not one of step {step}.")
+        except CheckpointError as error:
+            damaged[folder] = error
+            continue
+        for newer, damage in damaged.items():
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            text = f"{damage} It is now {aside}, and training continues from step {step}."
+            warnings.warn(text, stacklevel=2)
+        return state
+    if damaged:
+        newest, damage = next(iter(damaged.items()))
+        raise CheckpointError(
+            f"no checkpoint is whole: {damage} To train from the start, delete {newest.parent}."
+        ) from damage
+    return None
+
+
 def drop_optimizer(folder: Path) -> None:
     """Delete the optimizer's tensors of a saved state; its weights stay."""
     if (folder / OPTIMIZER).exists():
-        if (folder / DIGESTS).exists():  # first: a digest without its file would be damage
-            digests = json.loads((folder / DIGESTS).read_text())
-            digests.pop(OPTIMIZER, None)
-            replace_file(folder / DIGESTS, json.dumps(digests).encode())
+        forget_digest(folder, OPTIMIZER)  # first: a digest without its file would be damage
         (folder / OPTIMIZER).unlink()
-
-
-def write_digests(folder: Path) -> None:
-    """Write the digests of a checkpoint's files as they are now."""
-    files = [folder / name for name in (STATE, TENSORS, OPTIMIZER)]
-    digests = {file.name: _digest(file) for file in files if file.exists()}
-    replace_file(folder / DIGESTS, json.dumps(digests).encode())
 
 
 def check_digests(folder: Path) -> None:
@@ -141,17 +164,10 @@ def check_digests(folder: Path) -> None:
 
     Checkpoints of earlier versions, without digests, pass.
     """
-    with _explain_damage(folder):
-        if not (folder / DIGESTS).exists() and (folder / STATE).exists():
-            return
-        for name, digest in json.loads((folder / DIGESTS).read_text()).items():
-            if name not in (STATE, TENSORS, OPTIMIZER) or digest != _digest(folder / name):
-                raise ValueError(f"{name} is not as it was written")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "blake2b").hexdigest()
+    if changed := changed_file(folder):
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged: its {changed} is not as it was written."
+        )
 
 
 @contextmanager
@@ -162,9 +178,7 @@ def _explain_damage(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
             SafetensorError) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"the checkpoint {folder} is damaged ({reason}); choose another one."
-        ) from error
+        raise CheckpointError(f"the checkpoint {folder} is damaged ({reason}).") from error
 
 
 def round_weights(source: Path, target: Path) -> None:

@@ -1,21 +1,29 @@
 """Class images for prior preservation: seeded samples of the frozen base.
 
 A set's folder is named by a digest of all that its images depend on, which ``manifest.json`` lists.
-Another base, prompt or sampler gives another folder; sets are never mixed.
+Another base, prompt or sampler gives another folder; sets are never mixed. ``digests.jsonl`` has
+the digest of each image as it was drawn.
 """
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_lib.core.checked_json import append_row, read_rows
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.digests import file_digest
+from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.data.images import Photo, read_photos
 from dreambooth_lib.families import loading
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
+
+_DIGESTS = "digests.jsonl"
 
 
 def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
@@ -43,33 +51,53 @@ def draw_class_images(
 
     ``folder`` holds the sets of all runs. Of several processes each draws and yields its own part;
     the set is complete once all have finished. A black image counts as missing: the base overflowed
-    when it was drawn. Raises :class:`NonFinite` if the base overflows now.
+    when it was drawn. So does one that is not as it was drawn, with a warning. Raises
+    :class:`NonFinite` if the base overflows now.
     """
-    from dreambooth_lib.core.files import replace_file, save_png
-
     own_folder, batch = class_images_folder(config, family, folder), family.default_batch_size
-    if rank == 0 and not (own_folder / "manifest.json").exists():
-        replace_file(own_folder / "manifest.json", _manifest_text(config, family).encode())
-    own_numbers = range(config.class_images)[rank::processes]
-    paths = {number: own_folder / f"{number:05d}.png" for number in own_numbers}
-    missing = [number for number in own_numbers if not _is_drawn(paths[number])]
+    manifest_file, text = own_folder / "manifest.json", _manifest_text(config, family).encode()
+    if rank == 0 and not (manifest_file.is_file() and manifest_file.read_bytes() == text):
+        replace_file(manifest_file, text)
+    own_paths = _paths(config, own_folder)[rank::processes]
+    paths = dict(zip(range(config.class_images)[rank::processes], own_paths, strict=True))
+    digests = {row.get("file"): row.get("digest") for row in read_rows(own_folder / _DIGESTS).rows}
+    missing = [n for n, path in paths.items() if not _is_drawn(path, digests.get(path.name))]
+    if damaged := [paths[number].name for number in missing if paths[number].exists()]:
+        warnings.warn(f"class images in {own_folder} are damaged and are drawn again: "
+                      f"{', '.join(damaged)}.", stacklevel=2)  # fmt: skip
     yield from (path for number, path in paths.items() if number not in missing)
     for start in range(0, len(missing), batch):
         numbers = missing[start : start + batch]
         prompts = [(config.subject.class_prompt, config.seed + number) for number in numbers]
         images = family.generate(prompts, *_inference_settings(config, family))
         for number, image in zip(numbers, images, strict=True):
-            save_png(image, paths[number])
-            yield paths[number]
+            path = paths[number]
+            save_png(image, path)
+            append_row(own_folder / _DIGESTS, {"file": path.name, "digest": file_digest(path)})
+            yield path
 
 
-def _is_drawn(path: Path) -> bool:
+def read_class_images(config: TrainConfig, folder: Path) -> list[Photo]:
+    """Read the images that :func:`draw_class_images` drew; pass over any other file there."""
+    names = {path.name for path in _paths(config, folder)}
+    return [image for image in read_photos(folder) if image.name in names]
+
+
+def _paths(config: TrainConfig, folder: Path) -> list[Path]:
+    return [folder / f"{number:05d}.png" for number in range(config.class_images)]
+
+
+def _is_drawn(path: Path, digest: str | None) -> bool:
+    """Return whether an image is there; one of an earlier version has no digest."""
     from PIL import Image
 
-    if not path.exists():
+    if not path.is_file() or digest not in (None, file_digest(path)):
         return False
-    with Image.open(path) as image:
-        return image.getbbox() is not None  # None where all is black
+    try:
+        with Image.open(path) as image:
+            return image.getbbox() is not None  # None where all is black
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def _inference_settings(config: TrainConfig, family: "Family") -> tuple[int, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.families.base import Family, Posterior
@@ -17,8 +18,9 @@ class LatentCache:
 
     A flipped image has a posterior of its own. Random crops are never cached: every draw is encoded
     afresh. With a ``folder`` the posteriors are saved there, in a file named by a digest of the
-    images and the autoencoder, and loaded by the next run that needs them.
-    Raises :class:`NonFinite` for latents that are not finite; such are neither saved nor loaded.
+    images and the autoencoder, and loaded by the next run that needs them. Damaged files are
+    replaced. Raises :class:`NonFinite` for latents that are not finite; such are neither saved
+    nor loaded.
     """
 
     def __init__(
@@ -49,21 +51,17 @@ class LatentCache:
 
     def _load_or_encode(self, flip: bool, folder: Path | None) -> Posterior:
         """Load all images' posteriors from the folder, or encode and save them."""
-        from safetensors.torch import load_file, save
-
-        from dreambooth_lib.core.files import replace_file
-
         file = folder and folder / f"{self._digest(flip)}.safetensors"
-        if file and file.exists():
-            cached = Posterior(**load_file(file, str(self.family.denoiser.device)))
-            if all(values.isfinite().all() for values in cached):
-                return cached
+        if file and (cached := read_tensors(file, Posterior._fields)):
+            posterior = Posterior(**cached)
+            if all(values.isfinite().all() for values in posterior):
+                return Posterior(*(values.to(self.family.denoiser.device) for values in posterior))
         size = self.family.batch_size_in_training
         batches = [self.photos[at : at + size] for at in range(0, len(self.photos), size)]
         parts = [self._encode(batch, [flip] * len(batch)) for batch in batches]
         encoded = Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
         if file:
-            replace_file(file, save({k: v.contiguous() for k, v in encoded._asdict().items()}))
+            write_tensors(file, encoded._asdict())
         return encoded
 
     def _digest(self, flip: bool) -> str:

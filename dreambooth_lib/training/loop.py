@@ -7,15 +7,19 @@ that trains without a break on whole batches.
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.files import remove_partials
+from dreambooth_lib.core.locks import lock
+from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.batches import Batch
-from dreambooth_lib.training.interrupts import defer_interrupts
+from dreambooth_lib.training.interrupts import defer_interrupts, raise_on_termination
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, per_sample_errors
 from dreambooth_lib.training.optimizer_step import NonFiniteStep, check_finite
 from dreambooth_lib.training.runs import Run
@@ -64,20 +68,36 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     ``objective`` is called under autocast; the loss it returns must be differentiable with respect
     to the prediction. The caller owns the loop: leaving it (``break``, an exception, interrupting a
     notebook's cell) saves a checkpoint first, and ``train(resume(folder))`` continues from there.
-    Raises :class:`NonFiniteLoss`, :class:`OutOfMemory`, and what reading the images and loading the
+    So do SIGTERM and SIGHUP. Raises :class:`NonFiniteLoss`, :class:`OutOfMemory`, ``DiskError``,
+    ``LockError`` if another process trains the run, and what reading the images and loading the
     base raise.
     """
-    trainer = Trainer(run)
+    is_first = join_group().is_main_process
+    with raise_on_termination(), lock(run.folder) if is_first else nullcontext():
+        if is_first:
+            remove_partials(run.folder)
+        trainer = Trainer(run)
+        with _save_and_explain(trainer):
+            trainer.warn_of_distillation()
+            trainer.validate_if_due()
+            yield from training_steps(trainer, objective)
+            trainer.save_pipeline()
+
+
+@contextmanager
+def _save_and_explain(trainer: Trainer) -> Iterator[None]:
+    """Save a checkpoint where training is left; say what to do where it cannot go on."""
     try:
-        trainer.warn_of_distillation()
-        trainer.validate_if_due()  # the frozen base, as the reference
-        yield from training_steps(trainer, objective)
-        trainer.save_pipeline()
+        yield
+    except DiskError as error:
+        saved = max(trainer.run.checkpoints(), default=0)
+        safe = f"The checkpoint of step {saved} is safe" if saved else "No checkpoint was due yet"
+        raise DiskError(f"{error} {safe}; resume the run to continue.") from error
     except torch.OutOfMemoryError as error:
         from dreambooth_lib.training.memory_estimate import suggest_savings
 
         raise OutOfMemory(
-            f"the GPU ran out of memory at step {trainer.step + 1} of {run.folder}: "
+            f"the GPU ran out of memory at step {trainer.step + 1} of {trainer.run.folder}: "
             f"{suggest_savings(trainer.config, trainer.precision)}; resume the run with another "
             "memory or resolution, or start a new one with another method."
         ) from error

@@ -6,7 +6,6 @@ FOLDER/memory.json    the level of all runs in a study's folder, which only comp
 Both hold the config's fields in place of "auto". Of several processes the first one decides.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from math import inf
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
-from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.runs import LEVEL_FILE, Run, read_level
@@ -153,7 +152,7 @@ def _decide(
             more = f"; 'standard' would take about {_gib(standard)}" if other else ""
             print(f"The {kind} trains with memory {name}; {has}{more}.")
     if level != read_level(folder):
-        replace_file(folder / LEVEL_FILE, json.dumps(level).encode())
+        write_object(folder / LEVEL_FILE, level)
     return level
 
 

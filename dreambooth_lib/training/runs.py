@@ -8,21 +8,33 @@ RUN/checkpoints/000100/     weights; the newest also has the optimizer's state (
 RUN/pipeline/               the tuned pipeline in diffusers' layout, or its LoRA weights
 """
 
-import json
+import re
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import warnings
+import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from dreambooth_lib.core.checked_json import append_row, read_object, read_rows, write_rows
 from dreambooth_lib.core.config import SAMPLING_FIELDS, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.disk import explain_disk_errors
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replace_file
-from dreambooth_lib.core.old_names import locate
+from dreambooth_lib.core.locks import lock
+from dreambooth_lib.core.old_names import PLACES, locate
+from dreambooth_lib.training.config_changes import (
+    first_difference,
+    flat_fields,
+    with_absolute_paths,
+)
 
 #: Fields that a run cannot change: its checkpoints would no longer fit, or mean something else.
 _FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "method",
           "lora_rank", "lora_alpha", "lora_layers", "dora", "quantize", "train_token")  # fmt: skip
+#: Fields that a run cannot change once it has validated: later scores would not compare.
+_FIXED_BY_VALIDATION = ("scorer", "validation_inference_steps")
 
 
 class RunError(KitError, ValueError):
@@ -31,6 +43,10 @@ class RunError(KitError, ValueError):
 
 #: In the folder of a run or a study: what memory "auto" was resolved to, as fields of the config.
 LEVEL_FILE = "memory.json"
+#: In a run's pipeline: the step that its weights are of, and the goal that the run reached.
+GOAL_FILE = "trained.json"
+#: What lies in a run's folder before the first checkpoint.
+_FIRST_FILES = ("config.toml", LEVEL_FILE, "log.jsonl", "validation.jsonl", "validation")
 
 
 @dataclass(frozen=True)
@@ -53,36 +69,52 @@ class Run:
         return self.folder / "pipeline"
 
     @property
-    def finished(self) -> bool:
-        """Return whether training has finished."""
+    def has_pipeline(self) -> bool:
+        """Return whether there is a pipeline: this run's, or that of its earlier, shorter goal."""
         return self.pipeline.is_dir() and any(self.pipeline.iterdir())
+
+    @property
+    def finished(self) -> bool:
+        """Return whether training has reached the config's goal."""
+        if not self.has_pipeline:
+            return False
+        reached = read_object(self.pipeline / GOAL_FILE)
+        goal = self.goal()  # pipelines of earlier versions do not record theirs
+        return reached is None or goal == {name: reached.get(name) for name in goal}
+
+    def goal(self) -> dict[str, Any]:
+        """Return what decides when training is finished."""
+        return {"steps": self.config.steps, "early_stop": self.config.early_stop}
 
     def log(self) -> list[dict[str, Any]]:
         """Return the log, one row per training step, oldest first."""
         return self.rows("log")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Return the rows of ``name.jsonl``, oldest first, without a half-written last line."""
-        path = locate(self.folder, f"{name}.jsonl")
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Return the rows of ``name.jsonl``, oldest first, without damaged ones."""
+        rows = read_rows(locate(self.folder, f"{name}.jsonl")).rows
+        return [row for row in rows if isinstance(row.get("step"), int)]
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Append a row to ``name.jsonl``."""
-        with locate(self.folder, f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(locate(self.folder, f"{name}.jsonl"), row)
 
-    def truncate(self, name: str, step: int) -> None:
-        """Drop the rows of ``name.jsonl`` after ``step``: a resumed run makes those steps again."""
-        rows = [row for row in self.rows(name) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        replace_file(locate(self.folder, f"{name}.jsonl"), text.encode())
+    def truncate(self, name: str, step: int) -> int:
+        """Drop the rows of ``name.jsonl`` after ``step``: a resumed run makes those steps again.
+
+        Damaged rows are dropped too; return how many there were.
+        """
+        damaged = read_rows(locate(self.folder, f"{name}.jsonl")).damaged
+        file = locate(self.folder, f"{name}.jsonl")
+        by_step = {row["step"]: row for row in self.rows(name) if row["step"] <= step}
+        write_rows(file, [by_step[number] for number in sorted(by_step)])
+        return damaged
 
     def checkpoints(self) -> dict[int, Path]:
-        """Return the checkpoints by step, oldest first; half-written ones are left out."""
-        places = [p for p in self.folder.glob("checkpoints/*") if p.name.isdigit() and p.is_dir()]
-        folders = {int(path.name): path for path in places}
-        return dict(sorted(folders.items()))
+        """Return the checkpoints by step, oldest first; other folders beside them are left out."""
+        folders = (self.folder / "checkpoints").glob("*")
+        named = {int(p.name): p for p in folders if re.fullmatch("[0-9]{6,12}", p.name)}
+        return dict(sorted((step, path) for step, path in named.items() if path.is_dir()))
 
     def save_checkpoint(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
         """Write the checkpoint of ``step``, then delete the oldest beyond ``checkpoints_kept``.
@@ -104,34 +136,62 @@ class Run:
                 drop_optimizer(path)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """Return the state of the newest checkpoint, or None if the run has none yet.
+        """Return the state of the newest whole checkpoint, or None if the run has none yet.
 
-        It has no "optimizer" if a newer checkpoint was deleted by hand.
+        It has no "optimizer" if a newer checkpoint was deleted or is damaged. Sets damaged ones
+        aside and raises as :func:`.checkpoints.load_newest` does.
         """
-        from dreambooth_lib.training.checkpoints import load_state
+        from dreambooth_lib.training.checkpoints import load_newest
 
-        folders = list(self.checkpoints().values())
-        return load_state(folders[-1]) if folders else None
+        return load_newest(self.checkpoints())
 
 
 def read_level(folder: Path) -> dict[str, Any]:
     """Return what memory "auto" was resolved to in a folder; empty if that is undecided."""
-    file = folder / LEVEL_FILE
-    return json.loads(file.read_text()) if file.exists() else {}
+    level = read_object(folder / LEVEL_FILE) or {}
+    known = {"memory": str, "gradient_checkpointing": bool}
+    sound = all(name in known and type(v) is known[name] for name, v in level.items())
+    return level if sound else {}
 
 
 def start(config: TrainConfig, folder: str | Path) -> Run:
-    """Create a run's folder. Raises :class:`RunError` if the folder is not empty."""
+    """Create a run's folder, or use that of a run that has no checkpoint yet.
+
+    Raises :class:`RunError` if the folder holds anything else, and ``LockError`` if another process
+    trains there.
+    """
     folder, config = Path(folder), with_absolute_paths(config)
-    if (folder / "config.toml").exists():
+    with explain_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Hidden files may be left of a try that was killed.
+    names = {path.name for path in folder.glob("[!.]*")}
+    own = {*_FIRST_FILES, *(PLACES.get(name, name) for name in _FIRST_FILES)}
+    if has_begun(folder):
         raise RunError(
             f"{folder} already holds a run; resume it with resume('{folder}'), or choose another "
             "folder."
         )
-    if folder.exists() and any(folder.iterdir()):
+    if names and ("config.toml" not in names or names - own - {"checkpoints"}):
         raise RunError(f"{folder} is not empty; choose a new folder for the run.")
-    replace_file(folder / "config.toml", config.to_toml().encode())
+    with lock(folder):
+        if names and not _is_same(config, folder):
+            for place in (folder / name for name in names):  # of a try with another config
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+        _write_config(folder, config)
     return Run(folder, config)
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether a run's folder holds a checkpoint, even a damaged one, or a pipeline."""
+    places = (folder / "checkpoints", folder / "pipeline")
+    return any(path for place in places if place.is_dir() for path in place.glob("[!.]*"))
+
+
+def _is_same(config: TrainConfig, folder: Path) -> bool:
+    try:
+        return flat_fields(resume(folder).config) == flat_fields(config)
+    except ConfigError:
+        return False
 
 
 def start_or_resume(config: TrainConfig, folder: str | Path) -> Run:
@@ -142,7 +202,7 @@ def start_or_resume(config: TrainConfig, folder: str | Path) -> Run:
     ``config.steps``, or if it has finished and anything but ``steps`` and ``early_stop`` would
     change: its config would no longer say how it was trained.
     """
-    if not (Path(folder) / "config.toml").exists():
+    if not has_begun(Path(folder)):
         return start(config, folder)
     if why := why_not_resumable(config, folder):
         raise RunError(why)
@@ -152,13 +212,14 @@ def start_or_resume(config: TrainConfig, folder: str | Path) -> Run:
 
 def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
     """Say in a sentence why :func:`start_or_resume` would refuse the run in the folder, or None."""
-    if not (Path(folder) / "config.toml").exists():
+    if not has_begun(Path(folder)):
         return None
     run = resume(folder)
     old, new = vars(run.config), vars(with_settings_of(run, with_absolute_paths(config)))
+    fixed = _fixed_fields(run)
     changeable = {"steps", "early_stop"} if run.finished else old.keys()
-    difference = first_difference(old, new, changeable - {*_FIXED})
-    if difference and difference.name in _FIXED:
+    difference = first_difference(old, new, changeable - {*fixed})
+    if difference and difference.name in fixed:
         return f"{folder} holds a run whose {difference}; choose another folder for a new run."
     if difference:
         return (
@@ -174,6 +235,11 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
     return None
 
 
+def _fixed_fields(run: Run) -> tuple[str, ...]:
+    """Return the fields that a run that has begun cannot change."""
+    return _FIXED + (_FIXED_BY_VALIDATION if run.rows("validation") else ())
+
+
 def with_settings_of(run: Run, config: TrainConfig) -> TrainConfig:
     """Return the config with the run's own settings where it leaves them to the defaults.
 
@@ -185,74 +251,43 @@ def with_settings_of(run: Run, config: TrainConfig) -> TrainConfig:
     return config.replace(**{name: getattr(run.config, name) for name in names})
 
 
-def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Return a config with absolute paths, so that its run can be resumed from any folder."""
-    return config.replace(
-        subject=replace(config.subject, pictures=_absolute(config.subject.pictures)),
-        class_folder=config.class_folder and _absolute(config.class_folder),
-        base=absolute_base(config.base),
-    )
-
-
-def absolute_base(base: str) -> str:
-    """Return a base with an absolute path if it is a local folder."""
-    return _absolute(base) if base != "toybox" and Path(base).exists() else base
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).resolve())
-
-
 def resume(folder: str | Path, **changes: Any) -> Run:
     """Open a run, to train it further or to sample from it; save ``changes`` to its config.
 
-    Raises :class:`RunError` if the folder is not a run.
+    Raises :class:`RunError` if the folder is not a run, or if its checkpoints would not fit the
+    changes, ``LockError`` if another process trains it and ``ConfigError`` for a bad config.
     """
     folder = Path(folder)
     if not (folder / "config.toml").exists():
         raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
-    config = TrainConfig.from_toml(folder / "config.toml")
-    if changes:
-        config = config.replace(**changes)
-        replace_file(folder / "config.toml", config.to_toml().encode())
-    return Run(folder, config)
+    run = Run(folder, TrainConfig.from_toml(folder / "config.toml"))
+    _warn_of_edits(folder / "config.toml")
+    if not changes:
+        return run
+    changed = Run(folder, run.config.replace(**changes))
+    old, new = (_identifying(config) for config in (run.config, changed.config))
+    difference = first_difference(old, new, old.keys() - {*_fixed_fields(run)})
+    if difference and has_begun(folder):
+        raise RunError(f"{folder} holds a run whose {difference}; start a new run for that.")
+    with lock(folder):
+        _write_config(folder, changed.config)
+    return changed
 
 
-def flat_fields(config: TrainConfig) -> dict[str, Any]:
-    """Return a config's fields by name, such as "subject.pictures", with absolute paths.
-
-    The values are as JSON reads them back, so that they compare with those in a file.
-    """
-    values = asdict(with_absolute_paths(config))
-    subject = {f"subject.{name}": value for name, value in values.pop("subject").items()}
-    return subject | values | {"others": []}  # which studies of earlier versions wrote
+def _identifying(config: TrainConfig) -> dict[str, Any]:
+    """Return a config's fields; of the subject only its words, as its photos may be moved."""
+    subject = config.subject
+    return vars(config) | {"subject": (subject.identifier, subject.class_noun)}
 
 
-def describe(config: TrainConfig) -> str:
-    """Describe a config in a sentence's words: "patch_dog on toybox"."""
-    return f"{config.subject.name} on {config.base}"
+def _write_config(folder: Path, config: TrainConfig) -> None:
+    text = config.to_toml()
+    replace_file(folder / "config.toml", f"{text}# crc32 {zlib.crc32(text.encode())}\n".encode())
 
 
-class Difference(NamedTuple):
-    """A field that differs; in words "steps is 4, not 8"."""
-
-    name: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        old, new = ("left out" if v is None else repr(v) for v in (self.old, self.new))
-        return f"{self.name} is {old}, not {new}"
-
-
-def first_difference(
-    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()
-) -> Difference | None:
-    """Return the first field that differs and is not ``ignored``; None if there is none.
-
-    A missing field counts as None.
-    """
-    for name in {**new, **old}:
-        if name not in ignored and old.get(name) != new.get(name):
-            return Difference(name, old.get(name), new.get(name))
-    return None
+def _warn_of_edits(file: Path) -> None:
+    """Warn if a run's config is not as it was written: by hand, or by a damaged disk."""
+    text, mark, checksum = file.read_text().rpartition("# crc32 ")
+    if mark and checksum.strip() != str(zlib.crc32(text.encode())):
+        warnings.warn(f"{file} was changed after it was written; its new values count.",
+                      stacklevel=3)  # fmt: skip

@@ -1,11 +1,13 @@
 """Draw images from a base or a run by seed, through its own diffusers pipeline."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.digests import changed_file
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.runs import Run, RunError
@@ -113,14 +115,31 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
         return _place(loading.load_model(source, dtype=dtype, trained=()))
     if at is not None:
         return _place(load_at_checkpoint(source, at, dtype))
-    if not source.finished:
-        raise RunError(f"{source.folder} has not finished; train it to its end before sampling.")
+    _check_pipeline(source)
     options: dict[str, Any] = {
         "resolution": source.config.resolution,
         "dtype": dtype,
         "trained": (),
     }
     return _place(loading.load_model(str(source.folder), **options))
+
+
+def _check_pipeline(run: Run) -> None:
+    """Raise :class:`RunError` for a run without a whole pipeline; warn if it is of fewer steps."""
+    if not run.has_pipeline:
+        steps = ", ".join(map(str, run.checkpoints()))
+        instead = f", or sample a checkpoint: at={steps}" if steps else ""
+        raise RunError(f"{run.folder} has not finished; train it to its end{instead}.")
+    if changed := changed_file(run.pipeline):
+        raise RunError(
+            f"{run.pipeline / changed} is damaged; delete {run.pipeline} and resume the run, which "
+            "saves it again."
+        )
+    if not run.finished:
+        warnings.warn(
+            f"{run.folder} has more steps to train; these images are of its pipeline from before.",
+            stacklevel=2,
+        )
 
 
 def compose(loras: Mapping[Run | str, float]) -> "Family":

@@ -1,6 +1,6 @@
 """Set up training: load the base, images and newest checkpoint, and make batches and optimizer."""
 
-import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import AutocastKwargs
 
+from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY
+from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.images import Photo, captioned, read_photos
@@ -23,14 +25,18 @@ from dreambooth_lib.families.precision import save_pipeline
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
-from dreambooth_lib.training.class_images import class_images_folder, draw_class_images
+from dreambooth_lib.training.class_images import (
+    class_images_folder,
+    draw_class_images,
+    read_class_images,
+)
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
-from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
     load_base_to_save,
     load_checkpoint_weights,
@@ -76,14 +82,16 @@ class Trainer:
         self.optimizer = optimizer(config, accelerator, self.trainable)
         #: What is trained, as accelerate wraps it.
         self.model = accelerator.prepare(self.trainable)
-        checkpoint = run.load_checkpoint()
+        self._validate_base()
+        with accelerator.main_process_first():  # which sets damaged checkpoints aside
+            checkpoint = run.load_checkpoint()
         if checkpoint is not None:
             self.optimizer.load_state_dict(checkpoint)
         if accelerator.is_main_process:
-            run.truncate("log", self.step)
-            run.truncate("validation", self.step)
-            if self.step < config.steps:  # an earlier, shorter run's end is stale
-                shutil.rmtree(run.pipeline, ignore_errors=True)
+            for name in ("log", "validation"):
+                if damaged := run.truncate(name, self.step):
+                    warnings.warn(f"{damaged} damaged rows of {name}.jsonl in {run.folder} were "
+                                  "left out.", stacklevel=2)  # fmt: skip
 
     @property
     def step(self) -> int:
@@ -118,8 +126,8 @@ class Trainer:
             for _ in draw_class_images(config, self.family, folder, rank, processes):
                 pass
         accelerator.wait_for_everyone()
-        images = read_photos(class_images_folder(config, self.family, folder))
-        return captioned(images[: config.class_images], config.subject.class_prompt)
+        images = read_class_images(config, class_images_folder(config, self.family, folder))
+        return captioned(images, config.subject.class_prompt)
 
     def _set_up_validation(
         self, photos: list[Photo], classes: list[Photo]
@@ -140,6 +148,16 @@ class Trainer:
             references = [photo.image for photo in photos]
             self.validator = Validator(self.run, references, loss, load_scorer(config, device))
         return instance, classes[:end]
+
+    def _validate_base(self) -> None:
+        """Validate the frozen base, as the reference, unless its scores and images are there.
+
+        It must happen before a checkpoint's weights are loaded.
+        """
+        if self.validator is not None and not self.validator.has_base():
+            with self.accelerator.autocast():
+                self.validator.validate(0, self.trainable, self.family)
+        self.accelerator.wait_for_everyone()
 
     def micro_batches(self) -> Iterator[Batch]:
         """Yield this process's micro-batches of the next step."""
@@ -221,6 +239,7 @@ class Trainer:
         else:
             self.optimizer.ema.load_weights()
         if self.accelerator.is_main_process:
+            # An earlier, shorter run's pipeline stays until this one is complete.
             with replacing_folder(self.run.pipeline) as partial:
                 if config.method == "lora":
                     lora.save_lora(family, config, partial)
@@ -230,6 +249,8 @@ class Trainer:
                         family = load_base_to_save(config)
                         wrap_trained_parts(family, config).load_weights(model.trained_weights())
                     save_pipeline(family.pipeline, partial)
+                write_object(partial / GOAL_FILE, self.run.goal() | {"step": self.step})
+                write_digests(partial)
         self.accelerator.wait_for_everyone()
 
 

@@ -101,13 +101,22 @@ class Trainable(torch.nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load :meth:`trained_weights`. Raises KeyError where the names differ.
+        """Load :meth:`trained_weights`. Raises :class:`RunError` where names or shapes differ.
 
         There may be unused parameters besides, which earlier versions trained.
         """
         own, trained = dict(self.named_parameters()), self.trained_weights().keys()
         if not trained <= weights.keys() <= own.keys():
-            raise KeyError(f"{len(weights)} weights do not match {len(trained)} trained parameters")
+            raise RunError(
+                f"the checkpoint has {len(weights)} weights, and the config trains {len(trained)}; "
+                "undo the change of its config.toml."
+            )
+        for name, value in weights.items():
+            if value.shape != own[name].shape:
+                raise RunError(
+                    f"'{name}' has the shape {[*value.shape]} in the checkpoint, but "
+                    f"{[*own[name].shape]} by its config.toml; undo the change there."
+                )
         if any(own[name].is_meta for name in weights):  # a base whose weights were not loaded
             self.load_state_dict(weights, strict=False, assign=True)
         else:

@@ -5,14 +5,17 @@ RUN/validation/000100/...png      its images: subject-0.png, class-0.png, unrela
 RUN/validation/plan.json          what each validation draws
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.checked_json import read_object, write_object
+from dreambooth_lib.core.digests import changed_file, write_digests
+from dreambooth_lib.core.files import recover_folder, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields, locate
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
@@ -58,6 +61,7 @@ class Validator:
     ):
         self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
         self.plan = plan_of(run)
+        self._base_images: ValidationImages | None = None
         self.reference_fidelity = 1.0
         if len(photos) > 1:
             self.reference_fidelity = clip_scores.reference_fidelity(encoder.embed_images(photos))
@@ -69,16 +73,22 @@ class Validator:
         images = draw_images(family, subject, self.plan)
         losses = self.held_out.losses(model)
         model.train(was_training)
-        base_images = load_images(self.run, 0) if step else images
-        scores = score_images(self.encoder, self.photos, subject, images, base_images)
+        if step == 0:
+            self._base_images = images
+        elif self._base_images is None:
+            self._base_images = load_images(self.run, 0)
+        scores = score_images(self.encoder, self.photos, subject, images, self._base_images)
         kinds = {
             "subject": images.subject,
             "class": images.class_images,
             "unrelated": images.unrelated,
         }
-        for kind, of_kind in kinds.items():
-            for number, image in enumerate(of_kind):
-                save_png(image, images_folder(self.run, step) / f"{kind}-{number}.png")
+        folder = images_folder(self.run, step)
+        with replacing_folder(folder) as partial:
+            for kind, of_kind in kinds.items():
+                for number, image in enumerate(of_kind):
+                    save_png(image, partial / f"{kind}-{number}.png")
+            write_digests(partial)
         result = ValidationResult(
             step=step,
             reference_fidelity=self.reference_fidelity,
@@ -89,13 +99,32 @@ class Validator:
         self.run.append("validation", asdict(result))
         return result
 
+    def has_base(self) -> bool:
+        """Return whether the frozen base has been validated and its images are not damaged."""
+        if 0 not in {result.step for result in history(self.run)}:
+            return False
+        try:
+            self._base_images = load_images(self.run, 0)
+        except RunError as error:
+            warnings.warn(f"{error} The base is validated again.", stacklevel=2)
+            return False
+        return True
+
 
 def plan_of(run: Run) -> ValidationPlan:
-    """Return a run's validation plan; the first call writes it to the run's folder."""
+    """Return a run's validation plan; the first call writes it to the run's folder.
+
+    A damaged one is replaced by the config's, with a warning.
+    """
     file = plan_file(run.folder)
-    if not file.exists():
-        replace_file(file, json.dumps(asdict(plan_for(run.config))).encode())
-    return read_plan(file)
+    try:
+        return read_plan(file)
+    except RunError as error:
+        if file.exists():
+            warnings.warn(f"{error} It is made again from the config.", stacklevel=2)
+        plan = plan_for(run.config)
+        write_object(file, asdict(plan))
+        return plan
 
 
 def plan_file(folder: Path) -> Path:
@@ -104,8 +133,13 @@ def plan_file(folder: Path) -> Path:
 
 
 def read_plan(file: Path) -> ValidationPlan:
-    """Read a validation plan, an earlier version's too."""
-    return ValidationPlan(**current_fields(json.loads(file.read_text())))
+    """Read a validation plan, an earlier version's too. Raises ``RunError`` if it is damaged."""
+    values = current_fields(read_object(file) or {})
+    types: dict[str, Any] = {field.name: field.type for field in fields(ValidationPlan)}
+    sound = all(isinstance(value, types.get(name, ())) for name, value in values.items())
+    if not values or not sound:
+        raise RunError(f"the validation plan {file} is missing or damaged.")
+    return ValidationPlan(**values)
 
 
 def images_folder(run: Run, step: int) -> Path:
@@ -114,14 +148,20 @@ def images_folder(run: Run, step: int) -> Path:
 
 
 def load_images(run: Run, step: int) -> ValidationImages:
-    """Load one validation's images. Raises ``RunError`` if there was none at that step."""
+    """Load one validation's images.
+
+    Raises ``RunError`` if there was none at that step, or if an image is missing or damaged.
+    """
     folder = images_folder(run, step)
+    recover_folder(folder)
     if not folder.exists():
         raise RunError(f"{run.folder} was not validated at step {step}; see db.history(run).")
+    if changed := changed_file(folder):
+        raise RunError(f"the validation image {folder / changed} is missing or damaged.")
 
     def load(kind: str) -> list[Image.Image]:
         count = len(list(folder.glob(f"{kind}-*.png")))
-        return [Image.open(folder / f"{kind}-{n}.png").convert("RGB") for n in range(count)]
+        return [_open_image(folder / f"{kind}-{number}.png") for number in range(count)]
 
     of_subject = load("subject")
     seeds = len(of_subject) // len(PROMPTS)
@@ -129,14 +169,22 @@ def load_images(run: Run, step: int) -> ValidationImages:
     return ValidationImages(of_subject, load("class"), load("unrelated"), prompts)
 
 
+def _open_image(file: Path) -> Image.Image:
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RunError(f"the validation image {file} is missing or damaged.") from error
+
+
 def history(run: Run) -> list[ValidationResult]:
     """Return the result of every validation so far, the frozen base's first."""
-    known = ValidationResult.__dataclass_fields__  # rows of earlier versions have more
-    return [
-        ValidationResult(**{k: row[k] for k in row if k in known}) for row in run.rows("validation")
-    ]
+    names = [field.name for field in fields(ValidationResult)]
+    # Rows of earlier versions have more.
+    rows = [{name: row[name] for name in names if name in row} for row in run.rows("validation")]
+    return [ValidationResult(**row) for row in rows if len(row) == len(names)]
 
 
 def time_share(run: Run) -> float:
     """Return the seconds spent on validation as a share of those spent on training steps."""
-    return sum(row.seconds for row in history(run)) / sum(row["seconds"] for row in run.log())
+    training = sum(row["seconds"] for row in run.log())
+    return sum(row.seconds for row in history(run)) / training if training else 0.0

@@ -6,7 +6,8 @@ from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.figures import image_grids
-from dreambooth_lib.training import class_images, runs, sampling
+from dreambooth_lib.training import class_images, sampling
+from dreambooth_lib.training.config_changes import with_absolute_paths
 
 _SHOWN = 32  # images on the page
 
@@ -21,7 +22,7 @@ def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | 
 
     if not config.draws_class_images:
         return None
-    config = runs.with_absolute_paths(config)  # as in the run, which then reuses these images
+    config = with_absolute_paths(config)  # as in the run, which then reuses these images
     family = sampling.load_source(config)
     drawn = class_images.draw_class_images(config, family, Path(folder) / "class_images")
     paths = list(tqdm(drawn, total=config.class_images, unit="image", miniters=1))

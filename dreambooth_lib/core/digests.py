@@ -1,0 +1,60 @@
+"""Write digests of a folder's files beside them, and find files that have changed since."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from dreambooth_lib.core.files import replace_file, visible_files
+
+DIGESTS = "digests.json"  #: in the folder: the digest of each file by its path in the folder
+
+
+def write_digests(folder: Path) -> None:
+    """Write the digests of all files of a folder as they are now."""
+    digests = {
+        name.as_posix(): file_digest(folder / name)
+        for name in visible_files(folder)
+        if name.name != DIGESTS
+    }
+    replace_file(folder / DIGESTS, json.dumps(digests).encode())
+
+
+def forget_digest(folder: Path, name: str) -> None:
+    """Take a file, which is about to be deleted, off the folder's digests."""
+    if digests := _read_digests(folder):
+        digests.pop(name, None)
+        replace_file(folder / DIGESTS, json.dumps(digests).encode())
+
+
+def changed_file(folder: Path) -> str | None:
+    """Return a file that is not as it was when the digests were written; None if all are.
+
+    Folders of earlier versions, without digests, have no changed file.
+    """
+    if not (folder / DIGESTS).exists():
+        return None
+    if (digests := _read_digests(folder)) is None:
+        return DIGESTS
+    changed = (name for name, digest in digests.items() if not _is_unchanged(folder, name, digest))
+    return next(changed, None)
+
+
+def _read_digests(folder: Path) -> dict[str, str] | None:
+    """Return the digests by file; None where they are missing or damaged."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return digests if isinstance(digests, dict) else None
+
+
+def _is_unchanged(folder: Path, name: str, digest: str) -> bool:
+    file = folder / name
+    inside = file.is_relative_to(folder) and ".." not in Path(name).parts
+    return inside and file.is_file() and file_digest(file) == digest
+
+
+def file_digest(file: Path) -> str:
+    """Return a file's BLAKE2b digest, as hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()

@@ -1,0 +1,66 @@
+"""Compare the configs of runs, in words, and make their paths absolute."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dreambooth_lib.core.config import TrainConfig
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return a config with absolute paths, so that its run can be resumed from any folder."""
+    return config.replace(
+        subject=replace(config.subject, pictures=_absolute(config.subject.pictures)),
+        class_folder=config.class_folder and _absolute(config.class_folder),
+        base=absolute_base(config.base),
+    )
+
+
+def absolute_base(base: str) -> str:
+    """Return a base with an absolute path if it is a local folder."""
+    return _absolute(base) if base != "toybox" and Path(base).exists() else base
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def flat_fields(config: TrainConfig) -> dict[str, Any]:
+    """Return a config's fields by name, such as "subject.pictures", with absolute paths.
+
+    The values are as JSON reads them back, so that they compare with those in a file.
+    """
+    values = asdict(with_absolute_paths(config))
+    subject = {f"subject.{name}": value for name, value in values.pop("subject").items()}
+    return subject | values | {"others": []}  # which studies of earlier versions wrote
+
+
+def describe(config: TrainConfig) -> str:
+    """Describe a config in a sentence's words: "patch_dog on toybox"."""
+    return f"{config.subject.name} on {config.base}"
+
+
+class Difference(NamedTuple):
+    """A field that differs; in words "steps is 4, not 8"."""
+
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        old, new = ("left out" if v is None else repr(v) for v in (self.old, self.new))
+        return f"{self.name} is {old}, not {new}"
+
+
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()
+) -> Difference | None:
+    """Return the first field that differs and is not ``ignored``; None if there is none.
+
+    A missing field counts as None.
+    """
+    for name in {**new, **old}:
+        if name not in ignored and old.get(name) != new.get(name):
+            return Difference(name, old.get(name), new.get(name))
+    return None
