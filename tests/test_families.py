@@ -62,7 +62,8 @@ def test_base_info_equals_what_the_loaded_base_has(tiny_sd1: str, tiny_sd2: str)
     for base in (tiny_sd1, tiny_sd2, "toybox"):
         info, family = loading.inspect_base(base), loading.load_model(base)
         assert info.resolution == family.resolution
-        assert info.tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
+        (tokenizer,) = info.tokenizers
+        assert tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
 
 
 def test_a_pipeline_of_another_family_is_refused_by_its_class(tmp_path: Path) -> None:

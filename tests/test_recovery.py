@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth_lib.core import disk
-from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.locks import LockError, lock
 from dreambooth_lib.training import runs
@@ -366,6 +366,17 @@ def test_a_finished_run_whose_extension_fails_keeps_its_pipeline(
     assert run.has_pipeline and not run.finished
     assert (run.pipeline / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert runs.resume(run.folder, steps=2).finished
+
+
+def test_a_caption_that_the_base_does_not_read_to_its_end_is_told(
+    start_run: Start, photos: str, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "captioned")
+    first = sorted(path.stem for path in (tmp_path / "captioned").iterdir())[0]
+    (tmp_path / "captioned" / f"{first}.txt").write_text("a {} dog " + "in the snow " * 4)
+    subject = Subject(str(tmp_path / "captioned"), "dog")
+    with pytest.warns(UserWarning, match=rf"the caption of {first}.* is cut before '.*snow'"):
+        trained(start_run("run", "sd1", subject=subject))
 
 
 # Processes and signals.

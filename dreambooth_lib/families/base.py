@@ -103,6 +103,11 @@ class Family:
         return min(8, 4 * self.batch_size_in_training)
 
     @property
+    def tokenizers(self) -> list[Any]:
+        """Return the tokenizers of all text encoders."""
+        return self._parts(("tokenizer", "tokenizer_2", "tokenizer_3"))
+
+    @property
     def name(self) -> str:
         """Return the folder or hub id that the base was loaded from."""
         return self.pipeline.config.get("_name_or_path") or type(self.pipeline).__name__

@@ -16,6 +16,7 @@ from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.data.captions import check_lengths
 from dreambooth_lib.data.images import Images, Photo, captioned, read_photos
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
@@ -72,6 +73,8 @@ class Trainer:
             read_photos(subject.pictures), subject.instance_prompt, subject.identifier
         )
         self.family = self._load_base(photos)
+        for message in check_lengths(photos, subject, self.family.tokenizers):
+            warnings.warn(message, stacklevel=2)
         instance, classes = self._set_up_validation(photos, self._class_images())
         teacher = None
         if config.prior == "distilled" and config.prior_weight > 0:
