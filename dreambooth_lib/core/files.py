@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dreambooth_lib.core.disk import explain_disk_errors
+from dreambooth_lib.core.disk import DiskError, explain_disk_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,7 +63,7 @@ def copy_file(source: Path, place: Path) -> None:
     with replacing_file(place) as partial:
         shutil.copyfile(source, partial)
         if partial.stat().st_size != source.stat().st_size:
-            raise OSError(f"{place} was cut short")
+            raise DiskError(f"{place} was cut short; check its disk and try again.")
 
 
 @contextmanager

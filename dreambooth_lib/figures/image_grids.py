@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dreambooth_lib.core.errors import InputError
+
 # All in pixels.
 _ENLARGE_TO = 128  # smaller images grow by the largest integer factor that stays within
 _REDUCE_TO = 160  # larger ones shrink to it
@@ -21,13 +23,13 @@ def grid(images: list[Image.Image], columns: int, labels: list[str] | None = Non
 
     All cells have one size: images below 128 pixels are enlarged by an integer factor, those above
     160 reduced, and none is cropped. Fewer images than ``columns`` make a narrower grid. Raises
-    ``ValueError`` for no images, fewer than one column, or another number of labels.
+    ``InputError`` for no images, fewer than one column, or another number of labels.
     """
     check(images, "images")
     if columns < 1:
-        raise ValueError(f"columns is {columns}; it must be 1 or more.")
+        raise InputError(f"columns is {columns}; it must be 1 or more.")
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"there are {len(labels)} labels for {len(images)} images; give one each.")
+        raise InputError(f"there are {len(labels)} labels for {len(images)} images; give one each.")
     columns, layout = min(columns, len(images)), Layout(images)
     bottom = layout.images(_GAP, _GAP, images, columns, labels or [])
     return layout.render(layout.across(columns) + 2 * _GAP, bottom + _GAP)
@@ -37,10 +39,10 @@ def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4)
     """Lay out the best, the middle and the worst images, a row each, with scores and labels.
 
     ``scored`` rows are (score, label, image). Where there are too few for three full rows, each row
-    has a third of them. Raises ``ValueError`` for fewer than three images.
+    has a third of them. Raises ``InputError`` for fewer than three images.
     """
     if len(scored) < 3:
-        raise ValueError(f"there are {len(scored)} scored images; give three or more.")
+        raise InputError(f"there are {len(scored)} scored images; give three or more.")
     ordered = sorted(scored, key=lambda row: -row[0])
     columns = min(columns, len(ordered) // 3)
     middle = (len(ordered) - columns) // 2
@@ -57,12 +59,12 @@ def matrix(
 ) -> Image.Image:
     """Lay out a matrix: ``cells[row][column]`` are images side by side, the same seeds in each.
 
-    ``rows`` and ``columns`` are their labels. Raises ``ValueError`` where a row has another number
+    ``rows`` and ``columns`` are their labels. Raises ``InputError`` where a row has another number
     of cells than there are columns, or a cell has no image.
     """
     for number, row in enumerate(cells):
         if len(row) != len(columns):
-            raise ValueError(f"row {number} has {len(row)} cells for {len(columns)} columns.")
+            raise InputError(f"row {number} has {len(row)} cells for {len(columns)} columns.")
         for images in row:
             check(images, f"a cell of row {number}")
     layout = Layout([image for row in cells for images in row for image in images])
@@ -169,9 +171,9 @@ def _width(label: str) -> int:
 
 
 def check(images: Sequence[Any], name: str) -> None:
-    """Raise ``ValueError`` for no images, or for an element that is not a PIL image."""
+    """Raise ``InputError`` for no images, or for an element that is not a PIL image."""
     if not images:
-        raise ValueError(f"{name} has no images; give one or more.")
+        raise InputError(f"{name} has no images; give one or more.")
     for index, image in enumerate(images):
         if not isinstance(image, Image.Image):
-            raise ValueError(f"{name}[{index}] is {image!r}; give a PIL image instead.")
+            raise InputError(f"{name}[{index}] is {image!r}; give a PIL image instead.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.figures.labels import NAMES, name
 
@@ -27,13 +28,13 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
 
     ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors). Without
     any prior loss there is one panel. The running mean spans a twentieth of the rows, at least 5.
-    Raises ``ValueError`` for an empty log or a row without a step or an instance loss.
+    Raises ``InputError`` for an empty log or a row without a step or an instance loss.
     """
     if not log:
-        raise ValueError("the log has no rows; train for a step or more before plotting.")
+        raise InputError("the log has no rows; train for a step or more before plotting.")
     for index, row in enumerate(log):
         if row.get("step") is None or row.get("instance_loss") is None:
-            raise ValueError(f"row {index} of the log lacks 'step' or 'instance_loss'; log both.")
+            raise InputError(f"row {index} of the log lacks 'step' or 'instance_loss'; log both.")
     series = [("instance loss", "instance_loss", "tab:blue")]
     if any(row.get("prior_loss") is not None for row in log):
         series.append(("prior loss", "prior_loss", "tab:orange"))
@@ -60,12 +61,12 @@ def validation_curves(
 
     The ratios are those of :func:`best_checkpoint.ratios`, each in [0, 1]. Losses are means over
     the timestep bins, relative to the frozen base's: above 1 is worse than before training. The
-    best step is marked. Raises ``ValueError`` without a validation.
+    best step is marked. Raises ``InputError`` without a validation.
     """
     from dreambooth_lib.training.best_checkpoint import ratios_of, select_best
 
     if not rows:
-        raise ValueError("there are no validations to plot; train with validate_every above 0.")
+        raise InputError("there are no validations to plot; train with validate_every above 0.")
     steps = [row.step for row in rows]
     figure, (upper, lower) = _figure(8, 5.8, 2)
     names = (NAMES["subject_fidelity"], NAMES["prompt_adherence"], "the rest unchanged")
@@ -103,7 +104,7 @@ def heat_map(
     """Draw a sweep's table as a heat map of mean ``value`` for each (x, y), the best one framed.
 
     The best is the brightest: the highest, or with ``best="min"`` the lowest. ``rows`` are those
-    of :func:`sweep_table.table`. Raises ``ValueError`` for none.
+    of :func:`sweep_table.table`. Raises ``InputError`` for none.
     """
     from matplotlib.patches import Rectangle
 
@@ -132,7 +133,7 @@ def heat_map(
 def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = None) -> "Figure":
     """Plot likeness to the photos against class drift, coloured by ``by``, with the Pareto front.
 
-    ``rows`` are those of :func:`sweep_table.table`. Raises ``ValueError`` for none.
+    ``rows`` are those of :func:`sweep_table.table`. Raises ``InputError`` for none.
     """
     kinds = _distinct(rows, by)
     figure, (axes,) = _figure(7, 4.6)
@@ -154,7 +155,7 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
 
 def _distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
     if not rows:
-        raise ValueError("the table has no rows; run a sweep first.")
+        raise InputError("the table has no rows; run a sweep first.")
     return sorted({row[column] for row in rows})
 
 

@@ -14,6 +14,7 @@ from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.images import Photo, captioned, read_photos
@@ -263,12 +264,12 @@ def _make_accelerator(config: TrainConfig, precision: str) -> Accelerator:
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
     processes, micro_batches = accelerator.num_processes, config.gradient_accumulation
     if config.steps_in_backward and processes > 1:
-        raise ValueError(
+        raise InputError(
             f"memory is '{config.memory}', which updates weights during the backward pass, before "
             f"{processes} processes could average their gradients; set memory to 'standard'."
         )
     if config.batch_size % (processes * micro_batches):
-        raise ValueError(
+        raise InputError(
             f"batch_size {config.batch_size} does not split into {processes * micro_batches} equal "
             f"parts ({processes} processes x gradient_accumulation {micro_batches}); make it a "
             "multiple."
