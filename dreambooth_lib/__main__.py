@@ -165,8 +165,8 @@ def run_training(run: Run) -> None:
             losses = f"instance loss {step.instance_loss:.4f}{prior}"
             state.print(f"step {step.step}/{run.config.steps}: {losses}")
     except KeyboardInterrupt as stop:
-        command = f"python -m dreambooth_lib resume {shlex.quote(printable(str(run.folder)))}"
-        state.print(f"interrupted; resume with: {command}")
+        folder = shlex.quote(printable(str(run.folder)))
+        state.print(f"interrupted; resume with 'python -m dreambooth_lib resume {folder}'.")
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise SystemExit(128 + number) from None
     if results := history(run):

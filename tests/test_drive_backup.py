@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dreambooth_lib.core import files
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.notebook import drive_backup
+from dreambooth_lib.notebook import drive_copy, drive_state
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import (
     FoundRun,
@@ -287,7 +287,7 @@ def test_of_an_older_checkpoint_only_the_optimizers_state_goes(
 def test_large_weights_are_rounded_and_a_large_pipeline_is_left_out(
     run: Run, drive: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drive_backup, "LARGE", 100)
+    monkeypatch.setattr(drive_copy, "LARGE", 100)
     run.save_checkpoint(300, full_state(300))
     run.pipeline.mkdir()
     (run.pipeline / "weights.safetensors").write_bytes(bytes(101))
@@ -309,7 +309,7 @@ def test_large_weights_are_rounded_and_a_large_pipeline_is_left_out(
 def test_a_run_whose_last_checkpoint_has_not_arrived_has_not_finished_there(
     run: Run, drive: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drive_backup, "LARGE", 100)
+    monkeypatch.setattr(drive_copy, "LARGE", 100)
     run.save_checkpoint(300, full_state(300))
     assert backup(run, drive / "my-dog") is None
     run.save_checkpoint(400, full_state(400))
@@ -595,7 +595,7 @@ def test_a_run_resumes_after_a_disconnect_as_if_there_had_been_none(
 def test_a_large_run_resumes_and_makes_its_pipeline_from_what_the_drive_has(
     tmp_path: Path, drive: Path, tiny_sd1: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drive_backup, "LARGE", 100)
+    monkeypatch.setattr(drive_copy, "LARGE", 100)
     photos = save_photos(tmp_path / "uploads" / "rex")
     config = make_config(tiny_sd1, photos, steps=4, checkpoint_every=2, ema_decay=0.5)
     run = runs.start(config, tmp_path / "runs" / "my-dog")
@@ -762,7 +762,7 @@ def test_a_run_is_fetched_beside_another_of_its_name(run: Run, drive: Path) -> N
 
 def test_a_run_without_a_backup_gets_no_identity(run: Run) -> None:
     newest(run.folder.parent)
-    assert not (run.folder / drive_backup.IDENTITY).exists()
+    assert not (run.folder / drive_state.IDENTITY).exists()
 
 
 # Backups of earlier versions

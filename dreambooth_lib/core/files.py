@@ -4,7 +4,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,25 +45,19 @@ def fingerprint(source: Path) -> Fingerprint:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def copy(source: Path, place: Path, ways: Mapping[str, Callable[[Path, Path], None]]) -> None:
-    """Copy a file or folder; it appears at ``place`` only once it is complete.
+def copy_file(source: Path, place: Path, size: int | None = None) -> None:
+    """Copy a file of any size; it appears at ``place`` only once it is complete.
 
-    ``ways`` maps the names of files that need another copy function than :func:`copy_file`.
+    Of a file that may grow meanwhile, copy the first ``size`` bytes.
     """
-    if not source.is_dir():
-        copy_file(source, place)
-        return
-    with replacing_folder(place) as partial:
-        for name in visible_files(source):
-            ways.get(name.name, copy_file)(source / name, partial / name)
-
-
-def copy_file(source: Path, place: Path) -> None:
-    """Copy a file of any size; it appears at ``place`` only once it is complete."""
+    size = source.stat().st_size if size is None else size
     with replacing_file(place) as partial:
         shutil.copyfile(source, partial)
-        if partial.stat().st_size != source.stat().st_size:
+        copied = partial.stat().st_size
+        if copied < size:
             raise DiskError(f"{place} was cut short; check its disk and try again.")
+        if copied > size:
+            os.truncate(partial, size)
 
 
 @contextmanager
@@ -94,9 +88,13 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes were writing in a folder; no other may be writing there now."""
-    for partial in [*folder.rglob(".*.partial")]:
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+    """Remove the files in a folder that processes were writing when they were killed."""
+    import psutil
+
+    for partial in folder.rglob(".*.partial"):
+        process = partial.name.split(".")[-2]
+        if partial.is_file() and not (process.isdigit() and psutil.pid_exists(int(process))):
+            partial.unlink(missing_ok=True)
 
 
 def recover_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Back up a run to a second folder, such as one on Drive, while it trains.
+"""Back up a run to a second folder, such as one on Drive.
 
 BACKUP/...              the run's folder without hidden files. Of the checkpoints only the newest
                         and the best, as a drive has little space; large ones have their weights in
@@ -6,38 +6,46 @@ BACKUP/...              the run's folder without hidden files. Of the checkpoint
 BACKUP/photos/          the subject's photos: an upload is lost with the session, too
 BACKUP/class_photos/    the user's own class images
 BACKUP/class_images/    the sets of class images that the base generated for this class
-BACKUP/.backup.json     the run's identity, whether it has finished, and each part's files: their
-                        size and time in the run, and their size here
+BACKUP/.backup.json     each part's files and whose they are: see :mod:`.drive_state`
 
-Each file, checkpoint and pipeline appears only when it is complete: it is written beside its place
-and renamed. Whenever copying is interrupted, the backup holds a run that can be resumed: see
-:mod:`.drive_restore`.
+Each file, checkpoint, pipeline and folder of photos appears only when it is complete: it is written
+beside its place and renamed. Whenever copying is interrupted, the backup holds a run that can be
+resumed: see :mod:`.drive_restore`. :class:`.drive_worker.Backup` does all this while the run
+trains.
 """
 
 import json
-import os
-import shutil
-import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dreambooth_lib.core.files import (
-    Fingerprint,
-    copy,
-    fingerprint,
-    replace_file,
-    retry,
-    visible_files,
-)
+from dreambooth_lib.core.errors import KitError, printable
+from dreambooth_lib.core.files import Fingerprint, retry, visible_files
 from dreambooth_lib.core.old_names import locate
+from dreambooth_lib.notebook.drive_copy import (
+    CLASS_PHOTOS,
+    PHOTOS,
+    copy_part,
+    delete_removed,
+    describe,
+    hide_and_delete,
+    is_checkpoint,
+    is_large,
+    with_copied_sizes,
+)
+from dreambooth_lib.notebook.drive_state import open_state, own_identity, write_state
+from dreambooth_lib.training import best_checkpoint, validation_record
 from dreambooth_lib.training.runs import Run
 
-#: Bytes above which weights are rounded and a pipeline is left out: a free Drive has 15 GB in all.
-LARGE = 2**30
-STATE = ".backup.json"  # in the backup
-IDENTITY = ".backup"  # in the run: the identity that its backup records
-#: What earlier versions called these two.
-OLD_STATE, OLD_IDENTITY = ".mirror.json", ".mirror"
+#: How often a backup begins again when the run's files change while they are copied.
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a run, or a folder that is copied as a whole, as it was when it was listed."""
+
+    source: Path
+    stamp: Fingerprint
 
 
 def backup(run: Run, folder: str | Path) -> str | None:
@@ -51,181 +59,177 @@ def backup(run: Run, folder: str | Path) -> str | None:
     """
     folder = Path(folder)
     try:
-        state = retry(_open_state, folder, _identity(run))
-        if state is None:
-            return f"{folder} holds something other than this run; back it up to another folder."
-        failures = _copy_parts(run, folder, state["parts"])
-        state["finished"] = run.finished and not failures
-        retry(_write_state, folder, state)
-    except (OSError, ValueError) as error:
-        failures = [str(error)]
-    if not failures:
+        problems = _back_up(run, folder)
+    except Exception as error:  # training must go on, whatever a drive or a damaged file raises
+        problems = [_reason(error)]
+    if not problems:
         return None
-    return (
-        f"{run.folder} could not be backed up completely to {folder} ({failures[0]}); training "
-        "continues, and the next backup tries again. If this persists, check that the drive is "
-        "mounted and has space."
+    return printable(
+        f"Training continues, but {run.folder} is not completely backed up to {folder}: "
+        f"{problems[0]}."
     )
 
 
-def read_state(folder: Path) -> dict[str, Any] | None:
-    """Return what a backup records about itself; None if there is nothing, or it is damaged."""
-    file = _current_or_old(folder, STATE, OLD_STATE)
+def _reason(error: Exception) -> str:
+    if isinstance(error, KitError):
+        return str(error).rstrip(".")
+    return (
+        f"{error or type(error).__name__}; the next backup tries again, but check that the drive "
+        "is mounted and has space"
+    )
+
+
+def _back_up(run: Run, folder: Path) -> list[str]:
+    state = retry(open_state, folder, own_identity(run))
+    if state is None:
+        return ["that folder holds something other than this run; choose another one"]
+    if state.finished and not run.finished:  # it has a longer goal now
+        state.finished = False
+        retry(write_state, folder, state)
+    leftovers = []
     try:
-        return json.loads(file.read_text()) if file.exists() else None
-    except ValueError:  # the run itself may well be intact
-        return None
+        retry(_delete_leftovers, folder)
+    except OSError as error:
+        leftovers = [_reason(error)]
+    for attempt in range(ATTEMPTS):
+        finished = run.finished  # before its files are listed: they are complete by then
+        parts, problems = list_parts(run)
+        failures, changed = _copy_parts(run, folder, parts, state.parts, attempt + 1 < ATTEMPTS)
+        if not changed:
+            break
+    state.parts = {name: rows for name, rows in state.parts.items() if name in parts}
+    state.finished = finished and not failures
+    retry(write_state, folder, state)
+    return failures + problems + leftovers
 
 
-def read_identity(folder: Path) -> str | None:
-    """Return the identity that was written into a run's folder for its backups; None if none."""
-    file = _current_or_old(folder, IDENTITY, OLD_IDENTITY)
-    return file.read_text() if file.exists() else None
+def _delete_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half-written or half-deleted."""
+    for path in sorted(folder.rglob(".*")):
+        if path.suffix in (".partial", ".gone") and path.exists():  # its folder may have been one
+            hide_and_delete(path)
 
 
-def _current_or_old(folder: Path, name: str, old_name: str) -> Path:
-    current = folder / name
-    return current if current.exists() else folder / old_name
+def _copy_parts(
+    run: Run, folder: Path, parts: dict[str, Part], stamps: dict[str, Fingerprint], again: bool
+) -> tuple[list[str], bool]:
+    """Copy what is not current; return what failed, and whether files changed meanwhile.
 
-
-def _copy_parts(run: Run, folder: Path, stamps: dict[str, Fingerprint]) -> list[str]:
-    from dreambooth_lib.training.checkpoints import TENSORS, round_weights
-
-    parts = _parts(run)
+    With ``again`` a part whose source has changed does not count as failed.
+    """
     failures: list[str] = []
-    newest_failed = False
-    for name, source in parts.items():
-        stamp, place = fingerprint(source), folder / name
-        is_checkpoint = place.parent.name == "checkpoints"
+    changed = newest_failed = False
+    for name, part in parts.items():
+        place = folder / name
         try:
             # While the newest is missing, an older one may have the only optimizer state.
-            if not (is_checkpoint and newest_failed and place.exists()):
-                stamps[name] = _delete_removed(stamps.get(name, []), stamp, place)
-                if not _is_current(stamps[name], stamp, place):
-                    rounded = is_checkpoint and _is_large(source / TENSORS)
-                    copiers = {TENSORS: round_weights} if rounded else {}
-                    retry(copy, source, place, copiers, patient=not failures)
-                    stamps[name] = _with_copied_sizes(stamp, place)
-            if is_checkpoint:
+            if not (is_checkpoint(name) and newest_failed and place.exists()):
+                known = delete_removed(name, stamps.get(name, []), part.stamp, place)
+                stamps[name] = known
+                if not _is_current(name, known, part.stamp, place):
+                    copying = (name, part.source, place, part.stamp, run.folder)
+                    retry(copy_part, *copying, patient=not failures)
+                    stamps[name] = with_copied_sizes(name, part.stamp, place)
+            if is_checkpoint(name):
                 _delete_dropped(folder, parts, stamps)
-        except OSError as error:
-            failures.append(str(error))
-            newest_failed |= is_checkpoint
-    return failures
+        except Exception as error:  # one damaged part must not stop the others
+            newest_failed |= is_checkpoint(name)
+            if again and _has_changed(name, part):
+                changed = True
+            else:
+                failures.append(_reason(error))
+    return failures, changed
 
 
-def _is_large(path: Path) -> bool:
-    return sum(size for _, size, _ in fingerprint(path)) > LARGE
+def _has_changed(name: str, part: Part) -> bool:
+    try:
+        return describe(name, part.source) != part.stamp
+    except OSError:  # it is gone: a newer one has replaced it
+        return True
 
 
-def _with_copied_sizes(stamp: Fingerprint, place: Path) -> Fingerprint:
-    """Append the size of its copy to each file's entry."""
-    sizes = {name: size for name, size, _ in fingerprint(place)}
-    return [[*row, sizes.get(row[0])] for row in stamp]
-
-
-def _is_current(known: Fingerprint, stamp: Fingerprint, place: Path) -> bool:
+def _is_current(name: str, known: Fingerprint, stamp: Fingerprint, place: Path) -> bool:
     """Return whether a part's copy is there, complete and up to date."""
     try:
-        now = _with_copied_sizes(stamp, place)
+        now = with_copied_sizes(name, stamp, place)
     except OSError:
         return False
     # The files of a restored run have the sizes of the backup's.
-    return now in (known, [[row[0], row[-1], row[2], row[-1]] for row in known])
+    return bool(now) and now in (known, [[row[0], row[-1], row[2], row[-1]] for row in known])
 
 
-def _delete_removed(known: Fingerprint, stamp: Fingerprint, place: Path) -> Fingerprint:
-    """Delete the files of a folder's copy that the folder no longer has; return the others."""
-    names = {name for name, *_ in stamp}
-    for name, *_ in known:
-        file = place / name
-        if name not in names and file.exists():
-            hidden = file.rename(file.with_name(f".{file.name}.gone"))
-            os.truncate(hidden, 0)
-            hidden.unlink()
-    return [row for row in known if row[0] in names]
-
-
-def _delete_dropped(folder: Path, parts: dict[str, Path], stamps: dict[str, Fingerprint]) -> None:
-    """Delete checkpoints and a pipeline that are no longer parts, and incomplete copies.
-
-    Their files are emptied first, as Drive's trash counts towards its quota.
-    """
+def _delete_dropped(folder: Path, parts: dict[str, Part], stamps: dict[str, Fingerprint]) -> None:
+    """Delete checkpoints and a pipeline that are no longer parts, and incomplete copies."""
     for path in [*(folder / "checkpoints").iterdir(), *folder.glob("*pipeline*")]:
         name = path.relative_to(folder).as_posix()
-        if name in parts or not path.is_dir():
-            continue
-        if not path.name.startswith("."):  # half-emptied, it must not pass for a checkpoint
-            path = path.rename(path.with_name(f".{path.name}.gone"))
-        for file in path.rglob("*"):
-            if file.is_file():
-                os.truncate(file, 0)
-        shutil.rmtree(path)
-        stamps.pop(name, None)
+        if name not in parts and path.is_dir():
+            hide_and_delete(path)
+            stamps.pop(name, None)
 
 
-def _parts(run: Run) -> dict[str, Path]:
-    """Map places in the backup to the files, and the folders that are copied as a whole.
+def list_parts(run: Run) -> tuple[dict[str, Part], list[str]]:
+    """Map places in the backup to what belongs there, and say what cannot be read.
 
-    Of the checkpoints these are the newest and, if there is validation, the best. The order lets
-    an interrupted backup be resumed: images before the rows that mention them, these before the
-    config that makes a folder a run, the newest weights first.
+    The order lets an interrupted backup be resumed: images before the rows that mention them, these
+    before the config that makes a folder a run, the newest weights first. They are listed the other
+    way round, so that what a listed file mentions is listed, too, while the run goes on.
     """
-    from dreambooth_lib.training import best_checkpoint, validation_record
+    problems: list[str] = []
+    weights = _stamped(_checkpoints(run, problems))
+    own = [path for path in sorted(run.folder.iterdir(), reverse=True)
+           if path.name not in ("checkpoints", "pipeline", PHOTOS, CLASS_PHOTOS)
+           and not path.name.startswith(".")]  # fmt: skip
+    top = _stamped({path.name: path for path in own if path.is_file()})
+    deeper = {f"{path.name}/{name.as_posix()}": path / name for path in own if path.is_dir()
+              for name in visible_files(path)}  # fmt: skip
+    deeper |= _class_images(run, problems)
+    photos = {PHOTOS: run.config.subject.pictures, CLASS_PHOTOS: run.config.class_folder}
+    sources = {name: Path(source) for name, source in photos.items() if source}
+    return _stamped(sources) | _stamped(deeper) | top | weights, problems
 
-    config = run.config
-    parts = _image_files(config.subject.pictures, "photos")
-    if config.class_folder is not None:
-        parts |= _image_files(config.class_folder, "class_photos")
-    sets = locate(run.folder.parent, "class_images")
-    for manifest in sorted(sets.glob("*/manifest.json")):
-        source = json.loads(manifest.read_text())
-        if (source["base"], source["prompt"]) == (config.base, config.subject.class_prompt):
-            parts |= _image_files(manifest.parent, f"{sets.name}/{manifest.parent.name}")
-    files = [p for p in visible_files(run.folder) if p.parts[0] not in ("checkpoints", "pipeline")]
-    files.sort(key=lambda path: (len(path.parts), path), reverse=True)
-    parts |= {name.as_posix(): run.folder / name for name in files}
+
+def _stamped(sources: dict[str, Path]) -> dict[str, Part]:
+    parts = {}
+    for name, source in sources.items():
+        if source.exists():
+            parts[name] = Part(source, describe(name, source))
+    return parts
+
+
+def _checkpoints(run: Run, problems: list[str]) -> dict[str, Path]:
+    """Return a small pipeline, the newest checkpoint and, if there is validation, the best one."""
+    parts = {}
     # A large pipeline is the base with a checkpoint's weights: resuming writes it again.
-    if run.pipeline.exists() and not _is_large(run.pipeline):
+    if run.pipeline.exists() and not is_large(run.pipeline):
         parts["pipeline"] = run.pipeline
     checkpoints = run.checkpoints()
     steps = list(checkpoints)[-1:]
-    if len(validation_record.history(run)) > 1:
-        steps.append(best_checkpoint.best_checkpoint(run).step)
+    try:
+        if len(validation_record.history(run)) > 1:
+            steps.append(best_checkpoint.best_checkpoint(run).step)
+    except Exception as error:  # whatever a damaged row raises
+        problems.append(f"its validation rows cannot be read ({_reason(error)})")
     return parts | {f"checkpoints/{checkpoints[step].name}": checkpoints[step]
                     for step in steps if step in checkpoints}  # fmt: skip
 
 
-def _image_files(source: str | Path, place: str) -> dict[str, Path]:
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(path.glob("[!.]*"))
-    return {f"{place}/{file.name}": file for file in files if file.is_file()}
-
-
-def _identity(run: Run) -> str:
-    """Return the run's identity, so that no other run of its name overwrites its backup.
-
-    It is written into the run's folder: a new one, or the one under the old name.
-    """
-    file = run.folder / IDENTITY
-    if not file.exists():
-        identity = read_identity(run.folder) or uuid.uuid4().hex
-        replace_file(file, identity.encode())
-        (run.folder / OLD_IDENTITY).unlink(missing_ok=True)
-    return file.read_text()
-
-
-def _open_state(folder: Path, identity: str) -> dict[str, Any] | None:
-    """Return a backup's state, a new one for an empty folder; None if it is not this run's."""
-    folder.mkdir(exist_ok=True)
-    state = read_state(folder)
-    # Hidden files may remain from a first write that failed.
-    if state is None and all(path.name.startswith(".") for path in folder.iterdir()):
-        state = {"identity": identity, "parts": {}}
-        _write_state(folder, state)
-    return state if state and state["identity"] == identity else None
-
-
-def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    replace_file(folder / STATE, json.dumps(state).encode())
-    (folder / OLD_STATE).unlink(missing_ok=True)
+def _class_images(run: Run, problems: list[str]) -> dict[str, Path]:
+    """Return the sets of class images of the run's base and class."""
+    config = run.config
+    parts: dict[str, Path] = {}
+    sets = locate(run.folder.parent, "class_images")
+    for manifest in sorted(sets.glob("*/manifest.json")):
+        try:
+            made = json.loads(manifest.read_text())
+            belongs = (made["base"], made["prompt"]) == (config.base, config.subject.class_prompt)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            problems.append(
+                f"{manifest} is damaged, so the class images beside it may be missing there; "
+                "delete that folder if no run needs it"
+            )
+            continue
+        if belongs:
+            place = f"{sets.name}/{manifest.parent.name}"
+            files = sorted(manifest.parent.glob("[!.]*"))
+            parts |= {f"{place}/{file.name}": file for file in files if file.is_file()}
+    return parts

@@ -1,21 +1,25 @@
 """Find interrupted runs and backups after a disconnect, and restore one."""
 
 import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
 
-from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core import background
+from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.files import copy_file, replacing_folder, retry, visible_files
-from dreambooth_lib.core.old_names import PLACES
+from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.data.images import read_photos
-from dreambooth_lib.notebook.drive_backup import IDENTITY, read_identity, read_state
+from dreambooth_lib.notebook.drive_copy import PHOTOS
+from dreambooth_lib.notebook.drive_copy_back import backed_up, copy_back, list_files
+from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.runs import Run, RunError
+
+#: Seconds that a drive has to list a folder or to show some photos.
+ANSWER_LIMIT = 60.0
 
 
 class RestoreError(KitError, RuntimeError):
@@ -48,16 +52,18 @@ def restore(folder: str | Path, local: str | Path) -> Run:
     if local.exists() and any(local.iterdir()):
         raise RunError(f"{local} is not empty; restore the run to a new folder.")
     try:
-        if not (folder / "config.toml").exists():
-            raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
+        files = background.call(list_files, folder, place=folder, limit=ANSWER_LIMIT)
+        require_room(local, sum(files.values()))
         with replacing_folder(local) as partial:
-            _copy_back(folder, partial, local)
-    except OSError as error:
+            copy_back(folder, list(files), partial, local)
+        return runs.resume(local)
+    except KitError:
+        raise
+    except Exception as error:  # whatever a damaged file raises
         raise RestoreError(
-            f"{folder} could not be restored to {local} ({error}); check that the drive is mounted "
-            "and the disk has space, and try again."
+            f"{folder} could not be restored to {local} ({error or type(error).__name__}); check "
+            "that the drive is mounted, and try again."
         ) from error
-    return runs.resume(local)
 
 
 def find_interrupted(
@@ -76,16 +82,18 @@ def find_interrupted(
     comparison of photos that are None, or missing as after a disconnect.
     """
     named = isinstance(resume, str)
-    message = f"There is no unfinished run named {resume!r}.\n" if named else ""
-    unfinished = [run for run in _all_runs(folders) if resume and not run.finished]
+    found, silent = _all_runs(folders)
+    message = "".join(f"Runs in {folder} are not looked at: {why}\n" for folder, why in silent)
+    skipped = f"There is no unfinished run named {resume!r}.\n" if named else ""
+    unfinished = [run for run in found if resume and not run.finished]
     for run in sorted(unfinished, key=lambda run: run.last_saved, reverse=True):
         name = run.run.folder.name
         difference = "" if named else _difference(run.run, pictures, class_noun, base)
         if name == resume or not (named or difference):
-            return run, f"Resuming {run}"
+            return run, f"{message}Resuming {run}"
         hint = f"set RESUME = {name!r} to resume it."
-        message = message or f"Not resumed: {run}; {difference}; {hint}\n"
-    return None, f"{message}Starting a new run."
+        skipped = skipped or f"Not resumed: {run}; {difference}; {hint}\n"
+    return None, f"{message}{skipped}Starting a new run."
 
 
 def fetch(found: FoundRun, folder: str | Path, drive: str | Path | None = None) -> Run:
@@ -108,105 +116,89 @@ def has_finished(folder: Path) -> bool:
 
     A backup may lack the pipeline that a run ends with; its state says whether the run finished.
     """
-    return (folder / "pipeline").exists() or bool((read_state(folder) or {}).get("finished"))
+    run = _read_run(folder)
+    return run is not None and run.finished
 
 
 def unique_name(name: str, *folders: str | Path | None) -> str:
     """Return the name, with a number if these folders have a folder or a zip of that name."""
-    names = {path.name for path in _contents(folders)}
+    places = [Path(folder) for folder in folders if folder is not None]
+    names = {path.name for place in places for path in _contents(place)}
     taken = names | {name.removesuffix(".zip") for name in names}
     numbered = (f"{name}-{number}" for number in count(2))
     return next(free for free in chain([name], numbered) if free not in taken)
 
 
-def _copy_back(folder: Path, partial: Path, local: Path) -> None:
-    state = read_state(folder) or {"parts": {}}
-    stamps = state["parts"].items()
-    times = {Path(part) / name: time for part, stamp in stamps for name, _, time, *_ in stamp}
-    for name in retry(visible_files, folder):
-        # Class images are shared by all runs in the same folder.
-        shared = name.parts[0] in ("class_images", PLACES["class_images"])
-        place = (local.parent if shared else partial) / name
-        if place.exists():
-            continue
-        retry(copy_file, folder / name, place)
-        if name in times:  # or the next backup would copy it again
-            os.utime(place, ns=(times[name], times[name]))
-    if "identity" in state:
-        (partial / IDENTITY).write_text(state["identity"])
-    config = TrainConfig.from_toml(partial / "config.toml")
-    original = config.class_folder
-    pictures = _backed_up("photos", config.subject.pictures, partial, local)
-    class_folder = original and _backed_up("class_photos", original, partial, local)
-    subject = replace(config.subject, pictures=pictures)
-    runs.resume(partial, subject=subject, class_folder=class_folder)
+def _all_runs(
+    folders: Sequence[str | Path | None],
+) -> tuple[list[FoundRun], list[tuple[Path, background.NoAnswerError]]]:
+    """Return every run in these folders once, and the folders that do not answer.
 
-
-def _backed_up(name: str, source: str, partial: Path, local: Path) -> str:
-    """Return where a backup has the photos of ``source``, a folder or a zip; or ``source``."""
-    for place in (Path(name) / Path(source).name, Path(name)):  # a zip, or else a folder
-        if (partial / place).exists():
-            return str(local / place)
-    return source
-
-
-def _all_runs(folders: Sequence[str | Path | None]) -> list[FoundRun]:
-    """Return every run in these folders once: of the run and its backups the furthest."""
+    Of a run and its backups it is the furthest.
+    """
     copies: dict[str, list[FoundRun]] = {}
-    for place in _contents(folders):
-        if (run := _read_run(place)) is not None:
-            copies.setdefault(run.identity, []).append(run)
-    return [max(c, key=lambda run: (run.step, run.finished, run.last_saved))
-            for c in copies.values()]  # fmt: skip
-
-
-def _contents(folders: Sequence[str | Path | None]) -> list[Path]:
-    paths: list[Path] = []
-    for folder in folders:
+    silent = []
+    for folder in [Path(folder) for folder in folders if folder is not None]:
         try:
-            paths += sorted(Path(folder).iterdir()) if folder is not None else []
-        except OSError:  # a missing folder, or a drive that is gone
-            continue
-    return paths
+            for run in background.call(_runs_in, folder, place=folder, limit=ANSWER_LIMIT):
+                copies.setdefault(run.identity, []).append(run)
+        except background.NoAnswerError as error:
+            silent.append((folder, error))
+    furthest = [max(c, key=lambda run: (run.step, run.finished, run.last_saved))
+                for c in copies.values()]  # fmt: skip
+    return furthest, silent
+
+
+def _runs_in(folder: Path) -> list[FoundRun]:
+    return [run for place in _contents(folder) if (run := _read_run(place)) is not None]
+
+
+def _contents(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # a missing folder, or a drive that is gone
+        return []
 
 
 def _read_run(folder: Path) -> FoundRun | None:
     try:
         run = runs.resume(folder)
-        state = read_state(folder) or {"parts": {}}
-        stamps = state["parts"]
+        state = read_state(folder) or State()
         files = [file for name in ("config.toml", "log.jsonl") if (file := folder / name).exists()]
         # Drive sets its own file times, so a backup's state has those of the run.
-        times = [stamps[file.name][0][2] if file.name in stamps else file.stat().st_mtime_ns
+        times = [rows[0][2] if (rows := state.parts.get(file.name)) else file.stat().st_mtime_ns
                  for file in files]  # fmt: skip
         return FoundRun(
             run,
-            identity=state.get("identity") or read_identity(folder) or str(folder),
+            identity=state.identity or read_identity(folder) or str(folder),
             step=max(run.checkpoints(), default=0),
-            finished=run.finished or state.get("finished", False),
+            finished=run.finished or state.finished,
             last_saved=datetime.fromtimestamp(max(times) / 1e9, UTC),
         )
-    except (OSError, ValueError):  # not a run, or not one that can be resumed
+    except Exception:  # not a run, or damaged in any way: it must not hide the other runs
         return None
 
 
 def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: str) -> str:
     """Say in words how a run's base, noun or photos differ from these; empty if they do not."""
-    subject = run.config.subject
-    before = {"base": run.config.base, "class noun": subject.class_noun}
-    now = {"base": config_changes.absolute_base(base), "class noun": class_noun.strip()}
+    subject, own_base = run.config.subject, run.config.base
+    base = config_changes.absolute_base(base)
+    if own_base.startswith("../") and Path(own_base).name == Path(base).name:
+        own_base = base  # a backup's, which is relative to where the run was
+    before = {"base": own_base, "class noun": subject.class_noun}
+    now = {"base": base, "class noun": class_noun.strip()}
     if difference := config_changes.first_difference(before, now):
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""
-    same = _hashes(_backed_up("photos", subject.pictures, run.folder, run.folder))
+    same = _hashes(backed_up(PHOTOS, subject.pictures, run.folder, run.folder))
     return "" if same == _hashes(pictures) else f"its photos are not those in {pictures}"
 
 
 def _hashes(pictures: str | Path) -> list[str] | None:
     """Return the hashes of photos, whatever their names; None if they cannot be read."""
     try:
-        photos = read_photos(pictures)
-    except (OSError, ValueError):
+        photos = background.call(read_photos, pictures, place=pictures, limit=ANSWER_LIMIT)
+        return sorted(hashlib.sha256(photo.image.tobytes()).hexdigest() for photo in photos)
+    except Exception:  # whatever damaged photos raise
         return None
-    return sorted(hashlib.sha256(photo.image.tobytes()).hexdigest() for photo in photos)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.gpu_memory import GIB
-from dreambooth_lib.notebook import drive_backup, drive_restore
+from dreambooth_lib.notebook import drive_copy, drive_restore
 from dreambooth_lib.notebook.base_models import METHODS, BaseModel, describe
 from dreambooth_lib.training.memory_level import USABLE_SHARE, first, native_precision
 
@@ -177,8 +177,8 @@ def _needs(base: BaseModel, method: str, level: str, gib: float, stored: int) ->
         loaded, rest = 0, rest - base.large
     at_once = sum if level == "standard" and method != "QLoRA" else max
     checkpoint = (weight + MOMENTS) * trained
-    # As in drive_backup: large weights are rounded, and the older copy goes after the newer came.
-    backed_up = min(weight, HALF) if weight * trained > drive_backup.LARGE else weight
+    # As in drive_copy: large weights are rounded, and the older copy goes after the newer came.
+    backed_up = min(weight, HALF) if weight * trained > drive_copy.LARGE else weight
     memory = PROCESS + at_once((loaded, HALF * rest))
     disk = stored * base.parameters + CHECKPOINTS * checkpoint + models + IMAGES
     drive = (2 * (backed_up + MOMENTS) + backed_up) * trained + IMAGES

@@ -17,7 +17,8 @@ from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
-from dreambooth_lib.data.images import Photo, captioned, read_photos
+from dreambooth_lib.data.captions import check_lengths
+from dreambooth_lib.data.images import Images, Photo, captioned, read_photos
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -68,8 +69,13 @@ class Trainer:
             self.precision = "bf16"  # as its weights are
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
-        photos = captioned(read_photos(config.subject.pictures), config.subject.instance_prompt)
+        subject = config.subject
+        photos = captioned(
+            read_photos(subject.pictures), subject.instance_prompt, subject.identifier
+        )
         self.family = self._load_base(photos)
+        for message in check_lengths(photos, subject, self.family.tokenizers):
+            warnings.warn(message, stacklevel=2)
         instance, classes = self._set_up_validation(photos, self._class_images())
         teacher = None
         if config.prior == "distilled" and config.prior_weight > 0:
@@ -146,7 +152,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             loss = HeldOutLoss(config, self.family, {"subject": held_out, "class": classes[end:]})
             device = "cpu" if config.memory in LOW_MEMORY else self.accelerator.device
-            references = [photo.image for photo in photos]
+            references = Images(photos)
             self.validator = Validator(self.run, references, loss, load_scorer(config, device))
         return instance, classes[:end]
 

@@ -1,0 +1,218 @@
+"""Copy the parts of a run to a drive: whole, checked, and without what is nobody else's business.
+
+Photos go there as PNG files of what training sees, without their metadata. Configs name what lies
+beside them on the drive, and everything else by its path from the run's folder.
+"""
+
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dreambooth_lib.core.digests import DIGESTS, forget_digest, write_digests
+from dreambooth_lib.core.disk import require_room
+from dreambooth_lib.core.files import (
+    Fingerprint,
+    copy_file,
+    fingerprint,
+    replace_file,
+    replacing_folder,
+    visible_files,
+)
+from dreambooth_lib.data.images import Photo, read_photos
+
+#: Bytes above which weights are rounded and a pipeline is left out: a free Drive has 15 GB in all.
+LARGE = 2**30
+#: A backup's folders of photos: the subject's, and the user's own class images.
+PHOTOS, CLASS_PHOTOS = "photos", "class_photos"
+#: Files that may have local paths in them: a run's config, the manifest of a set of class images,
+#: and what a LoRA notes about its base.
+NAMING_PATHS = ("config.toml", "manifest.json", "base.json")
+#: Their fields that may be the path of a folder.
+_BASES = ("base", "scorer")
+
+
+def describe(name: str, source: Path) -> Fingerprint:
+    """Return the fingerprint of a part's source, which is compared with that of its copy.
+
+    Photos have other names and sizes in the backup, so they are described as one.
+    """
+    rows = fingerprint(source)
+    if name in (PHOTOS, CLASS_PHOTOS):
+        return [[".", sum(row[1] for row in rows), max((row[2] for row in rows), default=0)]]
+    # Digests follow from the files, and those of rounded weights are others.
+    return [row for row in rows if not (is_checkpoint(name) and row[0] == DIGESTS)]
+
+
+def with_copied_sizes(name: str, stamp: Fingerprint, place: Path) -> Fingerprint:
+    """Append the size of its copy to each file's row."""
+    copies = fingerprint(place)
+    if name in (PHOTOS, CLASS_PHOTOS):
+        return [[copy, *stamp[0][1:], size] for copy, size, _ in copies]
+    sizes = {copy: size for copy, size, _ in copies}
+    return [[*row, sizes.get(row[0])] for row in stamp]
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a part is a checkpoint."""
+    return name.startswith("checkpoints/")
+
+
+def is_large(path: Path) -> bool:
+    """Return whether a file or folder is above :data:`LARGE`."""
+    return sum(size for _, size, _ in fingerprint(path)) > LARGE
+
+
+def copy_part(name: str, source: Path, place: Path, stamp: Fingerprint, run: Path) -> None:
+    """Copy a part of the run in the folder ``run``; it appears only once it is complete.
+
+    Raises a :class:`KitError` for a part that is damaged here, or that the drive damages.
+    """
+    if name in (PHOTOS, CLASS_PHOTOS):
+        copy_photos(source, place)
+    elif is_checkpoint(name):
+        copy_checkpoint(source, place)
+    elif source.is_dir():
+        require_room(place.parent, sum(size for _, size, _ in stamp))
+        with replacing_folder(place) as partial:
+            for file in visible_files(source):
+                _copy(source / file, partial / file, run)
+    else:
+        _copy(source, place, run, stamp[0][1])
+
+
+def copy_photos(source: Path, place: Path) -> None:
+    """Write photos, of a folder or a zip, and their captions as training sees them."""
+    photos = read_photos(source)
+    with replacing_folder(place) as partial:
+        for name, photo in zip(_names(photos), photos, strict=True):
+            photo.image.save(partial / f"{name}.png")
+            if photo.caption:
+                (partial / f"{name}.txt").write_text(photo.caption, encoding="utf-8")
+        copies = read_photos(partial)
+        if not all(map(_is_same, photos, copies)) or len(photos) != len(copies):
+            raise OSError(f"the copies of the photos in {place} differ from the photos")
+
+
+def _names(photos: list[Photo]) -> list[str]:
+    """Return a name for each photo's copy; sorted, the copies keep the order of the photos."""
+    names = [Path(photo.name).stem for photo in photos]
+    files = [f"{name}.png" for name in names]
+    if files == sorted({*files}):
+        return names
+    return [f"{number:05d} {name}" for number, name in enumerate(names)]
+
+
+def _is_same(photo: Photo, copied: Photo) -> bool:
+    same = photo.image.tobytes() == copied.image.tobytes()
+    return same and (photo.caption or None) == copied.caption
+
+
+def copy_checkpoint(source: Path, place: Path) -> None:
+    """Copy a checkpoint, with large weights in float16, if it is sound; check the copy.
+
+    Raises :class:`CheckpointError` if either is damaged.
+    """
+    from dreambooth_lib.training import checkpoints
+
+    checkpoints.check_digests(source)
+    rounded = is_large(source / checkpoints.TENSORS)
+    sizes = {name.name: (source / name).stat().st_size for name in visible_files(source)}
+    require_room(place.parent, sum(sizes.values()) - rounded * sizes[checkpoints.TENSORS] // 2)
+    with replacing_folder(place) as partial:
+        for name in sizes:
+            if rounded and name == checkpoints.TENSORS:
+                checkpoints.round_weights(source / name, partial / name)
+                _check_rounded(source / name, partial / name)
+            else:
+                copy_file(source / name, partial / name)
+        if not rounded:
+            checkpoints.check_digests(partial)
+        elif DIGESTS in sizes:
+            write_digests(partial)
+
+
+def _check_rounded(source: Path, copied: Path) -> None:
+    """Raise ``OSError`` unless a safetensors file has another's tensors, in its own dtypes."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(source, "pt") as tensors, safe_open(copied, "pt") as rounded:
+        for name in tensors.keys():  # noqa: SIM118
+            tensor = rounded.get_tensor(name)
+            if not torch.equal(tensors.get_tensor(name).to(tensor.dtype), tensor):
+                raise OSError(f"{copied} differs from what was written")
+
+
+def delete_removed(name: str, known: Fingerprint, stamp: Fingerprint, place: Path) -> Fingerprint:
+    """Delete the files of a folder's copy that the folder no longer has; return the others."""
+    if name in (PHOTOS, CLASS_PHOTOS):
+        return known
+    names = {file for file, *_ in stamp}
+    for file, *_ in known:
+        if file not in names and (place / file).exists():
+            if is_checkpoint(name):
+                forget_digest(place, file)
+            hide_and_delete(place / file)
+    return [row for row in known if row[0] in names]
+
+
+def hide_and_delete(path: Path) -> None:
+    """Delete a file or folder so that whatever is left, if interrupted, cannot pass for it.
+
+    Its files are emptied first, as Drive's trash counts towards its quota.
+    """
+    if not path.name.startswith("."):
+        path = path.rename(path.with_name(f".{path.name}.gone"))
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            os.truncate(file, 0)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _copy(source: Path, place: Path, run: Path, size: int | None = None) -> None:
+    """Copy a file; those that may name local paths without them."""
+    if source.name in NAMING_PATHS:
+        _rewrite(source, place, lambda fields: _make_portable(fields, run))
+    else:
+        copy_file(source, place, size)
+
+
+def localize(file: Path, run: Path) -> None:
+    """Make paths absolute again in one of :data:`NAMING_PATHS`; they are relative to ``run``."""
+
+    def change(fields: dict[str, Any]) -> None:
+        for name in _BASES:
+            if str(fields.get(name)).startswith("../"):
+                fields[name] = os.path.normpath(run / fields[name])
+
+    _rewrite(file, file, change)
+
+
+def _make_portable(fields: dict[str, Any], run: Path) -> None:
+    """Take local paths out of the fields of a run's config, manifest or note."""
+    if isinstance(fields.get("subject"), dict):
+        fields["subject"]["pictures"] = PHOTOS
+    if "class_folder" in fields:
+        fields["class_folder"] = CLASS_PHOTOS
+    for name in _BASES:
+        if os.path.isabs(str(fields.get(name, ""))):
+            fields[name] = os.path.relpath(fields[name], run.resolve())
+
+
+def _rewrite(source: Path, place: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write a TOML or JSON file's fields, as ``change`` changes them, to ``place``."""
+    import tomli_w
+
+    text = source.read_text(encoding="utf-8")
+    is_toml = source.suffix == ".toml"
+    fields = tomllib.loads(text) if is_toml else json.loads(text)
+    change(fields)
+    changed = tomli_w.dumps(fields) if is_toml else json.dumps(fields, indent=2)
+    replace_file(place, changed.encode())

@@ -1,0 +1,79 @@
+"""Back up a run while it trains, on a drive that may be slow, fail or hang."""
+
+import os
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth_lib.core import background
+from dreambooth_lib.notebook.drive_backup import backup
+from dreambooth_lib.training.runs import Run
+
+#: Seconds after which a copy that has not ended is told of. 5 GB to Drive take a few minutes.
+LIMIT = 900.0
+
+
+@dataclass(frozen=True)
+class _Copying:
+    """A copy that goes on in the background, and when it began."""
+
+    result: "Future[str | None]"
+    began: float
+
+
+#: By the backup's folder: a cell that is run again must not copy to it a second time.
+_under_way: dict[str, _Copying] = {}
+
+
+class Backup:
+    """Backs up a run to ``folder`` in the background, as :func:`.drive_backup.backup` does.
+
+    Call :meth:`save` as often as you like in the training loop, and :meth:`finish` after it.
+    """
+
+    def __init__(self, run: Run, folder: str | Path, limit: float = LIMIT):
+        self.run, self.folder, self.limit = run, Path(folder), limit
+        self._key, self._told = os.path.abspath(folder), ""
+
+    def save(self) -> str | None:
+        """Begin to copy what is new, and return at once; return what to tell the user, or None.
+
+        While an earlier copy goes on, nothing is begun: the next call copies what this one left.
+        What went wrong is told once, until a copy succeeds.
+        """
+        earlier = _under_way.get(self._key)
+        if earlier is None:
+            self._begin()
+            return None
+        if not earlier.result.done():
+            is_late = time.monotonic() - earlier.began > self.limit
+            return self._tell_once(self._late()) if is_late else None
+        self._begin()
+        return self._tell_once(earlier.result.result())
+
+    def finish(self) -> str | None:
+        """Copy all that is left, and wait for it; return None, or a sentence on what went wrong."""
+        try:
+            if (earlier := _under_way.get(self._key)) is not None:
+                earlier.result.result(max(0.0, earlier.began + self.limit - time.monotonic()))
+            return self._begin().result(self.limit)
+        except TimeoutError:
+            return self._late()
+
+    def _begin(self) -> "Future[str | None]":
+        result = background.start(backup, self.run, self.folder)
+        _under_way[self._key] = _Copying(result, time.monotonic())
+        return result
+
+    def _late(self) -> str:
+        return (
+            f"The backup of {self.run.folder} to {self.folder} has not ended within "
+            f"{self.limit / 60:.0f} minutes; it goes on in the background, but check that the "
+            "drive answers, and back up again later."
+        )
+
+    def _tell_once(self, problem: str | None) -> str | None:
+        is_new = problem != self._told
+        self._told = problem or ""
+        return problem if problem and is_new else None
