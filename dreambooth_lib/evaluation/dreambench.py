@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields
@@ -230,7 +231,7 @@ def draw_all(
     protocol, out = protocol or Protocol(), Path(out)
     now = asdict(protocol) | {"prompts": benchmark.prompts}
     file = out / "protocol.json"
-    if file.exists() and current_fields(json.loads(file.read_text())) != now:
+    if file.exists() and current_fields(read_object(file) or {}) != now:
         raise RunError(f"{out} holds images of another protocol; choose another folder.")
     replace_file(file, json.dumps(now, indent=2).encode())
     units = [
@@ -273,7 +274,7 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
-        difference = first_difference(current_fields(json.loads(file.read_text())), now)
+        difference = first_difference(current_fields(read_object(file) or {}), now)
         problem = difference and f"whose {difference}"
     elif any((out / image.path).exists() for image in images):
         problem = "without a source.json that says what drew them"

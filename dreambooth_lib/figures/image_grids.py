@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.errors import InputError, printable
 
 # All in pixels.
 _ENLARGE_TO = 128  # smaller images grow by the largest integer factor that stays within
@@ -104,7 +104,7 @@ class Layout:
     def text(
         self, x: float, y: float, text: str, size: int, bold: bool = False, **options: Any
     ) -> None:
-        font = _font(size, bold)
+        font, text = _font(size, bold), "\n".join(map(printable, text.split("\n")))
         self._parts.append(lambda _, draw: draw.text((x, y), text, "#1a1a1a", font, **options))
 
     def rule(self, x: int, y: int, width: int) -> None:
@@ -153,7 +153,7 @@ def _font(size: int, bold: bool = False) -> Any:
 def wrap(text: str, size: int, width: float, bold: bool = False) -> list[str]:
     """Break a text into lines of at most ``width`` pixels; a longer word is cut short."""
     font, lines = _font(size, bold), [""]
-    for word in text.split():
+    for word in printable(text).split():
         while len(word) > 1 and font.getlength(word) > width:
             word = word[:-2] + "…"
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
@@ -167,7 +167,7 @@ def line_height(size: int) -> int:
 
 
 def _width(label: str) -> int:
-    return round(_font(TEXT).getlength(label))
+    return round(_font(TEXT).getlength(printable(label)))
 
 
 def check(images: Sequence[Any], name: str) -> None:

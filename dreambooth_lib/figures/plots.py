@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.errors import InputError, printable
 from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.figures.labels import NAMES, name
 
@@ -125,8 +125,8 @@ def heat_map(
     axes.add_patch(frame)
     axes.set_xticks(range(len(across)), map(_short, across))
     axes.set_yticks(range(len(down)), map(_short, down))
-    axes.set(xlabel=name(x), ylabel=name(y))
-    figure.colorbar(image, label=name(value))
+    axes.set(xlabel=_plain(name(x)), ylabel=_plain(name(y)))
+    figure.colorbar(image, label=_plain(name(value)))
     return _save(figure, path)
 
 
@@ -146,7 +146,9 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
     axes.plot(*zip(*best, strict=True), color="black", linewidth=1, label="front", zorder=0)
     for kind in kinds:
         own = [point for point, row in zip(points, rows, strict=True) if row[by] == kind]
-        axes.plot(*zip(*own, strict=True), "o", alpha=0.8, label=f"{name(by)} {_short(kind)}")
+        axes.plot(
+            *zip(*own, strict=True), "o", alpha=0.8, label=f"{_plain(name(by))} {_short(kind)}"
+        )
     axes.set_xlabel(f"{NAMES['prior_drift']} (lower is better)")
     axes.set_ylabel(f"{NAMES['subject_fidelity']} (higher is better)")
     _style(axes, **_BESIDE)
@@ -156,11 +158,17 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
 def _distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
     if not rows:
         raise InputError("the table has no rows; run a sweep first.")
-    return sorted({row[column] for row in rows})
+    values = {row[column] for row in rows}
+    return sorted(values, key=lambda value: (value is not None, value))
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Return a text such that matplotlib shows it as it is, on one line, without formulas."""
+    return printable(text).replace("$", r"\$")
 
 
 def _figure(width: float, height: float, panels: int = 1) -> "tuple[Figure, Any]":

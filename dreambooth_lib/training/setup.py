@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
-from dreambooth_lib.data.images import Images, Photo, captioned, read_photos
+from dreambooth_lib.data.images import DataError, Images, Photo, captioned, read_photos
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -70,9 +71,7 @@ class Trainer:
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
         subject = config.subject
-        photos = captioned(
-            read_photos(subject.pictures), subject.instance_prompt, subject.identifier
-        )
+        photos = captioned(_photos_of(run), subject.instance_prompt, subject.identifier)
         self.family = self._load_base(photos)
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
@@ -259,6 +258,17 @@ class Trainer:
                 write_object(partial / GOAL_FILE, self.run.goal() | {"step": self.step})
                 write_digests(partial)
         self.accelerator.wait_for_everyone()
+
+
+def _photos_of(run: Run) -> list[Photo]:
+    """Read a run's photos. Raises :class:`DataError`, which says how to resume where they moved."""
+    pictures = run.config.subject.pictures
+    if not Path(pictures).exists():
+        raise DataError(
+            f"{pictures}, subject.pictures in {run.folder / 'config.toml'}, is not there; write "
+            "there where the photos are now, or give the command resume --photos FOLDER."
+        )
+    return read_photos(pictures)
 
 
 def _make_accelerator(config: TrainConfig, precision: str) -> Accelerator:
