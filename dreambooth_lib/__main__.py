@@ -6,12 +6,19 @@ python -m dreambooth_lib sample runs/my-dog "a {} dog on the beach" --seeds 0 1 
 """
 
 import argparse
+import io
+import shlex
 import shutil
 import signal
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.disk import explain_disk_errors
+from dreambooth_lib.core.errors import KitError, one_line, printable
+from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training import runs
@@ -19,17 +26,22 @@ from dreambooth_lib.training.runs import Run
 
 
 def parser() -> argparse.ArgumentParser:
+    debug = argparse.ArgumentParser(add_help=False)
+    # Without a default, since a command's would replace what stands before the command.
+    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                       help="show the traceback of an error")  # fmt: skip
     main = argparse.ArgumentParser(
-        prog="python -m dreambooth_lib", description=__doc__.split("\n")[0]
+        prog="python -m dreambooth_lib", description=__doc__.split("\n")[0], parents=[debug]
     )
     commands = main.add_subparsers(dest="command", required=True)
+    add = partial(commands.add_parser, parents=[debug])
 
-    demo = commands.add_parser("demo", help="train the bundled base on a bundled subject")
+    demo = add("demo", help="train the bundled base on a bundled subject")
     demo.set_defaults(call=run_demo)
     demo.add_argument("--subject", help="a bundled subject's name (default: the first)")
     demo.add_argument("--out", type=Path, default=Path("outputs/demo"))
 
-    figures = commands.add_parser(
+    figures = add(
         "figures", help="train and score every bundled subject, with and without the prior"
     )
     figures.set_defaults(call=run_figures)
@@ -40,33 +52,33 @@ def parser() -> argparse.ArgumentParser:
     figures.add_argument("--workers", type=int, default=1, help="processes that share the cores")
     figures.add_argument("--out", type=Path, default=Path("outputs/figures"))
 
-    train = commands.add_parser("train", help="train a TOML config")
+    train = add("train", help="train a TOML config, or resume its run")
     train.set_defaults(call=run_train)
     train.add_argument("config", type=Path)
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/CONFIG)")
 
-    resume = commands.add_parser("resume", help="resume an interrupted run")
-    resume.set_defaults(call=lambda arguments: run_training(runs.resume(arguments.run)))
+    resume = add("resume", help="resume an interrupted run")
+    resume.set_defaults(call=run_resume)
     resume.add_argument("run", type=Path, help="the run's folder")
+    resume.add_argument("--photos", type=Path, help="where its photos are now, if they were moved")
 
-    sample = commands.add_parser("sample", help="draw images from a finished run")
+    sample = add("sample", help="draw images from a finished run")
     sample.set_defaults(call=run_sample)
     sample.add_argument("run", type=Path, help="the run's folder")
     sample.add_argument("prompts", nargs="+", help="{} is replaced by the identifier")
     sample.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    sample.add_argument("--at", type=int, help="a checkpoint's step (default: the finished model)")
     sample.add_argument("--steps", type=int, help="inference steps (default: the base's)")
     sample.add_argument("--guidance-scale", type=float, help="default: the run's")
     sample.add_argument("--out", type=Path, help="a folder (default: RUN/samples)")
 
-    export = commands.add_parser("export", help="export one file for A1111 and ComfyUI")
+    export = add("export", help="export one file for A1111 and ComfyUI")
     export.set_defaults(call=run_export)
     export.add_argument("run", type=Path, help="the run's folder")
     export.add_argument("--step", type=int, help="the checkpoint's step (default: the last)")
     export.add_argument("--out", type=Path, help="a file or a folder (default: RUN/exports)")
 
-    evaluate = commands.add_parser(
-        "evaluate", help="run the paper's evaluation: the base against tuned runs"
-    )
+    evaluate = add("evaluate", help="run the paper's evaluation: the base against tuned runs")
     evaluate.set_defaults(call=run_evaluate)
     evaluate.add_argument(
         "dataset", type=Path, nargs="?", help="a folder of subjects (default: the bundled ones)"
@@ -90,17 +102,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
+    from dreambooth_lib.data.images import DataError
     from dreambooth_lib.evaluation import demo
 
     out, subjects = arguments.out, {subject.name: subject for subject in demo.bundled_subjects()}
     name = arguments.subject or next(iter(subjects))
     if name not in subjects:
-        raise SystemExit(f"there is no bundled subject '{name}'; choose {', '.join(subjects)}.")
+        raise DataError(f"there is no bundled subject '{name}'; choose {', '.join(subjects)}.")
     shutil.rmtree(out / "run", ignore_errors=True)
     row = demo.personalise(TrainConfig(subject=subjects[name]), out / "run", out)
     print(demo.describe(row))
     for file in ("contact_sheet.png", "loss.png", "metrics.json"):
-        print(out / file)
+        show(out / file)
 
 
 def run_figures(arguments: argparse.Namespace) -> None:
@@ -121,9 +134,22 @@ def run_train(arguments: argparse.Namespace) -> None:
     state, config = join_group(), TrainConfig.from_toml(arguments.config)
     folder = arguments.out or Path("runs") / arguments.config.stem
     if state.is_main_process:
-        runs.start(config, folder)
+        runs.start_or_resume(config, folder)
     state.wait_for_everyone()
     run_training(runs.resume(folder))
+
+
+def run_resume(arguments: argparse.Namespace) -> None:
+    state = join_group()
+    if arguments.photos is not None and state.is_main_process:
+        from dreambooth_lib.data.images import read_photos
+
+        read_photos(arguments.photos)
+        subject = runs.resume(arguments.run).config.subject
+        moved = replace(subject, pictures=str(arguments.photos.resolve()))
+        runs.resume(arguments.run, subject=moved)
+    state.wait_for_everyone()
+    run_training(runs.resume(arguments.run))
 
 
 def run_training(run: Run) -> None:
@@ -139,7 +165,8 @@ def run_training(run: Run) -> None:
             losses = f"instance loss {step.instance_loss:.4f}{prior}"
             state.print(f"step {step.step}/{run.config.steps}: {losses}")
     except KeyboardInterrupt as stop:
-        state.print(f"interrupted; resume with 'python -m dreambooth_lib resume {run.folder}'.")
+        folder = shlex.quote(printable(str(run.folder)))
+        state.print(f"interrupted; resume with 'python -m dreambooth_lib resume {folder}'.")
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise SystemExit(128 + number) from None
     if results := history(run):
@@ -148,22 +175,23 @@ def run_training(run: Run) -> None:
                 f"validation took {ratio:.0%} of the time; raise validate_every to validate less"
             )
         state.print(f"Best: {select_best(results).reason}")
-    state.print(run.pipeline)
+    state.print(printable(str(run.pipeline)))
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
     from dreambooth_lib.training.sampling import sample
 
     folder, seeds = arguments.out or arguments.run / "samples", arguments.seeds
-    folder.mkdir(parents=True, exist_ok=True)
+    with explain_disk_errors(folder / "00.png"):  # before the images are drawn
+        folder.mkdir(parents=True, exist_ok=True)
     samples = sample(
-        runs.resume(arguments.run), arguments.prompts, seeds,
+        runs.resume(arguments.run), arguments.prompts, seeds, at=arguments.at,
         steps=arguments.steps, guidance_scale=arguments.guidance_scale,
     )  # fmt: skip
     for number, made in enumerate(samples):
         path = folder / f"{number // len(seeds):02d}-seed{made.seed}.png"
-        made.image.save(path)
-        print(path)
+        save_png(made.image, path)
+        show(path)
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -174,9 +202,12 @@ def run_export(arguments: argparse.Namespace) -> None:
     run = runs.resume(arguments.run)
     comfyui.check_exportable(run)
     step = max(run.checkpoints(), default=0) if arguments.step is None else arguments.step
-    with TemporaryDirectory(dir=run.folder) as model:  # as large as the run's pipeline
+    with (
+        explain_disk_errors(run.folder / "exports"),
+        TemporaryDirectory(dir=run.folder) as model,  # as large as the run's pipeline
+    ):
         pipeline_folder.write_pipeline(run, step, Path(model))
-        print(comfyui.export(run, model, arguments.out or run.folder / "exports"))
+        show(comfyui.export(run, model, arguments.out or run.folder / "exports"))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -200,11 +231,18 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if state.is_main_process:
         print((arguments.out / "report.md").read_text())
         for file in report.FILES:
-            print(arguments.out / file)
+            show(arguments.out / file)
+
+
+def show(line: object) -> None:
+    """Print a line with a file's name in it, whatever characters that has."""
+    print(printable(str(line)))
 
 
 def main() -> None:
     arguments = parser().parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     quiet()
     try:
         if arguments.command in ("train", "resume", "evaluate"):
@@ -215,10 +253,11 @@ def main() -> None:
             state.destroy_process_group()  # torch asks for this at a clean exit
         else:
             arguments.call(arguments)
-    except Exception as error:  # the library's own errors are a sentence that says what to do
-        if isinstance(error, ValueError) or type(error).__module__.startswith("dreambooth_lib."):
-            raise SystemExit(f"error: {error}") from error
-        raise
+    except Exception as error:
+        if hasattr(arguments, "debug"):
+            raise
+        advice = "" if isinstance(error, KitError) else "; --debug shows where this is from."
+        raise SystemExit(f"error: {one_line(error)}{advice}") from error
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ def test_a_card_mentions_class_images_only_where_there_were_some(
 #: Words that are code, markup or an address where they are not quoted.
 WORDS = (
     'dog"); import os; os.system("id"); print("', "dog'''", "``` x", "`x`", "back\\", "{}", "a | b",
-    "<img src=x onerror=alert(1)>", "<!-- x", "![a](http://x.y/p.png)", "[a](http://x.y)", "*a* _b_",
-    "https://x.y/z", "www.x.y", "&lt;b&gt;", "$x^2$", "=b=", "~~d~~", "# head", "- x", "日本の犬",
+    "<img src=x onerror=alert(1)>", "<!-- x", "![a](http://x.y/p.png)", "[a](http://x.y)", "*a* b",
+    "https://x.y/z", "www.x.y", "&lt;b&gt;", "$x^2$", "=b=", "_b_", "~~d~~", "# head", "- x",
+    "日本の犬",
 )  # fmt: skip
 
 

@@ -1,14 +1,24 @@
 """Check what users and files may write: refused when a config is made, or shown as plain text."""
 
 import dataclasses
+import html
+import io
 import random
+import re
+import warnings
 from pathlib import Path
+from typing import Any
 
+import mistune
 import pytest
+from PIL import Image
 from test_config import full
 
 from dreambooth_lib.core.config import Subject, TrainConfig, origin
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.data.images import DataError
+from dreambooth_lib.evaluation import demo, scores, tables
+from dreambooth_lib.figures import contact_sheet, image_grids, labels, plots
 
 SUBJECT = '\n[subject]\npictures = "photos"\nclass_noun = "dog"\n'
 
@@ -143,7 +153,7 @@ def test_a_config_in_python_is_checked_like_a_file(tmp_path: Path) -> None:
 def test_a_mutated_config_is_a_config_or_a_sentence(tmp_path: Path) -> None:
     whole, rng = full().to_toml().encode(), random.Random(0)
     odd = [b"nan", b"-1", b"1e400", b"9" * 30, b"true", b"[]", b"{}", b"07:32:00", b'"\\0"',
-           b'"\\u202e"', b'"~"', b'"."', b"'" + b"x/" * 3000 + b"'", b'""', b"'toybox'"]  # fmt: skip
+           b'"\\u202e"', b'"~"', b'"."', b'"' + b"x/" * 3000 + b'"', b"'toybox'"]  # fmt: skip
     for _ in range(150):
         lines = whole.split(b"\n")
         place = rng.randrange(len(lines))
@@ -156,3 +166,73 @@ def test_a_mutated_config_is_a_config_or_a_sentence(tmp_path: Path) -> None:
             TrainConfig.from_toml(file).to_toml().encode()
         except ConfigError as error:
             assert str(error).startswith(str(file)) and str(error).isprintable()
+
+
+#: Texts that PIL's layout or matplotlib's formulas would refuse or change.
+ODD = [
+    "a\nb",
+    "$x^2$",
+    "$\\frac{",
+    "cost $5 or $6",
+    "a\x00b",
+    "\ud800",
+    "\u202eabc",
+    "日本 🐕",
+    "_x",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_figures_show_any_text(text: str) -> None:
+    image = Image.new("RGB", (8, 8))
+    image_grids.grid([image], 1, [text])
+    image_grids.matrix([text], [text], [[[image]]], title=text)
+    contact_sheet.contact_sheet(
+        None, title=text, photos=[image], rows=[(text, [image], [image])], class_before=[image],
+        class_after=[image], class_prompt=text,
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"base": text, text or "scorer": other, "score": 0.5, "prior_drift": 0.1,
+         "subject_fidelity": 0.2}
+        for other in (text, None)
+    ]  # fmt: skip
+    for figure in (plots.heat_map(rows, text or "scorer", "base"), plots.front(rows, "base")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font lacks
+            figure.savefig(io.BytesIO())
+        shown = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+        assert not any("\n" in label for label in shown)
+
+
+@pytest.mark.parametrize("text", ["a | b", "a\nb", "<b>x</b>", "[x](http://x.y)", "*x*", "`x`"])
+def test_tables_show_words_as_text(text: str) -> None:
+    mean = scores.Mean(text, text, "subject_fidelity", 0.5, 0.4, 0.6, 3)
+    row = {"name": text, "prior_weight": 1.0, "reference_fidelity": 0.8}
+    measured = {"subject_fidelity": 0.5, "prompt_adherence": 0.5, "class_diversity": 0.5,
+                "prior_drift": 0.1}  # fmt: skip
+    for table in (
+        tables.markdown([mean]),
+        demo.summary([row | {"base": measured, "tuned": measured}]),
+    ):
+        shown = str(mistune.create_markdown(escape=False, plugins=["table", "url"])(table))
+        assert html.escape(" ".join(text.split())) in shown
+        assert shown.count("<tr>") == 2 and not re.search("<(b|a|em|code)[ >]", shown)
+        cells = shown.count("<td") + shown.count("<th") - shown.count("<thead")
+        assert cells == 2 * table.splitlines()[1].count("-|" if "|---|" in table else "--- |")
+    page = labels.html_table([text], [(True, text, [text])])
+    assert "<b>x" not in page and page.count(html.escape(text)) == 3
+
+
+def test_scores_that_were_damaged_are_named_with_their_row(tmp_path: Path) -> None:
+    row = scores.Row("base", "rex", "live", "clip", "pres", None, None, 0.5)
+    file = tmp_path / "scores.csv"
+    for damage in ("base,rex,live,clip,pres,,,half\n", "base\n", "a,b,c,d,e,f,g,1,2,3\n", "\0,\n"):
+        tables.write_csv([row], file)
+        with file.open("a") as lines:
+            lines.write(damage)
+        with pytest.raises(DataError, match=r"scores.csv has no scores after its row 1"):
+            tables.read_csv(file)
+    file.write_bytes(b"method\xff\n")
+    with pytest.raises(DataError, match=r"scores\.csv has no scores after its row 0"):
+        tables.read_csv(file)

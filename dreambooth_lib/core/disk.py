@@ -51,11 +51,12 @@ def _errno_of(error: Exception) -> int | None:
 
 
 def _is_elsewhere(error: Exception, path: Path) -> bool:
-    """Return whether an error is about a file outside the folder that ``path`` is in."""
+    """Return whether an error is about a file neither in the folder of ``path`` nor above it."""
     name = getattr(error, "filename", None)
     if not isinstance(name, str | os.PathLike) or _errno_of(error) == errno.ENOSPC:
         return False
-    return not Path(name).absolute().is_relative_to(path.parent.absolute())
+    place, folder = Path(name).absolute(), path.parent.absolute()
+    return not (place.is_relative_to(folder) or folder.is_relative_to(place))
 
 
 def _sentence(path: Path, number: int) -> str:

@@ -30,7 +30,7 @@ class InputError(KitError, ValueError):
     """A function was given what it cannot use; the message says what to give."""
 
 
-def describe(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error as one line: the sentence of the kit's own, or another's type and message."""
     name = "" if isinstance(error, OneSentence) else type(error).__name__
     message = printable(str(error)).strip()

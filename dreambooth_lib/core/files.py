@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dreambooth_lib.core.disk import explain_disk_errors
+from dreambooth_lib.core.disk import DiskError, explain_disk_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +55,7 @@ def copy_file(source: Path, place: Path, size: int | None = None) -> None:
         shutil.copyfile(source, partial)
         copied = partial.stat().st_size
         if copied < size:
-            raise OSError(f"{place} was cut short")
+            raise DiskError(f"{place} was cut short; check its disk and try again.")
         if copied > size:
             os.truncate(partial, size)
 

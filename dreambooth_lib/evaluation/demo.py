@@ -22,6 +22,7 @@ from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.core.old_names import locate
+from dreambooth_lib.core.user_text import markdown
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.subjects import load_dataset
 from dreambooth_lib.evaluation.sweep import run_all
@@ -179,7 +180,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         ]
         drift = [row["tuned"]["prior_drift"] for row in own]
         cells.append(f"{fmean(drift):.3f} ({min(drift):.3f} to {max(drift):.3f})")
-        lines.append(f"| {name} | {weight:g} | {len(own)} | {' | '.join(cells)} |")
+        lines.append(f"| {markdown(name)} | {weight:g} | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

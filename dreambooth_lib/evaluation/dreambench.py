@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields
@@ -224,14 +225,14 @@ def draw_all(
 ) -> Iterator[Progress]:
     """Draw the missing images of every method and subject; yield after each batch.
 
-    With several ``processes`` each draws its own (subject, method) pairs. Raises ``ValueError`` if
-    ``out`` holds images of another protocol, another base or other settings.
+    With several ``processes`` each draws its own (subject, method) pairs. Raises :class:`RunError`
+    if ``out`` holds images of another protocol, another base or other settings.
     """
     protocol, out = protocol or Protocol(), Path(out)
     now = asdict(protocol) | {"prompts": benchmark.prompts}
     file = out / "protocol.json"
-    if file.exists() and current_fields(json.loads(file.read_text())) != now:
-        raise ValueError(f"{out} holds images of another protocol; choose another folder.")
+    if file.exists() and current_fields(read_object(file) or {}) != now:
+        raise RunError(f"{out} holds images of another protocol; choose another folder.")
     replace_file(file, json.dumps(now, indent=2).encode())
     units = [
         (methods[name], subject, images_of(benchmark, name, subject, protocol))
@@ -267,18 +268,18 @@ def draw_all(
 
 
 def _record_source(out: Path, method: Method, subject: Subject, images: list[DrawnImage]) -> None:
-    """Write ``source.json``, or raise ``ValueError`` if another source drew the images on disk."""
+    """Write ``source.json``, or raise :class:`RunError` if another source drew its images."""
     file, problem = out / images[0].path.with_name("source.json"), None
     # Calling a Tuned would train it: its images may exist without its run.
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
-        difference = first_difference(current_fields(json.loads(file.read_text())), now)
+        difference = first_difference(current_fields(read_object(file) or {}), now)
         problem = difference and f"whose {difference}"
     elif any((out / image.path).exists() for image in images):
         problem = "without a source.json that says what drew them"
     if problem:
-        raise ValueError(f"{file.parent} holds images {problem}; choose another folder for these.")
+        raise RunError(f"{file.parent} holds images {problem}; choose another folder for these.")
     replace_file(file, json.dumps(now, indent=2).encode())
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import one_line
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.evaluation import sweep_table
@@ -135,7 +136,7 @@ def run_cell(
             for _ in train(run):
                 pass
     except Exception as error:  # whatever it is, the other cells must run
-        return f"{type(error).__name__}: {error}"
+        return one_line(error)
     finally:
         torch.set_num_threads(before)
     return None

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.figures.labels import NAMES
 from dreambooth_lib.training import best_checkpoint, runs
@@ -72,10 +73,10 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
     """Return the settings with the highest mean score over seeds; of equals the fewest steps.
 
     The reason also says where more steps may be better still, and which other values of λ are as
-    good. ``rows`` are those of :func:`table` or read from its CSV; raises ``ValueError`` for none.
+    good. ``rows`` are those of :func:`table` or read from its CSV; raises ``InputError`` for none.
     """
     if not rows:
-        raise ValueError("the table has no rows; run a sweep first.")
+        raise InputError("the table has no rows; run a sweep first.")
     rows = [current_fields(row) for row in rows]
     fixed = {"cell", "seed", *MEASURES}
     groups: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}

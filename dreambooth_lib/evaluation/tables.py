@@ -7,7 +7,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.errors import one_line
 from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.user_text import markdown as markdown_text
+from dreambooth_lib.data.images import DataError
 from dreambooth_lib.evaluation.scores import Mean, Row
 from dreambooth_lib.figures.labels import heading
 
@@ -36,13 +39,19 @@ def to_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = No
 
 
 def read_csv(path: str | Path) -> list[Row]:
-    """Read back what :func:`write_csv` wrote."""
-    rows = []
-    with Path(path).open(newline="") as file:
-        for line in csv.DictReader(file):
-            prompt, seed = line.pop("prompt") or None, line.pop("seed")
-            value = float(line.pop("value"))
-            rows.append(Row(**line, prompt=prompt, seed=int(seed) if seed else None, value=value))
+    """Read back what :func:`write_csv` wrote. Raises :class:`DataError` for anything else."""
+    rows: list[Row] = []
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file, strict=True):
+                prompt, seed = line.pop("prompt") or None, line.pop("seed")
+                value = float(line.pop("value"))
+                row = Row(**line, prompt=prompt, seed=int(seed) if seed else None, value=value)
+                rows.append(row)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(
+            f"{path} has no scores after its row {len(rows)} ({one_line(error)}); score again."
+        ) from error
     return rows
 
 
@@ -55,8 +64,11 @@ def markdown(means: Sequence[Mean], published: bool = False) -> str:
     only with the same encoders on those.
     """
     columns = list(dict.fromkeys((mean.measure, mean.encoder) for mean in means))
-    heads = ["", *(f"{heading(measure)} ({encoder})" for measure, encoder in columns)]
-    rows = {mean.method: [mean.method, *[""] * len(columns)] for mean in means}
+    heads = [
+        "",
+        *(markdown_text(f"{heading(measure)} ({encoder})") for measure, encoder in columns),
+    ]
+    rows = {mean.method: [markdown_text(mean.method), *[""] * len(columns)] for mean in means}
     for mean in means:
         place = 1 + columns.index((mean.measure, mean.encoder))
         rows[mean.method][place] = f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"

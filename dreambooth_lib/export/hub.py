@@ -11,7 +11,7 @@ _ANSWERS = {
     "https://huggingface.co/settings/tokens and put it into {place}.",
     403: "your token may not write to '{name}'; create one with write access to it at "
     "https://huggingface.co/settings/tokens and put it into {place}.",
-    429: "the Hub had too many requests from you to take '{name}'; wait some minutes and try again.",
+    429: "the Hub had too many requests to take '{name}'; wait some minutes and try again.",
 }
 
 
@@ -19,8 +19,8 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
     """Upload a folder as the model ``name`` ("you/my-dog") and return its address.
 
     The repository is created if it is missing; an existing one stays as public or private as it
-    is. The token is :func:`hub_token`'s. Raises :class:`HubError` without a folder or a token, or if
-    the Hub refuses or cannot be reached.
+    is. The token is :func:`hub_token`'s. Raises :class:`HubError` without a folder or a token, or
+    if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -52,7 +52,7 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     """
     config = run.config
     lora = config.method == "lora"
-    loaded_first = (base or config.base) if lora else model
+    loaded_first = python_string((base or config.base) if lora else model)
     load = [_LOAD_LORA.format(python_string(model), loading.LORA_FILE)] if lora else []
     if config.train_token:
         family = loading.resolve(config.base, config.revision).family
@@ -73,7 +73,7 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
         "import torch",
         "from diffusers import DiffusionPipeline",
         "gpu = torch.cuda.is_available()",
-        f"pipeline = DiffusionPipeline.from_pretrained({python_string(loaded_first)}, {torch_dtype})",
+        f"pipeline = DiffusionPipeline.from_pretrained({loaded_first}, {torch_dtype})",
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
         f"pipeline({prompt}{settings}).images[0]",

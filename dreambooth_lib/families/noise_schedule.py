@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dreambooth_lib.core.errors import InputError
+
 
 class Noised(NamedTuple):
     """A batch of noisy latents."""
@@ -34,7 +36,7 @@ class DiscreteNoise:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
+            raise InputError(
                 f"the base's scheduler has prediction_type '{self.prediction_type}'; "
                 "the kit can train 'epsilon' and 'v_prediction' only."
             )
@@ -86,10 +88,10 @@ class FlowNoise:
     ) -> "FlowNoise":
         """Return the process of a flow-matching scheduler, for images of ``patches`` patches.
 
-        Raises ``ValueError`` for min-SNR weights, which are defined for epsilon and v only.
+        Raises ``InputError`` for min-SNR weights, which are defined for epsilon and v only.
         """
         if min_snr_gamma is not None:
-            raise ValueError(
+            raise InputError(
                 f"min_snr_gamma is {min_snr_gamma} but the base predicts a flow, for which min-SNR "
                 "weights are not defined; leave it out."
             )
@@ -123,11 +125,11 @@ def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> to
     """Return min-SNR-gamma weights (arXiv 2303.09556) [B] at signal-to-noise ratios ``snr`` [B].
 
     They are min(snr, gamma) / snr for epsilon and min(snr, gamma) / (snr + 1) for v; both amount to
-    min(snr, gamma) on the error of x_0. Raises ``ValueError`` for another ``prediction_type``.
+    min(snr, gamma) on the error of x_0. Raises ``InputError`` for another ``prediction_type``.
     """
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
         return torch.where(snr > 0, clipped / snr.clamp(min=1e-20), torch.ones_like(snr))
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
-    raise ValueError(f"there are no min-SNR weights for prediction_type '{prediction_type}'.")
+    raise InputError(f"there are no min-SNR weights for prediction_type '{prediction_type}'.")

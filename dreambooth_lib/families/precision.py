@@ -63,13 +63,12 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
 
     pipeline.save_pretrained(folder, safe_serialization=True)
     for file in (Path(folder) / "model_index.json", *Path(folder).glob("*/*config.json")):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        # transformers 4 calls it torch_dtype.
-        keys = ("dtype", "torch_dtype")
-        if not isinstance(getattr(pipeline, file.parent.name, None), PreTrainedModel):
-            keys = ()
-        portable = config | {key: "float32" for key in keys if key in config}
-        portable |= without_paths({key: config[key] for key in _NAMES if key in config})
+        config = portable = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(getattr(pipeline, file.parent.name, None), PreTrainedModel):
+            # transformers 4 calls it torch_dtype.
+            dtypes = {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+            portable = portable | dtypes
+        portable = portable | without_paths({key: config[key] for key in _NAMES if key in config})
         if portable != config:
             file.write_text(json.dumps(portable, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

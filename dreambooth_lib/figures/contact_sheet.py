@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import save_png
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.figures.image_grids import MARGIN, line_height
@@ -27,11 +28,11 @@ def contact_sheet(
     Each row is ``(prompt, base images, tuned images)`` with one seed a column; all rows have
     equally many images. ``class_before`` and ``class_after`` pair up in the same way and may
     both be empty. Cells are sized as in :func:`image_grids.grid`. With a ``path`` the page is also
-    written there as a PNG. Raises ``ValueError`` for missing images and unequal counts.
+    written there as a PNG. Raises ``InputError`` for missing images and unequal counts.
     """
     image_grids.check(photos, "photos")
     if not rows:
-        raise ValueError("rows is empty; give a prompt with its base and tuned images.")
+        raise InputError("rows is empty; give a prompt with its base and tuned images.")
     _check_rows(rows, "rows", ("base", "tuned"))
     if class_before or class_after:
         _check_rows([("", class_before, class_after)], "class", ("before", "after"))
@@ -89,12 +90,12 @@ class _Sheet(image_grids.Layout):
 
 
 def _check_rows(rows: list[Any], place: str, names: tuple[str, str]) -> None:
-    """Raise ``ValueError`` unless all halves of all rows have equally many images, at least one."""
+    """Raise ``InputError`` unless all halves of all rows have equally many images, at least one."""
     for index, (_, *halves) in enumerate(rows):
         for name, images in zip(names, halves, strict=True):
             image_grids.check(images, f"{place}[{index}] {name}")
             if len(images) != len(rows[0][1]):
-                raise ValueError(
+                raise InputError(
                     f"{place}[{index}] {name} has {len(images)} images and {place}[0] "
                     f"{names[0]} has {len(rows[0][1])}; use the same seeds everywhere."
                 )

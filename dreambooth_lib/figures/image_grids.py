@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dreambooth_lib.core.errors import InputError, printable
+
 # All in pixels.
 _ENLARGE_TO = 128  # smaller images grow by the largest integer factor that stays within
 _REDUCE_TO = 160  # larger ones shrink to it
@@ -21,13 +23,13 @@ def grid(images: list[Image.Image], columns: int, labels: list[str] | None = Non
 
     All cells have one size: images below 128 pixels are enlarged by an integer factor, those above
     160 reduced, and none is cropped. Fewer images than ``columns`` make a narrower grid. Raises
-    ``ValueError`` for no images, fewer than one column, or another number of labels.
+    ``InputError`` for no images, fewer than one column, or another number of labels.
     """
     check(images, "images")
     if columns < 1:
-        raise ValueError(f"columns is {columns}; it must be 1 or more.")
+        raise InputError(f"columns is {columns}; it must be 1 or more.")
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"there are {len(labels)} labels for {len(images)} images; give one each.")
+        raise InputError(f"there are {len(labels)} labels for {len(images)} images; give one each.")
     columns, layout = min(columns, len(images)), Layout(images)
     bottom = layout.images(_GAP, _GAP, images, columns, labels or [])
     return layout.render(layout.across(columns) + 2 * _GAP, bottom + _GAP)
@@ -37,10 +39,10 @@ def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4)
     """Lay out the best, the middle and the worst images, a row each, with scores and labels.
 
     ``scored`` rows are (score, label, image). Where there are too few for three full rows, each row
-    has a third of them. Raises ``ValueError`` for fewer than three images.
+    has a third of them. Raises ``InputError`` for fewer than three images.
     """
     if len(scored) < 3:
-        raise ValueError(f"there are {len(scored)} scored images; give three or more.")
+        raise InputError(f"there are {len(scored)} scored images; give three or more.")
     ordered = sorted(scored, key=lambda row: -row[0])
     columns = min(columns, len(ordered) // 3)
     middle = (len(ordered) - columns) // 2
@@ -57,12 +59,12 @@ def matrix(
 ) -> Image.Image:
     """Lay out a matrix: ``cells[row][column]`` are images side by side, the same seeds in each.
 
-    ``rows`` and ``columns`` are their labels. Raises ``ValueError`` where a row has another number
+    ``rows`` and ``columns`` are their labels. Raises ``InputError`` where a row has another number
     of cells than there are columns, or a cell has no image.
     """
     for number, row in enumerate(cells):
         if len(row) != len(columns):
-            raise ValueError(f"row {number} has {len(row)} cells for {len(columns)} columns.")
+            raise InputError(f"row {number} has {len(row)} cells for {len(columns)} columns.")
         for images in row:
             check(images, f"a cell of row {number}")
     layout = Layout([image for row in cells for images in row for image in images])
@@ -102,7 +104,7 @@ class Layout:
     def text(
         self, x: float, y: float, text: str, size: int, bold: bool = False, **options: Any
     ) -> None:
-        font = _font(size, bold)
+        font, text = _font(size, bold), "\n".join(map(printable, text.split("\n")))
         self._parts.append(lambda _, draw: draw.text((x, y), text, "#1a1a1a", font, **options))
 
     def rule(self, x: int, y: int, width: int) -> None:
@@ -151,7 +153,7 @@ def _font(size: int, bold: bool = False) -> Any:
 def wrap(text: str, size: int, width: float, bold: bool = False) -> list[str]:
     """Break a text into lines of at most ``width`` pixels; a longer word is cut short."""
     font, lines = _font(size, bold), [""]
-    for word in text.split():
+    for word in printable(text).split():
         while len(word) > 1 and font.getlength(word) > width:
             word = word[:-2] + "…"
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
@@ -165,13 +167,13 @@ def line_height(size: int) -> int:
 
 
 def _width(label: str) -> int:
-    return round(_font(TEXT).getlength(label))
+    return round(_font(TEXT).getlength(printable(label)))
 
 
 def check(images: Sequence[Any], name: str) -> None:
-    """Raise ``ValueError`` for no images, or for an element that is not a PIL image."""
+    """Raise ``InputError`` for no images, or for an element that is not a PIL image."""
     if not images:
-        raise ValueError(f"{name} has no images; give one or more.")
+        raise InputError(f"{name} has no images; give one or more.")
     for index, image in enumerate(images):
         if not isinstance(image, Image.Image):
-            raise ValueError(f"{name}[{index}] is {image!r}; give a PIL image instead.")
+            raise InputError(f"{name}[{index}] is {image!r}; give a PIL image instead.")

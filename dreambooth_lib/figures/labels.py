@@ -52,5 +52,5 @@ def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[st
         mark = f'<b style="color: {colour}">{sign(ok)}</b> {html.escape(word)}'
         tags = [f"<td {left}>{cell}</td>" for cell in (mark, *map(html.escape, cells))]
         body.append(f"<tr>{''.join(tags)}</tr>")
-    head = "".join(f'<th scope="col" {left}>{text}</th>' for text in ("", *heads))
+    head = "".join(f'<th scope="col" {left}>{html.escape(text)}</th>' for text in ("", *heads))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"

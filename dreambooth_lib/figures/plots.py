@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dreambooth_lib.core.errors import InputError, printable
 from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.figures.labels import NAMES, name
 
@@ -27,13 +28,13 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
 
     ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors). Without
     any prior loss there is one panel. The running mean spans a twentieth of the rows, at least 5.
-    Raises ``ValueError`` for an empty log or a row without a step or an instance loss.
+    Raises ``InputError`` for an empty log or a row without a step or an instance loss.
     """
     if not log:
-        raise ValueError("the log has no rows; train for a step or more before plotting.")
+        raise InputError("the log has no rows; train for a step or more before plotting.")
     for index, row in enumerate(log):
         if row.get("step") is None or row.get("instance_loss") is None:
-            raise ValueError(f"row {index} of the log lacks 'step' or 'instance_loss'; log both.")
+            raise InputError(f"row {index} of the log lacks 'step' or 'instance_loss'; log both.")
     series = [("instance loss", "instance_loss", "tab:blue")]
     if any(row.get("prior_loss") is not None for row in log):
         series.append(("prior loss", "prior_loss", "tab:orange"))
@@ -60,12 +61,12 @@ def validation_curves(
 
     The ratios are those of :func:`best_checkpoint.ratios`, each in [0, 1]. Losses are means over
     the timestep bins, relative to the frozen base's: above 1 is worse than before training. The
-    best step is marked. Raises ``ValueError`` without a validation.
+    best step is marked. Raises ``InputError`` without a validation.
     """
     from dreambooth_lib.training.best_checkpoint import ratios_of, select_best
 
     if not rows:
-        raise ValueError("there are no validations to plot; train with validate_every above 0.")
+        raise InputError("there are no validations to plot; train with validate_every above 0.")
     steps = [row.step for row in rows]
     figure, (upper, lower) = _figure(8, 5.8, 2)
     names = (NAMES["subject_fidelity"], NAMES["prompt_adherence"], "the rest unchanged")
@@ -103,7 +104,7 @@ def heat_map(
     """Draw a sweep's table as a heat map of mean ``value`` for each (x, y), the best one framed.
 
     The best is the brightest: the highest, or with ``best="min"`` the lowest. ``rows`` are those
-    of :func:`sweep_table.table`. Raises ``ValueError`` for none.
+    of :func:`sweep_table.table`. Raises ``InputError`` for none.
     """
     from matplotlib.patches import Rectangle
 
@@ -124,15 +125,15 @@ def heat_map(
     axes.add_patch(frame)
     axes.set_xticks(range(len(across)), map(_short, across))
     axes.set_yticks(range(len(down)), map(_short, down))
-    axes.set(xlabel=name(x), ylabel=name(y))
-    figure.colorbar(image, label=name(value))
+    axes.set(xlabel=_plain(name(x)), ylabel=_plain(name(y)))
+    figure.colorbar(image, label=_plain(name(value)))
     return _save(figure, path)
 
 
 def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = None) -> "Figure":
     """Plot likeness to the photos against class drift, coloured by ``by``, with the Pareto front.
 
-    ``rows`` are those of :func:`sweep_table.table`. Raises ``ValueError`` for none.
+    ``rows`` are those of :func:`sweep_table.table`. Raises ``InputError`` for none.
     """
     kinds = _distinct(rows, by)
     figure, (axes,) = _figure(7, 4.6)
@@ -145,7 +146,9 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
     axes.plot(*zip(*best, strict=True), color="black", linewidth=1, label="front", zorder=0)
     for kind in kinds:
         own = [point for point, row in zip(points, rows, strict=True) if row[by] == kind]
-        axes.plot(*zip(*own, strict=True), "o", alpha=0.8, label=f"{name(by)} {_short(kind)}")
+        axes.plot(
+            *zip(*own, strict=True), "o", alpha=0.8, label=f"{_plain(name(by))} {_short(kind)}"
+        )
     axes.set_xlabel(f"{NAMES['prior_drift']} (lower is better)")
     axes.set_ylabel(f"{NAMES['subject_fidelity']} (higher is better)")
     _style(axes, **_BESIDE)
@@ -154,12 +157,18 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
 
 def _distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
     if not rows:
-        raise ValueError("the table has no rows; run a sweep first.")
-    return sorted({row[column] for row in rows})
+        raise InputError("the table has no rows; run a sweep first.")
+    values = {row[column] for row in rows}
+    return sorted(values, key=lambda value: (value is not None, value))
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Return a text such that matplotlib shows it as it is, on one line, without formulas."""
+    return printable(text).replace("$", r"\$")
 
 
 def _figure(width: float, height: float, panels: int = 1) -> "tuple[Figure, Any]":

@@ -5,7 +5,7 @@ is CLIP-I or DINO, depending on the encoder, and prompt adherence is CLIP-T. Div
 drift use ``1 - cosine`` by the same encoder in place of the paper's LPIPS and PRES, and cannot be
 compared with these. Scores compare only for the same encoder (:attr:`Encoder.model_id`) and the
 same number and size of images. Embeddings are ``[N, D]``, of any length; empty, non-finite or
-mismatched ones raise ``ValueError``.
+mismatched ones raise ``InputError``.
 """
 
 import math
@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.metrics.encoders import Encoder
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def evaluate(
     ``generated[i]`` was drawn from ``prompts[i]``; the identifier is stripped before the text is
     embedded. ``class_images`` are the tuned model's images of one class prompt, and
     ``base_class_images`` the base's with the same seeds; without these there is no ``prior_drift``.
-    Raises ``ValueError`` for no images, different counts, or only one class image.
+    Raises ``InputError`` for no images, different counts, or only one class image.
     """
     if len(prompts) != len(generated):
-        raise ValueError(
+        raise InputError(
             f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
             "prompt for each image, and repeat a prompt that has several."
         )
@@ -100,33 +101,33 @@ def _mean_pair_cosine(name: str, embeddings: "torch.Tensor") -> float:
     (rows,) = unit_rows(by_row=False, **{name: embeddings})
     count, total = len(rows), rows.sum(0)
     if count < 2:
-        raise ValueError(f"there is only one row of {name} embeddings; give two or more to pair.")
+        raise InputError(f"there is only one row of {name} embeddings; give two or more to pair.")
     return float((total @ total - count) / (count * (count - 1)))
 
 
 def unit_rows(by_row: bool = False, **embeddings: "torch.Tensor") -> "list[torch.Tensor]":
     """Return all embeddings as float64 rows of length 1, on the CPU.
 
-    Raises ``ValueError`` for wrong shapes and, with ``by_row``, different numbers of rows.
+    Raises ``InputError`` for wrong shapes and, with ``by_row``, different numbers of rows.
     """
     normalized = []
     for name, tensor in embeddings.items():
         if tensor.ndim != 2 or len(tensor) == 0:
-            raise ValueError(
+            raise InputError(
                 f"the {name} embeddings have shape {list(tensor.shape)}; give one row or more."
             )
         rows = tensor.detach().cpu().double()
         length = rows.norm(dim=-1, keepdim=True)
         for number, size in enumerate(length.flatten().tolist()):
             if not 0 < size < math.inf:
-                raise ValueError(
+                raise InputError(
                     f"row {number} of the {name} embeddings is zero or not finite; leave it out."
                 )
         normalized.append(rows / length)
     shapes = {name: list(rows.shape) for name, rows in zip(embeddings, normalized, strict=True)}
     if len({tuple(shape) if by_row else shape[1] for shape in shapes.values()}) > 1:
         (name, shape), (name_2, shape_2) = shapes.items()
-        raise ValueError(
+        raise InputError(
             f"the {name} embeddings are {shape} and the {name_2} ones {shape_2}; embed both with "
             f"one encoder{', the same number of rows each' if by_row else ''}."
         )

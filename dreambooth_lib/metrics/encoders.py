@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dreambooth_lib.core.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -95,9 +97,9 @@ class Encoder:
         return self._embed(images, self._image_features, "images")
 
     def embed_texts(self, prompts: list[str]) -> "torch.Tensor":
-        """Embed prompts as float32 ``[N, D]``; raise ``ValueError`` for none and for a DINO."""
+        """Embed prompts as float32 ``[N, D]``; raise ``InputError`` for none and for a DINO."""
         if not self.reads_texts:
-            raise ValueError(
+            raise InputError(
                 f"the encoder '{self.model_id}' is a DINO, which embeds images only; use a CLIP "
                 "such as openai/clip-vit-base-patch32 for prompts."
             )
@@ -109,7 +111,7 @@ class Encoder:
         import torch
 
         if not items:
-            raise ValueError(f"there are no {name} to embed; give one or more.")
+            raise InputError(f"there are no {name} to embed; give one or more.")
         with torch.inference_mode():
             batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
             rows = torch.cat([features(batch).cpu() for batch in batches])
@@ -139,7 +141,7 @@ def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.
     """Embed image files as float32 ``[N, D]``, one row for each path.
 
     ``cache`` has a folder for each encoder, with one ``.npy`` for each file content. At most
-    ``BATCH`` images are in memory. Raises ``FileNotFoundError`` for a missing file, ``ValueError``
+    ``BATCH`` images are in memory. Raises ``FileNotFoundError`` for a missing file, ``InputError``
     for no paths.
     """
     import torch
@@ -147,7 +149,7 @@ def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.
     from dreambooth_lib.core.files import replace_file
 
     if not paths:
-        raise ValueError("there are no image files to embed; give one or more.")
+        raise InputError("there are no image files to embed; give one or more.")
     folder = cache / hashlib.sha256(json.dumps(encoder.identity).encode()).hexdigest()[:16]
     if not (folder / "encoder.json").exists():
         replace_file(folder / "encoder.json", json.dumps(encoder.identity, indent=2).encode())

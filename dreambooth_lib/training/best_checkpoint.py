@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
@@ -69,11 +70,11 @@ def overall_score(ratios: Sequence[float]) -> float:
 def select_best(rows: Sequence[ValidationResult]) -> Selection:
     """Select the best step of a run's validations; the first row is the frozen base's.
 
-    Raises ``ValueError`` if there is no other row.
+    Raises ``InputError`` if there is no other row.
     """
     by_step = {row.step: ratios_of(row, rows[0]) for row in rows[1:] if rows[0].step == 0}
     if not by_step:
-        raise ValueError(
+        raise InputError(
             "no step was validated yet; train up to the first validation (validate_every)."
         )
     best = max(by_step, key=lambda step: (round(overall_score(by_step[step]), 6), -step))

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from dreambooth_lib.core.errors import InputError
+
 
 class Loss(NamedTuple):
     """Scalars of one batch; ``prior`` is None where the batch has no class images."""
@@ -31,13 +33,13 @@ def dreambooth_loss(
     the batch has no instance image.
     """
     if not errors.shape == is_prior.shape == (weights if weights is not None else errors).shape:
-        raise ValueError(
+        raise InputError(
             f"errors {list(errors.shape)}, is_prior {list(is_prior.shape)} and weights must all "
             "be [B]; give one value per sample."
         )
     weighted = errors if weights is None else weights * errors
     if is_prior.all():
-        raise ValueError("the batch has no instance image; it needs at least one.")
+        raise InputError("the batch has no instance image; it needs at least one.")
     instance = weighted[~is_prior].mean()
     if not is_prior.any():
         return Loss(instance, instance, None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.digests import changed_file
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import cut_words
 from dreambooth_lib.families import loading
@@ -34,12 +35,12 @@ class Sample:
 def fill(prompt: str, subject: Subject | None) -> str:
     """Put the subject's identifier in place of each ``{}``, as in ``a {} dog on the beach``.
 
-    Raises ``ValueError`` for a prompt with ``{}`` if there is no subject.
+    Raises ``InputError`` for a prompt with ``{}`` if there is no subject.
     """
     if "{}" not in prompt:
         return prompt
     if subject is None:
-        raise ValueError(
+        raise InputError(
             f"the prompt '{prompt}' has {{}} for an identifier, but the base has no subject; "
             "sample from a run, or write the prompt out."
         )
@@ -136,7 +137,7 @@ def _check_pipeline(run: Run) -> None:
     """Raise :class:`RunError` for a run without a whole pipeline; warn if it is of fewer steps."""
     if not run.has_pipeline:
         steps = ", ".join(map(str, run.checkpoints()))
-        instead = f", or sample a checkpoint: at={steps}" if steps else ""
+        instead = f", or sample a checkpoint, of step {steps}" if steps else ""
         raise RunError(f"{run.folder} has not finished; train it to its end{instead}.")
     if changed := changed_file(run.pipeline):
         raise RunError(

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
-from dreambooth_lib.data.images import Images, Photo, captioned, read_photos
+from dreambooth_lib.data.images import DataError, Images, Photo, captioned, read_photos
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -70,9 +72,7 @@ class Trainer:
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
         subject = config.subject
-        photos = captioned(
-            read_photos(subject.pictures), subject.instance_prompt, subject.identifier
-        )
+        photos = captioned(_photos_of(run), subject.instance_prompt, subject.identifier)
         self.family = self._load_base(photos)
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
@@ -267,6 +267,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
+def _photos_of(run: Run) -> list[Photo]:
+    """Read a run's photos. Raises :class:`DataError`, which says how to resume where they moved."""
+    pictures = run.config.subject.pictures
+    if not Path(pictures).exists():
+        raise DataError(
+            f"{pictures}, subject.pictures in {run.folder / 'config.toml'}, is not there; write "
+            "there where the photos are now, or give the command resume --photos FOLDER."
+        )
+    return read_photos(pictures)
+
+
 def _make_accelerator(config: TrainConfig, precision: str) -> Accelerator:
     """Join the processes that train together. Raises ValueError where they cannot share a batch."""
     if is_initialized() and AcceleratorState().mixed_precision != precision:
@@ -276,12 +287,12 @@ def _make_accelerator(config: TrainConfig, precision: str) -> Accelerator:
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
     processes, micro_batches = accelerator.num_processes, config.gradient_accumulation
     if config.steps_in_backward and processes > 1:
-        raise ValueError(
+        raise InputError(
             f"memory is '{config.memory}', which updates weights during the backward pass, before "
             f"{processes} processes could average their gradients; set memory to 'standard'."
         )
     if config.batch_size % (processes * micro_batches):
-        raise ValueError(
+        raise InputError(
             f"batch_size {config.batch_size} does not split into {processes * micro_batches} equal "
             f"parts ({processes} processes x gradient_accumulation {micro_batches}); make it a "
             "multiple."

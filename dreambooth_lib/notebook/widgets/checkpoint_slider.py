@@ -1,5 +1,7 @@
 """Slide through the validations of a run, with the best checkpoint marked."""
 
+import html
+
 from ipywidgets import HTML, SelectionSlider
 
 from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
@@ -24,7 +26,7 @@ class CheckpointSlider(Panel):
         labels = [(self._label(step), step) for step in self._results]
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
         self.scores, self.images = HTML(), row([])
-        reason = HTML(f"<b>Chosen ★:</b> {self.best.reason}")
+        reason = HTML(f"<b>Chosen ★:</b> {html.escape(self.best.reason)}")
         super().__init__(reason, with_hints({self.slider: _HINT}), self.scores, self.images)
         self.on_change(self._show, self.slider)
         self._show()

@@ -10,6 +10,7 @@ from typing import Any
 from ipywidgets import HTML, Button, HBox, Image, Layout, VBox
 
 from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.errors import one_line
 
 #: Jupyter's own red, which suits its dark theme too; the classic Notebook has none.
 _RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
@@ -45,7 +46,7 @@ class Panel(VBox):
 
     def _show_errors(self) -> None:
         errors = dict.fromkeys(self.errors.values())  # two callbacks may share an error
-        lines = [f"<b>⚠ {html.escape(error_text(error))}</b>" for error in errors]
+        lines = [f"<b>⚠ {html.escape(one_line(error))}</b>" for error in errors]
         self.note.value = f'<div style="{_RED}">{"<br>".join(lines)}</div>' if lines else ""
         self.note.layout.display = "" if lines else "none"
 
@@ -65,12 +66,6 @@ class Panel(VBox):
         """Call ``action`` whenever the value of a field changes."""
         for field in fields:
             field.observe(self.callback(action), "value")
-
-
-def error_text(error: Exception) -> str:
-    """Return an error's message, with its type unless it is a ``ValueError`` or the kit's own."""
-    known = type(error) is ValueError or type(error).__module__.startswith("dreambooth_lib.")
-    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def control(kind: type, description: str, **traits: Any) -> Any:

@@ -10,6 +10,7 @@ from ipywidgets import HTML, Image
 from PIL import Image as PIL_Image
 
 from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.errors import OneSentence
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_image
 from dreambooth_lib.notebook.widgets.playground import release_models
@@ -23,11 +24,8 @@ if TYPE_CHECKING:
 _PLOT_TIME = 0.05  # of the training time, at most, goes into drawing curves
 
 
-class Interrupted(KeyboardInterrupt):
-    """An interrupt that a notebook shows as one sentence, without a traceback."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython asks an exception for this
-        return [str(self)]
+class Interrupted(OneSentence, KeyboardInterrupt):
+    """An interrupt of a training, with the step that it reached."""
 
 
 def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Step]:

@@ -1,0 +1,169 @@
+"""Check the command line: one sentence for every fault, and commands that go on after one."""
+
+import ast
+import builtins
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import dreambooth_lib
+from dreambooth_lib import __main__ as command
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import DEBUG, KitError, one_line
+from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.notebook.widgets.training import Interrupted
+from dreambooth_lib.training import runs
+
+Shell = Callable[..., str]
+SOURCES = Path(dreambooth_lib.__file__).parent
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Return a function that runs ``python -m dreambooth_lib`` here and returns what it prints."""
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *map(str, words)])
+        command.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def failing(error: Exception) -> Callable[[object], None]:
+    def fail(_: object) -> None:
+        raise error from OSError("the cause")
+
+    return fail
+
+
+def test_an_error_of_the_kit_is_its_sentence_and_another_has_its_type(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run_sample", failing(KitError("the disk\nis \x1b[1mfull.")))
+    with pytest.raises(SystemExit, match=r"^error: the disk is \\x1b\[1mfull\.$"):
+        shell("sample", "run", "a dog")
+    monkeypatch.setattr(command, "run_sample", failing(KeyError("a\nb")))
+    with pytest.raises(SystemExit, match=r"^error: KeyError: .*; --debug shows where"):
+        shell("sample", "run", "a dog")
+    assert one_line(ValueError()) == "ValueError" and one_line(KitError("so.")) == "so."
+
+
+@pytest.mark.parametrize("words", [("--debug", "resume", "run"), ("resume", "run", "--debug")])
+def test_debug_shows_the_chain_of_errors(
+    words: tuple[str, ...], shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run_resume", failing(KitError("no.")))
+    with pytest.raises(KitError) as raised:
+        shell(*words)
+    assert str(raised.value.__cause__) == "the cause"
+
+
+def test_a_notebook_shows_the_sentence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shown: list[list[str]] = []
+    notebook = InteractiveShell()
+    monkeypatch.setattr(
+        notebook, "_showtraceback", lambda _kind, _error, lines: shown.append(lines)
+    )
+    for error in ("KitError('the disk is full.')", "Interrupted('interrupted at step 3')"):
+        notebook.user_ns |= {"KitError": KitError, "Interrupted": Interrupted}
+        notebook.run_cell(f"raise {error}")
+    assert shown == [["the disk is full."], ["interrupted at step 3"]]
+    assert not issubclass(Interrupted, Exception), "what catches errors catches no interrupt"
+    monkeypatch.setenv(DEBUG, "1")
+    notebook.run_cell("raise KitError('no.') from OSError('the cause')")
+    assert "the cause" in "".join(shown[-1]) and "Traceback" in "".join(shown[-1])
+
+
+def test_the_same_command_resumes_and_mended_configs_start_anew(
+    shell: Shell, tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    file, run = tmp_path / "dog.toml", tmp_path / "run"
+    config = make_config(tiny_sd1, photos, prior="none", steps=2)
+    file.write_text(config.replace(base=f"{tiny_sd1}-mistyped").to_toml())
+    with pytest.raises(SystemExit, match="error: "):
+        shell("train", file, "--out", run)
+    file.write_text(config.to_toml())
+    assert "step 2/2" in shell("train", file, "--out", run)
+    file.write_text(config.replace(steps=3).to_toml())
+    said = shell("train", file, "--out", run)
+    assert "step 3/3" in said and "step 2/3" not in said and str(run / "pipeline") in said
+    with pytest.raises(SystemExit, match="holds a run whose base"):
+        file.write_text(config.replace(base="toybox").to_toml())
+        shell("train", file, "--out", run)
+
+
+def test_a_run_that_was_moved_with_its_photos_is_resumed(
+    shell: Shell, tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    shutil.copytree(photos, tmp_path / "old" / "rex")
+    config = make_config(tiny_sd1, str(tmp_path / "old" / "rex"), prior="none", steps=1)
+    runs.start(config, tmp_path / "old" / "run")
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(SystemExit, match=r"old/rex, subject.pictures in .*toml, .*--photos FOLDER"):
+        shell("resume", tmp_path / "new" / "run")
+    with pytest.raises(SystemExit, match=r"^error: .*none"):
+        shell("resume", tmp_path / "new" / "run", "--photos", tmp_path / "none")
+    said = shell("resume", tmp_path / "new" / "run", "--photos", tmp_path / "new" / "rex")
+    assert "step 1/1" in said
+    moved = runs.resume(tmp_path / "new" / "run")
+    assert moved.config.subject.pictures == str(tmp_path / "new" / "rex")
+
+
+def test_samples_of_a_checkpoint_go_where_they_can_be_written(
+    shell: Shell, tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    config = make_config(tiny_sd1, photos, prior="none", steps=2, checkpoint_every=1)
+    (tmp_path / "dog.toml").write_text(config.to_toml())
+    run = tmp_path / "a\nrun"
+    shell("train", tmp_path / "dog.toml", "--out", run)
+    said = shell("sample", run, "a {} dog", "--seeds", 3, "--steps", 1, "--at", 1)
+    assert said == f"{tmp_path}/a run/samples/00-seed3.png\n"
+    assert [file.name for file in (run / "samples").iterdir()] == ["00-seed3.png"]
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none/below")):
+        with pytest.raises(SystemExit, match=r"^error: .* could not be written \("):
+            shell("sample", run, "a {} dog", "--seeds", 3, "--steps", 1, "--out", out)
+
+
+def test_a_folder_above_that_cannot_be_made_is_the_disks_error() -> None:
+    with pytest.raises(KitError, match=r"/proc/none/below/x.png could not be written"):
+        replace_file("/proc/none/below/x.png", b"")
+
+
+#: Errors that are no KitError, by the file that raises them, and why they reach no user.
+INTERNAL = {
+    "data/decoding.py": "it becomes a DataError that names the photo",
+    "evaluation/dreambench.py": "a BadZipFile becomes a DataError that names the address",
+    "export/original_names.py": "a KeyError becomes an ExportError that names the file",
+    "families/base.py": "a family of one's own that leaves a method out",
+    "metrics/encoders.py": "it becomes an error that names the encoder",
+    "notebook/drive_copy.py": "it is tried again, then told as the drive's",
+    "training/checkpoints.py": "it becomes a CheckpointError, or is a fault of the kit's",
+}
+
+
+def test_every_other_error_is_the_kits() -> None:
+    raised = {
+        source.relative_to(SOURCES).as_posix()
+        for source in SOURCES.rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Raise) and (name := _name_of(node.exc))
+        if isinstance(kind := getattr(builtins, name, None), type) or name == "BadZipFile"
+        if name not in ("AttributeError", "SystemExit", "KeyboardInterrupt")
+        if kind is None or issubclass(kind, Exception)
+    }
+    assert raised <= INTERNAL.keys()
+
+
+def _name_of(raised: ast.expr | None) -> str:
+    made = raised.func if isinstance(raised, ast.Call) else raised
+    return getattr(made, "id", None) or getattr(made, "attr", "")
