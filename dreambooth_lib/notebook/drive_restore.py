@@ -13,17 +13,18 @@ from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.notebook.drive_copy import PHOTOS
-from dreambooth_lib.notebook.drive_copy_back import backed_up, copy_back, list_files
+from dreambooth_lib.notebook.drive_copy_back import (
+    RestoreError,
+    backed_up,
+    copy_back,
+    list_files,
+)
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.runs import Run, RunError
 
 #: Seconds that a drive has to list a folder or to show some photos.
 ANSWER_LIMIT = 60.0
-
-
-class RestoreError(KitError, RuntimeError):
-    """A backup that could not be read; nothing was restored."""
 
 
 @dataclass(frozen=True)
