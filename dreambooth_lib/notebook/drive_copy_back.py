@@ -18,8 +18,6 @@ from dreambooth_lib.notebook.drive_state import IDENTITY, State, read_state
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run, RunError
 
-#: Seconds that a drive has to hand over one file.
-FILE_LIMIT = 900.0
 #: What Drive calls the second file or folder of a name, such as "000006 (1)".
 _DUPLICATE = re.compile(r"(.+) \(\d+\)(\.[^.]+)?")
 
@@ -61,7 +59,9 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
 
     Raises :class:`CheckpointError` if there are checkpoints and none of them is sound.
     """
-    state = background.call(read_state, folder, place=folder, limit=FILE_LIMIT) or State()
+    state = (
+        background.call(read_state, folder, place=folder, limit=background.FILE_LIMIT) or State()
+    )
     times = {Path(part) / name: time for part, rows in state.parts.items()
              for name, _, time, *_ in rows}  # fmt: skip
     for name in files:
@@ -72,7 +72,7 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
             continue
         given = (copy_file, folder / name, place)
         try:
-            background.call(retry, *given, place=folder / name, limit=FILE_LIMIT)
+            background.call(retry, *given, place=folder / name, limit=background.FILE_LIMIT)
         except KitError:  # the disk's, or the drive does not answer
             raise
         except OSError as error:
