@@ -10,7 +10,7 @@ import torch
 import dreambooth_lib as db
 from dreambooth_lib.core import config_checks
 from dreambooth_lib.evaluation.scores import Embedded
-from dreambooth_lib.families import loading
+from dreambooth_lib.families import loading, resolving
 from dreambooth_lib.families.loading import BUNDLED
 from dreambooth_lib.training.optimizers import OPTIMIZERS
 
@@ -43,7 +43,9 @@ def test_each_file_and_module_that_is_named_is_there() -> None:
 @pytest.mark.slow
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_checks, "CHOICES", dict(config_checks.CHOICES))
-    monkeypatch.setattr(loading, "FAMILIES", dict(loading.FAMILIES))
+    families = dict(loading.FAMILIES)
+    for module in (loading, resolving):
+        monkeypatch.setattr(module, "FAMILIES", families)
     monkeypatch.setitem(OPTIMIZERS, "sgd", None)  # and out again afterwards
     subject = db.Subject(str(BUNDLED / "subjects" / "patch_dog"), "dog")
     space: dict[str, Any] = {"db": db, "subject": subject, "folder": tmp_path}

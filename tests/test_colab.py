@@ -12,6 +12,7 @@ import pytest
 from fake_colab import FakeColab, NotebookAccessError, SecretNotFoundError, TimeoutException
 from PIL import Image
 
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.hub_token import hub_token
 from dreambooth_lib.data.images import DataError, read_photos
 from dreambooth_lib.data.subjects import load_subject
@@ -147,6 +148,23 @@ def test_an_upload_that_is_no_subject_is_refused(
 
 
 @pytest.mark.parametrize(
+    "name", ["a\nb.png", "\x1b[2J.png", "é" * 120 + ".png", "con.png", "\udc80.png"]
+)
+def test_a_name_that_not_every_disk_takes_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="; rename it") as caught:
+        colab.save_uploads({"good.png": png("red"), name: png("red")}, tmp_path / "photos")
+    assert str(caught.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="upper and lower case"):
+        colab.save_uploads({"a.PNG": png("red"), "A.png": png("blue")}, tmp_path / "photos")
+    spaced = {"Screenshot at 3.45\u202fPM.png": png("red")}
+    assert len(read_photos(colab.save_uploads(spaced, tmp_path / "photos"))) == 1
+
+
+@pytest.mark.parametrize(
     "name", ["../a.png", "/a.png", "b/a.png", "b\\a.png", "..", ".", "", "a\0"]
 )
 def test_a_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
@@ -162,7 +180,7 @@ def test_an_upload_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(DiskError, match="disk is full"):
         colab.save_uploads(PHOTOS, tmp_path / "photos")
     assert list((tmp_path / "photos").iterdir()) == []
 

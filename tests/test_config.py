@@ -212,8 +212,8 @@ def test_a_config_without_a_subject_is_refused() -> None:
 
 def test_a_config_or_run_of_several_subjects_is_refused(tmp_path: Path) -> None:
     said = (
-        r"^others is set, but a run no longer trains several subjects; train one run for each, "
-        r"and combine their LoRAs with db\.compose\.$"
+        r"config\.toml: others is set, but a run no longer trains several subjects; train one run "
+        r"for each, and combine their LoRAs\.$"
     )
     text = full().to_toml() + '\n[[others]]\npictures = "cats"\nclass_noun = "cat"\n'
     (tmp_path / "config.toml").write_text(text)

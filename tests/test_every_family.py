@@ -104,7 +104,7 @@ def test_base_info_equals_what_the_loaded_base_has(both: tuple[Family, Any]) -> 
     path = plain.config._name_or_path
     info = loading.inspect_base(path)
     assert info.resolution == loading.load_model(path).resolution
-    assert info.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+    assert info.tokenizers[0].get_vocab() == plain.tokenizer.get_vocab()
 
 
 def test_images_are_drawn_at_the_familys_resolution(both: tuple[Family, Any]) -> None:

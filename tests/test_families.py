@@ -28,6 +28,7 @@ def test_the_base_of_stacked_loras_is_what_the_first_was_trained_on(tmp_path: Pa
         (tmp_path / name).mkdir()
         (tmp_path / name / "base.json").write_text(json.dumps(trained_on | {"word": word}))
         trained_on = {"base": str(tmp_path / name), "revision": None, "variant": None}
+        trained_on["quantize"] = None
     resolved = loading.resolve(str(tmp_path / "second"))
     assert (resolved.name, resolved.path) == ("owner/model", "owner/model")
     assert not resolved.is_local and resolved.hub == {"revision": "main", "variant": None}
@@ -61,7 +62,8 @@ def test_base_info_equals_what_the_loaded_base_has(tiny_sd1: str, tiny_sd2: str)
     for base in (tiny_sd1, tiny_sd2, "toybox"):
         info, family = loading.inspect_base(base), loading.load_model(base)
         assert info.resolution == family.resolution
-        assert info.tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
+        (tokenizer,) = info.tokenizers
+        assert tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
 
 
 def test_a_pipeline_of_another_family_is_refused_by_its_class(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_pickled_weights_are_never_read(tiny_sd1: str, tmp_path: Path) -> None:
     (file,) = (base / "unet").glob("*.safetensors")
     file.unlink()
     torch.save({"weight": torch.ones(1)}, base / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(BaseError, match=r"unet has only .*model\.bin, a format that can hold code"):
         loading.load_model(str(base))
 
 

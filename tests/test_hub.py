@@ -1,9 +1,13 @@
 """Test a model's card, and its upload by the real client to a fake Hub."""
 
+import ast
+import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import mistune
 import pytest
 import torch
 from fake_hub import HANG_UP, OWNER, TOKEN, FakeHub, Repo, Request, run_lines, save_loaded
@@ -12,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.export import hub, model_card, pipeline_folder
+from dreambooth_lib.export import comfyui, hub, model_card, pipeline_folder
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook import preflight
 from dreambooth_lib.training import loop, runs
@@ -60,6 +64,101 @@ def test_a_card_mentions_class_images_only_where_there_were_some(
     text = model_card.write_card(other, 2, tmp_path / "model").read_text()
     assert sentence in " ".join(text.split())
     assert ("4 class images" in text) == (not changes)
+
+
+#: Words that are code, markup or an address where they are not quoted.
+WORDS = (
+    'dog"); import os; os.system("id"); print("', "dog'''", "``` x", "`x`", "back\\", "{}", "a | b",
+    "<img src=x onerror=alert(1)>", "<!-- x", "![a](http://x.y/p.png)", "[a](http://x.y)", "*a* _b_",
+    "https://x.y/z", "www.x.y", "&lt;b&gt;", "$x^2$", "=b=", "~~d~~", "# head", "- x", "日本の犬",
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, markdown: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        plugins = ["url", "table", "strikethrough", "math", "mark"]
+        self.feed(str(mistune.create_markdown(escape=False, plugins=plugins)(markdown)))
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def code_of(card: str) -> tuple[str, str]:
+    """The fence and the code of a card's example."""
+    ((fence, code),) = re.findall(r"^(`{3,})python\n(.*?)^\1$", card, re.S | re.M)
+    return fence, code
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_card_shows_words_as_text_and_quotes_them_in_code(
+    word: str, run: Run, tmp_path: Path
+) -> None:
+    def card_of(word: str, base: str) -> str:
+        subject = Subject(run.config.subject.pictures, word, f"{word}zwx")
+        config = run.config.replace(subject=subject, base=base, prior="generated")
+        return model_card._card(Run(run.folder, config), 2, False).partition("---\n\n")[2]
+
+    base = tmp_path / re.sub("/", "_", word)
+    base.symlink_to(run.config.base)
+    plain, card = card_of("dog", run.config.base), card_of(word, str(base))
+    assert Page(card).tags == Page(plain).tags
+    shown = " ".join(Page(card).text.split())
+    assert f"a {word}”" in shown and shown.startswith(f"{word}zwx {word} ")
+    fence, code = code_of(card)
+    assert fence not in code and str(tmp_path) not in card
+    constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert f"a {word}zwx {word} on the beach" in constants
+    assert len(ast.parse(code).body) == len(ast.parse(code_of(plain)[1]).body) == 6
+
+
+@pytest.mark.parametrize("name", ["a`b", "a\nb", '"); exit(); ("', "a\\"])
+def test_a_loras_code_quotes_its_folder_and_its_token(name: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    subject = Subject("photos", "dog", '"<x>')
+    config = run.config.replace(method="lora", train_token=True, subject=subject)
+    code = model_card.usage(Run(run.folder, config), tmp_path / name)
+    constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert str(tmp_path / name) in constants and '"<x>' in constants
+    assert f"{tmp_path / name}/word/token.safetensors" in constants
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "lora", "train_text_encoder": True}])
+def test_what_leaves_the_machine_has_none_of_its_paths(
+    changes: dict[str, Any], tiny_sd1: str, photos: str, clip_folder: Path,
+    make_config: Callable[..., TrainConfig], tmp_path: Path,
+) -> None:  # fmt: skip
+    config = make_config(tiny_sd1, photos, scorer=str(clip_folder), validate_every=2, **changes)
+    run = runs.start(config.replace(steps=2), tmp_path / "run")
+    list(loop.train(run))
+    pipeline_folder.write_model(run, 2, tmp_path / "model", photos=True)
+    comfyui.export(run, tmp_path / "model", tmp_path / "exports")
+    kept = [
+        *(tmp_path / "exports").iterdir(),
+        tmp_path / "model.zip",
+        *(tmp_path / "model").rglob("*.*"),
+    ]
+    kept += [p for p in run.pipeline.rglob("*.*") if p.name != loading.LORA_BASE_FILE]
+    assert len(kept) > 7
+    for file in kept:
+        for place in (tmp_path, tiny_sd1, photos):
+            assert str(place).encode() not in file.read_bytes(), file
+    if not changes:  # what the base's settings are found by
+        index = loading.resolve(str(tmp_path / "model")).read("model_index.json")
+        assert index["_name_or_path"] == Path(tiny_sd1).name
+
+
+def test_a_base_folder_that_is_gone_is_no_address(run: Run, tmp_path: Path) -> None:
+    gone = Run(run.folder, run.config.replace(base=str(tmp_path / "gone" / "base")))
+    card = model_card._card(gone, 2, False)
+    assert "base_model" not in card and str(tmp_path) not in card
 
 
 def test_a_card_needs_a_validation_at_its_step(run: Run, tmp_path: Path) -> None:
@@ -208,29 +307,78 @@ def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, fold
 
 
 @pytest.mark.parametrize(
-    ("part", "status"),
+    ("part", "status", "said"),
     [
-        ("repos/create", 401),
-        ("repos/create", 403),
-        ("preupload", 403),
-        ("objects/batch", 403),
-        ("/upload/", 403),
-        ("/commit/", 409),
+        ("repos/create", 401, "does not accept your token.*create a new one"),
+        ("repos/create", 403, "may not write to .*with write access"),
+        ("preupload", 403, "may not write to .*with write access"),
+        ("objects/batch", 403, "may not write to .*with write access"),
+        ("/upload/", 403, "may not write to .*with write access"),
+        ("repos/create", 429, "too many requests.*wait some minutes"),
+        ("/commit/", 409, rf"refused '{NAME}' \(.*409.*\); check"),
     ],
 )
-def test_a_refusal_is_one_sentence(part: str, status: int, fake_hub: FakeHub, folder: Path) -> None:
+def test_a_refusal_is_one_sentence(
+    part: str, status: int, said: str, fake_hub: FakeHub, folder: Path
+) -> None:
     fake_hub.refusals[part] = status
-    with pytest.raises(hub.HubError, match=rf"refused '{NAME}' \(.*{status}.*\); check") as raised:
+    with pytest.raises(hub.HubError, match=said) as raised:
         fake_hub.call(hub.push, folder, NAME)
     assert "\n" not in str(raised.value) and TOKEN not in str(raised.value)
-    assert not fake_hub.repos.get(NAME, Repo()).files
+    assert NAME in str(raised.value) and not fake_hub.repos.get(NAME, Repo()).files
 
 
-@pytest.mark.parametrize("name", ["you/their-dog", "me/my/dog", "me/my dog"])
-def test_a_name_that_cannot_be_had_is_one_sentence(
-    name: str, fake_hub: FakeHub, folder: Path
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("“hf_abcdefgh”", "a quotation mark"),
+        ("'hf_abcdefgh'", "a quotation mark"),
+        ("hf_abc\ndefgh", "a space or a line break"),
+        ("hf_abc defgh", "a space or a line break"),
+        ("hf_abcdéfgh", "a character that is no letter or digit"),
+        ("hf_abc\0defgh", "a character that is no letter or digit"),
+    ],
+)
+def test_a_token_that_can_be_none_is_refused_without_showing_it(
+    token: str, said: str, fake_hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(hub.HubError, match=rf"refused '{name}' \(.+\); check that the name"):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    with pytest.raises(hub.HubError, match=f"your token has {said}.*HF_TOKEN") as raised:
+        hub.push(folder, NAME)
+    assert "abc" not in str(raised.value) and not fake_hub.requests
+    assert model_card.licence_of("maker/linked") == {}
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(
+    fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for name in ("missing", "file"):
+        with pytest.raises(hub.HubError, match=f"{name} is not a folder"):
+            fake_hub.call(hub.push, tmp_path / name, NAME)
+    assert not fake_hub.requests
+
+
+def test_a_strangers_card_is_data(fake_hub: FakeHub) -> None:
+    card = b"---\nlicense: [1, {a: b}]\nlicense_name: 'x\\n---'\nlicense_link: {b: 1}\n---\n"
+    fake_hub.repos["maker/odd"] = Repo(files={"README.md": card})
+    assert fake_hub.call(model_card.licence_of, "maker/odd") == {"license_name": "x\\n---"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("you/their-dog", "your token may not write to"),
+        ("me/my/dog", "the Hub refused"),
+        ("me/my dog", "the Hub refused"),
+        ("", "the Hub refused"),
+        ("me/a\nb", "the Hub refused"),
+    ],
+)
+def test_a_name_that_cannot_be_had_is_one_sentence(
+    name: str, said: str, fake_hub: FakeHub, folder: Path
+) -> None:
+    with pytest.raises(hub.HubError, match=rf"^{said} '{' '.join(name.split())}'.*;"):
         fake_hub.call(hub.push, folder, name)
 
 

@@ -93,6 +93,8 @@ def forbidden(source: str) -> set[str]:
             case ast.Attribute():
                 head, _, rest = ast.unparse(node).partition(".")
                 names.add(f"{first_names.get(head, head)}.{rest}")
+            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=False)):
+                pass  # what a loader would otherwise ask the user
             case ast.keyword(arg=str(name)) | ast.Name(id=name) | ast.Constant(value=str(name)):
                 names |= {name} & {"trust_remote_code", "allow_pickle"}
     bad = "|".join([*PICKLES, *TORCHES, "trust_remote_code", "allow_pickle"])
@@ -176,7 +178,9 @@ def test_no_pickle_and_no_remote_code(module: str) -> None:
         ("from torch import load as read", {"torch.load"}),
         ("from torch import serialization", {"torch.serialization"}),
         ("from torch.serialization import load", {"torch.serialization.load"}),
-        ("f(x, trust_remote_code=False)", {"trust_remote_code"}),
+        ("f(x, trust_remote_code=False)", set()),
+        ("f(x, trust_remote_code=None)", {"trust_remote_code"}),
+        ("f(x, trust_remote_code=True)", {"trust_remote_code"}),
         ("f(**{'trust_remote_code': True})", {"trust_remote_code"}),
         ("np.load(path, allow_pickle=True)", {"allow_pickle"}),
         ('"""No pickle, no torch.load."""\nload(path)\nimage.save(path)', set()),

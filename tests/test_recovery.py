@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth_lib.core import disk
-from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.locks import LockError, lock
 from dreambooth_lib.training import runs
@@ -31,7 +32,12 @@ from dreambooth_lib.training.checkpoints import CheckpointError, load_state, sav
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.setup import Trainer
-from dreambooth_lib.training.validation_record import history, images_folder, load_images
+from dreambooth_lib.training.validation_record import (
+    history,
+    images_folder,
+    load_all_images,
+    load_images,
+)
 
 Start = Callable[..., Run]
 
@@ -216,6 +222,8 @@ def test_a_damaged_validation_image_is_named(validated: Callable[[str], Run]) ->
     flip(images_folder(run, 1) / "subject-2.png")
     with pytest.raises(RunError, match=r"000001/subject-2\.png is missing or damaged"):
         load_images(run, 1)
+    with pytest.warns(UserWarning, match="step 1 is not shown"):
+        assert list(load_all_images(run)) == [0, 2]
 
 
 CACHE_DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -236,6 +244,28 @@ def test_damaged_latents_are_encoded_again(damage: str, start_run: Start) -> Non
         CACHE_DAMAGES[damage](file)
     again = trained(start_run("again", "sd1"))
     assert same_bits(run, again) and [file.read_bytes() for file in latents] == whole
+
+
+def test_latents_of_other_images_are_not_taken(start_run: Start) -> None:
+    run = trained(start_run("run", "sd1"))
+    one, other = sorted((run.folder.parent / "latents").iterdir())
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    assert same_bits(run, trained(start_run("again", "sd1")))
+
+
+def test_what_a_killed_process_was_writing_is_removed(run: Run) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    places = [run.folder, run.folder.parent / "class_images", run.folder.parent / "latents"]
+    left = [place / f".file.{dead.pid}.partial" for place in places]
+    living = places[1] / f".file.{os.getpid()}.partial"
+    for file in (*left, living):
+        file.write_text("half")
+    trained(run)
+    assert not any(file.exists() for file in left)
+    assert living.exists(), "another run may draw class images at the same time"
 
 
 @pytest.mark.parametrize("damage", [*CACHE_DAMAGES, "another picture", "gone"])
@@ -264,6 +294,13 @@ def test_other_files_among_class_images_are_passed_over(start_run: Start) -> Non
     (folder / "manifest.json").write_text("{")
     assert same_bits(run, trained(start_run("again", "sd1")))
     assert json.loads((folder / "manifest.json").read_text())["prompt"] == "a dog"
+
+
+def test_a_missing_scorer_is_told_before_class_images_are_drawn(start_run: Start) -> None:
+    run = start_run("run", "sd1", validate_every=1, scorer="no-such-folder/clip")
+    with pytest.raises(ConfigError, match="no-such-folder/clip"):
+        list(train(run))
+    assert not (run.folder.parent / "class_images").exists()
 
 
 # Changes at a resume.
@@ -337,6 +374,17 @@ def test_a_finished_run_whose_extension_fails_keeps_its_pipeline(
     assert run.has_pipeline and not run.finished
     assert (run.pipeline / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert runs.resume(run.folder, steps=2).finished
+
+
+def test_a_caption_that_the_base_does_not_read_to_its_end_is_told(
+    start_run: Start, photos: str, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "captioned")
+    first = sorted(path.stem for path in (tmp_path / "captioned").iterdir())[0]
+    (tmp_path / "captioned" / f"{first}.txt").write_text("a {} dog " + "in the snow " * 4)
+    subject = Subject(str(tmp_path / "captioned"), "dog")
+    with pytest.warns(UserWarning, match=rf"the caption of {first}.* is cut before '.*snow'"):
+        trained(start_run("run", "sd1", subject=subject))
 
 
 # Processes and signals.

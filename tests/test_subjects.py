@@ -2,18 +2,22 @@
 
 import io
 import os
+import time
 import warnings
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from dreambooth_lib.core.config import DEFAULT_IDENTIFIER
+from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.core.config_checks import ConfigError
-from dreambooth_lib.data import preprocessing, quality_checks, subjects
+from dreambooth_lib.data import captions, preprocessing, quality_checks, subjects
 from dreambooth_lib.data.images import DataError, Photo, read_photos
+from dreambooth_lib.evaluation.dreambench import load_benchmark
 
 DREAMBENCH = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH", "")
 
@@ -27,11 +31,11 @@ def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 
 def found(*images: Image.Image, resolution: int = 32) -> list[tuple[str, tuple[str, ...]]]:
-    """Return all findings but "few"."""
+    """Return all findings but "few" and "cropped"."""
     photos = [Photo(f"{i}.png", image) for i, image in enumerate(images)]
     findings = quality_checks.check_photos(photos, resolution)
     assert all(f.message.startswith(f.names[0]) and f.message.endswith(".") for f in findings)
-    return [(f.kind, f.names) for f in findings if f.kind != "few"]
+    return [(f.kind, f.names) for f in findings if f.kind not in ("few", "cropped")]
 
 
 def test_distinct_photos_have_no_findings() -> None:
@@ -77,13 +81,13 @@ def test_load_subject_reads_and_warns(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for seed, name in enumerate("acd", start=1):
-        noise(seed).save(folder / f"{name}.png")
+        noise(seed, (60, 48)).save(folder / f"{name}.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "tiny" is no warning
         subject = subjects.load_subject(folder, "dog")
     assert (subject.name, subject.identifier) == ("photos", DEFAULT_IDENTIFIER)
     assert Path(subject.pictures) == folder.resolve()
-    noise(1).save(folder / "b.png")
+    noise(1, (60, 48)).save(folder / "b.png")
     with pytest.warns(UserWarning, match="same photo"):
         subject = subjects.load_subject(folder, "dog", "zwx", "Rex")
     assert (subject.instance_prompt, subject.name) == ("a zwx dog", "Rex")
@@ -92,6 +96,137 @@ def test_load_subject_reads_and_warns(tmp_path: Path) -> None:
     (folder / "b.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"b\.png"):
         subjects.load_subject(folder, "dog")
+
+
+def told(folder: Path, *identifier: str) -> str:
+    """Return all warnings of load_subject."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        subjects.load_subject(folder, "dog", *identifier)
+    return "\n".join(str(warning.message) for warning in caught)
+
+
+def test_captions_without_the_identifier_are_told(tmp_path: Path) -> None:
+    for seed in range(5):
+        noise(seed, (60, 48)).save(tmp_path / f"p{seed}.png")
+    for seed, text in enumerate(["a dog on grass", "an OHWX dog", "a {} dog", "ohwxes, dogs"]):
+        (tmp_path / f"p{seed}.txt").write_text(text)
+    text = told(tmp_path)
+    assert "2 of 4 captions, of p0.png and others, lack the identifier 'ohwx'" in text
+    assert "write '{}' where" in text and "'a {} dog on the grass'" in text
+    assert "3 of 4 captions" in told(tmp_path, "zwx")
+    (tmp_path / "p0.txt").write_text("ohwx dog")
+    assert "1 of 4 captions, of p3.png, lacks the identifier" in told(tmp_path)
+    (tmp_path / "p3.txt").unlink()
+    (tmp_path / "notes.json").write_text("{}")
+    assert told(tmp_path).startswith("notes.json is not used, as no photo's caption")
+
+
+class Words:
+    """A tokenizer with a token for each four letters of a word, and two special ones."""
+
+    def __init__(self, longest: int):
+        self.model_max_length = longest
+
+    def __call__(self, text: str, **_: bool) -> SimpleNamespace:
+        parts = [word[i : i + 4] for word in text.split() for i in range(0, len(word), 4)]
+        return SimpleNamespace(input_ids=["start", *parts, "end"])
+
+
+def test_the_words_that_no_text_encoder_reads_are_named() -> None:
+    assert captions.cut_words("one two six ten", [Words(6)]) == ""
+    assert captions.cut_words(" one  two six ten ", [Words(5)]) == "ten"
+    assert captions.cut_words("one two hippopotamus ten", [Words(5)]) == "hippopotamus ten"
+    assert captions.cut_words("one two", [Words(2)]) == "one two"
+    assert captions.cut_words("one two six", [Words(4), Words(9)]) == "", "the second reads it"
+    assert captions.cut_words("one two six", [Words(3), Words(4)]) == "six"
+    assert captions.cut_words("one two", []) == ""
+
+
+def test_captions_longer_than_the_base_reads_are_named() -> None:
+    dog, image = Subject("photos", "dog"), noise(1)
+    photos = [Photo("a.png", image, "a {} dog"), Photo("b.png", image, "a {} dog on the far beach")]
+    (message,) = captions.check_lengths([*photos, Photo("c.png", image)], dog, [Words(8)])
+    assert message.startswith("the caption of b.png is longer than the base reads: it is cut")
+    assert message.endswith("before 'beach'.")
+    assert captions.check_lengths(photos, dog, [Words(8), Words(77)]) == []
+    many = [Photo(f"{i}.png", image, "a {} dog on the far beach") for i in range(20)]
+    messages = captions.check_lengths(many, dog, [Words(7)])
+    assert len(messages) == 5 and messages[-1].startswith("16 more captions are longer")
+    late = [Photo("b.png", image, "on the far beach a {} dog")]
+    with pytest.raises(DataError, match=r"the caption of b\.png has the identifier 'ohwx' beyond"):
+        captions.check_lengths(late, dog, [Words(7)])
+    with pytest.raises(DataError, match="the instance prompt has the identifier"):
+        captions.check_lengths([], Subject("photos", "dog", "ohwxohwxohwx"), [Words(4)])
+
+
+def test_one_sentence_tells_that_the_crop_cuts_photos() -> None:
+    photos = [Photo(f"{i}.png", noise(i, (64, 48))) for i in range(7)]
+    photos += [Photo("square.png", noise(7, (64, 52))), Photo("long.png", noise(8, (100, 40)))]
+    findings = [f for f in quality_checks.check_photos(photos, 32) if f.kind == "cropped"]
+    assert [f.names for f in findings] == [tuple(f"{i}.png" for i in range(7))]
+    assert findings[0].message.startswith("0.png, 1.png, 2.png, 3.png and 3 more files lose more")
+
+
+def pairs_one_by_one(photos: list[Photo]) -> list[tuple[int, int, bool]]:
+    """Find near-duplicates by the definition, pair by pair."""
+    near = []
+    for a, b in combinations(range(len(photos)), 2):
+        first, second = photos[a].traits, photos[b].traits
+        same, mirrored = (
+            (first.bits[side] != second.bits[0]).sum() <= 12
+            and np.abs(first.levels[side].astype(float) - second.levels[0]).mean() <= 20.0
+            for side in (0, 1)
+        )
+        if same or mirrored:
+            near.append((a, b, not same))
+    return near
+
+
+def test_near_duplicates_are_those_of_every_pair() -> None:
+    rng, photos = np.random.default_rng(0), []
+    for number in range(60):
+        image = noise(number // 4, (40, 40))
+        if number % 3 == 0:
+            image = ImageOps.mirror(image)
+        change = rng.integers(0, 80)
+        image = image.point(lambda level, change=change: min(255, level + change))  # type: ignore[misc]
+        photos.append(Photo(f"{number}.png", image))
+    pairs = pairs_one_by_one(photos)
+    assert 20 < len(pairs) < 90 and {mirrored for *_, mirrored in pairs} == {False, True}
+    near = quality_checks._near_duplicates(photos)
+    found = [
+        (a, b, m) for a, (others, flags) in enumerate(near)
+        for b, m in zip(others.tolist(), flags.tolist(), strict=True)
+    ]  # fmt: skip
+    assert found == pairs
+    labels = list(range(60))
+    for a, b, _ in pairs:
+        kept, merged = sorted((labels[a], labels[b]))
+        labels = [kept if label == merged else label for label in labels]
+    groups = [[i for i, n in enumerate(labels) if n == first] for first in sorted(set(labels))]
+    assert quality_checks.near_duplicate_groups(photos) == groups
+
+
+def test_thousands_of_frames_are_compared_in_seconds() -> None:
+    frames = [noise(0, (32, 32)).point(lambda level, i=i: level + i % 8) for i in range(50)]  # type: ignore[misc]
+    traits = [Photo("", frame).traits for frame in frames]
+    photos = [Photo(f"{i}.png", frames[i % 50]) for i in range(2000)]
+    for i, photo in enumerate(photos):
+        photo.__dict__["traits"] = traits[i % 50]
+    start = time.process_time()
+    assert quality_checks.hold_out(photos) == (photos, [])
+    assert time.process_time() - start < 8
+    findings = [f for f in quality_checks.check_photos(photos, 32) if f.kind == "near-duplicate"]
+    assert [len(f.names) for f in findings] == [len({t.digest for t in traits})]
+
+
+def test_a_table_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    root = dataset(tmp_path, "subject_name,class\ndog,dog", "dog")
+    (root / "dataset" / "prompts_and_classes.txt").write_bytes(b"caf\xe9")
+    for load in (subjects.load_dataset, load_benchmark):
+        with pytest.raises(DataError, match=r"prompts_and_classes\.txt is not UTF-8"):
+            load(root)
 
 
 def dataset(root: Path, table: str, *names: str) -> Path:

@@ -251,6 +251,56 @@ def test_photos_added_to_the_folder_are_read_on_reload(
         panel.check()
 
 
+def test_the_panel_shows_captions_and_what_is_wrong_with_them(
+    tiny_sd2: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(save_photos(tmp_path / "max", 3))
+    (folder / "0.txt").write_text("a dog on the beach")
+    (folder / "1.txt").write_text("a {} dog on the beach in snow a photo of a red dog on a red cat")
+    (folder / "2.json").write_text("{}")
+    (folder / "IMG_1.MOV").write_bytes(b"film")
+    labels: list[Any] = []
+    grid = image_grids.grid
+    monkeypatch.setattr(
+        image_grids, "grid", lambda shown, columns, names=None: (
+            labels.append(names), grid(shown, columns, names)
+        )[1],
+    )  # fmt: skip
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
+    text = html.unescape(panel.findings.value)
+    assert "0.png: a dog on the beach" in labels[0] and labels[0][2] == "2.png"
+    assert "1 of 2 captions, of 0.png, lacks the identifier 'ohwx'" in text
+    assert "the caption of 1.png is longer than the base reads: it is cut before" in text
+    assert "2.json is not used" in text and "IMG_1.MOV is not used" in text
+    panel.identifier.value = "beach"
+    assert "lacks the identifier" not in panel.findings.value
+    (folder / "1.txt").write_text("a dog on the beach in snow a photo of a red dog on a red {} cat")
+    panel.reload()
+    with pytest.raises(DataError, match="beyond what the base reads"):
+        panel.check()
+
+
+def test_the_panel_shows_only_the_first_of_many_photos(
+    tiny_sd2: str, make_config: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(70):
+        (folder / f"{number:02}.png").write_bytes(png("red") + bytes([number]))
+    (folder / "00\n\x1b.txt").write_text("odd")
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
+    assert "the first 60 of 70 photos" in texts(panel)
+    assert panel.findings.value.count("<li>") <= 61 and "\x1b" not in panel.findings.value
+
+
+def test_a_file_with_the_name_of_the_pages_note_is_an_upload(
+    subject: widgets.SubjectPanel,
+) -> None:
+    for content in (b"no JSON", b"[1]", b'{"files": "x"}'):
+        press(subject.upload, {upload._NOTE: content})
+        assert "has no photos" in html.unescape(subject.note.value)
+
+
 def test_settings_of_another_panel_are_rejected(
     subject: widgets.SubjectPanel, tiny_sd2: str, photos: str, make_config: Make
 ) -> None:

@@ -1,13 +1,21 @@
 """Define the settings of a run: frozen, validated dataclasses with defaults for each base."""
 
 import dataclasses
-import tomllib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import config_file
-from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError, check
+from dreambooth_lib.core.config_checks import (
+    LOW_MEMORY,
+    ConfigError,
+    check,
+    check_words,
+    shown,
+    take_types,
+)
+from dreambooth_lib.core.user_text import folder_name
 
 #: The default identifier. CLIP's tokenizer and toybox's both make it a single token.
 DEFAULT_IDENTIFIER = "ohwx"
@@ -51,11 +59,22 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
 
 
 def origin(base: str) -> str:
-    """Return the base that a run's folder was trained from; return any other base unchanged."""
-    run = Path(base) / "config.toml"
-    if base in ("", "toybox") or not run.is_file():
-        return base
-    return origin(tomllib.loads(run.read_text()).get("base", "toybox"))
+    """Return the base that a run's folder was trained from; return any other base unchanged.
+
+    Raises :class:`ConfigError` where a run's config cannot be read or leads back to itself.
+    """
+    passed = []
+    while base not in ("", "toybox") and os.path.isfile(config := Path(base) / "config.toml"):
+        fields = config_file.from_toml(config)
+        passed.append(os.path.realpath(base))
+        base = fields.get("base", "toybox")
+        if not isinstance(base, str):
+            raise ConfigError(f"{config}: base is {shown(base)}; it must be of type str.")
+        if os.path.realpath(base) in passed:
+            raise ConfigError(
+                f"{config}: base is a run that was trained from this one; correct it."
+            )
+    return base
 
 
 @dataclass(frozen=True)
@@ -73,11 +92,12 @@ class Subject:
     kind: str = ""  #: "live" or "object", if a data set says so
 
     def __post_init__(self) -> None:
-        for field in ("class_noun", "identifier"):
-            if not getattr(self, field).strip():
-                raise ConfigError(f"subject.{field} is empty; give a word such as 'dog'.")
+        take_types(self, "subject.")
         if not self.name:
-            object.__setattr__(self, "name", Path(self.pictures).stem)
+            photos = Path(self.pictures)
+            named = photos if photos.stem not in ("", "..") else Path(os.path.realpath(photos))
+            object.__setattr__(self, "name", folder_name(named.stem))
+        check_words(self)
 
     @property
     def token(self) -> str:
@@ -194,6 +214,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
+        take_types(self)
         for name, value in base_defaults(self.base, self.method).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -249,5 +270,12 @@ class TrainConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "TrainConfig":
-        """Read a TOML file; paths in it are relative to the file's folder."""
-        return cls.from_dict(config_file.from_toml(path))
+        """Read a TOML file; paths in it are relative to the file's folder.
+
+        Raises :class:`ConfigError`, which names the file and the field.
+        """
+        fields = config_file.from_toml(path)
+        try:
+            return cls.from_dict(fields)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None

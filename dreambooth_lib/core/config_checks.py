@@ -1,13 +1,16 @@
-"""Check a config: the values each field may have, and fields that contradict each other."""
+"""Check a config: each field's type and values, and fields that contradict each other."""
 
+import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.user_text import problem_with_name, problem_with_path, problem_with_words
 
 if TYPE_CHECKING:
-    from dreambooth_lib.core.config import TrainConfig
+    from dreambooth_lib.core.config import Subject, TrainConfig
 
 #: Memory levels with gradient checkpointing; a whole model's optimizer steps during the backward
 #: pass there.
@@ -42,8 +45,59 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+#: Above these, a number is a slip of the pen; the seed leaves room for those that are made from it.
+_MOST = {"seed": 2**62, "resolution": 2**14}
+_MOST_OF_OTHERS = 10**9
+_PATHS = ("pictures", "base", "class_folder", "scorer")
+
+
 class ConfigError(KitError, ValueError):
     """A field has an impossible value; the message names it and says what to write instead."""
+
+
+def take_types(fields: Any, prefix: str = "") -> None:
+    """Give the fields of a frozen dataclass their types: whole numbers as floats, paths as text.
+
+    None is allowed where it is the default. In paths, ``~`` is expanded. Raises
+    :class:`ConfigError` for another type and for a path that no disk can have.
+    """
+    for field in dataclasses.fields(fields):
+        value, wanted = getattr(fields, field.name), field.type
+        name = f"{prefix}{field.name}"
+        if value is None and field.default is None:
+            continue
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if is_number and abs(value) > _MOST["seed"]:
+            raise ConfigError(f"{name} has more than 18 digits; write a smaller number.")
+        if is_number and wanted in (float, float | None):
+            value = float(value)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):  # type: ignore[arg-type]
+            wanted_name = getattr(wanted, "__name__", str(wanted))
+            raise ConfigError(f"{name} is {shown(value)}; it must be of type {wanted_name}.")
+        if isinstance(value, str) and (problem := problem_with_path(value)):
+            raise ConfigError(f"{name} {problem}")
+        if field.name in _PATHS and isinstance(value, str):
+            if not value.strip():
+                raise ConfigError(f"{name} is empty; give a path, or leave it out.")
+            value = os.path.expanduser(value)
+        object.__setattr__(fields, field.name, value)
+
+
+def shown(value: Any) -> str:
+    """Return a value as Python would show it, cut short where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def check_words(subject: "Subject") -> None:
+    """Raise :class:`ConfigError` for a noun, an identifier or a name that nobody could mean."""
+    for field in ("class_noun", "identifier", "name", "kind"):
+        check = problem_with_name if field == "name" else problem_with_words
+        text = getattr(subject, field)
+        if (text or field != "kind") and (problem := check(text)):
+            raise ConfigError(f"subject.{field} {problem}")
 
 
 def check(config: "TrainConfig") -> None:
@@ -51,10 +105,13 @@ def check(config: "TrainConfig") -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             options = ", ".join("left out" if c is None else f"'{c}'" for c in choices)
-            raise ConfigError(f"{name} is '{getattr(config, name)}'; it can be {options}.")
+            raise ConfigError(f"{name} is {shown(getattr(config, name))}; it can be {options}.")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} is {value}; it must be a finite number.")
+        most = _MOST.get(name, _MOST_OF_OTHERS)
+        if isinstance(value, int) and value > most:
+            raise ConfigError(f"{name} is {value}; it must be at most {most:,}.")
     for limit, (is_within, names) in _LIMITS.items():
         for name in names:
             value = getattr(config, name)

@@ -1,16 +1,20 @@
 """Read and write a config: TOML files and plain dicts."""
 
 import dataclasses
+import os
 import tomllib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_checks import ConfigError, shown
 from dreambooth_lib.core.old_names import FIELDS, current_fields
+from dreambooth_lib.core.user_text import problem_with_path
 
 if TYPE_CHECKING:
     from dreambooth_lib.core.config import TrainConfig
+
+MOST_BYTES = 2**20  #: of a config file; others are refused unread
 
 
 def to_dict(config: "TrainConfig") -> dict[str, Any]:
@@ -26,21 +30,50 @@ def to_toml(config: "TrainConfig") -> str:
 
 
 def from_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file's fields; paths in it are relative to the file's folder."""
+    """Read a TOML file's fields; paths in it are relative to the file's folder.
+
+    Raises :class:`ConfigError` for a file that cannot be read, or is no TOML.
+    """
     path = Path(path)
-    try:
-        fields = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}; check the path.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}; fix that line.") from None
+    fields = _parse(path)
     for table, key in ((fields.get("subject"), "pictures"), (fields, "class_folder")):
         if isinstance(table, dict) and key in table:
-            table[key] = str((path.parent / table[key]).resolve())
-    base = path.parent / str(fields.get("base", "toybox"))
-    if base.name != "toybox" and base.exists():
-        fields["base"] = str(base.resolve())
+            table[key] = _beside(path, table[key])
+    if (base := fields.get("base")) != "toybox":
+        found = _beside(path, base)
+        if isinstance(found, str) and os.path.exists(found):
+            fields["base"] = found
     return fields
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}; check the path.") from None
+    except (OSError, ValueError) as error:  # a ValueError for a NUL in the path
+        cause = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read ({cause}); give a config file.") from error
+    if len(data) > MOST_BYTES:
+        raise ConfigError(f"{path} is larger than any config; give a config file.")
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8; save it in that encoding.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}; fix that line.") from None
+    except (ValueError, RecursionError) as error:  # too many digits, or brackets
+        raise ConfigError(
+            f"{path} has a number or a table that is far too long; write it as a config's."
+        ) from error
+
+
+def _beside(file: Path, value: Any) -> Any:
+    """Return a path in a file as an absolute one; leave what is no path to the checks."""
+    if not isinstance(value, str) or not value.strip() or problem_with_path(value):
+        return value
+    return os.path.realpath(file.parent / os.path.expanduser(value))
 
 
 def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig":
@@ -61,28 +94,22 @@ def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig"
     if "others" in fields:
         raise ConfigError(
             "others is set, but a run no longer trains several subjects; train one run for each, "
-            "and combine their LoRAs with db.compose."
+            "and combine their LoRAs."
         )
     kind: Any = cls.__dataclass_fields__["subject"].type
-    subject = _checked(kind, subject, "subject.")
+    _check_names(kind, subject, "subject.")
+    _check_names(cls, fields, "")
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.name not in subject:
             raise ConfigError(f"subject.{field.name} is missing; add it to the config.")
-    return cls(subject=kind(**subject), **_checked(cls, fields, ""))
+    return cls(subject=kind(**subject), **fields)
 
 
-def _checked(cls: Any, fields: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the fields with the types that ``cls`` wants; whole numbers become floats."""
-    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
-    checked = dict(fields)
-    for name, value in fields.items():
-        if name not in types:
-            raise ConfigError(f"unknown field '{prefix}{name}'; the fields are {', '.join(types)}.")
-        wanted = types[name]
-        number = isinstance(value, int) and not isinstance(value, bool)
-        if number and wanted in (float, float | None):
-            checked[name] = float(value)
-        elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            wanted_name = getattr(wanted, "__name__", str(wanted))
-            raise ConfigError(f"{prefix}{name} is {value!r}; it must be of type {wanted_name}.")
-    return checked
+def _check_names(cls: Any, fields: dict[str, Any], prefix: str) -> None:
+    """Raise :class:`ConfigError` for a field that ``cls`` does not have."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in names:
+            raise ConfigError(
+                f"unknown field {shown(f'{prefix}{name}')}; the fields are {', '.join(names)}."
+            )

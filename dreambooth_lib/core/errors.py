@@ -1,9 +1,21 @@
 """Define what all errors of the kit have in common: one printable sentence each."""
 
+import os
 import re
+import traceback
+
+#: An environment variable: set to 1, a notebook shows the kit's errors with their tracebacks.
+DEBUG = "DREAMBOOTH_DEBUG"
 
 
-class KitError(Exception):
+class OneSentence(BaseException):
+    """An exception that a notebook shows as its sentence alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks an exception for this
+        return traceback.format_exception(self) if os.environ.get(DEBUG) else [str(self)]
+
+
+class KitError(OneSentence, Exception):
     """The base of the kit's errors: a sentence that says what is wrong, where, and what to do.
 
     The command line and the notebooks show the sentence without a traceback. Names from files and
@@ -12,6 +24,17 @@ class KitError(Exception):
 
     def __str__(self) -> str:
         return printable(str(self.args[0]) if len(self.args) == 1 else super().__str__())
+
+
+class InputError(KitError, ValueError):
+    """A function was given what it cannot use; the message says what to give."""
+
+
+def describe(error: BaseException) -> str:
+    """Return an error as one line: the sentence of the kit's own, or another's type and message."""
+    name = "" if isinstance(error, OneSentence) else type(error).__name__
+    message = printable(str(error)).strip()
+    return f"{name}: {message}" if name and message else name or message
 
 
 def printable(text: str) -> str:

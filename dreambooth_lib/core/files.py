@@ -88,9 +88,13 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes were writing in a folder; no other may be writing there now."""
-    for partial in [*folder.rglob(".*.partial")]:
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+    """Remove the files in a folder that processes were writing when they were killed."""
+    import psutil
+
+    for partial in folder.rglob(".*.partial"):
+        process = partial.name.split(".")[-2]
+        if partial.is_file() and not (process.isdigit() and psutil.pid_exists(int(process))):
+            partial.unlink(missing_ok=True)
 
 
 def recover_folder(folder: Path) -> None:

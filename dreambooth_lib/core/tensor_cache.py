@@ -14,17 +14,18 @@ _DIGEST = "digest"  #: the key in the file's metadata
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
-    """Write tensors to a safetensors file with a digest of them."""
+    """Write tensors to a safetensors file with a digest of them and of its name."""
     from safetensors.torch import save
 
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(path, save(content, {_DIGEST: _digest(content)}))
+    replace_file(path, save(content, {_DIGEST: _digest(path.name, content)}))
 
 
 def read_tensors(path: Path, names: tuple[str, ...]) -> "dict[str, torch.Tensor] | None":
-    """Return the tensors of a file, on the CPU; None where it is missing or damaged.
+    """Return the tensors of a file, on the CPU; None where it is missing, damaged or another's.
 
-    ``names`` are the tensors that it must have.
+    ``names`` are the tensors that it must have. A file's name stands for what they were made of, so
+    that a file that was renamed is another's.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -36,13 +37,13 @@ def read_tensors(path: Path, names: tuple[str, ...]) -> "dict[str, torch.Tensor]
             written = (file.metadata() or {}).get(_DIGEST)
     except (OSError, SafetensorError):
         return None
-    return tensors if written == _digest(tensors) else None
+    return tensors if written == _digest(path.name, tensors) else None
 
 
-def _digest(tensors: "Mapping[str, torch.Tensor]") -> str:
+def _digest(file_name: str, tensors: "Mapping[str, torch.Tensor]") -> str:
     import torch
 
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(file_name.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
         # As bytes: NumPy has no bfloat16.

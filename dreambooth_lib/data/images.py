@@ -1,214 +1,239 @@
 """Read photos and captions from a folder or a zip, as upright RGB images without metadata.
 
-Everything is read into memory and nothing is written.
+Nothing is written, and few photos are kept decoded: the others are decoded again when they are
+needed, if their files are still the same.
 """
 
-import io
-import json
+import hashlib
 import re
-import stat
-import warnings
-import zipfile
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple, overload
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.data.captions import find_captions
+from dreambooth_lib.data.decoding import MAX_BYTES, decode, is_photo
+from dreambooth_lib.data.sources import (
+    CAPTION_SUFFIXES,
+    PHOTO_SUFFIXES,
+    TEXT_SUFFIXES,
+    DataError,
+    SourceFile,
+    list_files,
+)
+from dreambooth_lib.data.traits import Traits, measure
 
-MAX_PIXELS = 50_000_000  #: in one photo, by its header
-MAX_ZIP_BYTES = 2 * 2**30  #: of all members of a zip, unpacked
-MAX_ZIP_RATIO = 100  #: unpacked bytes per byte of the zip, for zips above 100 MiB unpacked
+__all__ = ["DataError", "Images", "Photo", "captioned", "read_photos", "read_source"]
 
-#: Pillow's formats to read; it runs other programs to decode some of the rest, such as EPS.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000",
-            "PPM", "QOI")  # fmt: skip
-_NEEDS_DECODER = {".heic", ".heif", ".avif", ".avifs", ".jxl"}
-_SUFFIXES = _NEEDS_DECODER | {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp",
-                              ".bmp", ".gif", ".tif", ".tiff"}  # fmt: skip
-_TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".md", ".xml", ".url", ".ini"}
-_IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}
+KEPT_PIXELS = 64_000_000  #: of a source's photos, in all, that stay decoded; 192 MB
+#: Above so many pixels in all, a source needs a byte for every 1000, as any photos have.
+MAX_FLAT_PIXELS = 500_000_000
+_PIXELS_PER_BYTE = 1000
+_KNOWN_FILES = 20_000
 
+_MAP = "(masks?|matte|alpha|depth|canny|edges|segmentation|openpose|lineart|thumb|thumbnail)"
+_NEVER_PHOTOS = re.compile(r".*[-_ .](masklabel|condlabel)")
+_BESIDE_PHOTOS = re.compile(rf"(?P<photo>.+)[-_ .]{_MAP}|{_MAP}[-_ .](?P<of>.+)")
 
-class DataError(KitError, ValueError):
-    """Photos or tables that cannot be used; the message names the file and says what to do."""
+# By the sha256 of a file, so that no start measures photos again that this process has read.
+_traits: dict[bytes, Traits] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class StoredImage:
+    """An image in a file that was read once, to be read again."""
+
+    file: SourceFile
+    digest: bytes  #: sha256 of the file
+    traits: Traits
+    kept: Image.Image | None
+
+    def decode(self) -> Image.Image:
+        """Return the image. Raises :class:`DataError` if its file has changed or is gone."""
+        if self.kept is not None:
+            return self.kept
+        data = self.file.read_again(self.digest, MAX_BYTES)
+        return decode(str(self.file), self.file.suffix, data)
+
+
+@dataclass(frozen=True, eq=False)
 class Photo:
-    """A photo: its file name, its RGB image without metadata, and its caption if it has one."""
+    """A photo: its file name, its RGB image or where that is stored, and its caption if any."""
 
     name: str
-    image: Image.Image
+    pixels: Image.Image | StoredImage
     caption: str | None = None
 
+    @property
+    def image(self) -> Image.Image:
+        """Return the RGB image without metadata, decoded again if it is not kept.
 
-def captioned(photos: list[Photo], prompt: str) -> list[Photo]:
-    """Return the photos with ``prompt`` as the caption of those that have none."""
-    return [replace(photo, caption=photo.caption or prompt) for photo in photos]
+        Raises :class:`DataError` if its file has changed or is gone.
+        """
+        return self.pixels.decode() if isinstance(self.pixels, StoredImage) else self.pixels
+
+    @cached_property
+    def traits(self) -> Traits:
+        """Return its size, a digest of its pixels, and what the quality checks need."""
+        return self.pixels.traits if isinstance(self.pixels, StoredImage) else measure(self.pixels)
+
+
+class Images(Sequence[Image.Image]):
+    """The photos' images as a sequence that decodes each one when it is asked for."""
+
+    def __init__(self, photos: Sequence[Photo]):
+        self._photos = photos
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        chosen = self._photos[index]
+        return chosen.image if isinstance(chosen, Photo) else [photo.image for photo in chosen]
+
+
+class Source(NamedTuple):
+    """The photos of a folder or zip, and a sentence on each kind of file that is not used."""
+
+    photos: list[Photo]
+    notes: list[str]
+
+
+def captioned(photos: list[Photo], prompt: str, identifier: str = "{}") -> list[Photo]:
+    """Return the photos with ``prompt`` as the caption of those that have none.
+
+    Each ``{}`` in a caption becomes the identifier, as in every prompt.
+    """
+    return [replace(p, caption=(p.caption or prompt).replace("{}", identifier)) for p in photos]
 
 
 def read_photos(source: str | Path) -> list[Photo]:
     """Read all photos in a folder (not in its sub-folders) or a zip, sorted by name.
 
-    They are turned upright by EXIF, transparency becomes white, 16 bits are scaled to 8, and of
-    several frames the first is read. A zip's photos may be in one sub-folder. Captions come from
-    ``NAME.txt`` beside the photo or else from ``metadata.jsonl`` (``{"file_name": ..., "text":
-    ...}``). Hidden files, system files and text files are ignored. Raises :class:`DataError` for
-    any other file that is no image, photos that are damaged or above :data:`MAX_PIXELS`, zips that
-    are damaged, encrypted, unpack to too much or reach outside, and where there are no photos.
+    They are turned upright by EXIF, colours become sRGB by the ICC profile, transparency becomes
+    white, 16 bits are scaled to 8, and of several frames the first is read. A zip's photos may be
+    in one sub-folder. Captions come from ``NAME.txt`` beside the photo or else from
+    ``metadata.jsonl`` or ``metadata.csv`` (``file_name`` and ``text``). Other files are passed
+    over, and masks of photos too; :func:`read_source` names them. Raises :class:`DataError` for
+    photos that are damaged or above ``decoding.MAX_PIXELS``, zips that are damaged, encrypted,
+    unpack to too much or reach outside, and where there are no photos.
     """
+    return read_source(source).photos
+
+
+def read_source(source: str | Path) -> Source:
+    """Read photos as :func:`read_photos` does, with a sentence on each kind of file left out."""
     path = Path(source)
-    try:
-        if path.is_dir():
-            return _photos(path, {p.name: p.read_bytes for p in path.iterdir() if _is_wanted(p)})
-        if not path.exists():
-            raise DataError(f"there is no folder or zip {path}; check the path.")
-        with zipfile.ZipFile(path) as archive:
-            return _photos(path, _zip_members(path, archive))
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, EOFError) as error:
-        raise DataError(
-            f"{path} is not a valid zip ({error}); give a folder or a zip of photos."
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); check its permissions.") from None
-
-
-def _is_wanted(path: Path) -> bool:
-    if path.name.startswith(".") or path.name.lower() in _IGNORED or path.is_dir():
-        return False
-    if not path.is_file():
-        raise DataError(f"{path} is a broken link or not a regular file; remove it.")
-    return True
-
-
-def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, Callable[[], bytes]]:
-    """Check a zip's members and return them by file name, without the sub-folder."""
-    members: dict[PurePosixPath, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        name = info.filename.replace("\\", "/")
-        if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
-            raise DataError(f"'{info.filename}' in {path} leads out of the zip; make a new zip.")
-        if info.flag_bits & 1:
-            raise DataError(f"'{name}' in {path} is encrypted; make a zip without a password.")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise DataError(f"'{name}' in {path} is a link; pack the photo itself.")
-        member = PurePosixPath(name)
-        if member in members:
-            raise DataError(f"'{name}' is in {path} twice; make a new zip.")
-        hidden = any(part.startswith(".") or part.lower() in _IGNORED for part in member.parts)
-        if not hidden and not name.endswith("/"):
-            members[member] = info
-    total, packed = sum(i.file_size for i in archive.infolist()), path.stat().st_size
-    if total > MAX_ZIP_BYTES or total > MAX_ZIP_RATIO * max(packed, 2**20):
-        raise DataError(
-            f"{path} unpacks from {packed / 2**20:.1f} MiB to {total / 2**20:.0f} MiB, too much "
-            "for photos; pack JPEG or PNG files only."
-        )
-    used = (
-        m for m in members if m.suffix.lower() not in _TEXT_SUFFIXES or m.name == "metadata.jsonl"
-    )
-    folders = sorted({str(m.parent) for m in used})
-    if len(folders) > 1:
-        raise DataError(f"{path} has files in several folders ({', '.join(folders)}); use one.")
-    return {
-        member.name: lambda info=info: archive.read(info)  # type: ignore[misc]
-        for member, info in members.items()
-        if str(member.parent) in folders
-    }
-
-
-def _photos(path: Path, files: dict[str, Callable[[], bytes]]) -> list[Photo]:
-    photos, texts = [], {}
-    for name, read in sorted(files.items()):
-        suffix = Path(name).suffix.lower()
-        try:
-            if suffix not in _TEXT_SUFFIXES:
-                photos.append(Photo(name, _decode(f"'{name}' in {path}", suffix, read())))
-            elif suffix == ".txt" or name == "metadata.jsonl":
-                texts[name] = read()
-        except DataError:
-            raise
-        # Decoders raise errors of nearly any kind for a damaged file.
-        except Exception as error:
-            raise DataError(
-                f"'{name}' in {path} cannot be read ({str(error) or type(error).__name__}); "
-                "replace or remove it."
-            ) from None
+    files, texts, others = [], {}, []
+    for file in list_files(path):
+        if file.suffix in TEXT_SUFFIXES:
+            if file.suffix in CAPTION_SUFFIXES:
+                texts[file.name] = file
+        elif file.suffix in PHOTO_SUFFIXES or is_photo(_head(file)):
+            files.append(file)
+        else:
+            others.append(file.name)
+    read = _read_all(path, files)
+    captions, unused = find_captions([photo.name for photo in read], texts)
+    masks = _masks(read)
+    photos = [
+        replace(photo, caption=captions.get(photo.name))
+        for photo in read
+        if photo.name not in masks
+    ]
     if not photos:
         raise DataError(f"{path} has no photos; put JPEG or PNG files directly into it.")
-    captions = _metadata(path, {photo.name for photo in photos}, texts)
-    for photo in photos:
-        caption = _text(path, f"{Path(photo.name).stem}.txt", texts)
-        captions[photo.name] = captions.get(photo.name) if caption is None else caption
-    return [replace(photo, caption=captions[photo.name] or None) for photo in photos]
+    notes = []
+    if masks:
+        notes.append(
+            f"{listed(masks)} {_are(masks)} left out, as masks or maps of other photos; if "
+            "they are photos, give them other names."
+        )
+    if unused:
+        notes.append(
+            f"{listed(unused)} {_are(unused)} not used, as no photo's caption; name a caption "
+            "like its photo, 'a.txt' for 'a.jpg', or list captions in metadata.csv."
+        )
+    if others:
+        notes.append(f"{listed(others)} {_are(others)} not used, as neither photo nor caption.")
+    return Source(photos, notes)
 
 
-def _text(path: Path, name: str, texts: dict[str, bytes]) -> str | None:
+def listed(names: Iterable[str]) -> str:
+    """List up to five names, and how many more there are."""
+    names = list(names)
+    shown = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more files"]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _head(file: SourceFile) -> bytes:
     try:
-        return texts[name].decode("utf-8-sig").strip() if name in texts else None
-    except UnicodeDecodeError:
-        raise DataError(f"'{name}' in {path} is not UTF-8; save it as UTF-8 text.") from None
+        return file.head()
+    except Exception as error:
+        raise _unreadable(file, error) from error
 
 
-def _metadata(path: Path, names: set[str], texts: dict[str, bytes]) -> dict[str, str | None]:
-    captions: dict[str, str | None] = {}
-    lines = (_text(path, "metadata.jsonl", texts) or "").split("\n")
-    for number, line in enumerate(lines, 1):
-        where = f"line {number} of 'metadata.jsonl' in {path}"
-        if not line.strip():
-            continue
+def _unreadable(file: SourceFile, error: Exception) -> DataError:
+    reason = str(error) or type(error).__name__
+    return DataError(f"{file} cannot be read ({reason}); replace or remove it.")
+
+
+def _read_all(path: Path, files: list[SourceFile]) -> list[Photo]:
+    photos, pixels, size, kept = [], 0, 0, 0
+    for file in files:
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not valid JSON ({error}); correct that line.") from None
-        match row:
-            case {"file_name": str(name), "text": str(caption)}:
-                captions[name] = caption.strip()
-            case _:
-                raise DataError(f"{where} lacks the strings 'file_name' and 'text'; add them.")
-        if name not in names:
-            raise DataError(f"{where} names '{name}', which is missing; correct that line.")
-    return captions
+            data = file.read(MAX_BYTES, "a photo")
+        except DataError:
+            raise
+        except Exception as error:  # of a zip, nearly any kind
+            raise _unreadable(file, error) from error
+        digest, image = hashlib.sha256(data).digest(), None
+        traits = _traits.get(digest)
+        if traits is None or kept + traits.size[0] * traits.size[1] <= KEPT_PIXELS:
+            image = decode(str(file), file.suffix, data)
+            if traits is None:
+                if len(_traits) >= _KNOWN_FILES:
+                    _traits.clear()
+                traits = _traits[digest] = measure(image)
+        area = traits.size[0] * traits.size[1]
+        pixels, size = pixels + area, size + len(data)
+        if pixels > MAX_FLAT_PIXELS and pixels > _PIXELS_PER_BYTE * size:
+            raise DataError(
+                f"{path} unpacks {size / 1e6:.1f} MB to more than {MAX_FLAT_PIXELS:,} pixels, "
+                "far more than photos have; give photos."
+            )
+        if kept + area > KEPT_PIXELS:
+            image = None
+        kept += area if image is not None else 0
+        photos.append(Photo(file.name, StoredImage(file, digest, traits, image)))
+    return photos
 
 
-def _decode(where: str, suffix: str, data: bytes) -> Image.Image:
-    Image.init()
-    too_large = DataError(f"{where} has more than {MAX_PIXELS:,} pixels; make it smaller.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            formats = [name for name in _FORMATS if name in Image.OPEN]
-            image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError:
-        raise too_large from None
-    except UnidentifiedImageError:
-        if suffix in _NEEDS_DECODER or data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
-            problem = "cannot be decoded here; convert it to JPEG or PNG"
-        elif suffix in _SUFFIXES:
-            problem = "is empty, damaged or not an image; replace or remove it"
-        else:
-            problem = "is neither an image nor a caption; remove it"
-        raise DataError(f"{where} {problem}.") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise too_large
-    image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+def _masks(photos: list[Photo]) -> list[str]:
+    """Return the names of pictures that are masks, maps or thumbnails of other photos."""
+    stems = {photo.name: PurePosixPath(photo.name).stem.lower() for photo in photos}
+    drawn = {photo.name for photo in photos if photo.traits.is_black_and_white}
+    photographed = {stems[photo.name] for photo in photos if photo.name not in drawn}
 
+    def is_mask(name: str) -> bool:
+        stem = stems[name]
+        if _NEVER_PHOTOS.fullmatch(stem) or (name in drawn and stem in photographed):
+            return True
+        beside = _BESIDE_PHOTOS.fullmatch(stem)
+        if beside is None:
+            return False
+        has_photo = (beside["photo"] or beside["of"]) in stems.values()
+        return has_photo or (name in drawn and bool(photographed))
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its 32-bit values have no known scale")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its floating-point values have no known scale")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("RGB")
-    # Copy the pixels only: image.copy() would keep the EXIF data, with its GPS position, and ICC.
-    return Image.frombytes("RGB", image.size, image.tobytes())
+    return [photo.name for photo in photos if is_mask(photo.name)]

@@ -1,25 +1,26 @@
 """Check photos for problems that would spoil training, and hold one out for validation."""
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from dreambooth_lib.data.images import Photo
+from dreambooth_lib.data.images import Photo, listed
+from dreambooth_lib.data.traits import Traits
 
 _HASH_BITS = 12  # of 64; shifting a photo by 5% changes up to 14, another view 10 or more
-_HASH_LEVELS = 20.0  # of 255, mean over an 8x8 thumbnail; other views of a subject start at 23
+_HASH_LEVELS = 20  # of 255, mean over an 8x8 thumbnail; other views of a subject start at 23
 _BLUR_VARIANCE = 50.0  # sharp photos have 190 and more, those blurred by 1.6 px of 256 below 35
+_CUT = 0.2  # of a photo, outside the square in its center
+_LARGEST_GROUP = 5  # of near-duplicates whose pairs are told one by one
 
 
 @dataclass(frozen=True)
 class Finding:
     """A problem with one or more photos."""
 
-    kind: str  #: "few", "duplicate", "near-duplicate", "tiny", "blurred" or "extreme-aspect"
+    #: "few", "duplicate", "near-duplicate", "tiny", "blurred", "extreme-aspect" or "cropped"
+    kind: str
     names: tuple[str, ...]  #: of the photos
     message: str
 
@@ -33,12 +34,12 @@ def check_photos(photos: list[Photo], resolution: int = 512) -> list[Finding]:
     at most 20 of 255 levels, on average, in an 8x8 colour thumbnail. "tiny": the shorter side is
     below ``resolution`` pixels. "blurred": the variance of the Laplacian is below 50 in grey levels
     of 0 to 255, with the shorter side scaled down to 256 pixels. "extreme-aspect": the longer side
-    is more than twice the shorter one.
+    is more than twice the shorter one. "cropped": the square in the center leaves out more than a
+    fifth; one finding for all such photos.
     """
     copies: dict[tuple[tuple[int, int], bytes], list[Photo]] = {}
     for photo in photos:
-        digest = hashlib.sha256(photo.image.tobytes()).digest()
-        copies.setdefault((photo.image.size, digest), []).append(photo)
+        copies.setdefault((photo.traits.size, photo.traits.digest), []).append(photo)
     singles = [group[0] for group in copies.values()]
     names = tuple(photo.name for photo in singles)
     findings: list[Finding] = []
@@ -49,26 +50,51 @@ def check_photos(photos: list[Photo], resolution: int = 512) -> list[Finding]:
     for group in copies.values():
         if len(group) > 1:
             same = tuple(photo.name for photo in group)
-            text = f"{', '.join(same)} are the same photo; keep one of them."
+            text = f"{listed(same)} are the same photo; keep one of them."
             findings.append(Finding("duplicate", same, text))
-    for a, b, mirrored in _near_duplicates(singles):
-        how = "nearly mirror images of each other" if mirrored else "nearly the same photo"
-        text = f"{names[a]} and {names[b]} are {how}; keep one of them."
-        findings.append(Finding("near-duplicate", (names[a], names[b]), text))
-    return findings + [finding for photo in photos for finding in _check_photo(photo, resolution)]
+    findings += _near_findings(singles)
+    findings += [finding for photo in photos for finding in _check_photo(photo, resolution)]
+    if cropped := tuple(photo.name for photo in photos if _is_cropped(photo.traits)):
+        loses = "loses" if len(cropped) == 1 else "lose"
+        text = f"{listed(cropped)} {loses} more than a fifth to the square crop in the center"
+        text += "; if that cuts off your subject, crop them yourself."
+        findings.append(Finding("cropped", cropped, text))
+    return findings
 
 
-def near_duplicate_groups(photos: list[Photo]) -> list[list[int]]:
+def _near_findings(photos: Sequence[Photo]) -> Iterator[Finding]:
+    """Yield a finding on each pair of near-duplicates, or one on a large group of them."""
+    names, near = [photo.name for photo in photos], _near_duplicates(photos)
+    large = {i: g for g in _groups(near, len(photos)) if len(g) > _LARGEST_GROUP for i in g}
+    for a, (others, mirrored) in enumerate(near):
+        if a in large:
+            if a == large[a][0]:
+                group = tuple(names[i] for i in large[a])
+                text = f"{listed(group)} are nearly the same photo; keep one of them."
+                yield Finding("near-duplicate", group, text)
+            continue
+        for b, is_mirrored in zip(others.tolist(), mirrored.tolist(), strict=True):
+            how = "nearly mirror images of each other" if is_mirrored else "nearly the same photo"
+            text = f"{names[a]} and {names[b]} are {how}; keep one of them."
+            yield Finding("near-duplicate", (names[a], names[b]), text)
+
+
+def near_duplicate_groups(photos: Sequence[Photo]) -> list[list[int]]:
     """Return groups of near-duplicates, as indices into ``photos``, in order of their first one.
 
     Copies and near-duplicates, as :func:`check_photos` finds them, are one group. Scores of pairs
     of photos or of a held-out photo must count a group as one photo.
     """
-    group = list(range(len(photos)))
-    for a, b, _ in _near_duplicates(photos):
-        kept, merged = sorted((group[a], group[b]))
-        group = [kept if number == merged else number for number in group]
-    return [[i for i, n in enumerate(group) if n == first] for first in sorted(set(group))]
+    return _groups(_near_duplicates(photos), len(photos))
+
+
+def _groups(near: "list[tuple[np.ndarray, np.ndarray]]", count: int) -> list[list[int]]:
+    group = np.arange(count)
+    for a, (others, _) in enumerate(near):
+        numbers = np.unique(group[[a, *others]])
+        if len(numbers) > 1:
+            group[np.isin(group, numbers)] = numbers[0]
+    return [np.flatnonzero(group == first).tolist() for first in np.unique(group)]
 
 
 def hold_out(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
@@ -85,38 +111,49 @@ def hold_out(photos: list[Photo]) -> tuple[list[Photo], list[Photo]]:
     return [p for i, p in enumerate(photos) if i not in held_out], [photos[i] for i in held_out]
 
 
-def _near_duplicates(photos: list[Photo]) -> Iterator[tuple[int, int, bool]]:
-    """Yield pairs of near-duplicates, as indices into ``photos``, and whether they are mirrored."""
-    hashes = [[_hash(image) for image in (p.image, ImageOps.mirror(p.image))] for p in photos]
-    for a, b in combinations(range(len(photos)), 2):
-        same, mirrored = (_is_near(hash_, hashes[b][0]) for hash_ in hashes[a])
-        if same or mirrored:
-            yield a, b, not same
+def _near_duplicates(photos: Sequence[Photo]) -> "list[tuple[np.ndarray, np.ndarray]]":
+    """Return the later near-duplicates of each photo, and which of them are mirrored."""
+    if not photos:
+        return []
+    bits = np.stack([photo.traits.bits for photo in photos])
+    levels = np.stack([photo.traits.levels for photo in photos]).astype(np.int16)
+    near = []
+    for a in range(len(photos)):
+        same, mirrored = (
+            _is_near(bits[a, side], levels[a, side], bits[a + 1 :, 0], levels[a + 1 :, 0])
+            for side in (0, 1)
+        )
+        others = np.flatnonzero(same | mirrored)
+        near.append((others + a + 1, ~same[others]))
+    return near
 
 
-def _hash(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Return a difference hash, bool [8, 8], and the levels of a thumbnail, [8, 8, 3]."""
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
-    colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX)).astype(float)
-    return grey[:, 1:] > grey[:, :-1], colours
+def _is_near(
+    bits: np.ndarray, levels: np.ndarray, others_bits: np.ndarray, others_levels: np.ndarray
+) -> np.ndarray:
+    """Compare one photo's hash with those of others, [n, 64] and [n, 192]; return bool [n]."""
+    near = (bits != others_bits).sum(1) <= _HASH_BITS
+    index = np.flatnonzero(near)
+    difference = np.abs(levels - others_levels[index]).sum(1, dtype=np.int64)
+    near[index] = difference <= _HASH_LEVELS * levels.size
+    return near
 
 
-def _is_near(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> bool:
-    bits = int((a[0] != b[0]).sum())
-    return bits <= _HASH_BITS and float(np.abs(a[1] - b[1]).mean()) <= _HASH_LEVELS
+def _is_extreme(traits: Traits) -> bool:
+    return max(traits.size) > 2 * min(traits.size)
+
+
+def _is_cropped(traits: Traits) -> bool:
+    cut = 1 - min(traits.size) / max(traits.size)
+    return cut > _CUT and not _is_extreme(traits)
 
 
 def _check_photo(photo: Photo, resolution: int) -> list[Finding]:
-    short, long = sorted(photo.image.size)
-    scale = min(1.0, 256 / short)
-    width, height = (max(3, round(side * scale)) for side in photo.image.size)
-    grey = photo.image.convert("L").resize((width, height), Image.Resampling.LANCZOS)
-    g = np.asarray(grey).astype(np.float32)
-    laplacian = g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * g[1:-1, 1:-1]
+    traits, short = photo.traits, min(photo.traits.size)
     problems = {
         "tiny": (short < resolution, f"has a side of {short} pixels, fewer than {resolution}"),
-        "blurred": (laplacian.var() < _BLUR_VARIANCE, "looks blurred"),
-        "extreme-aspect": (long > 2 * short, "is more than twice as long as wide; crop it"),
+        "blurred": (traits.sharpness < _BLUR_VARIANCE, "looks blurred"),
+        "extreme-aspect": (_is_extreme(traits), "is more than twice as long as wide; crop it"),
     }
     return [
         Finding(kind, (photo.name,), f"{photo.name} {text}.")

@@ -5,7 +5,9 @@ import warnings
 from pathlib import Path
 
 from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
-from dreambooth_lib.data.images import DataError, read_photos
+from dreambooth_lib.core.errors import printable
+from dreambooth_lib.data.captions import check_captions
+from dreambooth_lib.data.images import DataError, read_source
 from dreambooth_lib.data.quality_checks import check_photos
 
 
@@ -14,13 +16,15 @@ def load_subject(
 ) -> Subject:
     """Return the subject whose photos are in a folder or zip, after checking them.
 
-    Warns of each finding of :func:`check_photos` but "tiny", which depends on the resolution.
+    Warns of each finding of :func:`check_photos` but "tiny", which depends on the resolution, of
+    captions that lack the identifier, and of files beside the photos that are not used.
     Raises :class:`DataError` as :func:`read_photos` does, and ``ConfigError`` for empty words.
     """
     subject = Subject(str(Path(source).resolve()), class_noun, identifier, name)
-    for finding in check_photos(read_photos(source)):
-        if finding.kind != "tiny":
-            warnings.warn(finding.message, stacklevel=2)
+    photos, messages = read_source(source)
+    messages += [f.message for f in check_photos(photos) if f.kind != "tiny"]
+    for message in messages + check_captions(photos, subject):
+        warnings.warn(printable(message), stacklevel=2)
     return subject
 
 
@@ -50,8 +54,18 @@ def load_dataset(folder: str | Path) -> list[Subject]:
     ]
 
 
+def read_table(path: Path) -> str:
+    """Read ``prompts_and_classes.txt``; raise :class:`DataError` if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8; save it as UTF-8 text.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); check its permissions.") from error
+
+
 def _class_table(path: Path) -> dict[str, tuple[str, str]]:
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = read_table(path)
     lines = [line.strip() for line in text.splitlines()]
     header = next((line for line in lines if re.fullmatch("subject_name,class(,type)?", line)), "")
     if not header:

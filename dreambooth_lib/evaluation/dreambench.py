@@ -27,7 +27,7 @@ from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.data.images import DataError
-from dreambooth_lib.data.subjects import load_dataset
+from dreambooth_lib.data.subjects import load_dataset, read_table
 from dreambooth_lib.training import memory_level, runs
 from dreambooth_lib.training.config_changes import (
     absolute_base,
@@ -189,7 +189,7 @@ def load_benchmark(folder: str | Path) -> Benchmark:
     file = Path(subjects[0].pictures).parent / "prompts_and_classes.txt"
     prompts: dict[str, list[str]] = {}
     kind = ""
-    for line in file.read_text(encoding="utf-8-sig").splitlines():
+    for line in read_table(file).splitlines():
         if heading := re.fullmatch(r"(Object|Live Subject) Prompts", line.strip()):
             kind = heading[1].split()[0].lower()
         elif prompt := re.fullmatch(r"""(['"])(.*\{0\} \{1\}.*)\1\.format\(.*\),?""", line.strip()):

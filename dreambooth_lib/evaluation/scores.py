@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from dreambooth_lib.core.config import Subject
-from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.data.images import Images, read_photos
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.evaluation.dreambench import Benchmark, DrawnImage, Protocol, images_of
 from dreambooth_lib.metrics import clip_scores, kid_and_lpips
@@ -172,7 +172,7 @@ def _open(path: Path) -> "Image.Image":
 
 def embed_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     """Embed the subject's photos, turned upright: ``[M, D]``."""
-    return encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
+    return encoder.embed_images(Images(read_photos(subject.pictures)))
 
 
 def _among_photos(encoder: Encoder, subject: Subject) -> float | None:

@@ -3,27 +3,32 @@
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.hub_token import hub_token, in_colab
+from dreambooth_lib.core.hub_token import HubError, hub_token, place_of_token
 
-
-class HubError(KitError, ValueError):
-    """An upload that the Hub refused, or that did not reach it."""
+#: What the Hub's answers mean, and what to do.
+_ANSWERS = {
+    401: "the Hub does not accept your token for '{name}'; create a new one with write access at "
+    "https://huggingface.co/settings/tokens and put it into {place}.",
+    403: "your token may not write to '{name}'; create one with write access to it at "
+    "https://huggingface.co/settings/tokens and put it into {place}.",
+    429: "the Hub had too many requests from you to take '{name}'; wait some minutes and try again.",
+}
 
 
 def push(folder: str | Path, name: str, private: bool = True) -> str:
     """Upload a folder as the model ``name`` ("you/my-dog") and return its address.
 
     The repository is created if it is missing; an existing one stays as public or private as it
-    is. The token is :func:`hub_token`'s. Raises :class:`HubError` without a token, or if the Hub
-    refuses or cannot be reached.
+    is. The token is :func:`hub_token`'s. Raises :class:`HubError` without a folder or a token, or if
+    the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    token = hub_token()
+    if not Path(folder).is_dir():
+        raise HubError(f"{folder} is not a folder; give the folder of a model.")
+    token, place = hub_token(), place_of_token()
     if token is None:
-        place = "Colab's secret HF_TOKEN" if in_colab() else "the environment variable HF_TOKEN"
         raise HubError(
             "the Hub needs a token with write access; create one at "
             f"https://huggingface.co/settings/tokens and put it into {place}."
@@ -37,6 +42,9 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
         )
     except (RuntimeError, HFValidationError, OSError, *network) as error:
         cause = (isinstance(error, RuntimeError) and error.__cause__) or error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in _ANSWERS:
+            raise HubError(_ANSWERS[status].format(name=name, place=place)) from error
         message = (str(cause).splitlines() or [type(cause).__name__])[0]
         if isinstance(cause, (HfHubHTTPError, HFValidationError)):
             raise HubError(

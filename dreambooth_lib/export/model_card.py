@@ -1,11 +1,14 @@
 """Write a model card: what the model is, how it was trained, and the code that loads it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.core.hub_token import hub_token
+from dreambooth_lib.core.hub_token import HubError, hub_token
+from dreambooth_lib.core.user_text import markdown, python_string
 from dreambooth_lib.data import images
 from dreambooth_lib.families import loading, textual_inversion
 from dreambooth_lib.figures import image_grids, plots
@@ -15,7 +18,7 @@ from dreambooth_lib.training.sampling import inference_settings
 
 _LOAD_LORA = """\
 # If this raises an ImportError about torchao (as on Colab), run: pip uninstall -y torchao
-pipeline.load_lora_weights("{}", weight_name="{}")"""
+pipeline.load_lora_weights({}, weight_name="{}")"""
 
 
 def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
@@ -50,7 +53,7 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     config = run.config
     lora = config.method == "lora"
     loaded_first = (base or config.base) if lora else model
-    load = [_LOAD_LORA.format(model, loading.LORA_FILE)] if lora else []
+    load = [_LOAD_LORA.format(python_string(model), loading.LORA_FILE)] if lora else []
     if config.train_token:
         family = loading.resolve(config.base, config.revision).family
         load += textual_inversion.usage_lines(family, model, config.subject.identifier)
@@ -63,16 +66,17 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
         )
     except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""
+    prompt = python_string(f"{config.subject.instance_prompt} on the beach")
     # diffusers calls it dtype since 0.40, and takes this name from 0.36 to 0.42 at least.
     torch_dtype = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
         "import torch",
         "from diffusers import DiffusionPipeline",
         "gpu = torch.cuda.is_available()",
-        f'pipeline = DiffusionPipeline.from_pretrained("{loaded_first}", {torch_dtype})',
+        f"pipeline = DiffusionPipeline.from_pretrained({python_string(loaded_first)}, {torch_dtype})",
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
-        f'pipeline("{config.subject.instance_prompt} on the beach"{settings}).images[0]',
+        f"pipeline({prompt}{settings}).images[0]",
     ])  # fmt: skip
 
 
@@ -83,12 +87,12 @@ def licence_of(base: str) -> dict[str, Any]:
     nothing.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     network: Any = HfHubHTTPError.__bases__  # those of its HTTP library, which is one of two
     try:
         model = HfApi(token=hub_token() or False).model_info(base, timeout=5.0)
-    except (OSError, *network):
+    except (OSError, HubError, HFValidationError, *network):
         return {}
     card: Any = model.card_data or {}
     fields = {name: card.get(name) for name in ("license", "license_name", "license_link")}
@@ -100,11 +104,13 @@ def licence_of(base: str) -> dict[str, Any]:
 def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
-    config, subject = run.config, run.config.subject
-    on_hub = not Path(loading.locate(config.base)).exists()
+    config, subject, noun = run.config, run.config.subject, markdown(run.config.subject.class_noun)
+    on_hub = not (Path(config.base).is_absolute() or Path(loading.locate(config.base)).exists())
     lora = config.method == "lora"
     # A local path would reveal the machine's folders and mean nothing elsewhere.
     base = config.base if on_hub else Path(config.base).name
+    code = usage(run, "this model's name", base)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     header = ModelCardData(
         base_model=config.base if on_hub else None,
         library_name="diffusers",
@@ -115,16 +121,17 @@ def _card(run: Run, step: int, photos: bool) -> str:
     rows = {row.step: row for row in validation_record.history(run)}
     likeness, adherence, unchanged = best_checkpoint.ratios_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
-    what = f"A LoRA for `{base}`, trained" if lora else f"`{base}`, fine-tuned"
+    shown = f"`{printable(base).replace('`', '_')}`"  # nothing else is markup in a code span
+    what = f"A LoRA for {shown}, trained" if lora else f"{shown}, fine-tuned"
     where = "its name on the Hub" + ("" if config.train_token else " or the path of its folder")
     return f"""---
 {header.to_yaml()}
 ---
 
-# {subject.token}
+# {markdown(subject.token)}
 
 {what} with DreamBooth ([arXiv 2208.12242](https://arxiv.org/abs/2208.12242)) on a few photos of
-one {subject.class_noun}. Write “{subject.token}” in a prompt to generate images of it.
+one {noun}. Write “{markdown(subject.token)}” in a prompt to generate images of it.
 
 ![generated images of the subject and of its class](samples.png)
 ![validation scores during training](curves.png)
@@ -132,9 +139,9 @@ one {subject.class_noun}. Write “{subject.token}” in a prompt to generate im
 
 ## Use
 
-```python
-{usage(run, "this model's name", base)}
-```
+{fence}python
+{code}
+{fence}
 
 Replace “this model's name” with {where}.
 
@@ -159,8 +166,9 @@ def _prior(config: TrainConfig) -> str:
     if not config.prior_weight:
         return "no prior preservation"
     prior = f"prior preservation with λ {config.prior_weight:g}"
+    of_class = f"“{markdown(config.subject.class_prompt)}”"
     if config.prior == "distilled":
-        return f"{prior} on the base model's own predictions for “{config.subject.class_prompt}”"
+        return f"{prior} on the base model's own predictions for {of_class}"
     if config.class_folder is not None:
         return f"{prior} on the trainer's own class images"
-    return f"{prior} on {config.class_images} class images of “{config.subject.class_prompt}”"
+    return f"{prior} on {config.class_images} class images of {of_class}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
+from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
 from dreambooth_lib.families.noise_schedule import DiscreteNoise, FlowNoise
 from dreambooth_lib.families.precision import NonFinite, outside_autocast
@@ -63,6 +64,8 @@ class Family:
     undistilled_base: ClassVar[str] = ""
     #: The dtype in which its bases' model cards draw on a GPU, by torch's name.
     card_dtype: ClassVar[str] = "bfloat16"
+    #: What a base's scheduler config must have for :meth:`forward_process`.
+    scheduler_settings: ClassVar[tuple[str, ...]] = ("shift",)
     #: More arguments for the pipeline's ``from_pretrained``.
     options: ClassVar[dict[str, Any]] = {}
     #: The pipeline call's arguments for the tensors that ``encode_prompts`` returns.
@@ -98,6 +101,11 @@ class Family:
     def default_batch_size(self) -> int:
         """Return how many images to draw at once with only the model in memory: 8 of 512 x 512."""
         return min(8, 4 * self.batch_size_in_training)
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Return the tokenizers of all text encoders."""
+        return self._parts(("tokenizer", "tokenizer_2", "tokenizer_3"))
 
     @property
     def name(self) -> str:
@@ -136,6 +144,25 @@ class Family:
         patch = self.pipeline.vae_scale_factor * getattr(self.pipeline, "patch_size", 2)
         patches = (self.resolution // patch) ** 2
         return FlowNoise.of_scheduler(self.pipeline.scheduler, patches, min_snr_gamma)
+
+    @classmethod
+    def check_configs(cls, path: str, scheduler: Config, vae: Config) -> None:
+        """Check that this family can train a base, by the configs of its scheduler and autoencoder.
+
+        Raises :class:`BaseError` for another noise process, and for latents of another scale.
+        """
+        lacking = [name for name in cls.scheduler_settings if scheduler.get(name) is None]
+        if lacking or (scheduler.get("use_flow_sigmas") and "shift" not in cls.scheduler_settings):
+            raise BaseError(
+                f"{path}/scheduler has a {scheduler.get('_class_name')}, whose noise process is "
+                f"none that the kit can train a {cls.__name__} base with; choose a base with the "
+                "family's own scheduler."
+            )
+        if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+            raise BaseError(
+                f"{path}/vae has latents_mean or latents_std, by which the kit does not scale "
+                "latents; choose a base whose autoencoder has a scaling_factor only."
+            )
 
     @property
     def latent_size(self) -> tuple[int, int]:

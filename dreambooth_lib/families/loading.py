@@ -1,157 +1,27 @@
-"""Find a base by its name, tell its family and its LoRAs, and load it.
+"""Load a base with its LoRAs, or what is known of it without its weights.
 
-A name becomes a :class:`ResolvedBase` by reading small files only (:func:`resolve`);
-:func:`load_model` loads its weights, through ``families.pretrained``.
+``families.resolving`` finds a base by its name; :func:`load_model` loads its weights, through
+``families.pretrained``.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dreambooth_lib.core.config import origin
-from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.families import quantizers
+from dreambooth_lib.families import base_files, quantizers
+from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.inference_settings import (
     Inference,
     distillation_warning,
     distilled_by_name,
 )
+from dreambooth_lib.families.resolving import BUNDLED as BUNDLED
+from dreambooth_lib.families.resolving import FAMILIES as FAMILIES
+from dreambooth_lib.families.resolving import LORA_BASE_FILE, LORA_FILE, Lora, resolve
+from dreambooth_lib.families.resolving import locate as locate
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
-
-_PACKAGE = Path(__file__).parent.parent
-#: The bundled data: inside the installed package, or beside it in a checkout.
-BUNDLED = _PACKAGE / "bundled" if (_PACKAGE / "bundled").exists() else _PACKAGE.parent / "data"
-
-#: In a folder of LoRA weights: the base that they were trained on, as :func:`load_model` takes it.
-LORA_BASE_FILE = "base.json"
-#: In that folder: the weights, by diffusers' own name, which it asks for when it is offline.
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-#: The family of each pipeline class that a base's ``model_index.json`` may name: a subclass of
-#: ``families.base.Family``, or its module here and its name. Add to it to add a family.
-FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
-    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
-    "FluxPipeline": ("flux", "Flux"),
-    "ZImagePipeline": ("z_image", "ZImage"),
-}
-
-
-class BaseError(KitError, ValueError):
-    """A base that cannot be found or loaded, or whose family is unknown."""
-
-
-def locate(base: str) -> str:
-    """Return the path or hub id of a base: "toybox", a run's or pipeline's folder, or a hub id.
-
-    Raises :class:`BaseError` where it is none of these.
-    """
-    if base == "toybox":
-        return str(BUNDLED / "toybox")
-    folder = Path(base)
-    for place in (folder / "pipeline", folder):
-        if any((place / name).exists() for name in ("model_index.json", LORA_BASE_FILE)):
-            return str(place)
-    if folder.exists():
-        raise BaseError(
-            f"the base folder {folder} has no model_index.json; give a folder in diffusers' "
-            "layout, or the folder of a run that has finished."
-        )
-    if folder.is_absolute() or base.count("/") != 1:
-        raise BaseError(
-            f"there is no base '{base}'; give 'toybox', a folder in diffusers' layout, "
-            "or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
-        )
-    return base
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A folder of LoRA weights that this kit wrote."""
-
-    path: str
-    trained_on: dict[str, Any]  #: the base, as arguments of :func:`load_model`
-    token: str | None  #: the new token that was trained along
-
-
-@dataclass(frozen=True)
-class ResolvedBase:
-    """Hold where a base is, its family, and the LoRAs on top of it; see :func:`resolve`."""
-
-    name: str  #: of the base under all LoRAs: "toybox", a folder or a hub id
-    path: str  #: its pipeline's folder, or the hub id
-    hub: dict[str, str | None]  #: revision and variant; empty for a folder
-    loras: tuple[Lora, ...] = ()  #: in the order in which they were trained
-
-    @property
-    def is_local(self) -> bool:
-        return Path(self.path).exists()
-
-    @cached_property
-    def family(self) -> "type[Family]":
-        """Return its family's class. Raises :class:`BaseError` for an unknown one."""
-        class_name = self.read("model_index.json")["_class_name"]
-        if class_name not in FAMILIES:
-            raise BaseError(
-                f"the base '{self.name}' is a {class_name}, which the kit does not support; choose "
-                f"a base with one of these pipelines: {', '.join(FAMILIES)}; or add its family to "
-                "families.loading.FAMILIES."
-            )
-        family = FAMILIES[class_name]
-        if isinstance(family, tuple):
-            module, name = family
-            return getattr(import_module(f"{__package__}.{module}"), name)
-        return family
-
-    @property
-    def inference(self) -> Inference:
-        """Return its inference steps and guidance scale, told by its configs and its name."""
-        family, name = self.family, origin(self.name)
-        if name != "toybox" and Path(name).exists():
-            # A folder may have any name; diffusers records where its files came from.
-            name = self.read("model_index.json").get("_name_or_path") or name
-        parts = ("scheduler/scheduler_config.json", f"{family.denoiser_name}/config.json")
-        return family.inference_for([Path(name).name], *map(self.read, parts))
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Read one of its configs; return {} where a folder has no such file."""
-        if self.is_local:
-            file = Path(self.path) / name
-            return json.loads(file.read_text()) if file.exists() else {}
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = Path(hf_hub_download(self.path, name, revision=self.hub["revision"]))
-        except Exception as error:  # huggingface_hub raises many kinds for the same problem
-            raise BaseError(
-                f"the base '{self.path}' could not be reached on the hub "
-                f"({type(error).__name__}); check its name, your network and your access to it."
-            ) from error
-        return json.loads(file.read_text())
-
-
-def resolve(base: str, revision: str | None = None, variant: str | None = None) -> ResolvedBase:
-    """Find a base; for a folder of LoRA weights, the base that they were trained on.
-
-    Downloads nothing before its family or inference settings are asked for. Raises
-    :class:`BaseError` for a missing base.
-    """
-    path = locate(base)
-    lora_base = Path(path) / LORA_BASE_FILE
-    if not lora_base.exists():
-        hub = {} if Path(path).exists() else {"revision": revision, "variant": variant}
-        return ResolvedBase(base, path, hub)
-    trained_on = json.loads(lora_base.read_text())
-    lora = Lora(path, trained_on, trained_on.pop("word", None))
-    resolved = resolve(trained_on["base"], trained_on["revision"], trained_on.get("variant"))
-    return replace(resolved, loras=(*resolved.loras, lora))
 
 
 def load_model(
@@ -183,9 +53,12 @@ def load_model(
             f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
             "that has it, such as an L4 or A100, or choose another base."
         )
+    resolved.check()
     from dreambooth_lib.families.pretrained import load_pretrained
 
-    family = load_pretrained(resolved.family, resolved.path, **(loading | resolved.hub))
+    family = load_pretrained(
+        resolved.family, resolved.path, resolved.index, **(loading | resolved.hub)
+    )
     family.inference = resolved.inference
     return family
 
@@ -213,10 +86,14 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
     quantizers.ignore_unusable()
     family = load_model(**(loading | bases[0]))
     adapters = [f"lora{number}" for number in range(len(parts))]
+    for lora in parts:
+        base_files.check_lora(Path(lora.path) / LORA_FILE)
     for adapter, lora in zip(adapters, parts, strict=True):
         if lora.token is not None:
             load_token(family, lora.path, lora.token)
-        family.pipeline.load_lora_weights(lora.path, weight_name=LORA_FILE, adapter_name=adapter)
+        family.pipeline.load_lora_weights(
+            lora.path, weight_name=LORA_FILE, adapter_name=adapter, use_safetensors=True
+        )
     family.pipeline.set_adapters(adapters, list(loras.values()))
     return family if bases[0].get("quantize") else merge_loras(family)
 
@@ -246,32 +123,37 @@ def load_meta(base: str, revision: str | None = None, **loading: Any) -> "Family
     from dreambooth_lib.families.pretrained import build_on_meta
 
     resolved = resolve(base, revision)
+    resolved.check()
     hub_revision = resolved.hub.get("revision")
-    return build_on_meta(resolved.family, resolved.path, revision=hub_revision, **loading)
+    return build_on_meta(
+        resolved.family, resolved.path, resolved.index, revision=hub_revision, **loading
+    )
 
 
 class BaseInfo(NamedTuple):
     """Hold what is known of a base without its weights."""
 
     resolution: int  #: pixels a side that the base was trained at
-    tokenizer: Any
+    tokenizers: list[Any]  #: of all text encoders; identifiers are chosen by the first
 
 
 def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
-    """Return a base's resolution and tokenizer; from the hub, that is a small download.
+    """Return a base's resolution and tokenizers; from the hub, that is a small download.
 
     Raises as :func:`load_model` does.
     """
-    import transformers
+    from dreambooth_lib.families.pretrained import load_tokenizer
 
     resolved = resolve(base, revision)
-    family = resolved.family
+    family, revision = resolved.family, resolved.hub.get("revision")
     denoiser, vae = (resolved.read(f"{n}/config.json") for n in (family.denoiser_name, "vae"))
-    tokenizer = getattr(transformers, resolved.read("model_index.json")["tokenizer"][1])
-    source = {"subfolder": "tokenizer", "revision": resolved.hub.get("revision")}
-    return BaseInfo(
-        family.native_resolution(denoiser, vae), tokenizer.from_pretrained(resolved.path, **source)
-    )
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    tokenizers = [
+        load_tokenizer(resolved.path, resolved.index, revision, name)
+        for name in names
+        if resolved.index.get(name, [None])[0]
+    ]
+    return BaseInfo(family.native_resolution(denoiser, vae), tokenizers)
 
 
 def base_inference(base: str, revision: str | None = None) -> Inference:

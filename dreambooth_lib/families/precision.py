@@ -9,6 +9,9 @@ import torch
 
 from dreambooth_lib.core.errors import KitError
 
+#: Where the libraries record in a config what its weights were loaded from.
+_NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+
 
 class NonFinite(KitError, FloatingPointError):
     """A part of a base gave NaN, infinity or black images; the message names the part."""
@@ -53,15 +56,27 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     """Save a pipeline in diffusers' layout, such that it loads in float32 by default.
 
     Without a dtype, diffusers loads every file as float32, but transformers goes by the config: so
-    the text encoders' configs say float32, whatever dtype their files have.
+    the text encoders' configs say float32, whatever dtype their files have. Where the base was
+    loaded from a folder, the configs keep the folder's name without its path.
     """
     from transformers import PreTrainedModel
 
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for name, part in pipeline.components.items():
-        if isinstance(part, PreTrainedModel):
-            file = Path(folder) / name / "config.json"
-            config = json.loads(file.read_text())
-            # transformers 4 calls it torch_dtype.
-            config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for file in (Path(folder) / "model_index.json", *Path(folder).glob("*/*config.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # transformers 4 calls it torch_dtype.
+        keys = ("dtype", "torch_dtype")
+        if not isinstance(getattr(pipeline, file.parent.name, None), PreTrainedModel):
+            keys = ()
+        portable = config | {key: "float32" for key in keys if key in config}
+        portable |= without_paths({key: config[key] for key in _NAMES if key in config})
+        if portable != config:
+            file.write_text(json.dumps(portable, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def without_paths(names: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with each absolute path cut down to its last part."""
+    return {
+        key: Path(name).name if isinstance(name, str) and Path(name).is_absolute() else name
+        for key, name in names.items()
+    }

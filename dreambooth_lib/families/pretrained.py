@@ -3,9 +3,11 @@
 ``families.loading`` finds the base and its family; this module knows nothing of LoRAs or names.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
+from traceback import walk_tb
 from typing import Any
 
 import diffusers
@@ -15,7 +17,10 @@ from diffusers import DiffusionPipeline
 from packaging.version import Version
 
 from dreambooth_lib.core import gpu_memory, notices
+from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.families import index_checks
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.precision import autoencoder_dtype
 from dreambooth_lib.families.prompt_cache import PromptCache
 
@@ -29,6 +34,7 @@ TRAINABLE = ("denoiser", "text_encoders")
 def load_pretrained(
     family_class: type[Family],
     path: str,
+    index: dict[str, Any],
     *,
     resolution: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -46,21 +52,21 @@ def load_pretrained(
     encode these prompts on ``device`` and are freed before the rest is loaded; the family then
     knows no other prompt.
     """
-    index = DiffusionPipeline.load_config(path, **hub)
     options: dict[str, Any] = {"use_safetensors": True, **family_class.options, **hub}
     options[DTYPE] = {"default": dtype} | _dtypes(family_class, dtype, trained, trained_dtype)
     prompt_cache = None
     if prompts is not None:
         encoders_only = options | dict.fromkeys((family_class.denoiser_name, "vae"))
         encoders_only |= _quantization(family_class, index, encoders_only, quantize, dtype)
-        pipeline = DiffusionPipeline.from_pretrained(path, **encoders_only).to(device)
-        prompt_cache = PromptCache(family_class(pipeline, resolution=1), {*prompts, ""})
-        del pipeline
+        encoding = _load(family_class, path, encoders_only, resolution=1)
+        encoding.pipeline.to(device)
+        prompt_cache = PromptCache(encoding, {*prompts, ""})
+        del encoding
         gpu_memory.free_memory()
         encoders = (*family_class.encoder_names, *family_class.large_encoder_names)
         options |= {name: None for name in encoders if name in index}
     options |= _quantization(family_class, index, options, quantize, dtype)
-    family = family_class(DiffusionPipeline.from_pretrained(path, **options), resolution)
+    family = _load(family_class, path, options, resolution)
     family.prompt_cache = prompt_cache
     return family
 
@@ -68,6 +74,7 @@ def load_pretrained(
 def build_on_meta(
     family_class: type[Family],
     path: str,
+    index: dict[str, Any],
     *,
     resolution: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -80,30 +87,83 @@ def build_on_meta(
 
     Parts that ``quantize`` would quantize are in ``dtype`` here.
     """
-    index = DiffusionPipeline.load_config(path, revision=revision)
     dtypes = _dtypes(family_class, dtype, trained, trained_dtype)
     parts: dict[str, Any] = dict(family_class.options)
-    for name, (library, class_name) in _parts(index).items():
-        if name in parts or class_name is None:
-            parts[name] = None
-            continue
-        part_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
-        source: dict[str, Any] = {"subfolder": name, "revision": revision}
-        if name.startswith(("scheduler", "tokenizer")):
-            parts[name] = part_class.from_pretrained(path, **source)
-            continue
-        with torch.device("meta"):
-            if library == "diffusers":
-                part = part_class.from_config(part_class.load_config(path, **source))
-            else:
-                part = part_class(part_class.config_class.from_pretrained(path, **source))
-            parts[name] = part.to(dtypes.get(name, dtype))
-        # transformers keeps layers that overflow float16 in float32.
-        fp32_layers = getattr(part_class, "_keep_in_fp32_modules", None) or []
-        for module_name, module in part.named_modules() if dtype is torch.float16 else ():
-            if module_name.rpartition(".")[2] in fp32_layers:
-                module.to(torch.float32)
-    return family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
+    parts |= {name: None for name, value in index.items() if value == [None, None]}
+    for name, (library, class_name) in index_checks.parts_of(index, path).items():
+        if name.startswith("tokenizer"):
+            parts[name] = load_tokenizer(path, index, revision, name)
+        elif name not in parts:
+            part_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
+            source: dict[str, Any] = {"subfolder": name, "revision": revision}
+            with _loading(f"{path}/{name}"):
+                if name.startswith(("scheduler", "feature_extractor")):
+                    parts[name] = part_class.from_pretrained(path, **source)
+                else:
+                    parts[name] = _part_on_meta(part_class, path, source, dtypes.get(name, dtype))
+                    _keep_layers_in_float32(parts[name], dtype)
+    with _loading(path):
+        return family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
+
+
+def _part_on_meta(part_class: Any, path: str, source: dict[str, Any], dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        if issubclass(part_class, diffusers.ModelMixin):
+            part = part_class.from_config(part_class.load_config(path, **source))
+        else:
+            part = part_class(part_class.config_class.from_pretrained(path, **source))
+        return part.to(dtype)
+
+
+def _keep_layers_in_float32(part: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep layers that overflow float16 in float32, as transformers does."""
+    fp32_layers = getattr(part, "_keep_in_fp32_modules", None) or []
+    for module_name, module in part.named_modules() if dtype is torch.float16 else ():
+        if module_name.rpartition(".")[2] in fp32_layers:
+            module.to(torch.float32)
+
+
+def load_tokenizer(
+    path: str, index: dict[str, Any], revision: str | None, name: str = "tokenizer"
+) -> Any:
+    """Load the tokenizer of a base, by its ``model_index.json``'s class.
+
+    Raises :class:`BaseError` for one that is missing or damaged.
+    """
+    parts = index_checks.parts_of({name: index.get(name)}, f"{path}/model_index.json")
+    if name not in parts:
+        raise BaseError(f"{path}/model_index.json has no '{name}'; choose another base.")
+    index_checks.check_classes(parts, {}, f"{path}/model_index.json")
+    with _loading(f"{path}/{name}"):
+        return getattr(transformers, parts[name][1]).from_pretrained(
+            path, subfolder=name, revision=revision, trust_remote_code=False
+        )
+
+
+def _load(
+    family_class: type[Family], path: str, options: dict[str, Any], resolution: int | None
+) -> Family:
+    with _loading(path):
+        pipeline = DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **options)
+        return family_class(pipeline, resolution)
+
+
+@contextmanager
+def _loading(where: str) -> Iterator[None]:
+    """Turn what the libraries raise for files that do not fit each other into a BaseError."""
+    try:
+        yield
+    except (KitError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: configs are used without a look at their shape
+        frames = (frame.f_locals for frame, _ in walk_tb(error.__traceback__)
+                  if frame.f_code.co_name == "load_sub_model")  # fmt: skip
+        part = next((f"/{names.get('name')}" for names in frames), "")
+        reason = str(error).partition("\n")[0][:200]
+        raise BaseError(
+            f"the base's files in {where}{part} cannot be loaded ({type(error).__name__}: "
+            f"{reason}); download or copy them again, or choose another base."
+        ) from error
 
 
 def _dtypes(
@@ -140,18 +200,10 @@ def _quantization(
         }
     mapping = {
         name: import_module(library).BitsAndBytesConfig(**settings)
-        for name, (library, class_name) in _parts(index).items()
-        if quantize
-        and class_name
-        and options.get(name, ...)
-        and name in family_class.quantized_names()
+        for name, (library, _) in index_checks.parts_of(index, "model_index.json").items()
+        if quantize and options.get(name, ...) and name in family_class.quantized_names()
     }
     if not mapping:
         return {}
     notices.hide_casts()
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
-
-
-def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """Map the parts in a ``model_index.json`` to the library and class of each."""
-    return {name: (value[0], value[1]) for name, value in index.items() if isinstance(value, list)}

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.user_text import python_string
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -100,21 +101,21 @@ def usage_lines(family: "type[Family]", model: str | Path, word: str) -> list[st
 
     ``model`` is a folder, or a name on the Hub where there is no such folder.
     """
-    lines = ["from safetensors.torch import load_file"]
+    lines, token = ["from safetensors.torch import load_file"], python_string(word)
     if Path(model).is_dir():
-        lines += [f'word = load_file("{Path(model) / TOKEN_FILE}")']
+        lines += [f"word = load_file({python_string(Path(model) / TOKEN_FILE)})"]
     else:
         lines += ["from huggingface_hub import hf_hub_download"]
-        lines += [f'word = load_file(hf_hub_download("{model}", "{TOKEN_FILE}"))']
+        lines += [f'word = load_file(hf_hub_download({python_string(model)}, "{TOKEN_FILE}"))']
     for name in family.encoder_names:
         encoder, tokenizer = f"pipeline.{name}", f"pipeline.{_tokenizer_of(name)}"
         row = f'word["{_KEYS[name]}"]'
         if family.loads_textual_inversion:
             parts = f"text_encoder={encoder}, tokenizer={tokenizer}"
-            lines += [f'pipeline.load_textual_inversion({row}, token="{word}", {parts})']
+            lines += [f"pipeline.load_textual_inversion({row}, token={token}, {parts})"]
         else:
             lines += [
-                f'{tokenizer}.add_tokens("{word}")',
+                f"{tokenizer}.add_tokens({token})",
                 f"{encoder}.resize_token_embeddings(len({tokenizer}), mean_resizing=False)",
                 f"{encoder}.get_input_embeddings().weight.data[-1] = {row}[0]",
             ]

@@ -10,6 +10,7 @@ mismatched ones raise ``ValueError``.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dreambooth_lib.metrics.encoders import Encoder
@@ -65,7 +66,7 @@ def strip_identifier(prompt: str, identifier: str) -> str:
 
 def evaluate(
     encoder: Encoder,
-    reference: "list[Image.Image]",
+    reference: "Sequence[Image.Image]",
     generated: "list[Image.Image]",
     prompts: list[str],
     class_images: "list[Image.Image]",

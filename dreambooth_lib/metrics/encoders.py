@@ -90,7 +90,7 @@ class Encoder:
         settings = self._processor.to_dict()
         return {"model_id": self.model_id, "weights": digest.hexdigest(), "preparation": settings}
 
-    def embed_images(self, images: list[Image.Image]) -> "torch.Tensor":
+    def embed_images(self, images: Sequence[Image.Image]) -> "torch.Tensor":
         """Embed images of any size as float32 ``[N, D]``; raise ``ValueError`` for none."""
         return self._embed(images, self._image_features, "images")
 
@@ -103,7 +103,9 @@ class Encoder:
             )
         return self._embed(prompts, self._text_features, "prompts")
 
-    def _embed(self, items: list[Any], features: Callable[..., Any], name: str) -> "torch.Tensor":
+    def _embed(
+        self, items: Sequence[Any], features: Callable[..., Any], name: str
+    ) -> "torch.Tensor":
         import torch
 
         if not items:

@@ -6,7 +6,8 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from unicodedata import category
 
 from dreambooth_lib.core import background
 from dreambooth_lib.core.hub_token import in_colab
@@ -34,34 +35,44 @@ def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
 
     Each upload gets its own sub-folder, named by a hash of its content, which appears only when it
     is complete: uploads never mix, and an earlier run resumes with its own photos. A zip is not
-    unpacked. Raises :class:`DataError` if there are no files, a name is a path, a zip comes with
-    other files, or ``folder`` cannot be written.
+    unpacked. Raises :class:`DataError` if there are no files, a name is a path or none that any
+    disk takes, or a zip comes with other files, and ``DiskError`` where ``folder`` cannot be
+    written.
     """
     from dreambooth_lib.core.files import replacing_folder
 
     if not files:
         raise DataError("nothing was uploaded; choose three to six photos, or a zip of them.")
     digest = hashlib.sha256()
+    if len({name.lower() for name in files}) < len(files):
+        raise DataError("two uploaded names differ only in upper and lower case; rename one file.")
     for name, content in sorted(files.items()):
-        if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"} or Path(name).name != name:
-            raise DataError(f"the uploaded file's name {name!r} is a path; rename it.")
+        if problem := _problem_of(name):
+            raise DataError(f"the uploaded file's name {name!r} {problem}; rename it.")
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     zips = [name for name in files if name.lower().endswith(".zip")]
     if zips and len(files) > 1:
         raise DataError(f"'{zips[0]}' was uploaded with other files; upload one zip, or photos.")
     place = Path(folder) / digest.hexdigest()[:12]
-    try:
-        if not place.exists():
-            with replacing_folder(place) as partial:
-                for name, content in files.items():
-                    (partial / name).write_bytes(content)
-    except OSError as error:
-        raise DataError(
-            f"the upload could not be saved in {folder} ({error}); free some space, or choose "
-            "another folder."
-        ) from None
+    if not place.exists():
+        with replacing_folder(place) as partial:
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
     return place / zips[0] if zips else place
+
+
+def _problem_of(name: str) -> str:
+    """Return why a file's name cannot be saved in a folder on any disk, "" if it can."""
+    if name in ("", ".", "..") or set(name) & {"/", "\\"} or Path(name).name != name:
+        return "is a path"
+    if any(category(letter) in ("Cc", "Cs") for letter in name):
+        return "has control characters"
+    if len(name.encode()) > 200:  # 255, less what an unfinished copy is called
+        return "is too long"
+    if PureWindowsPath(name).is_reserved():
+        return "is reserved on Windows"
+    return ""
 
 
 def download(file: str | Path) -> None:

@@ -74,8 +74,8 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     """
     is_first = join_group().is_main_process
     with raise_on_termination(), lock(run.folder) if is_first else nullcontext():
-        if is_first:
-            remove_partials(run.folder)
+        for folder in ("class_images", "latents", run.folder.name) if is_first else ():
+            remove_partials(run.folder.parent / folder)
         trainer = Trainer(run)
         with _save_and_explain(trainer):
             trainer.warn_of_distillation()

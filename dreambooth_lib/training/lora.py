@@ -16,6 +16,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.families import quantizers, textual_inversion
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.loading import LORA_BASE_FILE
+from dreambooth_lib.families.precision import without_paths
 
 #: Layers of transformers' CLIP encoders: attention, and feed-forward.
 _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
@@ -85,7 +86,8 @@ def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
         saved[f"{name}_lora_layers"] = get_peft_model_state_dict(
             module, save_embedding_layers=False
         )
-        saved[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+        adapter = without_paths(module.peft_config["default"].to_dict())
+        saved[f"{name}_lora_adapter_metadata"] = adapter
     family.pipeline.save_lora_weights(folder, **saved)
     if config.train_token:
         textual_inversion.save_token(family, folder)

@@ -9,6 +9,7 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.digests import changed_file
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.data.captions import cut_words
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.trainable import load_at_checkpoint, load_base
@@ -70,7 +71,14 @@ def sample(
     steps = own.steps if steps is None else steps
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or family.default_batch_size
-    pairs = [(fill(prompt, subject), seed) for prompt in prompts for seed in seeds]
+    filled = [fill(prompt, subject) for prompt in prompts]
+    for prompt in filled:
+        if cut := cut_words(prompt, family.tokenizers):
+            warnings.warn(
+                f"the prompt '{prompt}' is longer than the base reads: it is cut before '{cut}'.",
+                stacklevel=2,
+            )
+    pairs = [(prompt, seed) for prompt in filled for seed in seeds]
     samples = []
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]

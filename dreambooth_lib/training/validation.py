@@ -4,6 +4,7 @@ Every validation draws the same prompts from the same seeds. :mod:`.validation_r
 images and scores to the run's folder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ def load_scorer(config: TrainConfig, device: "str | torch.device" = "cpu") -> En
 
 def score_images(
     encoder: Encoder,
-    photos: "list[Image.Image]",
+    photos: "Sequence[Image.Image]",
     subject: Subject,
     images: ValidationImages,
     base_images: ValidationImages,

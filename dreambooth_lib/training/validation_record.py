@@ -7,6 +7,7 @@ RUN/validation/plan.json          what each validation draws
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Validator:
     """
 
     def __init__(
-        self, run: Run, photos: list[Image.Image], held_out: HeldOutLoss, encoder: Encoder
+        self, run: Run, photos: Sequence[Image.Image], held_out: HeldOutLoss, encoder: Encoder
     ):
         self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
         self.plan = plan_of(run)
@@ -167,6 +168,20 @@ def load_images(run: Run, step: int) -> ValidationImages:
     seeds = len(of_subject) // len(PROMPTS)
     prompts = [fill_prompt(p, run.config.subject) for p in PROMPTS for _ in range(seeds)]
     return ValidationImages(of_subject, load("class"), load("unrelated"), prompts)
+
+
+def load_all_images(run: Run) -> dict[int, ValidationImages]:
+    """Load the images of every validation so far, by step; warn of damaged ones and leave them out.
+
+    Training goes on without an image of an earlier step.
+    """
+    images = {}
+    for result in history(run):
+        try:
+            images[result.step] = load_images(run, result.step)
+        except RunError as error:
+            warnings.warn(f"step {result.step} is not shown: {error}", stacklevel=2)
+    return images
 
 
 def _open_image(file: Path) -> Image.Image:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from IPython.display import display
 from ipywidgets import HTML, Combobox, Text, VBox
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.errors import printable
+from dreambooth_lib.data.captions import check_captions, check_lengths
 from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
-from dreambooth_lib.data.images import DataError, Photo, read_photos
+from dreambooth_lib.data.images import DataError, Images, Photo, read_source
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import check_photos, hold_out
 from dreambooth_lib.families import loading
@@ -33,6 +35,10 @@ from dreambooth_lib.notebook.widgets.parts import (
 if TYPE_CHECKING:
     import torch
 
+_SHOWN = 60  # photos, and messages on them
+_THUMBNAIL = 320  # pixels a side, twice what the grid shows
+_LONGEST_LABEL = 120  # characters of a photo's name and caption
+
 _ON_COLAB = (
     "To upload photos, set UPLOAD = True in the settings cell and run the notebook from there; or "
     "type the path of a folder or a zip."
@@ -49,14 +55,15 @@ class SubjectPanel(Panel):
     def __init__(self, config: TrainConfig, uploads: str | Path = "photos"):
         base = loading.inspect_base(config.base, config.revision)
         self.initial_config, self.uploads = config, Path(uploads)
-        self._tokenizer = base.tokenizer
+        self._tokenizers = base.tokenizers
         self.resolution = config.resolution or base.resolution
-        subject, rare = config.subject, rare_identifiers(base.tokenizer)
+        subject, rare = config.subject, rare_identifiers(base.tokenizers[0])
         self.upload = upload.upload_button()
         self.source = control(Text, "folder or zip", value=subject.pictures)
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
         self.identifier = control(Combobox, "identifier", value=subject.identifier, options=rare)
         self.photos: list[Photo] = []
+        self._notes: list[str] = []
         self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
         self._title, self._crops_title = HTML(), HTML()
         hints = {
@@ -86,7 +93,7 @@ class SubjectPanel(Panel):
             if isinstance(source, Mapping):
                 source = colab.save_uploads(source, self.uploads)
                 self._uploaded_at = f" (uploaded {datetime.now():%H:%M})"
-            self.photos = read_photos(source)
+            self.photos, self._notes = read_source(source)
             self._path = self.source.value = str(source)
             self._show()
         except Exception as error:
@@ -101,7 +108,7 @@ class SubjectPanel(Panel):
     def _clear(self) -> None:
         """Show no photos, and no messages on earlier ones."""
         self.clear_errors()
-        self.photos, self._path = [], ""
+        self.photos, self._notes, self._path = [], [], ""
         for text in (self._title, self.findings, self._crops_title):
             text.value = ""
         for image in (self.thumbnails, self.crops):
@@ -155,29 +162,56 @@ class SubjectPanel(Panel):
     def _read(self) -> None:
         self.use(self.source.value.strip())
 
+    def _check_words(self) -> list[str]:
+        """Return messages about identifier, class noun and captions.
+
+        Raises ``ConfigError`` and ``DataError`` for words that cannot be trained.
+        """
+        identifier, noun = self.identifier.value.strip(), self.class_noun.value.strip()
+        problems = check_identifier(identifier, self._tokenizers[0])
+        problems += _unknown_noun(self.initial_config.base, noun)
+        if identifier and noun:  # config says which of them is empty
+            subject = Subject(self._path, noun, identifier)
+            problems += check_captions(self.photos, subject)
+            problems += check_lengths(self.photos, subject, self._tokenizers)
+        return problems
+
     def _show(self) -> None:
         photos, config, side = self.photos, self.initial_config, self.resolution
         if not photos:
             return
-        problems = [finding.message for finding in check_photos(photos, side)]
-        problems += check_identifier(self.identifier.value.strip(), self._tokenizer)
-        problems += _unknown_noun(config.base, self.class_noun.value.strip())
-        items = "".join(f"<li>{html.escape(text)}</li>" for text in problems)
+        problems = self._notes + [finding.message for finding in check_photos(photos, side)]
+        problems += self._check_words()
+        items = "".join(f"<li>{html.escape(printable(text))}</li>" for text in problems[:_SHOWN])
+        if len(problems) > _SHOWN:
+            items += f"<li>and {len(problems) - _SHOWN} more</li>"
         count = f"{len(photos)} photo{'s' * (len(photos) > 1)}"
-        grid = image_grids.grid([p.image for p in photos], 6, [photo.name for photo in photos])
-        crops = [_to_image(to_tensor(p.image, side, config.crop)) for p in photos]
+        shown = photos[:_SHOWN]
+        first = f"the first {_SHOWN} of " if len(photos) > _SHOWN else ""
+        thumbnails, crops = [], []
+        for image in Images(shown):
+            crops.append(_to_image(to_tensor(image, side, config.crop)))
+            large = max(image.size) > _THUMBNAIL
+            thumbnails.append(ImageOps.contain(image, (_THUMBNAIL,) * 2) if large else image)
+        grid = image_grids.grid(thumbnails, 6, [_label(photo) for photo in shown])
         held_out = hold_out(photos)[1] if config.validate_every and config.hold_out else []
-        labels = ["held out" if p in held_out else "" for p in photos] if held_out else None
+        labels = ["held out" if p in held_out else "" for p in shown] if held_out else None
         cropped = image_grids.grid(crops, 6, labels)
         # Change everything at once, so that all of it shows the same photos.
         path = html.escape(short_path(self._path))
-        self._title.value = f"<b>Showing {count} from {path}</b>{self._uploaded_at}"
+        self._title.value = f"<b>Showing {first}{count} from {path}</b>{self._uploaded_at}"
         show_image(self.thumbnails, grid.save)
         self.findings.value = f"<b>No problems found in {count}.</b>"
         if problems:
             self.findings.value = f"<b>Check these before you train:</b><ul>{items}</ul>"
         self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
         show_image(self.crops, cropped.save)
+
+
+def _label(photo: Photo) -> str:
+    """Return a photo's name, and its caption if it has one."""
+    text = printable(f"{photo.name}: {photo.caption}" if photo.caption else photo.name)
+    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
 
 
 def _unknown_noun(base: str, noun: str) -> list[str]:

@@ -15,7 +15,7 @@ from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_
 from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.training.loop import Objective, Step, prior_preservation, train
 from dreambooth_lib.training.runs import Run
-from dreambooth_lib.training.validation_record import history, load_images
+from dreambooth_lib.training.validation_record import history, load_all_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +112,7 @@ def validation_sheet(run: Run) -> PIL_Image.Image:
 
     Raises ``ValueError`` if there are none.
     """
-    steps = {result.step: load_images(run, result.step) for result in history(run)}
+    steps = load_all_images(run)
     rows = [f"step {step}" if step else "the base" for step in steps]
     cells = [[images.subject, images.class_images, images.unrelated] for images in steps.values()]
     subject = run.config.subject

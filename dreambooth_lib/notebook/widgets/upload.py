@@ -95,8 +95,7 @@ def take_files(button: FileUpload) -> dict[str, bytes]:
     """
     files = uploaded_files(button.value)
     _empty(button)
-    if files.keys() == {_NOTE}:
-        note = json.loads(files[_NOTE])
+    if files.keys() == {_NOTE} and (note := _read_note(files[_NOTE])):
         what = f"{note['files']} photos" if note["files"] > 1 else "a file"
         start = "" if LIMIT in os.environ else ", or start Jupyter with 'make lab'"
         raise DataError(
@@ -104,6 +103,17 @@ def take_files(button: FileUpload) -> dict[str, bytes]:
             f"accepts {format_bytes(size_limit())} at once; {_OTHER_WAY}{start}."
         )
     return files
+
+
+def _read_note(content: bytes) -> dict[str, int] | None:
+    """Return the page's note, or None for a file of the user's that has its name."""
+    try:
+        match json.loads(content):
+            case {"files": int(), "bytes": int()} as note:
+                return note
+    except (ValueError, RecursionError):
+        return None
+    return None
 
 
 def uploaded_files(value: Any) -> dict[str, bytes]:

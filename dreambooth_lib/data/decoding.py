@@ -1,0 +1,146 @@
+"""Decode a photo as an upright RGB image in sRGB, without metadata, within bounds.
+
+Pixels are counted by the header, before decoding. Some files of a few bytes take minutes to decode,
+such as a JPEG of a thousand scans, and some formats are decoded in Python; so the decoder runs out
+of bytes when its time is over.
+"""
+
+import io
+import time
+import warnings
+from contextlib import suppress
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from dreambooth_lib.data.sources import NEEDS_DECODER, PHOTO_SUFFIXES, DataError
+
+MAX_PIXELS = 8192 * 6144  #: in one photo, by its header: a phone's 50 megapixels
+MAX_BYTES = 2**28  #: of one photo's file
+MAX_SECONDS = 10.0  #: of CPU time to decode one photo
+
+#: Pillow's formats to read; it runs other programs to decode some of the rest, such as EPS.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000",
+            "PPM", "QOI")  # fmt: skip
+_BLOCK = 2**10  # bytes that a decoder gets at once: it is timed between them
+
+
+class _TooSlow(Exception):
+    pass
+
+
+class _TimedBytes(io.BytesIO):
+    """A file in memory that raises once :data:`MAX_SECONDS` of CPU time are over."""
+
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        self._end = time.thread_time() + MAX_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self._end:
+            raise _TooSlow
+        return super().read(size)
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return the formats that can be read here, HEIF among them if pillow-heif is installed."""
+    Image.init()
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def is_photo(head: bytes) -> bool:
+    """Return whether a file that begins with ``head``, of 16 bytes, is an image to read."""
+    accepts = (Image.OPEN[name][1] for name in formats())
+    return any(accept(head) for accept in accepts if accept is not None)
+
+
+def decode(where: str, suffix: str, data: bytes) -> Image.Image:
+    """Return a file's first image. Raises :class:`DataError` that says ``where`` it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on damaged metadata and large images
+            return _decode(data)
+    except (Image.DecompressionBombError, _TooLarge):
+        problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
+    except UnidentifiedImageError:
+        problem = _why_unidentified(suffix, data)
+    except _TooSlow:
+        problem = f"takes longer than {MAX_SECONDS:.0f} seconds to decode; save it as JPEG or PNG"
+    # Decoders raise errors of nearly any kind for a damaged file.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        problem = f"cannot be read ({reason}); replace or remove it"
+    raise DataError(f"{where} {problem}.")
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _decode(data: bytes) -> Image.Image:
+    image = Image.open(_TimedBytes(data), formats=formats())
+    if image.width * image.height > MAX_PIXELS:
+        raise _TooLarge
+    image.decodermaxblock = _BLOCK  # type: ignore[attr-defined]
+    image.load()
+    return _to_rgb(_to_srgb(ImageOps.exif_transpose(image)))
+
+
+def _why_unidentified(suffix: str, data: bytes) -> str:
+    if suffix in (".heic", ".heif") or data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        if "HEIF" in formats():
+            return "is damaged; replace or remove it"
+        return "cannot be decoded here; run 'pip install pillow-heif', or convert it to JPEG or PNG"
+    if suffix in NEEDS_DECODER:
+        return "cannot be decoded here; convert it to JPEG or PNG"
+    if suffix in PHOTO_SUFFIXES:
+        return "is empty, damaged or not an image; replace or remove it"
+    return "is not an image; remove it"
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Return the image as a viewer shows it, by its ICC profile; a broken one is passed over."""
+    data = image.info.get("icc_profile")
+    if not data or image.mode not in ("RGB", "RGBA", "L", "LA", "P", "PA", "CMYK"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        if ImageCms.getProfileDescription(profile).strip().startswith("sRGB"):
+            return image  # keep every level: a conversion would round some
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if image.mode in ("L", "LA", "CMYK"):
+            source = image.convert("L") if image.mode == "LA" else image
+        else:
+            source = image.convert("RGB")
+        converted = ImageCms.profileToProfile(
+            source, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    if converted is None:
+        return image
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its 32-bit values have no known scale")
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its floating-point values have no known scale")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("RGB")
+    # Copy the pixels only: image.copy() would keep the EXIF data, with its GPS position, and ICC.
+    return Image.frombytes("RGB", image.size, image.tobytes())

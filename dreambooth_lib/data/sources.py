@@ -1,0 +1,166 @@
+"""List the files of a folder or a zip, checked by name and size before anything is read."""
+
+import hashlib
+import re
+import stat
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from dreambooth_lib.core.disk import format_bytes
+from dreambooth_lib.core.errors import KitError
+
+MAX_ZIP_BYTES = 2 * 2**30  #: of all members of a zip, unpacked
+MAX_ZIP_RATIO = 100  #: unpacked bytes per byte of the zip, for zips above 100 MiB unpacked
+
+#: What photos may be called, and what needs a decoder that may be missing.
+NEEDS_DECODER = {".heic", ".heif", ".avif", ".avifs", ".jxl"}
+PHOTO_SUFFIXES = NEEDS_DECODER | {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng",
+                                  ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # fmt: skip
+#: Of captions, and of other texts, which are never opened.
+CAPTION_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv"}
+TEXT_SUFFIXES = CAPTION_SUFFIXES | {".md", ".xml", ".url", ".ini"}
+TABLES = ("metadata.jsonl", "metadata.csv")  #: of captions, as ``datasets`` reads them
+
+_IGNORED = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+
+
+class DataError(KitError, ValueError):
+    """Photos or tables that cannot be used; the message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a folder, or a member of an open zip."""
+
+    name: str
+    folder: Path  #: or the zip
+    size: int  #: in bytes, by the folder or the zip's table
+    archive: zipfile.ZipFile | None = None
+    member: zipfile.ZipInfo | None = None
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix.lower()
+
+    def __str__(self) -> str:
+        return f"'{self.name}' in {self.folder}"
+
+    def open(self) -> IO[bytes]:
+        if self.archive is None or self.member is None:
+            return (self.folder / self.name).open("rb")
+        return self.archive.open(self.member)
+
+    def head(self) -> bytes:
+        """Read the first 16 bytes."""
+        with self.open() as file:
+            return file.read(16)
+
+    def read(self, limit: int, what: str) -> bytes:
+        """Read all bytes. Raises :class:`DataError` above ``limit``, before reading more.
+
+        ``what`` the file is, such as "a caption", goes into the message.
+        """
+        size = self.size
+        if size <= limit:
+            with self.open() as file:
+                data = file.read(limit + 1)
+            if (size := len(data)) <= limit:
+                return data
+        raise DataError(
+            f"{self} has {format_bytes(size)}, too much for {what}; make it smaller or remove it."
+        )
+
+    def read_again(self, digest: bytes, limit: int) -> bytes:
+        """Read the bytes again. Raises :class:`DataError` if their sha256 is not ``digest``."""
+        try:
+            data = self.read(limit, "a photo")
+        except DataError:
+            raise
+        except Exception as error:  # of a zip, nearly any kind
+            raise DataError(
+                f"{self} cannot be read any more ({error}); put it back and start again."
+            ) from error
+        if hashlib.sha256(data).digest() != digest:
+            raise DataError(f"{self} has changed since it was read; start again with it.")
+        return data
+
+
+def list_files(path: Path) -> list[SourceFile]:
+    """List a folder's files, or a zip's in its one folder, sorted by name.
+
+    Hidden and system files are left out. Raises :class:`DataError` for a path that is neither, for
+    broken links, and for zips that are damaged, encrypted, unpack to too much or reach outside.
+    """
+    try:
+        if path.is_dir():
+            files = [
+                SourceFile(p.name, path, p.stat().st_size) for p in path.iterdir() if _is_wanted(p)
+            ]
+        elif path.exists():
+            files = _zip_members(path)
+        else:
+            raise DataError(f"there is no folder or zip {path}; check the path.")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); check its permissions.") from error
+    return sorted(files, key=lambda file: file.name)
+
+
+def _is_ignored(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _IGNORED
+
+
+def _is_wanted(path: Path) -> bool:
+    if _is_ignored(path.name) or path.is_dir():
+        return False
+    if not path.is_file():
+        raise DataError(f"{path} is a broken link or not a regular file; remove it.")
+    return True
+
+
+def _zip_members(path: Path) -> list[SourceFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged table of contents raises many kinds
+        raise DataError(
+            f"{path} is not a valid zip ({error}); give a folder or a zip of photos."
+        ) from error
+    members = _checked_members(path, archive)
+    total, packed = sum(i.file_size for i in archive.infolist()), path.stat().st_size
+    if total > MAX_ZIP_BYTES or total > MAX_ZIP_RATIO * max(packed, 2**20):
+        raise DataError(
+            f"{path} unpacks from {packed / 2**20:.1f} MiB to {total / 2**20:.0f} MiB, too much "
+            "for photos; pack JPEG or PNG files only."
+        )
+    photos = [m for m in members if m.suffix.lower() in PHOTO_SUFFIXES or m.name in TABLES]
+    others = [m for m in members if m.suffix.lower() not in TEXT_SUFFIXES]
+    folders = sorted({str(m.parent) for m in photos or others})
+    if len(folders) > 1:
+        raise DataError(f"{path} has files in several folders ({', '.join(folders)}); use one.")
+    return [
+        SourceFile(member.name, path, info.file_size, archive, info)
+        for member, info in members.items()
+        if str(member.parent) in folders
+    ]
+
+
+def _checked_members(path: Path, archive: zipfile.ZipFile) -> dict[PurePosixPath, zipfile.ZipInfo]:
+    """Return a zip's visible files by path. Raises :class:`DataError` for harmful ones."""
+    members: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.replace("\\", "/")
+        if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
+            raise DataError(f"'{info.filename}' in {path} leads out of the zip; make a new zip.")
+        if info.flag_bits & 1:
+            raise DataError(f"'{name}' in {path} is encrypted; make a zip without a password.")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise DataError(f"'{name}' in {path} is a link; pack the photo itself.")
+        member = PurePosixPath(name)
+        if member in members:
+            raise DataError(f"'{name}' is in {path} twice; make a new zip.")
+        if not name.endswith("/") and not any(_is_ignored(part) for part in member.parts):
+            members[member] = info
+    return members

@@ -1,0 +1,160 @@
+"""Read the JSON files of a base or a LoRA, and check its weights, before a library reads them.
+
+They may come from anyone, and be damaged: nothing of them is passed on to a loader unchecked.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dreambooth_lib.core.errors import KitError
+
+#: The keys of a LoRA folder's ``base.json``, and the values that are allowed for ``quantize``.
+_TRAINED_ON = ("base", "revision", "variant", "quantize", "word")
+_QUANTIZED = (None, "nf4", "int8")
+#: What a LoRA's metadata may set: numbers, and names of layers. peft imports what others name.
+_ADAPTER_SETTINGS = {
+    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_bias", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora",
+    "use_rslora",
+}  # fmt: skip
+#: How a file begins that Git left in place of a large one.
+_LFS = b"version https://git-lfs"
+
+
+class BaseError(KitError, ValueError):
+    """A base that cannot be found or loaded, or whose family is unknown."""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises :class:`BaseError` for any other."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "it is not valid JSON"
+        raise BaseError(
+            f"the base's file {file} cannot be read ({reason}); download or copy the base again."
+        ) from error
+    if not isinstance(found, dict):
+        raise BaseError(
+            f"the base's file {file} holds no JSON object; download or copy the base again."
+        )
+    return found
+
+
+def read_trained_on(file: Path) -> dict[str, str | None]:
+    """Read a LoRA folder's ``base.json``: exactly its five keys, each a string or None.
+
+    Keys that earlier versions did not write are None. Raises :class:`BaseError` for anything else.
+    """
+    found = read_object(file)
+    if unknown := sorted(found.keys() - {*_TRAINED_ON}):
+        raise BaseError(
+            f"{file} has the key '{unknown[0]}', which the kit never writes; use a LoRA from a "
+            f"source that you trust, or keep only {', '.join(_TRAINED_ON)} in it."
+        )
+    values = {name: found.get(name) for name in _TRAINED_ON}
+    wrong = [name for name, v in values.items() if not isinstance(v, str | None)]
+    wrong += [] if values["base"] else ["base"]
+    wrong += [] if values["quantize"] in _QUANTIZED else ["quantize"]
+    if wrong:
+        raise BaseError(
+            f"{file} has no usable value for '{wrong[0]}'; copy or train the LoRA again, or "
+            "correct the file."
+        )
+    return values
+
+
+def check_part_weights(part: Path, variant: str | None) -> None:
+    """Check that a part has a config and whole weights, plain ones or those of the variant.
+
+    Raises :class:`BaseError` with the file that is missing or damaged.
+    """
+    if not (part / "config.json").exists():
+        raise BaseError(
+            f"the base's file {part / 'config.json'} is missing; download or copy the base again."
+        )
+    files = sorted(part.glob("*.safetensors"))
+    plain = [file for file in files if "." not in file.stem]
+    if not files:
+        pickled = [file.name for file in part.glob("*") if file.suffix in (".bin", ".ckpt", ".pt")]
+        found = f"only {pickled[0]}, a format that can hold code" if pickled else "no weights"
+        raise BaseError(
+            f"the base's part {part} has {found}; choose a base with .safetensors files."
+        )
+    variants = sorted({file.stem.split(".")[1] for file in files if file not in plain})
+    if not plain and variant not in variants:
+        raise BaseError(
+            f"the base's part {part} has only files of the variant '{variants[0]}', such as "
+            f"{files[0].name}; set variant to '{variants[0]}'."
+        )
+    for index in part.glob("*.safetensors.index*.json"):
+        shards = read_object(index).get("weight_map")
+        names = {*shards.values()} if isinstance(shards, dict) else {"weight_map"}
+        for missing in sorted(str(n) for n in names if part / str(n) not in files):
+            raise BaseError(
+                f"{index} needs the file {missing}, which is missing; download the base again."
+            )
+    for file in files:
+        check_weights(file)
+
+
+def check_weights(file: Path) -> list[str]:
+    """Return the names of a safetensors file's tensors; its header must fit its size.
+
+    Raises :class:`BaseError` for a file that is missing, cut short, or Git's pointer to one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with file.open("rb") as opened:
+            pointer = opened.read(len(_LFS)) == _LFS
+        if pointer:
+            raise BaseError(
+                f"{file} is Git's pointer to the weights and not the weights; run 'git lfs pull' "
+                "in its folder, or download the file."
+            )
+        with safe_open(file, "pt") as weights:
+            return [*weights.keys()]
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "it was cut short"
+        raise BaseError(
+            f"the weights {file} cannot be read ({reason}); download or copy them again."
+        ) from error
+
+
+def check_lora(file: Path) -> None:
+    """Check a LoRA's weights, and that its metadata sets up a plain LoRA.
+
+    Raises :class:`BaseError` for a file that is missing or damaged, and for other settings.
+    """
+    from safetensors import safe_open
+
+    if not file.exists():
+        raise BaseError(
+            f"the LoRA's weights {file} are missing, and weights in other files are not read; copy "
+            "or train the LoRA again."
+        )
+    check_weights(file)
+    with safe_open(file, "pt") as weights:
+        text = (weights.metadata() or {}).get("lora_adapter_metadata") or "{}"
+    for key in _unknown_settings(text, file):
+        raise BaseError(
+            f"{file} sets '{key}' of its LoRA, which the kit never does; use a LoRA from a source "
+            "that you trust."
+        )
+
+
+def _unknown_settings(text: str, file: Path) -> Iterator[str]:
+    """Yield the adapter settings in a LoRA's metadata that are set and not a plain LoRA's."""
+    try:
+        settings = json.loads(text)
+        found = [key for key, value in settings.items() if value]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BaseError(
+            f"the metadata of {file} is damaged; copy or train the LoRA again."
+        ) from error
+    yield from (key for key in found if key.rpartition(".")[2] not in _ADAPTER_SETTINGS)

@@ -1,0 +1,67 @@
+"""Download a base's small files from the Hub, and say in a sentence why one cannot be had."""
+
+from pathlib import Path
+
+from dreambooth_lib.core.hub_token import hub_token, in_colab
+from dreambooth_lib.families.base_files import BaseError
+
+
+def download(repository: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of the Hub in the local cache; None where the repository has no such file.
+
+    Raises :class:`BaseError` where the repository cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except Exception as error:  # huggingface_hub raises many kinds for the same problem
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise BaseError(
+            f"the base '{repository}' could not be reached on the hub ({type(error).__name__}); "
+            f"{what_to_do(error, repository)}."
+        ) from error
+
+
+def what_to_do(error: BaseException, repository: str) -> str:
+    """Return what to do about an error of huggingface_hub's, as the end of a sentence."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    place = "Colab's secret HF_TOKEN" if in_colab() else "the environment variable HF_TOKEN"
+    status = _status(error)
+    if isinstance(error, GatedRepoError):
+        return (
+            f"accept the terms on the Hub's page of {repository}, and put your token into {place}"
+        )
+    if status == 401 and hub_token():
+        return f"your HF_TOKEN is not accepted: renew or remove it in {place}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"check its name; if it is private, put a token with read access into {place}"
+    if isinstance(error, RevisionNotFoundError):
+        return "check its revision"
+    if status in (401, 403):
+        return (
+            f"your access is refused: accept the terms on the Hub's page of {repository}, and put "
+            f"a token with read access into {place}"
+        )
+    if status == 429:
+        return "the Hub's limit of requests is reached: wait some minutes, and try again"
+    if status is not None and status >= 500:
+        return "the Hub has a fault of its own: wait some minutes, and try again"
+    return "check its name, your network and your access to it, or use the bundled base 'toybox'"
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the HTTP status that an error, or what caused it, came from."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,155 @@
+"""Check what a base's ``model_index.json`` and its parts' configs name, so that no code is run.
+
+A base may come from anyone, and diffusers imports what these files name: it is compared with what
+the family's pipeline can have.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dreambooth_lib.families.base_files import BaseError, check_part_weights, read_object
+
+#: Keys of transformers' configs that may name a repository of kernels on the Hub.
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation",
+            "_experts_implementation")  # fmt: skip
+
+
+def check(
+    path: str,
+    index: Mapping[str, Any],
+    options: Mapping[str, Any],
+    hub: Mapping[str, str | None],
+    read: Callable[[str], dict[str, Any]],
+) -> None:
+    """Check a base's index and, for a folder, its files. ``path`` is a folder or a hub id.
+
+    ``options`` sets to None the parts that are not loaded, ``hub`` has revision and variant, and
+    ``read`` reads one of its configs. Raises :class:`BaseError` as the functions below do.
+    """
+    import diffusers
+
+    where = f"{path}/model_index.json"
+    parts = parts_of(index, where)
+    loaded = {name: part for name, part in parts.items() if options.get(name, ...) is not None}
+    pipeline = getattr(diffusers, index["_class_name"], None)
+    if pipeline is None:
+        raise BaseError(
+            f"{where} has the pipeline {index['_class_name']}, which this diffusers lacks; install "
+            "a newer diffusers."
+        )
+    check_classes(loaded, pipeline._get_signature_types(), where)
+    if Path(path).exists():
+        check_folder(Path(path), loaded, hub.get("variant"))
+        return
+    for name, (library, _) in loaded.items():
+        for config in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+            if config.startswith(_kind(name)):
+                check_config(read(f"{name}/{config}"), f"{path}/{name}/{config}")
+        _check_cached(path, f"{name}/{library}.py", hub.get("revision"))
+
+
+def _kind(part: str) -> str:
+    """Return how a part's config's name begins; "none" for a scheduler."""
+    kinds = {"scheduler": "none", "tokenizer": "tokenizer", "feature_extractor": "preprocessor"}
+    return next((kind for start, kind in kinds.items() if part.startswith(start)), "config")
+
+
+def _check_cached(repository: str, name: str, revision: str | None) -> None:
+    """Raise :class:`BaseError` if a module that diffusers would import is in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repository, name, revision=revision), str):
+        raise BaseError(
+            f"the base '{repository}' holds code, {name}, and the kit runs none; choose a base "
+            "from a source that you trust."
+        )
+
+
+def parts_of(index: Mapping[str, Any], where: str) -> dict[str, tuple[str, str]]:
+    """Return the library and class of each part that a ``model_index.json`` names.
+
+    Only diffusers' and transformers' are allowed, and the safety checker of Stable Diffusion.
+    ``where`` names the file. Raises :class:`BaseError` for any other library.
+    """
+    parts = {}
+    for name, value in index.items():
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        if len(value) != 2 or not all(isinstance(v, str) and v.isidentifier() for v in value):
+            raise BaseError(
+                f"{where} does not say which class its part '{name}' has; download the base again."
+            )
+        library, class_name = value
+        safety = (name, library) == ("safety_checker", "stable_diffusion")
+        if library not in ("diffusers", "transformers") and not safety:
+            raise BaseError(
+                f"{where} would load its part '{name}' by the module '{library}', and only parts "
+                "of diffusers and transformers are loaded; choose a base from a source that you "
+                "trust."
+            )
+        parts[name] = (library, class_name)
+    return parts
+
+
+def check_classes(
+    parts: Mapping[str, tuple[str, str]], types: Mapping[str, tuple[Any, ...]], where: str
+) -> None:
+    """Check that each part's class is one that its pipeline's ``__init__`` takes.
+
+    ``types`` are those of its annotations. Any scheduler, tokenizer and image processor passes.
+    Raises :class:`BaseError` for another class.
+    """
+    import diffusers
+    import transformers
+
+    kinds: dict[str, tuple[Any, ...]] = {
+        "scheduler": (diffusers.SchedulerMixin,),
+        "tokenizer": (transformers.PreTrainedTokenizerBase,),
+        "feature_extractor": (transformers.ImageProcessingMixin,),
+    }
+    for name, (library, class_name) in parts.items():
+        module = diffusers if library == "diffusers" else transformers
+        found = getattr(module, class_name, None)
+        kind = next((kinds[start] for start in kinds if name.startswith(start)), types.get(name))
+        wanted = tuple(one for one in kind or () if isinstance(one, type))
+        if not isinstance(found, type) or not issubclass(found, wanted):
+            expected = " or ".join(one.__name__ for one in wanted) or "nothing"
+            raise BaseError(
+                f"{where} has the class '{library}.{class_name}' for its part '{name}', where the "
+                f"kit knows {expected}; choose another base, or a newer {library}."
+            )
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Raise :class:`BaseError` if a part's config names code: its own, or a kernel's on the Hub."""
+    nested = [config]
+    while nested:
+        for key, value in nested.pop().items():
+            if key == "auto_map" or (key in _KERNELS and "/" in str(value)):
+                raise BaseError(
+                    f"{where} names code to run by its key '{key}', and the kit runs none; choose "
+                    "a base from a source that you trust, or remove the key."
+                )
+            nested += [value] if isinstance(value, dict) else []
+
+
+def check_folder(folder: Path, names: Iterable[str], variant: str | None) -> None:
+    """Check the named parts of a base's folder: their configs, and their weights' headers.
+
+    Raises :class:`BaseError` with the file that is missing or damaged, and for Python modules.
+    """
+    for name in names:
+        part = folder / name
+        if not part.is_dir():
+            raise BaseError(f"the base's part {part} is missing; download or copy the base again.")
+        if code := sorted(part.glob("*.py")):
+            raise BaseError(
+                f"the base holds code, {code[0]}, and the kit runs none; choose a base from a "
+                "source that you trust, or delete the file."
+            )
+        for config in part.glob("*.json"):
+            if not config.name.endswith((".index.json", "vocab.json")):
+                check_config(read_object(config), str(config))
+        if _kind(name) == "config":
+            check_part_weights(part, variant)
