@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 COLAB := .venv-colab
+LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python
 WHEELS := outputs/gpu-wheels
 
@@ -11,11 +12,12 @@ UPLOAD := 209715200
 demo: $(VENV)/ready  ## personalise the bundled base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
-test: $(VENV)/ready $(COLAB)/ready  ## the whole test suite
+test: $(VENV)/ready $(COLAB)/ready $(LOWEST)/ready  ## the whole test suite
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 DREAMBOOTH_TEST_COLAB_PYTHON=$(abspath $(COLAB))/bin/python \
+	    DREAMBOOTH_TEST_LOWEST_PYTHON=$(abspath $(LOWEST))/bin/python \
 	    $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 lab: $(VENV)/ready  ## JupyterLab with the notebooks, where photos of 200 MiB in all can be uploaded
@@ -71,4 +73,11 @@ $(COLAB)/ready: requirements.txt requirements-colab.txt constraints-colab.txt to
 	$(COLAB)/bin/python -m pip install --quiet -r requirements.txt -r requirements-colab.txt \
 	    -c constraints-colab.txt
 	$(COLAB)/bin/python -m pip install --quiet --target $(COLAB)/numpy-2.0.2 numpy==2.0.2
+	touch $@
+
+# The lowest versions that requirements.txt allows; the library is read from here.
+$(LOWEST)/ready: requirements.txt constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet torch -c constraints-lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet -r requirements.txt pytest -c constraints-lowest.txt
 	touch $@
