@@ -8,7 +8,7 @@ WHEELS := outputs/gpu-wheels
 # Bytes that Jupyter takes in one message; by itself 10 MiB, which three phone photos exceed.
 UPLOAD := 209715200
 
-.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base
+.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base fuzz kill
 demo: $(VENV)/ready  ## personalise the bundled base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
@@ -19,6 +19,14 @@ test: $(VENV)/ready $(COLAB)/ready $(LOWEST)/ready  ## the whole test suite
 	OMP_NUM_THREADS=1 DREAMBOOTH_TEST_COLAB_PYTHON=$(abspath $(COLAB))/bin/python \
 	    DREAMBOOTH_TEST_LOWEST_PYTHON=$(abspath $(LOWEST))/bin/python \
 	    $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
+# Such as ARGS="--only pictures --seed 17 --count 1", to repeat one case.
+fuzz: $(VENV)/ready  ## tens of thousands of damaged files, and a failing disk at each kind of write
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m hostile.fuzz $(ARGS)
+	$(if $(ARGS),,OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m hostile.faults --kinds)
+
+kill: $(VENV)/ready  ## kill training 200 times, also two processes of it, and resume it
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m hostile.kills $(ARGS)
 
 lab: $(VENV)/ready  ## JupyterLab with the notebooks, where photos of 200 MiB in all can be uploaded
 	DREAMBOOTH_UPLOAD_LIMIT=$(UPLOAD) $(RUN) -m jupyter lab notebooks/01_dreambooth.ipynb \
