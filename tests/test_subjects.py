@@ -343,3 +343,10 @@ def test_shuffled_stream() -> None:
     assert preprocessing.shuffled(1, 0, 3, 2) == [0, 0]
     with pytest.raises(DataError):
         preprocessing.shuffled(0, 0, 0, 1)
+
+
+def test_a_class_in_a_table_that_cannot_be_seen_is_refused_with_its_table(tmp_path: Path) -> None:
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "prompts_and_classes.txt").write_text("subject_name,class\nrex,dog\u200b\n")
+    with pytest.raises(DataError, match=r"prompts_and_classes\.txt: .*U\+200B"):
+        load_dataset(tmp_path)

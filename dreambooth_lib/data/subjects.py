@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
+from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.data.captions import check_captions
 from dreambooth_lib.data.images import DataError, read_source
@@ -47,11 +48,14 @@ def load_dataset(folder: str | Path) -> list[Subject]:
         raise DataError(f"the folder '{unknown}' is not in the table of {table}; add its class.")
     if not folders:
         raise DataError(f"{root} has no folder for any subject of {table.name}; add one.")
-    return [
-        Subject(str((root / name).resolve()), class_noun, name=name, kind=kind)
-        for name, (class_noun, kind) in rows.items()
-        if name in folders
-    ]
+    try:
+        return [
+            Subject(str((root / name).resolve()), class_noun, name=name, kind=kind)
+            for name, (class_noun, kind) in rows.items()
+            if name in folders
+        ]
+    except ConfigError as error:
+        raise DataError(f"{table}: {error}") from error
 
 
 def read_table(path: Path) -> str:

@@ -34,7 +34,7 @@ from dreambooth_lib.data.images import Images, read_photos
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.evaluation.dreambench import Benchmark, DrawnImage, Protocol, images_of
 from dreambooth_lib.metrics import clip_scores, kid_and_lpips
-from dreambooth_lib.metrics.encoders import Encoder, embed_files
+from dreambooth_lib.metrics.encoders import Encoder, embed_files, open_image
 
 if TYPE_CHECKING:
     import torch
@@ -163,13 +163,6 @@ def _rows(
         yield Row(method, subject.name, subject.kind, encoder, measure, prompt, seed, value)
 
 
-def _open(path: Path) -> "Image.Image":
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 def embed_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     """Embed the subject's photos, turned upright: ``[M, D]``."""
     return encoder.embed_images(Images(read_photos(subject.pictures)))
@@ -207,7 +200,7 @@ def scored_images(
         if (row.method, row.encoder, row.measure) == (method, encoder, measure):
             prompt = prompt_numbers[row.subject, row.prompt or ""]
             path = Path(out) / DrawnImage(method, row.subject, prompt, row.seed or 0).path
-            scored.append((row.value, f"{row.subject}: {row.prompt}", _open(path)))
+            scored.append((row.value, f"{row.subject}: {row.prompt}", open_image(path)))
     return scored
 
 

@@ -157,6 +157,17 @@ class Encoder:
         return self._model.text_projection(pooled)
 
 
+def open_image(path: Path) -> Image.Image:
+    """Open an image file as RGB. Raises :class:`InputError` for one that is damaged."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image {path} is damaged; delete it and make it again.") from error
+
+
 def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.Tensor":
     """Embed image files as float32 ``[N, D]``, one row for each path.
 
@@ -184,7 +195,7 @@ def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.
     missing = [file for file, read in rows.items() if read is None]
     for start in range(0, len(missing), BATCH):
         batch = missing[start : start + BATCH]
-        embedded = encoder.embed_images([Image.open(path_of[file]) for file in batch])
+        embedded = encoder.embed_images([open_image(path_of[file]) for file in batch])
         for file, row in zip(batch, embedded, strict=True):
             rows[file] = {"embedding": row}
             write_tensors(file, {"embedding": row})
