@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPModel, ViTModel
 
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.metrics import encoders
 from dreambooth_lib.metrics.encoders import Encoder, EncoderError, embed_files
 
@@ -221,3 +222,10 @@ def test_an_encoders_damaged_config_is_one_sentence(
     (folder / "config.json").write_text(text)
     with pytest.raises(EncoderError, match="copied"):
         Encoder(folder)
+
+
+def test_a_damaged_image_is_named(clip: Encoder, tmp_path: Path) -> None:
+    drawings(1)[0].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
+    with pytest.raises(InputError, match=r"cut\.png is damaged"):
+        embed_files(clip, [tmp_path / "cut.png"], tmp_path / "cache")

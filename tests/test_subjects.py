@@ -349,4 +349,4 @@ def test_a_class_in_a_table_that_cannot_be_seen_is_refused_with_its_table(tmp_pa
     (tmp_path / "rex").mkdir()
     (tmp_path / "prompts_and_classes.txt").write_text("subject_name,class\nrex,dog\u200b\n")
     with pytest.raises(DataError, match=r"prompts_and_classes\.txt: .*U\+200B"):
-        load_dataset(tmp_path)
+        subjects.load_dataset(tmp_path)

@@ -139,7 +139,7 @@ def score(
             if kid_and_lpips.has_lpips() and count > 1:
                 groups = [drawn[i : i + count] for i in range(0, len(drawn), count)]
                 values = [
-                    kid_and_lpips.lpips_diversity(list(map(_open, group))) for group in groups
+                    kid_and_lpips.lpips_diversity(list(map(open_image, group))) for group in groups
                 ]
                 yield from _rows(method, subject, "lpips-alex", "prompt_diversity", values, prompts)
 
