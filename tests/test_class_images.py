@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.data.subjects import read_photos
+from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import runs

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageFile
 
 from dreambooth_lib.data import decoding, images, sources
 from dreambooth_lib.data.images import DataError, captioned, read_photos, read_source
+from dreambooth_lib.metrics import encoders
 
 GPS, ORIENTATION, MAKE = 0x8825, 0x0112, 0x010F
 
@@ -611,3 +614,30 @@ def test_the_shortest_side_files_are_passed_over(folder: Path, content: bytes) -
     noise(1).save(folder / "a.png")
     (folder / "x.dat").write_bytes(content)
     assert [photo.name for photo in read_photos(folder)] == ["a.png"]
+
+
+def test_images_are_embedded_without_holding_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "KEPT_PIXELS", 0)
+    decoded: list[weakref.ref[Image.Image]] = []
+
+    def decode(*given: Any) -> Image.Image:
+        image = decoding.decode(*given)
+        decoded.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(images, "decode", decode)
+    for number in range(3 * encoders.BATCH):
+        noise(number).save(tmp_path / f"{number:03}.png")
+    photos = read_photos(tmp_path)
+    most = 0
+
+    def features(batch: list[Image.Image]) -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(image() is not None for image in decoded))
+        return torch.zeros(len(batch), 2)
+
+    embed = encoders.Encoder._embed
+    assert embed(None, images.Images(photos), features, "images").shape == (len(photos), 2)  # type: ignore[arg-type]
+    assert most <= 2 * encoders.BATCH
