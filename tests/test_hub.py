@@ -1,7 +1,7 @@
 """Test a model's card, and its upload by the real client to a fake Hub."""
 
-from collections.abc import Callable
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -51,6 +51,12 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     lora = config.method == "lora"
     loaded_first = (base or config.base) if lora else model
     load = [_LOAD_LORA.format(model, loading.LORA_FILE)] if lora else []
+    if lora and (below := _loras_below(config)):
+        shown = _names_of(below) if base and not Path(base).exists() else [b.path for b in below]
+        loaded_first = loading.resolve(config.base, config.revision).name
+        if base and not Path(base).exists() and Path(loaded_first).is_absolute():
+            loaded_first = Path(loaded_first).name
+        load = [*_lines_below(below, shown), *load]
     if config.train_token:
         family = loading.resolve(config.base, config.revision).family
         load += textual_inversion.usage_lines(family, model, config.subject.identifier)
@@ -63,17 +69,44 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
         )
     except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""
+    place = 'loading.locate("toybox")' if loaded_first == "toybox" else f'"{loaded_first}"'
     # diffusers calls it dtype since 0.40, and takes this name from 0.36 to 0.42 at least.
     torch_dtype = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
         "import torch",
         "from diffusers import DiffusionPipeline",
+        *(["from dreambooth_lib.families import loading"] if loaded_first == "toybox" else []),
         "gpu = torch.cuda.is_available()",
-        f'pipeline = DiffusionPipeline.from_pretrained("{loaded_first}", {torch_dtype})',
+        f"pipeline = DiffusionPipeline.from_pretrained({place}, {torch_dtype})",
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
         f'pipeline("{config.subject.instance_prompt} on the beach"{settings}).images[0]',
     ])  # fmt: skip
+
+
+def _loras_below(config: TrainConfig) -> tuple[loading.Lora, ...]:
+    """Return the LoRAs that a run was trained on; none where its base is missing."""
+    try:
+        return loading.resolve(config.base, config.revision).loras
+    except loading.BaseError:
+        return ()
+
+
+def _names_of(loras: tuple[loading.Lora, ...]) -> list[str]:
+    """Return the names of LoRAs' runs or folders, without this machine's paths."""
+    return [Path(lora.path.removesuffix("/pipeline")).name for lora in loras]
+
+
+def _lines_below(loras: tuple[loading.Lora, ...], shown: list[str]) -> list[str]:
+    """Return Python lines that merge the LoRAs that a LoRA was trained on into a ``pipeline``."""
+    lines = []
+    for lora, model in zip(loras, shown, strict=True):
+        if lora.token is not None:
+            family = loading.resolve(lora.path).family
+            lines += textual_inversion.usage_lines(family, model, lora.token)
+        lines += [_LOAD_LORA.format(model, loading.LORA_FILE)]
+        lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
+    return lines
 
 
 def licence_of(base: str) -> dict[str, Any]:
@@ -101,21 +134,24 @@ def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
     config, subject = run.config, run.config.subject
-    on_hub = not Path(loading.locate(config.base)).exists()
-    lora = config.method == "lora"
+    lora, below = config.method == "lora", _loras_below(config)
+    origin = loading.resolve(config.base, config.revision).name if below else config.base
+    on_hub = not Path(loading.locate(origin)).exists()
     # A local path would reveal the machine's folders and mean nothing elsewhere.
-    base = config.base if on_hub else Path(config.base).name
+    base = origin if on_hub else Path(origin).name
     header = ModelCardData(
-        base_model=config.base if on_hub else None,
+        base_model=origin if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
-        **(licence_of(config.base) if on_hub else {}),
+        **(licence_of(origin) if on_hub else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
     likeness, adherence, unchanged = best_checkpoint.ratios_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
-    what = f"A LoRA for `{base}`, trained" if lora else f"`{base}`, fine-tuned"
+    merged = " and ".join(f"`{name}`" for name in _names_of(below))
+    on_loras = f" with {merged}, which this folder does not hold" if lora and below else ""
+    what = f"A LoRA for `{base}`{on_loras}, trained" if lora else f"`{base}`, fine-tuned"
     where = "its name on the Hub" + ("" if config.train_token else " or the path of its folder")
     return f"""---
 {header.to_yaml()}
