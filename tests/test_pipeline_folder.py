@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from dreambooth_lib.core import files
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.export import model_card, pipeline_folder, zip_download
+from dreambooth_lib.export import comfyui, model_card, pipeline_folder, zip_download
+from dreambooth_lib.families import loading
 from dreambooth_lib.training import loop, runs, trainable
 from dreambooth_lib.training.runs import Run
 
@@ -26,10 +27,10 @@ Make = Callable[..., TrainConfig]
 def trained(
     tiny_sd1: str, photos: str, clip_folder: Path, make_config: Make, tmp_path: Path
 ) -> Callable[..., Run]:
-    def train(**changes: Any) -> Run:
+    def train(name: str = "my-dog", **changes: Any) -> Run:
         fields = {"scorer": str(clip_folder), "validate_every": 2, "learning_rate": 0.05} | changes
         config = make_config(tiny_sd1, photos).replace(**fields)
-        run = runs.start(config, tmp_path / "runs" / "my-dog")
+        run = runs.start(config, tmp_path / "runs" / name)
         list(loop.train(run))
         return run
 
@@ -254,3 +255,33 @@ def test_a_link_names_the_file_its_size_and_no_more_than_it(
     with file.open("r+b") as grown:
         grown.truncate(4_265_000_000)  # as a model's; the disk holds no more than before
     assert "(4.3 GB)" in zip_download.download_link("models" / Path(file.name)).data
+
+
+@pytest.mark.parametrize("family", ["sd1", "toybox"])
+def test_the_lines_of_a_lora_on_a_lora_load_both_onto_the_true_base(
+    family: str, tiny_bases: Callable[[str], str], trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    base = family if family == "toybox" else tiny_bases(family)
+    rate = {"method": "lora", "lora_rank": 2, "learning_rate": 0.05, "steps": 2}
+    one = trained("one", base=base, **rate)
+    two = trained("two", base=str(one.folder), **rate)
+    folder = tmp_path / "models" / "two"
+    pipeline_folder.write_model(two, 2, folder)
+    scope: dict[str, Any] = {}
+    given = loading.locate(two.config.base)  # as the notebook says where the base is
+    exec("\n".join(model_card.usage(two, folder, given).splitlines()[:-1]), scope)
+    scope["pipeline"].fuse_lora()
+    scope["pipeline"].unload_lora_weights()
+    weights = scope["pipeline"].unet.state_dict()
+    for name, expected in trainable.load_at_checkpoint(two, 2).denoiser.state_dict().items():
+        assert torch.allclose(weights[name], expected, atol=1e-5), name
+    text = (folder / "README.md").read_text()
+    assert (
+        f"A LoRA for `{family}` with `{one.folder.name}`, which this folder does not hold" in text
+    )
+    assert text.index(f'load_lora_weights("{one.folder.name}"') < text.index(
+        "this model's name\", w"
+    )
+    assert str(tmp_path) not in text
+    told = comfyui.export(two, folder, tmp_path / "two.safetensors")
+    assert f"It was trained on '{one.folder}/pipeline', which it does not hold" in told

@@ -46,6 +46,10 @@ def export(run: Run, model: str | Path, path: str | Path) -> str:
             " Neither program can run it: they only know the sizes of the released Stable "
             "Diffusion models, and the bundled base is smaller."
         )
+    below = loading.resolve(config.base, config.revision).loras
+    if config.method == "lora" and below:
+        names = ", ".join(f"'{lora.path}'" for lora in below)
+        message += f" It was trained on {names}, which it does not hold: load these LoRAs with it."
     if config.train_token:
         message += f" The file has no place for the trained token '{config.subject.identifier}'."
     if config.dora:

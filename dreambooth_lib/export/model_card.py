@@ -52,8 +52,15 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     """
     config = run.config
     lora = config.method == "lora"
-    loaded_first = python_string((base or config.base) if lora else model)
+    loaded_first = (base or config.base) if lora else str(model)
     load = [_LOAD_LORA.format(python_string(model), loading.LORA_FILE)] if lora else []
+    if lora and (below := _loras_below(config)):
+        elsewhere = bool(base) and not Path(base).exists()
+        loaded_first = loading.resolve(config.base, config.revision).name
+        if elsewhere and Path(loaded_first).is_absolute():
+            loaded_first = Path(loaded_first).name
+        shown = _names_of(below) if elsewhere else [b.path for b in below]
+        load = [*_lines_below(below, shown), *load]
     if config.train_token:
         family = loading.resolve(config.base, config.revision).family
         load += textual_inversion.usage_lines(family, model, config.subject.identifier)
@@ -66,18 +73,51 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
         )
     except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""
+    is_toybox = loaded_first == "toybox"
+    place = 'loading.locate("toybox")' if is_toybox else python_string(loaded_first)
     prompt = python_string(f"{config.subject.instance_prompt} on the beach")
     # diffusers calls it dtype since 0.40, and takes this name from 0.36 to 0.42 at least.
     torch_dtype = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
         "import torch",
         "from diffusers import DiffusionPipeline",
+        *(["from dreambooth_lib.families import loading"] if is_toybox else []),
         "gpu = torch.cuda.is_available()",
-        f"pipeline = DiffusionPipeline.from_pretrained({loaded_first}, {torch_dtype})",
+        f"pipeline = DiffusionPipeline.from_pretrained({place}, {torch_dtype})",
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
         f"pipeline({prompt}{settings}).images[0]",
     ])  # fmt: skip
+
+
+def _loras_below(config: TrainConfig) -> tuple[loading.Lora, ...]:
+    """Return the LoRAs that a run was trained on; none where its base is missing."""
+    try:
+        return loading.resolve(config.base, config.revision).loras
+    except loading.BaseError:
+        return ()
+
+
+def _names_of(loras: tuple[loading.Lora, ...]) -> list[str]:
+    """Return the names of LoRAs' runs or folders, without this machine's paths."""
+    return [Path(lora.path.removesuffix("/pipeline")).name for lora in loras]
+
+
+def _lines_below(loras: tuple[loading.Lora, ...], shown: list[str]) -> list[str]:
+    """Return Python lines that merge the LoRAs that a LoRA was trained on into a ``pipeline``."""
+    lines = []
+    for lora, model in zip(loras, shown, strict=True):
+        if lora.token is not None:
+            family = loading.resolve(lora.path).family
+            lines += textual_inversion.usage_lines(family, model, lora.token)
+        lines += [_LOAD_LORA.format(python_string(model), loading.LORA_FILE)]
+        lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
+    return lines
+
+
+def _code_span(name: str) -> str:
+    """Return a name as Markdown's code, in which nothing but a backtick is markup."""
+    return f"`{printable(name).replace('`', '_')}`"
 
 
 def licence_of(base: str) -> dict[str, Any]:
@@ -105,24 +145,27 @@ def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
     config, subject, noun = run.config, run.config.subject, markdown(run.config.subject.class_noun)
-    on_hub = not (Path(config.base).is_absolute() or Path(loading.locate(config.base)).exists())
-    lora = config.method == "lora"
+    lora, below = config.method == "lora", _loras_below(config)
+    origin = loading.resolve(config.base, config.revision).name if below else config.base
+    on_hub = not (Path(origin).is_absolute() or Path(loading.locate(origin)).exists())
     # A local path would reveal the machine's folders and mean nothing elsewhere.
-    base = config.base if on_hub else Path(config.base).name
+    base = origin if on_hub else Path(origin).name
     code = usage(run, "this model's name", base)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     header = ModelCardData(
-        base_model=config.base if on_hub else None,
+        base_model=origin if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
-        **(licence_of(config.base) if on_hub else {}),
+        **(licence_of(origin) if on_hub else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
     likeness, adherence, unchanged = best_checkpoint.ratios_of(rows[step], rows[0])
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
-    shown = f"`{printable(base).replace('`', '_')}`"  # nothing else is markup in a code span
-    what = f"A LoRA for {shown}, trained" if lora else f"{shown}, fine-tuned"
+    merged = " and ".join(map(_code_span, _names_of(below)))
+    on_loras = f" with {merged}, which this folder does not hold" if lora and below else ""
+    shown = _code_span(base)
+    what = f"A LoRA for {shown}{on_loras}, trained" if lora else f"{shown}, fine-tuned"
     where = "its name on the Hub" + ("" if config.train_token else " or the path of its folder")
     return f"""---
 {header.to_yaml()}
