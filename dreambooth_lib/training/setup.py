@@ -17,7 +17,7 @@ from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
-from dreambooth_lib.data.images import Images, Photo, captioned, read_photos
+from dreambooth_lib.data.images import Images, Photo, captioned
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -38,6 +38,7 @@ from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
+from dreambooth_lib.training.run_photos import read_own_class_images, read_subject_photos
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
     load_base_to_save,
@@ -70,9 +71,7 @@ class Trainer:
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
         subject = config.subject
-        photos = captioned(
-            read_photos(subject.pictures), subject.instance_prompt, subject.identifier
-        )
+        photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
         self.family = self._load_base(photos)
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
@@ -111,7 +110,7 @@ class Trainer:
         config, subject = self.config, self.config.subject
         load_options = training_load_options(config, self.dtype)
         if offloads_text_encoders(config):
-            own = read_photos(config.class_folder) if config.class_folder else []
+            own = read_own_class_images(self.run)
             photos = [*own, *instance, *with_class_captions(instance, subject)]
             prompts = {photo.caption for photo in photos if photo.caption} | {subject.class_prompt}
             if config.validate_every:
@@ -127,7 +126,7 @@ class Trainer:
         if config.prior_weight == 0 or config.prior != "generated":
             return []
         if config.class_folder:
-            return captioned(read_photos(config.class_folder), config.subject.class_prompt)
+            return captioned(read_own_class_images(self.run), config.subject.class_prompt)
         folder = locate(self.run.folder.parent, "class_images")
         rank, processes = accelerator.process_index, accelerator.num_processes
         with accelerator.autocast():
