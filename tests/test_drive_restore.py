@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dreambooth_lib.notebook.drive_restore import (
 )
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.run_photos import read_own_class_images, read_subject_photos
 from dreambooth_lib.training.runs import Run, RunError
 
 
@@ -175,3 +177,39 @@ def test_a_large_run_resumes_and_makes_its_pipeline_from_what_the_drive_has(
     for weights in found:
         assert {value.dtype for value in weights.values()} == {torch.float32}
         assert all(torch.allclose(weights[k], expected[k], atol=2e-3) for k in expected)
+
+
+@pytest.mark.parametrize("field", ["subject.pictures", "class_folder"])
+def test_a_run_moved_with_its_photos_says_which_field_names_them(
+    tmp_path: Path, make_config: Make, field: str
+) -> None:
+    for name in ("rex", "dogs"):
+        save_photos(tmp_path / "before" / name)
+    config = make_config(
+        "toybox", str(tmp_path / "before" / "rex"), class_folder=str(tmp_path / "before" / "dogs")
+    )
+    runs.start(config, tmp_path / "before" / "my-dog")
+    after = (tmp_path / "before").rename(tmp_path / "after")
+    if field == "class_folder":
+        runs.resume(after / "my-dog", subject=replace(config.subject, pictures=str(after / "rex")))
+    with pytest.raises(RunError) as raised:
+        next(train(runs.resume(after / "my-dog")))
+    message = str(raised.value)
+    assert f"{field} in {after / 'my-dog' / 'config.toml'}" in message
+    assert f"resume('{after / 'my-dog'}', " in message and "\n" not in message
+    subject = replace(config.subject, pictures=str(after / "rex"))
+    back = runs.resume(after / "my-dog", subject=subject, class_folder=str(after / "dogs"))
+    assert len(read_subject_photos(back)) == len(read_own_class_images(back)) == 4
+
+
+def test_a_run_restored_before_its_first_checkpoint_starts_with_its_photos(
+    tmp_path: Path, drive: Path, make_config: Make
+) -> None:
+    photos = save_photos(tmp_path / "uploads" / "rex")
+    run = runs.start(make_config("toybox", photos), tmp_path / "runs" / "my-dog")
+    assert backup(run, drive / "my-dog") is None
+    lose(run)
+    back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
+    for seed in (0, 1):  # the same config, and another one
+        begun = runs.start_or_resume(back.config.replace(seed=seed), back.folder)
+    assert begun.config.seed == 1 and len(read_subject_photos(begun)) == 4

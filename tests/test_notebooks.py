@@ -278,7 +278,8 @@ def test_a_new_run_gets_a_free_name(
     assert run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks)["name"] == "rex"
     assert run_cells(dict(scope), "CLASS_NOUN = 'fox'", *marks)["name"] == "patch_dog-3"
     changed = run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks[:3])
-    changed["name"] = "rex"  # as if this cell had run before
+    changed["name"] = "rex"  # as if this cell had run before, up to the first checkpoint
+    runs.resume("runs/rex").save_checkpoint(1, {"step": 1})
     changed["settings"].controls["method"].value = "lora"
     run_cells(changed, "RESUME, NAME = False, 'rex'", marks[3])
     assert changed["name"] == "rex-2", "a LoRA cannot resume the run of a full model"

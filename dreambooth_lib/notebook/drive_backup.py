@@ -22,8 +22,6 @@ from dreambooth_lib.core.errors import KitError, printable
 from dreambooth_lib.core.files import Fingerprint, retry, visible_files
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.notebook.drive_copy import (
-    CLASS_PHOTOS,
-    PHOTOS,
     copy_part,
     delete_removed,
     describe,
@@ -34,7 +32,7 @@ from dreambooth_lib.notebook.drive_copy import (
 )
 from dreambooth_lib.notebook.drive_state import open_state, own_identity, write_state
 from dreambooth_lib.training import best_checkpoint, validation_record
-from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.runs import CLASS_PHOTOS, PHOTOS, Run
 
 #: How often a backup begins again when the run's files change while they are copied.
 ATTEMPTS = 3

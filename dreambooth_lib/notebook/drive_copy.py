@@ -24,11 +24,10 @@ from dreambooth_lib.core.files import (
     visible_files,
 )
 from dreambooth_lib.data.images import Photo, read_photos
+from dreambooth_lib.training.runs import CLASS_PHOTOS, PHOTOS
 
 #: Bytes above which weights are rounded and a pipeline is left out: a free Drive has 15 GB in all.
 LARGE = 2**30
-#: A backup's folders of photos: the subject's, and the user's own class images.
-PHOTOS, CLASS_PHOTOS = "photos", "class_photos"
 #: Files that may have local paths in them: a run's config, the manifest of a set of class images,
 #: and what a LoRA notes about its base.
 NAMING_PATHS = ("config.toml", "manifest.json", "base.json")

@@ -13,10 +13,10 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import copy_file, recover_folder, retry, visible_files
 from dreambooth_lib.core.old_names import PLACES
-from dreambooth_lib.notebook.drive_copy import CLASS_PHOTOS, NAMING_PATHS, PHOTOS, localize
+from dreambooth_lib.notebook.drive_copy import NAMING_PATHS, localize
 from dreambooth_lib.notebook.drive_state import IDENTITY, State, read_state
 from dreambooth_lib.training import runs
-from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.runs import CLASS_PHOTOS, PHOTOS, Run, RunError
 
 #: What Drive calls the second file or folder of a name, such as "000006 (1)".
 _DUPLICATE = re.compile(r"(.+) \(\d+\)(\.[^.]+)?")

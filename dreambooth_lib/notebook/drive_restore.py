@@ -12,7 +12,6 @@ from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.data.images import read_photos
-from dreambooth_lib.notebook.drive_copy import PHOTOS
 from dreambooth_lib.notebook.drive_copy_back import (
     RestoreError,
     backed_up,
@@ -21,7 +20,7 @@ from dreambooth_lib.notebook.drive_copy_back import (
 )
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import config_changes, runs
-from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.runs import PHOTOS, Run, RunError
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,10 @@ def has_finished(folder: Path) -> bool:
 
     A backup may lack the pipeline that a run ends with; its state says whether the run finished.
     """
+    if (state := read_state(folder)) is not None and state.finished:
+        return True
     run = _read_run(folder)
-    return run is not None and run.finished
+    return (folder / "pipeline").exists() if run is None else run.finished
 
 
 def unique_name(name: str, *folders: str | Path | None) -> str:

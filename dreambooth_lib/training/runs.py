@@ -47,6 +47,8 @@ LEVEL_FILE = "memory.json"
 GOAL_FILE = "trained.json"
 #: What lies in a run's folder before the first checkpoint.
 _FIRST_FILES = ("config.toml", LEVEL_FILE, "log.jsonl", "validation.jsonl", "validation")
+#: Photos that a restored run brought with it.
+PHOTOS, CLASS_PHOTOS = "photos", "class_photos"
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     # Hidden files may be left of a try that was killed.
-    names = {path.name for path in folder.glob("[!.]*")}
+    names = {path.name for path in folder.glob("[!.]*")} - {PHOTOS, CLASS_PHOTOS}
     own = {*_FIRST_FILES, *(PLACES.get(name, name) for name in _FIRST_FILES)}
     if has_begun(folder):
         raise RunError(

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
-from dreambooth_lib.data.images import DataError, Images, Photo, captioned, read_photos
+from dreambooth_lib.data.images import Images, Photo, captioned
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -40,6 +39,7 @@ from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
+from dreambooth_lib.training.run_photos import read_own_class_images, read_subject_photos
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
     load_base_to_save,
@@ -72,7 +72,7 @@ class Trainer:
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
         subject = config.subject
-        photos = captioned(_photos_of(run), subject.instance_prompt, subject.identifier)
+        photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
         self.family = self._load_base(photos)
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
@@ -111,7 +111,7 @@ class Trainer:
         config, subject = self.config, self.config.subject
         load_options = training_load_options(config, self.dtype)
         if offloads_text_encoders(config):
-            own = read_photos(config.class_folder) if config.class_folder else []
+            own = read_own_class_images(self.run)
             photos = [*own, *instance, *with_class_captions(instance, subject)]
             prompts = {photo.caption for photo in photos if photo.caption} | {subject.class_prompt}
             if config.validate_every:
@@ -127,7 +127,7 @@ class Trainer:
         if config.prior_weight == 0 or config.prior != "generated":
             return []
         if config.class_folder:
-            return captioned(read_photos(config.class_folder), config.subject.class_prompt)
+            return captioned(read_own_class_images(self.run), config.subject.class_prompt)
         folder = locate(self.run.folder.parent, "class_images")
         rank, processes = accelerator.process_index, accelerator.num_processes
         with accelerator.autocast():
@@ -265,17 +265,6 @@ class Trainer:
                 write_object(partial / GOAL_FILE, self.run.goal() | {"step": self.step})
                 write_digests(partial)
         self.accelerator.wait_for_everyone()
-
-
-def _photos_of(run: Run) -> list[Photo]:
-    """Read a run's photos. Raises :class:`DataError`, which says how to resume where they moved."""
-    pictures = run.config.subject.pictures
-    if not Path(pictures).exists():
-        raise DataError(
-            f"{pictures}, subject.pictures in {run.folder / 'config.toml'}, is not there; write "
-            "there where the photos are now, or give the command resume --photos FOLDER."
-        )
-    return read_photos(pictures)
 
 
 def _make_accelerator(config: TrainConfig, precision: str) -> Accelerator:
