@@ -1,11 +1,14 @@
 """Test a checkpoint exported as a model: loaded by diffusers, all or nothing, zipped, copied."""
 
+import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 import torch
@@ -254,3 +257,24 @@ def test_a_link_names_the_file_its_size_and_no_more_than_it(
     with file.open("r+b") as grown:
         grown.truncate(4_265_000_000)  # as a model's; the disk holds no more than before
     assert "(4.3 GB)" in zip_download.download_link("models" / Path(file.name)).data
+
+
+def test_a_file_of_any_date_is_zipped(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.json").write_text("{}")
+    os.utime(tmp_path / "model" / "a.json", (0, 0))  # as some drives date files
+    with zipfile.ZipFile(zip_download.zip_folder(tmp_path / "model")) as archive:
+        assert archive.read("a.json") == b"{}"
+
+
+@pytest.mark.parametrize("name", ["a<b>.zip", 'a"onclick="x.zip', "a\nb.zip", "a&amp;b.zip"])
+def test_a_link_shows_any_name_as_text(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (name, os.fsdecode(b"\xff" + name.encode())):
+        Path(path).write_bytes(b"x")
+        link = zip_download.download_link(path).data
+        link.encode()
+        (address,) = re.findall(r'^<a href="([^"<>]*)" download>[^<>\n]*</a> \(', link)
+        assert unquote_to_bytes(address) == os.fsencode(path)
