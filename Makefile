@@ -1,22 +1,32 @@
 PYTHON ?= python3
 VENV := .venv
 COLAB := .venv-colab
+LOWEST := .venv-lowest
 RUN := $(VENV)/bin/python
 WHEELS := outputs/gpu-wheels
 
 # Bytes that Jupyter takes in one message; by itself 10 MiB, which three phone photos exceed.
 UPLOAD := 209715200
 
-.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base
+.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base fuzz kill
 demo: $(VENV)/ready  ## personalise the bundled base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
-test: $(VENV)/ready $(COLAB)/ready  ## the whole test suite
+test: $(VENV)/ready $(COLAB)/ready $(LOWEST)/ready  ## the whole test suite
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 DREAMBOOTH_TEST_COLAB_PYTHON=$(abspath $(COLAB))/bin/python \
+	    DREAMBOOTH_TEST_LOWEST_PYTHON=$(abspath $(LOWEST))/bin/python \
 	    $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
+# Such as ARGS="--only pictures --seed 17 --count 1", to repeat one case.
+fuzz: $(VENV)/ready  ## tens of thousands of damaged files, and a failing disk at each kind of write
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m hostile.fuzz $(ARGS)
+	$(if $(ARGS),,OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m hostile.faults --kinds)
+
+kill: $(VENV)/ready  ## kill training 200 times, also two processes of it, and resume it
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m hostile.kills $(ARGS)
 
 lab: $(VENV)/ready  ## JupyterLab with the notebooks, where photos of 200 MiB in all can be uploaded
 	DREAMBOOTH_UPLOAD_LIMIT=$(UPLOAD) $(RUN) -m jupyter lab notebooks/01_dreambooth.ipynb \
@@ -71,4 +81,11 @@ $(COLAB)/ready: requirements.txt requirements-colab.txt constraints-colab.txt to
 	$(COLAB)/bin/python -m pip install --quiet -r requirements.txt -r requirements-colab.txt \
 	    -c constraints-colab.txt
 	$(COLAB)/bin/python -m pip install --quiet --target $(COLAB)/numpy-2.0.2 numpy==2.0.2
+	touch $@
+
+# The lowest versions that requirements.txt allows; the library is read from here.
+$(LOWEST)/ready: requirements.txt constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet torch -c constraints-lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet -r requirements.txt pytest -c constraints-lowest.txt
 	touch $@

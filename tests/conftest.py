@@ -229,9 +229,9 @@ def drawings(count: int, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(c).resize(shapes[i % 3]) for i, c in enumerate(coarse)]
 
 
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
+def save_clip(folder: Path) -> Path:
+    """Write a tiny random CLIP with its tokenizer and preprocessing; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz"
     symbols = [*letters, *(f"{letter}</w>" for letter in letters), "do", "dog</w>"]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
@@ -255,6 +255,11 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")

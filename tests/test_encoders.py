@@ -1,6 +1,7 @@
 """Embed images and prompts with tiny random models saved to disk, and cache the embeddings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import torch
 from conftest import drawings
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPModel, ViTModel
 
 from dreambooth_lib.metrics import encoders
-from dreambooth_lib.metrics.encoders import Encoder, embed_files
+from dreambooth_lib.metrics.encoders import Encoder, EncoderError, embed_files
 
 CLIP_MEAN, CLIP_STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -92,10 +94,10 @@ def test_dino_gives_the_class_token(dino: Encoder, dino_folder: Path) -> None:
 
 
 def test_encoders_that_cannot_be_used_are_named(clip: Encoder, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="cannot be read; give a hub id"):
+    with pytest.raises(EncoderError, match=r"cannot be read .*; give a hub id"):
         Encoder(tmp_path)
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is of type 'bert'; give a CLIP"):
+    with pytest.raises(EncoderError, match="is of type 'bert'; give a CLIP"):
         Encoder(tmp_path)
     with pytest.raises(ValueError, match="no images"):
         clip.embed_images([])
@@ -112,7 +114,7 @@ def test_a_folder_that_lacks_a_file_is_refused(
     for file in clip_folder.iterdir():
         if file.name not in lost:
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(OSError, match="cannot be read; give a hub id"):
+    with pytest.raises(EncoderError, match=r"cannot be read .*; give a hub id"):
         Encoder(tmp_path)
 
 
@@ -129,7 +131,7 @@ def test_files_are_embedded_once_by_their_content(
     rows = embed_files(clip, [*paths, tmp_path / "copy.png"], cache)
     torch.testing.assert_close(rows[:5], clip.embed_images(images), atol=1e-5, rtol=0)
     assert torch.equal(rows[5], rows[0])
-    assert len(list(cache.glob("*/*.npy"))) == 5
+    assert len(list(cache.glob("*/*.safetensors"))) == 5
 
     asked: list[int] = []
     plain = Encoder.embed_images
@@ -161,3 +163,61 @@ def test_other_weights_and_other_preparation_have_a_cache_of_their_own(
             (folder / "preprocessor_config.json").write_text(json.dumps(settings))
         changed = embed_files(Encoder(folder), [tmp_path / "a.png"], tmp_path / "cache")
         assert not torch.allclose(changed, rows, atol=1e-3)
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", bytes(300)])
+def test_a_damaged_embedding_is_made_anew(clip: Encoder, tmp_path: Path, content: bytes) -> None:
+    drawings(1)[0].save(tmp_path / "a.png")
+    rows = embed_files(clip, [tmp_path / "a.png"], tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*/*.safetensors")
+    sound = file.read_bytes()
+    file.write_bytes(content)
+    assert torch.equal(embed_files(clip, [tmp_path / "a.png"], tmp_path / "cache"), rows)
+    assert file.read_bytes() == sound
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))  # a flipped bit
+    assert torch.equal(embed_files(clip, [tmp_path / "a.png"], tmp_path / "cache"), rows)
+
+
+def copied(clip_folder: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(clip_folder, folder / "copied"))
+
+
+def test_no_question_is_asked_about_an_encoders_code(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(clip_folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "other", "auto_map": {"AutoConfig": "foreign.X"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nX = None\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("it asked"))
+    with pytest.raises(EncoderError, match="cannot be read"):
+        Encoder(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_encoders_pickled_weights_are_not_read(clip_folder: Path, tmp_path: Path) -> None:
+    folder = copied(clip_folder, tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EncoderError, match=r"cannot be read .*in safetensors"):
+        Encoder(folder)
+
+
+def test_an_encoder_without_all_its_weights_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    folder = copied(clip_folder, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("visual_projection.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EncoderError, match=r"lacks the weight visual_projection\.weight"):
+        Encoder(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"model_type": 5}'])
+def test_an_encoders_damaged_config_is_one_sentence(
+    clip_folder: Path, tmp_path: Path, text: str
+) -> None:
+    folder = copied(clip_folder, tmp_path)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(EncoderError, match="copied"):
+        Encoder(folder)

@@ -1,6 +1,7 @@
 """Test a model's card, and its upload by the real client to a fake Hub."""
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -411,11 +412,45 @@ def test_a_base_on_the_hub_is_checked_before_it_is_loaded(
     fake_hub.gated.add("maker/gated")
 
     def check(base: str) -> preflight.Check:
-        return fake_hub.call(preflight.preflight, base, tmp_path)[-1]
+        checks = fake_hub.call(preflight.preflight, base, tmp_path)
+        return next(one for one in checks if one.name == "base")
 
     assert check("maker/there").ok
     assert check("maker/gated").fix.startswith("Accept the terms on the Hub's page of maker/gated")
     assert check("maker/gone").fix.startswith("Check its name")
-    assert "diffusers' layout" in check("maker/other").fix
+    assert "no model_index.json" in check("maker/other").result
     with pytest.raises(loading.BaseError, match="'maker/gone' could not be reached on the hub"):
         fake_hub.call(loading.load_model, "maker/gone")
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (401, "your HF_TOKEN is not accepted: renew or remove it"),
+        (403, "accept the terms on the Hub's page of maker/base"),
+        (429, "the Hub's limit of requests is reached: wait"),
+        (500, "the Hub has a fault of its own: wait"),
+        (HANG_UP, "check its name and the network"),
+    ],
+)
+def test_each_refusal_of_the_hub_is_told_in_its_own_words(
+    status: int, told: str, fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    fake_hub.repos["maker/base"] = Repo(files={"model_index.json": b"{}"})
+    fake_hub.refusals["maker/base"] = status
+    with pytest.raises(loading.BaseError, match=told) as raised:
+        fake_hub.call(loading.load_model, "maker/base")
+    assert TOKEN not in str(raised.value)
+    checks = fake_hub.call(preflight.preflight, "maker/base", tmp_path)
+    (check,) = [one for one in checks if one.name == "base"]
+    assert not check.ok and told[1:] in check.fix and TOKEN not in repr(check)
+
+
+def test_a_base_on_the_hub_that_names_a_module_is_refused(fake_hub: FakeHub) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["foreign", "X"]}
+    fake_hub.repos["maker/evil"] = Repo(files={
+        "model_index.json": json.dumps(index).encode(), "unet/foreign.py": b"raise SystemExit",
+    })  # fmt: skip
+    with pytest.raises(loading.BaseError, match="by the module 'foreign'"):
+        fake_hub.call(loading.load_model, "maker/evil")
+    assert not any("foreign" in request.path for request in fake_hub.requests)

@@ -604,3 +604,10 @@ def test_odd_names_are_told_in_a_printable_line(
     with pytest.raises(DataError) as caught:
         read_photos(folder)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x0c", b"P", b"\x0c\0\0\0", b"\xff\xd8"])
+def test_the_shortest_side_files_are_passed_over(folder: Path, content: bytes) -> None:
+    noise(1).save(folder / "a.png")
+    (folder / "x.dat").write_bytes(content)
+    assert [photo.name for photo in read_photos(folder)] == ["a.png"]

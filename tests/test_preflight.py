@@ -83,7 +83,7 @@ def test_the_embedded_base_is_ready_on_this_cpu(
 ) -> None:
     machine(ram=6, disk=5)
     checks = checks_of("toybox", tmp_path / "runs" / "not yet there")
-    assert list(checks) == ["Python", "packages", "GPU", "memory", "disk", "base"]
+    assert list(checks) == ["Python", "packages", "GPU", "memory", "disk", "base", "scorer"]
     assert all(check.ok for check in checks.values()), Table(list(checks.values()))
     assert not (tmp_path / "runs").exists()
 
@@ -125,7 +125,7 @@ def test_drives_space_is_checked_where_a_run_is_backed_up(
 ) -> None:  # fmt: skip
     machine(gpu="Tesla T4")
     assert "Drive" not in checks_of(SD, tmp_path)
-    assert preflight.preflight(SD, tmp_path, tmp_path)[-2].name == "Drive"
+    assert preflight.preflight(SD, tmp_path, tmp_path)[-3].name == "Drive"
     whole = will_it_fit.needs_on_gpu(SD)[0].drive
     assert whole < 9 * GIB, "a free Drive has 15 GB, and not only for this"
     free_drive(monkeypatch, 5)
@@ -142,12 +142,12 @@ def test_drives_space_is_checked_where_a_run_is_backed_up(
     (tmp_path / "my-dog" / "config.toml").write_text("")
     with (backed_up / "tensors.safetensors").open("wb") as file:
         file.truncate(5 * GIB)  # takes no room: nothing is written
-    drive = preflight.preflight(SD, tmp_path, tmp_path, asked)[-2]
+    drive = preflight.preflight(SD, tmp_path, tmp_path, asked)[-3]
     assert drive.ok, "it is the run that will be resumed"
     (tmp_path / "my-dog" / "pipeline").mkdir()
-    assert not preflight.preflight(SD, tmp_path, tmp_path, asked)[-2].ok
+    assert not preflight.preflight(SD, tmp_path, tmp_path, asked)[-3].ok
     gone = tmp_path / "drive that is gone"
-    assert "does not answer" in preflight.preflight(SD, tmp_path, gone)[-2].result
+    assert "does not answer" in preflight.preflight(SD, tmp_path, gone)[-3].result
 
 
 def free_drive(monkeypatch: pytest.MonkeyPatch, gib: float, folder: Path | None = None) -> None:
@@ -392,10 +392,13 @@ def test_the_hub_is_asked_with_the_token_alone_and_not_for_long(
     tmp_path: Path, hub: list[dict[str, object]], fake_colab: FakeColab,
 ) -> None:  # fmt: skip
     assert checks_of(SD, tmp_path)["base"].ok
-    assert hub == [{"token": False, "timeout": preflight.TIMEOUT}], "without a token, none is sent"
+    # For the base and for the scorer.
+    assert hub == [{"token": False, "timeout": preflight.TIMEOUT}] * 2, (
+        "without a token, none is sent"
+    )
     fake_colab.secrets["HF_TOKEN"] = TOKEN
     checks = checks_of(SD, tmp_path)
-    assert hub[1]["token"] == TOKEN
+    assert hub[2]["token"] == TOKEN
     assert TOKEN not in repr(checks)
 
 
@@ -409,8 +412,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("kind", "fix"),
     [
-        (ConnectionError, "Check the network"),
-        (TimeoutError, "Check the network"),
+        (ConnectionError, "Check its name and the network"),
+        (TimeoutError, "Check its name and the network"),
     ],
 )
 def test_a_base_that_cannot_be_had_is_red(
@@ -423,18 +426,48 @@ def test_a_base_that_cannot_be_had_is_red(
     assert TOKEN not in repr(check), "what an error says is not shown"
 
 
-@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+@pytest.mark.parametrize(
+    ("pipeline", "denoiser"),
+    [("StableDiffusionXLPipeline", "unet"), ("StableDiffusion3Pipeline", "transformer"),
+     ("FluxPipeline", "transformer"), ("ZImagePipeline", "transformer"), ("Own", "denoiser")],
+)  # fmt: skip
 def test_a_base_that_was_downloaded_needs_no_network(
-    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch, denoiser: str
-) -> None:
+    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch, pipeline: str,
+    denoiser: str,
+) -> None:  # fmt: skip
+    from dreambooth_lib.families import loading
+    from dreambooth_lib.families.flux import Flux
+
+    class Own(Flux):
+        denoiser_name = "denoiser"
+
+    monkeypatch.setitem(loading.FAMILIES, "Own", Own)
     failing(monkeypatch, ConnectionError())
     index = tmp_path / "snapshot" / "model_index.json"
     (index.parent / denoiser).mkdir(parents=True)
-    index.write_text("{}")
+    index.write_text(json.dumps({"_class_name": pipeline}))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: str(index))
     assert not checks_of(SD, tmp_path)["base"].ok, "a download that failed leaves this much"
     (index.parent / denoiser / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert checks_of(SD, tmp_path)["base"].ok
+
+
+def test_the_scorer_is_checked_where_the_run_validates(
+    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch, clip_folder: Path
+) -> None:
+    def scorer(**settings: object) -> list[Check]:
+        return [c for c in preflight.preflight(SD, tmp_path, None, settings) if c.name == "scorer"]
+
+    (check,) = scorer()
+    assert check.ok and "openai/clip-vit-base-patch32" in check.result
+    assert scorer(validate_every=0) == []
+    (check,) = scorer(scorer=str(clip_folder))
+    assert check.ok and "on this machine" in check.result
+    (check,) = scorer(scorer=str(tmp_path))
+    assert not check.ok and "in safetensors" in check.result
+    failing(monkeypatch, ConnectionError())
+    (check,) = scorer()
+    assert not check.ok and "network" in check.fix
 
 
 def test_a_local_base_is_found_or_said_to_be_wrong(
@@ -446,7 +479,7 @@ def test_a_local_base_is_found_or_said_to_be_wrong(
     assert check.fix.startswith("Give a folder")
     check = checks_of("/nowhere/base", tmp_path)["base"]
     assert not check.ok and "/nowhere/base" in check.result
-    assert hub == [], "the Hub is not asked for what is here"
+    assert len(hub) == 3, "the Hub is not asked for what is here: once a run, for the scorer"
 
 
 # The table

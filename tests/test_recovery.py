@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from dreambooth_lib.core import disk
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.locks import LockError, lock
 from dreambooth_lib.training import runs
@@ -293,6 +294,13 @@ def test_other_files_among_class_images_are_passed_over(start_run: Start) -> Non
     (folder / "manifest.json").write_text("{")
     assert same_bits(run, trained(start_run("again", "sd1")))
     assert json.loads((folder / "manifest.json").read_text())["prompt"] == "a dog"
+
+
+def test_a_missing_scorer_is_told_before_class_images_are_drawn(start_run: Start) -> None:
+    run = start_run("run", "sd1", validate_every=1, scorer="no-such-folder/clip")
+    with pytest.raises(ConfigError, match="no-such-folder/clip"):
+        list(train(run))
+    assert not (run.folder.parent / "class_images").exists()
 
 
 # Changes at a resume.

@@ -149,28 +149,28 @@ def test_the_log_is_read_row_by_row(run: Run) -> None:
     rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": 5e-324, "prior_loss": None}]
     for row in rows:
         run.append("log", row)
-    assert run.log() == rows
+    assert run.rows("log") == rows
 
 
 def test_a_half_written_row_is_left_out_and_later_rows_are_complete(run: Run) -> None:
     run.append("log", {"step": 1})
     with (run.folder / "log.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    assert run.log() == [{"step": 1}]
+    assert run.rows("log") == [{"step": 1}]
     run.truncate("log", 1)
     run.append("log", {"step": 2})
-    assert run.log() == [{"step": 1}, {"step": 2}]
+    assert run.rows("log") == [{"step": 1}, {"step": 2}]
 
 
 def test_truncating_the_log_drops_exactly_the_later_rows(run: Run) -> None:
     for step in range(1, 6):
         run.append("log", {"step": step})
     run.truncate("log", 3)
-    assert [row["step"] for row in run.log()] == [1, 2, 3]
+    assert [row["step"] for row in run.rows("log")] == [1, 2, 3]
     lines = (run.folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     run.truncate("log", 0)
-    assert run.log() == []
+    assert run.rows("log") == []
 
 
 def test_the_newest_checkpoints_stay_and_the_newest_is_loaded(run: Run) -> None:

@@ -274,6 +274,7 @@ def test_the_panel_shows_captions_and_what_is_wrong_with_them(
     assert "2.json is not used" in text and "IMG_1.MOV is not used" in text
     panel.identifier.value = "beach"
     assert "lacks the identifier" not in panel.findings.value
+    panel.identifier.value = "ohwx"
     (folder / "1.txt").write_text("a dog on the beach in snow a photo of a red dog on a red {} cat")
     panel.reload()
     with pytest.raises(DataError, match="beyond what the base reads"):

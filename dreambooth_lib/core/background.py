@@ -9,6 +9,9 @@ from dreambooth_lib.core.errors import KitError
 
 T = TypeVar("T")
 
+#: Seconds that a drive has to list a folder or to show some photos, and to copy one file.
+ANSWER_LIMIT, FILE_LIMIT = 60.0, 900.0
+
 
 class NoAnswerError(KitError, TimeoutError):
     """A call that did not return in time; being an OSError, it counts as a fault of the drive."""

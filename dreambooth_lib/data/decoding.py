@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from dreambooth_lib.data.sources import NEEDS_DECODER, PHOTO_SUFFIXES, DataError
+from dreambooth_lib.data.sources import PHOTO_SUFFIXES, DataError
 
 MAX_PIXELS = 8192 * 6144  #: in one photo, by its header: a phone's 50 megapixels
 MAX_BYTES = 2**28  #: of one photo's file
@@ -23,6 +23,7 @@ MAX_SECONDS = 10.0  #: of CPU time to decode one photo
 #: Pillow's formats to read; it runs other programs to decode some of the rest, such as EPS.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000",
             "PPM", "QOI")  # fmt: skip
+_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
 _BLOCK = 2**10  # bytes that a decoder gets at once: it is timed between them
 
 
@@ -35,10 +36,12 @@ class _TimedBytes(io.BytesIO):
 
     def __init__(self, data: bytes):
         super().__init__(data)
-        self._end = time.thread_time() + MAX_SECONDS
+        self._end = time.monotonic() + MAX_SECONDS
+        self._cpu_end = time.thread_time() + MAX_SECONDS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if time.thread_time() > self._end:
+        # The wall clock is the cheaper one to ask, but a busy machine is not the file's fault.
+        if time.monotonic() > self._end and time.thread_time() > self._cpu_end:
             raise _TooSlow
         return super().read(size)
 
@@ -55,9 +58,10 @@ def formats() -> tuple[str, ...]:
 
 
 def is_photo(head: bytes) -> bool:
-    """Return whether a file that begins with ``head``, of 16 bytes, is an image to read."""
-    accepts = (Image.OPEN[name][1] for name in formats())
-    return any(accept(head) for accept in accepts if accept is not None)
+    """Return whether a file is an image to read, by its first 16 bytes."""
+    # Nearly any file may begin as a DIB does.
+    accepts = (Image.OPEN[name][1] for name in formats() if name != "DIB")
+    return any(accept(head.ljust(16, b"\0")) for accept in accepts if accept is not None)
 
 
 def decode(where: str, suffix: str, data: bytes) -> Image.Image:
@@ -93,11 +97,10 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _why_unidentified(suffix: str, data: bytes) -> str:
-    if suffix in (".heic", ".heif") or data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
-        if "HEIF" in formats():
-            return "is damaged; replace or remove it"
+    is_heic = suffix in (".heic", ".heif") or data[4:12] in _HEIC
+    if is_heic and "HEIF" not in formats():
         return "cannot be decoded here; run 'pip install pillow-heif', or convert it to JPEG or PNG"
-    if suffix in NEEDS_DECODER:
+    if suffix == ".jxl" or (suffix in (".avif", ".avifs") and "AVIF" not in formats()):
         return "cannot be decoded here; convert it to JPEG or PNG"
     if suffix in PHOTO_SUFFIXES:
         return "is empty, damaged or not an image; replace or remove it"

@@ -14,10 +14,10 @@ from dreambooth_lib.core.errors import KitError
 MAX_ZIP_BYTES = 2 * 2**30  #: of all members of a zip, unpacked
 MAX_ZIP_RATIO = 100  #: unpacked bytes per byte of the zip, for zips above 100 MiB unpacked
 
-#: What photos may be called, and what needs a decoder that may be missing.
-NEEDS_DECODER = {".heic", ".heif", ".avif", ".avifs", ".jxl"}
-PHOTO_SUFFIXES = NEEDS_DECODER | {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng",
-                                  ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # fmt: skip
+#: What photos may be called.
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp",
+                  ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".avifs", ".jxl", ".jp2",
+                  ".j2k", ".qoi"}  # fmt: skip
 #: Of captions, and of other texts, which are never opened.
 CAPTION_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv"}
 TEXT_SUFFIXES = CAPTION_SUFFIXES | {".md", ".xml", ".url", ".ini"}

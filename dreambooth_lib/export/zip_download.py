@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 from zipfile import ZIP_STORED, ZipFile
 
+from dreambooth_lib.core import background
 from dreambooth_lib.core.disk import format_bytes
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.files import copy_file, replacing_file, retry, visible_files
@@ -32,11 +33,12 @@ def _new_zip(file: Path) -> ZipFile:
 def copy_to(folder: str | Path, file: Path) -> str | None:
     """Copy a file to a folder, such as Drive's; return None, or a sentence on what went wrong."""
     try:
-        retry(copy_file, file, Path(folder) / file.name)
+        place = Path(folder) / file.name
+        background.call(retry, copy_file, file, place, place=folder, limit=background.FILE_LIMIT)
     except OSError as error:
         return (
-            f"{file} could not be copied to {folder} ({error}); check that the drive is mounted "
-            "and has space, and try again: the file itself is complete."
+            f"{file} is complete but could not be copied to {folder} ({str(error).rstrip('.')}); "
+            "check that the drive is mounted and has space, and try again."
         )
     return None
 

@@ -8,6 +8,7 @@ base belongs to.
 
 import math
 from collections.abc import Collection, Iterable
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Family:
     undistilled_base: ClassVar[str] = ""
     #: The dtype in which its bases' model cards draw on a GPU, by torch's name.
     card_dtype: ClassVar[str] = "bfloat16"
-    #: What a base's scheduler config must have for :meth:`forward_process`.
+    #: What a base's scheduler must have for :meth:`forward_process`.
     scheduler_settings: ClassVar[tuple[str, ...]] = ("shift",)
     #: More arguments for the pipeline's ``from_pretrained``.
     options: ClassVar[dict[str, Any]] = {}
@@ -146,18 +147,25 @@ class Family:
         return FlowNoise.of_scheduler(self.pipeline.scheduler, patches, min_snr_gamma)
 
     @classmethod
-    def check_configs(cls, path: str, scheduler: Config, vae: Config) -> None:
-        """Check that this family can train a base, by the configs of its scheduler and autoencoder.
+    def check_configs(
+        cls, path: str, schedulers: Iterable[str], scheduler: Config, vae: Config
+    ) -> None:
+        """Check that this family can train a base, by its scheduler and autoencoder.
 
+        ``schedulers`` are its scheduler's class by ``model_index.json`` and by its own config.
         Raises :class:`BaseError` for another noise process, and for latents of another scale.
         """
-        lacking = [name for name in cls.scheduler_settings if scheduler.get(name) is None]
-        if lacking or (scheduler.get("use_flow_sigmas") and "shift" not in cls.scheduler_settings):
-            raise BaseError(
-                f"{path}/scheduler has a {scheduler.get('_class_name')}, whose noise process is "
-                f"none that the kit can train a {cls.__name__} base with; choose a base with the "
-                "family's own scheduler."
-            )
+        import diffusers
+
+        for name in schedulers:
+            known = signature(getattr(diffusers, name, object)).parameters.keys()
+            flow = scheduler.get("use_flow_sigmas") and "shift" not in cls.scheduler_settings
+            if flow or not known >= {*cls.scheduler_settings}:
+                raise BaseError(
+                    f"{path}/scheduler has a {name}, whose noise process is none that the kit can "
+                    f"train a {cls.__name__} base with; choose a base with the family's own "
+                    "scheduler."
+                )
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
             raise BaseError(
                 f"{path}/vae has latents_mean or latents_std, by which the kit does not scale "

@@ -41,6 +41,9 @@ def what_to_do(error: BaseException, repository: str) -> str:
         )
     if status == 401 and hub_token():
         return f"your HF_TOKEN is not accepted: renew or remove it in {place}"
+    folder = Path(repository)
+    if folder.parent.is_dir():  # as in runs/my-dog, mistyped
+        return f"check its name: the folder '{folder.parent}' here has no '{folder.name}'"
     if isinstance(error, RepositoryNotFoundError):
         return f"check its name; if it is private, put a token with read access into {place}"
     if isinstance(error, RevisionNotFoundError):
@@ -54,7 +57,7 @@ def what_to_do(error: BaseException, repository: str) -> str:
         return "the Hub's limit of requests is reached: wait some minutes, and try again"
     if status is not None and status >= 500:
         return "the Hub has a fault of its own: wait some minutes, and try again"
-    return "check its name, your network and your access to it, or use the bundled base 'toybox'"
+    return "check its name and the network, or train the bundled base 'toybox'"
 
 
 def _status(error: BaseException | None) -> int | None:

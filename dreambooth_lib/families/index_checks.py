@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.families.base_files import BaseError, check_part_weights, read_object
+from dreambooth_lib.families.base_files import BaseError, read_object
 
 #: Keys of transformers' configs that may name a repository of kernels on the Hub.
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation",
@@ -18,19 +18,23 @@ _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementati
 def check(
     path: str,
     index: Mapping[str, Any],
+    needed: Iterable[str],
     options: Mapping[str, Any],
-    hub: Mapping[str, str | None],
+    revision: str | None,
     read: Callable[[str], dict[str, Any]],
-) -> None:
-    """Check a base's index and, for a folder, its files. ``path`` is a folder or a hub id.
+) -> list[str]:
+    """Check a base's index and its parts' configs; return the parts that have weights.
 
-    ``options`` sets to None the parts that are not loaded, ``hub`` has revision and variant, and
-    ``read`` reads one of its configs. Raises :class:`BaseError` as the functions below do.
+    ``path`` is a folder or a hub id. ``needed`` are parts that it must have, ``options`` sets to
+    None those that are not loaded, and ``read`` reads a config. Raises :class:`BaseError`.
     """
     import diffusers
 
     where = f"{path}/model_index.json"
     parts = parts_of(index, where)
+    for name in needed:
+        if name not in parts:
+            raise BaseError(f"{where} names no {name}; download the base again.")
     loaded = {name: part for name, part in parts.items() if options.get(name, ...) is not None}
     pipeline = getattr(diffusers, index["_class_name"], None)
     if pipeline is None:
@@ -39,14 +43,15 @@ def check(
             "a newer diffusers."
         )
     check_classes(loaded, pipeline._get_signature_types(), where)
-    if Path(path).exists():
-        check_folder(Path(path), loaded, hub.get("variant"))
-        return
     for name, (library, _) in loaded.items():
+        if Path(path).exists():
+            _check_folder(Path(path) / name)
+            continue
         for config in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
             if config.startswith(_kind(name)):
                 check_config(read(f"{name}/{config}"), f"{path}/{name}/{config}")
-        _check_cached(path, f"{name}/{library}.py", hub.get("revision"))
+        _check_cached(path, f"{name}/{library}.py", revision)
+    return [name for name in loaded if _kind(name) == "config"]
 
 
 def _kind(part: str) -> str:
@@ -134,22 +139,15 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             nested += [value] if isinstance(value, dict) else []
 
 
-def check_folder(folder: Path, names: Iterable[str], variant: str | None) -> None:
-    """Check the named parts of a base's folder: their configs, and their weights' headers.
-
-    Raises :class:`BaseError` with the file that is missing or damaged, and for Python modules.
-    """
-    for name in names:
-        part = folder / name
-        if not part.is_dir():
-            raise BaseError(f"the base's part {part} is missing; download or copy the base again.")
-        if code := sorted(part.glob("*.py")):
-            raise BaseError(
-                f"the base holds code, {code[0]}, and the kit runs none; choose a base from a "
-                "source that you trust, or delete the file."
-            )
-        for config in part.glob("*.json"):
-            if not config.name.endswith((".index.json", "vocab.json")):
-                check_config(read_object(config), str(config))
-        if _kind(name) == "config":
-            check_part_weights(part, variant)
+def _check_folder(part: Path) -> None:
+    """Check a part's folder: it is there, without Python modules, and with sound JSON files."""
+    if not part.is_dir():
+        raise BaseError(f"the base's part {part} is missing; download or copy the base again.")
+    if code := sorted(part.glob("*.py")):
+        raise BaseError(
+            f"the base holds code, {code[0]}, and the kit runs none; choose a base from a source "
+            "that you trust, or delete the file."
+        )
+    for config in part.glob("*.json"):
+        if not config.name.endswith((".index.json", "vocab.json")):
+            check_config(read_object(config), str(config))

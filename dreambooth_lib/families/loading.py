@@ -123,7 +123,7 @@ def load_meta(base: str, revision: str | None = None, **loading: Any) -> "Family
     from dreambooth_lib.families.pretrained import build_on_meta
 
     resolved = resolve(base, revision)
-    resolved.check()
+    resolved.check(weights=False)
     hub_revision = resolved.hub.get("revision")
     return build_on_meta(
         resolved.family, resolved.path, resolved.index, revision=hub_revision, **loading

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
@@ -18,7 +19,7 @@ from packaging.version import Version
 
 from dreambooth_lib.core import gpu_memory, notices
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.families import index_checks
+from dreambooth_lib.families import base_files, index_checks
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.precision import autoencoder_dtype
@@ -144,8 +145,43 @@ def _load(
     family_class: type[Family], path: str, options: dict[str, Any], resolution: int | None
 ) -> Family:
     with _loading(path):
-        pipeline = DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **options)
+        pipeline: Any = DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **options)
+        if Path(path).is_dir():
+            _check_complete(pipeline, Path(path))
         return family_class(pipeline, resolution)
+
+
+def _check_complete(pipeline: Any, folder: Path) -> None:
+    """Raise :class:`BaseError` if a part's files lack weights that its config asks for.
+
+    diffusers leaves these on the meta device, and transformers draws them at random.
+    """
+    for part, module in pipeline.components.items():
+        lacking: list[str] = []
+        if isinstance(module, transformers.PreTrainedModel):
+            lacking = _not_saved(module, folder / part)
+        elif isinstance(module, torch.nn.Module):
+            lacking = [name for name, weight in module.named_parameters() if weight.is_meta]
+        if lacking:
+            raise BaseError(
+                f"the base's part {folder / part} lacks the weight {lacking[0]}, which its "
+                "config.json asks for; download or copy the part again."
+            )
+
+
+def _not_saved(module: torch.nn.Module, folder: Path) -> list[str]:
+    """Return the weights of a module that no file in its folder has."""
+    saved = {n for file in folder.glob("*.safetensors") for n in base_files.check_weights(file)}
+    names: dict[int, list[str]] = {}  # of each weight: of tied ones a single name is saved
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    # One of both may have a prefix: a larger model's, or an older transformers'.
+    known = saved | {name.partition(".")[2] for name in saved}
+    return [
+        aliases[0]
+        for aliases in names.values()
+        if not any(name in known or name.partition(".")[2] in saved for name in aliases)
+    ]
 
 
 @contextmanager

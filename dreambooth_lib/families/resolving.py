@@ -141,16 +141,27 @@ class ResolvedBase:
             file = hub_files.download(self.path, name, self.hub["revision"])
         return {} if file is None or not file.exists() else base_files.read_object(file)
 
-    def check(self) -> None:
+    def check(self, weights: bool = True) -> None:
         """Check all that loading reads of it, before a library reads it.
 
         Raises :class:`BaseError` for files that are missing or damaged, for what would run code,
         and for parts that its family cannot train.
         """
-        index_checks.check(self.path, self.index, self.family.options, self.hub, self.read)
-        self.family.check_configs(
-            self.path, self.read("scheduler/scheduler_config.json"), self.read("vae/config.json")
+        family, hub = self.family, self.hub
+        needed, revision = (family.denoiser_name, "vae", "scheduler"), hub.get("revision")
+        parts = index_checks.check(
+            self.path, self.index, needed, family.options, revision, self.read
         )
+        for part in parts if weights and self.is_local else ():
+            base_files.check_part_weights(Path(self.path) / part, hub.get("variant"))
+        scheduler = self.read("scheduler/scheduler_config.json")
+        if not scheduler:
+            raise BaseError(
+                f"{self.path}/scheduler/scheduler_config.json is missing or empty; download or "
+                "copy the base again."
+            )
+        names = {self.index["scheduler"][1], str(scheduler.get("_class_name") or "")} - {""}
+        family.check_configs(self.path, sorted(names), scheduler, self.read("vae/config.json"))
 
 
 def resolve(base: str, revision: str | None = None, variant: str | None = None) -> ResolvedBase:
@@ -172,5 +183,9 @@ def resolve(base: str, revision: str | None = None, variant: str | None = None) 
         base, revision, variant = (trained_on[key] for key in ("base", "revision", "variant"))
     hub = {"revision": revision, "variant": variant}
     if Path(path).exists():
-        hub = {"variant": variant} if any(Path(path).glob(f"*/*.{variant}.*")) else {}
+        hub = (
+            {"variant": variant}
+            if any(f".{variant}." in p.name for p in Path(path).glob("*/*"))
+            else {}
+        )
     return ResolvedBase(base, path, hub, tuple(loras))

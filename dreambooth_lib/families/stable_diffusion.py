@@ -34,7 +34,7 @@ class StableDiffusion(Family):
     )
     undistilled_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     card_dtype = "float16"
-    scheduler_settings = ("beta_start", "beta_end", "beta_schedule")
+    scheduler_settings = ("beta_start",)
     options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,

@@ -1,23 +1,25 @@
 """Embed images and prompts with a frozen CLIP or DINO, and cache embeddings by file content."""
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
-from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.errors import InputError, KitError
 
 if TYPE_CHECKING:
     import torch
 
 #: Images or prompts in a batch.
 BATCH = 64
+
+
+class EncoderError(KitError, ValueError):
+    """A CLIP or DINO that cannot be read, or is neither."""
 
 
 class Encoder:
@@ -31,8 +33,9 @@ class Encoder:
       preprocessed as in DINO's own evaluation: shorter side to 256/224 of the model's resolution by
       bicubic, center crop, ImageNet's mean and standard deviation.
 
-    Computes in float32 on ``device`` and returns embeddings of unit length on the CPU. Raises
-    ``ValueError`` for a model of another type, ``OSError`` for one that cannot be read.
+    Computes in float32 on ``device`` and returns embeddings of unit length on the CPU. Only
+    safetensors are read, and no code of the model's. Raises :class:`EncoderError` for a model of
+    another type, and for one that cannot be read.
     """
 
     model_id: str  #: to report with every score
@@ -43,17 +46,19 @@ class Encoder:
 
         self.model_id, self.device = str(model_id), device
         try:
-            config = AutoConfig.from_pretrained(self.model_id)
+            config = AutoConfig.from_pretrained(self.model_id, trust_remote_code=False)
             self.reads_texts = config.model_type == "clip"
             if config.model_type in ("clip", "vit"):
                 self._load(config)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"the encoder '{self.model_id}' cannot be read; give a hub id, or a folder with a "
-                "model, its preprocessor_config.json and its tokenizer."
+        except Exception as error:  # of any kind: configs are used without a look at their shape
+            reason = str(error).partition("\n")[0][:200]
+            raise EncoderError(
+                f"the encoder '{self.model_id}' cannot be read ({type(error).__name__}: {reason}); "
+                "give a hub id, or a folder with a model in safetensors, its "
+                "preprocessor_config.json and its tokenizer."
             ) from error
         if config.model_type not in ("clip", "vit"):
-            raise ValueError(
+            raise EncoderError(
                 f"the encoder '{self.model_id}' is of type '{config.model_type}'; give a CLIP such "
                 "as openai/clip-vit-base-patch32 or a DINO such as facebook/dino-vits16."
             )
@@ -67,13 +72,15 @@ class Encoder:
         processor = by_pil or transformers.CLIPImageProcessor
         model: Any
         if self.reads_texts:
-            model = transformers.CLIPModel.from_pretrained(self.model_id)
-            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(self.model_id)
+            model = self._load_model(transformers.CLIPModel)
+            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(
+                self.model_id, trust_remote_code=False
+            )
             if len(self._tokenizer) < 5:  # transformers 5 makes an empty one if a file is missing
                 raise ValueError("the model has no tokenizer; add its files to the folder.")
             self._processor = processor.from_pretrained(self.model_id)
         else:
-            model = transformers.ViTModel.from_pretrained(self.model_id, add_pooling_layer=False)
+            model = self._load_model(transformers.ViTModel, add_pooling_layer=False)
             self._processor = processor(
                 size={"shortest_edge": round(config.image_size * 256 / 224)},
                 crop_size={"height": config.image_size, "width": config.image_size},
@@ -82,6 +89,19 @@ class Encoder:
                 image_std=IMAGENET_DEFAULT_STD,
             )
         self._model = model.float().eval().requires_grad_(False).to(self.device)
+
+    def _load_model(self, model_class: Any, **options: Any) -> Any:
+        """Load from safetensors; raise ``ValueError`` where weights are missing, as for random."""
+        model, found = model_class.from_pretrained(
+            self.model_id,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+        if missing := sorted(map(str, found["missing_keys"])):
+            raise ValueError(f"the model lacks the weight {missing[0]}.")
+        return model
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -140,13 +160,14 @@ class Encoder:
 def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.Tensor":
     """Embed image files as float32 ``[N, D]``, one row for each path.
 
-    ``cache`` has a folder for each encoder, with one ``.npy`` for each file content. At most
-    ``BATCH`` images are in memory. Raises ``FileNotFoundError`` for a missing file, ``InputError``
-    for no paths.
+    ``cache`` has a folder for each encoder, with a file for each content; a damaged one is made
+    anew. At most ``BATCH`` images are in memory. Raises ``FileNotFoundError`` for a missing file,
+    ``InputError`` for no paths.
     """
     import torch
 
     from dreambooth_lib.core.files import replace_file
+    from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
 
     if not paths:
         raise InputError("there are no image files to embed; give one or more.")
@@ -155,15 +176,16 @@ def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.
         replace_file(folder / "encoder.json", json.dumps(encoder.identity, indent=2).encode())
     cached = []
     for path in paths:
-        with path.open("rb") as file:
-            cached.append(folder / f"{hashlib.file_digest(file, 'sha256').hexdigest()}.npy")
+        with path.open("rb") as image:
+            digest = hashlib.file_digest(image, "sha256").hexdigest()
+        cached.append(folder / f"{digest}.safetensors")
     path_of = dict(zip(cached, paths, strict=True))
-    missing = [npy for npy in path_of if not npy.exists()]
+    rows = {file: read_tensors(file, ("embedding",)) for file in path_of}
+    missing = [file for file, read in rows.items() if read is None]
     for start in range(0, len(missing), BATCH):
         batch = missing[start : start + BATCH]
-        rows = encoder.embed_images([Image.open(path_of[npy]) for npy in batch]).numpy()
-        for npy, row in zip(batch, rows, strict=True):
-            buffer = io.BytesIO()
-            np.save(buffer, row)
-            replace_file(npy, buffer.getvalue())
-    return torch.from_numpy(np.stack([np.load(npy) for npy in cached]))
+        embedded = encoder.embed_images([Image.open(path_of[file]) for file in batch])
+        for file, row in zip(batch, embedded, strict=True):
+            rows[file] = {"embedding": row}
+            write_tensors(file, {"embedding": row})
+    return torch.stack([read["embedding"] for file in cached if (read := rows[file])])

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from unicodedata import category
 
+from dreambooth_lib.core import background
 from dreambooth_lib.core.hub_token import in_colab
 from dreambooth_lib.data.images import DataError
 
@@ -93,7 +94,10 @@ def mount_drive(folder: str = "dreambooth") -> Path | None:
     try:
         drive.mount(str(MOUNT))
         place = MOUNT / "MyDrive" / folder
-        place.mkdir(exist_ok=True)  # but not MyDrive: if that is missing, nothing is mounted
+        # But not MyDrive: if that is missing, nothing is mounted.
+        background.call(
+            lambda: place.mkdir(exist_ok=True), place=place, limit=background.ANSWER_LIMIT
+        )
     except Exception as error:  # Colab raises many types, for a refusal and for a fault
         warnings.warn(
             f"Drive could not be mounted ({type(error).__name__}: {error}); runs are not backed up "

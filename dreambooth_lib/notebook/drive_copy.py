@@ -4,6 +4,7 @@ Photos go there as PNG files of what training sees, without their metadata. Conf
 beside them on the drive, and everything else by its path from the run's folder.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ PHOTOS, CLASS_PHOTOS = "photos", "class_photos"
 NAMING_PATHS = ("config.toml", "manifest.json", "base.json")
 #: Their fields that may be the path of a folder.
 _BASES = ("base", "scorer")
+_JSON = json.loads, functools.partial(json.dumps, indent=2)
 
 
 def describe(name: str, source: Path) -> Fingerprint:
@@ -211,8 +213,7 @@ def _rewrite(source: Path, place: Path, change: Callable[[dict[str, Any]], None]
     import tomli_w
 
     text = source.read_text(encoding="utf-8")
-    is_toml = source.suffix == ".toml"
-    fields = tomllib.loads(text) if is_toml else json.loads(text)
+    load, dump = (tomllib.loads, tomli_w.dumps) if source.suffix == ".toml" else _JSON
+    fields = load(text)
     change(fields)
-    changed = tomli_w.dumps(fields) if is_toml else json.dumps(fields, indent=2)
-    replace_file(place, changed.encode())
+    replace_file(place, (text if fields == load(text) else dump(fields)).encode())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dreambooth_lib.core import background
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import copy_file, recover_folder, retry, visible_files
 from dreambooth_lib.core.old_names import PLACES
 from dreambooth_lib.notebook.drive_copy import CLASS_PHOTOS, NAMING_PATHS, PHOTOS, localize
@@ -17,10 +18,12 @@ from dreambooth_lib.notebook.drive_state import IDENTITY, State, read_state
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run, RunError
 
-#: Seconds that a drive has to hand over one file.
-FILE_LIMIT = 900.0
 #: What Drive calls the second file or folder of a name, such as "000006 (1)".
 _DUPLICATE = re.compile(r"(.+) \(\d+\)(\.[^.]+)?")
+
+
+class RestoreError(KitError, RuntimeError):
+    """A backup that could not be read; nothing was restored."""
 
 
 def list_files(folder: Path) -> dict[Path, int]:
@@ -56,7 +59,9 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
 
     Raises :class:`CheckpointError` if there are checkpoints and none of them is sound.
     """
-    state = background.call(read_state, folder, place=folder, limit=FILE_LIMIT) or State()
+    state = (
+        background.call(read_state, folder, place=folder, limit=background.FILE_LIMIT) or State()
+    )
     times = {Path(part) / name: time for part, rows in state.parts.items()
              for name, _, time, *_ in rows}  # fmt: skip
     for name in files:
@@ -66,7 +71,15 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
         if place.exists():
             continue
         given = (copy_file, folder / name, place)
-        background.call(retry, *given, place=folder / name, limit=FILE_LIMIT)
+        try:
+            background.call(retry, *given, place=folder / name, limit=background.FILE_LIMIT)
+        except KitError:  # the disk's, or the drive does not answer
+            raise
+        except OSError as error:
+            raise RestoreError(
+                f"{folder / name} could not be read ({error}); check that the drive is mounted, "
+                "and try again."
+            ) from error
         if name.name in NAMING_PATHS:
             localize(place, local)
         if name in times:  # or the next backup would copy it again

@@ -13,17 +13,15 @@ from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.notebook.drive_copy import PHOTOS
-from dreambooth_lib.notebook.drive_copy_back import backed_up, copy_back, list_files
+from dreambooth_lib.notebook.drive_copy_back import (
+    RestoreError,
+    backed_up,
+    copy_back,
+    list_files,
+)
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.runs import Run, RunError
-
-#: Seconds that a drive has to list a folder or to show some photos.
-ANSWER_LIMIT = 60.0
-
-
-class RestoreError(KitError, RuntimeError):
-    """A backup that could not be read; nothing was restored."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def restore(folder: str | Path, local: str | Path) -> Run:
     if local.exists() and any(local.iterdir()):
         raise RunError(f"{local} is not empty; restore the run to a new folder.")
     try:
-        files = background.call(list_files, folder, place=folder, limit=ANSWER_LIMIT)
+        files = background.call(list_files, folder, place=folder, limit=background.ANSWER_LIMIT)
         require_room(local, sum(files.values()))
         with replacing_folder(local) as partial:
             copy_back(folder, list(files), partial, local)
@@ -123,7 +121,7 @@ def has_finished(folder: Path) -> bool:
 def unique_name(name: str, *folders: str | Path | None) -> str:
     """Return the name, with a number if these folders have a folder or a zip of that name."""
     places = [Path(folder) for folder in folders if folder is not None]
-    names = {path.name for place in places for path in _contents(place)}
+    names = {path.name for place in places for path in _contents_in_time(place)}
     taken = names | {name.removesuffix(".zip") for name in names}
     numbered = (f"{name}-{number}" for number in count(2))
     return next(free for free in chain([name], numbered) if free not in taken)
@@ -140,7 +138,9 @@ def _all_runs(
     silent = []
     for folder in [Path(folder) for folder in folders if folder is not None]:
         try:
-            for run in background.call(_runs_in, folder, place=folder, limit=ANSWER_LIMIT):
+            for run in background.call(
+                _runs_in, folder, place=folder, limit=background.ANSWER_LIMIT
+            ):
                 copies.setdefault(run.identity, []).append(run)
         except background.NoAnswerError as error:
             silent.append((folder, error))
@@ -157,6 +157,13 @@ def _contents(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError:  # a missing folder, or a drive that is gone
+        return []
+
+
+def _contents_in_time(folder: Path) -> list[Path]:
+    try:
+        return background.call(_contents, folder, place=folder, limit=background.ANSWER_LIMIT)
+    except background.NoAnswerError:  # then a backup there says so, or that it finds another run
         return []
 
 
@@ -197,8 +204,12 @@ def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: st
 
 def _hashes(pictures: str | Path) -> list[str] | None:
     """Return the hashes of photos, whatever their names; None if they cannot be read."""
-    try:
-        photos = background.call(read_photos, pictures, place=pictures, limit=ANSWER_LIMIT)
+
+    def read() -> list[str]:
+        photos = read_photos(pictures)
         return sorted(hashlib.sha256(photo.image.tobytes()).hexdigest() for photo in photos)
+
+    try:
+        return background.call(read, place=pictures, limit=background.ANSWER_LIMIT)
     except Exception:  # whatever damaged photos raise
         return None

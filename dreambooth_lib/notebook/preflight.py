@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.config import base_defaults
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.hub_token import hub_token, in_colab
-from dreambooth_lib.families import loading
+from dreambooth_lib.families import hub_files, loading
 from dreambooth_lib.figures import labels
 from dreambooth_lib.notebook import install
 from dreambooth_lib.notebook.base_models import describe
@@ -76,7 +77,7 @@ def preflight(
     ``drive`` is where the run will be backed up, if anywhere. The space of interrupted runs there
     and in ``folder`` counts as free, as one of them is usually resumed. The method is the one that
     :func:`recommend` returns; ``settings``, fields of a config, may restrict it. Nothing is
-    downloaded, written or changed; the Hub is asked for one header. While packages are missing,
+    downloaded, written or changed; the Hub is asked for two headers. While packages are missing,
     only the checks that need none of them are made.
     """
     plan = install.missing_packages(install.required(), install.installed())
@@ -94,7 +95,7 @@ def preflight(
         relevant = {"gpu": gpu, "memory": True, "disk": True, "drive": drive is not None}
         folders = {"disk": Path(folder).resolve(), "drive": Path(drive or "")}
         checks += [_resource(kind, best, folders.get(kind)) for kind in KINDS if relevant[kind]]
-    return [*checks, _base(base)]
+    return [*checks, _base(base), *_scorer(base, settings or {})]
 
 
 def _python() -> Check:
@@ -191,36 +192,64 @@ def _base(base: str) -> Check:
     try:
         path = loading.locate(base)
         warning = loading.warn_of_distillation(base)
-    except loading.BaseError as error:
+    except KitError as error:
         result, _, fix = str(error).partition("; ")
         return Check("base", False, result, f"{fix[:1].upper()}{fix[1:]}")
     advice = f". {warning}" if warning else ""
     if Path(path).exists():
         return Check("base", True, f"'{base}' is on this machine{advice}")
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    return _on_hub("base", base, "model_index.json", advice)
 
-    result = f"'{base}' cannot be downloaded from the Hub"
-    place = "Colab's secret HF_TOKEN" if in_colab() else "the environment variable HF_TOKEN"
+
+def _scorer(base: str, settings: Mapping[str, Any]) -> list[Check]:
+    """Check the encoder that scores validation images, unless the run has none."""
+    scorer = settings.get("scorer") or base_defaults(base)["scorer"]
+    if settings.get("validate_every") == 0:
+        return []
+    if scorer == "toybox":
+        return [Check("scorer", True, "the bundled one")]
+    if Path(scorer).exists():
+        ok = (Path(scorer) / "config.json").exists() and any(Path(scorer).glob("*.safetensors"))
+        if ok:
+            return [Check("scorer", True, f"'{scorer}' is on this machine")]
+        result = f"'{scorer}' has no config.json, or no weights in safetensors"
+        return [Check("scorer", False, result, "Give a CLIP by hub id or folder.")]
+    return [_on_hub("scorer", scorer, "config.json")]
+
+
+def _on_hub(name: str, repository: str, file: str, advice: str = "") -> Check:
+    """Check that a repository on the Hub has a file, or is in the local cache as a whole."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    result = f"'{repository}' cannot be downloaded from the Hub"
     try:
-        url = hf_hub_url(base, "model_index.json")
+        url = hf_hub_url(repository, file)
         get_hf_file_metadata(url, token=hub_token() or False, timeout=TIMEOUT)
-        return Check("base", True, f"'{base}' is on the Hub{advice}")
-    except GatedRepoError:
-        fix = f"Accept the terms on the Hub's page of {base}, and put your token into {place}."
-    except RepositoryNotFoundError:
-        fix = f"Check its name; if it is private, put a token with read access into {place}."
+        return Check(name, True, f"'{repository}' is on the Hub{advice}")
     except EntryNotFoundError:
-        result = f"'{base}' is on the Hub but has no model_index.json"
-        fix = "Choose a base in diffusers' layout."
-    except (
-        Exception
-    ) as error:  # the Hub's client raises many types, which all mean that it does not answer
-        cached = try_to_load_from_cache(base, "model_index.json")
-        files = Path(cached).parent.glob("*/*.safetensors") if isinstance(cached, str) else ()
-        if any(file.parent.name in ("unet", "transformer") for file in files):
-            result = f"'{base}' is in the local cache; the Hub does not answer{advice}"
-            return Check("base", True, result)
+        result = f"'{repository}' is on the Hub but has no {file}"
+        return Check(name, False, result, f"Choose a {name} that has one.")
+    except Exception as error:  # the Hub's client raises many types for the same problem
+        if _is_cached(repository, file):
+            result = f"'{repository}' is in the local cache; the Hub does not answer{advice}"
+            return Check(name, True, result)
+        fix = hub_files.what_to_do(error, repository)
         result += f" ({type(error).__name__})"
-        fix = "Check the network, or train the bundled base 'toybox'."
-    return Check("base", False, result, fix)
+        return Check(name, False, result, f"{fix[:1].upper()}{fix[1:]}.")
+
+
+def _is_cached(repository: str, file: str) -> bool:
+    """Return whether the local cache has a file of the Hub and, beside it, the model's weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, file)
+    if not isinstance(cached, str):
+        return False
+    folder = Path(cached).parent
+    if file == "model_index.json":
+        try:
+            folder /= loading.resolve(str(folder)).family.denoiser_name
+        except KitError:  # of no family that the kit knows, or damaged
+            return False
+    return any(folder.glob("*.safetensors"))

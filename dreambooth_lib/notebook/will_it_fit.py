@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core import background, gpu_memory
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.notebook import drive_copy, drive_restore
 from dreambooth_lib.notebook.base_models import METHODS, BaseModel, describe
@@ -210,12 +210,18 @@ def _measure_machine(folder: Path, drive: str | Path | None) -> tuple[Resources,
     space: tuple[int | None, int | None] = None, None
     if drive is not None:
         with suppress(OSError):  # a drive that is gone has a line of its own in the table
-            usage = shutil.disk_usage(drive)
-            space = usage.free + _interrupted_bytes(Path(drive)), usage.total
+            space = background.call(
+                _drive_bytes, Path(drive), place=drive, limit=background.ANSWER_LIMIT
+            )
     return (
         Resources(ram.available, disk.free + _interrupted_bytes(folder), gpu[0], space[0]),
         Resources(ram.total, disk.total, gpu[1], space[1]),
     )
+
+
+def _drive_bytes(drive: Path) -> tuple[int, int]:
+    usage = shutil.disk_usage(drive)
+    return usage.free + _interrupted_bytes(drive), usage.total
 
 
 def _interrupted_bytes(folder: Path) -> int:

@@ -42,9 +42,17 @@ def first(ways: Iterable[T], fits: Callable[[T], bool]) -> T:
 
 
 def native_precision(mixed_precision: str, device: "torch.device") -> str:
-    """Resolve mixed precision "auto": bf16 where the GPU has it, else fp16; "no" on a CPU."""
+    """Resolve mixed precision "auto": bf16 where the GPU has it, else fp16; "no" on a CPU.
+
+    Raises :class:`ConfigError` for fp16 on a CPU, where most of torch's layers lack it.
+    """
     import torch
 
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "mixed_precision is 'fp16', which needs a GPU, and there is none here; set it to "
+            "'auto' or 'no'."
+        )
     if mixed_precision != "auto":
         return mixed_precision
     if device.type != "cuda":

@@ -21,7 +21,7 @@ from dreambooth_lib.core.config import SAMPLING_FIELDS, TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import explain_disk_errors
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.files import recover_folder, replace_file
 from dreambooth_lib.core.locks import lock
 from dreambooth_lib.core.old_names import PLACES, locate
 from dreambooth_lib.training.config_changes import (
@@ -88,7 +88,8 @@ class Run:
 
     def log(self) -> list[dict[str, Any]]:
         """Return the log, one row per training step, oldest first."""
-        return self.rows("log")
+        numbers = ("loss", "instance_loss", "lr", "seconds")
+        return [r for r in self.rows("log") if all(isinstance(r.get(n), float) for n in numbers)]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``name.jsonl``, oldest first, without damaged ones."""
@@ -127,13 +128,14 @@ class Run:
         save_state(self.folder / "checkpoints" / f"{step:06d}", state)
         checkpoints = self.checkpoints()
         surplus = len(checkpoints) - self.config.checkpoints_kept
-        for number, (earlier, path) in enumerate(checkpoints.items()):
-            if earlier >= step:
-                break
-            if number < surplus and earlier != best:
-                shutil.rmtree(path)
-            else:
-                drop_optimizer(path)
+        with explain_disk_errors(self.folder):
+            for number, (earlier, path) in enumerate(checkpoints.items()):
+                if earlier >= step:
+                    break
+                if number < surplus and earlier != best:
+                    shutil.rmtree(path)
+                else:
+                    drop_optimizer(path)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Return the state of the newest whole checkpoint, or None if the run has none yet.
@@ -173,7 +175,7 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
         )
     if names and ("config.toml" not in names or names - own - {"checkpoints"}):
         raise RunError(f"{folder} is not empty; choose a new folder for the run.")
-    with lock(folder):
+    with explain_disk_errors(folder), lock(folder):
         if names and not _is_same(config, folder):
             for place in (folder / name for name in names):  # of a try with another config
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -260,6 +262,7 @@ def resume(folder: str | Path, **changes: Any) -> Run:
     folder = Path(folder)
     if not (folder / "config.toml").exists():
         raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
+    recover_folder(folder / "pipeline")
     run = Run(folder, TrainConfig.from_toml(folder / "config.toml"))
     _warn_of_edits(folder / "config.toml")
     if not changes:

@@ -25,6 +25,7 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import save_pipeline
+from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
@@ -75,7 +76,8 @@ class Trainer:
         self.family = self._load_base(photos)
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
-        instance, classes = self._set_up_validation(photos, self._class_images())
+        scorer = self._load_scorer()  # if it is missing, before class images take their time
+        instance, classes = self._set_up_validation(photos, self._class_images(), scorer)
         teacher = None
         if config.prior == "distilled" and config.prior_weight > 0:
             classes = with_class_captions(instance, config.subject)
@@ -135,8 +137,15 @@ class Trainer:
         images = read_class_images(config, class_images_folder(config, self.family, folder))
         return captioned(images, config.subject.class_prompt)
 
+    def _load_scorer(self) -> Encoder | None:
+        """Load what scores validation images, on the first process, if the config asks for it."""
+        config, accelerator = self.config, self.accelerator
+        if not config.validate_every or not accelerator.is_main_process:
+            return None
+        return load_scorer(config, "cpu" if config.memory in LOW_MEMORY else accelerator.device)
+
     def _set_up_validation(
-        self, photos: list[Photo], classes: list[Photo]
+        self, photos: list[Photo], classes: list[Photo], scorer: Encoder | None
     ) -> tuple[list[Photo], list[Photo]]:
         """Make the validator if the config asks for one; return the photos and images to train on.
 
@@ -148,11 +157,9 @@ class Trainer:
             return photos, classes
         instance, held_out = hold_out(photos) if config.hold_out else (photos, [])
         end = len(classes) - min(ROWS, len(classes) // 8)
-        if self.accelerator.is_main_process:
+        if scorer is not None:
             loss = HeldOutLoss(config, self.family, {"subject": held_out, "class": classes[end:]})
-            device = "cpu" if config.memory in LOW_MEMORY else self.accelerator.device
-            references = Images(photos)
-            self.validator = Validator(self.run, references, loss, load_scorer(config, device))
+            self.validator = Validator(self.run, Images(photos), loss, scorer)
         return instance, classes[:end]
 
     def _validate_base(self) -> None:

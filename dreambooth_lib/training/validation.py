@@ -14,7 +14,7 @@ from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
-from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.metrics.encoders import Encoder, EncoderError
 from dreambooth_lib.training.sampling import inference_settings
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def load_scorer(config: TrainConfig, device: "str | torch.device" = "cpu") -> En
     """
     try:
         encoder = Encoder(TOYBOX_SCORER if config.scorer == "toybox" else config.scorer, device)
-    except OSError as error:
+    except EncoderError as error:
         raise ConfigError(
             f"the scorer '{config.scorer}' cannot be read; give a CLIP by hub id or folder, or set "
             "validate_every to 0 to train without validation."

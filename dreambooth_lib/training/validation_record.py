@@ -193,10 +193,17 @@ def _open_image(file: Path) -> Image.Image:
 
 def history(run: Run) -> list[ValidationResult]:
     """Return the result of every validation so far, the frozen base's first."""
+    types = {"step": int, "held_out": dict}
     names = [field.name for field in fields(ValidationResult)]
     # Rows of earlier versions have more.
-    rows = [{name: row[name] for name in names if name in row} for row in run.rows("validation")]
-    return [ValidationResult(**row) for row in rows if len(row) == len(names)]
+    rows: list[dict[str, Any]] = [
+        {name: row.get(name) for name in names} for row in run.rows("validation")
+    ]
+    return [
+        ValidationResult(**row)
+        for row in rows
+        if all(isinstance(value, types.get(name, float)) for name, value in row.items())
+    ]
 
 
 def time_share(run: Run) -> float:

@@ -1,0 +1,1 @@
+"""Hostile tests: damaged files, kills and failing disks, from seeds that repeat each case."""

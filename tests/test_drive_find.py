@@ -1,0 +1,215 @@
+"""Test which interrupted run or backup is found and resumed."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from conftest import save_photos
+from drive_faults import Faults, Make, finish, lose, newest, save
+from drive_faults import drive as drive
+from drive_faults import faults as faults
+from drive_faults import no_waits as no_waits
+from drive_faults import run as run
+
+from dreambooth_lib.notebook import (
+    drive_state,
+)
+from dreambooth_lib.notebook.drive_backup import backup
+from dreambooth_lib.notebook.drive_restore import (
+    fetch,
+    find_interrupted,
+    has_finished,
+    restore,
+    unique_name,
+)
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.runs import Run
+
+# Finding
+
+
+def test_the_newest_run_that_has_not_finished_is_found(
+    tmp_path: Path, photos: str, make_config: Make
+) -> None:
+    def make(name: str, modified: int, finished: bool = False, steps: int = 0) -> None:
+        run = runs.start(make_config("toybox", photos), tmp_path / name)
+        run.append("log", {"step": 1})
+        for file in ("config.toml", "log.jsonl"):
+            os.utime(run.folder / file, (modified, modified))
+        if steps:
+            save(run, steps)
+        if finished:
+            run.pipeline.mkdir()
+            (run.pipeline / "model_index.json").write_text("{}")
+
+    assert newest(tmp_path, None, tmp_path / "nowhere") is None
+    make("runs/done", 3000, finished=True, steps=4)
+    assert newest(tmp_path / "runs") is None
+    make("runs/old", 1000, steps=2)
+    make("drive/new", 2000, steps=3)
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "config.toml").write_text("steps =")
+    (tmp_path / "runs" / "notes.txt").write_text("")
+    found = newest(None, tmp_path / "runs", tmp_path / "drive")
+    assert found is not None and found.run.folder == tmp_path / "drive" / "new"
+    assert (found.step, found.finished) == (3, False)
+    assert str(found).endswith("new: step 3 of 4, last saved 1970-01-01 00:33 UTC")
+
+
+def test_of_a_run_and_its_backup_the_further_one_is_found(run: Run, drive: Path) -> None:
+    backup(run, drive / "my-dog")
+    found = newest(run.folder.parent, drive)
+    assert found is not None and found.run.folder == run.folder, "of equals the first"
+    run.append("log", {"step": 201, "loss": 0.4})
+    found = newest(drive, run.folder.parent)
+    assert found is not None and found.run.folder == run.folder
+    shutil.rmtree(run.folder)
+    found = newest(run.folder.parent, drive)
+    assert found is not None and (found.run.folder, found.step) == (drive / "my-dog", 200)
+
+
+def test_a_finished_run_does_not_lose_to_its_own_older_backup(run: Run, drive: Path) -> None:
+    backup(run, drive / "my-dog")
+    finish(run)
+    assert newest(run.folder.parent, drive) is None, "the run itself has finished"
+    save(run, 300)
+    backup(run, drive / "my-dog")
+    shutil.rmtree(run.pipeline)  # resumed, for more steps
+    save(run, 400)
+    found = newest(run.folder.parent, drive)
+    assert found is not None and (found.run.folder, found.step) == (run.folder, 400)
+
+
+# Resuming
+
+
+def interrupted(run: Run, drive: Path, **other: Any) -> tuple[Path | None, str]:
+    """Return the folder of the run that is resumed, and what its user is told."""
+    asked: dict[str, Any] = {
+        "resume": True, "pictures": run.config.subject.pictures, "class_noun": "dog",
+        "base": "toybox",
+    }  # fmt: skip
+    found, message = find_interrupted(folders=[run.folder.parent, drive], **(asked | other))
+    return (found.run.folder if found else None), message
+
+
+def test_a_run_of_the_same_photos_noun_and_base_is_resumed(
+    run: Run, drive: Path, tmp_path: Path
+) -> None:
+    folder, message = interrupted(run, drive)
+    assert folder == run.folder
+    assert message.startswith(f"Resuming {run.folder}: step 200 of 400")
+    packed = shutil.make_archive(str(tmp_path / "zipped"), "zip", run.config.subject.pictures)
+    assert interrupted(run, drive, pictures=packed)[0] == run.folder, "the content counts"
+    assert interrupted(run, drive, pictures=None)[0] == run.folder, "they are uploaded later"
+    backup(run, drive / "my-dog")
+    shutil.rmtree(run.folder.parent)
+    assert interrupted(run, drive)[0] == drive / "my-dog"
+    pictures = run.config.subject.pictures
+    shutil.rmtree(pictures)
+    assert interrupted(run, drive, pictures=pictures)[0] == drive / "my-dog", (
+        "gone with the machine"
+    )
+
+
+def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
+    run: Run, drive: Path, tmp_path: Path, tiny_sd1: str
+) -> None:
+    others = {
+        "class_noun": ("cat", "its class noun is 'dog', not 'cat'"),
+        "base": (tiny_sd1, f"its base is 'toybox', not '{tiny_sd1}'"),
+        "pictures": (save_photos(tmp_path / "max", 2), "its photos are not those in"),
+    }
+    for field, (value, why) in others.items():
+        folder, message = interrupted(run, drive, **{field: value})
+        assert folder is None and f"UTC; {why}" in message
+        assert message.startswith(f"Not resumed: {run.folder}: step 200 of 400, last saved ")
+        assert "set RESUME = 'my-dog' to resume it.\nStarting a new run." in message
+        assert interrupted(run, drive, resume="my-dog", **{field: value})[0] == run.folder
+    assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
+    assert "no unfinished run named 'max'" in interrupted(run, drive, resume="max")[1]
+    finish(run)
+    assert interrupted(run, drive) == (None, "Starting a new run.")
+
+
+def test_an_older_run_that_matches_is_resumed_before_a_newer_one_that_does_not(
+    run: Run, drive: Path, tmp_path: Path, make_config: Make
+) -> None:
+    other = make_config("toybox", save_photos(tmp_path / "max", 2))
+    runs.start(other, run.folder.parent / "max")
+    for file in ("config.toml", "log.jsonl"):
+        os.utime(run.folder / file, (1, 1))
+    assert interrupted(run, drive)[0] == run.folder
+
+
+def test_a_name_is_unique_among_folders_and_zips(tmp_path: Path) -> None:
+    runs_, drive = tmp_path / "runs", tmp_path / "drive"
+    for place in (runs_ / "dog", runs_ / "cat", drive / "dog-3"):
+        place.mkdir(parents=True)
+    (drive / "dog-2.zip").write_text("")
+    assert unique_name("dog", runs_, drive, None, tmp_path / "nowhere") == "dog-4"
+    assert unique_name("cow", runs_, drive) == "cow"
+    assert unique_name("cat", runs_) == "cat-2"
+
+
+def test_a_run_is_fetched_beside_another_of_its_name(run: Run, drive: Path) -> None:
+    backup(run, drive / "my-dog")
+    (found,) = [f for f in [newest(run.folder.parent)] if f]
+    assert fetch(found, run.folder.parent, drive) == found.run
+    backed_up = newest(drive)
+    assert backed_up is not None
+    back = fetch(backed_up, run.folder.parent, drive)
+    assert back.folder == run.folder.parent / "my-dog-2" and back.checkpoints().keys() == {200}
+    assert (run.folder / "config.toml").exists()
+    shutil.rmtree(run.folder)
+    assert fetch(backed_up, run.folder.parent, drive).folder == run.folder
+
+
+def test_a_run_without_a_backup_gets_no_identity(run: Run) -> None:
+    newest(run.folder.parent)
+    assert not (run.folder / drive_state.IDENTITY).exists()
+
+
+# Backups of earlier versions
+
+
+def under_old_names(run: Run, backup_folder: Path) -> None:
+    """Rename a backup's state and its run's identity to what earlier versions called them."""
+    (backup_folder / ".backup.json").rename(backup_folder / ".mirror.json")
+    (run.folder / ".backup").rename(run.folder / ".mirror")
+
+
+def test_a_backup_under_the_old_names_is_found_and_restored(
+    run: Run, drive: Path, tmp_path: Path
+) -> None:
+    backup(run, drive / "my-dog")
+    under_old_names(run, drive / "my-dog")
+    found = newest(run.folder.parent, drive)
+    assert found is not None and found.run.folder == run.folder, "known to be one run"
+    identity = (run.folder / ".mirror").read_text()
+    assert found.identity == identity
+    lose(run)
+    back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
+    assert (back.folder / ".backup").read_text() == identity
+    (drive / "my-dog" / ".mirror.json").write_text('{"finished": true}')
+    assert has_finished(drive / "my-dog")
+
+
+def test_a_backup_under_the_old_names_is_carried_over(
+    run: Run, drive: Path, faults: Faults, make_config: Make
+) -> None:
+    backup(run, drive / "my-dog")
+    identity = (run.folder / ".backup").read_text()
+    under_old_names(run, drive / "my-dog")
+    other = runs.start(make_config("toybox", run.config.subject.pictures), run.folder.parent / "b")
+    assert "holds something other" in str(backup(other, drive / "my-dog"))
+    faults.copied.clear()
+    run.append("log", {"step": 201, "loss": 0.4})
+    assert backup(run, drive / "my-dog") is None
+    assert faults.copied == ["log.jsonl"], "the rest is there already"
+    assert (run.folder / ".backup").read_text() == identity
+    assert (drive / "my-dog" / ".backup.json").exists()
+    assert not (run.folder / ".mirror").exists()
+    assert not (drive / "my-dog" / ".mirror.json").exists()
+    assert backup(run, drive / "my-dog") is None
