@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dreambooth_lib.core import files
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.export import model_card, pipeline_folder, zip_download
 from dreambooth_lib.training import loop, runs, trainable
 from dreambooth_lib.training.runs import Run
@@ -214,11 +215,11 @@ def test_an_older_model_stays_where_a_newer_one_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(model_card, "write_card", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskError, match="disk is full"):
             pipeline_folder.write_model(run, 4, folder)
     with monkeypatch.context() as patch:
         patch.setattr(zipfile.ZipFile, "write", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskError, match="disk is full"):
             zip_download.zip_folder(folder)
     after = {path: path.stat().st_size for path in (folder / "unet").iterdir()}, archive.stat()
     assert before == after
@@ -239,7 +240,7 @@ def test_a_drive_that_fails_costs_a_sentence(
 
     monkeypatch.setattr(shutil, "copyfile", full)
     message = zip_download.copy_to(drive, archive)
-    assert message is not None and message.count("\n") == 0 and "No space left" in message
+    assert message is not None and message.count("\n") == 0 and "disk is full" in message
 
 
 def test_a_link_names_the_file_its_size_and_no_more_than_it(
