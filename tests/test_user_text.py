@@ -77,6 +77,7 @@ def test_a_config_that_windows_editors_wrote_is_read(tmp_path: Path) -> None:
     assert TrainConfig.from_toml(file).steps == 7
 
 
+@pytest.mark.filterwarnings("ignore")  # of the photos
 def test_a_tilde_is_the_home_folder(
     tmp_path: Path, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
