@@ -1,11 +1,14 @@
 """Test a checkpoint exported as a model: loaded by diffusers, all or nothing, zipped, copied."""
 
+import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 
 from dreambooth_lib.core import files
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder, zip_download
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import loop, runs, trainable
@@ -212,11 +216,11 @@ def test_an_older_model_stays_where_a_newer_one_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(model_card, "write_card", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskError, match="disk is full"):
             pipeline_folder.write_model(run, 4, folder)
     with monkeypatch.context() as patch:
         patch.setattr(zipfile.ZipFile, "write", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(DiskError, match="disk is full"):
             zip_download.zip_folder(folder)
     after = {path: path.stat().st_size for path in (folder / "unet").iterdir()}, archive.stat()
     assert before == after
@@ -237,7 +241,7 @@ def test_a_drive_that_fails_costs_a_sentence(
 
     monkeypatch.setattr(shutil, "copyfile", full)
     message = zip_download.copy_to(drive, archive)
-    assert message is not None and message.count("\n") == 0 and "No space left" in message
+    assert message is not None and message.count("\n") == 0 and "disk is full" in message
 
 
 def test_a_link_names_the_file_its_size_and_no_more_than_it(
@@ -285,3 +289,24 @@ def test_the_lines_of_a_lora_on_a_lora_load_both_onto_the_true_base(
     assert str(tmp_path) not in text
     told = comfyui.export(two, folder, tmp_path / "two.safetensors")
     assert f"It was trained on '{one.folder}/pipeline', which it does not hold" in told
+
+
+def test_a_file_of_any_date_is_zipped(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.json").write_text("{}")
+    os.utime(tmp_path / "model" / "a.json", (0, 0))  # as some drives date files
+    with zipfile.ZipFile(zip_download.zip_folder(tmp_path / "model")) as archive:
+        assert archive.read("a.json") == b"{}"
+
+
+@pytest.mark.parametrize("name", ["a<b>.zip", 'a"onclick="x.zip', "a\nb.zip", "a&amp;b.zip"])
+def test_a_link_shows_any_name_as_text(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (name, os.fsdecode(b"\xff" + name.encode())):
+        Path(path).write_bytes(b"x")
+        link = zip_download.download_link(path).data
+        link.encode()
+        (address,) = re.findall(r'^<a href="([^"<>]*)" download>[^<>\n]*</a> \(', link)
+        assert unquote_to_bytes(address) == os.fsencode(path)

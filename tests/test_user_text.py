@@ -5,6 +5,7 @@ import html
 import io
 import random
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_config import full
 from dreambooth_lib.core.config import Subject, TrainConfig, origin
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.data.images import DataError
+from dreambooth_lib.data.subjects import load_subject
 from dreambooth_lib.evaluation import demo, scores, tables
 from dreambooth_lib.figures import contact_sheet, image_grids, labels, plots
 
@@ -75,7 +77,10 @@ def test_a_config_that_windows_editors_wrote_is_read(tmp_path: Path) -> None:
     assert TrainConfig.from_toml(file).steps == 7
 
 
-def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore")  # of the photos
+def test_a_tilde_is_the_home_folder(
+    tmp_path: Path, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "base").mkdir(parents=True)
     file = write(tmp_path, f"base = '~/base'{SUBJECT.replace('photos', '~/photos')}")
@@ -83,6 +88,8 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert config.subject.pictures == str(tmp_path / "home" / "photos")
     assert config.base == str(tmp_path / "home" / "base")
     assert Subject("~/photos", "dog").pictures == config.subject.pictures
+    shutil.copytree(photos, tmp_path / "home" / "photos")
+    assert load_subject("~/photos", "dog") == config.subject
     assert Subject("~nobody-of-that-name/photos", "dog").name == "photos"
 
 

@@ -1,5 +1,6 @@
 """Load a subject, or the subjects of a folder in the layout of the DreamBooth data set."""
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -21,7 +22,8 @@ def load_subject(
     captions that lack the identifier, and of files beside the photos that are not used.
     Raises :class:`DataError` as :func:`read_photos` does, and ``ConfigError`` for empty words.
     """
-    subject = Subject(str(Path(source).resolve()), class_noun, identifier, name)
+    source = os.path.expanduser(source)
+    subject = Subject(os.path.realpath(source), class_noun, identifier, name)
     photos, messages = read_source(source)
     messages += [f.message for f in check_photos(photos) if f.kind != "tiny"]
     for message in messages + check_captions(photos, subject):

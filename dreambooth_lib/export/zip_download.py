@@ -9,6 +9,7 @@ from zipfile import ZIP_STORED, ZipFile
 
 from dreambooth_lib.core import background
 from dreambooth_lib.core.disk import format_bytes
+from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.files import copy_file, replacing_file, retry, visible_files
 
 if TYPE_CHECKING:
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 def zip_folder(folder: Path) -> Path:
     """Zip a folder beside it and return the zip's path; uncompressed, as weights hardly shrink."""
     archive = folder.with_name(f"{folder.name}.zip")
-    with replacing_file(archive) as partial, ZipFile(partial, "w", ZIP_STORED) as zip_file:
+    with replacing_file(archive) as partial, _new_zip(partial) as zip_file:
         for name in visible_files(folder):
             zip_file.write(folder / name, name)
     return archive
+
+
+def _new_zip(file: Path) -> ZipFile:
+    # Strict, it would refuse files that a drive dates before 1980.
+    return ZipFile(file, "w", ZIP_STORED, strict_timestamps=False)
 
 
 def copy_to(folder: str | Path, file: Path) -> str | None:
@@ -46,5 +52,5 @@ def download_link(file: str | Path) -> "HTML":
     from IPython.display import HTML
 
     name = os.path.relpath(file)
-    link = f'<a href="{quote(Path(name).as_posix())}" download>{html.escape(name)}</a>'
+    link = f'<a href="{quote(os.fsencode(name))}" download>{html.escape(printable(name))}</a>'
     return HTML(f"{link} ({format_bytes(os.path.getsize(file))})")
