@@ -74,8 +74,8 @@ def judge(kind: Kind, seed: int, material: Path, folder: Path) -> Outcome:
     except KitError as error:
         ended, text = "sentence", str(error)
         names = {path.name for path in folder.rglob("*")}
-        if not text.isprintable() or len(text) > 4000:
-            ended, text = "other", f"not one printable line: {text[:4000]!r}"
+        if not text.isprintable():
+            ended, text = "other", f"not one printable line: {text[:600]!r}"
         elif str(folder) not in text and not any(name in text for name in names):
             ended, text = "other", f"names no file: {text}"
     except BaseException as error:

@@ -115,14 +115,14 @@ def is_whole(found: dict[str, Any], saved: dict[str, Any]) -> bool:
 
 
 def trained(rng: Random, material: Path, folder: Path) -> None:
-    """Resume a run with a damaged checkpoint to its end; what it then lists is whole."""
+    """Resume a run with a damaged checkpoint to its end; its newest one is then whole."""
     checkpoint(rng, material, folder)
     run = runs.resume(folder / "run")
     list(train(run))
     try:
-        saved_states(run.folder)
+        load_state(max(run.checkpoints().items())[1])
     except KitError as error:
-        raise Wrong(f"a damaged checkpoint is still listed: {error}") from error
+        raise Wrong(f"the newest checkpoint is a damaged one: {error}") from error
 
 
 def _to_the_end(damage: Callable[[Random, Path], Path]) -> Callable[[Random, Path, Path], None]:

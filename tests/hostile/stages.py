@@ -109,11 +109,11 @@ def copying(material: Path, folder: Path) -> None:
 
 
 def evaluating(material: Path, folder: Path) -> None:
-    settings = {"steps": 2, "checkpoint_every": 1, "validate_every": 0}
-    base = tiny_config(material, **settings)
+    settings = {"steps": 2, "prior": "none", "validate_every": 0}
+    config, benchmark = tiny_config(material, **settings), load_benchmark(material / "data")
     for _ in report.base_against_tuned(
-        load_benchmark(material / "data"), lambda subject: replace(base, subject=subject),
-        folder / "out", [material / "clip"], str(material / "base"), 2,
+        benchmark.only(["dog"]), lambda subject: replace(config, subject=subject),
+        folder / "out", [material / "clip"], str(material / "base"), 3,
     ):  # fmt: skip
         pass
 

@@ -9,7 +9,7 @@ from random import Random
 from conftest import drawings
 from PIL import Image
 
-from dreambooth_lib.data import images
+from dreambooth_lib.data import decoding
 from dreambooth_lib.data.images import read_photos
 from hostile.bench import Kind, Wrong
 from hostile.mutate import FOREIGN, damage_bytes, damage_lines
@@ -71,7 +71,7 @@ def check_photos_are_plain(source: Path) -> None:
         image = photo.image
         if image.mode != "RGB" or image.info or image.getexif():
             raise Wrong(f"{photo.name} has mode {image.mode} and {image.info}")
-        if image.width * image.height > images.MAX_PIXELS or len(image.tobytes()) % 3:
+        if image.width * image.height > decoding.MAX_PIXELS or len(image.tobytes()) % 3:
             raise Wrong(f"{photo.name} has {image.size} pixels")
 
 
