@@ -99,7 +99,8 @@ def embeddings(rng: Random, material: Path, folder: Path) -> None:
     damage_folder(folder / "cache", rng)
     encoder = Encoder(material / "clip")
     rows = embed_files(encoder, [material / f"{n}.png" for n in range(3)], folder / "cache")
-    if not torch.equal(rows, torch.load(material / "rows.pt")):
+    # A row depends a little on the others in its batch.
+    if not torch.allclose(rows, torch.load(material / "rows.pt"), atol=1e-5):
         raise Wrong("the rows are others")
 
 
