@@ -142,6 +142,24 @@ def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
     assert drawn == [("a ohwx dog on the beach", *asked)]
 
 
+def test_a_lora_with_text_encoders_is_exported_where_a_layer_is_unused(
+    tiny_bases: Callable[[str], str], trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = trained(
+        "run", base=tiny_bases("sdxl"), method="lora", train_text_encoder=True, resolution=16
+    )
+    (tmp_path / "lora").mkdir()
+    pipeline_folder.write_pipeline(run, run.config.steps, tmp_path / "lora")
+    exported = load_file(tmp_path / "lora" / loading.LORA_FILE)
+    whole = load_file(run.pipeline / loading.LORA_FILE)
+    assert exported.keys() < whole.keys()
+    assert all(torch.equal(exported[name], whole[name]) for name in exported)
+    unused = [whole[name] for name in whole.keys() - exported.keys() if "lora_B" in name]
+    assert unused and not any(weight.any() for weight in unused), "they change nothing"
+    pipeline = DiffusionPipeline.from_pretrained(run.config.base)
+    pipeline.load_lora_weights(tmp_path / "lora", weight_name=loading.LORA_FILE)
+
+
 def test_the_lines_of_a_lora_whose_base_is_gone_leave_out_what_is_not_known(
     trained: Callable[..., Run], tiny_sd1: str, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from dreambooth_lib.core.config import origin
 from dreambooth_lib.core.config_checks import ConfigError
@@ -398,3 +399,29 @@ def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match="mixed_precision is 'fp16', which needs a GPU"):
         native_precision("fp16", torch.device("cpu"))
     assert native_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+@pytest.mark.parametrize("change", [{"model_max_length": 10**40}, {"model_max_length": 400}])
+def test_a_tokenizer_that_does_not_fit_its_text_encoder_is_refused(
+    change: dict[str, Any], base: Path
+) -> None:
+    edit(base / "tokenizer" / "tokenizer_config.json", **change)
+    refused(base, str(base))
+
+
+def test_a_tokenizer_of_another_base_is_refused(base: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    tokenizer.add_tokens([f"word{number}" for number in range(99)])
+    tokenizer.save_pretrained(base / "tokenizer")
+    refused(base, str(base), "more tokens")
+
+
+@pytest.mark.parametrize("part, key", [("unet", "sample_size"), ("vae", "block_out_channels")])
+def test_a_config_without_its_size_is_refused_before_anything_is_loaded(
+    part: str, key: str, base: Path
+) -> None:
+    config = json.loads((base / part / "config.json").read_text())
+    del config[key]
+    (base / part / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseError, match=rf"{base} cannot be loaded \(KeyError: '{key}'\)"):
+        loading.inspect_base(str(base))

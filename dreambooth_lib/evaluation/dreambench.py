@@ -251,7 +251,7 @@ def draw_all(
         for start in range(0, len(images), protocol.batch_size):
             batch = images[start : start + protocol.batch_size]
             done += len(batch)
-            if all((out / image.path).exists() for image in batch):
+            if all((out / image.path).is_file() for image in batch):
                 continue
             family = family or load_source(method(subject))
             pairs = [(prompts[i.prompt].replace("{}", subject.identifier), i.seed) for i in batch]

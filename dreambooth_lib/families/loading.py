@@ -142,7 +142,7 @@ def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
 
     Raises as :func:`load_model` does.
     """
-    from dreambooth_lib.families.pretrained import load_tokenizer
+    from dreambooth_lib.families.pretrained import explain_loading, load_tokenizer
 
     resolved = resolve(base, revision)
     family, revision = resolved.family, resolved.hub.get("revision")
@@ -153,7 +153,8 @@ def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
         for name in names
         if resolved.index.get(name, [None])[0]
     ]
-    return BaseInfo(family.native_resolution(denoiser, vae), tokenizers)
+    with explain_loading(resolved.path):
+        return BaseInfo(family.native_resolution(denoiser, vae), tokenizers)
 
 
 def base_inference(base: str, revision: str | None = None) -> Inference:

@@ -97,13 +97,13 @@ def build_on_meta(
         elif name not in parts:
             part_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
             source: dict[str, Any] = {"subfolder": name, "revision": revision}
-            with _loading(f"{path}/{name}"):
+            with explain_loading(f"{path}/{name}"):
                 if name.startswith(("scheduler", "feature_extractor")):
                     parts[name] = part_class.from_pretrained(path, **source)
                 else:
                     parts[name] = _part_on_meta(part_class, path, source, dtypes.get(name, dtype))
                     _keep_layers_in_float32(parts[name], dtype)
-    with _loading(path):
+    with explain_loading(path):
         return family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
 
 
@@ -135,7 +135,7 @@ def load_tokenizer(
     if name not in parts:
         raise BaseError(f"{path}/model_index.json has no '{name}'; choose another base.")
     index_checks.check_classes(parts, {}, f"{path}/model_index.json")
-    with _loading(f"{path}/{name}"):
+    with explain_loading(f"{path}/{name}"):
         return getattr(transformers, parts[name][1]).from_pretrained(
             path, subfolder=name, revision=revision, trust_remote_code=False
         )
@@ -144,11 +144,30 @@ def load_tokenizer(
 def _load(
     family_class: type[Family], path: str, options: dict[str, Any], resolution: int | None
 ) -> Family:
-    with _loading(path):
+    with explain_loading(path):
         pipeline: Any = DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **options)
         if Path(path).is_dir():
             _check_complete(pipeline, Path(path))
+        _check_tokenizers(pipeline, path)
         return family_class(pipeline, resolution)
+
+
+def _check_tokenizers(pipeline: Any, where: str) -> None:
+    """Raise :class:`BaseError` if a tokenizer gives tokens that its text encoder does not know."""
+    for number in ("", "_2", "_3"):
+        tokenizer = getattr(pipeline, f"tokenizer{number}", None)
+        encoder = getattr(pipeline, f"text_encoder{number}", None)
+        if tokenizer is None or encoder is None:
+            continue
+        known = encoder.get_input_embeddings().num_embeddings
+        # CLIP's prompts are padded to the tokenizer's length; others have no limit of their own.
+        is_clip = encoder.config.model_type.startswith("clip")
+        longest = encoder.config.max_position_embeddings if is_clip else tokenizer.model_max_length
+        if len(tokenizer) > known or tokenizer.model_max_length > longest:
+            raise BaseError(
+                f"the base's tokenizer{number} in {where} has more tokens, or longer prompts, than "
+                f"its text_encoder{number} reads; download or copy both again."
+            )
 
 
 def _check_complete(pipeline: Any, folder: Path) -> None:
@@ -185,7 +204,7 @@ def _not_saved(module: torch.nn.Module, folder: Path) -> list[str]:
 
 
 @contextmanager
-def _loading(where: str) -> Iterator[None]:
+def explain_loading(where: str) -> Iterator[None]:
     """Turn what the libraries raise for files that do not fit each other into a BaseError."""
     try:
         yield

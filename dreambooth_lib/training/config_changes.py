@@ -1,5 +1,6 @@
 """Compare the configs of runs, in words, and make their paths absolute."""
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ def absolute_base(base: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).resolve())
+    return os.path.realpath(Path(path).expanduser())
 
 
 def flat_fields(config: TrainConfig) -> dict[str, Any]:

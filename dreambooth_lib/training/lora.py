@@ -83,9 +83,9 @@ def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
     adapted = {names[id(module)]: module for module in modules}
     saved: dict[str, Any] = {}
     for name, module in adapted.items():
-        saved[f"{name}_lora_layers"] = get_peft_model_state_dict(
-            module, save_embedding_layers=False
-        )
+        weights = get_peft_model_state_dict(module, save_embedding_layers=False)
+        # On a base without its weights, layers that no conditioning uses have no adapter to save.
+        saved[f"{name}_lora_layers"] = {key: w for key, w in weights.items() if not w.is_meta}
         adapter = without_paths(module.peft_config["default"].to_dict())
         saved[f"{name}_lora_adapter_metadata"] = adapter
     family.pipeline.save_lora_weights(folder, **saved)

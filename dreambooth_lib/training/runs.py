@@ -292,7 +292,7 @@ def _write_config(folder: Path, config: TrainConfig) -> None:
 
 def _warn_of_edits(file: Path) -> None:
     """Warn if a run's config is not as it was written: by hand, or by a damaged disk."""
-    text, mark, checksum = file.read_text().rpartition("# crc32 ")
+    text, mark, checksum = file.read_text(encoding="utf-8").rpartition("# crc32 ")
     if mark and checksum.strip() != str(zlib.crc32(text.encode())):
         warnings.warn(f"{file} was changed after it was written; its new values count.",
                       stacklevel=3)  # fmt: skip
