@@ -131,10 +131,13 @@ def run_figures(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
+    from dreambooth_lib.data.subjects import check_subject
+
     state, config = join_group(), TrainConfig.from_toml(arguments.config)
     folder = arguments.out or Path("runs") / arguments.config.stem
     if state.is_main_process:
-        runs.start_or_resume(config, folder)
+        for message in check_subject(runs.start_or_resume(config, folder).config.subject):
+            print(message)
     state.wait_for_everyone()
     run_training(runs.resume(folder))
 

@@ -90,7 +90,8 @@ def test_the_same_command_resumes_and_mended_configs_start_anew(
     with pytest.raises(SystemExit, match="error: "):
         shell("train", file, "--out", run)
     file.write_text(config.to_toml())
-    assert "step 2/2" in shell("train", file, "--out", run)
+    said = shell("train", file, "--out", run)
+    assert "step 2/2" in said and "blurred" in said, "what is wrong with photos is told"
     file.write_text(config.replace(steps=3).to_toml())
     said = shell("train", file, "--out", run)
     assert "step 3/3" in said and "step 2/3" not in said and str(run / "pipeline") in said

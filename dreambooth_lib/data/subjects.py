@@ -22,13 +22,18 @@ def load_subject(
     captions that lack the identifier, and of files beside the photos that are not used.
     Raises :class:`DataError` as :func:`read_photos` does, and ``ConfigError`` for empty words.
     """
-    source = os.path.expanduser(source)
-    subject = Subject(os.path.realpath(source), class_noun, identifier, name)
-    photos, messages = read_source(source)
-    messages += [f.message for f in check_photos(photos) if f.kind != "tiny"]
-    for message in messages + check_captions(photos, subject):
-        warnings.warn(printable(message), stacklevel=2)
+    folder = os.path.realpath(os.path.expanduser(source))
+    subject = Subject(folder, class_noun, identifier, name)
+    for message in check_subject(subject):
+        warnings.warn(message, stacklevel=2)
     return subject
+
+
+def check_subject(subject: Subject) -> list[str]:
+    """Return a sentence on each problem that :func:`load_subject` warns of."""
+    photos, messages = read_source(subject.pictures)
+    messages += [f.message for f in check_photos(photos) if f.kind != "tiny"]
+    return [printable(message) for message in messages + check_captions(photos, subject)]
 
 
 def load_dataset(folder: str | Path) -> list[Subject]:

@@ -16,6 +16,8 @@ from dreambooth_lib.training import best_checkpoint, validation_record
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import inference_settings
 
+_MOST_PHOTOS = 60  #: that a card shows
+
 _LOAD_LORA = """\
 # If this raises an ImportError about torchao (as on Colab), run: pip uninstall -y torchao
 pipeline.load_lora_weights({}, weight_name="{}")"""
@@ -36,8 +38,9 @@ def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) ->
     save_png(samples, folder / "samples.png")
     plots.validation_curves(validation_record.history(run), folder / "curves.png")
     if photos:
-        instance_images = [photo.image for photo in images.read_photos(subject.pictures)]
-        save_png(image_grids.grid(instance_images, 6), folder / "photos.png")
+        instance_images = images.read_photos(subject.pictures)[:_MOST_PHOTOS]
+        grid = image_grids.grid([photo.image for photo in instance_images], 6)
+        save_png(grid, folder / "photos.png")
     replace_file(folder / "README.md", _card(run, step, photos).encode())
     return folder / "README.md"
 

@@ -1,6 +1,5 @@
 """Find interrupted runs and backups after a disconnect, and restore one."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -208,7 +207,7 @@ def _hashes(pictures: str | Path) -> list[str] | None:
 
     def read() -> list[str]:
         photos = read_photos(pictures)
-        return sorted(hashlib.sha256(photo.image.tobytes()).hexdigest() for photo in photos)
+        return sorted(photo.traits.digest.hex() for photo in photos)
 
     try:
         return background.call(read, place=pictures, limit=background.ANSWER_LIMIT)

@@ -67,7 +67,7 @@ class LatentCache:
     def _digest(self, flip: bool) -> str:
         digest = hashlib.sha256(f"{self.family.resolution} {flip}".encode())
         for photo in self.photos:
-            digest.update(f"{photo.image.size}".encode() + photo.image.tobytes())
+            digest.update(f"{photo.traits.size}".encode() + photo.traits.digest)
         for weights in self.family.pipeline.vae.state_dict().values():
             # As bytes: NumPy has no bfloat16.
             digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
