@@ -136,7 +136,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     state, config = join_group(), TrainConfig.from_toml(arguments.config)
     folder = arguments.out or Path("runs") / arguments.config.stem
     if state.is_main_process:
-        for message in check_subject(runs.start_or_resume(config, folder).config.subject):
+        run = runs.start_or_resume(config, folder)
+        for message in [] if run.checkpoints() else check_subject(run.config.subject):
             print(message)
     state.wait_for_everyone()
     run_training(runs.resume(folder))

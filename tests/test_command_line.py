@@ -108,7 +108,7 @@ def test_a_run_that_was_moved_with_its_photos_is_resumed(
     config = make_config(tiny_sd1, str(tmp_path / "old" / "rex"), prior="none", steps=1)
     runs.start(config, tmp_path / "old" / "run")
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(SystemExit, match=r"old/rex, which subject.pictures in .*--photos FOLDER"):
+    with pytest.raises(SystemExit, match=r"old/rex, which subject.pictures .*--photos FOLDER"):
         shell("resume", tmp_path / "new" / "run")
     with pytest.raises(SystemExit, match=r"^error: .*none"):
         shell("resume", tmp_path / "new" / "run", "--photos", tmp_path / "none")

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_lib.core import disk
+from dreambooth_lib.core import digests, disk
+from dreambooth_lib.core.checked_json import append_row, read_rows
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.locks import LockError, lock
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.checkpoints import CheckpointError, load_state, save_state
+from dreambooth_lib.training.interrupts import Terminated, defer_interrupts, raise_on_termination
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.setup import Trainer
@@ -152,6 +155,22 @@ def test_a_checkpoint_without_digests_of_an_earlier_version_is_read_and_its_dama
     assert state is not None and state["step"] == 1
 
 
+def test_a_checkpoint_that_the_disk_no_longer_reads_is_set_aside(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = digests.file_digest
+
+    def fail(file: Path) -> str:
+        if file.parent.name == "000002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file)
+
+    monkeypatch.setattr(digests, "file_digest", fail)
+    with pytest.warns(UserWarning, match=r"000002 is damaged \(OSError.*continues from step 1"):
+        state = run.load_checkpoint()
+    assert state is not None and state["step"] == 1
+
+
 # Logs, validations and caches.
 
 
@@ -172,6 +191,15 @@ def test_a_digit_that_changed_in_a_row_is_noticed(run: Run) -> None:
     log = run.folder / "log.jsonl"
     log.write_text(log.read_text().replace('"loss": ', '"loss": 7', 1))
     assert [row["step"] for row in run.log()] == [2]
+
+
+def test_a_line_after_half_a_line_is_whole(tmp_path: Path) -> None:
+    append_row(tmp_path / "rows.jsonl", {"file": "a"})
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"file": "b", "dig')  # where the process was killed
+    append_row(tmp_path / "rows.jsonl", {"file": "c"})
+    rows, damaged = read_rows(tmp_path / "rows.jsonl")
+    assert [row["file"] for row in rows] == ["a", "c"] and damaged == 1
 
 
 @pytest.fixture
@@ -424,6 +452,44 @@ def test_an_abandoned_training_of_this_process_does_not_bar_the_next(run: Run) -
         pass
 
 
+def test_a_thread_of_this_process_is_not_another_process(tmp_path: Path) -> None:
+    def hold() -> str:
+        with lock(tmp_path):
+            return "held"
+
+    with lock(tmp_path), ThreadPoolExecutor() as threads:
+        assert threads.submit(hold).result(10) == "held"
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK])
+def test_a_drive_without_locks_is_used_without_one(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="on a drive without locks"), lock(tmp_path):
+        pass
+
+
+def test_signals_are_kept_while_any_training_is_open() -> None:
+    first, second = raise_on_termination(), raise_on_termination()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(Terminated):
+        signal.raise_signal(signal.SIGTERM)
+    second.__exit__(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_deferred_signal_is_not_lost_where_the_block_fails() -> None:
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_a_checkpoint_first(number: signal.Signals, start_run: Start) -> None:
@@ -485,6 +551,19 @@ def test_a_state_that_cannot_be_written_leaves_nothing_half_made(
     with pytest.raises(DiskError, match=rf"{tmp_path / 'state'} could not be written"):
         save_state(tmp_path / "state", {"step": 1, "model": {"w": torch.ones(3)}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drive_that_is_gone_is_told_with_what_is_safe(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    training = train(run)
+    next(training)
+    monkeypatch.setattr(disk.shutil, "disk_usage", gone)
+    with pytest.raises(DiskError, match=r"not connected.*checkpoint of step 3 is safe"):
+        list(training)
 
 
 def test_a_run_whose_folder_is_removed_ends_in_a_sentence(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from dreambooth_lib.core.files import replace_file, visible_files
@@ -26,16 +27,18 @@ def forget_digest(folder: Path, name: str) -> None:
         replace_file(folder / DIGESTS, json.dumps(digests).encode())
 
 
-def changed_file(folder: Path) -> str | None:
+def changed_file(folder: Path, unread: Collection[str] = ()) -> str | None:
     """Return a file that is not as it was when the digests were written; None if all are.
 
-    Folders of earlier versions, without digests, have no changed file.
+    ``unread`` are files to leave out. Folders of earlier versions, without digests, have no changed
+    file.
     """
     if not (folder / DIGESTS).exists():
         return None
     if (digests := _read_digests(folder)) is None:
         return DIGESTS
-    changed = (name for name, digest in digests.items() if not _is_unchanged(folder, name, digest))
+    read = {name: digest for name, digest in digests.items() if name not in unread}
+    changed = (name for name, digest in read.items() if not _is_unchanged(folder, name, digest))
     return next(changed, None)
 
 

@@ -136,8 +136,10 @@ def replace_file(path: str | Path, data: bytes) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file. Raises :class:`DiskError` where that is not possible."""
-    with explain_disk_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+    with explain_disk_errors(path), path.open("a+b") as file:
+        half = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        # A killed process may have left half a line.
+        file.write(b"\n" * half + f"{line}\n".encode())
 
 
 def save_png(image: "Image.Image", path: str | Path) -> None:

@@ -1,14 +1,18 @@
 """Let one process at a time use a folder."""
 
+import errno
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreambooth_lib.core.disk import explain_disk_errors
+from dreambooth_lib.core.disk import DiskError, explain_disk_errors
 from dreambooth_lib.core.errors import KitError
 
 #: The lock's file in the folder; it may lie there without a process that holds it.
 LOCK_FILE = ".lock"
+#: What drives without locks answer.
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 
 
 class LockError(KitError, RuntimeError):
@@ -20,14 +24,20 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold a folder's lock. Raises :class:`LockError` where another process holds it.
 
     The operating system frees the lock of a process that ends, however it ends. Within one process
-    the lock can be held several times: an interrupted cell may not have let go of it yet.
+    the lock can be held several times: an interrupted cell may not have let go of it yet. On a
+    drive without locks, warn and go on without one.
     """
     from filelock import FileLock, Timeout
 
-    held = FileLock(folder / LOCK_FILE, timeout=0, is_singleton=True)
+    held = FileLock(folder / LOCK_FILE, timeout=0, is_singleton=True, thread_local=False)
     try:
         with explain_disk_errors(folder / LOCK_FILE):
             held.acquire()
+    except DiskError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{folder} is on a drive without locks; use it from one process at a time.",
+                      stacklevel=3)  # fmt: skip
     except Timeout:
         raise LockError(
             f"{folder} is in use by another process; stop that one, or choose another folder."

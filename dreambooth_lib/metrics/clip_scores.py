@@ -67,7 +67,7 @@ def strip_identifier(prompt: str, identifier: str) -> str:
 
 def evaluate(
     encoder: Encoder,
-    reference: "Sequence[Image.Image]",
+    reference: "Sequence[Image.Image] | torch.Tensor",
     generated: "list[Image.Image]",
     prompts: list[str],
     class_images: "list[Image.Image]",
@@ -76,9 +76,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Return all scores of one tuned model by one encoder; a DINO gives no ``prompt_adherence``.
 
-    ``generated[i]`` was drawn from ``prompts[i]``; the identifier is stripped before the text is
-    embedded. ``class_images`` are the tuned model's images of one class prompt, and
-    ``base_class_images`` the base's with the same seeds; without these there is no ``prior_drift``.
+    ``reference`` are the photos or their embeddings [M, D]. ``generated[i]`` was drawn from
+    ``prompts[i]``; the identifier is stripped before the text is embedded. ``class_images`` are the
+    tuned model's images of one class prompt, and ``base_class_images`` the base's with the same
+    seeds; without these there is no ``prior_drift``.
     Raises ``InputError`` for no images, different counts, or only one class image.
     """
     if len(prompts) != len(generated):
@@ -87,7 +88,7 @@ def evaluate(
             "prompt for each image, and repeat a prompt that has several."
         )
     images, classes = encoder.embed_images(generated), encoder.embed_images(class_images)
-    scores = {"subject_fidelity": subject_fidelity(images, encoder.embed_images(reference))}
+    scores = {"subject_fidelity": subject_fidelity(images, encoder.embed_once(reference))}
     if encoder.reads_texts:
         texts = encoder.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])
         scores["prompt_adherence"] = prompt_adherence(images, texts)

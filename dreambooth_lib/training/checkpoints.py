@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth_lib.core.digests import changed_file, forget_digest, write_digests
 from dreambooth_lib.core.disk import require_room
-from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.core.files import recover_folder, replacing_folder
 
 #: The tensors of a state's key "optimizer", and all others.
@@ -103,9 +103,10 @@ def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[
     as it was written.
     """
     folder = Path(folder)
-    recover_folder(folder)
-    check_digests(folder)
     with _explain_damage(folder), ExitStack() as stack:
+        recover_folder(folder)
+        needs_optimizer = keys is None or "optimizer" in keys
+        check_digests(folder, () if needs_optimizer else (OPTIMIZER,))
         tree = json.loads((folder / STATE).read_text())
         stored = _Stored()
         for path in (folder / TENSORS, folder / OPTIMIZER):
@@ -159,14 +160,15 @@ def drop_optimizer(folder: Path) -> None:
         (folder / OPTIMIZER).unlink()
 
 
-def check_digests(folder: Path) -> None:
+def check_digests(folder: Path, unread: Collection[str] = ()) -> None:
     """Raise :class:`CheckpointError` where a checkpoint's file is not as it was written.
 
-    Checkpoints of earlier versions, without digests, pass.
+    Files that are not going to be read need no check. Checkpoints of earlier versions, without
+    digests, pass.
     """
-    if changed := changed_file(folder):
+    if changed := changed_file(folder, unread):
         raise CheckpointError(
-            f"the checkpoint {folder} is damaged: its {changed} is not as it was written."
+            f"the checkpoint {folder} is damaged: its {changed} has changed since it was saved."
         )
 
 
@@ -175,10 +177,12 @@ def _explain_damage(folder: Path) -> Iterator[None]:
     """Raise :class:`CheckpointError` for whatever reading a damaged file raises."""
     try:
         yield
+    except KitError:
+        raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
             SafetensorError) as error:  # fmt: skip
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise CheckpointError(f"the checkpoint {folder} is damaged ({reason}).") from error
+        text = f"the checkpoint {folder} is damaged ({one_line(error)})."
+        raise CheckpointError(text) from error
 
 
 def round_weights(source: Path, target: Path) -> None:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_lib.core.checked_json import append_row, read_rows
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.digests import file_digest
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.data.images import Photo, read_photos
+from dreambooth_lib.data.images import Photo, listed, read_photos
 from dreambooth_lib.families import loading
+from dreambooth_lib.metrics.encoders import open_image
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -63,8 +65,8 @@ def draw_class_images(
     digests = {row.get("file"): row.get("digest") for row in read_rows(own_folder / _DIGESTS).rows}
     missing = [n for n, path in paths.items() if not _is_drawn(path, digests.get(path.name))]
     if damaged := [paths[number].name for number in missing if paths[number].exists()]:
-        warnings.warn(f"class images in {own_folder} are damaged and are drawn again: "
-                      f"{', '.join(damaged)}.", stacklevel=2)  # fmt: skip
+        warnings.warn(f"class images in {own_folder} are damaged or black and are drawn again: "
+                      f"{listed(damaged)}.", stacklevel=2)  # fmt: skip
     yield from (path for number, path in paths.items() if number not in missing)
     for start in range(0, len(missing), batch):
         numbers = missing[start : start + batch]
@@ -89,14 +91,11 @@ def _paths(config: TrainConfig, folder: Path) -> list[Path]:
 
 def _is_drawn(path: Path, digest: str | None) -> bool:
     """Return whether an image is there; one of an earlier version has no digest."""
-    from PIL import Image
-
-    if not path.is_file() or digest not in (None, file_digest(path)):
-        return False
     try:
-        with Image.open(path) as image:
-            return image.getbbox() is not None  # None where all is black
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        if not path.is_file() or digest not in (None, file_digest(path)):
+            return False
+        return open_image(path).getbbox() is not None  # None where all is black
+    except (InputError, OSError):
         return False
 
 

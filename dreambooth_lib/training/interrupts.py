@@ -10,6 +10,8 @@ from typing import Any
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
+_open_blocks = 0  # of raise_on_termination
+
 
 class Terminated(KeyboardInterrupt):
     """A signal that asks the process to end; ``number`` is the signal's."""
@@ -23,14 +25,20 @@ class Terminated(KeyboardInterrupt):
 def raise_on_termination() -> Iterator[None]:
     """Raise :class:`Terminated` for SIGTERM and SIGHUP, as Python does for SIGINT, in the block.
 
-    A signal that the program handles in another way, or ignores, stays as it is.
+    A signal that the program handles in another way, or ignores, stays as it is. Several blocks may
+    be open at a time, and end in any order.
     """
+    global _open_blocks
+    _open_blocks += 1
     ends = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     _set_handlers(dict.fromkeys(ends, _raise_terminated))
     try:
         yield
     finally:
-        _set_handlers(dict.fromkeys(ends, signal.SIG_DFL))
+        _open_blocks -= 1
+        if not _open_blocks:
+            own = [n for n in _SIGNALS if signal.getsignal(n) is _raise_terminated]
+            _set_handlers(dict.fromkeys(own, signal.SIG_DFL))
 
 
 def _raise_terminated(number: int, frame: Any) -> None:
@@ -48,8 +56,8 @@ def defer_interrupts() -> Iterator[None]:
         yield
     finally:
         _set_handlers(handlers)
-    if caught:
-        signal.raise_signal(caught[0])
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 def _set_handlers(handlers: dict[Any, Any]) -> None:

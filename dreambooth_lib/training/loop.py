@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.disk import DiskError
+from dreambooth_lib.core.disk import DiskError, explain_disk_errors
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import remove_partials
 from dreambooth_lib.core.locks import lock
@@ -76,7 +76,8 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     with raise_on_termination(), lock(run.folder) if is_first else nullcontext():
         for folder in ("class_images", "latents", run.folder.name) if is_first else ():
             remove_partials(run.folder.parent / folder)
-        trainer = Trainer(run)
+        with explain_disk_errors(run.folder):
+            trainer = Trainer(run)
         with _save_and_explain(trainer):
             trainer.warn_of_distillation()
             trainer.validate_if_due()
@@ -88,9 +89,10 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
 def _save_and_explain(trainer: Trainer) -> Iterator[None]:
     """Save a checkpoint where training is left; say what to do where it cannot go on."""
     try:
-        yield
+        with explain_disk_errors(trainer.run.folder):
+            yield
     except DiskError as error:
-        saved = max(trainer.run.checkpoints(), default=0)
+        saved = trainer.saved_step
         safe = f"The checkpoint of step {saved} is safe" if saved else "No checkpoint was due yet"
         raise DiskError(f"{error} {safe}; resume the run to continue.") from error
     except torch.OutOfMemoryError as error:

@@ -107,9 +107,9 @@ class Run:
 
         Damaged rows are dropped too; return how many there were.
         """
-        damaged = read_rows(locate(self.folder, f"{name}.jsonl")).damaged
         file = locate(self.folder, f"{name}.jsonl")
-        by_step = {row["step"]: row for row in self.rows(name) if row["step"] <= step}
+        rows, damaged = read_rows(file)
+        by_step = {n: row for row in rows if isinstance(n := row.get("step"), int) and n <= step}
         write_rows(file, [by_step[number] for number in sorted(by_step)])
         return damaged
 

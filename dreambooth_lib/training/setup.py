@@ -95,6 +95,7 @@ class Trainer:
             checkpoint = run.load_checkpoint()
         if checkpoint is not None:
             self.optimizer.load_state_dict(checkpoint)
+        self.saved_step = self.step  #: of the newest checkpoint; 0 if there is none
         if accelerator.is_main_process:
             for name in ("log", "validation"):
                 if damaged := run.truncate(name, self.step):
@@ -232,6 +233,7 @@ class Trainer:
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
             self.run.save_checkpoint(self.step, self.optimizer.state_dict(), self._best_step())
+            self.saved_step = self.step
         if wait:
             accelerator.wait_for_everyone()
 

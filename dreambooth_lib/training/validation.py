@@ -115,21 +115,22 @@ def load_scorer(config: TrainConfig, device: "str | torch.device" = "cpu") -> En
 
 def score_images(
     encoder: Encoder,
-    photos: "Sequence[Image.Image]",
+    photos: "Sequence[Image.Image] | torch.Tensor",
     subject: Subject,
     images: ValidationImages,
     base_images: ValidationImages,
 ) -> dict[str, float]:
     """Return the scores of :func:`clip_scores.evaluate`, PRES and the unrelated prompt's drift.
 
-    ``base_images`` are the frozen base's.
+    ``photos`` are images or their embeddings [M, D]; ``base_images`` are the frozen base's.
     """
+    photos = encoder.embed_once(photos)
     scores = clip_scores.evaluate(
         encoder, photos, images.subject, images.prompts, images.class_images, subject.identifier,
         base_images.class_images,
     )  # fmt: skip
     class_images = encoder.embed_images(images.class_images)
-    scores["pres"] = clip_scores.subject_fidelity(class_images, encoder.embed_images(photos))
+    scores["pres"] = clip_scores.subject_fidelity(class_images, photos)
     if images.unrelated:
         before, after = (
             encoder.embed_images(base_images.unrelated),

@@ -16,11 +16,12 @@ from PIL import Image
 
 from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.digests import changed_file, write_digests
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import recover_folder, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields, locate
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
-from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.metrics.encoders import Encoder, open_image
 from dreambooth_lib.training.held_out_loss import HeldOutLoss
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.trainable import Trainable
@@ -60,12 +61,13 @@ class Validator:
     def __init__(
         self, run: Run, photos: Sequence[Image.Image], held_out: HeldOutLoss, encoder: Encoder
     ):
-        self.run, self.photos, self.held_out, self.encoder = run, photos, held_out, encoder
+        self.run, self.held_out, self.encoder = run, held_out, encoder
+        self.photos = encoder.embed_images(photos)  #: [M, D]
         self.plan = plan_of(run)
         self._base_images: ValidationImages | None = None
         self.reference_fidelity = 1.0
         if len(photos) > 1:
-            self.reference_fidelity = clip_scores.reference_fidelity(encoder.embed_images(photos))
+            self.reference_fidelity = clip_scores.reference_fidelity(self.photos)
 
     def validate(self, step: int, model: Trainable, family: Family) -> ValidationResult:
         """Draw and score the model's validation images; write images and scores to the run."""
@@ -106,7 +108,7 @@ class Validator:
             return False
         try:
             self._base_images = load_images(self.run, 0)
-        except RunError as error:
+        except KitError as error:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)
             return False
         return True
@@ -151,7 +153,7 @@ def images_folder(run: Run, step: int) -> Path:
 def load_images(run: Run, step: int) -> ValidationImages:
     """Load one validation's images.
 
-    Raises ``RunError`` if there was none at that step, or if an image is missing or damaged.
+    Raises a ``KitError`` if there was none at that step, or if an image is missing or damaged.
     """
     folder = images_folder(run, step)
     recover_folder(folder)
@@ -162,7 +164,7 @@ def load_images(run: Run, step: int) -> ValidationImages:
 
     def load(kind: str) -> list[Image.Image]:
         count = len(list(folder.glob(f"{kind}-*.png")))
-        return [_open_image(folder / f"{kind}-{number}.png") for number in range(count)]
+        return [open_image(folder / f"{kind}-{number}.png") for number in range(count)]
 
     of_subject = load("subject")
     seeds = len(of_subject) // len(PROMPTS)
@@ -179,16 +181,9 @@ def load_all_images(run: Run) -> dict[int, ValidationImages]:
     for result in history(run):
         try:
             images[result.step] = load_images(run, result.step)
-        except RunError as error:
+        except KitError as error:
             warnings.warn(f"step {result.step} is not shown: {error}", stacklevel=2)
     return images
-
-
-def _open_image(file: Path) -> Image.Image:
-    try:
-        return Image.open(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RunError(f"the validation image {file} is missing or damaged.") from error
 
 
 def history(run: Run) -> list[ValidationResult]:
