@@ -40,7 +40,7 @@ CUDA = torch.device("cuda")
 def tiny_config(photos: str, make_config: Make, tiny_sd1: str) -> Make:
     def make(**changes: Any) -> TrainConfig:
         # Without "distilled", drawing class images would be most of what a tiny base takes.
-        fields = {"resolution": 16, "prior": "distilled", "mixed_precision": "fp16"}
+        fields = {"resolution": 16, "prior": "distilled", "mixed_precision": "bf16"}
         return make_config(tiny_sd1, photos, **(fields | changes))
 
     return make
@@ -118,7 +118,7 @@ def test_a_level_is_written_down_and_printed_once_and_kept(
     run, need = runs.start(tiny_config(), tmp_path / "run"), needs(tiny_config())
     gpu(need["low"] / USABLE_SHARE + 1)
     assert decide_level(run, CUDA).memory == "low"
-    assert json.loads((run.folder / "memory.json").read_text()) == {"memory": "low"}
+    assert runs.read_level(run.folder) == {"memory": "low"}
     output = capsys.readouterr().out
     assert output.count("\n") == 1
     assert output.startswith("The run trains with memory 'low', which takes")
