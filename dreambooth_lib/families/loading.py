@@ -98,7 +98,7 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
                 lora.path, weight_name=LORA_FILE, adapter_name=adapters[number],
                 use_safetensors=True,
             )  # fmt: skip
-            # One by one: of a LoRA without a layer of this base, diffusers adds nothing.
+            # After each, as diffusers skips a LoRA that has no layer of this base without an error.
             loaded = number + 1
             family.pipeline.set_adapters(adapters[:loaded], [*loras.values()][:loaded])
     return family if bases[0].get("quantize") else merge_loras(family)
