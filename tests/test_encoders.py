@@ -224,6 +224,18 @@ def test_an_encoders_damaged_config_is_one_sentence(
         Encoder(folder)
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_a_lack_of_memory_is_no_unreadable_encoder(
+    kind: type[Exception], clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: CLIPModel, device: str) -> None:
+        raise kind("full")
+
+    monkeypatch.setattr(CLIPModel, "to", fail)
+    with pytest.raises(kind, match="full"):
+        Encoder(clip_folder)
+
+
 def test_a_damaged_image_is_named(clip: Encoder, tmp_path: Path) -> None:
     drawings(1)[0].save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.data.captions import cut_words
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training.losses import per_sample_errors
@@ -104,7 +105,27 @@ def test_base_info_equals_what_the_loaded_base_has(both: tuple[Family, Any]) -> 
     path = plain.config._name_or_path
     info = loading.inspect_base(path)
     assert info.resolution == loading.load_model(path).resolution
-    assert info.tokenizers[0].get_vocab() == plain.tokenizer.get_vocab()
+    assert info.tokenizers[0][0].get_vocab() == plain.tokenizer.get_vocab()
+
+
+def test_the_words_that_are_cut_are_those_that_the_pipeline_does_not_read(
+    both: tuple[Family, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, plain = both
+    if plain.tokenizer.chat_template:  # with as many tokens before the prompt as the real one has
+        template = "{% for m in messages %}a a a {{ m.content }} photo{% endfor %}"
+        monkeypatch.setattr(family.pipeline.tokenizer, "chat_template", template)
+    limits = [limit for _, limit in family.tokenizers]
+    info = loading.inspect_base(plain.config._name_or_path)
+    assert [limit for _, limit in info.tokenizers] == limits
+    words = ["dog"] * (max(limits) + 20)
+    cut = len(cut_words(" ".join(words), family.tokenizers).split())
+    for place, is_read in ((-cut - 1, True), (-cut, False)):
+        other = [*words]
+        other[place] = "cat"
+        with torch.no_grad():
+            rows = family.encode_prompts([" ".join(words), " ".join(other)])
+        assert is_read == any(not torch.equal(*value) for value in rows.values())
 
 
 def test_images_are_drawn_at_the_familys_resolution(both: tuple[Family, Any]) -> None:

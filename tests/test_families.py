@@ -62,7 +62,7 @@ def test_base_info_equals_what_the_loaded_base_has(tiny_sd1: str, tiny_sd2: str)
     for base in (tiny_sd1, tiny_sd2, "toybox"):
         info, family = loading.inspect_base(base), loading.load_model(base)
         assert info.resolution == family.resolution
-        (tokenizer,) = info.tokenizers
+        ((tokenizer, _),) = info.tokenizers
         assert tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
 
 

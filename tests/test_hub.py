@@ -316,7 +316,7 @@ def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, fold
         ("preupload", 403, "may not write to .*with write access"),
         ("objects/batch", 403, "may not write to .*with write access"),
         ("/upload/", 403, "may not write to .*with write access"),
-        ("repos/create", 429, "too many requests.*wait some minutes"),
+        ("repos/create", 429, "too many requests.*wait a few minutes"),
         ("/commit/", 409, rf"refused '{NAME}' \(.*409.*\); check"),
     ],
 )
@@ -426,10 +426,10 @@ def test_a_base_on_the_hub_is_checked_before_it_is_loaded(
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (401, "your HF_TOKEN is not accepted: renew or remove it"),
+        (401, "the Hub rejects your token; replace or remove it"),
         (403, "accept the terms on the Hub's page of maker/base"),
-        (429, "the Hub's limit of requests is reached: wait"),
-        (500, "the Hub has a fault of its own: wait"),
+        (429, "the Hub's limit of requests is reached: wait a few minutes"),
+        (500, "the Hub is having problems: wait a few minutes"),
         (HANG_UP, "check its name and the network"),
     ],
 )

@@ -426,6 +426,17 @@ def test_a_base_that_cannot_be_had_is_red(
     assert TOKEN not in repr(check), "what an error says is not shown"
 
 
+def test_a_token_that_can_be_none_is_told_in_its_own_words(
+    tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: f"'{TOKEN}'")
+    checks = checks_of(SD, tmp_path)
+    for name in ("base", "scorer"):
+        assert checks[name].result == "your token has a quotation mark in it"
+        assert checks[name].fix.startswith("Copy it again from https://huggingface.co/")
+    assert TOKEN not in repr(checks) and not hub
+
+
 @pytest.mark.parametrize(
     ("pipeline", "denoiser"),
     [("StableDiffusionXLPipeline", "unet"), ("StableDiffusion3Pipeline", "transformer"),

@@ -122,42 +122,37 @@ def test_captions_without_the_identifier_are_told(tmp_path: Path) -> None:
     assert told(tmp_path).startswith("notes.json is not used, as no photo's caption")
 
 
-class Words:
-    """A tokenizer with a token for each four letters of a word, and two special ones."""
-
-    def __init__(self, longest: int):
-        self.model_max_length = longest
-
-    def __call__(self, text: str, **_: bool) -> SimpleNamespace:
-        parts = [word[i : i + 4] for word in text.split() for i in range(0, len(word), 4)]
-        return SimpleNamespace(input_ids=["start", *parts, "end"])
+def words(text: str, **_: bool) -> SimpleNamespace:
+    """Make a token of each four letters of a word, and two special ones, as a tokenizer does."""
+    parts = [word[i : i + 4] for word in text.split() for i in range(0, len(word), 4)]
+    return SimpleNamespace(input_ids=["start", *parts, "end"])
 
 
 def test_the_words_that_no_text_encoder_reads_are_named() -> None:
-    assert captions.cut_words("one two six ten", [Words(6)]) == ""
-    assert captions.cut_words(" one  two six ten ", [Words(5)]) == "ten"
-    assert captions.cut_words("one two hippopotamus ten", [Words(5)]) == "hippopotamus ten"
-    assert captions.cut_words("one two", [Words(2)]) == "one two"
-    assert captions.cut_words("one two six", [Words(4), Words(9)]) == "", "the second reads it"
-    assert captions.cut_words("one two six", [Words(3), Words(4)]) == "six"
+    assert captions.cut_words("one two six ten", [(words, 6)]) == ""
+    assert captions.cut_words(" one  two six ten ", [(words, 5)]) == "ten"
+    assert captions.cut_words("one two hippopotamus ten", [(words, 5)]) == "hippopotamus ten"
+    assert captions.cut_words("one two", [(words, 2)]) == "one two"
+    assert captions.cut_words("one two six", [(words, 4), (words, 9)]) == "", "the second reads it"
+    assert captions.cut_words("one two six", [(words, 3), (words, 4)]) == "six"
     assert captions.cut_words("one two", []) == ""
 
 
 def test_captions_longer_than_the_base_reads_are_named() -> None:
     dog, image = Subject("photos", "dog"), noise(1)
     photos = [Photo("a.png", image, "a {} dog"), Photo("b.png", image, "a {} dog on the far beach")]
-    (message,) = captions.check_lengths([*photos, Photo("c.png", image)], dog, [Words(8)])
+    (message,) = captions.check_lengths([*photos, Photo("c.png", image)], dog, [(words, 8)])
     assert message.startswith("the caption of b.png is longer than the base reads: it is cut")
     assert message.endswith("before 'beach'.")
-    assert captions.check_lengths(photos, dog, [Words(8), Words(77)]) == []
+    assert captions.check_lengths(photos, dog, [(words, 8), (words, 77)]) == []
     many = [Photo(f"{i}.png", image, "a {} dog on the far beach") for i in range(20)]
-    messages = captions.check_lengths(many, dog, [Words(7)])
+    messages = captions.check_lengths(many, dog, [(words, 7)])
     assert len(messages) == 5 and messages[-1].startswith("16 more captions are longer")
     late = [Photo("b.png", image, "on the far beach a {} dog")]
     with pytest.raises(DataError, match=r"the caption of b\.png has the identifier 'ohwx' beyond"):
-        captions.check_lengths(late, dog, [Words(7)])
+        captions.check_lengths(late, dog, [(words, 7)])
     with pytest.raises(DataError, match="the instance prompt has the identifier"):
-        captions.check_lengths([], Subject("photos", "dog", "ohwxohwxohwx"), [Words(4)])
+        captions.check_lengths([], Subject("photos", "dog", "ohwxohwxohwx"), [(words, 4)])
 
 
 def test_one_sentence_tells_that_the_crop_cuts_photos() -> None:

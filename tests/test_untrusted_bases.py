@@ -235,6 +235,52 @@ def test_a_lora_that_was_cut_short_is_refused(lora_of: Callable[..., Path]) -> N
     refused(file.parent, str(file), "cut short")
 
 
+def change(file: Path, edit_tensors: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Save a LoRA's file with other tensors and the same metadata."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(edit_tensors(load_file(file)), file, metadata)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda tensors: {name: t[..., :1].clone() for name, t in tensors.items()},
+        lambda tensors: {"weight": torch.zeros(2, 2)},
+        lambda tensors: {},
+        lambda tensors: {n.replace("blocks", "layers"): t for n, t in tensors.items()},
+        lambda tensors: {n.replace("unet.", "transformer."): t for n, t in tensors.items()},
+    ],
+    ids=["shape", "no LoRA", "empty", "other layers", "other model"],
+)
+def test_a_lora_that_does_not_fit_its_base_is_refused(
+    other: Callable[[dict[str, Any]], dict[str, Any]], lora_of: Callable[..., Path]
+) -> None:
+    folder, whole = lora_of("one"), lora_of("whole")
+    change(folder / loading.LORA_FILE, other)
+    refused(folder, f"the LoRA's files in {folder} cannot be loaded", "choose another LoRA")
+    with pytest.raises(BaseError, match=f"the LoRA's files in {folder} cannot"):
+        loading.compose({str(whole): 0.5, str(folder): 1.0})
+
+
+@pytest.mark.parametrize("rows", [None, {}, {"clip_l": torch.zeros(1, 3)}, {"clip_l": "cut"}])
+def test_a_lora_whose_token_is_missing_or_damaged_is_refused(
+    rows: dict[str, Any] | None, lora_of: Callable[..., Path]
+) -> None:
+    folder = lora_of("one")
+    edit(folder / "base.json", word="<rex>")
+    if rows is not None:
+        file = folder / "word" / "token.safetensors"
+        file.parent.mkdir()
+        if rows.get("clip_l") == "cut":
+            file.write_bytes(b"cut")
+        else:
+            save_file(rows, file)
+    refused(folder, f"the LoRA's files in {folder} cannot be loaded")
+
+
 # A run's config
 
 
@@ -346,6 +392,48 @@ def test_a_variant_of_a_folders_files_is_loaded(base: Path) -> None:
 def test_a_variant_that_some_parts_lack_is_loaded_where_it_is(base: Path) -> None:
     (file,) = (base / "unet").glob("*.safetensors")
     shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+    loading.load_model(str(base), variant="fp16")
+
+
+def shard(part: Path, name: str, index: str) -> None:
+    """Split a part's weights into two files of a variant, with their index."""
+    (file,) = part.glob("*.safetensors")
+    tensors = load_file(file)
+    half, weight_map = len(tensors) // 2, {}
+    for number, names in enumerate([sorted(tensors)[:half], sorted(tensors)[half:]], 1):
+        shard_name = f"{name}-0000{number}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in names}, part / shard_name, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, shard_name)
+    (part / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    file.unlink()
+
+
+def test_a_variant_in_several_files_is_loaded(base: Path) -> None:
+    for part, name in {"unet": "diffusion_pytorch_model", "text_encoder": "model"}.items():
+        shard(base / part, f"{name}.fp16", f"{name}.safetensors.index.fp16.json")
+    refused(base, "set variant to 'fp16'.")
+    loading.load_model(str(base), variant="fp16")
+
+
+def test_only_the_variant_that_is_loaded_is_checked(base: Path) -> None:
+    for number, file in enumerate(base.glob("*/*.safetensors")):
+        index = f"{file.stem}.safetensors.index.fp16.json"
+        (file.parent / index).write_text(json.dumps({"weight_map": {"a": f"lost{number}"}}))
+    loading.load_model(str(base))
+    for file in base.glob("*/*.safetensors"):
+        (file.parent / f"{file.stem}.safetensors.index.fp16.json").unlink()
+        shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+        cut(file)
+        (file.parent / f"{file.name}.index.json").write_text('{"weight_map": {"a": "lost"}}')
+    loading.load_model(str(base), variant="fp16")
+    refused(base, "lost")
+
+
+def test_hidden_files_of_macos_are_not_read(base: Path) -> None:
+    for file in [*base.glob("*/*.safetensors"), *base.glob("*/*.json"), *base.glob("*.json")]:
+        (file.parent / f"._{file.name}").write_bytes(b"\0\5\x16\7")
+    (base / "unet" / "._x.fp16.safetensors").write_bytes(b"\0\5\x16\7")
+    loading.load_model(str(base))
     loading.load_model(str(base), variant="fp16")
 
 

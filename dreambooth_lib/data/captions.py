@@ -122,7 +122,7 @@ def check_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
 
 
 def check_lengths(
-    photos: "Sequence[Photo]", subject: Subject, tokenizers: Sequence[Any]
+    photos: "Sequence[Photo]", subject: Subject, tokenizers: Sequence[tuple[Any, int]]
 ) -> list[str]:
     """Return a sentence on each caption that the base's text encoders do not read to its end.
 
@@ -149,18 +149,19 @@ def check_lengths(
     return messages
 
 
-def cut_words(text: str, tokenizers: Sequence[Any]) -> str:
+def cut_words(text: str, tokenizers: Sequence[tuple[Any, int]]) -> str:
     """Return the words at the end of a prompt that the text encoders do not read, "" if none.
 
-    ``tokenizers`` are those of all encoders; what one of them reads is not cut.
+    ``tokenizers`` are those of all encoders, and the tokens that each reads; what one of them
+    reads is not cut.
     """
-    return min((_beyond(text, tokenizer) for tokenizer in tokenizers), key=len, default="")
+    return min((_beyond(text, *tokenizer) for tokenizer in tokenizers), key=len, default="")
 
 
-def _beyond(text: str, tokenizer: Any) -> str:
+def _beyond(text: str, tokenizer: Any, limit: int) -> str:
     def fits(end: int) -> bool:
         ids = tokenizer(text[:end], truncation=False, verbose=False).input_ids
-        return len(ids) <= tokenizer.model_max_length
+        return len(ids) <= limit
 
     text = text.strip()
     if fits(len(text)):

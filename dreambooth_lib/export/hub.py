@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.hub_token import HubError, hub_token, place_of_token
+from dreambooth_lib.families.hub_files import status_of
 
 #: What the Hub's answers mean, and what to do.
 _ANSWERS = {
@@ -11,7 +12,7 @@ _ANSWERS = {
     "https://huggingface.co/settings/tokens and put it into {place}.",
     403: "your token may not write to '{name}'; create one with write access to it at "
     "https://huggingface.co/settings/tokens and put it into {place}.",
-    429: "the Hub had too many requests to take '{name}'; wait some minutes and try again.",
+    429: "the Hub had too many requests to take '{name}'; wait a few minutes and try again.",
 }
 
 
@@ -41,10 +42,9 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
             repo_id=repository.repo_id, folder_path=folder, commit_message="DreamBooth pipeline"
         )
     except (RuntimeError, HFValidationError, OSError, *network) as error:
+        if answer := _ANSWERS.get(status_of(error) or 0):
+            raise HubError(answer.format(name=name, place=place)) from error
         cause = (isinstance(error, RuntimeError) and error.__cause__) or error
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status in _ANSWERS:
-            raise HubError(_ANSWERS[status].format(name=name, place=place)) from error
         message = (str(cause).splitlines() or [type(cause).__name__])[0]
         if isinstance(cause, (HfHubHTTPError, HFValidationError)):
             raise HubError(

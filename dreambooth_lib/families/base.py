@@ -1,13 +1,13 @@
 """All that training and sampling need to know of a model family.
 
-Each family is a subclass of :class:`Family`. Eight things differ between families: the names of the
-pipeline's parts, the resolution, the noise schedule, the conditioning, the latents, the denoiser's
-call, the layers that LoRA adapts, and the inference settings. No other code asks which family a
-base belongs to.
+Each family is a subclass of :class:`Family`. Nine things differ between families: the names of the
+pipeline's parts, the resolution, the noise schedule, the conditioning, the tokens that are read of
+a prompt, the latents, the denoiser's call, the layers that LoRA adapts, and the inference settings.
+No other code asks which family a base belongs to.
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 #: The most images in a batch while a training is in memory, and the most pixels in all of them.
 MAX_BATCH_SIZE, MAX_PIXELS = 8, 2 * 512 * 512
+
+#: Names of the parts that are tokenizers; a pipeline may lack some.
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 #: Conditioning on prompts: named tensors whose first dimension is the batch.
 Cond = dict[str, torch.Tensor]
@@ -69,6 +72,8 @@ class Family:
     scheduler_settings: ClassVar[tuple[str, ...]] = ("shift",)
     #: More arguments for the pipeline's ``from_pretrained``.
     options: ClassVar[dict[str, Any]] = {}
+    #: Tokens of a prompt that the pipeline reads by a tokenizer, if not its model_max_length.
+    tokens_read: ClassVar[dict[str, int]] = {}
     #: The pipeline call's arguments for the tensors that ``encode_prompts`` returns.
     pipeline_argument_names: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
@@ -104,9 +109,15 @@ class Family:
         return min(8, 4 * self.batch_size_in_training)
 
     @property
-    def tokenizers(self) -> list[Any]:
-        """Return the tokenizers of all text encoders."""
-        return self._parts(("tokenizer", "tokenizer_2", "tokenizer_3"))
+    def tokenizers(self) -> list[tuple[Any, int]]:
+        """Return each text encoder's tokenizer, and how many tokens the pipeline reads by it."""
+        return self.tokenizer_limits({n: getattr(self.pipeline, n, None) for n in TOKENIZERS})
+
+    @classmethod
+    def tokenizer_limits(cls, tokenizers: Mapping[str, Any]) -> list[tuple[Any, int]]:
+        """Return the tokenizers of :attr:`tokenizers`, by name, with their limits; skip None."""
+        found = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+        return [(t, cls.tokens_read.get(name, t.model_max_length)) for name, t in found.items()]
 
     @property
     def name(self) -> str:
@@ -162,9 +173,8 @@ class Family:
             flow = scheduler.get("use_flow_sigmas") and "shift" not in cls.scheduler_settings
             if flow or not known >= {*cls.scheduler_settings}:
                 raise BaseError(
-                    f"{path}/scheduler has a {name}, whose noise process is none that the kit can "
-                    f"train a {cls.__name__} base with; choose a base with the family's own "
-                    "scheduler."
+                    f"{path}/scheduler has a {name}, with which the kit cannot train a "
+                    f"{cls.__name__} base; choose a base with the family's own scheduler."
                 )
         if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
             raise BaseError(

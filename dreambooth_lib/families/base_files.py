@@ -21,6 +21,8 @@ _ADAPTER_SETTINGS = {
     "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora",
     "use_rslora",
 }  # fmt: skip
+#: The weights files of a part; macOS puts hidden ones beside them.
+_WEIGHTS = "[!.]*.safetensors"
 #: How a file begins that Git left in place of a large one.
 _LFS = b"version https://git-lfs"
 
@@ -69,37 +71,53 @@ def read_trained_on(file: Path) -> dict[str, str | None]:
 
 
 def check_part_weights(part: Path, variant: str | None) -> None:
-    """Check that a part has a config and whole weights, plain ones or those of the variant.
+    """Check that a part has a config and whole weights: the variant's, or plain ones without it.
 
-    Raises :class:`BaseError` with the file that is missing or damaged.
+    Only what will be loaded is checked. Raises :class:`BaseError` with the file that is missing or
+    damaged.
     """
     if not (part / "config.json").exists():
         raise BaseError(
             f"the base's file {part / 'config.json'} is missing; download or copy the base again."
         )
-    files = sorted(part.glob("*.safetensors"))
-    plain = [file for file in files if "." not in file.stem]
+    files, weights = sorted(part.glob(_WEIGHTS)), weights_to_load(part, variant)
     if not files:
-        pickled = [file.name for file in part.glob("*") if file.suffix in (".bin", ".ckpt", ".pt")]
+        others = part.glob("[!.]*")
+        pickled = [file.name for file in others if file.suffix in (".bin", ".ckpt", ".pt")]
         found = f"only {pickled[0]}, a format that can hold code" if pickled else "no weights"
         raise BaseError(
             f"the base's part {part} has {found}; choose a base with .safetensors files."
         )
-    variants = sorted({file.stem.split(".")[1] for file in files if file not in plain})
-    if not plain and variant not in variants:
+    if not weights:
+        other = _variant(files[0])
         raise BaseError(
-            f"the base's part {part} has only files of the variant '{variants[0]}', such as "
-            f"{files[0].name}; set variant to '{variants[0]}'."
+            f"the base's part {part} has only files of the variant '{other}', such as "
+            f"{files[0].name}; set variant to '{other}'."
         )
-    for index in part.glob("*.safetensors.index*.json"):
+    suffix = f".{variant}" if _variant(weights[0]) else ""
+    for index in part.glob(f"{_WEIGHTS}.index{suffix}.json"):
         shards = read_object(index).get("weight_map")
         names = {*shards.values()} if isinstance(shards, dict) else {"weight_map"}
         for missing in sorted(str(n) for n in names if part / str(n) not in files):
             raise BaseError(
                 f"{index} needs the file {missing}, which is missing; download the base again."
             )
-    for file in files:
+    for file in weights:
         check_weights(file)
+
+
+def weights_to_load(part: Path, variant: str | None) -> list[Path]:
+    """Return a part's weights files, of the variant or else plain ones."""
+    files = sorted(part.glob(_WEIGHTS))
+    return [f for f in files if _variant(f) == variant] or [f for f in files if not _variant(f)]
+
+
+def _variant(file: Path) -> str:
+    """Return the variant in a weights file's name, as in model.fp16-00001-of-00002.safetensors.
+
+    It is "" for a plain file.
+    """
+    return file.stem.partition(".")[2].partition("-")[0]
 
 
 def check_weights(file: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Flux.1: latents packed into a sequence, and guidance as an input of the denoiser."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +21,7 @@ class Flux(Family):
     """Bases with a ``FluxPipeline``: Flux.1 dev and schnell."""
 
     large_encoder_names = ("text_encoder_2",)
+    tokens_read: ClassVar[dict[str, int]] = {"tokenizer_2": 512}  # the pipeline's default
     #: The pipeline's own; dev's card has guidance 3.5 too.
     default_inference = Inference(
         steps=28, guidance_scale=3.5, fewest_steps=28, validation_steps=28

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dreambooth_lib.core.hub_token import hub_token, in_colab
+from dreambooth_lib.core.hub_token import hub_token, place_of_token
 from dreambooth_lib.families.base_files import BaseError
 
 
@@ -33,14 +33,13 @@ def what_to_do(error: BaseException, repository: str) -> str:
         RevisionNotFoundError,
     )
 
-    place = "Colab's secret HF_TOKEN" if in_colab() else "the environment variable HF_TOKEN"
-    status = _status(error)
+    place, status = place_of_token(), status_of(error)
     if isinstance(error, GatedRepoError):
         return (
             f"accept the terms on the Hub's page of {repository}, and put your token into {place}"
         )
     if status == 401 and hub_token():
-        return f"your HF_TOKEN is not accepted: renew or remove it in {place}"
+        return f"the Hub rejects your token; replace or remove it in {place}"
     folder = Path(repository)
     if folder.parent.is_dir():  # as in runs/my-dog, mistyped
         return f"check its name: the folder '{folder.parent}' here has no '{folder.name}'"
@@ -54,13 +53,13 @@ def what_to_do(error: BaseException, repository: str) -> str:
             f"a token with read access into {place}"
         )
     if status == 429:
-        return "the Hub's limit of requests is reached: wait some minutes, and try again"
+        return "the Hub's limit of requests is reached: wait a few minutes and try again"
     if status is not None and status >= 500:
-        return "the Hub has a fault of its own: wait some minutes, and try again"
+        return "the Hub is having problems: wait a few minutes and try again"
     return "check its name and the network, or train the bundled base 'toybox'"
 
 
-def _status(error: BaseException | None) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
     """Return the HTTP status that an error, or what caused it, came from."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)

@@ -148,6 +148,6 @@ def _check_folder(part: Path) -> None:
             f"the base holds code, {code[0]}, and the kit runs none; choose a base from a source "
             "that you trust, or delete the file."
         )
-    for config in part.glob("*.json"):
+    for config in part.glob("[!.]*.json"):
         if not config.name.endswith((".index.json", "vocab.json")):
             check_config(read_object(config), str(config))

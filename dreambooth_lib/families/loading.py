@@ -72,8 +72,10 @@ def _has_gpu() -> bool:
 def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
     """Load the base of several LoRA runs or folders, and add each LoRA at its weight.
 
-    They are merged as in :func:`load_model`. Raises :class:`BaseError` for LoRAs of several bases.
+    They are merged as in :func:`load_model`. Raises :class:`BaseError` for LoRAs of several bases,
+    and for one that does not fit its base.
     """
+    from dreambooth_lib.families.pretrained import explain_loading
     from dreambooth_lib.families.textual_inversion import load_token
 
     parts = [_read_lora(name) for name in loras]
@@ -88,13 +90,17 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
     adapters = [f"lora{number}" for number in range(len(parts))]
     for lora in parts:
         base_files.check_lora(Path(lora.path) / LORA_FILE)
-    for adapter, lora in zip(adapters, parts, strict=True):
-        if lora.token is not None:
-            load_token(family, lora.path, lora.token)
-        family.pipeline.load_lora_weights(
-            lora.path, weight_name=LORA_FILE, adapter_name=adapter, use_safetensors=True
-        )
-    family.pipeline.set_adapters(adapters, list(loras.values()))
+    for number, lora in enumerate(parts):
+        with explain_loading(lora.path, "LoRA"):
+            if lora.token is not None:
+                load_token(family, lora.path, lora.token)
+            family.pipeline.load_lora_weights(
+                lora.path, weight_name=LORA_FILE, adapter_name=adapters[number],
+                use_safetensors=True,
+            )  # fmt: skip
+            # After each, as diffusers skips a LoRA that has no layer of this base without an error.
+            loaded = number + 1
+            family.pipeline.set_adapters(adapters[:loaded], [*loras.values()][:loaded])
     return family if bases[0].get("quantize") else merge_loras(family)
 
 
@@ -134,7 +140,8 @@ class BaseInfo(NamedTuple):
     """Hold what is known of a base without its weights."""
 
     resolution: int  #: pixels a side that the base was trained at
-    tokenizers: list[Any]  #: of all text encoders; identifiers are chosen by the first
+    #: Of all text encoders, and the tokens that each reads; identifiers are chosen by the first.
+    tokenizers: list[tuple[Any, int]]
 
 
 def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
@@ -142,19 +149,21 @@ def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
 
     Raises as :func:`load_model` does.
     """
+    from dreambooth_lib.families.base import TOKENIZERS
     from dreambooth_lib.families.pretrained import explain_loading, load_tokenizer
 
     resolved = resolve(base, revision)
     family, revision = resolved.family, resolved.hub.get("revision")
     denoiser, vae = (resolved.read(f"{n}/config.json") for n in (family.denoiser_name, "vae"))
-    names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    tokenizers = [
-        load_tokenizer(resolved.path, resolved.index, revision, name)
-        for name in names
+    tokenizers = {
+        name: load_tokenizer(resolved.path, resolved.index, revision, name)
+        for name in TOKENIZERS
         if resolved.index.get(name, [None])[0]
-    ]
+    }
     with explain_loading(resolved.path):
-        return BaseInfo(family.native_resolution(denoiser, vae), tokenizers)
+        return BaseInfo(
+            family.native_resolution(denoiser, vae), family.tokenizer_limits(tokenizers)
+        )
 
 
 def base_inference(base: str, revision: str | None = None) -> Inference:

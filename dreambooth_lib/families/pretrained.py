@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from packaging.version import Version
 
 from dreambooth_lib.core import gpu_memory, notices
-from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.errors import KitError, describe
 from dreambooth_lib.families import base_files, index_checks
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError
@@ -147,7 +147,7 @@ def _load(
     with explain_loading(path):
         pipeline: Any = DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **options)
         if Path(path).is_dir():
-            _check_complete(pipeline, Path(path))
+            _check_complete(pipeline, Path(path), options.get("variant"))
         _check_tokenizers(pipeline, path)
         return family_class(pipeline, resolution)
 
@@ -170,7 +170,7 @@ def _check_tokenizers(pipeline: Any, where: str) -> None:
             )
 
 
-def _check_complete(pipeline: Any, folder: Path) -> None:
+def _check_complete(pipeline: Any, folder: Path, variant: str | None) -> None:
     """Raise :class:`BaseError` if a part's files lack weights that its config asks for.
 
     diffusers leaves these on the meta device, and transformers draws them at random.
@@ -178,7 +178,7 @@ def _check_complete(pipeline: Any, folder: Path) -> None:
     for part, module in pipeline.components.items():
         lacking: list[str] = []
         if isinstance(module, transformers.PreTrainedModel):
-            lacking = _not_saved(module, folder / part)
+            lacking = _not_saved(module, base_files.weights_to_load(folder / part, variant))
         elif isinstance(module, torch.nn.Module):
             lacking = [name for name, weight in module.named_parameters() if weight.is_meta]
         if lacking:
@@ -188,9 +188,9 @@ def _check_complete(pipeline: Any, folder: Path) -> None:
             )
 
 
-def _not_saved(module: torch.nn.Module, folder: Path) -> list[str]:
-    """Return the weights of a module that no file in its folder has."""
-    saved = {n for file in folder.glob("*.safetensors") for n in base_files.check_weights(file)}
+def _not_saved(module: torch.nn.Module, files: list[Path]) -> list[str]:
+    """Return the weights of a module that none of its files has."""
+    saved = {name for file in files for name in base_files.check_weights(file)}
     names: dict[int, list[str]] = {}  # of each weight: of tied ones a single name is saved
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
@@ -204,8 +204,11 @@ def _not_saved(module: torch.nn.Module, folder: Path) -> list[str]:
 
 
 @contextmanager
-def explain_loading(where: str) -> Iterator[None]:
-    """Turn what the libraries raise for files that do not fit each other into a BaseError."""
+def explain_loading(where: str, kind: str = "base") -> Iterator[None]:
+    """Turn what the libraries raise for files that do not fit each other into a BaseError.
+
+    ``kind`` names what is in the folder ``where``: "base" or "LoRA".
+    """
     try:
         yield
     except (KitError, ImportError, MemoryError, torch.OutOfMemoryError):
@@ -214,10 +217,9 @@ def explain_loading(where: str) -> Iterator[None]:
         frames = (frame.f_locals for frame, _ in walk_tb(error.__traceback__)
                   if frame.f_code.co_name == "load_sub_model")  # fmt: skip
         part = next((f"/{names.get('name')}" for names in frames), "")
-        reason = str(error).partition("\n")[0][:200]
         raise BaseError(
-            f"the base's files in {where}{part} cannot be loaded ({type(error).__name__}: "
-            f"{reason}); download or copy them again, or choose another base."
+            f"the {kind}'s files in {where}{part} cannot be loaded ({describe(error)}); download "
+            f"or copy them again, or choose another {kind}."
         ) from error
 
 

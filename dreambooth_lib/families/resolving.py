@@ -185,7 +185,7 @@ def resolve(base: str, revision: str | None = None, variant: str | None = None) 
     if Path(path).exists():
         hub = (
             {"variant": variant}
-            if any(f".{variant}." in p.name for p in Path(path).glob("*/*"))
+            if any(f".{variant}." in p.name for p in Path(path).glob("*/[!.]*"))
             else {}
         )
     return ResolvedBase(base, path, hub, tuple(loras))

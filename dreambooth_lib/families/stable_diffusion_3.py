@@ -1,5 +1,7 @@
 """Stable Diffusion 3 and 3.5: three text encoders, and rectified flow."""
 
+from typing import ClassVar
+
 import torch
 
 from dreambooth_lib.families.base import Cond, Family
@@ -17,6 +19,7 @@ class StableDiffusion3(Family):
     encoder_names = ("text_encoder", "text_encoder_2")
     large_encoder_names = ("text_encoder_3",)
     loads_textual_inversion = False
+    tokens_read: ClassVar[dict[str, int]] = {"tokenizer_3": 256}  # the pipeline's default
     #: It concatenates its norms' outputs, which are in the weights' dtype; autocast rejects that.
     bf16_weights_ok = False
     #: 3.5 medium, by its card; the pipeline's own 28 steps are enough.

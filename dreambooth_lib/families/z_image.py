@@ -24,6 +24,8 @@ class ZImage(Family):
     half_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)  # NaN in float16
     encoder_names = ()
     large_encoder_names = ("text_encoder",)
+    #: The pipeline's default of 512 less the three with which the chat template begins.
+    tokens_read: ClassVar[dict[str, int]] = {"tokenizer": 509}
     #: By its card: 28 to 50 steps, guidance 3 to 5, which this pipeline adds to 1.
     default_inference = Inference(
         steps=50, guidance_scale=4.0, fewest_steps=28, validation_steps=28

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dreambooth_lib.core.errors import InputError, KitError
+from dreambooth_lib.core.errors import InputError, KitError, describe
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ class Encoder:
     reads_texts: bool  #: whether :meth:`embed_texts` works: True for CLIP, False for DINO
 
     def __init__(self, model_id: str | Path, device: "str | torch.device" = "cpu") -> None:
+        import torch
         from transformers import AutoConfig
 
         self.model_id, self.device = str(model_id), device
@@ -50,10 +51,11 @@ class Encoder:
             self.reads_texts = config.model_type == "clip"
             if config.model_type in ("clip", "vit"):
                 self._load(config)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # of any kind: configs are used without a look at their shape
-            reason = str(error).partition("\n")[0][:200]
             raise EncoderError(
-                f"the encoder '{self.model_id}' cannot be read ({type(error).__name__}: {reason}); "
+                f"the encoder '{self.model_id}' cannot be read ({describe(error)}); "
                 "give a hub id, or a folder with a model in safetensors, its "
                 "preprocessor_config.json and its tokenizer."
             ) from error

@@ -136,7 +136,7 @@ def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
     for component in folder.iterdir():
         if component.name == "safety_checker":
             continue
-        files = list(component.glob("*.safetensors"))
+        files = list(component.glob("[!.]*.safetensors"))
         variant = all("." in file.stem for file in files)
         yield component.name, count_numbers(f for f in files if ("." in f.stem) == variant)
 

@@ -193,12 +193,17 @@ def _base(base: str) -> Check:
         path = loading.locate(base)
         warning = loading.warn_of_distillation(base)
     except KitError as error:
-        result, _, fix = str(error).partition("; ")
-        return Check("base", False, result, f"{fix[:1].upper()}{fix[1:]}")
+        return _refused("base", error)
     advice = f". {warning}" if warning else ""
     if Path(path).exists():
         return Check("base", True, f"'{base}' is on this machine{advice}")
     return _on_hub("base", base, "model_index.json", advice)
+
+
+def _refused(name: str, error: KitError) -> Check:
+    """Return a failed check of an error's sentence: what is wrong, and what to do."""
+    result, _, fix = str(error).partition("; ")
+    return Check(name, False, result, f"{fix[:1].upper()}{fix[1:]}")
 
 
 def _scorer(base: str, settings: Mapping[str, Any]) -> list[Check]:
@@ -209,7 +214,7 @@ def _scorer(base: str, settings: Mapping[str, Any]) -> list[Check]:
     if scorer == "toybox":
         return [Check("scorer", True, "the bundled one")]
     if Path(scorer).exists():
-        ok = (Path(scorer) / "config.json").exists() and any(Path(scorer).glob("*.safetensors"))
+        ok = (Path(scorer) / "config.json").exists() and any(Path(scorer).glob("[!.]*.safetensors"))
         if ok:
             return [Check("scorer", True, f"'{scorer}' is on this machine")]
         result = f"'{scorer}' has no config.json, or no weights in safetensors"
@@ -230,6 +235,8 @@ def _on_hub(name: str, repository: str, file: str, advice: str = "") -> Check:
     except EntryNotFoundError:
         result = f"'{repository}' is on the Hub but has no {file}"
         return Check(name, False, result, f"Choose a {name} that has one.")
+    except KitError as error:  # on the token
+        return _refused(name, error)
     except Exception as error:  # the Hub's client raises many types for the same problem
         if _is_cached(repository, file):
             result = f"'{repository}' is in the local cache; the Hub does not answer{advice}"
@@ -252,4 +259,4 @@ def _is_cached(repository: str, file: str) -> bool:
             folder /= loading.resolve(str(folder)).family.denoiser_name
         except KitError:  # of no family that the kit knows, or damaged
             return False
-    return any(folder.glob("*.safetensors"))
+    return any(folder.glob("[!.]*.safetensors"))

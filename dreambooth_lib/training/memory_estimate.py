@@ -105,7 +105,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     scoring = 0
     if config.validate_every and config.memory not in LOW_MEMORY:
         scorer = TOYBOX_SCORER if config.scorer == "toybox" else Path(config.scorer)
-        scoring = 4 * count_numbers(scorer.glob("*.safetensors")) if scorer.exists() else _SCORER
+        weights_of = scorer.glob("[!.]*.safetensors")
+        scoring = 4 * count_numbers(weights_of) if scorer.exists() else _SCORER
     with FakeTensorMode(), CudaAutocast():
         for module in modules:
             make_fake(module)

@@ -101,8 +101,9 @@ def load_scorer(config: TrainConfig, device: "str | torch.device" = "cpu") -> En
     try:
         encoder = Encoder(TOYBOX_SCORER if config.scorer == "toybox" else config.scorer, device)
     except EncoderError as error:
+        problem = str(error).rpartition("; give")[0]
         raise ConfigError(
-            f"the scorer '{config.scorer}' cannot be read; give a CLIP by hub id or folder, or set "
+            f"the scorer cannot be used, as {problem}; give a CLIP by hub id or folder, or set "
             "validate_every to 0 to train without validation."
         ) from error
     if not encoder.reads_texts:

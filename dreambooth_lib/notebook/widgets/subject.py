@@ -57,7 +57,7 @@ class SubjectPanel(Panel):
         self.initial_config, self.uploads = config, Path(uploads)
         self._tokenizers = base.tokenizers
         self.resolution = config.resolution or base.resolution
-        subject, rare = config.subject, rare_identifiers(base.tokenizers[0])
+        subject, rare = config.subject, rare_identifiers(base.tokenizers[0][0])
         self.upload = upload.upload_button()
         self.source = control(Text, "folder or zip", value=subject.pictures)
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
@@ -168,7 +168,7 @@ class SubjectPanel(Panel):
         Raises ``ConfigError`` and ``DataError`` for words that cannot be trained.
         """
         identifier, noun = self.identifier.value.strip(), self.class_noun.value.strip()
-        problems = check_identifier(identifier, self._tokenizers[0])
+        problems = check_identifier(identifier, self._tokenizers[0][0])
         problems += _unknown_noun(self.initial_config.base, noun)
         if identifier and noun:  # config says which of them is empty
             subject = Subject(self._path, noun, identifier)
