@@ -1,7 +1,6 @@
 """Test how memory "auto" is resolved: once, by the free memory, written down, kept and shared."""
 
 import gc
-import json
 import os
 import subprocess
 import sys

@@ -46,7 +46,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         huggingface_hub, "get_hf_file_metadata", lambda url, **kwargs: asked.append(kwargs)
     )
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     return asked
 
 
@@ -457,7 +457,7 @@ def test_a_base_that_was_downloaded_needs_no_network(
     index = tmp_path / "snapshot" / "model_index.json"
     (index.parent / denoiser).mkdir(parents=True)
     index.write_text(json.dumps({"_class_name": pipeline}))
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda base, name: str(index))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(index))
     assert not checks_of(SD, tmp_path)["base"].ok, "a download that failed leaves this much"
     (index.parent / denoiser / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert checks_of(SD, tmp_path)["base"].ok

@@ -29,7 +29,8 @@ from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.locks import LockError, lock
-from dreambooth_lib.training import runs
+from dreambooth_lib.families.loading import BaseError
+from dreambooth_lib.training import runs, sampling
 from dreambooth_lib.training.checkpoints import CheckpointError, load_state, save_state
 from dreambooth_lib.training.interrupts import Terminated, defer_interrupts, raise_on_termination
 from dreambooth_lib.training.loop import train
@@ -413,6 +414,21 @@ def test_a_caption_that_the_base_does_not_read_to_its_end_is_told(
     subject = Subject(str(tmp_path / "captioned"), "dog")
     with pytest.warns(UserWarning, match=rf"the caption of {first}.* is cut before '.*snow'"):
         trained(start_run("run", "sd1", subject=subject))
+
+
+def test_a_damaged_pipeline_is_neither_drawn_from_nor_trained_on(start_run: Start) -> None:
+    whole, lora = (
+        trained(start_run("whole", "sd1")),
+        trained(start_run("lora", "sd1", method="lora")),
+    )
+    for run in (whole, lora):
+        sampling.sample(run, ["a dog"], [0], steps=1)
+        flip(next(run.pipeline.rglob("*.safetensors")))
+        for source in (run, str(run.folder)):
+            with pytest.raises(BaseError, match=r"safetensors has changed since it was saved"):
+                sampling.sample(source, ["a dog"], [0], steps=1)
+    with pytest.raises(BaseError, match="has changed"):
+        sampling.compose({lora: 1.0})
 
 
 # Processes and signals.

@@ -636,7 +636,7 @@ def test_the_slider_steps_through_validations_and_marks_the_best(
     run = started()
     list(loop.train(run))
     slider = widgets.CheckpointSlider(run)
-    assert slider.step == slider.best.step and slider.best.reason in texts(slider)
+    assert slider.step == slider.best.step and html.escape(slider.best.reason) in texts(slider)
     labels = [label for label, _ in slider.slider.options]
     assert labels[0] == "base" and f"{slider.best.step} ★" in labels
     assert all("view only" not in label for label in labels), "the newest and the best are kept"

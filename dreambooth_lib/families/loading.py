@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dreambooth_lib.core.digests import changed_file
 from dreambooth_lib.families import base_files, quantizers
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.inference_settings import (
@@ -54,6 +55,7 @@ def load_model(
             "that has it, such as an L4 or A100, or choose another base."
         )
     resolved.check()
+    _check_unchanged(resolved.path)
     from dreambooth_lib.families.pretrained import load_pretrained
 
     family = load_pretrained(
@@ -61,6 +63,15 @@ def load_model(
     )
     family.inference = resolved.inference
     return family
+
+
+def _check_unchanged(folder: str) -> None:
+    """Raise :class:`BaseError` if a model that the kit saved has changed since."""
+    if changed := changed_file(Path(folder)):
+        raise BaseError(
+            f"{folder}/{changed} has changed since it was saved; copy the model again, or delete "
+            "this folder and resume the run, which saves it again."
+        )
 
 
 def _has_gpu() -> bool:
@@ -90,6 +101,7 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
     adapters = [f"lora{number}" for number in range(len(parts))]
     for lora in parts:
         base_files.check_lora(Path(lora.path) / LORA_FILE)
+        _check_unchanged(lora.path)
     for number, lora in enumerate(parts):
         with explain_loading(lora.path, "LoRA"):
             if lora.token is not None:

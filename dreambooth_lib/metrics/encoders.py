@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dreambooth_lib.core.config import revision_of
 from dreambooth_lib.core.errors import InputError, KitError, describe
 
 if TYPE_CHECKING:
@@ -46,8 +47,11 @@ class Encoder:
         from transformers import AutoConfig
 
         self.model_id, self.device = str(model_id), device
+        self._revision = revision_of(self.model_id)
         try:
-            config = AutoConfig.from_pretrained(self.model_id, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                self.model_id, revision=self._revision, trust_remote_code=False
+            )
             self.reads_texts = config.model_type == "clip"
             if config.model_type in ("clip", "vit"):
                 self._load(config)
@@ -76,11 +80,11 @@ class Encoder:
         if self.reads_texts:
             model = self._load_model(transformers.CLIPModel)
             self._tokenizer = transformers.CLIPTokenizer.from_pretrained(
-                self.model_id, trust_remote_code=False
+                self.model_id, revision=self._revision, trust_remote_code=False
             )
             if len(self._tokenizer) < 5:  # transformers 5 makes an empty one if a file is missing
                 raise ValueError("the model has no tokenizer; add its files to the folder.")
-            self._processor = processor.from_pretrained(self.model_id)
+            self._processor = processor.from_pretrained(self.model_id, revision=self._revision)
         else:
             model = self._load_model(transformers.ViTModel, add_pooling_layer=False)
             self._processor = processor(
@@ -97,6 +101,7 @@ class Encoder:
         model, found = model_class.from_pretrained(
             self.model_id,
             use_safetensors=True,
+            revision=self._revision,
             trust_remote_code=False,
             output_loading_info=True,
             **options,

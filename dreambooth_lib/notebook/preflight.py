@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.config import base_defaults
+from dreambooth_lib.core.config import base_defaults, revision_of
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.hub_token import hub_token, in_colab
@@ -219,17 +219,19 @@ def _scorer(base: str, settings: Mapping[str, Any]) -> list[Check]:
             return [Check("scorer", True, f"'{scorer}' is on this machine")]
         result = f"'{scorer}' has no config.json, or no weights in safetensors"
         return [Check("scorer", False, result, "Give a CLIP by hub id or folder.")]
-    return [_on_hub("scorer", scorer, "config.json")]
+    return [_on_hub("scorer", scorer, "config.json", revision=revision_of(scorer))]
 
 
-def _on_hub(name: str, repository: str, file: str, advice: str = "") -> Check:
+def _on_hub(
+    name: str, repository: str, file: str, advice: str = "", revision: str = "main"
+) -> Check:
     """Check that a repository on the Hub has a file, or is in the local cache as a whole."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
     result = f"'{repository}' cannot be downloaded from the Hub"
     try:
-        url = hf_hub_url(repository, file)
+        url = hf_hub_url(repository, file, revision=revision)
         get_hf_file_metadata(url, token=hub_token() or False, timeout=TIMEOUT)
         return Check(name, True, f"'{repository}' is on the Hub{advice}")
     except EntryNotFoundError:
@@ -238,7 +240,7 @@ def _on_hub(name: str, repository: str, file: str, advice: str = "") -> Check:
     except KitError as error:  # on the token
         return _refused(name, error)
     except Exception as error:  # the Hub's client raises many types for the same problem
-        if _is_cached(repository, file):
+        if _is_cached(repository, file, revision):
             result = f"'{repository}' is in the local cache; the Hub does not answer{advice}"
             return Check(name, True, result)
         fix = hub_files.what_to_do(error, repository)
@@ -246,11 +248,11 @@ def _on_hub(name: str, repository: str, file: str, advice: str = "") -> Check:
         return Check(name, False, result, f"{fix[:1].upper()}{fix[1:]}.")
 
 
-def _is_cached(repository: str, file: str) -> bool:
+def _is_cached(repository: str, file: str, revision: str) -> bool:
     """Return whether the local cache has a file of the Hub and, beside it, the model's weights."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repository, file)
+    cached = try_to_load_from_cache(repository, file, revision=revision)
     if not isinstance(cached, str):
         return False
     folder = Path(cached).parent

@@ -52,6 +52,7 @@ def measure(config: TrainConfig) -> Pace:
 
     from dreambooth_lib.training.loop import training_steps
     from dreambooth_lib.training.setup import Trainer
+    from dreambooth_lib.training.validation_record import history
 
     gpu_memory.free_memory()
     short = memory_level.resolve_memory(config, join_group().device).replace(
@@ -61,14 +62,15 @@ def measure(config: TrainConfig) -> Pace:
         class_images=min(config.class_images, config.batch_size),
     )
     with TemporaryDirectory() as folder:
-        trainer = Trainer(runs.start(short, Path(folder) / "run"))
-        validation = trainer.validate_if_due()
+        run = runs.start(short, Path(folder) / "run")
+        trainer = Trainer(run)  # which validates the base
+        validation = sum(result.seconds for result in history(run))
         # The first step also warms up.
         seconds = [step.seconds for step in islice(training_steps(trainer), 1, 1 + _STEPS)]
         leaves = tree_leaves(trainer.optimizer.state_dict())
         size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
         checkpoint = _seconds_to_write(size, Path(folder))
-    return Pace(median(seconds), validation.seconds if validation else 0.0, checkpoint)
+    return Pace(median(seconds), validation, checkpoint)
 
 
 def _seconds_to_write(size: int, folder: Path) -> float:

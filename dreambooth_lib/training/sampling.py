@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.core.digests import changed_file
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import cut_words
@@ -134,16 +133,11 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
 
 
 def _check_pipeline(run: Run) -> None:
-    """Raise :class:`RunError` for a run without a whole pipeline; warn if it is of fewer steps."""
+    """Raise :class:`RunError` for a run without a pipeline; warn if it is of fewer steps."""
     if not run.has_pipeline:
         steps = ", ".join(map(str, run.checkpoints()))
         instead = f", or sample a checkpoint, of step {steps}" if steps else ""
         raise RunError(f"{run.folder} has not finished; train it to its end{instead}.")
-    if changed := changed_file(run.pipeline):
-        raise RunError(
-            f"{run.pipeline / changed} is damaged; delete {run.pipeline} and resume the run, which "
-            "saves it again."
-        )
     if not run.finished:
         warnings.warn(
             f"{run.folder} has more steps to train; these images are of its pipeline from before.",
