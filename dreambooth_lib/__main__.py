@@ -208,7 +208,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     step = max(run.checkpoints(), default=0) if arguments.step is None else arguments.step
     with (
         explain_disk_errors(run.folder / "exports"),
-        TemporaryDirectory(dir=run.folder) as model,  # as large as the run's pipeline
+        TemporaryDirectory(dir=run.folder, prefix=".export-") as model,  # as large as its pipeline
     ):
         pipeline_folder.write_pipeline(run, step, Path(model))
         show(comfyui.export(run, model, arguments.out or run.folder / "exports"))

@@ -29,6 +29,7 @@ from transformers import (
 
 from dreambooth_lib.__main__ import main
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import visible_files
 from dreambooth_lib.export import comfyui, comfyui_checkpoint, pipeline_folder
 from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
 from dreambooth_lib.export.comfyui_lora import ExportError, write_lora
@@ -617,6 +618,23 @@ def trained(
         return run
 
     return train
+
+
+def test_an_export_that_is_killed_leaves_nothing_that_a_backup_copies(
+    trained: Callable[..., runs.Run], shell: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = trained("sd1"), []
+
+    def look(_run: runs.Run, _step: int, place: Path) -> None:
+        (place / "model_index.json").write_text("{}")
+        seen.extend(visible_files(run.folder))
+        raise SystemExit
+
+    before = visible_files(run.folder)
+    monkeypatch.setattr(pipeline_folder, "write_pipeline", look)
+    with pytest.raises(SystemExit):
+        shell("export", run.folder)
+    assert seen == before
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from http.client import HTTPResponse, IncompleteRead
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import CLIPTokenizer
 
 from dreambooth_lib.__main__ import main, parser
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.evaluation import dreambench
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
@@ -303,6 +305,33 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(
         dreambench.download(inner / "dreambench", url)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert list(inner.iterdir()) == []
+
+
+def test_a_full_disk_is_not_taken_for_a_fault_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
+    archive = zipped({"x/dataset/a": "a"})
+    with Server(archive) as url, pytest.raises(DiskError, match="its disk is full"):
+        dreambench.download(tmp_path / "dreambench", url)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), IncompleteRead(b"", 9)]
+)
+def test_a_connection_that_breaks_is_not_taken_for_a_fault_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*given: Any) -> bytes:
+        raise error
+
+    monkeypatch.setattr(HTTPResponse, "read", broken)
+    with Server(b"") as url, pytest.raises(DataError, match="check the network"):
+        dreambench.download(tmp_path / "dreambench", url)
 
 
 def test_the_command_evaluates_and_resumes(

@@ -65,7 +65,7 @@ def test_numbers_that_no_file_has_are_left_out_of_a_state(
     fields["parts"]["log.jsonl"][0][2] = 10**40
     state.write_text(json.dumps(fields))
     assert newest(drive) is not None
-    assert restore(drive / "my-dog", tmp_path / "back").log()
+    assert restore(drive / "my-dog", tmp_path / "back").rows("log")
     assert backup(run, drive / "my-dog") is None
 
 

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import save_photos
 from drive_faults import Faults, Make, finish, lose, newest, save
 from drive_faults import drive as drive
@@ -12,9 +14,9 @@ from drive_faults import faults as faults
 from drive_faults import no_waits as no_waits
 from drive_faults import run as run
 
-from dreambooth_lib.notebook import (
-    drive_state,
-)
+from dreambooth_lib.core import background
+from dreambooth_lib.data.images import Photo, read_photos
+from dreambooth_lib.notebook import drive_restore, drive_state
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import (
     fetch,
@@ -131,6 +133,34 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
     assert "no unfinished run named 'max'" in interrupted(run, drive, resume="max")[1]
     finish(run)
     assert interrupted(run, drive) == (None, "Starting a new run.")
+
+
+@pytest.mark.parametrize("damaged", ["both", "own", "given"])
+def test_photos_that_cannot_be_read_are_not_taken_for_the_same_or_for_others(
+    run: Run, drive: Path, tmp_path: Path, damaged: str
+) -> None:
+    given = save_photos(tmp_path / "max", 2)
+    broken = {"both": [given, run.config.subject.pictures], "given": [given],
+              "own": [run.config.subject.pictures]}[damaged]  # fmt: skip
+    for folder in broken:
+        (Path(folder) / "0.png").write_bytes(b"no photo")
+    found, message = interrupted(run, drive, pictures=given)
+    assert found is None
+    assert f"UTC; its photos could not be compared with those in {given}; set RESUME" in message
+
+
+def test_many_large_photos_have_the_time_that_they_take(
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_slowly(source: str) -> list[Photo]:
+        time.sleep(0.5)
+        return read_photos(source)
+
+    monkeypatch.setattr(background, "ANSWER_LIMIT", 0.3)
+    monkeypatch.setattr(drive_restore, "read_photos", read_slowly)
+    assert interrupted(run, drive)[0] == run.folder
+    others = save_photos(tmp_path / "max", 2)
+    assert "its photos are not those in" in interrupted(run, drive, pictures=others)[1]
 
 
 def test_an_older_run_that_matches_is_resumed_before_a_newer_one_that_does_not(

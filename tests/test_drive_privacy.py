@@ -5,16 +5,21 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from drive_faults import Make
 from drive_faults import drive as drive
 from drive_faults import no_waits as no_waits
+from drive_faults import run as run
 from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from dreambooth_lib.core.digests import changed_file, write_digests
+from dreambooth_lib.data import decoding, images
 from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.notebook import drive_copy
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import find_interrupted, restore
 from dreambooth_lib.training import runs
@@ -154,6 +159,65 @@ def test_no_local_path_is_on_the_drive(
     assert (made / "manifest.json").read_text() == manifest
     other, message = find_interrupted(True, [drive], None, "dog", tiny_sd1)
     assert other is None and "its base is" in message
+
+
+def test_a_pipeline_whose_note_names_a_local_base_counts_as_whole_there_and_back(
+    run: Run, drive: Path, tmp_path: Path, tiny_sd1: str
+) -> None:
+    run.pipeline.mkdir()
+    note = json.dumps({"base": tiny_sd1, "word": None}, indent=2)
+    (run.pipeline / "base.json").write_text(note)
+    (run.pipeline / "weights.safetensors").write_bytes(b"weights")
+    write_digests(run.pipeline)
+    assert backup(run, drive / "my-dog") is None
+    there = drive / "my-dog" / "pipeline"
+    assert tiny_sd1 not in (there / "base.json").read_text() and changed_file(there) is None
+    back = restore(drive / "my-dog", run.folder.with_name("back"))
+    assert (back.pipeline / "base.json").read_text() == note
+    assert changed_file(back.pipeline) is None
+    copied = contents_of(there)
+    assert backup(back, drive / "my-dog") is None
+    assert contents_of(there) == copied, "nothing is copied again"
+
+
+@pytest.mark.parametrize("name", ["base.json", "weights.safetensors"])
+def test_a_damaged_pipeline_stays_known_as_damaged(
+    run: Run, drive: Path, tiny_sd1: str, name: str
+) -> None:
+    run.pipeline.mkdir()
+    for file in ("base.json", "weights.safetensors"):
+        (run.pipeline / file).write_text(json.dumps({"base": tiny_sd1}))
+    write_digests(run.pipeline)
+    (run.pipeline / name).write_text(json.dumps({"base": f"{tiny_sd1}/other"}))
+    assert backup(run, drive / "my-dog") is None
+    assert changed_file(drive / "my-dog" / "pipeline") == name
+    back = restore(drive / "my-dog", run.folder.with_name("back"))
+    assert changed_file(back.pipeline) == name
+
+
+def test_copies_of_photos_are_compared_without_decoding_them_again(
+    run: Run, drive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    def decode(*given: Any) -> Image.Image:
+        decoded.append(given[0])
+        return decoding.decode(*given)
+
+    monkeypatch.setattr(images, "KEPT_PIXELS", 0)
+    monkeypatch.setattr(images, "decode", decode)
+    pictures = Path(run.config.subject.pictures)
+    for file in list(pictures.glob("*.png")):
+        Image.open(file).save(file.with_suffix(".bmp"))  # of other bytes than the copies
+        file.unlink()
+    images._traits.clear()
+    drive_copy.copy_photos(pictures, drive / "photos")
+    assert len(decoded) == 9, "three photos: measured, written, and their copies measured"
+
+
+def contents_of(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns)
+            for file in folder.rglob("[!.]*") if file.is_file()}  # fmt: skip
 
 
 def test_photos_that_are_gone_keep_their_copies_on_the_drive(

@@ -1,5 +1,6 @@
 """Test that a drive that hangs stops neither training nor the notebook."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from drive_faults import run as run
 
 from dreambooth_lib.core import background, files
 from dreambooth_lib.export import zip_download
-from dreambooth_lib.notebook import drive_copy_back, drive_restore, drive_worker, will_it_fit
+from dreambooth_lib.notebook import drive_restore, drive_worker, will_it_fit
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_worker import Backup
 from dreambooth_lib.training import runs
@@ -158,18 +159,62 @@ def test_reading_a_drive_that_hangs_ends_in_a_sentence(
         monkeypatch.setattr(module, name, lambda *_: thawed.wait(60))
     asked = (True, [None, drive], None, "dog", "toybox")
     found, message = drive_restore.find_interrupted(*asked)
-    assert found is None and f"{drive} did not answer within" in message
+    assert found is None and message.count(str(drive)) == 1
+    assert f"{drive} did not answer within 0 seconds, so runs there were skipped; " in message
     assert message.endswith("Starting a new run.")
     assert drive_restore.unique_name("rex", drive) == "rex"
     with pytest.raises(background.NoAnswerError, match="did not answer"):
         drive_restore.restore(drive / "my-dog", tmp_path / "back")
     monkeypatch.undo()
     monkeypatch.setattr(background, "FILE_LIMIT", 0.2)
-    monkeypatch.setattr(drive_copy_back, "copy_file", lambda *_: thawed.wait(60))
+    monkeypatch.setattr(background, "copy_file", lambda *_: thawed.wait(60))
     with pytest.raises(background.NoAnswerError, match="did not answer"):
         drive_restore.restore(drive / "my-dog", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     thawed.set()
+
+
+@pytest.mark.parametrize("name", ["copyfile", "stat"])
+def test_a_copy_that_was_given_up_writes_nothing_more(
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The drive hangs in the midst of restoring, and answers when that has been given up."""
+    assert backup(run, drive / "my-dog") is None
+    thawed, held_up, real = threading.Event(), [], {"copyfile": shutil.copyfile, "stat": Path.stat}
+    monkeypatch.setattr(background, "FILE_LIMIT", 0.3)
+
+    def hang(source: Path, *given: Any, **options: Any) -> Any:
+        if source == drive / "my-dog" / "log.jsonl" and threading.current_thread().daemon:
+            held_up.append(threading.current_thread())
+            thawed.wait(60)
+        return real[name](source, *given, **options)
+
+    files = drive_restore.list_files(drive / "my-dog")
+    monkeypatch.setattr(drive_restore, "list_files", lambda _: files)
+    monkeypatch.setattr(shutil if name == "copyfile" else Path, name, hang)
+    with pytest.raises(background.NoAnswerError, match=r"log\.jsonl did not answer"):
+        drive_restore.restore(drive / "my-dog", tmp_path / "new" / "back")
+    thawed.set()
+    held_up[0].join(10)
+    assert not held_up[0].is_alive() and len(held_up) == 1
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_copy_to_a_drive_is_tried_again_but_not_after_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def copy_file(source: Path, place: Path) -> None:
+        calls.append(place)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        time.sleep(0.4)
+
+    monkeypatch.setattr(background, "copy_file", copy_file)
+    monkeypatch.setattr(background, "FILE_LIMIT", 0.2)
+    assert "did not answer" in str(zip_download.copy_to(tmp_path, tmp_path / "a.zip"))
+    assert len(calls) == 2
 
 
 def test_copying_a_zip_and_asking_for_space_have_a_limit(
@@ -178,7 +223,7 @@ def test_copying_a_zip_and_asking_for_space_have_a_limit(
     thawed = threading.Event()
     monkeypatch.setattr(background, "ANSWER_LIMIT", 0.2)
     monkeypatch.setattr(background, "FILE_LIMIT", 0.2)
-    monkeypatch.setattr(zip_download, "copy_file", lambda *_: thawed.wait(60))
+    monkeypatch.setattr(background, "copy_file", lambda *_: thawed.wait(60))
     monkeypatch.setattr(will_it_fit, "_drive_bytes", lambda *_: thawed.wait(60))
     (tmp_path / "my-dog.zip").write_bytes(b"zip")
     assert "did not answer" in str(zip_download.copy_to(drive, tmp_path / "my-dog.zip"))

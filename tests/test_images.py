@@ -386,8 +386,8 @@ def test_side_files_of_phones_and_trainers_are_passed_over_in_one_sentence(folde
     source = read_source(folder)
     assert [photo.name for photo in source.photos] == ["p0.png"]
     assert source.notes == [
-        "IMG_1.AAE, IMG_1.MOV, p0.npz, p1.npz and 2 more files are not used, as neither photo nor "
-        "caption."
+        "IMG_1.AAE, IMG_1.MOV, p0.npz, p1.npz and 2 more files are not used, because they are "
+        "neither photos nor captions."
     ]
 
 
@@ -582,7 +582,7 @@ def test_photos_beyond_the_first_are_decoded_on_demand(
     with pytest.raises(DataError, match=r"'3\.png' in .* has changed since it was read"):
         _ = photos[3].image
     (folder / "3.png").unlink()
-    with pytest.raises(DataError, match=r"'3\.png' in .* cannot be read any more"):
+    with pytest.raises(DataError, match=r"'3\.png' in .* cannot be read .*; replace"):
         _ = photos[3].image
     assert photos[0].image.size == (64, 48)
 

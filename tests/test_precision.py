@@ -271,9 +271,9 @@ def test_at_most_one_batch_of_photos_is_in_memory_as_pixels(
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
 
-    def counted(*args: Any) -> torch.Tensor:
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
         nonlocal most
-        pixels = to_tensor(*args)
+        pixels = to_tensor(*args, **options)
         alive.add(pixels)
         most = max(most, len(alive))
         return pixels

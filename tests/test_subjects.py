@@ -119,7 +119,11 @@ def test_captions_without_the_identifier_are_told(tmp_path: Path) -> None:
     assert "1 of 4 captions, of p3.png, lacks the identifier" in told(tmp_path)
     (tmp_path / "p3.txt").unlink()
     (tmp_path / "notes.json").write_text("{}")
-    assert told(tmp_path).startswith("notes.json is not used, as no photo's caption")
+    assert told(tmp_path).startswith("notes.json is not used, because no photo has that name; ")
+    (tmp_path / "p9.txt").write_text("")
+    assert "notes.json and p9.txt are not used, because no photo has those names" in told(tmp_path)
+    (tmp_path / "p9.mov").write_text("")
+    assert "p9.mov is not used, because it is neither a photo nor a caption." in told(tmp_path)
 
 
 def words(text: str, **_: bool) -> SimpleNamespace:
@@ -324,6 +328,24 @@ def test_random_crop() -> None:
     assert (min(lefts(0)), max(lefts(0))) == (0, 90)
     with pytest.raises(DataError, match="'middle'"):
         preprocessing.to_tensor(image, 10, "middle")
+
+
+@pytest.mark.parametrize("size", [(900, 400), (301, 777), (640, 640)])
+def test_a_reduced_photo_has_the_same_random_crops(size: tuple[int, int]) -> None:
+    rough = np.random.default_rng(0).integers(0, 255, (12, 12, 3), np.uint8)
+    image = Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC)
+    small = preprocessing.reduced(image, 64)
+    assert min(small.size) == 64
+    assert preprocessing.reduced(small, 64) is small, "others stay as they are"
+    for seed in range(10):
+        crops = [
+            preprocessing.to_tensor(
+                given, 32, "random", generator=torch.Generator().manual_seed(seed), size=size
+            )
+            for given in (image, small)
+        ]
+        assert (crops[0] - crops[1]).abs().mean() < 0.02
+        assert (crops[0] - crops[1].flip(2)).abs().mean() > 0.1
 
 
 def test_shuffled_stream() -> None:

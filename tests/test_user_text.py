@@ -36,7 +36,7 @@ def write(folder: Path, text: str | bytes) -> Path:
     [
         ("steps = 3 # \xe9".encode("latin-1"), "is not UTF-8"),
         ("[" * 5000, "is not valid TOML"),
-        ("x = " + "[" * 5000, "far too long"),
+        ("x = " + "[" * 5000, "far too long; shorten it"),
         ("seed = " + "9" * 5000 + SUBJECT, "far too long"),
         ("seed = 0x" + "f" * 6000 + SUBJECT, "seed has more than 18 digits"),
         (f"learning_rate = {9**400}{SUBJECT}", "learning_rate has more than 18 digits"),
@@ -45,7 +45,7 @@ def write(folder: Path, text: str | bytes) -> Path:
         (f"base = ['toybox']{SUBJECT}", r"base is \['toybox'\].*type str"),
         (f"base = 3{SUBJECT}", "base is 3.*type str"),
         (f"base = ''{SUBJECT}", "base is empty"),
-        (f"base = '{'x' * 300}'{SUBJECT}", "base is a path of 300 bytes"),
+        (f"base = '{'x' * 300}'{SUBJECT}", "300 bytes, longer than file systems allow"),
         (f'scorer = "a\\u0000b"{SUBJECT}', r"scorer has the character U\+0000"),
         (f"class_folder = true{SUBJECT}", "class_folder is True.*type str"),
         ("[subject]\npictures = 4\nclass_noun = 'dog'", "subject.pictures is 4.*type str"),
@@ -111,7 +111,7 @@ def test_a_run_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("back\npack", r"U\+000A"),
+        ("back\npack", r"contains the invisible character U\+000A; retype it without it\."),
         ("dog\x1b[31m", r"U\+001B"),
         ("dog\0", r"U\+0000"),
         ("dog\ud800", "."),

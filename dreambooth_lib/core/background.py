@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
 from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.files import copy_file, retry
 
 T = TypeVar("T")
 
-#: Seconds that a drive has to list a folder or to show some photos, and to copy one file.
+#: Seconds that a drive has to list a folder, and to copy a file or to show photos. 5 GB to Drive
+#: take a few minutes.
 ANSWER_LIMIT, FILE_LIMIT = 60.0, 900.0
 
 
@@ -50,3 +53,22 @@ def call(operation: Callable[..., T], *given: Any, place: object, limit: float) 
             f"{place} did not answer within {limit:.0f} seconds; check that its drive is mounted, "
             "and try again."
         ) from None
+
+
+def copy(source: Path, place: Path, drive: object) -> None:
+    """Copy a file from or to a drive, and try again if that fails.
+
+    Raises :class:`NoAnswerError`, which names the drive, if a try takes more than
+    :data:`FILE_LIMIT` seconds. It is the last one: the thread that is left behind writes nothing
+    to a folder that is gone by then.
+    """
+
+    def attempt() -> NoAnswerError | None:
+        try:
+            call(copy_file, source, place, place=drive, limit=FILE_LIMIT)
+        except NoAnswerError as error:  # returned, or it would be tried again
+            return error
+        return None
+
+    if error := retry(attempt):
+        raise error

@@ -65,7 +65,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}; fix that line.") from None
     except (ValueError, RecursionError) as error:  # too many digits, or brackets
         raise ConfigError(
-            f"{path} has a number or a table that is far too long; write it as a config's."
+            f"{path} has a number or a table that is far too long; shorten it."
         ) from error
 
 

@@ -27,6 +27,17 @@ def forget_digest(folder: Path, name: str) -> None:
         replace_file(folder / DIGESTS, json.dumps(digests).encode())
 
 
+def renew_digest(file: Path, before: str) -> None:
+    """Note in its folder's digests that a file, whose digest was ``before``, was written anew.
+
+    A file that had changed by then, or has no digest, stays as it is noted.
+    """
+    digests = _read_digests(file.parent)
+    if digests and digests.get(file.name) == before:
+        digests[file.name] = file_digest(file)
+        replace_file(file.parent / DIGESTS, json.dumps(digests).encode())
+
+
 def changed_file(folder: Path, unread: Collection[str] = ()) -> str | None:
     """Return a file that is not as it was when the digests were written; None if all are.
 

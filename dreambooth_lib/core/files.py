@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_native_id
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dreambooth_lib.core.disk import DiskError, explain_disk_errors
@@ -50,8 +51,9 @@ def copy_file(source: Path, place: Path, size: int | None = None) -> None:
 
     Of a file that may grow meanwhile, copy the first ``size`` bytes.
     """
-    size = source.stat().st_size if size is None else size
     with replacing_file(place) as partial:
+        # A drive may hang from here on, and the folder of ``place`` be gone when it goes on.
+        size = source.stat().st_size if size is None else size
         shutil.copyfile(source, partial)
         copied = partial.stat().st_size
         if copied < size:
@@ -115,8 +117,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     :class:`DiskError` where the disk is full, read-only or gone.
     """
     path = Path(path)
-    # Another process may write the same file.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Another process may write the same file, and so may a thread that a drive has held up.
+    partial = path.with_name(f".{path.name}.{get_native_id()}.{os.getpid()}.partial")
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

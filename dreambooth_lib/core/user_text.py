@@ -28,7 +28,7 @@ def problem_with_words(text: str) -> str | None:
     if not text.strip():
         return "is empty; give a word such as 'dog'."
     if odd := next((c for c in text if not c.isprintable()), None):
-        return f"has the character U+{ord(odd):04X}, which cannot be seen; type it without that."
+        return f"contains the invisible character U+{ord(odd):04X}; retype it without it."
     if (size := len(text.encode())) > _MOST_BYTES:
         return f"is {size} bytes long; use {_MOST_BYTES} or fewer."
     return None
@@ -41,7 +41,7 @@ def problem_with_name(text: str) -> str | None:
     if re.search(r"[/\\]", text) or text in (".", ".."):
         return f"is {text!r}, which leads to another folder; give a name without a path."
     if text.partition(".")[0].strip().upper() in _RESERVED:
-        return f"is {text!r}, which Windows keeps for a device; give another name."
+        return f"is {text!r}, which is reserved on Windows; give another name."
     return None
 
 
@@ -53,7 +53,8 @@ def problem_with_path(text: str) -> str | None:
         return "is not UTF-8; rename the folder."
     parts = [len(part.encode()) for part in PurePath(text).parts]
     if max(parts, default=0) > 255 or sum(parts) > _MOST_BYTES_OF_PATH:
-        return f"is a path of {sum(parts)} bytes, longer than a disk takes; shorten its names."
+        size = sum(parts)
+        return f"is a path of {size} bytes, longer than file systems allow; shorten its names."
     return None
 
 

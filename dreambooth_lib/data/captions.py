@@ -54,11 +54,6 @@ def _text(file: SourceFile, limit: int, what: str) -> str:
         return file.read(limit, what).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8; save it as UTF-8 text.") from error
-    except DataError:
-        raise
-    except Exception as error:  # of a zip, nearly any kind
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{file} cannot be read ({reason}); replace or remove it.") from error
 
 
 def _table(file: SourceFile, names: Sequence[str]) -> dict[str, str]:

@@ -93,7 +93,8 @@ def _decode(data: bytes) -> Image.Image:
         raise _TooLarge
     image.decodermaxblock = _BLOCK  # type: ignore[attr-defined]
     image.load()
-    return _to_rgb(_to_srgb(ImageOps.exif_transpose(image)))
+    ImageOps.exif_transpose(image, in_place=True)  # or it would copy an upright photo
+    return _to_rgb(_to_srgb(image))
 
 
 def _why_unidentified(suffix: str, data: bytes) -> str:
@@ -144,6 +145,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("RGB")
     # Copy the pixels only: image.copy() would keep the EXIF data, with its GPS position, and ICC.
-    return Image.frombytes("RGB", image.size, image.tobytes())
+    pixels = Image.new("RGB", image.size)
+    pixels.paste(image.convert("RGB") if image.mode != "RGB" else image)
+    return pixels

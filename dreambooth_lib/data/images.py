@@ -136,7 +136,7 @@ def read_source(source: str | Path) -> Source:
         if file.suffix in TEXT_SUFFIXES:
             if file.suffix in CAPTION_SUFFIXES:
                 texts[file.name] = file
-        elif file.suffix in PHOTO_SUFFIXES or is_photo(_head(file)):
+        elif file.suffix in PHOTO_SUFFIXES or is_photo(file.head()):
             files.append(file)
         else:
             others.append(file.name)
@@ -157,12 +157,16 @@ def read_source(source: str | Path) -> Source:
             "they are photos, give them other names."
         )
     if unused:
+        these = "that name" if len(unused) == 1 else "those names"
         notes.append(
-            f"{listed(unused)} {_are(unused)} not used, as no photo's caption; name a caption "
-            "like its photo, 'a.txt' for 'a.jpg', or list captions in metadata.csv."
+            f"{listed(unused)} {_are(unused)} not used, because no photo has {these}; name a "
+            "caption like its photo, 'a.txt' for 'a.jpg', or list captions in metadata.csv."
         )
     if others:
-        notes.append(f"{listed(others)} {_are(others)} not used, as neither photo nor caption.")
+        kind = "it is neither a photo nor a caption"
+        if len(others) > 1:
+            kind = "they are neither photos nor captions"
+        notes.append(f"{listed(others)} {_are(others)} not used, because {kind}.")
     return Source(photos, notes)
 
 
@@ -177,27 +181,10 @@ def _are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _head(file: SourceFile) -> bytes:
-    try:
-        return file.head()
-    except Exception as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: SourceFile, error: Exception) -> DataError:
-    reason = str(error) or type(error).__name__
-    return DataError(f"{file} cannot be read ({reason}); replace or remove it.")
-
-
 def _read_all(path: Path, files: list[SourceFile]) -> list[Photo]:
     photos, pixels, size, kept = [], 0, 0, 0
     for file in files:
-        try:
-            data = file.read(MAX_BYTES, "a photo")
-        except DataError:
-            raise
-        except Exception as error:  # of a zip, nearly any kind
-            raise _unreadable(file, error) from error
+        data = file.read(MAX_BYTES, "a photo")
         digest, image = hashlib.sha256(data).digest(), None
         traits = _traits.get(digest)
         if traits is None or kept + traits.size[0] * traits.size[1] <= KEPT_PIXELS:

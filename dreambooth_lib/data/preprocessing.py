@@ -17,28 +17,46 @@ def to_tensor(
     crop: str = "center",
     flip: bool = False,
     generator: "torch.Generator | None" = None,
+    size: tuple[int, int] | None = None,
 ) -> "torch.Tensor":
     """Return the image as float32 [3, resolution, resolution] in [-1, 1].
 
     Crops the largest square, in the center or at random by ``generator``, resizes it by Lanczos and
-    flips it horizontally with ``flip``. Raises :class:`DataError` for an unknown ``crop``.
+    flips it horizontally with ``flip``. Of a :func:`reduced` image whose ``size`` was larger, the
+    crop is the same. Raises :class:`DataError` for an unknown ``crop``.
     """
     import torch
 
     if crop not in ("center", "random"):
         raise DataError(f"crop is '{crop}'; it can be 'center' or 'random'.")
-    side, spare = min(image.size), max(image.size) - min(image.size)
+    width, height = size or image.size
+    side, spare = min(width, height), abs(width - height)
     offset = spare // 2
     if crop == "random":
         offset = int(torch.randint(spare + 1, (1,), generator=generator))
-    left, top = (offset, 0) if image.width > image.height else (0, offset)
+    left, top = (offset, 0) if width > height else (0, offset)
     # Resizing the box alone never resizes the long side, which may have millions of pixels.
-    box = (left, top, left + side, top + side)
+    right, bottom = left + side, top + side
+    box = (
+        left * image.width / width,
+        top * image.height / height,
+        right * image.width / width,
+        bottom * image.height / height,
+    )
     square = image.convert("RGB").resize((resolution,) * 2, Image.Resampling.LANCZOS, box=box)
     if flip:
         square = ImageOps.mirror(square)
     pixels = torch.from_numpy(np.asarray(square).astype(np.float32))
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def reduced(image: Image.Image, side: int) -> Image.Image:
+    """Return the image with a shorter side of ``side`` pixels, or as it is if it has no more."""
+    scale = side / min(image.size)
+    if scale >= 1:
+        return image
+    width, height = (round(edge * scale) for edge in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def shuffled(count: int, seed: int, start: int, length: int) -> list[int]:

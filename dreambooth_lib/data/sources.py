@@ -47,25 +47,28 @@ class SourceFile:
     def __str__(self) -> str:
         return f"'{self.name}' in {self.folder}"
 
-    def open(self) -> IO[bytes]:
+    def _open(self) -> IO[bytes]:
         if self.archive is None or self.member is None:
             return (self.folder / self.name).open("rb")
         return self.archive.open(self.member)
 
-    def head(self) -> bytes:
-        """Read the first 16 bytes."""
-        with self.open() as file:
-            return file.read(16)
+    def head(self, size: int = 16) -> bytes:
+        """Read the first bytes. Raises :class:`DataError` if the file cannot be read."""
+        try:
+            with self._open() as file:
+                return file.read(size)
+        except Exception as error:  # of a zip, nearly any kind
+            reason = str(error) or type(error).__name__
+            raise DataError(f"{self} cannot be read ({reason}); replace or remove it.") from error
 
     def read(self, limit: int, what: str) -> bytes:
-        """Read all bytes. Raises :class:`DataError` above ``limit``, before reading more.
+        """Read all bytes. Raises :class:`DataError` as :meth:`head` does, and above ``limit``.
 
         ``what`` the file is, such as "a caption", goes into the message.
         """
         size = self.size
         if size <= limit:
-            with self.open() as file:
-                data = file.read(limit + 1)
+            data = self.head(limit + 1)
             if (size := len(data)) <= limit:
                 return data
         raise DataError(
@@ -73,15 +76,8 @@ class SourceFile:
         )
 
     def read_again(self, digest: bytes, limit: int) -> bytes:
-        """Read the bytes again. Raises :class:`DataError` if their sha256 is not ``digest``."""
-        try:
-            data = self.read(limit, "a photo")
-        except DataError:
-            raise
-        except Exception as error:  # of a zip, nearly any kind
-            raise DataError(
-                f"{self} cannot be read any more ({error}); put it back and start again."
-            ) from error
+        """Read the bytes again. Raises :class:`DataError` unless their sha256 is ``digest``."""
+        data = self.read(limit, "a photo")
         if hashlib.sha256(data).digest() != digest:
             raise DataError(f"{self} has changed since it was read; start again with it.")
         return data

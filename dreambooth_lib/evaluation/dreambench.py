@@ -11,6 +11,7 @@ OUT/METHOD/SUBJECT/source.json        what drew them; another base or other sett
 An interrupted evaluation resumes with the first missing batch.
 """
 
+import io
 import json
 import re
 import time
@@ -18,13 +19,14 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.files import replace_file, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.data.images import DataError
@@ -149,16 +151,18 @@ def download(folder: str | Path, url: str = DATASET) -> Path:
     """Download the DreamBooth data set into ``folder`` if it is missing; return that folder.
 
     About 130 MB, CC BY 4.0 with some photos under the Unsplash License. Raises :class:`DataError`
-    if the download fails, and leaves nothing behind.
+    if the download fails, and ``DiskError`` if it cannot be unpacked; nothing is left then.
     """
     folder = Path(folder)
     if not (folder / "prompts_and_classes.txt").exists():
         try:
-            with TemporaryDirectory() as place, replacing_folder(folder) as partial:
-                file, _ = urllib.request.urlretrieve(url, Path(place) / "main.zip")
-                with zipfile.ZipFile(file) as archive:
-                    _unpack_subjects(archive, partial)
-        except (OSError, zipfile.BadZipFile) as error:
+            with urllib.request.urlopen(url) as answer:
+                archive = zipfile.ZipFile(io.BytesIO(answer.read()))
+            with replacing_folder(folder) as partial:
+                _unpack_subjects(archive, partial)
+        except DiskError:
+            raise
+        except (OSError, HTTPException, zipfile.BadZipFile) as error:
             raise DataError(
                 f"cannot download the data set from {url} ({error}); check the network, or "
                 "download github.com/google/dreambooth yourself and give its folder."

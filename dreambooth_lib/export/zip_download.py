@@ -10,7 +10,7 @@ from zipfile import ZIP_STORED, ZipFile
 from dreambooth_lib.core import background
 from dreambooth_lib.core.disk import format_bytes
 from dreambooth_lib.core.errors import printable
-from dreambooth_lib.core.files import copy_file, replacing_file, retry, visible_files
+from dreambooth_lib.core.files import replacing_file, visible_files
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -34,7 +34,7 @@ def copy_to(folder: str | Path, file: Path) -> str | None:
     """Copy a file to a folder, such as Drive's; return None, or a sentence on what went wrong."""
     try:
         place = Path(folder) / file.name
-        background.call(retry, copy_file, file, place, place=folder, limit=background.FILE_LIMIT)
+        background.copy(file, place, drive=folder)
     except OSError as error:
         return (
             f"{file} is complete but could not be copied to {folder} ({str(error).rstrip('.')}); "

@@ -6,11 +6,12 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from unicodedata import category
 
 from dreambooth_lib.core import background
 from dreambooth_lib.core.hub_token import in_colab
+from dreambooth_lib.core.user_text import problem_with_name
 from dreambooth_lib.data.images import DataError
 
 MOUNT = Path("/content/drive")  #: where Colab mounts Drive
@@ -47,8 +48,10 @@ def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
     if len({name.lower() for name in files}) < len(files):
         raise DataError("two uploaded names differ only in upper and lower case; rename one file.")
     for name, content in sorted(files.items()):
-        if problem := _problem_of(name):
-            raise DataError(f"the uploaded file's name {name!r} {problem}; rename it.")
+        # Screenshots of macOS have a space, and emoji joiners, that do not count as printable.
+        odd = {c for c in name if not c.isprintable() and category(c) not in ("Cc", "Cs")}
+        if problem := problem_with_name("".join("_" if c in odd else c for c in name)):
+            raise DataError(f"the name of the upload {name!r} {problem}")
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     zips = [name for name in files if name.lower().endswith(".zip")]
@@ -60,19 +63,6 @@ def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
             for name, content in files.items():
                 (partial / name).write_bytes(content)
     return place / zips[0] if zips else place
-
-
-def _problem_of(name: str) -> str:
-    """Return why a file's name cannot be saved in a folder on any disk, "" if it can."""
-    if name in ("", ".", "..") or set(name) & {"/", "\\"} or Path(name).name != name:
-        return "is a path"
-    if any(category(letter) in ("Cc", "Cs") for letter in name):
-        return "has control characters"
-    if len(name.encode()) > 200:  # 255, less what an unfinished copy is called
-        return "is too long"
-    if PureWindowsPath(name).is_reserved():
-        return "is reserved on Windows"
-    return ""
 
 
 def download(file: str | Path) -> None:

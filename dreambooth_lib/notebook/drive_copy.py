@@ -13,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.digests import DIGESTS, forget_digest, write_digests
+from dreambooth_lib.core.digests import (
+    DIGESTS,
+    file_digest,
+    forget_digest,
+    renew_digest,
+    write_digests,
+)
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.files import (
     Fingerprint,
@@ -79,7 +85,8 @@ def copy_part(name: str, source: Path, place: Path, stamp: Fingerprint, run: Pat
     elif source.is_dir():
         require_room(place.parent, sum(size for _, size, _ in stamp))
         with replacing_folder(place) as partial:
-            for file in visible_files(source):
+            # The digests come before what is rewritten, which renews its own.
+            for file in sorted(visible_files(source), key=lambda file: file.name in NAMING_PATHS):
                 _copy(source / file, partial / file, run)
     else:
         _copy(source, place, run, stamp[0][1])
@@ -108,8 +115,10 @@ def _names(photos: list[Photo]) -> list[str]:
 
 
 def _is_same(photo: Photo, copied: Photo) -> bool:
-    same = photo.image.tobytes() == copied.image.tobytes()
-    return same and (photo.caption or None) == copied.caption
+    def known(photo: Photo) -> tuple[Any, ...]:
+        return photo.traits.size, photo.traits.digest, photo.caption or None
+
+    return known(photo) == known(copied)
 
 
 def copy_checkpoint(source: Path, place: Path) -> None:
@@ -208,11 +217,16 @@ def _make_portable(fields: dict[str, Any], run: Path) -> None:
 
 
 def _rewrite(source: Path, place: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Write a TOML or JSON file's fields, as ``change`` changes them, to ``place``."""
+    """Write a TOML or JSON file's fields, as ``change`` changes them, to ``place``.
+
+    If there are digests beside ``place``, its own is written anew.
+    """
     import tomli_w
 
+    before = file_digest(source)
     text = source.read_text(encoding="utf-8")
     load, dump = (tomllib.loads, tomli_w.dumps) if source.suffix == ".toml" else _JSON
     fields = load(text)
     change(fields)
     replace_file(place, (text if fields == load(text) else dump(fields)).encode())
+    renew_digest(place, before)

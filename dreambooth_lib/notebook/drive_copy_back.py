@@ -11,7 +11,7 @@ from pathlib import Path
 from dreambooth_lib.core import background
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.files import copy_file, recover_folder, retry, visible_files
+from dreambooth_lib.core.files import recover_folder, retry, visible_files
 from dreambooth_lib.core.old_names import PLACES
 from dreambooth_lib.notebook.drive_copy import NAMING_PATHS, localize
 from dreambooth_lib.notebook.drive_state import IDENTITY, State, read_state
@@ -64,15 +64,15 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
     )
     times = {Path(part) / name: time for part, rows in state.parts.items()
              for name, _, time, *_ in rows}  # fmt: skip
+    copied: dict[Path, Path] = {}
     for name in files:
         # Class images are shared by all runs in the same folder.
         shared = name.parts[0] in ("class_images", PLACES["class_images"])
         place = (local.parent if shared else partial) / name
         if place.exists():
             continue
-        given = (copy_file, folder / name, place)
         try:
-            background.call(retry, *given, place=folder / name, limit=background.FILE_LIMIT)
+            background.copy(folder / name, place, drive=folder / name)
         except KitError:  # the disk's, or the drive does not answer
             raise
         except OSError as error:
@@ -80,10 +80,12 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
                 f"{folder / name} could not be read ({error}); check that the drive is mounted, "
                 "and try again."
             ) from error
-        if name.name in NAMING_PATHS:
+        copied[name] = place
+    for place in copied.values():  # after the digests, which this renews
+        if place.name in NAMING_PATHS:
             localize(place, local)
-        if name in times:  # or the next backup would copy it again
-            os.utime(place, ns=(times[name], times[name]))
+    for name in times.keys() & copied.keys():  # or the next backup would copy it again
+        os.utime(copied[name], ns=(times[name], times[name]))
     if state.identity is not None:
         (partial / IDENTITY).write_text(state.identity)
     _drop_damaged_checkpoints(Run(partial, TrainConfig.from_toml(partial / "config.toml")), folder)

@@ -79,7 +79,11 @@ def find_interrupted(
     """
     named = isinstance(resume, str)
     found, silent = _all_runs(folders)
-    message = "".join(f"Runs in {folder} are not looked at: {why}\n" for folder, why in silent)
+    message = "".join(
+        f"{folder} did not answer within {background.ANSWER_LIMIT:.0f} seconds, so runs there were "
+        "skipped; check that its drive is mounted, and run this again.\n"
+        for folder in silent
+    )
     skipped = f"There is no unfinished run named {resume!r}.\n" if named else ""
     unfinished = [run for run in found if resume and not run.finished]
     for run in sorted(unfinished, key=lambda run: run.last_saved, reverse=True):
@@ -129,7 +133,7 @@ def unique_name(name: str, *folders: str | Path | None) -> str:
 
 def _all_runs(
     folders: Sequence[str | Path | None],
-) -> tuple[list[FoundRun], list[tuple[Path, background.NoAnswerError]]]:
+) -> tuple[list[FoundRun], list[Path]]:
     """Return every run in these folders once, and the folders that do not answer.
 
     Of a run and its backups it is the furthest.
@@ -142,8 +146,8 @@ def _all_runs(
                 _runs_in, folder, place=folder, limit=background.ANSWER_LIMIT
             ):
                 copies.setdefault(run.identity, []).append(run)
-        except background.NoAnswerError as error:
-            silent.append((folder, error))
+        except background.NoAnswerError:
+            silent.append(folder)
     furthest = [max(c, key=lambda run: (run.step, run.finished, run.last_saved))
                 for c in copies.values()]  # fmt: skip
     return furthest, silent
@@ -198,8 +202,11 @@ def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: st
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""
-    same = _hashes(backed_up(PHOTOS, subject.pictures, run.folder, run.folder))
-    return "" if same == _hashes(pictures) else f"its photos are not those in {pictures}"
+    own = _hashes(backed_up(PHOTOS, subject.pictures, run.folder, run.folder))
+    given = _hashes(pictures)
+    if own is None or given is None:
+        return f"its photos could not be compared with those in {pictures}"
+    return "" if own == given else f"its photos are not those in {pictures}"
 
 
 def _hashes(pictures: str | Path) -> list[str] | None:
@@ -210,6 +217,6 @@ def _hashes(pictures: str | Path) -> list[str] | None:
         return sorted(photo.traits.digest.hex() for photo in photos)
 
     try:
-        return background.call(read, place=pictures, limit=background.ANSWER_LIMIT)
+        return background.call(read, place=pictures, limit=background.FILE_LIMIT)
     except Exception:  # whatever damaged photos raise
         return None

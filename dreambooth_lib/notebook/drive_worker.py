@@ -10,9 +10,6 @@ from dreambooth_lib.core import background
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.training.runs import Run
 
-#: Seconds after which a copy that has not ended is told of. 5 GB to Drive take a few minutes.
-LIMIT = 900.0
-
 
 @dataclass(frozen=True)
 class _Copying:
@@ -32,7 +29,7 @@ class Backup:
     Call :meth:`save` as often as you like in the training loop, and :meth:`finish` after it.
     """
 
-    def __init__(self, run: Run, folder: str | Path, limit: float = LIMIT):
+    def __init__(self, run: Run, folder: str | Path, limit: float = background.FILE_LIMIT):
         self.run, self.folder, self.limit = run, Path(folder), limit
         self._key, self._told = os.path.abspath(folder), ""
 

@@ -1,26 +1,32 @@
 """Encode images once: a cache of latent posteriors that each training step samples from."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
 from dreambooth_lib.data.images import Photo
-from dreambooth_lib.data.preprocessing import to_tensor
+from dreambooth_lib.data.preprocessing import reduced, to_tensor
 from dreambooth_lib.families.base import Family, Posterior
 from dreambooth_lib.families.precision import NonFinite
+
+#: For random crops, photos are kept with a shorter side of at most so many resolutions.
+KEPT_RESOLUTIONS = 2
+KEPT_PIXELS = 128_000_000  #: of these, in all; 384 MB. Others are decoded whenever they are drawn.
 
 
 class LatentCache:
     """Images as latents: ``sample`` draws from each posterior, so caching changes no statistics.
 
     A flipped image has a posterior of its own. Random crops are never cached: every draw is encoded
-    afresh. With a ``folder`` the posteriors are saved there, in a file named by a digest of the
-    images and the autoencoder, and loaded by the next run that needs them. Damaged files are
-    replaced. Raises :class:`NonFinite` for latents that are not finite; such are neither saved
-    nor loaded.
+    afresh, of a photo that is kept reduced (:data:`KEPT_RESOLUTIONS`). With a ``folder`` the
+    posteriors are saved there, in a file named by a digest of the images and the autoencoder, and
+    loaded by the next run that needs them. Damaged files are replaced. Raises :class:`NonFinite`
+    for latents that are not finite; such are neither saved nor loaded.
     """
 
     def __init__(
@@ -32,6 +38,7 @@ class LatentCache:
     ):
         self.photos, self.family, self.config = photos, family, config
         flips = [False, True][: 1 + config.flip] if config.crop == "center" else []
+        self._kept = [] if flips else self._reduce()
         self.posteriors = [self._load_or_encode(flip, folder) for flip in flips]
 
     def __len__(self) -> int:
@@ -46,7 +53,7 @@ class LatentCache:
             mean = torch.stack([p.mean[i] for p, i in zip(posteriors, index, strict=True)])
             std = torch.stack([p.std[i] for p, i in zip(posteriors, index, strict=True)])
         else:
-            mean, std = self._encode([self.photos[i] for i in index], flips, generator)
+            mean, std = self._encode(index, flips, generator)
         return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
 
     def _load_or_encode(self, flip: bool, folder: Path | None) -> Posterior:
@@ -57,7 +64,8 @@ class LatentCache:
             if all(values.isfinite().all() for values in posterior):
                 return Posterior(*(values.to(self.family.denoiser.device) for values in posterior))
         size = self.family.batch_size_in_training
-        batches = [self.photos[at : at + size] for at in range(0, len(self.photos), size)]
+        everything = range(len(self.photos))
+        batches = [everything[at : at + size] for at in everything[::size]]
         parts = [self._encode(batch, [flip] * len(batch)) for batch in batches]
         encoded = Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
         if file:
@@ -73,14 +81,31 @@ class LatentCache:
             digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
+    def _reduce(self) -> list[Image.Image]:
+        """Return the first photos, reduced, as many as are kept."""
+        kept, pixels = [], 0
+        for photo in self.photos:
+            image = reduced(photo.image, KEPT_RESOLUTIONS * self.family.resolution)
+            pixels += image.width * image.height
+            if pixels > KEPT_PIXELS:
+                break
+            kept.append(image)
+        return kept
+
+    def _image(self, number: int) -> Image.Image:
+        return self._kept[number] if number < len(self._kept) else self.photos[number].image
+
     def _encode(
-        self, photos: list[Photo], flips: list[bool], generator: torch.Generator | None = None
+        self, index: Sequence[int], flips: list[bool], generator: torch.Generator | None = None
     ) -> Posterior:
-        family = self.family
+        family, photos = self.family, [self.photos[i] for i in index]
         pixels = [
-            to_tensor(photo.image, family.resolution, self.config.crop, flip, generator)
-            for photo, flip in zip(photos, flips, strict=True)
-        ]
+            to_tensor(
+                self._image(i), family.resolution, self.config.crop, flip, generator,
+                size=self.photos[i].traits.size,
+            )
+            for i, flip in zip(index, flips, strict=True)
+        ]  # fmt: skip
         posterior = family.encode_images(torch.stack(pixels))
         for photo, *latents in zip(photos, *posterior, strict=True):
             if not all(values.isfinite().all() for values in latents):

@@ -1,0 +1,65 @@
+"""Test how images become latents when every draw is cropped at random."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drive_faults import Make
+from PIL import Image
+
+from dreambooth_lib.data import decoding, images
+from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.families import loading
+from dreambooth_lib.training import latent_cache
+from dreambooth_lib.training.latent_cache import LatentCache
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """List which files are decoded; no photo is kept as it is read."""
+    names: list[str] = []
+
+    def decode(where: str, *given: Any) -> Image.Image:
+        names.append(where)
+        return decoding.decode(where, *given)
+
+    monkeypatch.setattr(images, "KEPT_PIXELS", 0)
+    monkeypatch.setattr(images, "decode", decode)
+    return names
+
+
+def draw(cache: LatentCache, number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([cache.sample([0, 1], generator) for _ in range(number)])
+
+
+def test_random_crops_decode_each_photo_once_and_resume_to_the_same_bits(
+    tmp_path: Path, tiny_sd1: str, make_config: Make, decoded: list[str]
+) -> None:
+    for number in range(2):
+        gradient = Image.linear_gradient("L").resize((400, 300 + number))
+        Image.merge("RGB", [gradient] * 3).save(tmp_path / f"{number}.png")
+    photos, family = read_photos(tmp_path), loading.load_model(tiny_sd1)
+    config = make_config(tiny_sd1, str(tmp_path), crop="random")
+    decoded.clear()
+    cache = LatentCache(photos, family, config)
+    first = draw(cache, 4)
+    assert len(decoded) == 2
+    assert torch.equal(first, draw(LatentCache(read_photos(tmp_path), family, config), 4))
+
+
+def test_photos_beyond_what_is_kept_are_decoded_when_drawn(
+    tmp_path: Path, tiny_sd1: str, make_config: Make, decoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for number in range(2):
+        Image.new("RGB", (400, 300), (number, 9, 99)).save(tmp_path / f"{number}.png")
+    family = loading.load_model(tiny_sd1)
+    side = latent_cache.KEPT_RESOLUTIONS * family.resolution
+    monkeypatch.setattr(latent_cache, "KEPT_PIXELS", side * round(side * 4 / 3))
+    config = make_config(tiny_sd1, str(tmp_path), crop="random")
+    cache = LatentCache(read_photos(tmp_path), family, config)
+    decoded.clear()
+    draw(cache, 3)
+    assert decoded == [f"'1.png' in {tmp_path}"] * 3
