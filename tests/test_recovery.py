@@ -320,6 +320,9 @@ def test_other_files_among_class_images_are_passed_over(start_run: Start) -> Non
     run = trained(start_run("run", "sd1"))
     (folder,) = (run.folder.parent / "class_images").iterdir()
     Image.new("RGB", (16, 16), "red").save(folder / "00000 (1).png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "00001.txt").write_text("a caption of something else")
+    (folder / "metadata.csv").write_text("file_name,text\nno.png,a cat\n")
     (folder / "manifest.json").write_text("{")
     assert same_bits(run, trained(start_run("again", "sd1")))
     assert json.loads((folder / "manifest.json").read_text())["prompt"] == "a dog"

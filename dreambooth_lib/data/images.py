@@ -6,7 +6,7 @@ needed, if their files are still the same.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -112,6 +112,14 @@ def captioned(photos: list[Photo], prompt: str, identifier: str = "{}") -> list[
     Each ``{}`` in a caption becomes the identifier, as in every prompt.
     """
     return [replace(p, caption=(p.caption or prompt).replace("{}", identifier)) for p in photos]
+
+
+def read_images(folder: Path, names: Collection[str]) -> list[Photo]:
+    """Read the images of these names in a folder, sorted by name, and nothing else there.
+
+    Raises :class:`DataError` for a damaged one.
+    """
+    return _read_all(folder, [file for file in list_files(folder) if file.name in names])
 
 
 def read_photos(source: str | Path) -> list[Photo]:

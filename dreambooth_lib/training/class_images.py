@@ -18,7 +18,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.digests import file_digest
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.data.images import Photo, listed, read_photos
+from dreambooth_lib.data.images import Photo, listed, read_images
 from dreambooth_lib.families import loading
 from dreambooth_lib.metrics.encoders import open_image
 
@@ -81,8 +81,7 @@ def draw_class_images(
 
 def read_class_images(config: TrainConfig, folder: Path) -> list[Photo]:
     """Read the images that :func:`draw_class_images` drew; pass over any other file there."""
-    names = {path.name for path in _paths(config, folder)}
-    return [image for image in read_photos(folder) if image.name in names]
+    return read_images(folder, {path.name for path in _paths(config, folder)})
 
 
 def _paths(config: TrainConfig, folder: Path) -> list[Path]:
