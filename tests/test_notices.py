@@ -27,6 +27,8 @@ PYTHONS = {"newest": None, "colab": os.environ.get("DREAMBOOTH_TEST_COLAB_PYTHON
 
 #: All that the command prints of a training, line by line.
 PRINTED = [
+    r"1\.png looks blurred\.",
+    r"2\.png looks blurred\.",
     r"step 1/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
     r"step 2/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
     r"validation took \d+% of the time; raise validate_every to validate less",
