@@ -212,9 +212,8 @@ def test_an_evaluation_uses_each_bases_settings(
 
 
 def test_training_warns_of_distilled_bases_and_of_no_others(
-    plain: Callable[..., TrainConfig], tiny_sd1: str, turbo: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    plain: Callable[..., TrainConfig], tiny_sd1: str, turbo: str, tmp_path: Path
+) -> None:
     def printed(run: runs.Run) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             list(train(run))
@@ -228,11 +227,18 @@ def test_training_warns_of_distilled_bases_and_of_no_others(
     assert "distilled" not in printed(runs.resume(run.folder, steps=4)), "it warns once"
     other = runs.start(plain(tiny_sd1, **quick), tmp_path / "runs" / "other")
     assert "distilled" not in printed(other)
-    checks = {check.name: check for check in preflight.preflight(turbo, tmp_path)}
-    assert checks["base"].ok and "distilled to draw in about 4 steps" in checks["base"].result
-    assert "distilled" not in preflight.preflight(tiny_sd1, tmp_path)[-1].result
+
+
+def test_preflight_tells_of_distilled_bases_and_of_no_others(
+    tiny_sd1: str, turbo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_of(base: str) -> preflight.Check:
+        return next(c for c in preflight.preflight(base, tmp_path) if c.name == "base")
+
+    assert check_of(turbo).ok and "distilled to draw in about 4 steps" in check_of(turbo).result
+    assert "distilled" not in check_of(tiny_sd1).result
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **given: None)
-    schnell = preflight.preflight("black-forest-labs/FLUX.1-schnell", tmp_path)[-1]
+    schnell = check_of("black-forest-labs/FLUX.1-schnell")
     assert schnell.ok and "is distilled" in schnell.result, "by its name, with nothing downloaded"
 
 
