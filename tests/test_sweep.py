@@ -130,7 +130,7 @@ def test_a_failed_cell_is_recorded_and_the_others_continue(
     done = run(configs, tmp_path)
     assert [p.error is None for p in done] == [False, True]
     (error,) = json.loads((tmp_path / "failures.json").read_text()).values()
-    assert error.startswith("NonFiniteLoss: the loss is nan at step")
+    assert error.startswith("the loss is nan at step")
     assert [row["step"] for row in table(configs, tmp_path, [4])] == [4]
 
 
