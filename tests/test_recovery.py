@@ -599,3 +599,24 @@ def test_a_run_in_a_place_that_cannot_be_written_ends_in_a_sentence(
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DiskError, match=rf"{tmp_path / 'file'}.* could not be written"):
         runs.start(make_config("toybox", photos), tmp_path / "file" / "run")
+
+
+def test_a_log_that_cannot_be_read_is_named(run: Run) -> None:
+    (run.folder / "log.jsonl").unlink()
+    (run.folder / "log.jsonl").symlink_to("log.jsonl")  # to itself
+    with pytest.raises(DiskError, match=r"log\.jsonl cannot be read .*; replace or delete it"):
+        run.log()
+
+
+def test_a_copy_of_a_validation_image_that_a_drive_made_is_passed_over(
+    validated: Callable[[str], Run],
+) -> None:
+    run = validated("run")
+    folder = images_folder(run, 1)
+    shutil.copy(folder / "subject-0.png", folder / "subject-0 (1).png")
+    assert len(load_images(run, 1).subject) == 4
+    (folder / "digests.json").unlink()  # as in runs of earlier versions
+    (folder / "subject-3.png").unlink()
+    (folder / "subject-9.png").write_bytes((folder / "subject-0.png").read_bytes())
+    with pytest.raises(RunError, match=r"subject-3\.png is missing or damaged"):
+        load_images(run, 1)

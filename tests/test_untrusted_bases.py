@@ -260,7 +260,7 @@ def test_a_lora_that_does_not_fit_its_base_is_refused(
 ) -> None:
     folder, whole = lora_of("one"), lora_of("whole")
     change(folder / loading.LORA_FILE, other)
-    refused(folder, f"the LoRA's files in {folder} cannot be loaded", "choose another LoRA")
+    refused(folder, f"the LoRA's files in {folder} cannot be used", "choose another LoRA")
     with pytest.raises(BaseError, match=f"the LoRA's files in {folder} cannot"):
         loading.compose({str(whole): 0.5, str(folder): 1.0})
 
@@ -278,7 +278,7 @@ def test_a_lora_whose_token_is_missing_or_damaged_is_refused(
             file.write_bytes(b"cut")
         else:
             save_file(rows, file)
-    refused(folder, f"the LoRA's files in {folder} cannot be loaded")
+    refused(folder, f"the LoRA's files in {folder} cannot be used")
 
 
 # A run's config
@@ -511,5 +511,5 @@ def test_a_config_without_its_size_is_refused_before_anything_is_loaded(
     config = json.loads((base / part / "config.json").read_text())
     del config[key]
     (base / part / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseError, match=rf"{base} cannot be loaded \(KeyError: '{key}'\)"):
+    with pytest.raises(BaseError, match=rf"{base} cannot be used \(KeyError: '{key}'\)"):
         loading.inspect_base(str(base))

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.files import append_line, replace_file
 
 _CHECKSUM = "crc32"  #: the key that is added to each object
@@ -27,6 +28,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return _parse(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
@@ -40,6 +43,8 @@ def read_rows(path: Path) -> Rows:
         lines = path.read_bytes().split(b"\n")[:-1]
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return Rows([], 0)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     rows = [row for row in map(_parse, lines) if row is not None]
     return Rows(rows, len(lines) - len(rows))
 
@@ -52,6 +57,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write objects as lines, completely or not at all."""
     replace_file(path, "".join(f"{_format(row)}\n" for row in rows).encode())
+
+
+def _unreadable(path: Path, error: OSError) -> DiskError:
+    return DiskError(f"{path} cannot be read ({error.strerror}); replace or delete it.")
 
 
 def _format(value: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from dreambooth_lib.families.base_files import BaseError
+from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
 from dreambooth_lib.families.noise_schedule import DiscreteNoise, FlowNoise
 from dreambooth_lib.families.precision import NonFinite, outside_autocast
@@ -260,10 +260,11 @@ class Family:
         for module in modules:
             module.eval()
         self.pipeline.set_progress_bar_config(disable=True)
+        arguments = self.prompt_arguments([*prompts], negative_prompt)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), explain_loading(self.name, only=(TypeError, IndexError)):
                 images = self.pipeline(
-                    **self.prompt_arguments([*prompts], negative_prompt),
+                    **arguments,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,

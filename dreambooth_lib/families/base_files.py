@@ -5,10 +5,12 @@ They may come from anyone, and be damaged: nothing of them is passed on to a loa
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
-from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.errors import KitError, describe
 
 #: The keys of a LoRA folder's ``base.json``, and the values that are allowed for ``quantize``.
 _TRAINED_ON = ("base", "revision", "variant", "quantize", "word")
@@ -29,6 +31,31 @@ _LFS = b"version https://git-lfs"
 
 class BaseError(KitError, ValueError):
     """A base that cannot be found or loaded, or whose family is unknown."""
+
+
+@contextmanager
+def explain_loading(
+    where: str, kind: str = "base", only: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn what the libraries raise for files that do not fit each other into a BaseError.
+
+    ``kind`` names what is in the folder ``where``: "base" or "LoRA". ``only`` are the types of errors
+    that are turned.
+    """
+    import torch
+
+    try:
+        yield
+    except (KitError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except only as error:  # by default of any kind: configs are used without a look at their shape
+        frames = (frame.f_locals for frame, _ in walk_tb(error.__traceback__)
+                  if frame.f_code.co_name == "load_sub_model")  # fmt: skip
+        part = next((f"/{names.get('name')}" for names in frames), "")
+        raise BaseError(
+            f"the {kind}'s files in {where}{part} cannot be used ({describe(error)}); download "
+            f"or copy them again, or choose another {kind}."
+        ) from error
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 ``families.loading`` finds the base and its family; this module knows nothing of LoRAs or names.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 import diffusers
@@ -18,10 +16,9 @@ from diffusers import DiffusionPipeline
 from packaging.version import Version
 
 from dreambooth_lib.core import gpu_memory, notices
-from dreambooth_lib.core.errors import KitError, describe
 from dreambooth_lib.families import base_files, index_checks
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.families.base_files import BaseError
+from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.precision import autoencoder_dtype
 from dreambooth_lib.families.prompt_cache import PromptCache
 
@@ -201,26 +198,6 @@ def _not_saved(module: torch.nn.Module, files: list[Path]) -> list[str]:
         for aliases in names.values()
         if not any(name in known or name.partition(".")[2] in saved for name in aliases)
     ]
-
-
-@contextmanager
-def explain_loading(where: str, kind: str = "base") -> Iterator[None]:
-    """Turn what the libraries raise for files that do not fit each other into a BaseError.
-
-    ``kind`` names what is in the folder ``where``: "base" or "LoRA".
-    """
-    try:
-        yield
-    except (KitError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of any kind: configs are used without a look at their shape
-        frames = (frame.f_locals for frame, _ in walk_tb(error.__traceback__)
-                  if frame.f_code.co_name == "load_sub_model")  # fmt: skip
-        part = next((f"/{names.get('name')}" for names in frames), "")
-        raise BaseError(
-            f"the {kind}'s files in {where}{part} cannot be loaded ({describe(error)}); download "
-            f"or copy them again, or choose another {kind}."
-        ) from error
 
 
 def _dtypes(

@@ -5,6 +5,7 @@ RUN/validation/000100/...png      its images: subject-0.png, class-0.png, unrela
 RUN/validation/plan.json          what each validation draws
 """
 
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -163,8 +164,11 @@ def load_images(run: Run, step: int) -> ValidationImages:
         raise RunError(f"the validation image {folder / changed} is missing or damaged.")
 
     def load(kind: str) -> list[Image.Image]:
-        count = len(list(folder.glob(f"{kind}-*.png")))
-        return [open_image(folder / f"{kind}-{number}.png") for number in range(count)]
+        count = sum(bool(re.fullmatch(rf"{kind}-\d+\.png", p.name)) for p in folder.iterdir())
+        files = [folder / f"{kind}-{number}.png" for number in range(count)]
+        if gone := [file for file in files if not file.exists()]:
+            raise RunError(f"the validation image {gone[0]} is missing or damaged.")
+        return [open_image(file) for file in files]
 
     of_subject = load("subject")
     seeds = len(of_subject) // len(PROMPTS)
