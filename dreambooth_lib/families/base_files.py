@@ -39,8 +39,8 @@ def explain_loading(
 ) -> Iterator[None]:
     """Turn what the libraries raise for files that do not fit each other into a BaseError.
 
-    ``kind`` names what is in the folder ``where``: "base" or "LoRA". ``only`` are the types of errors
-    that are turned.
+    ``kind`` names what is in the folder ``where``: "base" or "LoRA". ``only`` are the types of
+    errors that are turned.
     """
     import torch
 
