@@ -316,7 +316,7 @@ def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, fold
         ("preupload", 403, "may not write to .*with write access"),
         ("objects/batch", 403, "may not write to .*with write access"),
         ("/upload/", 403, "may not write to .*with write access"),
-        ("repos/create", 429, "too many requests.*wait a few minutes"),
+        ("repos/create", 429, "limits your requests.*in a few minutes"),
         ("/commit/", 409, rf"refused '{NAME}' \(.*409.*\); check"),
     ],
 )

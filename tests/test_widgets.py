@@ -251,21 +251,27 @@ def test_photos_added_to_the_folder_are_read_on_reload(
         panel.check()
 
 
+@pytest.fixture
+def labels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that gets the labels of each image grid that is drawn."""
+    drawn: list[Any] = []
+    grid = image_grids.grid
+    monkeypatch.setattr(
+        image_grids, "grid", lambda shown, columns, names=None: (
+            drawn.append(names), grid(shown, columns, names)
+        )[1],
+    )  # fmt: skip
+    return drawn
+
+
 def test_the_panel_shows_captions_and_what_is_wrong_with_them(
-    tiny_sd2: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd2: str, make_config: Make, tmp_path: Path, labels: list[Any]
 ) -> None:
     folder = Path(save_photos(tmp_path / "max", 3))
     (folder / "0.txt").write_text("a dog on the beach")
     (folder / "1.txt").write_text("a {} dog on the beach in snow a photo of a red dog on a red cat")
     (folder / "2.json").write_text("{}")
     (folder / "IMG_1.MOV").write_bytes(b"film")
-    labels: list[Any] = []
-    grid = image_grids.grid
-    monkeypatch.setattr(
-        image_grids, "grid", lambda shown, columns, names=None: (
-            labels.append(names), grid(shown, columns, names)
-        )[1],
-    )  # fmt: skip
     panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
     text = html.unescape(panel.findings.value)
     assert "0.png: a dog on the beach" in labels[0] and labels[0][2] == "2.png"
@@ -329,15 +335,8 @@ def test_the_bundled_base_says_what_it_cannot_draw(
 
 
 def test_the_crops_follow_the_resolution_and_mark_the_held_out_photo(
-    photos: str, make_config: Make, tiny_sd2: str, monkeypatch: pytest.MonkeyPatch
+    photos: str, make_config: Make, tiny_sd2: str, labels: list[Any]
 ) -> None:
-    labels: list[Any] = []
-    grid = image_grids.grid
-    monkeypatch.setattr(
-        image_grids, "grid", lambda shown, columns, names=None: (
-            labels.append(names), grid(shown, columns, names)
-        )[1],
-    )  # fmt: skip
     subject = widgets.SubjectPanel(make_config(tiny_sd2, photos, validate_every=2))
     held_out = hold_out(subject.photos)[1]
     marks = ["held out" if p in held_out else "" for p in subject.photos]

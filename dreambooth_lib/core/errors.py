@@ -37,14 +37,6 @@ def one_line(error: BaseException) -> str:
     return f"{name}: {message}" if name and message else name or message
 
 
-def describe(error: BaseException) -> str:
-    """Return a library's error for a sentence: its type, and its message's first line, cut short.
-
-    It fits into one of the kit's own sentences.
-    """
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-
-
 def printable(text: str) -> str:
     """Return text as one line: white space becomes a space, other control characters are escaped.
 

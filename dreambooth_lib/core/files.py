@@ -11,6 +11,7 @@ from threading import get_native_id
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dreambooth_lib.core.disk import DiskError, explain_disk_errors
+from dreambooth_lib.core.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -139,8 +140,8 @@ def replace_file(path: str | Path, data: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file. Raises :class:`DiskError` where that is not possible."""
     with explain_disk_errors(path), path.open("a+b") as file:
-        half = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
         # A killed process may have left half a line.
+        half = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
         file.write(b"\n" * half + f"{line}\n".encode())
 
 
@@ -149,6 +150,19 @@ def save_png(image: "Image.Image", path: str | Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
+
+
+def open_image(path: Path) -> "Image.Image":
+    """Open an image file as RGB. Raises :class:`InputError` for one that is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image {path} is damaged; delete it and make it again.") from error
 
 
 def _flush(path: Path) -> None:

@@ -30,11 +30,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.files import open_image
 from dreambooth_lib.data.images import Images, read_photos
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.evaluation.dreambench import Benchmark, DrawnImage, Protocol, images_of
 from dreambooth_lib.metrics import clip_scores, kid_and_lpips
-from dreambooth_lib.metrics.encoders import Encoder, embed_files, open_image
+from dreambooth_lib.metrics.encoders import Encoder, embed_files
 
 if TYPE_CHECKING:
     import torch

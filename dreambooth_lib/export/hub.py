@@ -12,7 +12,7 @@ _ANSWERS = {
     "https://huggingface.co/settings/tokens and put it into {place}.",
     403: "your token may not write to '{name}'; create one with write access to it at "
     "https://huggingface.co/settings/tokens and put it into {place}.",
-    429: "the Hub had too many requests to take '{name}'; wait a few minutes and try again.",
+    429: "the Hub limits your requests, so '{name}' was not taken; try again in a few minutes.",
 }
 
 

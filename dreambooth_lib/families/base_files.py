@@ -10,7 +10,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from dreambooth_lib.core.errors import KitError, describe
+from dreambooth_lib.core.errors import KitError, one_line
 
 #: The keys of a LoRA folder's ``base.json``, and the values that are allowed for ``quantize``.
 _TRAINED_ON = ("base", "revision", "variant", "quantize", "word")
@@ -53,12 +53,12 @@ def explain_loading(
                   if frame.f_code.co_name == "load_sub_model")  # fmt: skip
         part = next((f"/{names.get('name')}" for names in frames), "")
         raise BaseError(
-            f"the {kind}'s files in {where}{part} cannot be used ({describe(error)}); download "
-            f"or copy them again, or choose another {kind}."
+            f"the {kind}'s files in {where}{part} cannot be used ({one_line(error)[:200]}); "
+            f"download or copy them again, or choose another {kind}."
         ) from error
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises :class:`BaseError` for any other."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def read_trained_on(file: Path) -> dict[str, str | None]:
 
     Keys that earlier versions did not write are None. Raises :class:`BaseError` for anything else.
     """
-    found = read_object(file)
+    found = read_json(file)
     if unknown := sorted(found.keys() - {*_TRAINED_ON}):
         raise BaseError(
             f"{file} has the key '{unknown[0]}', which the kit never writes; use a LoRA from a "
@@ -123,7 +123,7 @@ def check_part_weights(part: Path, variant: str | None) -> None:
         )
     suffix = f".{variant}" if _variant(weights[0]) else ""
     for index in part.glob(f"{_WEIGHTS}.index{suffix}.json"):
-        shards = read_object(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         names = {*shards.values()} if isinstance(shards, dict) else {"weight_map"}
         for missing in sorted(str(n) for n in names if part / str(n) not in files):
             raise BaseError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.families.base_files import BaseError, read_object
+from dreambooth_lib.families.base_files import BaseError, read_json
 
 #: Keys of transformers' configs that may name a repository of kernels on the Hub.
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation",
@@ -150,4 +150,4 @@ def _check_folder(part: Path) -> None:
         )
     for config in part.glob("[!.]*.json"):
         if not config.name.endswith((".index.json", "vocab.json")):
-            check_config(read_object(config), str(config))
+            check_config(read_json(config), str(config))

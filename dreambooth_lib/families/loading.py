@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib.core.digests import changed_file
 from dreambooth_lib.families import base_files, quantizers
-from dreambooth_lib.families.base_files import BaseError
+from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.inference_settings import (
     Inference,
     distillation_warning,
@@ -86,7 +86,6 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
     They are merged as in :func:`load_model`. Raises :class:`BaseError` for LoRAs of several bases,
     and for one that does not fit its base.
     """
-    from dreambooth_lib.families.base_files import explain_loading
     from dreambooth_lib.families.textual_inversion import load_token
 
     parts = [_read_lora(name) for name in loras]
@@ -162,7 +161,6 @@ def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
     Raises as :func:`load_model` does.
     """
     from dreambooth_lib.families.base import TOKENIZERS
-    from dreambooth_lib.families.base_files import explain_loading
     from dreambooth_lib.families.pretrained import load_tokenizer
 
     resolved = resolve(base, revision)

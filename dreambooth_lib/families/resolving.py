@@ -139,7 +139,7 @@ class ResolvedBase:
             file: Path | None = Path(self.path) / name
         else:
             file = hub_files.download(self.path, name, self.hub["revision"])
-        return {} if file is None or not file.exists() else base_files.read_object(file)
+        return {} if file is None or not file.exists() else base_files.read_json(file)
 
     def check(self, weights: bool = True) -> None:
         """Check all that loading reads of it, before a library reads it.

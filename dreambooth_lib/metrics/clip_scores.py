@@ -88,7 +88,7 @@ def evaluate(
             "prompt for each image, and repeat a prompt that has several."
         )
     images, classes = encoder.embed_images(generated), encoder.embed_images(class_images)
-    scores = {"subject_fidelity": subject_fidelity(images, encoder.embed_once(reference))}
+    scores = {"subject_fidelity": subject_fidelity(images, encoder.as_embeddings(reference))}
     if encoder.reads_texts:
         texts = encoder.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])
         scores["prompt_adherence"] = prompt_adherence(images, texts)

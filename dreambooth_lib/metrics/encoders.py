@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dreambooth_lib.core.config import revision_of
-from dreambooth_lib.core.errors import InputError, KitError, describe
+from dreambooth_lib.core.errors import InputError, KitError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class Encoder:
             raise
         except Exception as error:  # of any kind: configs are used without a look at their shape
             raise EncoderError(
-                f"the encoder '{self.model_id}' cannot be read ({describe(error)}); "
+                f"the encoder '{self.model_id}' cannot be read ({one_line(error)[:200]}); "
                 "give a hub id, or a folder with a model in safetensors, its "
                 "preprocessor_config.json and its tokenizer."
             ) from error
@@ -123,7 +123,7 @@ class Encoder:
         """Embed images of any size as float32 ``[N, D]``; raise ``ValueError`` for none."""
         return self._embed(images, self._image_features, "images")
 
-    def embed_once(self, images: "Sequence[Image.Image] | torch.Tensor") -> "torch.Tensor":
+    def as_embeddings(self, images: "Sequence[Image.Image] | torch.Tensor") -> "torch.Tensor":
         """Embed images, or return embeddings ``[N, D]`` as they are."""
         import torch
 
@@ -171,17 +171,6 @@ class Encoder:
         return self._model.text_projection(pooled)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open an image file as RGB. Raises :class:`InputError` for one that is damaged."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image {path} is damaged; delete it and make it again.") from error
-
-
 def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.Tensor":
     """Embed image files as float32 ``[N, D]``, one row for each path.
 
@@ -191,7 +180,7 @@ def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.
     """
     import torch
 
-    from dreambooth_lib.core.files import replace_file
+    from dreambooth_lib.core.files import open_image, replace_file
     from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
 
     if not paths:

@@ -17,10 +17,9 @@ from dreambooth_lib.core.checked_json import append_row, read_rows
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.digests import file_digest
 from dreambooth_lib.core.errors import InputError
-from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.files import open_image, replace_file, save_png
 from dreambooth_lib.data.images import Photo, listed, read_images
 from dreambooth_lib.families import loading
-from dreambooth_lib.metrics.encoders import open_image
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family

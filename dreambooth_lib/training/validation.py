@@ -125,7 +125,7 @@ def score_images(
 
     ``photos`` are images or their embeddings [M, D]; ``base_images`` are the frozen base's.
     """
-    photos = encoder.embed_once(photos)
+    photos = encoder.as_embeddings(photos)
     scores = clip_scores.evaluate(
         encoder, photos, images.subject, images.prompts, images.class_images, subject.identifier,
         base_images.class_images,

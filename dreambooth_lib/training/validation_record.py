@@ -18,11 +18,11 @@ from PIL import Image
 from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.digests import changed_file, write_digests
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.files import recover_folder, replacing_folder, save_png
+from dreambooth_lib.core.files import open_image, recover_folder, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields, locate
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
-from dreambooth_lib.metrics.encoders import Encoder, open_image
+from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training.held_out_loss import HeldOutLoss
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.trainable import Trainable
