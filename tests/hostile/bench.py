@@ -110,7 +110,8 @@ _allowed: list[str] = []
 def _only_inside(folder: Path) -> Iterator[None]:
     if not _allowed:
         sys.addaudithook(_audit)
-    _allowed[:] = [str(folder), "/dev/null", tempfile.gettempdir()]
+    temporary = os.path.join(tempfile.gettempdir(), tempfile.gettempprefix())
+    _allowed[:] = [f"{folder}{os.sep}", "/dev/null", temporary]
     try:
         yield
     finally:
@@ -127,7 +128,7 @@ def _audit(event: str, given: tuple[Any, ...]) -> None:
     relative = event in ("os.remove", "os.rmdir", "os.mkdir") and given[-1] not in (-1, None)
     target = given[1] if event in ("os.symlink", "os.link", "os.rename") else given[0]
     path = os.path.abspath(os.fsdecode(target))
-    if not relative and not any(path.startswith(place) for place in _allowed):
+    if not relative and not any(f"{path}{os.sep}".startswith(place) for place in _allowed):
         _written_elsewhere.append(f"{event} {path}")
 
 
