@@ -187,7 +187,8 @@ def _check_same(
 
 def _reached(run: Run) -> int:
     """Return the step that the run would resume from: its end, or its newest checkpoint."""
-    return run.log()[-1]["step"] if run.finished else max(run.checkpoints(), default=0)
+    rows = run.log() if run.finished else []  # none where the log is damaged
+    return rows[-1]["step"] if rows else max(run.checkpoints(), default=0)
 
 
 def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:

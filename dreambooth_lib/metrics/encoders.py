@@ -94,6 +94,7 @@ class Encoder:
                 image_mean=IMAGENET_DEFAULT_MEAN,
                 image_std=IMAGENET_DEFAULT_STD,
             )
+        self._processor(images=[Image.new("RGB", (8, 8))])  # raises for settings of no use
         self._model = model.float().eval().requires_grad_(False).to(self.device)
 
     def _load_model(self, model_class: Any, **options: Any) -> Any:
