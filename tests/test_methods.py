@@ -277,7 +277,7 @@ def test_lowest_keeps_its_ema_and_final_weights_in_float32(start_run: Callable[.
 def test_at_low_memory_gradients_never_all_exist_at_once(
     start_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_optimizer, "CHUNK", 1)
+    monkeypatch.setattr(fused_optimizer.FusedBackwardOptimizer, "LARGEST_BUCKET", 1)
     trainer = Trainer(start_run("run", "sd1", memory="low"))
     most = 0
 

@@ -128,5 +128,7 @@ def test_the_schedule_gives_no_warning_with_a_scaled_loss(
             optimizer.load_state_dict(optimizer.state_dict() | {"step": 1})
         for _ in range(2):
             weight = next(iter(optimizer.parameters))
-            optimizer.backward(weight.square().sum())
+            loss = weight.square().sum()
+            optimizer.backward(loss)
+            optimizer.read(loss.detach().reshape(1))
             assert optimizer.step()

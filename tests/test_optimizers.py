@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.training import fused_optimizer
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer, round_stochastically
 from dreambooth_lib.training.optimizer_step import NonFiniteStep
 from dreambooth_lib.training.optimizers import (
@@ -151,7 +150,10 @@ def optimizer_of(
 
 def step(optimizer: FusedBackwardOptimizer, loss: torch.Tensor) -> bool:
     optimizer.backward(loss)
-    return optimizer.step()
+    optimizer.read(loss.detach().reshape(1))
+    stepped = optimizer.step()
+    optimizer.check_gradients()
+    return stepped
 
 
 @pytest.mark.parametrize("chunk", [1, 10**9], ids=["one by one", "together"])
@@ -165,7 +167,7 @@ def test_steps_during_the_backward_pass_equal_those_after_it(
     make_config: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused_optimizer, "CHUNK", chunk)
+    monkeypatch.setattr(FusedBackwardOptimizer, "LARGEST_BUCKET", chunk)
     config = make_config("toybox", photos, optimizer=name, memory="low", learning_rate=0.01)
     layer, fused = small_layer(config, torch.float32, scale)
     torch.manual_seed(0)
@@ -211,7 +213,6 @@ def overflowing(layer: Any, infinite: bool) -> torch.Tensor:
 def test_no_weight_changes_before_a_pass_shows_that_the_scale_fits(
     photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_optimizer, "CHUNK", 1)  # else weight and bias are skipped together
     layer, fused = small_layer(
         make_config("toybox", photos, memory="low"), torch.float32, scale=1024.0
     )
@@ -224,20 +225,20 @@ def test_no_weight_changes_before_a_pass_shows_that_the_scale_fits(
     assert step(fused, overflowing(layer, False))
     changed = [parameter.detach().clone() for parameter in layer.parameters()]
     assert not torch.equal(changed[0], before[0]) and not torch.equal(changed[1], before[1])
-    # A scale that fitted so far and overflows: the chunk is skipped, and the scale probed anew.
+    # A scale that fitted so far and overflows: what did counts as 0, and the scale is probed anew.
     assert step(fused, overflowing(layer, True))
-    assert torch.equal(layer.weight, changed[0]) and not torch.equal(layer.bias, changed[1])
+    assert layer.weight.isfinite().all() and not torch.equal(layer.bias, changed[1])
     assert fused.scale == 128.0 and fused.probing
 
 
 @pytest.mark.parametrize("scale", [8.0, 1.0])
 def test_the_scale_is_doubled_and_probed_after_enough_clean_steps(
-    scale: float, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+    scale: float, photos: str, make_config: Make
 ) -> None:
-    monkeypatch.setattr(FusedBackwardOptimizer, "GROWTH_INTERVAL", 3)
     layer, fused = small_layer(
         make_config("toybox", photos, memory="low"), torch.float32, scale=scale
     )
+    fused.growth_interval = 3
     completed = [step(fused, overflowing(layer, False)) for _ in range(5)]
     assert completed == [False, True, True, True, False] and fused.scale == 2 * scale
 
@@ -247,31 +248,19 @@ def test_without_a_scale_a_non_finite_gradient_is_an_error(photos: str, make_con
     before = layer.weight.detach().clone()
     with pytest.raises(NonFiniteStep, match="the loss is nan"):
         step(fused, layer(torch.ones(1, 8)).sum() * float("nan"))
+    assert torch.equal(layer.weight, before)
     with pytest.raises(NonFiniteStep, match="the gradient is nan"):
         step(fused, overflowing(layer, True))
-    assert torch.equal(layer.weight, before)
 
 
-def test_the_host_waits_for_a_gpu_once_a_chunk_and_never_for_a_parameter(
-    photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config("toybox", photos, memory="low", optimizer="adamw8bit")
-    from bitsandbytes.optim import optimizer as bitsandbytes_optimizer
-
-    waits: list[str] = []
-    monkeypatch.setattr(bitsandbytes_optimizer, "sync_gpu", lambda _: waits.append("parameter"))
-    real = torch.Tensor.__bool__
-
-    def counted(tensor: torch.Tensor) -> bool:
-        waits.append("chunk")
-        return real(tensor)
-
-    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(20)))
-    fused = optimizer_of(config, layers)
-    loss = layers(torch.ones(1, 64)).sum()
-    monkeypatch.setattr(torch.Tensor, "__bool__", counted)
-    step(fused, loss)
-    assert waits == ["chunk"]
+def test_weights_of_a_non_finite_gradient_are_never_saved(photos: str, make_config: Make) -> None:
+    layer, fused = small_layer(make_config("toybox", photos, memory="low"), torch.float32)
+    loss = overflowing(layer, True)
+    fused.backward(loss)
+    fused.read(loss.detach().reshape(1))
+    assert fused.step()  # the host has not waited for the gradient
+    with pytest.raises(NonFiniteStep, match="the gradient is nan"):
+        fused.state_dict()
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])

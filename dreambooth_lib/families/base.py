@@ -293,8 +293,3 @@ class Family:
 def vae_scale(vae: dict[str, Any]) -> int:
     """Return the pixels a side of one latent, by an autoencoder's config."""
     return 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def rows(cond: Cond, index: list[int]) -> Cond:
-    """Return rows of conditioning, in the order of ``index``."""
-    return {name: value[index] for name, value in cond.items()}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.families.device_copies import to_device
 
 
 class Noised(NamedTuple):
@@ -60,7 +61,7 @@ class DiscreteNoise:
 
     def __call__(self, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Noised:
         """Add ``noise`` [B, C, H, W] to x_0 [B, C, H, W] up to timesteps t [B]."""
-        abar = self.alphas_cumprod.to(x_0.device)[t]
+        abar = to_device(self.alphas_cumprod, x_0.device)[t]
         snr = abar / (1 - abar)
         signal, sigma = (c.sqrt().view(-1, 1, 1, 1) for c in (abar, 1 - abar))
         x_t = signal * x_0 + sigma * noise

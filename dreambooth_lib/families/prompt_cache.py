@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 import torch
 
-from dreambooth_lib.families.base import Cond, Family, rows
+from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.families.device_copies import rows
 from dreambooth_lib.families.precision import NonFinite
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from dreambooth_lib.families.base import Cond
+from dreambooth_lib.families.device_copies import to_device
 from dreambooth_lib.families.inference_settings import Inference
 from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
@@ -33,7 +34,7 @@ class StableDiffusionXL(StableDiffusion):
             prompts, device=device, do_classifier_free_guidance=False
         )
         if pipeline.config.force_zeros_for_empty_prompt:
-            filled = torch.tensor([prompt != "" for prompt in prompts], device=device)
+            filled = to_device([prompt != "" for prompt in prompts], device)
             hidden, pooled = hidden * filled[:, None, None], pooled * filled[:, None]
         return {"hidden": hidden, "pooled": pooled}
 
@@ -49,6 +50,6 @@ class StableDiffusionXL(StableDiffusion):
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
         # Original size, the crop's corner and target size of an image that was not cropped.
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=x_t.device)
+        sizes = to_device([height, width, 0, 0, height, width], x_t.device)
         added = {"text_embeds": cond["pooled"], "time_ids": sizes.expand(len(x_t), -1)}
         return self.denoiser(x_t, t, cond["hidden"], added_cond_kwargs=added).sample

@@ -12,7 +12,8 @@ import torch
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.data.preprocessing import shuffled
-from dreambooth_lib.families.base import Cond, Family, rows
+from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.families.device_copies import pick, rows, to_device
 from dreambooth_lib.families.noise_schedule import Noised
 from dreambooth_lib.families.prompt_cache import PromptCache
 from dreambooth_lib.training.latent_cache import LatentCache
@@ -22,7 +23,7 @@ class Batch(NamedTuple):
     """Noised latents and their conditioning, row by row, by the base's own text encoders."""
 
     noised: Noised
-    is_prior: torch.Tensor  # bool [B], true for class images
+    is_prior: torch.Tensor  # bool [B], true for class images; on the CPU, to be read at once
     prompts: list[str]
     cond: Cond
 
@@ -77,11 +78,11 @@ class Batches:
             latents.append(cache.sample(index, generator))
             prompts += [prompts_of_kind[i] for i in index]
         x_0 = torch.cat(latents)
-        noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-        t = self.process.sample_timesteps(len(x_0), generator).to(x_0.device)
+        noise = to_device(torch.randn(x_0.shape, generator=generator), x_0.device)
+        t = to_device(self.process.sample_timesteps(len(x_0), generator), x_0.device)
         dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
         prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
-        is_prior = torch.arange(len(x_0), device=x_0.device) >= self.size
+        is_prior = torch.arange(len(x_0)) >= self.size
         return Batch(self.process(x_0, noise, t), is_prior, prompts, self.prompt_cache(prompts))
 
     def split(self, batch: Batch, part: int, parts: int) -> Batch:
@@ -89,6 +90,6 @@ class Batches:
         starts = range(0, len(batch.prompts), self.size)
         index = [start + i for start in starts for i in range(part, self.size, parts)]
         prompts = [batch.prompts[i] for i in index]
-        noised = Noised(*(value[index] for value in batch.noised))
+        noised = Noised(*(pick(value, index) for value in batch.noised))
         split = Batch(noised, batch.is_prior[index], prompts, rows(batch.cond, index))
         return split if self.teacher is None else split._replace(noised=self.teacher(split))

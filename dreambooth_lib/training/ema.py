@@ -6,24 +6,42 @@ from typing import Any
 
 import torch
 
+from dreambooth_lib.training.flat_parameters import Bucket
 from dreambooth_lib.training.interrupts import defer_interrupts
 
 
 class EMA:
-    """The EMA of ``parameters``, in float32; without a ``decay`` there is none to keep."""
+    """The EMA of ``parameters``, in float32; without a ``decay`` there is none to keep.
 
-    def __init__(self, parameters: list[torch.nn.Parameter], decay: float | None):
-        self.parameters, self.ema_model = parameters, None
+    diffusers' ``EMAModel`` keeps a tensor for each parameter: here they are views of one for each
+    of the parameters' ``buckets``, so that an update takes a call or two.
+    """
+
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], buckets: list[Bucket], decay: float | None
+    ):
+        self.parameters, self.buckets, self.ema_model = parameters, buckets, None
         if decay is not None:
             from diffusers.training_utils import EMAModel
 
-            initial: list[Any] = [parameter.detach().float() for parameter in parameters]
-            self.ema_model = EMAModel(initial, decay=decay)
+            self.ema_model = EMAModel([], decay=decay)
+            self._average = [bucket.weights.detach().float().clone() for bucket in buckets]
+            by_parameter = {
+                parameter: view
+                for bucket, average in zip(buckets, self._average, strict=True)
+                for parameter, view in zip(bucket.parameters, bucket.split(average), strict=True)
+            }
+            self.ema_model.shadow_params = [by_parameter[parameter] for parameter in parameters]
 
+    @torch.no_grad()
     def update(self) -> None:
         """Average in the weights of the optimizer step just made."""
-        if self.ema_model is not None:
-            self.ema_model.step(self.parameters)
+        if self.ema_model is None:
+            return
+        self.ema_model.optimization_step += 1
+        decay = self.ema_model.get_decay(self.ema_model.optimization_step)
+        for average, bucket in zip(self._average, self.buckets, strict=True):
+            average.lerp_(bucket.weights.float(), 1 - decay)
 
     def load_weights(self) -> None:
         """Overwrite the trained weights with the EMA weights, if there are any."""
@@ -52,11 +70,11 @@ class EMA:
         """Load the EMA of a checkpoint that has one; ``names`` are those of the parameters."""
         if self.ema_model is None or "ema" not in checkpoint:
             return
-        by_name = ema_by_name(checkpoint)
-        shadow = {"shadow_params": [by_name[name] for name in names]}
-        self.ema_model.load_state_dict(checkpoint["ema"] | shadow)
-        # A Drive backup may be in half precision.
-        self.ema_model.to(self.parameters[0].device, torch.float32)
+        own, by_name = self.ema_model.shadow_params, ema_by_name(checkpoint)
+        for average, name in zip(own, names, strict=True):  # a Drive backup may have rounded them
+            average.copy_(by_name[name])
+        rest = {k: v for k, v in checkpoint["ema"].items() if k != "shadow_params"}
+        self.ema_model.load_state_dict(rest)
 
 
 def ema_by_name(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 Each gradient is freed soon after it is computed, so that they never all exist at once.
 """
 
-from contextlib import AbstractContextManager
+import math
 from typing import Any
 
 import torch
@@ -11,140 +11,126 @@ from accelerate import Accelerator
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training.batches import seeded_generator
-from dreambooth_lib.training.interrupts import defer_interrupts
+from dreambooth_lib.training.flat_parameters import Bucket
 from dreambooth_lib.training.optimizer_step import NonFiniteStep, Optimizer, check_finite
 from dreambooth_lib.training.trainable import Trainable
 
-#: Gradient elements that are checked and applied together, 64 MiB in float32: the host waits for
-#: the GPU once for each such chunk instead of once for each parameter.
-CHUNK = 2**24
-
 
 class FusedBackwardOptimizer(Optimizer):
-    """Steps while ``backward`` runs, a chunk of gradients at a time.
+    """Steps while the backward pass runs, a bucket of weights as soon as it has its gradients.
 
     A bfloat16 parameter is updated in float32 and rounded stochastically: up or down with a
     probability that preserves the mean, so that updates smaller than its spacing still add up.
 
     In float16 the loss is scaled, and gradients that overflow halve the scale. So that no step
-    updates some weights and skips others, a new scale is probed first: backward passes update
-    nothing until one shows that it fits. The scale is doubled, and probed again, after
-    ``GROWTH_INTERVAL`` steps without an overflow. Chunks that overflow all the same are skipped.
+    updates some weights and not others, a new scale is probed first: backward passes update
+    nothing until one shows that it fits. The scale is doubled, and probed again, after enough
+    steps without an overflow. Gradients that overflow all the same count as 0.
+
+    The host never waits for gradients: whether a step's were finite, it reads with the next one's
+    losses, before that changes a weight.
     """
 
-    GROWTH_INTERVAL = 2000
+    LARGEST_BUCKET = 2**23  # 32 MiB in float32
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, trainable: Trainable):
         super().__init__(config, accelerator, trainable)
-        scaler = accelerator.scaler
-        self.scale = None if scaler is None else scaler.get_scale()
-        self.clean_steps = 0  # in a row, without an overflow
-        self.probing, self.overflowed = self.scale is not None, False
-        self._stepped = False  # by the last backward pass
-        self._pending: list[torch.nn.Parameter] = []  # those whose gradients are not applied yet
-        self._pending_elements = 0
-        self._group_index = {parameter: index for index, parameter in enumerate(self.parameters)}
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._collect)
-
-    def _param_groups(self) -> list[Any]:
-        # A group for each parameter, so that it can be stepped without the others. AdamW steps the
-        # parameter itself, or a float32 stand-in for one in bfloat16.
-        stepped = [
-            parameter
-            if parameter.dtype is torch.float32
-            else torch.nn.Parameter(parameter.new_empty(0, dtype=torch.float32))
-            for parameter in self.parameters
-        ]
-        return [{"params": [parameter]} for parameter in stepped]
-
-    def backward_context(self) -> AbstractContextManager[None]:
-        """Defer interrupts: these backward passes update the weights."""
-        return defer_interrupts()
+        self.probing = self.scale is not None
+        self._loss: torch.Tensor | None = None  # of the step, until it is made
+        #: The norm of the last backward pass's gradients [1], until it is read.
+        self._unread: torch.Tensor | None = None
+        self._missing = [len(bucket.parameters) for bucket in self.buckets]
+        for number, bucket in enumerate(self.buckets):
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(lambda _, n=number: self._collect(n))
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Update the weights by a loss, or only probe the loss scale in float16.
+        """Keep the step's loss; :meth:`step` runs its backward pass, which updates the weights."""
+        self._loss = loss
 
-        Raises :class:`NonFiniteStep`; for a non-finite loss, before any weight is updated.
+    def read(self, losses: torch.Tensor) -> list[float]:
+        """Wait for the step's losses [K] and return them.
+
+        Raises :class:`NonFiniteStep` where the first is not finite, or where the loss is not
+        scaled and the last step's gradients were not.
         """
-        check_finite("loss", loss.item())
+        unread = losses.new_zeros(1) if self._unread is None else self._unread
+        *values, norm = torch.cat([losses, unread]).tolist()
+        self._judge(norm)
+        check_finite("loss", values[0])
+        return values
+
+    def check_gradients(self) -> None:
+        if self._unread is not None:
+            self._judge(self._unread.item())
+
+    def _judge(self, norm: float) -> None:
+        """Adapt the loss scale to the last backward pass by its gradients' norm."""
+        if self._unread is None:
+            return
+        self._unread, stepped = None, not self.probing
+        if self.scale is None:
+            if not math.isfinite(norm):
+                raise NonFiniteStep("the gradient is nan")
+            return
+        finite, scale = math.isfinite(norm), self.scale
+        if stepped or not finite:
+            self._adapt_scale(finite)
+        self.probing = not finite or self.scale > scale
+
+    def _apply_gradients(self) -> bool:
+        """Run the backward pass; return whether it updated the weights."""
+        assert self._loss is not None
+        loss, self._loss = self._loss, None
         # Stochastic rounding is a function of seed and step.
         seed = seeded_generator(self.config.seed, self.completed_steps, 4).initial_seed()
         self._generator = torch.Generator(self.accelerator.device).manual_seed(seed)
-        self._pending, self._pending_elements, self.overflowed = [], 0, False
-        (loss if self.scale is None else loss * self.scale).backward()
-        self._apply_pending()
-        self._stepped = not self.probing
-        if self.scale is None:
-            return
-        self.clean_steps = self.clean_steps + 1 if self._stepped and not self.overflowed else 0
-        self.probing = self.overflowed
-        if self.overflowed:
-            self.scale /= 2
-        elif self._stepped and self.clean_steps % self.GROWTH_INTERVAL == 0:
-            self.scale, self.probing = self.scale * 2, True
+        self._missing = [len(bucket.parameters) for bucket in self.buckets]
+        self._norms: list[torch.Tensor] = []
+        probing = self.probing
+        super().backward(loss)
+        for number, bucket in enumerate(self.buckets):  # those of weights without a gradient
+            if any(parameter.grad is not None for parameter in bucket.parameters):
+                self._step_bucket(number)
+        self._unread = torch.linalg.vector_norm(torch.stack(self._norms)).reshape(1)
+        return not probing
 
-    def _apply_gradients(self) -> bool:
-        return self._stepped
-
-    def _collect(self, parameter: torch.nn.Parameter) -> None:
-        if parameter.grad is not None:
-            self._pending.append(parameter)
-            self._pending_elements += parameter.numel()
-        if self._pending_elements >= CHUNK:
-            self._apply_pending()
-
-    def _apply_pending(self) -> None:
-        """Step by the pending gradients, and free them."""
-        parameters = self._pending
-        self._pending, self._pending_elements = [], 0
-        gradients = [p.grad.float() for p in parameters if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad = None
-        if not gradients:
-            return
-        if self.scale is not None:
-            torch._foreach_div_(gradients, self.scale)
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            if self.scale is None:
-                raise NonFiniteStep("the gradient is nan")
-            self.overflowed = True
-        elif not self.probing:
-            self._step_parameters(parameters, gradients)
+    def _collect(self, number: int) -> None:
+        self._missing[number] -= 1
+        if self._missing[number] == 0:
+            self._step_bucket(number)
 
     @torch.no_grad()
-    def _step_parameters(
-        self, parameters: list[torch.nn.Parameter], gradients: list[torch.Tensor]
-    ) -> None:
-        # By index: loading a state replaces the groups' dicts.
-        all_groups = self.adam.param_groups
-        groups = [all_groups[self._group_index[parameter]] for parameter in parameters]
-        stepped = [group["params"][0] for group in groups]
-        for parameter, own, gradient in zip(parameters, stepped, gradients, strict=True):
-            if own is not parameter:
-                own.data = parameter.float()
-            own.grad = gradient
-        self.adam.param_groups = groups
+    def _step_bucket(self, number: int) -> None:
+        """Step a bucket by its gradients, and free them."""
+        bucket: Bucket = self.buckets[number]
+        gradient, own = bucket.take_gradients(), bucket.stepped
+        self._norms.append(torch.linalg.vector_norm(gradient))
+        if self.probing:
+            return
+        if self.scale is not None:
+            gradient.mul_(1 / self.scale).nan_to_num_(0.0, 0.0, 0.0)
+        if bucket.weights.dtype is not torch.float32:
+            own.data = bucket.weights.float()
+        own.grad = gradient
+        groups = self.adam.param_groups
+        self.adam.param_groups = [groups[number]]
         try:
             self.adam.step()
         finally:
-            self.adam.param_groups = all_groups
-        for parameter, own in zip(parameters, stepped, strict=True):
-            own.grad = None
-            if own is not parameter:
-                parameter.copy_(round_stochastically(own.data, self._generator))
-                own.data = own.data.new_empty(0)
+            self.adam.param_groups = groups
+        own.grad = None
+        if bucket.weights.dtype is not torch.float32:
+            bucket.weights.copy_(round_stochastically(own.data, self._generator))
+            own.data = own.data.new_empty(0)
 
-    def _loss_scale_state(self) -> dict[str, Any]:
-        if self.scale is None:
-            return {}
-        return {"scale": [self.scale, self.clean_steps, self.probing]}
+    def _loss_scale(self) -> list[Any]:
+        return [*super()._loss_scale(), self.probing]
 
     def _load_loss_scale(self, saved: dict[str, Any]) -> None:
-        scale = saved.get("scale", [1.0, 0])  # as earlier versions wrote it without scaling
-        if self.scale is not None and scale != [1.0, 0]:
-            self.scale, self.clean_steps, *probing = scale
-            self.probing = any(probing)
+        super()._load_loss_scale(saved)
+        if len(scale := saved.get("scale", ())) > 2:
+            self.probing = scale[2]
 
 
 def round_stochastically(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.data.preprocessing import reduced, to_tensor
 from dreambooth_lib.families.base import Family, Posterior
+from dreambooth_lib.families.device_copies import to_device
 from dreambooth_lib.families.precision import NonFinite
 
 #: For random crops, photos are kept with a shorter side of at most so many resolutions.
@@ -54,7 +55,7 @@ class LatentCache:
             std = torch.stack([p.std[i] for p, i in zip(posteriors, index, strict=True)])
         else:
             mean, std = self._encode(index, flips, generator)
-        return mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+        return mean + std * to_device(torch.randn(mean.shape, generator=generator), mean.device)
 
     def _load_or_encode(self, flip: bool, folder: Path | None) -> Posterior:
         """Load all images' posteriors from the folder, or encode and save them."""

@@ -21,7 +21,7 @@ from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts, raise_on_termination
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, per_sample_errors
-from dreambooth_lib.training.optimizer_step import NonFiniteStep, check_finite
+from dreambooth_lib.training.optimizer_step import NonFiniteStep
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation_record import ValidationResult
@@ -116,7 +116,7 @@ def training_steps(
     config, optimizer = trainer.config, trainer.optimizer
     while not trainer.finished():
         start, lr, losses = time.perf_counter(), optimizer.lr, []
-        with _explain_non_finite(trainer), optimizer.backward_context():
+        with _explain_non_finite(trainer):
             for batch in trainer.micro_batches():
                 noised = batch.noised
                 with trainer.accelerator.autocast():
@@ -124,17 +124,18 @@ def training_steps(
                     loss = objective(prediction, batch, config)
                 optimizer.backward(loss.total / config.gradient_accumulation)
                 losses.append(loss)
-            values = _mean_losses(losses, trainer)
-            check_finite("loss", *values)
+            means = _mean_losses(losses, trainer)
             del prediction, loss, losses  # free the graph before the optimizer step
+            total, instance, *prior = optimizer.read(means)
+            values = total, instance, prior[0] if prior else None
             with defer_interrupts():  # a step that changed the weights is always logged
                 if not optimizer.step():  # float16 overflowed: retry the step
                     continue
                 seconds = time.perf_counter() - start
                 step = Step(trainer.step, *values, lr, seconds, _peak_memory_mb())
                 trainer.log({name: v for name, v in vars(step).items() if name != "validation"})
-        validation = trainer.validate_if_due()
-        trainer.save_checkpoint_if_due()
+            validation = trainer.validate_if_due()
+            trainer.save_checkpoint_if_due()
         yield replace(step, validation=validation)
 
 
@@ -142,12 +143,11 @@ def _peak_memory_mb() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
-def _mean_losses(losses: list[Loss], trainer: Trainer) -> tuple[float, float, float | None]:
-    """Return total, instance and prior loss over all micro-batches and processes."""
+def _mean_losses(losses: list[Loss], trainer: Trainer) -> torch.Tensor:
+    """Return total, instance and, if any, prior loss over all micro-batches and processes: [K]."""
     terms = [term for term in zip(*losses, strict=True) if term[0] is not None]
     means = torch.stack([torch.stack(term).mean().detach() for term in terms])
-    total, instance, *prior = trainer.accelerator.reduce(means, "mean").tolist()
-    return total, instance, prior[0] if prior else None
+    return trainer.accelerator.reduce(means, "mean")
 
 
 @contextmanager

@@ -29,8 +29,8 @@ def dreambooth_loss(
     """Return L = mean over instance of w e + lambda * mean over class of w e.
 
     It is arXiv 2208.12242, eq. 2. ``errors`` float [B]; ``is_prior`` bool [B], true for class
-    images; ``weights`` float [B], or None for ones. Raises ValueError where the shapes differ or
-    the batch has no instance image.
+    images, best on the CPU; ``weights`` float [B], or None for ones. Raises ValueError where the
+    shapes differ or the batch has no instance image.
     """
     if not errors.shape == is_prior.shape == (weights if weights is not None else errors).shape:
         raise InputError(
@@ -40,8 +40,14 @@ def dreambooth_loss(
     weighted = errors if weights is None else weights * errors
     if is_prior.all():
         raise InputError("the batch has no instance image; it needs at least one.")
-    instance = weighted[~is_prior].mean()
+    instance = _mean_where(weighted, ~is_prior)
     if not is_prior.any():
         return Loss(instance, instance, None)
-    prior = weighted[is_prior].mean()
+    prior = _mean_where(weighted, is_prior)
     return Loss(instance + prior_weight * prior, instance, prior)
+
+
+def _mean_where(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean of values [B] where a mask is true; a mask on the CPU is not waited for."""
+    index = mask.nonzero().flatten().to(values.device, non_blocking=True)
+    return values.index_select(0, index).mean()

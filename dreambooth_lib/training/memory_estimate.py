@@ -24,6 +24,7 @@ from dreambooth_lib.training.allocation_counter import (
     count_numbers,
     make_fake,
 )
+from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.trainable import (
     Trainable,
@@ -188,7 +189,11 @@ def _training_step(
         # As loss.backward() does, which would leave CudaAutocast before blocks are recomputed.
         ones, engine = (torch.ones_like(loss),), torch.autograd.Variable._execution_engine
         engine.run_backward((loss,), ones, False, False, (), True, accumulate_grad=True)
-    return counter.peak_bytes, float(config.gradient_accumulation * counter.flops)
+    peak = counter.peak_bytes
+    if not config.steps_in_backward:  # the gradients are then copied, a bucket at a time
+        gradients = sum(parameter.nbytes for parameter in lora.trained_parameters(trainable))
+        peak = max(peak, gradients + min(gradients, 4 * Optimizer.LARGEST_BUCKET))
+    return peak, float(config.gradient_accumulation * counter.flops)
 
 
 @torch.no_grad()

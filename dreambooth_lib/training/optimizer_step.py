@@ -1,7 +1,6 @@
 """The optimizer step: backward pass, gradient clipping, AdamW, its schedule and the EMA weights."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.ema import EMA
+from dreambooth_lib.training.flat_parameters import make_buckets
 from dreambooth_lib.training.optimizers import make_optimizer, make_schedule
 from dreambooth_lib.training.trainable import Trainable
 
@@ -34,35 +34,59 @@ def check_finite(what: str, *values: float | None) -> None:
 class Optimizer:
     """AdamW on the trained weights, with its schedule, loss scale and EMA; one in each process.
 
-    A step is :meth:`backward` of each micro-batch's loss, then :meth:`step`.
+    A step is :meth:`backward` of each micro-batch's loss, :meth:`read`, then :meth:`step`. Only
+    ``read`` waits for the GPU.
     """
+
+    #: Most numbers in a bucket of weights, whose gradients are copied side by side at once: 1 GiB.
+    LARGEST_BUCKET = 2**28
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, trainable: Trainable):
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.parameters = lora.trained_parameters(trainable)
+        self.buckets = make_buckets(self.parameters, self.LARGEST_BUCKET)
         self.completed_steps = 0
         self.skipped_steps = 0  #: since the last completed one
-        self.adam = make_optimizer(config, self._param_groups(), accelerator.device.type)
+        groups = [
+            {"params": [bucket.stepped]} | ({} if bucket.has_8bit_moments else {"optim_bits": 32})
+            for bucket in self.buckets
+        ]
+        self.adam = make_optimizer(config, groups, accelerator.device.type)
         self.schedule = make_schedule(config, self.adam)
-        self.ema = EMA(self.parameters, config.ema_decay)
+        self.ema = EMA(self.parameters, self.buckets, config.ema_decay)
+        scaler = accelerator.scaler
+        #: What a loss in float16 is multiplied by, and after how many clean steps that doubles.
+        self.scale = None if scaler is None else float(scaler.get_scale())
+        self.growth_interval = 0 if scaler is None else scaler.get_growth_interval()
+        self.clean_steps = 0  #: in a row, without an overflow
+        self._gradients: list[torch.Tensor] = []  # of this step, by bucket
+        self._norm = 0.0  # theirs, as it was read
 
     @property
     def lr(self) -> float:
         """Return the learning rate of the next step."""
         return self.schedule.get_last_lr()[0]
 
-    def backward_context(self) -> AbstractContextManager[None]:
-        """Return the context for the backward passes: here none is needed."""
-        return nullcontext()
-
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss."""
-        self.accelerator.backward(loss)
+        (loss if self.scale is None else loss * self.scale).backward()
+
+    def read(self, losses: torch.Tensor) -> list[float]:
+        """Wait for the step's losses [K] and return them.
+
+        Raises :class:`NonFiniteStep` where the first is not finite, or else, where the loss is not
+        scaled, a gradient.
+        """
+        *values, self._norm = torch.cat([losses, self._take_gradients()]).tolist()
+        check_finite("loss", *values)
+        if self.scale is None:
+            check_finite("gradient norm", self._norm)
+        return values
 
     def step(self) -> bool:
         """Update the weights; False where float16 overflowed: retry, at the new loss scale.
 
-        Raises :class:`NonFiniteStep` where the loss is not scaled, or no scale helps.
+        Raises :class:`NonFiniteStep` where no scale helps.
         """
         if not self._apply_gradients():
             self.skipped_steps += 1
@@ -78,11 +102,20 @@ class Optimizer:
         self.ema.update()
         return True
 
+    def check_gradients(self) -> None:
+        """Raise :class:`NonFiniteStep` if the last step's gradients were not finite.
+
+        Called before its weights are used for anything but the next step. Here :meth:`read` has
+        seen to it.
+        """
+
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs."""
+        """Return all that a resumed run needs; raise as :meth:`check_gradients` does."""
+        self.check_gradients()
         state = {"step": self.completed_steps, "model": self.trainable.trained_weights()}
-        state["optimizer"] = self.adam.state_dict()
-        return state | self.ema.state_dict() | self._loss_scale_state()
+        state["optimizer"] = self._moments()
+        scale = {} if self.scale is None else {"scale": self._loss_scale()}
+        return state | self.ema.state_dict() | scale
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Load a :meth:`state_dict`, of any memory level.
@@ -92,10 +125,9 @@ class Optimizer:
         """
         self.completed_steps = saved["step"]
         self.trainable.load_weights(saved["model"])
-        own, names = self.adam.state_dict()["param_groups"], self.trainable.trained_weights().keys()
+        names = self.trainable.trained_weights().keys()
         if saved["model"].keys() == names and self._is_own_state(saved.get("optimizer")):
-            # The memory level decides whether groups are many or one, never the parameters' order.
-            self.adam.load_state_dict(saved["optimizer"] | {"param_groups": own})
+            self._load_moments(saved["optimizer"]["state"])
         else:
             self.accelerator.print(
                 f"The checkpoint of step {self.completed_steps} has no state of this optimizer for "
@@ -105,41 +137,81 @@ class Optimizer:
             group["initial_lr"] = group["lr"] = self.config.learning_rate
         self.schedule = make_schedule(self.config, self.adam, self.completed_steps)
         self.ema.load_state_dict(saved, names)
-        self._load_loss_scale(saved)
+        if self.scale is not None:
+            self._load_loss_scale(saved)
 
-    def _is_own_state(self, state: dict[str, Any] | None) -> bool:
+    def _moments(self) -> dict[str, Any]:
+        """Return the optimizer's state with an entry for each parameter, in their order."""
+        saved, number_of = self.adam.state_dict(), self._number_of()
+        state: dict[int, Any] = {}
+        for number, of_bucket in saved["state"].items():
+            bucket = self.buckets[number]
+            numbers = [number_of[parameter] for parameter in bucket.parameters]
+            state |= zip(numbers, bucket.split_state(of_bucket), strict=True)
+        group = saved["param_groups"][-1] | {"params": list(range(len(self.parameters)))}
+        group.pop("optim_bits", None)
+        return {"state": dict(sorted(state.items())), "param_groups": [group]}
+
+    def _load_moments(self, state: dict[int, Any]) -> None:
+        """Reverse :meth:`_moments`."""
+        number_of, joined = self._number_of(), {}
+        for number, bucket in enumerate(self.buckets if state else []):
+            joined[number] = bucket.join_state([state[number_of[p]] for p in bucket.parameters])
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": joined, "param_groups": groups})
+
+    def _number_of(self) -> dict[torch.nn.Parameter, int]:
+        return {parameter: number for number, parameter in enumerate(self.parameters)}
+
+    def _is_own_state(self, saved: dict[str, Any] | None) -> bool:
         """Return whether a saved state is of this kind of optimizer: 8-bit moments differ."""
-        if state is None:
+        if saved is None:
             return False
-        is_torch = isinstance(self.adam, torch.optim.AdamW)
-        return all(("exp_avg" in moments) == is_torch for moments in state["state"].values())
+        state, is_torch = saved["state"], isinstance(self.adam, torch.optim.AdamW)
+        if any(("exp_avg" in moments) != is_torch for moments in state.values()):
+            return False
+        return len(state) in (0, len(self.parameters))
 
-    def _param_groups(self) -> list[Any]:
-        return self.parameters
+    def _take_gradients(self) -> torch.Tensor:
+        """Copy the gradients side by side; return their norm as a tensor [1]."""
+        self._gradients = [bucket.take_gradients() for bucket in self.buckets]
+        norms = [torch.linalg.vector_norm(gradient) for gradient in self._gradients]
+        return torch.linalg.vector_norm(torch.stack(norms)).reshape(1)
 
     def _apply_gradients(self) -> bool:
         """Clip the gradients and step by them; False where float16 overflowed."""
-        scaler = self.accelerator.scaler
-        if scaler is not None:
-            scaler.unscale_(self.adam)
-        limit = 1.0 if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        if scaler is None:
-            check_finite("gradient norm", norm)
+        finite, scale = math.isfinite(self._norm), self.scale or 1.0
+        if finite:
+            limit = 1.0 if self.config.max_grad_norm is None else self.config.max_grad_norm
+            factor = min(1.0, limit / (self._norm / scale + 1e-6)) / scale
+            if factor != 1:
+                for gradient in self._gradients:
+                    gradient *= factor
+            for bucket, gradient in zip(self.buckets, self._gradients, strict=True):
+                bucket.stepped.grad = gradient
             self.adam.step()
-        else:
-            scale = scaler.get_scale()
-            scaler.step(self.adam)
-            scaler.update()
-        self.adam.zero_grad()
-        # Only the scale tells whether the weights changed: a fused optimizer's step is called even
-        # where it changes nothing. The scale always falls then.
-        return scaler is None or scaler.get_scale() >= scale
+            self.adam.zero_grad()
+        self._gradients = []
+        self._adapt_scale(finite)
+        return finite
 
-    def _loss_scale_state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
-        return {} if scaler is None else {"scaler": scaler.state_dict()}
+    def _adapt_scale(self, finite: bool) -> None:
+        """Halve the loss scale after an overflow; double it after enough steps without one."""
+        if self.scale is None:
+            return
+        self.clean_steps = self.clean_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.clean_steps % self.growth_interval == 0:
+            self.scale *= 2
+
+    def _loss_scale(self) -> list[Any]:
+        return [self.scale, self.clean_steps]
 
     def _load_loss_scale(self, saved: dict[str, Any]) -> None:
-        if self.accelerator.scaler is not None and "scaler" in saved:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        """Load the loss scale of a checkpoint that has one."""
+        if "scaler" in saved:  # as earlier versions wrote torch's
+            scaler = saved["scaler"]
+            self.scale, self.clean_steps = scaler["scale"], scaler["_growth_tracker"]
+        elif saved.get("scale", [1.0, 0]) != [1.0, 0]:  # that, if the loss was not scaled
+            self.scale, self.clean_steps = saved["scale"][:2]

@@ -65,8 +65,8 @@ OPTIMIZERS: "dict[str, Callable[..., torch.optim.Optimizer]]" = {
 def _unsynchronized_adamw8bit() -> Any:
     """Return bitsandbytes' 8-bit AdamW without its wait for the GPU after every parameter.
 
-    Its own ``step`` synchronizes several hundred times. All kernels are launched on one stream, so
-    there is nothing to wait for.
+    All kernels are launched on one stream, so there is nothing to wait for. A group may have
+    ``optim_bits`` of its own.
     """
     import torch
     from bitsandbytes.optim import AdamW8bit as Synchronized
@@ -85,6 +85,10 @@ def _unsynchronized_adamw8bit() -> Any:
                     if not self.state[parameter]:
                         self.init_state(group, parameter, group_index, index)
                     self.update_step(group, parameter, group_index, index)
+
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            config = super().get_config(gindex, pindex, group)
+            return config | {"optim_bits": group.get("optim_bits", config["optim_bits"])}
 
     return AdamW8bit
 

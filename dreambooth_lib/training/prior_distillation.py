@@ -14,7 +14,8 @@ import torch
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.data.images import Photo
-from dreambooth_lib.families.base import Family, rows
+from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.device_copies import pick, rows, to_device
 from dreambooth_lib.families.noise_schedule import Noised
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.batches import Batch
@@ -48,10 +49,11 @@ class Teacher:
     def __call__(self, batch: Batch) -> Noised:
         """Return the batch's noised rows, the base's prediction as the class rows' target."""
         noised, index = batch.noised, batch.is_prior.nonzero().flatten().tolist()
-        inputs = noised.x_t[index], noised.t[index], rows(batch.cond, index)
+        inputs = pick(noised.x_t, index), pick(noised.t, index), rows(batch.cond, index)
         without_lora = lora.disabled_lora(self.family) if self.uses_lora else nullcontext()
         with self.autocast(), without_lora:
             prediction = self.family.predict(*inputs)
-        target = noised.target.clone()
-        target[index] = prediction.to(target.dtype)
+        target = noised.target
+        rows_of_class = to_device(index, target.device)
+        target = target.index_copy(0, rows_of_class, prediction.to(target.dtype))
         return noised._replace(target=target)

@@ -212,6 +212,7 @@ class Trainer:
         result = None
         if not self._is_due(self.config.validate_every):
             return None
+        self.optimizer.check_gradients()
         if self.validator is not None and self.step not in {r.step for r in history(self.run)}:
             with self.optimizer.ema.swapped_in(), self.accelerator.autocast():
                 result = self.validator.validate(self.step, self.trainable, self.family)
