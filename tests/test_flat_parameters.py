@@ -1,6 +1,7 @@
 """Weights side by side in flat tensors are updated, saved and resumed as weights by themselves."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import count
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_a_step_is_that_of_each_weight_by_itself(
         both(next(numbers))
     saved, expected = optimizer.state_dict()["optimizer"]["state"], by_itself.state_dict()["state"]
     assert_same(saved, expected, exact)
-    state = optimizer.state_dict() | {"optimizer": {"state": expected}}
+    state = optimizer.state_dict() | {"optimizer": {"state": deepcopy(expected)}}
     flat = Weights()
     optimizer = optimizer_of(kind, config, flat)
     optimizer.load_state_dict(state)

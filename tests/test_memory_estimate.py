@@ -108,9 +108,7 @@ def test_working_memory_and_flops_are_those_of_a_real_training_step(
     rows = [0, 0, 1, 1]
     noised = type(batch.noised)(*(value[rows] for value in batch.noised))
     cond = {name: value[rows] for name, value in batch.cond.items()}
-    with AllocationCounter() as counter:
-        for parameter in trainer.model.state_dict().values():
-            counter.exclude(parameter)
+    with AllocationCounter(trainer.model) as counter:
         loss = trainer.model(noised.x_t, noised.t, cond, []).square().mean()
         trainer.optimizer.adam.step = lambda: None  # moments are counted separately
         trainer.optimizer.backward(loss)
