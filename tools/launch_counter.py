@@ -1,8 +1,8 @@
 """Count what PyTorch asks of a GPU: kernels and copies launched, waits of the host, bytes moved.
 
-No GPU is needed. All tensors are fake, with shapes and without values, and those of the GPU's side
-lie on :data:`DEVICE`, another index of the CPU: a copy between both is seen as one, and an operation
-on tensors of both fails, as it would on a GPU.
+No GPU is needed. All tensors are fake, with shapes and without values, and those of the GPU lie on
+:data:`DEVICE`, another index of the CPU: a copy between both is seen as one, and an operation on
+tensors of both fails, as it would with a GPU.
 """
 
 import sys

@@ -29,17 +29,15 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.prompt_cache import PromptCache
 from dreambooth_lib.training import runs, setup
-from dreambooth_lib.training.batches import Batches
-from dreambooth_lib.training.loop import training_steps
 from tools import architectures
 from tools.bench_gpu import save_photos
 from tools.gpu_table import cells
-from tools.launch_counter import DEVICE, Counts, LaunchCounter, counting
+from tools.launch_counter import DEVICE, Counts, counting
+from tools.phases import PHASES, follow
 
 #: Steps before the one that is counted: the first makes the optimizer's state, and at the low
 #: levels in float16 it only tries the loss scale.
 BEFORE = 2
-PHASES = ("batch", "forward", "backward", "optimizer step", "EMA", "rest")
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def count(
         )  # fmt: skip
         with fake_gpu(precision), counting() as counter:
             trainer = setup.Trainer(runs.start(config, work / "run"))
-            made = follow(trainer, counter)
+            made = follow(trainer, counter.during)
             for _ in range(BEFORE):
                 next(made)
             counter.counts.clear()
@@ -103,14 +101,13 @@ def fake_gpu(precision: str) -> Iterator[None]:
     state, made = PartialState(), setup.Batches
     before, state.device = state.device, DEVICE
     # Nothing is read from or written to the disk that has no value.
-    batches = {"Batches": lambda *args: made(*args[:4], None, *args[5:])}
     with ExitStack() as stack:
         if is_initialized():
             AcceleratorState._reset_state()
         for of, name, value in (
             (setup, "native_precision", lambda *_: precision),
             (setup, "Accelerator", Float16Accelerator),
-            (setup, "Batches", batches["Batches"]),
+            (setup, "Batches", lambda *args: made(*args[:4], None, *args[5:])),
             (loading, "load_model", load_fake),
             (torch.nn.Module, "_apply", _apply),
         ):
@@ -150,19 +147,6 @@ def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.M
         for name, buffer in own.named_buffers(recurse=False):
             setattr(own, name, fn(buffer))
     return module
-
-
-def follow(trainer: Any, counter: LaunchCounter) -> Iterator[Any]:
-    """Return a trainer's steps, with the phases of each told to the counter."""
-    batches: Batches = trainer.batches
-    optimizer, model = trainer.optimizer, trainer.model
-    batches.at = counter.during("batch", batches.at)  # type: ignore[method-assign]
-    batches.split = counter.during("batch", batches.split)  # type: ignore[method-assign]
-    model.forward = counter.during("forward", model.forward)
-    optimizer.backward = counter.during("backward", optimizer.backward)
-    optimizer.step = counter.during("optimizer step", optimizer.step)
-    optimizer.ema.update = counter.during("EMA", optimizer.ema.update)
-    return training_steps(trainer)
 
 
 def markdown(found: dict[str, dict[str, Counts]]) -> str:
