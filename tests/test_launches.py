@@ -114,7 +114,7 @@ def test_bitsandbytes_kernels_are_counted() -> None:
 
 @pytest.mark.parametrize("name", ["standard", "low", "lora-low"])
 def test_a_step_is_counted_by_phase(name: str) -> None:
-    found = launches.count(LINES[name].settings, tiny=True)
+    found = launches.count(LINES[name].settings, tiny=True).counts
     for phase in ("batch", "forward", "backward", "optimizer step"):
         assert found[phase].launches > 0 and found[phase].bytes > 0
     assert found["backward"].launches > found["forward"].launches > found["batch"].launches

@@ -8,6 +8,8 @@ and class images, in a process that waits for its turn.
 
     --reference DIR   diffusers' folder examples/dreambooth; its script needs torchvision
     --demo            also time ``make demo``
+    --cpu-time        a processor's seconds in place of the clock's, for a machine that does other
+                      work as well; with OMP_NUM_THREADS=1, as waiting threads count too
     --only-steps      no evaluation's pace
 """
 
@@ -64,7 +66,12 @@ def config_of(batch_size: int, work: Path, ema: bool) -> TrainConfig:
     )  # fmt: skip
 
 
-def measure(batch_size: int, work: Path, scripts: Path | None = None) -> dict[str, Any]:
+def measure(
+    batch_size: int,
+    work: Path,
+    scripts: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Time in turn a step with and without EMA, the floor and, if there is one, the reference."""
     trainers = {
         side: Trainer(runs.start(config_of(batch_size, work, ema), work / f"{side}-{batch_size}"))
@@ -75,10 +82,10 @@ def measure(batch_size: int, work: Path, scripts: Path | None = None) -> dict[st
     }
     sides["floor"] = gpu_measure.passes_of(trainers["step"])
     seconds: dict[str, list[float]] = {side: [] for side in (*sides, "reference")}
-    with _reference(batch_size, work, scripts) as reference:
+    with _reference(batch_size, work, scripts, clock) as reference:
         for _ in range(WARMUP + STEPS):
             for side, do in sides.items():
-                seconds[side] += gpu_measure.timed(do, 1)
+                seconds[side] += gpu_measure.timed(do, 1, clock)
             if (took := reference.update()) is not None:
                 seconds["reference"].append(took)
     found: dict[str, Any] = {"batch": batch_size, "failed": reference.failed}
@@ -88,7 +95,7 @@ def measure(batch_size: int, work: Path, scripts: Path | None = None) -> dict[st
     for side in trainers:
         for other in ("floor", "reference"):
             found[f"{side}/{other}"] = found[other] and found[side] / found[other]
-    return found | {"profile": profile(batch_size, work)}
+    return found | {"profile": profile(batch_size, work, clock)}
 
 
 class Reference:
@@ -115,12 +122,15 @@ class Reference:
 
 
 @contextmanager
-def _reference(batch_size: int, work: Path, scripts: Path | None) -> Iterator[Reference]:
+def _reference(
+    batch_size: int, work: Path, scripts: Path | None, clock: Callable[[], float]
+) -> Iterator[Reference]:
     log = work / "reference.log"
     if scripts is None:
         yield Reference(None, log)
         return
     command = [sys.executable, "-m", "tools.bench", "--one", str(batch_size), str(work)]
+    command += ["--cpu-time"] if clock is time.process_time else []
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with log.open("w") as errors:
         child = subprocess.Popen([*command, "--reference", str(scripts)], stderr=errors, **pipes)
@@ -131,7 +141,7 @@ def _reference(batch_size: int, work: Path, scripts: Path | None) -> Iterator[Re
         child.wait()
 
 
-def one(batch_size: int, work: Path, scripts: Path) -> None:
+def one(batch_size: int, work: Path, scripts: Path, clock: Callable[[], float]) -> None:
     """Be the reference's process: tell the seconds of each update, and wait until the next."""
 
     def told(seconds: float) -> None:
@@ -139,15 +149,15 @@ def one(batch_size: int, work: Path, scripts: Path) -> None:
         sys.stdin.readline()
 
     arguments = gpu_measure.arguments(LINE, config_of(batch_size, work, False), work)
-    gpu_measure.run_script(scripts / SCRIPT, arguments, 10**6, told)
+    gpu_measure.run_script(scripts / SCRIPT, arguments, 10**6, told, clock)
 
 
-def profile(batch_size: int, work: Path) -> dict[str, float]:
+def profile(batch_size: int, work: Path, clock: Callable[[], float]) -> dict[str, float]:
     """Return the mean seconds of a step with EMA, by phase."""
     trainer = Trainer(
         runs.start(config_of(batch_size, work, True), work / f"profiled-{batch_size}")
     )
-    watch = Stopwatch()
+    watch = Stopwatch(clock)
     step = watch.during("rest", follow(trainer, watch.during).__next__)
     for _ in range(WARMUP):
         step()
@@ -266,11 +276,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--reference", type=Path, help="diffusers' folder examples/dreambooth")
     parser.add_argument("--demo", action="store_true", help="also time the demo")
+    parser.add_argument("--cpu-time", action="store_true", help="a processor's seconds")
     parser.add_argument("--only-steps", action="store_true", help="no evaluation's pace")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    clock = time.process_time if given.cpu_time else time.perf_counter
     if given.one:
-        return one(int(given.one[0]), Path(given.one[1]), given.reference)
+        return one(int(given.one[0]), Path(given.one[1]), given.reference, clock)
     from tools.bench_gpu import save_photos
 
     scripts = given.reference and given.reference.resolve()
@@ -279,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_photos(work, 64)
         figures: dict[str, Any] = {
             "threads": torch.get_num_threads(),
-            "training": [measure(size, work, scripts) for size in SIZES],
+            "clock": clock.__name__,
+            "training": [measure(size, work, scripts, clock) for size in SIZES],
             "demo": demo(work) if given.demo else None,
             "evaluation": {} if given.only_steps else evaluation(work / "evaluation"),
             "import_seconds": import_seconds(),

@@ -69,13 +69,15 @@ def passes_of(trainer: Any) -> Callable[[], None]:
     return passes
 
 
-def timed(work: Callable[[], Any], times: int) -> list[float]:
-    """Seconds of each call."""
-    seconds = []
+def timed(
+    work: Callable[[], Any], times: int, clock: Callable[[], float] | None = None
+) -> list[float]:
+    """Return the seconds of each call by ``clock``, by default :func:`now`."""
+    seconds, clock = [], clock or now
     for _ in range(times):
-        began = now()
+        began = clock()
         work()
-        seconds.append(now() - began)
+        seconds.append(clock() - began)
     return seconds
 
 
@@ -115,26 +117,28 @@ def run_script(
     arguments: Sequence[str],
     updates: int,
     told: Callable[[float], Any] = lambda seconds: None,
+    clock: Callable[[], float] | None = None,
 ) -> list[float]:
     """Run a script until its optimizer made so many updates; return the seconds of each.
 
     The first takes in all that goes before it. ``told`` is called after each but the last, with
-    its seconds; what it takes is not timed.
+    its seconds by ``clock``, by default :func:`now`; what it takes is not timed.
     """
     import runpy
 
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     seconds: list[float] = []
-    began = now()
+    clock = clock or now
+    began = clock()
 
     def leave(*_: Any) -> None:
         nonlocal began
-        seconds.append(now() - began)
+        seconds.append(clock() - began)
         if len(seconds) == updates:
             raise SystemExit(0)
         told(seconds[-1])
-        began = now()
+        began = clock()
 
     register_optimizer_step_post_hook(leave)
     sys.argv = [str(script), *arguments]

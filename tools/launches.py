@@ -23,6 +23,7 @@ import accelerate
 import torch
 from accelerate.state import AcceleratorState, PartialState, is_initialized
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.families import loading
@@ -72,9 +73,16 @@ class Float16Accelerator(accelerate.Accelerator):
             self.scaler = torch.amp.GradScaler("cpu")
 
 
-def count(
-    settings: dict[str, Any], tiny: bool = False, precision: str = "fp16"
-) -> dict[str, Counts]:
+@dataclass(frozen=True)
+class Counted:
+    """What one step asks of a GPU by phase, and the bytes of what it trains."""
+
+    counts: dict[str, Counts]
+    trained: int  #: bytes of the trained weights
+    checkpoint: int  #: bytes of a checkpoint's tensors
+
+
+def count(settings: dict[str, Any], tiny: bool = False, precision: str = "fp16") -> Counted:
     """Count one training step of SD 1.5 with these settings, phase by phase."""
     with TemporaryDirectory() as folder:
         work = Path(folder)
@@ -92,7 +100,11 @@ def count(
                 next(made)
             counter.counts.clear()
             next(made)
-            return dict(counter.counts)
+            counts = dict(counter.counts)
+            state = tree_leaves(trainer.optimizer.state_dict())
+            saved = sum(leaf.nbytes for leaf in state if isinstance(leaf, torch.Tensor))
+            trained = sum(p.nbytes for p in trainer.trainable.trained_weights().values())
+            return Counted(counts, trained, saved)
 
 
 @contextmanager
@@ -188,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16")
     given = parser.parse_args(argv)
-    found = {name: count(LINES[name].settings, given.tiny, given.precision) for name in given.only}
+    found = {
+        name: count(LINES[name].settings, given.tiny, given.precision).counts for name in given.only
+    }
     table = markdown(found)
     Path("outputs").mkdir(exist_ok=True)
     Path("outputs/launches.md").write_text(table)

@@ -1,6 +1,5 @@
 """The phases of a training step, followed from outside by the library's own functions."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +32,8 @@ def follow(trainer: Any, during: During) -> Iterator[Step]:
 class Stopwatch:
     """Seconds by phase; a phase inside another one counts by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.seconds: Counter[str] = Counter()
         self._inside: list[float] = []  # seconds of phases inside each open one
 
@@ -41,12 +41,12 @@ class Stopwatch:
         """Return a function that is timed as part of a phase."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = self.clock()
             self._inside.append(0.0)
             try:
                 return work(*args, **kwargs)
             finally:
-                whole = time.perf_counter() - began
+                whole = self.clock() - began
                 self.seconds[phase] += whole - self._inside.pop()
                 if self._inside:
                     self._inside[-1] += whole
