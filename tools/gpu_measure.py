@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,13 +69,15 @@ def passes_of(trainer: Any) -> Callable[[], None]:
     return passes
 
 
-def timed(work: Callable[[], Any], times: int) -> list[float]:
-    """Seconds of each call."""
-    seconds = []
+def timed(
+    work: Callable[[], Any], times: int, clock: Callable[[], float] | None = None
+) -> list[float]:
+    """Return the seconds of each call by ``clock``, by default :func:`now`."""
+    seconds, clock = [], clock or now
     for _ in range(times):
-        began = now()
+        began = clock()
         work()
-        seconds.append(now() - began)
+        seconds.append(clock() - began)
     return seconds
 
 
@@ -102,33 +103,53 @@ def reference(
     line: Line, config: TrainConfig, folder: Path, scripts: Path
 ) -> Iterator[dict[str, float]]:
     """Measure diffusers' script alike, left after as many updates, in a process of its own."""
+    updates = 1 if line.draws else WARMUP + ROUNDS + 1
+    seconds = run_script(scripts / str(line.script), arguments(line, config, folder), updates)
+    if line.draws:
+        files = sorted(file.stat().st_mtime for file in (folder / "class").iterdir())
+        yield {"pictures_per_second": pace(files, 4), "peak": peak()}  # it draws 4 at a time
+        return
+    yield {"seconds": median(seconds[1 + WARMUP :]), "peak": peak()}
+
+
+def run_script(
+    script: Path,
+    arguments: Sequence[str],
+    updates: int,
+    told: Callable[[float], Any] = lambda seconds: None,
+    clock: Callable[[], float] | None = None,
+) -> list[float]:
+    """Run a script until its optimizer made so many updates; return the seconds of each.
+
+    The first takes in all that goes before it. ``told`` is called after each but the last, with
+    its seconds by ``clock``, by default :func:`now`; what it takes is not timed.
+    """
     import runpy
 
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    times: list[float] = []
-    updates = 1 if line.draws else WARMUP + ROUNDS + 1
+    seconds: list[float] = []
+    clock = clock or now
+    began = clock()
 
     def leave(*_: Any) -> None:
-        times.append(now())
-        if len(times) == updates:
+        nonlocal began
+        seconds.append(clock() - began)
+        if len(seconds) == updates:
             raise SystemExit(0)
+        told(seconds[-1])
+        began = clock()
 
     register_optimizer_step_post_hook(leave)
-    drawn = folder / "class"
-    sys.argv = [str(scripts / str(line.script)), *arguments(line, config, folder)]
-    sys.path.insert(0, str(scripts))
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as left:
-        if len(times) < updates:
-            raise RuntimeError(f"{line.script} ended ({left}) after {len(times)} updates") from left
-    if line.draws:
-        files = sorted(file.stat().st_mtime for file in drawn.iterdir())
-        yield {"pictures_per_second": pace(files, 4), "peak": peak()}  # it draws 4 at a time
-        return
-    seconds = [later - earlier for earlier, later in pairwise(times)]
-    yield {"seconds": median(seconds[WARMUP:]), "peak": peak()}
+        if len(seconds) < updates:
+            after = f"after {len(seconds)} updates"
+            raise RuntimeError(f"{script.name} ended ({left}) {after}") from left
+    return seconds
 
 
 def arguments(line: Line, config: TrainConfig, folder: Path) -> list[str]:
@@ -147,7 +168,7 @@ def arguments(line: Line, config: TrainConfig, folder: Path) -> list[str]:
         f"--resolution={config.resolution}",
         f"--mixed_precision={precision}",
         f"--learning_rate={config.learning_rate}",
-        "--train_batch_size=1",
+        f"--train_batch_size={config.batch_size}",
         "--max_train_steps=100000",
         "--checkpointing_steps=100000",
         "--lr_warmup_steps=0",

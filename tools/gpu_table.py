@@ -152,7 +152,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table; a cell without a figure says whether it is to come, failed or has none."""
     devices = sorted({one["device"] for one in rows if one["device"]})
     lines = [f"Measured on: {', '.join(devices) or 'nothing yet'}.", ""]
-    lines += [_cells(_HEAD), _cells(["---"] * len(_HEAD)), *(_cells(_row(one)) for one in rows)]
+    lines += [cells(_HEAD), cells(["---"] * len(_HEAD)), *(cells(_row(one)) for one in rows)]
     errors = [(one["name"], side, text) for one in rows for side, text in one["errors"].items()]
     lines += ["", *(f"- {name}, {side}: {text}" for name, side, text in errors)]
     return "\n".join(lines).rstrip() + "\n"
@@ -187,5 +187,5 @@ def _row(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cells(cells: Sequence[str]) -> str:
+def cells(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -200,12 +200,12 @@ def measure(name: str, folder: Path, limit: float, tiny: bool) -> dict[str, dict
 def markdown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Return the tables: GB at the peak of each job, then what is written."""
     titles = [KINDS[name].title for name in found]
-    lines = [_cells(["peak GB of RAM", *titles]), _cells(["---"] * (1 + len(titles)))]
+    lines = [cells(["peak GB of RAM", *titles]), cells(["---"] * (1 + len(titles)))]
     lines += [
-        _cells([title, *(_gb(of.get(row, {}), "peak") for of in found.values())])
+        cells([title, *(_gb(of.get(row, {}), "peak") for of in found.values())])
         for row, title in ROWS.items()
     ]
-    lines += ["", _cells(["GB written", *titles]), _cells(["---"] * (1 + len(titles)))]
+    lines += ["", cells(["GB written", *titles]), cells(["---"] * (1 + len(titles)))]
     written = {
         "a checkpoint": ("checkpoint", "bytes"),
         "checkpoints, in a run of the default length": ("checkpoint", "runs"),
@@ -215,7 +215,7 @@ def markdown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         "the file for A1111 and ComfyUI": ("export", "bytes"),
     }
     lines += [
-        _cells([title, *(_gb(of.get(row, {}), key) for of in found.values())])
+        cells([title, *(_gb(of.get(row, {}), key) for of in found.values())])
         for title, (row, key) in written.items()
     ]
     errors = [
@@ -231,7 +231,7 @@ def _gb(of: dict[str, Any], key: str) -> str:
     return f"{of[key] / GB:.2f}" if key in of else "none"
 
 
-def _cells(cells: Sequence[str]) -> str:
+def cells(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
