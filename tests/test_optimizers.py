@@ -76,9 +76,8 @@ def test_if_bitsandbytes_does_not_load_the_error_names_both_remedies(
     # "auto" on a GPU does not fall back, and torch's AdamW needs no bitsandbytes.
     with pytest.raises(OptimizerUnavailable):
         make_optimizer(config.replace(optimizer="auto"), parameters, "cuda")
-    assert type(make_optimizer(config.replace(optimizer="auto"), parameters, "cpu")) is (
-        torch.optim.AdamW
-    )
+    on_a_cpu = make_optimizer(config.replace(optimizer="auto"), parameters, "cpu")
+    assert isinstance(on_a_cpu, torch.optim.AdamW)
 
 
 def learning_rates(config: TrainConfig) -> list[float]:

@@ -32,6 +32,7 @@ DEVICE = torch.device("cpu", 0)
 MAX_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 MAX_TENSORS_WITH_SCALARS = MAX_TENSORS | {1: 96}
 MAX_BLOCKS, CHUNK = 320, 65536
+MAX_JOINED = 128  #: tensors that one launch of ``cat`` copies, as in ATen/native/cuda/Shape.cu
 
 _KIT = str(Path(dreambooth_lib.__file__).parent)
 _NO_WORK = {"prim", "profiler"}  # namespaces of what no device sees
@@ -256,6 +257,8 @@ def _launches(name: str, args: Any, kwargs: Any) -> int:
         return multi_tensor_launches(sizes, len(lists) + made, scalars) + cleanup
     if name == "convolution_backward":
         return sum(args[-1])
+    if name == "cat":
+        return -(-len(args[0]) // MAX_JOINED)
     return 1
 
 

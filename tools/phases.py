@@ -21,6 +21,7 @@ def follow(trainer: Any, during: During) -> Iterator[Step]:
         (trainer.batches, "split", "batch"),
         (trainer.model, "forward", "forward"),
         (optimizer, "backward", "backward"),
+        (optimizer, "_take_gradients", "optimizer step"),
         (optimizer, "step", "optimizer step"),
         (optimizer.ema, "update", "EMA"),
         (trainer, "log", "log"),

@@ -109,7 +109,7 @@ class FusedBackwardOptimizer(Optimizer):
         if self.probing:
             return
         if self.scale is not None:
-            gradient.mul_(1 / self.scale).nan_to_num_(0.0, 0.0, 0.0)
+            self._scale_gradients(1 / self.scale, gradient.nan_to_num_(0.0, 0.0, 0.0))
         if bucket.weights.dtype is not torch.float32:
             own.data = bucket.weights.float()
         own.grad = gradient

@@ -49,5 +49,5 @@ def dreambooth_loss(
 
 def _mean_where(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the mean of values [B] where a mask is true; a mask on the CPU is not waited for."""
-    index = mask.nonzero().flatten().to(values.device, non_blocking=True)
-    return values.index_select(0, index).mean()
+    chosen = mask.to(values.device, non_blocking=True)
+    return torch.where(chosen, values, 0).sum() / chosen.sum()

@@ -184,9 +184,7 @@ class Optimizer:
         if finite:
             limit = 1.0 if self.config.max_grad_norm is None else self.config.max_grad_norm
             factor = min(1.0, limit / (self._norm / scale + 1e-6)) / scale
-            if factor != 1:
-                for gradient in self._gradients:
-                    gradient *= factor
+            self._scale_gradients(factor, *self._gradients)
             for bucket, gradient in zip(self.buckets, self._gradients, strict=True):
                 bucket.stepped.grad = gradient
             self.adam.step()
@@ -194,6 +192,14 @@ class Optimizer:
         self._gradients = []
         self._adapt_scale(finite)
         return finite
+
+    def _scale_gradients(self, factor: float, *gradients: torch.Tensor) -> None:
+        """Multiply gradients by a factor, or let the optimizer do it as it reads them."""
+        if hasattr(self.adam, "gradient_scale"):
+            self.adam.gradient_scale = factor
+            return
+        for gradient in gradients:
+            gradient.mul_(factor)
 
     def _adapt_scale(self, finite: bool) -> None:
         """Halve the loss scale after an overflow; double it after enough steps without one."""

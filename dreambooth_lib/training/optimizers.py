@@ -30,6 +30,7 @@ def make_optimizer(
 ) -> "torch.optim.Optimizer":
     """Make the config's optimizer for parameters, or for groups of them.
 
+    AdamW has a ``gradient_scale`` by which a step multiplies the gradients as it reads them.
     Raises :class:`OptimizerUnavailable` where 8-bit AdamW is asked for and does not load; nothing
     else ever takes its place.
     """
@@ -40,7 +41,17 @@ def make_optimizer(
 def _adamw(groups: Any, **settings: Any) -> "torch.optim.Optimizer":
     import torch
 
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    class AdamW(torch.optim.AdamW):
+        gradient_scale = 1.0
+
+        def step(self, closure: Any = None) -> Any:
+            self.grad_scale = None  # by which torch's fused step divides
+            if self.gradient_scale != 1:
+                device = self.param_groups[0]["params"][0].device
+                self.grad_scale = torch.full((), 1 / self.gradient_scale, device=device)
+            return super().step(closure)
+
+    return AdamW(groups, fused=True, **settings)
 
 
 def _adamw8bit(groups: Any, **settings: Any) -> "torch.optim.Optimizer":
@@ -66,12 +77,15 @@ def _unsynchronized_adamw8bit() -> Any:
     """Return bitsandbytes' 8-bit AdamW without its wait for the GPU after every parameter.
 
     All kernels are launched on one stream, so there is nothing to wait for. A group may have
-    ``optim_bits`` of its own.
+    ``optim_bits`` of its own, and gradients are scaled by the kernel that reads them.
     """
     import torch
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
     from bitsandbytes.optim import AdamW8bit as Synchronized
 
     class AdamW8bit(Synchronized):
+        gradient_scale = 1.0
+
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             if not self.initialized:
@@ -85,6 +99,20 @@ def _unsynchronized_adamw8bit() -> Any:
                     if not self.state[parameter]:
                         self.init_state(group, parameter, group_index, index)
                     self.update_step(group, parameter, group_index, index)
+
+        def update_step(self, group: Any, p: Any, gindex: int, pindex: int) -> None:
+            state, (beta1, beta2) = self.state[p], group["betas"]
+            if state["state1"].dtype is not torch.uint8:
+                p.grad.mul_(self.gradient_scale)
+                super().update_step(group, p, gindex, pindex)
+                return
+            state["step"] += 1
+            optimizer_update_8bit_blockwise(
+                "adam", p.grad, p, state["state1"], state["state2"], beta1, beta2, 0.0, 0.0,
+                group["eps"], state["step"], group["lr"], state["qmap1"], state["qmap2"],
+                state["absmax1"], state["absmax2"], group["weight_decay"],
+                gnorm_scale=self.gradient_scale,
+            )  # fmt: skip
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             config = super().get_config(gindex, pindex, group)
