@@ -48,6 +48,7 @@ ALL_FIELDS: dict[str, Any] = {
     "checkpoint_every": 13,
     "checkpoints_kept": 4,
     "validate_every": 7,
+    "validation_share": 0.2,
     "hold_out": False,
     "scorer": "some/clip",
     "early_stop": True,

@@ -50,6 +50,7 @@ from dreambooth_lib.training.trainable import (
     wrap_trained_parts,
 )
 from dreambooth_lib.training.validation import load_scorer
+from dreambooth_lib.training.validation_pace import is_wanted
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
 
 #: Steps between checkpoints where neither validate_every nor checkpoint_every says otherwise.
@@ -208,18 +209,18 @@ class Trainer:
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.steps)
 
     def validate_if_due(self) -> ValidationResult | None:
-        """Validate with the EMA weights if it is due and this step has no validation yet."""
+        """Validate with the EMA weights if it is due, affordable and not done yet."""
         result = None
         if not self._is_due(self.config.validate_every):
             return None
-        if self.validator is not None and self.step not in {r.step for r in history(self.run)}:
+        if self.validator is not None and is_wanted(self.run, self.step):
             with self.optimizer.ema.swapped_in(), self.accelerator.autocast():
                 result = self.validator.validate(self.step, self.trainable, self.family)
         self.accelerator.wait_for_everyone()
         return result
 
     def save_checkpoint_if_due(self) -> None:
-        """Save a checkpoint at each validation, at each checkpoint interval, and at the end."""
+        """Save a checkpoint where a validation is due, even if skipped, or a checkpoint is."""
         validate_every, checkpoint_every = self.config.validate_every, self.config.checkpoint_every
         interval = checkpoint_every or validate_every or CHECKPOINT_INTERVAL
         if self._is_due(validate_every) or self._is_due(interval):

@@ -75,6 +75,14 @@ class ValidationImages:
     prompts: list[str]  #: of the subject's images, one each
 
 
+class BaseEmbeddings:
+    """The frozen base's class and unrelated images, embedded once: [N, D]."""
+
+    def __init__(self, encoder: Encoder, images: ValidationImages):
+        self.class_images = encoder.embed_images(images.class_images)
+        self.unrelated = encoder.embed_images(images.unrelated) if images.unrelated else None
+
+
 def fill_prompt(prompt: str, subject: Subject) -> str:
     return prompt.replace("{noun}", subject.class_noun).replace("{}", subject.identifier)
 
@@ -119,23 +127,21 @@ def score_images(
     photos: "Sequence[Image.Image] | torch.Tensor",
     subject: Subject,
     images: ValidationImages,
-    base_images: ValidationImages,
+    base: ValidationImages | BaseEmbeddings,
 ) -> dict[str, float]:
     """Return the scores of :func:`clip_scores.evaluate`, PRES and the unrelated prompt's drift.
 
-    ``photos`` are images or their embeddings [M, D]; ``base_images`` are the frozen base's.
+    ``photos`` are images or their embeddings [M, D]; ``base`` are the frozen base's images.
     """
     photos = encoder.as_embeddings(photos)
-    scores = clip_scores.evaluate(
-        encoder, photos, images.subject, images.prompts, images.class_images, subject.identifier,
-        base_images.class_images,
-    )  # fmt: skip
+    base = BaseEmbeddings(encoder, base) if isinstance(base, ValidationImages) else base
     class_images = encoder.embed_images(images.class_images)
+    scores = clip_scores.evaluate(
+        encoder, photos, images.subject, images.prompts, class_images, subject.identifier,
+        base.class_images,
+    )  # fmt: skip
     scores["pres"] = clip_scores.subject_fidelity(class_images, photos)
-    if images.unrelated:
-        before, after = (
-            encoder.embed_images(base_images.unrelated),
-            encoder.embed_images(images.unrelated),
-        )
-        scores["unrelated_drift"] = clip_scores.prior_drift(before, after)
+    if base.unrelated is not None:
+        after = encoder.embed_images(images.unrelated)
+        scores["unrelated_drift"] = clip_scores.prior_drift(base.unrelated, after)
     return scores
