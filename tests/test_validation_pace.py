@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +144,7 @@ def test_validations_are_as_many_as_predicted_and_even(
     found = validated(run)
     assert len(found) == count_validations(config, step, one) and found[-1] == steps
     assert time_share(run) <= 0.15 or found == [0, steps]
-    gaps = [b - a for a, b in zip(found, found[1:-1], strict=False)]
+    gaps = [b - a for a, b in pairwise(found[:-1])]
     assert not gaps or max(gaps) - min(gaps) <= every
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import InputError, KitError, one_line
 
 if TYPE_CHECKING:
@@ -16,16 +17,6 @@ if TYPE_CHECKING:
 
 #: Images or prompts in a batch.
 BATCH = 64
-
-
-#: Of models whose main branch has pickled weights only: the commit in which the Hub's own converter
-#: has added the same weights as safetensors.
-_REVISIONS = {"openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef"}
-
-
-def revision_of(model_id: str) -> str:
-    """Return the revision of an encoder on the Hub that has safetensors."""
-    return _REVISIONS.get(model_id, "main")
 
 
 class EncoderError(KitError, ValueError):
@@ -140,7 +131,10 @@ class Encoder:
         return images if isinstance(images, torch.Tensor) else self.embed_images(images)
 
     def embed_texts(self, prompts: list[str]) -> "torch.Tensor":
-        """Embed prompts, each once, as float32 ``[N, D]``; raise ``InputError`` for none and for a DINO."""
+        """Embed prompts, each once, as float32 ``[N, D]``.
+
+        Raises ``InputError`` for none and for a DINO.
+        """
         if not self.reads_texts:
             raise InputError(
                 f"the encoder '{self.model_id}' is a DINO, which embeds images only; use a CLIP "

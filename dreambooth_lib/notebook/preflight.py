@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.config import base_defaults
+from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.hub_token import hub_token, in_colab
 from dreambooth_lib.families import hub_files, loading
 from dreambooth_lib.figures import labels
-from dreambooth_lib.metrics.encoders import revision_of
 from dreambooth_lib.notebook import install
 from dreambooth_lib.notebook.base_models import describe
 from dreambooth_lib.notebook.will_it_fit import KINDS, Recommendation, recommend

@@ -47,7 +47,6 @@ from dreambooth_lib.training.trainable import (
     make_trainable,
     offloads_text_encoders,
     training_load_options,
-    wrap_trained_parts,
 )
 from dreambooth_lib.training.validation import load_scorer
 from dreambooth_lib.training.validation_pace import is_wanted
@@ -250,8 +249,9 @@ class Trainer:
         from dreambooth_lib.core.files import replacing_folder
 
         model, config, family = self.trainable.eval(), self.config, self.family
-        if config.early_stop:
-            load_checkpoint_weights(model, self.run, self._best_step() or self.step)
+        best = (config.early_stop and self._best_step()) or self.step
+        if best != self.step:
+            load_checkpoint_weights(model, self.run, best)
         else:
             self.optimizer.ema.load_weights()
         if self.accelerator.is_main_process:
@@ -262,8 +262,7 @@ class Trainer:
                 else:
                     # Frozen parts may be rounded or offloaded here: save the base's own.
                     if self.dtype is not torch.float32 or family.prompt_cache is not None:
-                        family = load_base_to_save(config)
-                        wrap_trained_parts(family, config).load_weights(model.trained_weights())
+                        family = load_base_to_save(config, family, model)
                     save_pipeline(family.pipeline, partial)
                 write_object(partial / GOAL_FILE, self.run.goal() | {"step": self.step})
                 write_digests(partial)
