@@ -104,13 +104,16 @@ def parser() -> argparse.ArgumentParser:
 def run_demo(arguments: argparse.Namespace) -> None:
     from dreambooth_lib.data.images import DataError
     from dreambooth_lib.evaluation import demo
+    from dreambooth_lib.training.sampling import inference_settings
 
     out, subjects = arguments.out, {subject.name: subject for subject in demo.bundled_subjects()}
     name = arguments.subject or next(iter(subjects))
     if name not in subjects:
         raise DataError(f"there is no bundled subject '{name}'; choose {', '.join(subjects)}.")
     shutil.rmtree(out / "run", ignore_errors=True)
-    row = demo.personalise(TrainConfig(subject=subjects[name]), out / "run", out)
+    config = TrainConfig(subject=subjects[name])
+    scored_steps = inference_settings(config).validation_steps
+    row = demo.personalise(config, out / "run", out, scored_steps=scored_steps)
     print(demo.describe(row))
     for file in ("contact_sheet.png", "loss.png", "metrics.json"):
         show(out / file)

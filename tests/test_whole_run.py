@@ -25,23 +25,27 @@ from dreambooth_lib.training.sampling import load_source
 Start = Callable[..., Run]
 
 
+class Digested(Counter[str]):
+    """How often each file was read for its digest, by the end of its path, and how much in all."""
+
+    weights = 0  #: bytes of safetensors files
+
+
 @pytest.fixture
-def digested(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the files that are read for their digests, by the end of their paths."""
-    found: Counter[str] = Counter()
-    real = hashlib.file_digest
+def digested(monkeypatch: pytest.MonkeyPatch) -> Digested:
+    found, real = Digested(), hashlib.file_digest
 
     def digest(file: Any, *rest: Any) -> Any:
-        found["/".join(Path(file.name).parts[-2:])] += 1
+        path = Path(file.name)
+        found["/".join(path.parts[-2:])] += 1
+        found.weights += path.stat().st_size * (path.suffix == ".safetensors")
         return real(file, *rest)
 
     monkeypatch.setattr(hashlib, "file_digest", digest)
     return found
 
 
-def test_checkpoints_are_digested_as_they_are_written(
-    start_run: Start, digested: Counter[str]
-) -> None:
+def test_checkpoints_are_digested_as_they_are_written(start_run: Start, digested: Digested) -> None:
     run = start_run("run", "sd1", prior_weight=0.0)
     list(train(run))
     assert not [name for name in digested if name.endswith((TENSORS, OPTIMIZER))]
@@ -51,7 +55,7 @@ def test_checkpoints_are_digested_as_they_are_written(
 
 
 def test_a_rounded_copy_reads_source_and_copy_once(
-    start_run: Start, digested: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_run: Start, digested: Digested, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start_run("run", "sd1", prior_weight=0.0)
     list(train(run))
@@ -66,9 +70,25 @@ def test_a_rounded_copy_reads_source_and_copy_once(
     assert (copy / TENSORS).stat().st_size < (run.checkpoints()[2] / TENSORS).stat().st_size
 
 
-def test_a_pipeline_is_checked_once_until_it_changes(
-    start_run: Start, digested: Counter[str]
+def test_the_bytes_digested_by_a_run_and_its_backups_are_as_computed(
+    start_run: Start, digested: Digested, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(drive_copy, "LARGE", 100)
+    run, backups = start_run("run", "sd1", prior_weight=0.0, steps=4), 0
+    for step in train(run):
+        backups += step.saved
+        assert not step.saved or backup(run, tmp_path / "copy") is None
+    newest, copy = run.checkpoints()[4], tmp_path / "copy" / "checkpoints" / "000004"
+    weights, optimizer, rounded = (
+        file.stat().st_size for file in (newest / TENSORS, newest / OPTIMIZER, copy / TENSORS)
+    )
+    pipeline = sum(file.stat().st_size for file in run.pipeline.glob("*/*.safetensors"))
+    assert backups == 4
+    # As docs/performance.md has it: nothing of a checkpoint but for its backup.
+    assert digested.weights == backups * (weights + rounded + optimizer) + pipeline
+
+
+def test_a_pipeline_is_checked_once_until_it_changes(start_run: Start, digested: Digested) -> None:
     run = start_run("run", "sd1", prior_weight=0.0)
     list(train(run))
     digested.clear()

@@ -218,12 +218,14 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return result
 
-    def save_checkpoint_if_due(self) -> None:
-        """Save a checkpoint where a validation is due, even if skipped, or a checkpoint is."""
+    def save_checkpoint_if_due(self) -> bool:
+        """Save a checkpoint where one or a validation is due, even if skipped; tell if it was."""
         validate_every, checkpoint_every = self.config.validate_every, self.config.checkpoint_every
         interval = checkpoint_every or validate_every or CHECKPOINT_INTERVAL
-        if self._is_due(validate_every) or self._is_due(interval):
+        due = self._is_due(validate_every) or self._is_due(interval)
+        if due:
             self.save_checkpoint()
+        return due
 
     def save_checkpoint(self, wait: bool = True) -> None:
         """Save a checkpoint of this step, unless there is one.

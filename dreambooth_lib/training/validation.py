@@ -87,13 +87,15 @@ def fill_prompt(prompt: str, subject: Subject) -> str:
     return prompt.replace("{noun}", subject.class_noun).replace("{}", subject.identifier)
 
 
-def draw_images(family: Family, subject: Subject, plan: ValidationPlan) -> ValidationImages:
-    """Draw the images of a validation plan, in batches as large as training can afford."""
+def draw_images(
+    family: Family, subject: Subject, plan: ValidationPlan, batch_size: int | None = None
+) -> ValidationImages:
+    """Draw the images of a validation plan, by default in batches that training can afford."""
     kinds = plan.prompts_and_seeds(subject)
     pairs = [pair for kind in kinds for pair in kind]
     steps, scale = plan.inference_steps or family.inference.fewest_steps, plan.guidance_scale
     scale = family.inference.guidance_scale if scale is None else scale
-    images, batch = [], family.batch_size_in_training
+    images, batch = [], batch_size or family.batch_size_in_training
     for start in range(0, len(pairs), batch):
         images += family.generate(pairs[start : start + batch], steps, scale)
     remaining = iter(images)
