@@ -1,6 +1,7 @@
 """Encode prompts once and look them up from then on, where the text encoders do not train."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -27,3 +28,12 @@ class PromptCache:
     def __call__(self, prompts: list[str]) -> Cond:
         """Return the conditioning of the prompts; raise ``KeyError`` for an unknown one."""
         return rows(self.cond, [self.row[prompt] for prompt in prompts])
+
+    @contextmanager
+    def used_by(self, family: Family) -> Iterator[None]:
+        """Let the family look its prompts up here, while it draws them."""
+        before, family.prompt_cache = family.prompt_cache, self
+        try:
+            yield
+        finally:
+            family.prompt_cache = before
