@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dreambooth_lib.families.base_files import explain_loading
-from dreambooth_lib.families.precision import NonFinite
+from dreambooth_lib.families.precision import NonFinite, computed_in
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,9 +71,8 @@ def draw(
             finite = bool(latents.isfinite().all())
     dtype = pipeline.vae.dtype
     if not finite:
-        part, kind = f"the {family.denoiser_name} or a text encoder", family.denoiser.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else family.denoiser.dtype
+        part = f"the {family.denoiser_name} or a text encoder"
+        dtype = computed_in(family.denoiser.dtype, family.denoiser.device)
         raise NonFinite.of(part, family.name, "latents that are not finite", dtype)
     if not math.isfinite(images.sum()):
         raise NonFinite.of("the autoencoder", family.name, "images that are not finite", dtype)

@@ -29,6 +29,12 @@ class NonFinite(KitError, FloatingPointError):
         return cls(f"{part} of '{base}' gave {gave}, in {precision}, and nothing was saved; {fix}.")
 
 
+def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that weights of ``dtype`` compute in: autocast's, where that is on."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the autoencoder where the rest of the base is in ``dtype``.
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from dreambooth_lib.families.base import Cond, Family, rows
-from dreambooth_lib.families.precision import NonFinite
+from dreambooth_lib.families.precision import NonFinite, computed_in
 
 
 class PromptCache:
@@ -23,7 +23,8 @@ class PromptCache:
         for value in self.cond.values():
             if not value.isfinite().all():
                 gave = "conditioning that is not finite"
-                raise NonFinite.of("a text encoder", family.name, gave, value.dtype)
+                dtype = computed_in(value.dtype, value.device)
+                raise NonFinite.of("a text encoder", family.name, gave, dtype)
 
     def __call__(self, prompts: list[str]) -> Cond:
         """Return the conditioning of the prompts; raise ``KeyError`` for an unknown one."""
