@@ -16,7 +16,7 @@ from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.drawing import draw, fast_scheduler
 from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
 from dreambooth_lib.families.noise_schedule import DiscreteNoise, FlowNoise
-from dreambooth_lib.families.precision import outside_autocast
+from dreambooth_lib.families.precision import finite_decoder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,7 +93,7 @@ class Family:
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
         if pipeline.vae is not None:
-            pipeline.vae.decode = outside_autocast(pipeline.vae)
+            pipeline.vae.decode = finite_decoder(pipeline.vae)
         # Decoding many large images would take more memory than denoising them.
         if self.batch_size_in_training < MAX_BATCH_SIZE:
             pipeline.vae.enable_slicing()
