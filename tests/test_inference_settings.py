@@ -88,6 +88,9 @@ def test_a_bases_files_and_name_tell_its_steps_and_guidance(name: str, tmp_path:
     assert (own.steps, own.guidance_scale, own.fewest_steps) == expected
     assert own.validation_steps == own.fewest_steps, "no checkpoint is chosen by unfinished images"
     assert own.distilled == (own.steps < 10)
+    discrete = kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    fast = discrete and not own.distilled and not scheduler.get("rescale_betas_zero_snr")
+    assert own.fast_steps == (15 if fast else None)
     warning = loading.warn_of_distillation(base)
     if own.distilled:
         assert warning is not None and f"about {own.steps} steps" in warning

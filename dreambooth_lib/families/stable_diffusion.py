@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and all bases in their layout."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,11 +47,10 @@ class StableDiffusion(Family):
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if "toybox" in names:
             return TOYBOX
-        return (
-            distilled_by_scheduler(scheduler, denoiser)
-            or distilled_by_name(names)
-            or cls.default_inference
-        )
+        own = cls.default_inference
+        if scheduler.get("rescale_betas_zero_snr"):  # see drawing.fast_scheduler
+            own = replace(own, fast_steps=None)
+        return distilled_by_scheduler(scheduler, denoiser) or distilled_by_name(names) or own
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)
