@@ -28,7 +28,6 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "steps": (500, 1000),
     "batch_size": (2, 1),
     "class_images": (48, 200),
-    "prior_inference_steps": (25, None),
     "prior_guidance_scale": (1.0, None),
     "prompt_dropout": (0.1, 0.0),
     "ema_decay": (0.98, None),
@@ -141,7 +140,8 @@ class TrainConfig:
     prior: str = "generated"
     class_images: int = _BY_BASE  #: how many; None is 48 for toybox, else 200
     class_folder: str | None = None  #: a folder of your own class images to use instead
-    #: None is 25 for toybox, else the fewest steps that finish an image of the base
+    #: steps of the base's own sampler; None is DPM-Solver++ in the few steps that are enough for
+    #: it, where the base can use it, else the fewest steps that finish an image of the base
     prior_inference_steps: int | None = None
     #: None is 1 for toybox, else what the base's model card says. Class images drawn without
     #: guidance (1 for Stable Diffusion, 0 for Z-Image) follow the base's own distribution, so that
