@@ -172,7 +172,7 @@ def test_class_images_and_validation_images_use_the_bases_settings(
     drawn: list[tuple[str, int, float]],
 ) -> None:  # fmt: skip
     for base, class_steps, asked, of_card in (
-        (tiny_sd1, 15, (25, 7.5), (50, 7.5)),
+        (tiny_sd1, 15, (15, 7.5), (50, 7.5)),
         (turbo, 4, (4, 0.0), (4, 0.0)),
     ):
         drawn.clear()

@@ -133,7 +133,7 @@ def copy_checkpoint(source: Path, place: Path) -> None:
     rounded = [weights] if weights in names and is_large(source / weights) else []
     # What is copied as it is, is checked by its copy, against the same digests.
     checkpoints.check_digests(source, {*names} - {*rounded})
-    sizes = {name: (source / name).stat().st_size for name in names}
+    sizes = {name: (source / name).stat().st_size for name in (*names, weights)}  # none is gone
     require_room(place.parent, sum(sizes.values()) - sum(sizes[name] // 2 for name in rounded))
     with replacing_folder(place) as partial:
         for name in (name for name in names if name not in rounded):

@@ -42,6 +42,7 @@ class ValidationPlan:
     inference_steps: int | None = None  #: None: the fewest that finish the base's images
     guidance_scale: float | None = None  #: None: the base's own
     first_seed: int = 0  #: of the subject's prompts; class images start CLASS_SEED after it
+    fast: bool = False  #: by the fast sampler instead of the base's own
 
     def prompts_and_seeds(self, subject: Subject) -> list[list[tuple[str, int]]]:
         """Return the prompt and seed of each image of the subject, of its class and unrelated."""
@@ -59,9 +60,15 @@ class ValidationPlan:
 
 
 def plan_for(config: TrainConfig, **changes: Any) -> ValidationPlan:
-    """Return a config's validation plan, with its base's inference steps and guidance scale."""
+    """Return a config's validation plan, with its base's inference steps and guidance scale.
+
+    By the fast sampler where that takes fewer steps, and the config does not set them.
+    """
     own = inference_settings(config)
-    settings = {"inference_steps": own.validation_steps, "guidance_scale": own.guidance_scale}
+    steps, fast_steps = own.validation_steps, own.fast_steps
+    settings: dict[str, Any] = {"inference_steps": steps, "guidance_scale": own.guidance_scale}
+    if config.validation_inference_steps is None and fast_steps is not None and fast_steps < steps:
+        settings |= {"inference_steps": fast_steps, "fast": True}
     return ValidationPlan(**(settings | changes))
 
 
@@ -97,7 +104,7 @@ def draw_images(
     scale = family.inference.guidance_scale if scale is None else scale
     images, batch = [], batch_size or family.batch_size_in_training
     for start in range(0, len(pairs), batch):
-        images += family.generate(pairs[start : start + batch], steps, scale)
+        images += family.generate(pairs[start : start + batch], steps, scale, fast=plan.fast)
     remaining = iter(images)
     of_subject, class_images, unrelated = (list(islice(remaining, len(kind))) for kind in kinds)
     return ValidationImages(of_subject, class_images, unrelated, [prompt for prompt, _ in kinds[0]])
