@@ -1,6 +1,6 @@
 """Validate a run in training, and keep the images and scores in its folder.
 
-RUN/validation.jsonl              one row per validation; step 0 is the frozen base
+RUN/validation.jsonl              one row per validation, or skipped one; step 0 is the frozen base
 RUN/validation/000100/...png      its images: subject-0.png, class-0.png, unrelated-0.png
 RUN/validation/plan.json          what each validation draws
 """
