@@ -104,13 +104,16 @@ def parser() -> argparse.ArgumentParser:
 def run_demo(arguments: argparse.Namespace) -> None:
     from dreambooth_lib.data.images import DataError
     from dreambooth_lib.evaluation import demo
+    from dreambooth_lib.training.sampling import inference_settings
 
     out, subjects = arguments.out, {subject.name: subject for subject in demo.bundled_subjects()}
     name = arguments.subject or next(iter(subjects))
     if name not in subjects:
         raise DataError(f"there is no bundled subject '{name}'; choose {', '.join(subjects)}.")
     shutil.rmtree(out / "run", ignore_errors=True)
-    row = demo.personalise(TrainConfig(subject=subjects[name]), out / "run", out)
+    config = TrainConfig(subject=subjects[name])
+    scored_steps = inference_settings(config).validation_steps
+    row = demo.personalise(config, out / "run", out, scored_steps=scored_steps)
     print(demo.describe(row))
     for file in ("contact_sheet.png", "loss.png", "metrics.json"):
         show(out / file)
@@ -160,6 +163,7 @@ def run_training(run: Run) -> None:
     from dreambooth_lib.training.best_checkpoint import select_best
     from dreambooth_lib.training.interrupts import Terminated
     from dreambooth_lib.training.loop import train
+    from dreambooth_lib.training.validation_pace import share_limit, skipped_steps
     from dreambooth_lib.training.validation_record import history, time_share
 
     state = join_group()
@@ -174,9 +178,14 @@ def run_training(run: Run) -> None:
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise SystemExit(128 + number) from None
     if results := history(run):
-        if (ratio := time_share(run)) > 0.2:
+        if (ratio := time_share(run)) > 0.2 and share_limit(run.config) is None:
             state.print(
                 f"validation took {ratio:.0%} of the time; raise validate_every to validate less"
+            )
+        if skipped := skipped_steps(run):
+            state.print(
+                f"validation was skipped at step {', '.join(map(str, skipped))}, as it would have "
+                "taken too much of the time; set validate_every to have it"
             )
         state.print(f"Best: {select_best(results).reason}")
     state.print(printable(str(run.pipeline)))

@@ -23,14 +23,18 @@ class T4Accelerator(accelerate.Accelerator):
 
 
 class Seen:
-    """The dtypes that layers computed in: those of denoisers, and of autoencoders."""
+    """The dtypes that layers computed in: those of denoisers, and of autoencoders' halves."""
 
     def __init__(self) -> None:
         self.denoiser: set[torch.dtype] = set()
-        self.autoencoder: set[torch.dtype] = set()
+        self.encoder: set[torch.dtype] = set()
+        self.decoder: set[torch.dtype] = set()
 
     def record(self, family: Family) -> None:
-        parts = ((family.denoiser, self.denoiser), (family.pipeline.vae, self.autoencoder))
+        vae = family.pipeline.vae
+        parts = [(family.denoiser, self.denoiser)]
+        if vae is not None:
+            parts += [(vae.encoder, self.encoder), (vae.decoder, self.decoder)]
         for part, dtypes in parts:
             for layer in part.modules() if part is not None else ():
                 if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):

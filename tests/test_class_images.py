@@ -1,8 +1,11 @@
 """Class images: a folder for each base, prompt and sampler; drawn once, topped up, never mixed."""
 
 import hashlib
+import json
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import class_images, runs
 from dreambooth_lib.training.class_images import class_images_folder, draw_class_images
 from dreambooth_lib.training.loop import train
 
@@ -44,9 +47,9 @@ def record_drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     drawn: list[tuple[str, int]] = []
     generate = Family.generate
 
-    def recording(family: Family, prompts: list[tuple[str, int]], *settings: Any) -> Any:
+    def recording(family: Family, prompts: list[tuple[str, int]], *given: Any, **how: Any) -> Any:
         drawn.extend(prompts)
-        return generate(family, prompts, *settings)
+        return generate(family, prompts, *given, **how)
 
     monkeypatch.setattr(Family, "generate", recording)
     return drawn
@@ -198,17 +201,78 @@ def test_a_generator_closed_early_leaves_only_whole_images_and_is_continued_late
     config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Family, "default_batch_size", 2)
+    config = config.replace(class_images=9)
     drawing = draw_class_images(config, family, tmp_path)
     for _ in range(3):
         next(drawing)
     drawing.close()
     folder = class_images_folder(config, family, tmp_path)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["00000.png", "00001.png", "00002.png", "digests.jsonl", "manifest.json"]
-    assert len(read_photos(folder)) == 3
+    whole = [f"{number:05d}.png" for number in range(6)]  # the third batch was drawn by then
+    assert names == [*whole, "digests.jsonl", "manifest.json"]
+    assert len(read_photos(folder)) == 6
+    drawn = record_drawn(monkeypatch)
+    assert len(draw(config, family, tmp_path)) == 9
+    assert [seed for _, seed in drawn] == [6, 7, 8]
+
+
+def test_an_interrupt_waits_for_what_is_being_written(
+    config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Family, "default_batch_size", 2)
+    interrupted, generate, save = threading.Event(), Family.generate, class_images.save_png
+
+    def interrupting(family: Family, prompts: list[tuple[str, int]], *a: Any, **how: Any) -> Any:
+        if prompts[0][1] == 2:
+            interrupted.set()
+            raise KeyboardInterrupt
+        return generate(family, prompts, *a, **how)
+
+    def slow(image: Image.Image, path: Path) -> None:
+        assert interrupted.wait(30)
+        save(image, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Family, "generate", interrupting)
+        patch.setattr(class_images, "save_png", slow)
+        with pytest.raises(KeyboardInterrupt):
+            draw(config, family, tmp_path)
+    folder = class_images_folder(config, family, tmp_path)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["00000.png", "00001.png", "digests.jsonl", "manifest.json"]
+    assert len((folder / "digests.jsonl").read_text().splitlines()) == 2
     drawn = record_drawn(monkeypatch)
     assert len(draw(config, family, tmp_path)) == 5
-    assert [seed for _, seed in drawn] == [3, 4]
+    assert [seed for _, seed in drawn] == [2, 3, 4]
+
+
+def test_images_are_written_beside_the_drawing_and_one_batch_at_most_waits(
+    config: TrainConfig, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Family, "default_batch_size", 2)
+    waiting: list[int] = []  # images that wait as each batch is begun
+    threads: set[int] = set()
+    drawn, written, generate, save = 0, 0, Family.generate, class_images.save_png
+
+    def counting(family: Family, prompts: list[tuple[str, int]], *a: Any, **how: Any) -> Any:
+        nonlocal drawn
+        waiting.append(drawn - written)
+        images = generate(family, prompts, *a, **how)
+        drawn += len(images)
+        return images
+
+    def saving(image: Image.Image, path: Path) -> None:
+        nonlocal written
+        threads.add(threading.get_ident())
+        save(image, path)
+        written += 1
+
+    monkeypatch.setattr(Family, "generate", counting)
+    monkeypatch.setattr(class_images, "save_png", saving)
+    paths = list(draw_class_images(config.replace(class_images=9), family, tmp_path))
+    assert [path.name for path in paths] == [f"{number:05d}.png" for number in range(9)]
+    assert len(waiting) == 5 and max(waiting) <= 2
+    assert threading.get_ident() not in threads
 
 
 def test_a_failed_write_leaves_no_partial_image(
@@ -260,3 +324,81 @@ def test_the_users_own_class_images_are_used_and_none_are_drawn(
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
     assert drawn == [] and not (tmp_path / "class_images").exists()
+
+
+# The fast sampler.
+
+
+def count_rows(module: torch.nn.Module) -> list[int]:
+    """Record how many rows each call of a module has from now on."""
+    calls: list[int] = []
+    module.register_forward_hook(lambda *given: calls.append(len(given[2][0])))
+    return calls
+
+
+def test_by_default_a_few_steps_of_the_fast_sampler_draw_and_the_prompt_is_encoded_once(
+    config: TrainConfig, tiny_sd1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Family, "default_batch_size", 2)
+    family, config = loading.load_model(tiny_sd1), config.replace(
+        prior_inference_steps=None, prior_guidance_scale=None
+    )  # fmt: skip
+    evaluations, encoded = count_rows(family.denoiser), count_rows(family.text_encoders[0])
+    draw(config, family, tmp_path)
+    fast = family.inference.fast_steps
+    assert fast is not None and 3 * fast <= family.inference.steps
+    assert evaluations == [4] * fast + [4] * fast + [2] * fast, "images twice, for guidance"
+    assert encoded == [2], "the class prompt and the empty one"
+    made = json.loads((class_images_folder(config, family, tmp_path) / "manifest.json").read_text())
+    assert (made["sampler"], made["inference_steps"]) == ("DPMSolverMultistepScheduler", fast)
+    assert type(family.pipeline.scheduler).__name__ == "DDIMScheduler"
+
+
+def test_steps_that_the_config_gives_are_those_of_the_bases_own_sampler(
+    config: TrainConfig, tiny_sd1: str, tmp_path: Path
+) -> None:
+    family = loading.load_model(tiny_sd1)
+    evaluations = count_rows(family.denoiser)
+    draw(config.replace(prior_inference_steps=3, prior_guidance_scale=1.0), family, tmp_path)
+    assert evaluations == [5] * 3, "one batch, without guidance"
+    made = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())
+    assert (made["sampler"], made["inference_steps"]) == ("DDIMScheduler", 3)
+
+
+def test_the_fast_samplers_images_do_not_depend_on_the_rest_of_their_batch(
+    family: Family,
+) -> None:
+    def drawn(batch: int) -> np.ndarray:
+        pairs = [("a dog", seed) for seed in range(4)]
+        parts = [pairs[start : start + batch] for start in range(0, 4, batch)]
+        images = [one for part in parts for one in family.generate(part, 5, 3.0, fast=True)]
+        return np.stack([np.asarray(image).astype(int) for image in images])
+
+    together = drawn(4)
+    for batch in (1, 3):
+        assert np.abs(together - drawn(batch)).max() <= 1
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+def test_a_set_of_an_earlier_version_is_used_and_never_mixed_with_a_new_one(
+    config: TrainConfig, tiny_sd1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version drew by the base's own sampler where the config gives no steps."""
+    config = config.replace(prior_inference_steps=None, class_images=2)
+    earlier, family = loading.load_model(tiny_sd1), loading.load_model(tiny_sd1)
+    earlier.inference = replace(earlier.inference, fast_steps=None)
+    first = draw(config, earlier, tmp_path)
+    own = class_images_folder(config, earlier, tmp_path)
+    drawn = record_drawn(monkeypatch)
+    assert draw(config, family, tmp_path) == first and drawn == []
+    assert class_images_folder(config, family, tmp_path) == own
+    more = draw(config.replace(class_images=3), family, tmp_path)
+    assert {name: more[name] for name in first} == first and len(drawn) == 1
+    assert [*tmp_path.iterdir()] == [own]
+    evaluations = count_rows(family.denoiser)
+    fast = draw(config, family, tmp_path / "other")
+    assert len(evaluations) == family.inference.fast_steps
+    assert list(fast.values()) != list(first.values())
+    # A run that has begun on a set of its own keeps it.
+    shutil.copytree(own, tmp_path / "other" / own.name)
+    assert draw(config, family, tmp_path / "other") == fast

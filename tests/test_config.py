@@ -48,6 +48,7 @@ ALL_FIELDS: dict[str, Any] = {
     "checkpoint_every": 13,
     "checkpoints_kept": 4,
     "validate_every": 7,
+    "validation_share": 0.2,
     "hold_out": False,
     "scorer": "some/clip",
     "early_stop": True,
@@ -104,7 +105,7 @@ def test_fields_left_out_take_the_bases_defaults_and_given_ones_stay() -> None:
     assert toybox.batch_size > 1 and toybox.class_images < 200
     assert toybox.learning_rate > other.learning_rate
     assert (toybox.prior_guidance_scale, other.prior_guidance_scale) == (1.0, None)
-    assert (toybox.prior_inference_steps, other.prior_inference_steps) == (25, None)
+    assert (toybox.prior_inference_steps, other.prior_inference_steps) == (None, None)
     assert (toybox.guidance_scale, other.guidance_scale) == (3.25, None)
     assert (toybox.ema_decay, other.ema_decay) == (0.98, None)
     given = TrainConfig(subject=DOG, steps=3, batch_size=5, class_images=0, prior_weight=0.0)

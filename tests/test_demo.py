@@ -22,7 +22,7 @@ def tuned(tmp_path_factory):
     """Train one bundled subject with the default settings."""
     out = tmp_path_factory.mktemp("demo")
     config = TrainConfig(subject=demo.bundled_subjects()[0])
-    return out, demo.personalise(config, out / "run", out)
+    return out, demo.personalise(config, out / "run", out, scored_steps=10)
 
 
 def test_the_demo_writes_its_images_and_scores(tuned):

@@ -97,7 +97,7 @@ def test_the_whole_path_computes_in_float16_and_stays_finite(
     assert saved is not None
     assert saved["scale"][0] != 2.0**16  # where it begins
     assert t4.denoiser == {torch.float16}
-    assert t4.autoencoder == {torch.float32}
+    assert t4.encoder == {torch.float32} and t4.decoder == {torch.float16}
     for at in (None, 2):
         (picture,) = sample(run, ["a {} dog"], [0], at=at, steps=2)
         assert picture.image.getbbox() is not None
@@ -125,6 +125,7 @@ def test_a_base_whose_autoencoder_overflows_float16_trains_and_draws(
     assert overflowing.decode(torch.ones(1, 4, 8, 8).half()).sample.isnan().any()
     run = started(str(tmp_path / "base"))
     assert [step.step for step in train(run)] == [1, 2]
+    assert t4.decoder == {torch.float16, torch.float32}
     (picture,) = sample(run, ["a {} dog"], [0], steps=1)
     assert picture.image.getbbox() is not None
 

@@ -30,6 +30,7 @@ from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.sampling import load_source, sample
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import Trainable
+from dreambooth_lib.training.validation import ValidationPlan
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
 Make = Callable[..., TrainConfig]
@@ -115,10 +116,10 @@ def test_an_interrupted_validation_is_repeated_on_resuming(
     run, uninterrupted = started("run"), started("uninterrupted")
     real = Family.generate
 
-    def interrupted(family: Any, *rest: Any) -> Any:
+    def interrupted(family: Any, *rest: Any, **how: Any) -> Any:
         if len(history(run)) == 1:
             raise KeyboardInterrupt
-        return real(family, *rest)
+        return real(family, *rest, **how)
 
     monkeypatch.setattr(Family, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -210,6 +211,30 @@ def test_prompts_are_encoded_before_text_encoders_are_offloaded(
     cache = Trainer(started("run", memory="low", validate_every=1)).family.prompt_cache
     assert cache is not None
     assert {"a ohwx dog", "a dog", "a ohwx dog in space"} <= cache.row.keys()
+
+
+def test_validation_images_are_drawn_fast_unless_the_config_or_an_old_plan_says_how(
+    started: Callable[..., Run], tiny_sd2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = started("run").config.replace(validation_inference_steps=None)
+    plan = validation.plan_for(config)
+    assert (plan.inference_steps, plan.fast) == (15, True)
+    assert not validation.plan_for(config.replace(validation_inference_steps=25)).fast
+    assert not validation.plan_for(config.replace(base="toybox")).fast, "10 of its own are fewer"
+    fields = asdict(plan)
+    del fields["fast"]
+    run = started("old", validation_inference_steps=None)
+    validation_record.plan_file(run.folder).write_text(json.dumps(fields))
+    assert validation_record.plan_of(run) == ValidationPlan(**fields, fast=False)
+    drawn, real = [], Family.generate
+
+    def recorded(family: Family, *args: Any, **options: Any) -> Any:
+        drawn.append(options)
+        return real(family, *args, **options)
+
+    monkeypatch.setattr(Family, "generate", recorded)
+    validation.draw_images(loading.load_model(tiny_sd2), config.subject, plan)
+    assert drawn == [{"fast": True}]
 
 
 def test_a_row_of_an_earlier_version_is_read(started: Callable[..., Run]) -> None:

@@ -28,7 +28,7 @@ def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str,
         from dreambooth_lib.training.sampling import load_source
 
         family = load_source(config)
-        times = [time.perf_counter() for _ in draw_class_images(config, family, folder)]
+        times = sorted(path.stat().st_mtime for path in draw_class_images(config, family, folder))
         yield {"pictures_per_second": pace(times, family.default_batch_size), "peak": peak()}
         return
     from dreambooth_lib.training import runs

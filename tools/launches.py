@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,7 +101,7 @@ def count(settings: dict[str, Any], tiny: bool = False, precision: str = "fp16")
                 next(made)
             counter.counts.clear()
             next(made)
-            counts = dict(counter.counts)
+            counts = deepcopy(counter.counts)
             state = tree_leaves(trainer.optimizer.state_dict())
             saved = sum(leaf.nbytes for leaf in state if isinstance(leaf, torch.Tensor))
             trained = sum(p.nbytes for p in trainer.trainable.trained_weights().values())

@@ -28,7 +28,6 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "steps": (500, 1000),
     "batch_size": (2, 1),
     "class_images": (48, 200),
-    "prior_inference_steps": (25, None),
     "prior_guidance_scale": (1.0, None),
     "prompt_dropout": (0.1, 0.0),
     "ema_decay": (0.98, None),
@@ -38,6 +37,8 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "scorer": ("toybox", "openai/clip-vit-base-patch32"),
 }
 
+VALIDATION_SHARE = 0.15  #: of the training time: the default's limit, see ``validation_share``
+
 #: A placeholder for such a default until ``__post_init__`` fills the number in.
 _BY_BASE: Any = None
 
@@ -45,16 +46,6 @@ _BY_BASE: Any = None
 #: its files when they are needed (see ``families.inference_settings``).
 SAMPLING_FIELDS = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
            "validation_inference_steps")  # fmt: skip
-
-
-#: Of models whose main branch has pickled weights only: the commit in which the Hub's own converter
-#: has added the same weights as safetensors.
-_REVISIONS = {"openai/clip-vit-base-patch32": "c237dc49a33fc61debc9276459120b7eac67e7ef"}
-
-
-def revision_of(model_id: str) -> str:
-    """Return the revision of an encoder on the Hub that has safetensors."""
-    return _REVISIONS.get(model_id, "main")
 
 
 def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
@@ -149,7 +140,8 @@ class TrainConfig:
     prior: str = "generated"
     class_images: int = _BY_BASE  #: how many; None is 48 for toybox, else 200
     class_folder: str | None = None  #: a folder of your own class images to use instead
-    #: None is 25 for toybox, else the fewest steps that finish an image of the base
+    #: steps of the base's own sampler; None is DPM-Solver++ in the few steps that are enough for
+    #: it, where the base can use it, else the fewest steps that finish an image of the base
     prior_inference_steps: int | None = None
     #: None is 1 for toybox, else what the base's model card says. Class images drawn without
     #: guidance (1 for Stable Diffusion, 0 for Z-Image) follow the base's own distribution, so that
@@ -211,11 +203,15 @@ class TrainConfig:
     checkpoints_kept: int = 2  #: how many of the newest to keep, besides the best one
 
     # Validation
-    #: steps between validations, each of which draws and scores images and saves a checkpoint; 0
-    #: turns validation off; None costs about 15% of the training time: 100 for toybox, else 250;
-    #: with LoRA 200 and 400
+    #: steps between validations, each of which draws and scores images, and between checkpoints; 0
+    #: turns validation off; None is 100 for toybox, else 250, with LoRA 200 and 400, without those
+    #: that validation_share skips
     validate_every: int = _BY_BASE
-    #: None is 10 for toybox, else the fewest steps that finish an image of the base
+    #: skip validations, but the base's and the last step's, that would take more than this share of
+    #: the training time as measured; None is 0.15 where validate_every is None, else no limit;
+    #: early_stop needs all of them
+    validation_share: float | None = None
+    #: steps of the base's own sampler; None is 10 for toybox, else as for class images
     validation_inference_steps: int | None = None
     hold_out: bool = True  #: of four photos or more, keep one out of training to measure its loss
     scorer: str = _BY_BASE  #: the CLIP that scores: a Hub id or folder; "toybox" for its own
@@ -225,6 +221,8 @@ class TrainConfig:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
         take_types(self)
+        if self.validate_every is None and self.validation_share is None:
+            object.__setattr__(self, "validation_share", VALIDATION_SHARE)
         for name, value in base_defaults(self.base, self.method).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -263,7 +261,12 @@ class TrainConfig:
         return cls(subject, base, **{"steps": steps, "early_stop": True} | changes)
 
     def replace(self, **changes: Any) -> "TrainConfig":
-        """Return this config with some fields changed, validated anew."""
+        """Return this config with some fields changed, validated anew.
+
+        A new ``validate_every`` has no ``validation_share`` but one that is given with it.
+        """
+        if "validate_every" in changes:
+            changes = {"validation_share": None} | changes
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

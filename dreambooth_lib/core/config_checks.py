@@ -41,7 +41,9 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0 and below 1": (lambda value: 0 <= value < 1, (
         "prompt_dropout", "dropout", "ema_decay", "lora_dropout",
     )),
-    "above 0": (lambda value: value > 0, ("learning_rate", "max_grad_norm", "min_snr_gamma")),
+    "above 0": (lambda value: value > 0, (
+        "learning_rate", "max_grad_norm", "min_snr_gamma", "validation_share",
+    )),
 }  # fmt: skip
 
 

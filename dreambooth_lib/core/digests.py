@@ -2,18 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from dreambooth_lib.core.files import replace_file, visible_files
 
 DIGESTS = "digests.json"  #: in the folder: the digest of each file by its path in the folder
 
 
-def write_digests(folder: Path) -> None:
-    """Write the digests of all files of a folder as they are now."""
+class DigestWriter:
+    """Write to an open binary file, and digest the same bytes: the file need not be read again."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._digest = file, hashlib.blake2b()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of what was written, as :func:`file_digest` does."""
+        return self._digest.hexdigest()
+
+
+def write_digests(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the digests of all files of a folder as they are now; ``known`` ones are not read."""
+    known = known or {}
     digests = {
-        name.as_posix(): file_digest(folder / name)
+        name.as_posix(): known.get(name.as_posix()) or file_digest(folder / name)
         for name in visible_files(folder)
         if name.name != DIGESTS
     }
@@ -34,7 +52,13 @@ def renew_digest(file: Path, before: str) -> None:
     """
     digests = _read_digests(file.parent)
     if digests and digests.get(file.name) == before:
-        digests[file.name] = file_digest(file)
+        note_digest(file, file_digest(file))
+
+
+def note_digest(file: Path, digest: str) -> None:
+    """Note a file's digest in its folder's digests, if there are any."""
+    if digests := _read_digests(file.parent):
+        digests[file.name] = digest
         replace_file(file.parent / DIGESTS, json.dumps(digests).encode())
 
 

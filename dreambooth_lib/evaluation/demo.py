@@ -13,7 +13,7 @@ from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -37,15 +37,20 @@ from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.sampling import inference_settings, load_source
 from dreambooth_lib.training.validation import (
     TOYBOX_SCORER,
+    ValidationImages,
     ValidationPlan,
     draw_images,
     score_images,
 )
 
+if TYPE_CHECKING:
+    from dreambooth_lib.families.base import Family
+
 BUNDLED_SUBJECTS = loading.BUNDLED / "subjects"
 #: What is drawn and scored. Class diversity is the noisiest score: its ratio to the base's, on the
 #: same seeds, varies by 5 points at 24 class images.
 PLAN = ValidationPlan(seeds=4, class_images=48, unrelated=0)
+SHOWN = 8  #: class images on the contact sheet
 
 
 def bundled_subjects() -> list[Subject]:
@@ -59,11 +64,14 @@ def personalise(
     out: Path | None = None,
     plan: ValidationPlan = PLAN,
     threads: int | None = None,
+    scored_steps: int | None = None,
 ) -> dict[str, Any]:
     """Train ``config`` in ``folder`` and return one subject's row of ``metrics.json``.
 
     With ``out``, write ``contact_sheet.png``, ``loss.png`` and ``metrics.json`` there. ``threads``
-    are given in a worker process: torch uses that many, and no progress is shown.
+    are given in a worker process: torch uses that many, and no progress is shown. With
+    ``scored_steps``, class images that are scored take so many inference steps, and those that are
+    shown are drawn besides.
     """
     import torch
 
@@ -87,9 +95,9 @@ def personalise(
     times.append(time.perf_counter())
     gpu_memory.free_memory()
     plan = replace(plan, guidance_scale=inference_settings(config).guidance_scale)
-    images = {}
+    images, scored = {}, {}
     for name, source in (("base", config), ("tuned", run)):
-        images[name] = draw_images(load_source(source), subject, plan)
+        images[name], scored[name] = _draw(load_source(source), subject, plan, scored_steps)
         gpu_memory.free_memory()
     times.append(time.perf_counter())
     photos = [photo.image for photo in read_photos(subject.pictures)]
@@ -104,8 +112,8 @@ def personalise(
         "encoder": Path(encoder.model_id).name,
         "reference_fidelity": clip_scores.reference_fidelity(encoder.embed_images(photos)),
     }
-    for name, drawn in images.items():
-        row[name] = score_images(encoder, photos, subject, drawn, images["base"])
+    for name, drawn in scored.items():
+        row[name] = score_images(encoder, photos, subject, drawn, scored["base"])
     seconds = [after - before for before, after in pairwise(times)]
     row["seconds"] = dict(zip(("prior", "train", "sample"), seconds, strict=True))
     row["seconds"]["total"] = time.perf_counter() - times[0]
@@ -121,12 +129,28 @@ def personalise(
                 for i in range(0, len(base.prompts), seeds)
             ],
             class_prompt=subject.class_prompt,
-            class_before=base.class_images[:8],
-            class_after=tuned.class_images[:8],
+            class_before=base.class_images[:SHOWN],
+            class_after=tuned.class_images[:SHOWN],
         )
         plots.losses(run.log(), out / "loss.png")
         replace_file(out / "metrics.json", json.dumps({"subjects": [row]}, indent=2).encode())
     return row
+
+
+def _draw(
+    family: "Family", subject: Subject, plan: ValidationPlan, scored_steps: int | None
+) -> tuple[ValidationImages, ValidationImages]:
+    """Draw what is shown of a model and what is scored; they differ in the class images alone."""
+
+    def draw(**changes: Any) -> ValidationImages:
+        return draw_images(family, subject, replace(plan, **changes), family.default_batch_size)
+
+    if scored_steps is None:
+        images = draw()
+        return images, images
+    shown = draw(class_images=min(SHOWN, plan.class_images))
+    class_images = draw(seeds=0, inference_steps=scored_steps).class_images
+    return shown, replace(shown, class_images=class_images)
 
 
 def figures(

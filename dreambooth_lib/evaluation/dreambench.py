@@ -139,6 +139,7 @@ def start_or_resume(
     if not (place / "config.toml").exists():
         return runs.start(fresh, place)
     run = runs.resume(place)
+    fresh = runs.with_settings_of(run, fresh)
     if difference := first_difference(flat_fields(run.config), flat_fields(fresh)):
         raise RunError(
             f"{place} holds a run of {describe(run.config)} whose {difference}; choose another "

@@ -151,6 +151,8 @@ def _plan_of(plan: ValidationPlan, config: TrainConfig, folder: Path) -> Validat
     if place.exists():
         started = read_plan(place)
         scale, steps = started.guidance_scale, started.inference_steps
+        if plan.fast and not started.fast:  # an earlier version's
+            plan = replace(plan, fast=False, inference_steps=None)
     else:
         own = sampling.inference_settings(config)
         scale, steps = own.guidance_scale, own.fewest_steps

@@ -6,17 +6,17 @@ a prompt, the latents, the denoiser's call, the layers that LoRA adapts, and the
 No other code asks which family a base belongs to.
 """
 
-import math
 from collections.abc import Collection, Iterable, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from dreambooth_lib.families.base_files import BaseError, explain_loading
+from dreambooth_lib.families.base_files import BaseError
+from dreambooth_lib.families.drawing import draw, fast_scheduler
 from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
 from dreambooth_lib.families.noise_schedule import DiscreteNoise, FlowNoise
-from dreambooth_lib.families.precision import NonFinite, outside_autocast
+from dreambooth_lib.families.precision import finite_decoder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,7 +93,7 @@ class Family:
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
         if pipeline.vae is not None:
-            pipeline.vae.decode = outside_autocast(pipeline.vae)
+            pipeline.vae.decode = finite_decoder(pipeline.vae)
         # Decoding many large images would take more memory than denoising them.
         if self.batch_size_in_training < MAX_BATCH_SIZE:
             pipeline.vae.enable_slicing()
@@ -236,58 +236,27 @@ class Family:
         """Predict the target [B, C, h, w] from noisy latents, timesteps [B] and conditioning."""
         raise NotImplementedError
 
+    def scheduler(self, fast: bool = False) -> Any:
+        """Return the sampler that :meth:`generate` draws by, as a diffusers scheduler."""
+        own = self.pipeline.scheduler
+        return fast_scheduler(own) if fast else own
+
     def generate(
         self,
         prompts_and_seeds: list[tuple[str, int]],
         steps: int,
         guidance_scale: float,
         negative_prompt: str = "",
+        *,
+        fast: bool = False,
     ) -> list["Image.Image"]:
         """Draw one batch of images, one for each prompt and seed; restore training mode after.
 
-        Raises :class:`NonFinite` where the base computes NaN or infinity, or an image is all black.
+        By the base's own sampler, or if ``fast`` by DPM-Solver++, which needs only
+        ``inference.fast_steps``; a base where those are None has only its own. Raises
+        :class:`NonFinite` where the base computes NaN or infinity, or an image is all black.
         """
-        prompts, seeds = zip(*prompts_and_seeds, strict=True)
-        latents = torch.zeros(())
-
-        def store_latents(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> Any:
-            nonlocal latents
-            latents = tensors["latents"]
-            return tensors
-
-        modules = [self.denoiser, *self.text_encoders]
-        was_training = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        self.pipeline.set_progress_bar_config(disable=True)
-        arguments = self.prompt_arguments([*prompts], negative_prompt)
-        try:
-            with torch.inference_mode(), explain_loading(self.name, only=(TypeError, IndexError)):
-                images = self.pipeline(
-                    **arguments,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    height=self.resolution,
-                    width=self.resolution,
-                    callback_on_step_end=store_latents,
-                    output_type="np",
-                ).images
-                finite = bool(latents.isfinite().all())
-        finally:
-            for module, training in zip(modules, was_training, strict=True):
-                module.train(training)
-        dtype = self.pipeline.vae.dtype
-        if not finite:
-            part, kind = f"the {self.denoiser_name} or a text encoder", self.denoiser.device.type
-            autocast = torch.is_autocast_enabled(kind)
-            dtype = torch.get_autocast_dtype(kind) if autocast else self.denoiser.dtype
-            raise NonFinite.of(part, self.name, "latents that are not finite", dtype)
-        if not math.isfinite(images.sum()):
-            raise NonFinite.of("the autoencoder", self.name, "images that are not finite", dtype)
-        if not images.max((1, 2, 3)).all():
-            raise NonFinite.of("the autoencoder", self.name, "an image that is all black", dtype)
-        return self.pipeline.image_processor.numpy_to_pil(images)
+        return draw(self, prompts_and_seeds, steps, guidance_scale, negative_prompt, fast=fast)
 
 
 def vae_scale(vae: dict[str, Any]) -> int:

@@ -23,11 +23,14 @@ class Inference:
     #: As the pipeline's call takes it. The value that turns guidance off differs: 1 or less for
     #: Stable Diffusion, 0 for Z-Image; Flux.1 dev takes its scale as an input.
     guidance_scale: float
-    #: The fewest steps that give finished images, for those that are drawn by the hundred: class
-    #: images, and the images of a study or an evaluation.
+    #: The fewest steps that give finished images, for those that are drawn by the hundred: the
+    #: images of a study or an evaluation, and class images where ``fast_steps`` is None.
     fewest_steps: int
     validation_steps: int  #: inference steps of the validation images
     distilled: bool = False  #: distilled to draw in so few steps, which training undoes
+    #: The steps of the fast sampler (``Family.generate``) that draw a class as ``steps`` of the
+    #: base's own do (docs/performance_class_images.md); None for a base that has only its own.
+    fast_steps: int | None = None
 
 
 def distilled_inference(steps: int, guidance_scale: float = 0.0) -> Inference:

@@ -5,10 +5,12 @@
 """
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dreambooth_lib.core.digests import changed_file
+from dreambooth_lib.core.digests import DIGESTS, changed_file
+from dreambooth_lib.core.files import fingerprint
 from dreambooth_lib.families import base_files, quantizers
 from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.inference_settings import (
@@ -66,12 +68,22 @@ def load_model(
 
 
 def _check_unchanged(folder: str) -> None:
-    """Raise :class:`BaseError` if a model that the kit saved has changed since."""
-    if changed := changed_file(Path(folder)):
+    """Raise :class:`BaseError` if a model that the kit saved has changed since.
+
+    A process reads it for that once: a run's pipeline is loaded again and again.
+    """
+    if not (Path(folder) / DIGESTS).exists():
+        return
+    if changed := _changed_file(folder, tuple(map(tuple, fingerprint(Path(folder))))):
         raise BaseError(
             f"{folder}/{changed} has changed since it was saved; copy the model again, or delete "
             "this folder and resume the run, which saves it again."
         )
+
+
+@cache
+def _changed_file(folder: str, as_it_is: tuple[tuple[Any, ...], ...]) -> str | None:
+    return changed_file(Path(folder))
 
 
 def _has_gpu() -> bool:

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and all bases in their layout."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ TOYBOX = Inference(
     guidance_scale=base_defaults("toybox")["guidance_scale"],
     fewest_steps=25,
     validation_steps=10,
+    fast_steps=15,
 )
 
 
@@ -30,7 +32,7 @@ class StableDiffusion(Family):
     denoiser_name = "unet"
     #: The pipeline's own; half the steps are enough, as in diffusers' DreamBooth scripts.
     default_inference = Inference(
-        steps=50, guidance_scale=7.5, fewest_steps=25, validation_steps=25
+        steps=50, guidance_scale=7.5, fewest_steps=25, validation_steps=25, fast_steps=15
     )
     undistilled_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     card_dtype = "float16"
@@ -45,11 +47,10 @@ class StableDiffusion(Family):
     def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
         if "toybox" in names:
             return TOYBOX
-        return (
-            distilled_by_scheduler(scheduler, denoiser)
-            or distilled_by_name(names)
-            or cls.default_inference
-        )
+        own = cls.default_inference
+        if scheduler.get("rescale_betas_zero_snr"):  # see drawing.fast_scheduler
+            own = replace(own, fast_steps=None)
+        return distilled_by_scheduler(scheduler, denoiser) or distilled_by_name(names) or own
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

@@ -70,16 +70,16 @@ def evaluate(
     reference: "Sequence[Image.Image] | torch.Tensor",
     generated: "list[Image.Image]",
     prompts: list[str],
-    class_images: "list[Image.Image]",
+    class_images: "Sequence[Image.Image] | torch.Tensor",
     identifier: str,
-    base_class_images: "list[Image.Image] | None" = None,
+    base_class_images: "Sequence[Image.Image] | torch.Tensor | None" = None,
 ) -> dict[str, float]:
     """Return all scores of one tuned model by one encoder; a DINO gives no ``prompt_adherence``.
 
-    ``reference`` are the photos or their embeddings [M, D]. ``generated[i]`` was drawn from
-    ``prompts[i]``; the identifier is stripped before the text is embedded. ``class_images`` are the
-    tuned model's images of one class prompt, and ``base_class_images`` the base's with the same
-    seeds; without these there is no ``prior_drift``.
+    ``reference`` are the photos. ``generated[i]`` was drawn from ``prompts[i]``; the identifier is
+    stripped before the text is embedded. ``class_images`` are the tuned model's images of one class
+    prompt, and ``base_class_images`` the base's with the same seeds; without these there is no
+    ``prior_drift``. In place of all but ``generated`` there may be embeddings [N, D].
     Raises ``InputError`` for no images, different counts, or only one class image.
     """
     if len(prompts) != len(generated):
@@ -87,14 +87,14 @@ def evaluate(
             f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
             "prompt for each image, and repeat a prompt that has several."
         )
-    images, classes = encoder.embed_images(generated), encoder.embed_images(class_images)
+    images, classes = encoder.embed_images(generated), encoder.as_embeddings(class_images)
     scores = {"subject_fidelity": subject_fidelity(images, encoder.as_embeddings(reference))}
     if encoder.reads_texts:
         texts = encoder.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])
         scores["prompt_adherence"] = prompt_adherence(images, texts)
     scores["class_diversity"] = diversity(classes)
     if base_class_images is not None:
-        scores["prior_drift"] = prior_drift(encoder.embed_images(base_class_images), classes)
+        scores["prior_drift"] = prior_drift(encoder.as_embeddings(base_class_images), classes)
     return scores
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dreambooth_lib.core.config import revision_of
+from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import InputError, KitError, one_line
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Encoder:
         from transformers import AutoConfig
 
         self.model_id, self.device = str(model_id), device
+        self._texts: dict[str, torch.Tensor] = {}  # embedded so far
         self._revision = revision_of(self.model_id)
         try:
             config = AutoConfig.from_pretrained(
@@ -131,13 +132,21 @@ class Encoder:
         return images if isinstance(images, torch.Tensor) else self.embed_images(images)
 
     def embed_texts(self, prompts: list[str]) -> "torch.Tensor":
-        """Embed prompts as float32 ``[N, D]``; raise ``InputError`` for none and for a DINO."""
+        """Embed prompts, each once, as float32 ``[N, D]``.
+
+        Raises ``InputError`` for none and for a DINO.
+        """
         if not self.reads_texts:
             raise InputError(
                 f"the encoder '{self.model_id}' is a DINO, which embeds images only; use a CLIP "
                 "such as openai/clip-vit-base-patch32 for prompts."
             )
-        return self._embed(prompts, self._text_features, "prompts")
+        import torch
+
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if new or not prompts:
+            self._texts |= zip(new, self._embed(new, self._text_features, "prompts"), strict=True)
+        return torch.stack([self._texts[prompt] for prompt in prompts])
 
     def _embed(
         self, items: Sequence[Any], features: Callable[..., Any], name: str

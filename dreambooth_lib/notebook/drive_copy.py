@@ -17,8 +17,8 @@ from dreambooth_lib.core.digests import (
     DIGESTS,
     file_digest,
     forget_digest,
+    note_digest,
     renew_digest,
-    write_digests,
 )
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.files import (
@@ -124,37 +124,30 @@ def _is_same(photo: Photo, copied: Photo) -> bool:
 def copy_checkpoint(source: Path, place: Path) -> None:
     """Copy a checkpoint, with large weights in float16, if it is sound; check the copy.
 
-    Raises :class:`CheckpointError` if either is damaged.
+    Raises :class:`CheckpointError` if either is damaged, and ``OSError`` if the drive writes other
+    weights than it was given.
     """
     from dreambooth_lib.training import checkpoints
 
-    checkpoints.check_digests(source)
-    rounded = is_large(source / checkpoints.TENSORS)
-    sizes = {name.name: (source / name).stat().st_size for name in visible_files(source)}
-    require_room(place.parent, sum(sizes.values()) - rounded * sizes[checkpoints.TENSORS] // 2)
+    weights, names = checkpoints.TENSORS, [name.name for name in visible_files(source)]
+    rounded = [weights] if weights in names and is_large(source / weights) else []
+    # What is copied as it is, is checked by its copy, against the same digests.
+    checkpoints.check_digests(source, {*names} - {*rounded})
+    sizes = {name: (source / name).stat().st_size for name in (*names, weights)}  # none is gone
+    require_room(place.parent, sum(sizes.values()) - sum(sizes[name] // 2 for name in rounded))
     with replacing_folder(place) as partial:
-        for name in sizes:
-            if rounded and name == checkpoints.TENSORS:
-                checkpoints.round_weights(source / name, partial / name)
-                _check_rounded(source / name, partial / name)
-            else:
-                copy_file(source / name, partial / name)
-        if not rounded:
-            checkpoints.check_digests(partial)
-        elif DIGESTS in sizes:
-            write_digests(partial)
-
-
-def _check_rounded(source: Path, copied: Path) -> None:
-    """Raise ``OSError`` unless a safetensors file has another's tensors, in its own dtypes."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(source, "pt") as tensors, safe_open(copied, "pt") as rounded:
-        for name in tensors.keys():  # noqa: SIM118
-            tensor = rounded.get_tensor(name)
-            if not torch.equal(tensors.get_tensor(name).to(tensor.dtype), tensor):
-                raise OSError(f"{copied} differs from what was written")
+        for name in (name for name in names if name not in rounded):
+            copy_file(source / name, partial / name)
+        try:
+            checkpoints.check_digests(partial, rounded)
+        except checkpoints.CheckpointError:
+            checkpoints.check_digests(source)  # if that is the damaged one
+            raise
+        for name in rounded:
+            written = checkpoints.round_weights(source / name, partial / name)
+            if file_digest(partial / name) != written:
+                raise OSError(f"{partial / name} differs from what was written")
+            note_digest(partial / name, written)
 
 
 def delete_removed(name: str, known: Fingerprint, stamp: Fingerprint, place: Path) -> Fingerprint:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.config import base_defaults, revision_of
+from dreambooth_lib.core.config import base_defaults
+from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.hub_token import hub_token, in_colab

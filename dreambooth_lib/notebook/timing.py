@@ -12,6 +12,7 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training import memory_level, runs
+from dreambooth_lib.training.validation_pace import count_validations
 
 _NEVER = 10**6  # steps
 _STEPS = 3
@@ -29,7 +30,7 @@ class Pace:
 
     def seconds(self, config: TrainConfig) -> float:
         """Add up a run's steps, validations and checkpoints; early stopping may end it sooner."""
-        validations = 1 + -(-config.steps // config.validate_every) if config.validate_every else 0
+        validations = count_validations(config, self.step, self.validation)
         saving = checkpoints(config) * self.checkpoint
         return config.steps * self.step + validations * self.validation + saving
 

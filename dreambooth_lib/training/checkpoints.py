@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_lib.core.digests import changed_file, forget_digest, write_digests
+from dreambooth_lib.core.digests import (
+    DigestWriter,
+    changed_file,
+    forget_digest,
+    write_digests,
+)
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.core.files import recover_folder, replacing_folder
@@ -58,22 +63,24 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
         files[OPTIMIZER if path.startswith("/optimizer/") else TENSORS][path] = tensor
     require_room(Path(folder), sum(tensor.nbytes for tensor in tensors.values()) + len(tree))
     with replacing_folder(folder) as partial:
-        for name, part in files.items():
-            if part or name == TENSORS:
-                write_tensors(partial / name, part)
+        digests = {
+            name: write_tensors(partial / name, part)
+            for name, part in files.items()
+            if part or name == TENSORS
+        }
         (partial / STATE).write_text(tree)
-        write_digests(partial)
+        write_digests(partial, digests)
 
 
 def write_tensors(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
     dtypes: Mapping[str, torch.dtype] | None = None,
-) -> None:
-    """Write a safetensors file one tensor at a time; safetensors' own writer needs all on the CPU.
+) -> str:
+    """Write a safetensors file one tensor at a time, and return its digest.
 
-    ``tensors`` may load lazily, as from an open safetensors file; ``dtypes`` says what to cast.
-    Raises ``OSError`` if the file is cut short.
+    safetensors' own writer needs all on the CPU. ``tensors`` may load lazily, as from an open
+    safetensors file; ``dtypes`` says what to cast. Raises ``OSError`` if the file is cut short.
     """
     types = {name: tensors[name].dtype for name in tensors} | dict(dtypes or {})
     # Widest first, so that each starts at a multiple of its own width.
@@ -87,12 +94,14 @@ def write_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        writer = DigestWriter(file)
+        writer.write(len(text).to_bytes(8, "little") + text)
         for name, dtype in types.items():
             tensor = tensors[name].detach().to("cpu", dtype).contiguous()
-            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            writer.write(tensor.flatten().view(torch.uint8).numpy().data)
     if path.stat().st_size != 8 + len(text) + end:
         raise OSError(f"{path} was cut short")
+    return writer.digest
 
 
 def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[str, Any]:
@@ -185,8 +194,8 @@ def _explain_damage(folder: Path) -> Iterator[None]:
         raise CheckpointError(text) from error
 
 
-def round_weights(source: Path, target: Path) -> None:
-    """Copy a safetensors file with its float32 matrices in float16, in half the bytes.
+def round_weights(source: Path, target: Path) -> str:
+    """Copy a safetensors file with its float32 matrices in float16; return the copy's digest.
 
     Vectors (norms, biases) keep their dtype, and so does a matrix that overflows float16.
     """
@@ -198,7 +207,7 @@ def round_weights(source: Path, target: Path) -> None:
             is_matrix = tensor.dtype is torch.float32 and tensor.ndim > 1 and not is_optimizer
             if is_matrix and bool(tensor.half().isfinite().all()):
                 dtypes[name] = torch.float16
-        write_tensors(target, tensors, dtypes)
+        return write_tensors(target, tensors, dtypes)
 
 
 class _Stored(dict[str, Any]):

@@ -9,10 +9,12 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
+from dreambooth_lib.core import background
 from dreambooth_lib.core.checked_json import append_row, read_rows
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.digests import file_digest
@@ -22,27 +24,21 @@ from dreambooth_lib.data.images import Photo, listed, read_images
 from dreambooth_lib.families import loading
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from dreambooth_lib.families.base import Family
 
 _DIGESTS = "digests.jsonl"
 
 
-def manifest(config: TrainConfig, family: "Family") -> dict[str, Any]:
-    """Return everything that a class image depends on, besides its number."""
-    scheduler = family.pipeline.scheduler
-    steps, guidance_scale = _inference_settings(config, family)
-    quantized = {"quantize": config.quantize} if config.quantize else {}
-    return quantized | {
-        "base": config.base,
-        "weights": _weights_digest(config),
-        "prompt": config.subject.class_prompt,
-        "sampler": type(scheduler).__name__,
-        "sampler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-        "inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "resolution": family.resolution,
-        "seeds": f"{config.seed} + picture number",
-    }
+class ImageSet(NamedTuple):
+    """A set of class images: its folder, and how each of them is drawn."""
+
+    folder: Path
+    manifest: str  #: everything that an image depends on, besides its number; JSON
+    steps: int
+    guidance_scale: float
+    fast: bool  #: by DPM-Solver++ instead of the base's own sampler
 
 
 def draw_class_images(
@@ -51,31 +47,54 @@ def draw_class_images(
     """Yield the paths of ``config.class_images`` PNG files, drawing those that are missing.
 
     ``folder`` holds the sets of all runs. Of several processes each draws and yields its own part;
-    the set is complete once all have finished. A black image counts as missing: the base overflowed
-    when it was drawn. So does one that is not as it was drawn, with a warning. Raises
-    :class:`NonFinite` if the base overflows now.
+    the set is complete once all have finished. A batch is written while the next one is drawn, and
+    yielded then. A black image counts as missing: the base overflowed when it was drawn. So does
+    one that is not as it was drawn, with a warning. Raises :class:`NonFinite` if the base overflows
+    now.
     """
-    own_folder, batch = class_images_folder(config, family, folder), family.default_batch_size
-    manifest_file, text = own_folder / "manifest.json", _manifest_text(config, family).encode()
+    from dreambooth_lib.families.prompt_cache import PromptCache
+
+    own_set, batch = _image_set(config, family, folder), family.default_batch_size
+    manifest_file, text = own_set.folder / "manifest.json", own_set.manifest.encode()
     if rank == 0 and not (manifest_file.is_file() and manifest_file.read_bytes() == text):
         replace_file(manifest_file, text)
-    own_paths = _paths(config, own_folder)[rank::processes]
+    own_paths = _paths(config, own_set.folder)[rank::processes]
     paths = dict(zip(range(config.class_images)[rank::processes], own_paths, strict=True))
-    digests = {row.get("file"): row.get("digest") for row in read_rows(own_folder / _DIGESTS).rows}
+    rows = read_rows(own_set.folder / _DIGESTS).rows
+    digests = {row.get("file"): row.get("digest") for row in rows}
     missing = [n for n, path in paths.items() if not _is_drawn(path, digests.get(path.name))]
     if damaged := [paths[number].name for number in missing if paths[number].exists()]:
-        warnings.warn(f"class images in {own_folder} are damaged or black and are drawn again: "
+        warnings.warn(f"class images in {own_set.folder} are damaged or black and are drawn again: "
                       f"{listed(damaged)}.", stacklevel=2)  # fmt: skip
     yield from (path for number, path in paths.items() if number not in missing)
-    for start in range(0, len(missing), batch):
-        numbers = missing[start : start + batch]
-        prompts = [(config.subject.class_prompt, config.seed + number) for number in numbers]
-        images = family.generate(prompts, *_inference_settings(config, family))
-        for number, image in zip(numbers, images, strict=True):
-            path = paths[number]
-            save_png(image, path)
-            append_row(own_folder / _DIGESTS, {"file": path.name, "digest": file_digest(path)})
-            yield path
+    if not missing:
+        return
+    prompt = config.subject.class_prompt
+    prompts = family.prompt_cache or PromptCache(family, {prompt, ""})
+    writing: Future[list[Path]] | None = None
+    try:
+        for start in range(0, len(missing), batch):
+            numbers = missing[start : start + batch]
+            with prompts.used_by(family):
+                images = family.generate(
+                    [(prompt, config.seed + number) for number in numbers],
+                    own_set.steps, own_set.guidance_scale, fast=own_set.fast,
+                )  # fmt: skip
+            written = writing.result() if writing else []
+            writing = background.start(_write, images, [paths[number] for number in numbers])
+            yield from written
+        if writing:
+            yield from writing.result()
+    finally:
+        if writing:  # nothing goes on after this, whatever has ended the drawing
+            writing.exception()
+
+
+def _write(images: "list[Image.Image]", paths: list[Path]) -> list[Path]:
+    for image, path in zip(images, paths, strict=True):
+        save_png(image, path)
+        append_row(path.parent / _DIGESTS, {"file": path.name, "digest": file_digest(path)})
+    return paths
 
 
 def read_class_images(config: TrainConfig, folder: Path) -> list[Photo]:
@@ -97,19 +116,48 @@ def _is_drawn(path: Path, digest: str | None) -> bool:
         return False
 
 
-def _inference_settings(config: TrainConfig, family: "Family") -> tuple[int, float]:
-    """Return inference steps and guidance scale: the config's, or else the base's own."""
-    steps, scale, own = config.prior_inference_steps, config.prior_guidance_scale, family.inference
-    return steps or own.fewest_steps, own.guidance_scale if scale is None else scale
-
-
 def class_images_folder(config: TrainConfig, family: "Family", folder: Path) -> Path:
     """Return the folder of this config's and base's set in ``folder``."""
-    return folder / hashlib.sha256(_manifest_text(config, family).encode()).hexdigest()[:16]
+    return _image_set(config, family, folder).folder
 
 
-def _manifest_text(config: TrainConfig, family: "Family") -> str:
-    return json.dumps(manifest(config, family), indent=2, sort_keys=True, default=str)
+def _image_set(config: TrainConfig, family: "Family", folder: Path) -> ImageSet:
+    """Return this config's and base's set in ``folder``, whether it has images yet or not.
+
+    Unless the config says in how many steps, the fast sampler draws where the base can use it; but
+    a set that the base's own sampler drew, as earlier versions did, is used where it is the only
+    one.
+    """
+    own, scale = family.inference, config.prior_guidance_scale
+    scale = own.guidance_scale if scale is None else scale
+    settings = [(config.prior_inference_steps or own.fewest_steps, False)]
+    if config.prior_inference_steps is None and own.fast_steps is not None:
+        settings.insert(0, (own.fast_steps, True))
+    sets = []
+    for steps, fast in settings:
+        text = _manifest(config, family, steps, scale, fast)
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        sets.append(ImageSet(folder / name, text, steps, scale, fast))
+    return next((one for one in sets if one.folder.is_dir()), sets[0])
+
+
+def _manifest(
+    config: TrainConfig, family: "Family", steps: int, guidance_scale: float, fast: bool
+) -> str:
+    scheduler = family.scheduler(fast)
+    quantized = {"quantize": config.quantize} if config.quantize else {}
+    content = quantized | {
+        "base": config.base,
+        "weights": _weights_digest(config),
+        "prompt": config.subject.class_prompt,
+        "sampler": type(scheduler).__name__,
+        "sampler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+        "inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "resolution": family.resolution,
+        "seeds": f"{config.seed} + picture number",
+    }
+    return json.dumps(content, indent=2, sort_keys=True, default=str)
 
 
 def _weights_digest(config: TrainConfig) -> str:

@@ -46,7 +46,8 @@ class Step:
     lr: float
     seconds: float
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
-    validation: ValidationResult | None = None  #: of this step, where one was due
+    validation: ValidationResult | None = None  #: of this step, where it was validated
+    saved: bool = False  #: whether a checkpoint of this step was due, and is on disk
 
 
 #: Maps the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
@@ -133,10 +134,11 @@ def training_steps(
                     continue
                 seconds = time.perf_counter() - start
                 step = Step(trainer.step, *values, lr, seconds, _peak_memory_mb())
-                trainer.log({name: v for name, v in vars(step).items() if name != "validation"})
+                row = vars(step).items()
+                trainer.log({name: v for name, v in row if name not in ("validation", "saved")})
             validation = trainer.validate_if_due()
-            trainer.save_checkpoint_if_due()
-        yield replace(step, validation=validation)
+            saved = trainer.save_checkpoint_if_due()
+        yield replace(step, validation=validation, saved=saved)
 
 
 def _peak_memory_mb() -> float | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.checked_json import append_row, read_object, read_rows, write_rows
-from dreambooth_lib.core.config import SAMPLING_FIELDS, TrainConfig
+from dreambooth_lib.core.config import SAMPLING_FIELDS, VALIDATION_SHARE, TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import explain_disk_errors
 from dreambooth_lib.core.errors import KitError
@@ -247,11 +247,13 @@ def _fixed_fields(run: Run) -> tuple[str, ...]:
 def with_settings_of(run: Run, config: TrainConfig) -> TrainConfig:
     """Return the config with the run's own settings where it leaves them to the defaults.
 
-    Runs of earlier versions have numbers there: inference settings and ``checkpoint_every``.
+    Runs of earlier versions have numbers there, and validate at every interval.
     """
-    names = [
-        name for name in (*SAMPLING_FIELDS, "checkpoint_every") if getattr(config, name) is None
-    ]
+    settings = (*SAMPLING_FIELDS, "checkpoint_every")
+    names = [name for name in settings if getattr(config, name) is None]
+    same_interval = config.validate_every == run.config.validate_every
+    if same_interval and config.validation_share == VALIDATION_SHARE:
+        names.append("validation_share")
     return config.replace(**{name: getattr(run.config, name) for name in names})
 
 

@@ -47,9 +47,9 @@ from dreambooth_lib.training.trainable import (
     make_trainable,
     offloads_text_encoders,
     training_load_options,
-    wrap_trained_parts,
 )
 from dreambooth_lib.training.validation import load_scorer
+from dreambooth_lib.training.validation_pace import is_wanted
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
 
 #: Steps between checkpoints where neither validate_every nor checkpoint_every says otherwise.
@@ -86,10 +86,10 @@ class Trainer:
         self.batches = Batches(config, self.family, instance, classes, latents, teacher)
         accelerator.wait_for_everyone()
         self.trainable = make_trainable(self.family, config).to(accelerator.device)
+        #: What is trained, as accelerate wraps it; before the optimizer, since it may move weights.
+        self.model = accelerator.prepare(self.trainable)
         optimizer = FusedBackwardOptimizer if config.steps_in_backward else Optimizer
         self.optimizer = optimizer(config, accelerator, self.trainable)
-        #: What is trained, as accelerate wraps it.
-        self.model = accelerator.prepare(self.trainable)
         self._validate_base()
         with accelerator.main_process_first():  # which sets damaged checkpoints aside
             checkpoint = run.load_checkpoint()
@@ -208,23 +208,25 @@ class Trainer:
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.steps)
 
     def validate_if_due(self) -> ValidationResult | None:
-        """Validate with the EMA weights if it is due and this step has no validation yet."""
+        """Validate with the EMA weights if it is due, affordable and not done yet."""
         result = None
         if not self._is_due(self.config.validate_every):
             return None
         self.optimizer.check_gradients()
-        if self.validator is not None and self.step not in {r.step for r in history(self.run)}:
+        if self.validator is not None and is_wanted(self.run, self.step):
             with self.optimizer.ema.swapped_in(), self.accelerator.autocast():
                 result = self.validator.validate(self.step, self.trainable, self.family)
         self.accelerator.wait_for_everyone()
         return result
 
-    def save_checkpoint_if_due(self) -> None:
-        """Save a checkpoint at each validation, at each checkpoint interval, and at the end."""
+    def save_checkpoint_if_due(self) -> bool:
+        """Save a checkpoint where one or a validation is due, even if skipped; tell if it was."""
         validate_every, checkpoint_every = self.config.validate_every, self.config.checkpoint_every
         interval = checkpoint_every or validate_every or CHECKPOINT_INTERVAL
-        if self._is_due(validate_every) or self._is_due(interval):
+        due = self._is_due(validate_every) or self._is_due(interval)
+        if due:
             self.save_checkpoint()
+        return due
 
     def save_checkpoint(self, wait: bool = True) -> None:
         """Save a checkpoint of this step, unless there is one.
@@ -250,8 +252,9 @@ class Trainer:
         from dreambooth_lib.core.files import replacing_folder
 
         model, config, family = self.trainable.eval(), self.config, self.family
-        if config.early_stop:
-            load_checkpoint_weights(model, self.run, self._best_step() or self.step)
+        best = (config.early_stop and self._best_step()) or self.step
+        if best != self.step:
+            load_checkpoint_weights(model, self.run, best)
         else:
             self.optimizer.ema.load_weights()
         if self.accelerator.is_main_process:
@@ -262,8 +265,7 @@ class Trainer:
                 else:
                     # Frozen parts may be rounded or offloaded here: save the base's own.
                     if self.dtype is not torch.float32 or family.prompt_cache is not None:
-                        family = load_base_to_save(config)
-                        wrap_trained_parts(family, config).load_weights(model.trained_weights())
+                        family = load_base_to_save(config, family, model)
                     save_pipeline(family.pipeline, partial)
                 write_object(partial / GOAL_FILE, self.run.goal() | {"step": self.step})
                 write_digests(partial)

@@ -54,15 +54,24 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def load_base_to_save(config: TrainConfig) -> Family:
-    """Load a config's base to save trained weights in: in float32, or in bfloat16 if so trained.
+def load_base_to_save(config: TrainConfig, family: Family, model: "Trainable") -> Family:
+    """Load a config's base in float32 with the weights of ``model``, which was trained on it.
 
-    EMA weights are float32 in any case.
+    These stay in bfloat16 if they were so trained, without EMA. Parts of ``family`` that were
+    trained whole, in the dtype to save, are taken from it: the base's are not read for them.
     """
     load_options = training_load_options(config, torch.float32)
     if config.ema_decay is not None:
         load_options["trained_dtype"] = torch.float32
-    return _load(config, **load_options)
+    loras = loading.resolve(config.base, config.revision, config.variant).loras
+    if model.denoiser.dtype is load_options["trained_dtype"] and not loras:
+        encoders = family.encoder_names if config.train_text_encoder else ()
+        parts = {name: getattr(family.pipeline, name) for name in (family.denoiser_name, *encoders)}
+        return _load(config, **load_options, **parts)
+    # LoRAs are merged into what is loaded.
+    family = _load(config, **load_options)
+    wrap_trained_parts(family, config).load_weights(model.trained_weights())
+    return family
 
 
 def _family_of(config: TrainConfig) -> type[Family]:

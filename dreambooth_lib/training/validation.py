@@ -42,6 +42,7 @@ class ValidationPlan:
     inference_steps: int | None = None  #: None: the fewest that finish the base's images
     guidance_scale: float | None = None  #: None: the base's own
     first_seed: int = 0  #: of the subject's prompts; class images start CLASS_SEED after it
+    fast: bool = False  #: by the fast sampler instead of the base's own
 
     def prompts_and_seeds(self, subject: Subject) -> list[list[tuple[str, int]]]:
         """Return the prompt and seed of each image of the subject, of its class and unrelated."""
@@ -59,9 +60,15 @@ class ValidationPlan:
 
 
 def plan_for(config: TrainConfig, **changes: Any) -> ValidationPlan:
-    """Return a config's validation plan, with its base's inference steps and guidance scale."""
+    """Return a config's validation plan, with its base's inference steps and guidance scale.
+
+    By the fast sampler where that takes fewer steps, and the config does not set them.
+    """
     own = inference_settings(config)
-    settings = {"inference_steps": own.validation_steps, "guidance_scale": own.guidance_scale}
+    steps, fast_steps = own.validation_steps, own.fast_steps
+    settings: dict[str, Any] = {"inference_steps": steps, "guidance_scale": own.guidance_scale}
+    if config.validation_inference_steps is None and fast_steps is not None and fast_steps < steps:
+        settings |= {"inference_steps": fast_steps, "fast": True}
     return ValidationPlan(**(settings | changes))
 
 
@@ -75,19 +82,29 @@ class ValidationImages:
     prompts: list[str]  #: of the subject's images, one each
 
 
+class BaseEmbeddings:
+    """The frozen base's class and unrelated images, embedded once: [N, D]."""
+
+    def __init__(self, encoder: Encoder, images: ValidationImages):
+        self.class_images = encoder.embed_images(images.class_images)
+        self.unrelated = encoder.embed_images(images.unrelated) if images.unrelated else None
+
+
 def fill_prompt(prompt: str, subject: Subject) -> str:
     return prompt.replace("{noun}", subject.class_noun).replace("{}", subject.identifier)
 
 
-def draw_images(family: Family, subject: Subject, plan: ValidationPlan) -> ValidationImages:
-    """Draw the images of a validation plan, in batches as large as training can afford."""
+def draw_images(
+    family: Family, subject: Subject, plan: ValidationPlan, batch_size: int | None = None
+) -> ValidationImages:
+    """Draw the images of a validation plan, by default in batches that training can afford."""
     kinds = plan.prompts_and_seeds(subject)
     pairs = [pair for kind in kinds for pair in kind]
     steps, scale = plan.inference_steps or family.inference.fewest_steps, plan.guidance_scale
     scale = family.inference.guidance_scale if scale is None else scale
-    images, batch = [], family.batch_size_in_training
+    images, batch = [], batch_size or family.batch_size_in_training
     for start in range(0, len(pairs), batch):
-        images += family.generate(pairs[start : start + batch], steps, scale)
+        images += family.generate(pairs[start : start + batch], steps, scale, fast=plan.fast)
     remaining = iter(images)
     of_subject, class_images, unrelated = (list(islice(remaining, len(kind))) for kind in kinds)
     return ValidationImages(of_subject, class_images, unrelated, [prompt for prompt, _ in kinds[0]])
@@ -119,23 +136,21 @@ def score_images(
     photos: "Sequence[Image.Image] | torch.Tensor",
     subject: Subject,
     images: ValidationImages,
-    base_images: ValidationImages,
+    base: ValidationImages | BaseEmbeddings,
 ) -> dict[str, float]:
     """Return the scores of :func:`clip_scores.evaluate`, PRES and the unrelated prompt's drift.
 
-    ``photos`` are images or their embeddings [M, D]; ``base_images`` are the frozen base's.
+    ``photos`` are images or their embeddings [M, D]; ``base`` are the frozen base's images.
     """
     photos = encoder.as_embeddings(photos)
-    scores = clip_scores.evaluate(
-        encoder, photos, images.subject, images.prompts, images.class_images, subject.identifier,
-        base_images.class_images,
-    )  # fmt: skip
+    base = BaseEmbeddings(encoder, base) if isinstance(base, ValidationImages) else base
     class_images = encoder.embed_images(images.class_images)
+    scores = clip_scores.evaluate(
+        encoder, photos, images.subject, images.prompts, class_images, subject.identifier,
+        base.class_images,
+    )  # fmt: skip
     scores["pres"] = clip_scores.subject_fidelity(class_images, photos)
-    if images.unrelated:
-        before, after = (
-            encoder.embed_images(base_images.unrelated),
-            encoder.embed_images(images.unrelated),
-        )
-        scores["unrelated_drift"] = clip_scores.prior_drift(before, after)
+    if base.unrelated is not None:
+        after = encoder.embed_images(images.unrelated)
+        scores["unrelated_drift"] = clip_scores.prior_drift(base.unrelated, after)
     return scores

@@ -1,6 +1,6 @@
 """Validate a run in training, and keep the images and scores in its folder.
 
-RUN/validation.jsonl              one row per validation; step 0 is the frozen base
+RUN/validation.jsonl              one row per validation, or skipped one; step 0 is the frozen base
 RUN/validation/000100/...png      its images: subject-0.png, class-0.png, unrelated-0.png
 RUN/validation/plan.json          what each validation draws
 """
@@ -28,6 +28,7 @@ from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.trainable import Trainable
 from dreambooth_lib.training.validation import (
     PROMPTS,
+    BaseEmbeddings,
     ValidationImages,
     ValidationPlan,
     draw_images,
@@ -65,7 +66,7 @@ class Validator:
         self.run, self.held_out, self.encoder = run, held_out, encoder
         self.photos = encoder.embed_images(photos)  #: [M, D]
         self.plan = plan_of(run)
-        self._base_images: ValidationImages | None = None
+        self._base: BaseEmbeddings | None = None
         self.reference_fidelity = 1.0
         if len(photos) > 1:
             self.reference_fidelity = clip_scores.reference_fidelity(self.photos)
@@ -77,11 +78,10 @@ class Validator:
         images = draw_images(family, subject, self.plan)
         losses = self.held_out.losses(model)
         model.train(was_training)
-        if step == 0:
-            self._base_images = images
-        elif self._base_images is None:
-            self._base_images = load_images(self.run, 0)
-        scores = score_images(self.encoder, self.photos, subject, images, self._base_images)
+        if step == 0 or self._base is None:
+            base_images = images if step == 0 else load_images(self.run, 0)
+            self._base = BaseEmbeddings(self.encoder, base_images)
+        scores = score_images(self.encoder, self.photos, subject, images, self._base)
         kinds = {
             "subject": images.subject,
             "class": images.class_images,
@@ -108,7 +108,7 @@ class Validator:
         if 0 not in {result.step for result in history(self.run)}:
             return False
         try:
-            self._base_images = load_images(self.run, 0)
+            self._base = BaseEmbeddings(self.encoder, load_images(self.run, 0))
         except KitError as error:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)
             return False

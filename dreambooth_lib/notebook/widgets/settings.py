@@ -18,6 +18,7 @@ from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.notebook.widgets.subject import SubjectPanel
 from dreambooth_lib.training import early_stopping, memory_level
 from dreambooth_lib.training.memory_estimate import GIB, estimate
+from dreambooth_lib.training.validation_pace import count_validations
 
 _PATIENCE = {5: "five"}.get(early_stopping.PATIENCE, early_stopping.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
@@ -194,7 +195,8 @@ def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
     minutes = max(1, round(pace.seconds(config) / 60))
     extra = ""
     if pace.validation:
-        extra = f", validations of {pace.validation:.1f} s every {config.validate_every} steps"
+        count = count_validations(config, pace.step, pace.validation)
+        extra = f", {count} validations of {pace.validation:.1f} s"
     return (
         f"Training takes about <b>{minutes} min</b> on this machine, as measured: {config.steps} "
         f"steps of {pace.step:.2f} s{extra} and {checkpoints(config)} checkpoints of "
