@@ -115,10 +115,10 @@ def test_an_interrupted_validation_is_repeated_on_resuming(
     run, uninterrupted = started("run"), started("uninterrupted")
     real = Family.generate
 
-    def interrupted(family: Any, *rest: Any) -> Any:
+    def interrupted(family: Any, *rest: Any, **how: Any) -> Any:
         if len(history(run)) == 1:
             raise KeyboardInterrupt
-        return real(family, *rest)
+        return real(family, *rest, **how)
 
     monkeypatch.setattr(Family, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -36,8 +36,7 @@ STEPS, FAST_STEPS = 50, (10, 12, 15, 18, 20)
 #: Diffusion 1.x's and XL's do.
 BLOCKS = ((3.25, "trailing"), (1.0, "trailing"), (7.5, "leading"))
 #: How DPM-Solver++ spaces its steps: by timesteps, as the base does, or by the noise.
-SIGMAS = {"": {}, "Karras": {"use_karras_sigmas": True},
-          "exponential": {"use_exponential_sigmas": True}}  # fmt: skip
+SIGMAS = {"": {}, "Karras": {"use_karras_sigmas": True}, "log-SNR": {"use_lu_lambdas": True}}
 #: Of what the samplers draw in the exact table.
 DEVIATIONS = (0.1, 0.2, 0.3, 0.5, 1.0)
 SPLITS = 1000  # of the base's own pictures, for the noise
@@ -59,8 +58,7 @@ def samplers() -> Iterator[Sampler]:
     yield Sampler("own", STEPS // 2)
     for steps in FAST_STEPS:
         for name in SIGMAS:
-            if name != "exponential" or steps in (12, 15):
-                yield Sampler(f"DPM-Solver++ 2M {name}".strip(), steps, name)
+            yield Sampler(f"DPM-Solver++ 2M {name}".strip(), steps, name)
 
 
 class Study:
