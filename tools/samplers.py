@@ -150,7 +150,7 @@ def amplitude(scheduler: Any, steps: int, std: float) -> float:
 
 def amplitudes() -> Iterator[list[str]]:
     """Yield a table's rows: samplers on Stable Diffusion 1.5's noise."""
-    own = PNDMScheduler(0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    own = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                         skip_prk_steps=True, steps_offset=1)  # fmt: skip
     ways = [(own, "PNDM, its own", steps) for steps in (STEPS, STEPS // 2)]
     for name in SIGMAS:
