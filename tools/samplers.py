@@ -84,16 +84,16 @@ class Study:
             print(how, flush=True)
         return found["embeddings"]
 
-    def rows(self, guidance: float, spacing: str) -> Iterator[list[str]]:
-        """Yield the table's rows of one block."""
+    def column(self, guidance: float, spacing: str) -> list[str]:
+        """Return the table's column of one block: the noise, and each sampler's KID (alike)."""
         sets = {s: self.embeddings(s, guidance, spacing) for s in samplers()}
         (reference, own), others = list(sets)[:2], list(sets)[1:]
-        limit = noise(torch.cat([sets[reference], sets[own]], 1))
+        cells = [f"{noise(torch.cat([sets[reference], sets[own]], 1)):.4f}"]
         for sampler in others:
             distance = mean_kid(sets[sampler], sets[reference])
             alike = float((sets[sampler] * sets[own]).sum(-1).mean())
-            yield [f"{guidance:g}", spacing, sampler.name, f"{sampler.steps}", f"{distance:.4f}",
-                   f"{limit:.4f}", f"{alike:.3f}"]  # fmt: skip
+            cells.append(f"{distance:.4f} ({alike:.3f})")
+        return cells
 
 
 def scheduler_for(own: Any, sigmas: str | None, spacing: str) -> Any:
@@ -175,12 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     exact = markdown(heads, amplitudes())
     replace_file(given.out / "amplitudes.md", exact.encode())
     print(exact, flush=True)
-    heads = ["guidance", "spacing", "sampler", "steps", "KID", "noise", "alike"]
-    rows, study = [], Study(given.out, given.images)
-    for guidance, spacing in BLOCKS:
-        rows += study.rows(guidance, spacing)
-        table = markdown(heads, rows)
-        replace_file(given.out / "samplers.md", table.encode())
+    study, names = Study(given.out, given.images), [[s.name, f"{s.steps}"] for s in samplers()]
+    columns = [study.column(guidance, spacing) for guidance, spacing in BLOCKS]
+    heads = ["sampler", "steps", *(f"guidance {g:g}, {spacing}" for g, spacing in BLOCKS)]
+    rows = zip([["noise", ""], *names[1:]], zip(*columns, strict=True), strict=True)
+    table = markdown(heads, [[*name, *cells] for name, cells in rows])
+    replace_file(given.out / "samplers.md", table.encode())
     print(table)
 
 
