@@ -36,8 +36,7 @@ STEPS, FAST_STEPS = 50, (10, 12, 15, 18, 20)
 #: Diffusion 1.x's and XL's do.
 BLOCKS = ((3.25, "trailing"), (1.0, "trailing"), (7.5, "leading"))
 #: How DPM-Solver++ spaces its steps: by timesteps, as the base does, or by the noise.
-SIGMAS = {"": {}, "Karras": {"use_karras_sigmas": True},
-          "exponential": {"use_exponential_sigmas": True}}  # fmt: skip
+SIGMAS = {"": {}, "Karras": {"use_karras_sigmas": True}, "log-SNR": {"use_lu_lambdas": True}}
 #: Of what the samplers draw in the exact table.
 DEVIATIONS = (0.1, 0.2, 0.3, 0.5, 1.0)
 SPLITS = 1000  # of the base's own pictures, for the noise
@@ -59,8 +58,7 @@ def samplers() -> Iterator[Sampler]:
     yield Sampler("own", STEPS // 2)
     for steps in FAST_STEPS:
         for name in SIGMAS:
-            if name != "exponential" or steps in (12, 15):
-                yield Sampler(f"DPM-Solver++ 2M {name}".strip(), steps, name)
+            yield Sampler(f"DPM-Solver++ 2M {name}".strip(), steps, name)
 
 
 class Study:
@@ -86,16 +84,16 @@ class Study:
             print(how, flush=True)
         return found["embeddings"]
 
-    def rows(self, guidance: float, spacing: str) -> Iterator[list[str]]:
-        """Yield the table's rows of one block."""
+    def column(self, guidance: float, spacing: str) -> list[str]:
+        """Return the table's column of one block: the noise, and each sampler's KID (alike)."""
         sets = {s: self.embeddings(s, guidance, spacing) for s in samplers()}
         (reference, own), others = list(sets)[:2], list(sets)[1:]
-        limit = noise(torch.cat([sets[reference], sets[own]], 1))
+        cells = [f"{noise(torch.cat([sets[reference], sets[own]], 1)):.4f}"]
         for sampler in others:
             distance = mean_kid(sets[sampler], sets[reference])
             alike = float((sets[sampler] * sets[own]).sum(-1).mean())
-            yield [f"{guidance:g}", spacing, sampler.name, f"{sampler.steps}", f"{distance:.4f}",
-                   f"{limit:.4f}", f"{alike:.3f}"]  # fmt: skip
+            cells.append(f"{distance:.4f} ({alike:.3f})")
+        return cells
 
 
 def scheduler_for(own: Any, sigmas: str | None, spacing: str) -> Any:
@@ -152,7 +150,7 @@ def amplitude(scheduler: Any, steps: int, std: float) -> float:
 
 def amplitudes() -> Iterator[list[str]]:
     """Yield a table's rows: samplers on Stable Diffusion 1.5's noise."""
-    own = PNDMScheduler(0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    own = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                         skip_prk_steps=True, steps_offset=1)  # fmt: skip
     ways = [(own, "PNDM, its own", steps) for steps in (STEPS, STEPS // 2)]
     for name in SIGMAS:
@@ -177,12 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     exact = markdown(heads, amplitudes())
     replace_file(given.out / "amplitudes.md", exact.encode())
     print(exact, flush=True)
-    heads = ["guidance", "spacing", "sampler", "steps", "KID", "noise", "alike"]
-    rows, study = [], Study(given.out, given.images)
-    for guidance, spacing in BLOCKS:
-        rows += study.rows(guidance, spacing)
-        table = markdown(heads, rows)
-        replace_file(given.out / "samplers.md", table.encode())
+    study, names = Study(given.out, given.images), [[s.name, f"{s.steps}"] for s in samplers()]
+    columns = [study.column(guidance, spacing) for guidance, spacing in BLOCKS]
+    heads = ["sampler", "steps", *(f"guidance {g:g}, {spacing}" for g, spacing in BLOCKS)]
+    rows = zip([["noise", ""], *names[1:]], zip(*columns, strict=True), strict=True)
+    table = markdown(heads, [[*name, *cells] for name, cells in rows])
+    replace_file(given.out / "samplers.md", table.encode())
     print(table)
 
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from dreambooth_lib.families.base import Family
 
-#: The steps are closest where there is least noise (arXiv 2206.00364, equation 5), or so few would
-#: lose fine detail. The last one ends at no noise at all. The others are settings that a base's own
-#: sampler may have otherwise.
+#: The steps are equal in the logarithm of the signal-to-noise ratio (arXiv 2206.00927); steps equal
+#: in time, so few of them, would lose fine detail. The last one ends at no noise at all. The others
+#: are settings that a base's own sampler may have otherwise.
 _FAST = {
-    "use_karras_sigmas": True, "final_sigmas_type": "zero", "lower_order_final": True,
+    "use_lu_lambdas": True, "final_sigmas_type": "zero", "lower_order_final": True,
     "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-    "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
 }  # fmt: skip
 
 
