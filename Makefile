@@ -8,7 +8,7 @@ WHEELS := outputs/gpu-wheels
 # Bytes that Jupyter takes in one message; by itself 10 MiB, which three phone photos exceed.
 UPLOAD := 209715200
 
-.PHONY: demo test lab wheel figures bench gpu gpu-wheels ram base fuzz kill
+.PHONY: demo test lab wheel figures bench growth launches t4 gpu gpu-wheels ram base fuzz kill
 demo: $(VENV)/ready  ## personalise the bundled base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
@@ -41,8 +41,18 @@ wheel:  ## the kit as one file for Colab, 35 MB: dist/dreambooth_lib-*.whl
 figures: $(VENV)/ready  ## every bundled subject, with and without the prior
 	$(RUN) -m dreambooth_lib figures
 
-bench: $(VENV)/ready  ## a step beside the U-Net alone, an evaluation's pace: outputs/bench.json
-	$(RUN) -m tools.bench
+# The reference's script needs torchvision besides; ARGS="--demo" also times the demo.
+bench: $(VENV)/ready  ## a step on the CPU beside its floor and REFERENCE=DIR: outputs/bench.md
+	$(RUN) -m tools.bench $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
+
+growth: $(VENV)/ready  ## ten times the class images, photos, ...: outputs/growth-*.md; ARGS=photos
+	$(RUN) -m tools.growth $(ARGS)
+
+launches: $(VENV)/ready  ## what a step asks of a GPU, counted without one: outputs/launches.md
+	$(RUN) -m tools.launches $(ARGS)
+
+t4: $(VENV)/ready  ## the minutes of a default SD 1.5 run on a T4, counted: outputs/t4_run.md
+	$(RUN) -m tools.t4_run $(ARGS)
 
 # With the machine's own Python and packages, and in a folder beside them those of outputs/gpu-wheels.
 gpu:  ## what training costs on an NVIDIA GPU, and which ways of it work: outputs/gpu/table.md

@@ -1,8 +1,9 @@
 """One measurement of the benchmark on a GPU, in a process that does nothing else.
 
-Seconds are medians with the GPU waited for. Beside them stand the seconds that the GPU is busy, by
-the profiler, without what it waits for; and the floor, which is the denoiser's own forward and
-backward pass of the same batch, with the same autocast and checkpointing.
+Seconds are medians with the GPU waited for. Beside them stand, by the profiler, the seconds that
+the GPU is busy, without what it waits for, and how often the host starts work and waits for it; and
+the floor, which is the denoiser's own forward and backward pass of the same batch, with the same
+autocast and checkpointing.
 """
 
 import resource
@@ -19,6 +20,10 @@ from tools.gpu_table import Line
 
 ROUNDS, WARMUP = 20, 5  # updates timed, and made before
 PROFILED = 3  # updates that the profiler follows
+#: How the names begin of the calls by which the host starts work, and waits for it. A copy that
+#: waits, such as a number read, calls cudaStreamSynchronize.
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str, float]]:
@@ -44,10 +49,10 @@ def measure(line: Line, config: TrainConfig, folder: Path) -> Iterator[dict[str,
         next(made)  # in fp16 the first one takes several tries
         seconds.append(now() - began)
     yield {"seconds": median(seconds[WARMUP:]), "peak": peak(), "before_training": before}
-    yield {"busy": busy(lambda: next(made))}
+    yield busy(lambda: next(made))
     passes = passes_of(trainer)
     yield {"floor": median(timed(passes, WARMUP + ROUNDS)[WARMUP:])}
-    yield {"floor_busy": busy(passes)}
+    yield {f"floor_{name}": value for name, value in busy(passes).items()}
 
 
 def passes_of(trainer: Any) -> Callable[[], None]:
@@ -81,22 +86,31 @@ def timed(
     return seconds
 
 
-def busy(work: Callable[[], Any]) -> float:
-    """Seconds of a call in which the device computes; on a CPU all of them."""
+def busy(work: Callable[[], Any]) -> dict[str, float]:
+    """Return the seconds of a call in which the device computes, its launches and its waits.
+
+    ``launches`` are kernels and copies that the host starts, ``waits`` its waits for the device. On
+    a CPU, which has neither, it computes all the time.
+    """
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     if not torch.cuda.is_available():
-        return median(timed(work, PROFILED))
+        return {"busy": median(timed(work, PROFILED))}
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        timed(work, PROFILED)
-    spent = [
-        event.self_device_time_total
-        for event in seen.events() or ()
-        if event.device_type is DeviceType.CUDA and not event.is_user_annotation
-    ]
-    return sum(spent) / 1e6 / PROFILED
+        for _ in range(PROFILED):
+            work()
+        torch.cuda.synchronize()
+    spent = {"busy": 0.0, "launches": 0.0, "waits": -1.0}  # its own wait is none of the work's
+    for event in seen.events() or ():
+        if event.device_type is DeviceType.CUDA:
+            spent["busy"] += 0 if event.is_user_annotation else event.self_device_time_total / 1e6
+        elif event.name.startswith(LAUNCHES):
+            spent["launches"] += 1
+        elif event.name.startswith(WAITS):
+            spent["waits"] += 1
+    return {name: value / PROFILED for name, value in spent.items()}
 
 
 def reference(
