@@ -120,8 +120,8 @@ def test_a_step_is_counted_by_phase(name: str) -> None:
     assert found["backward"].launches > found["forward"].launches > found["batch"].launches
     lines = {where for one in found.values() for _, where in one.waits}
     assert "elsewhere" not in lines  # each wait is told with the library's line
-    reads = [one for of in found.values() for one in of.waits if "_mean_losses" in one[1]]
-    assert len(reads) == 1  # the losses
+    waits = [where for of in found.values() for _, where in of.waits.elements()]
+    assert len(waits) == 1 and waits[0].endswith("read")  # of the losses
 
 
 def test_the_command_makes_a_table(

@@ -127,7 +127,7 @@ class LaunchCounter(TorchDispatchMode):
             return
         schema, line = func._schema, _line(2)
         # In the backward pass, what the library itself computes is the optimizer's.
-        own = self._phase == "backward" and not line.endswith(" backward")
+        own = self._phase == "backward" and not line.endswith(" _backward")
         counts = self.of_phase("optimizer step" if own else self._phase)
         for why in _waits(name, args, kwargs, out):
             counts.waits[why, line] += 1

@@ -20,7 +20,7 @@ def follow(trainer: Any, during: During) -> Iterator[Step]:
         (trainer.batches, "at", "batch"),
         (trainer.batches, "split", "batch"),
         (trainer.model, "forward", "forward"),
-        (optimizer, "backward", "backward"),
+        (optimizer, "_backward", "backward"),
         (optimizer, "_take_gradients", "optimizer step"),
         (optimizer, "step", "optimizer step"),
         (optimizer.ema, "update", "EMA"),

@@ -88,7 +88,7 @@ class FusedBackwardOptimizer(Optimizer):
         self._missing = [len(bucket.parameters) for bucket in self.buckets]
         self._norms: list[torch.Tensor] = []
         probing = self.probing
-        super().backward(loss)
+        self._backward(loss)
         for number, bucket in enumerate(self.buckets):  # those of weights without a gradient
             if any(parameter.grad is not None for parameter in bucket.parameters):
                 self._step_bucket(number)

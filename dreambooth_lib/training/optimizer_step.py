@@ -69,6 +69,9 @@ class Optimizer:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss."""
+        self._backward(loss)
+
+    def _backward(self, loss: torch.Tensor) -> None:
         (loss if self.scale is None else loss * self.scale).backward()
 
     def read(self, losses: torch.Tensor) -> list[float]:
