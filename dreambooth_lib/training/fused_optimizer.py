@@ -119,7 +119,7 @@ class FusedBackwardOptimizer(Optimizer):
             self.adam.step()
         finally:
             self.adam.param_groups = groups
-        own.grad = None
+        bucket.clear_gradients()
         if bucket.weights.dtype is not torch.float32:
             bucket.weights.copy_(round_stochastically(own.data, self._generator))
             own.data = own.data.new_empty(0)

@@ -45,6 +45,9 @@ class Optimizer:
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.parameters = lora.trained_parameters(trainable)
         self.buckets = make_buckets(self.parameters, self.LARGEST_BUCKET)
+        if accelerator.device.type == "cpu" and not config.steps_in_backward:
+            for bucket in self.buckets:
+                bucket.keep_gradients()
         self.completed_steps = 0
         self.skipped_steps = 0  #: since the last completed one
         groups = [
@@ -191,8 +194,9 @@ class Optimizer:
             for bucket, gradient in zip(self.buckets, self._gradients, strict=True):
                 bucket.stepped.grad = gradient
             self.adam.step()
-            self.adam.zero_grad()
         self._gradients = []
+        for bucket in self.buckets:
+            bucket.clear_gradients()
         self._adapt_scale(finite)
         return finite
 
