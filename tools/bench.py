@@ -46,7 +46,10 @@ from tools import gpu_measure
 from tools.gpu_table import Line, cells
 from tools.phases import PHASES, Stopwatch, follow
 
-STEPS, WARMUP = 60, 5  # updates timed, and made before
+STEPS, WARMUP = 60, 5  # updates of the profile, and made before
+#: Rounds, and updates of each side in a row in one; the first of a row is not counted, as it meets
+#: cold caches. Threads that wait for work keep a processor busy for up to ``PAUSE`` seconds.
+ROUNDS, TURN, PAUSE = 17, 3, 0.3
 PROMPTS, FEW, MANY = 25, 512, 2048  # of an evaluation: prompts drawn, pictures embedded
 EMA_DECAY = 0.98
 SCRIPT = "train_dreambooth.py"
@@ -83,15 +86,18 @@ def measure(
     sides["floor"] = gpu_measure.passes_of(trainers["step"])
     seconds: dict[str, list[float]] = {side: [] for side in (*sides, "reference")}
     with _reference(batch_size, work, scripts, clock) as reference:
-        for _ in range(WARMUP + STEPS):
+        for _ in range(ROUNDS):
             for side, do in sides.items():
-                seconds[side] += gpu_measure.timed(do, 1, clock)
-            if (took := reference.update()) is not None:
-                seconds["reference"].append(took)
+                seconds[side] += gpu_measure.timed(do, TURN, clock)[1:]
+            time.sleep(PAUSE)
+            turn = [took for _ in range(TURN) if (took := reference.update()) is not None]
+            seconds["reference"] += turn[1:]
+            time.sleep(PAUSE)
     found: dict[str, Any] = {"batch": batch_size, "failed": reference.failed}
     if reference.failed:
         seconds["reference"] = []
-    found |= {side: median(times[WARMUP:]) if times else None for side, times in seconds.items()}
+    skipped = 2 * (TURN - 1)  # of the first two rounds
+    found |= {side: median(times[skipped:]) if times else None for side, times in seconds.items()}
     for side in trainers:
         for other in ("floor", "reference"):
             found[f"{side}/{other}"] = found[other] and found[side] / found[other]
@@ -104,17 +110,23 @@ class Reference:
     def __init__(self, child: "subprocess.Popen[str] | None", log: Path) -> None:
         self.child, self.log = child, log
         self.failed: str | None = None  #: its last words
-        self.update()  # it starts up
+        self._read()  # it starts up
 
     def update(self) -> float | None:
         """Let it make one update; return its seconds, or None where there is no reference."""
         if self.child is None or self.failed:
             return None
-        assert self.child.stdin is not None and self.child.stdout is not None
+        assert self.child.stdin is not None
+        self.child.stdin.write("\n")
+        self.child.stdin.flush()
+        return self._read()
+
+    def _read(self) -> float | None:
+        if self.child is None:
+            return None
+        assert self.child.stdout is not None
         for line in self.child.stdout:
             if line.startswith(UPDATE):
-                self.child.stdin.write("\n")
-                self.child.stdin.flush()
                 return float(line.removeprefix(UPDATE))
         self.child.wait()
         self.failed = (self.log.read_text().strip() or "it said nothing").splitlines()[-1]
