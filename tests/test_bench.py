@@ -23,7 +23,8 @@ while True:
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, few in {"STEPS": 2, "WARMUP": 1, "PROMPTS": 1, "FEW": 8, "MANY": 16}.items():
+    few_of = {"STEPS": 2, "WARMUP": 1, "ROUNDS": 3, "PAUSE": 0, "PROMPTS": 1, "FEW": 8, "MANY": 16}
+    for name, few in few_of.items():
         monkeypatch.setattr(bench, name, few)
 
 

@@ -29,7 +29,7 @@ class Inference:
     validation_steps: int  #: inference steps of the validation images
     distilled: bool = False  #: distilled to draw in so few steps, which training undoes
     #: The steps of the fast sampler (``Family.generate``) that draw a class as ``steps`` of the
-    #: base's own do (docs/performance_class_images.md); None for a base that has only its own.
+    #: base's own do (docs/class_images.md); None for a base that has only its own.
     fast_steps: int | None = None
 
 

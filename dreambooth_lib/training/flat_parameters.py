@@ -93,7 +93,7 @@ class Bucket:
             if isinstance(value, dict):
                 return {inner: part(inner, v, number) for inner, v in value.items()}
             place, shape = self.places[number], self.parameters[number].shape
-            if name in _SHARED:
+            if name in _SHARED or not isinstance(value, torch.Tensor):
                 return value
             if name in _BY_BLOCK:
                 return value[place.start // BLOCK : -(-place.stop // BLOCK)]
@@ -107,7 +107,7 @@ class Bucket:
         def joined(name: str, values: list[Any]) -> Any:
             if isinstance(values[0], dict):
                 return {inner: joined(inner, [v[inner] for v in values]) for inner in values[0]}
-            if name in _SHARED:
+            if name in _SHARED or not isinstance(values[0], torch.Tensor):
                 return values[0]
             return torch.cat(values) if name in _BY_BLOCK else self._joined(values)
 

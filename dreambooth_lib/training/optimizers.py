@@ -66,7 +66,8 @@ def _adamw8bit(groups: Any, **settings: Any) -> "torch.optim.Optimizer":
 
 
 #: Functions that make an optimizer from parameters or groups, lr and weight_decay, by the names of
-#: ``config_checks.CHOICES``. Add one here to add an optimizer (docs/architecture.md).
+#: ``config_checks.CHOICES``. Add one here to add an optimizer (docs/architecture.md). It must step
+#: each number by itself, as AdamW does: many weights come as one (:mod:`.flat_parameters`).
 OPTIMIZERS: "dict[str, Callable[..., torch.optim.Optimizer]]" = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
