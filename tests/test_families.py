@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from dreambooth_lib.families import loading
-from dreambooth_lib.families.base import rows
+from dreambooth_lib.families.device_copies import rows
 from dreambooth_lib.families.loading import BaseError, locate
 
 

@@ -23,6 +23,7 @@ from dreambooth_lib.training.allocation_counter import (
     CudaAutocast,
     make_fake,
 )
+from dreambooth_lib.training.flat_parameters import Bucket
 from dreambooth_lib.training.memory_estimate import (
     _drawing_bytes,
     _estimate,
@@ -102,6 +103,7 @@ def test_working_memory_and_flops_are_those_of_a_real_training_step(
     monkeypatch.setattr(
         fused_optimizer.FusedBackwardOptimizer, "LARGEST_BUCKET", 1
     )  # else a tiny model's gradients all fit
+    monkeypatch.setattr(Bucket, "keep_gradients", lambda _: None)  # as on a GPU
     config = tiny_config(family, memory=memory, prior="distilled", optimizer="adamw")
     trainer = Trainer(runs.start(config.replace(prior="none"), tmp_path / "run"))
     batch = trainer.batches.at(0)

@@ -38,8 +38,8 @@ class Optimizer:
     ``read`` waits for the GPU.
     """
 
-    #: Most numbers in a bucket of weights, whose gradients are copied side by side at once: 1 GiB.
-    LARGEST_BUCKET = 2**28
+    #: Most numbers in a bucket of weights, 512 MiB: so many gradients are copied at once.
+    LARGEST_BUCKET = 2**27
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, trainable: Trainable):
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
