@@ -112,6 +112,23 @@ def assert_same(value: Any, other: Any, exact: bool) -> None:
         assert value == other
 
 
+def test_the_rest_of_a_bucket_stays_zero_after_a_resume(make_config: Make, photos: str) -> None:
+    config = make_config("toybox", photos, optimizer="adamw8bit", learning_rate=0.01)
+    weights = Weights()
+    optimizer = optimizer_of(Optimizer, config, weights)
+    for number in range(6):
+        step(optimizer, weights.loss(number))
+        if number == 2:
+            saved = deepcopy(optimizer.state_dict())
+            optimizer = optimizer_of(Optimizer, config, weights)
+            optimizer.load_state_dict(saved)
+    for bucket in optimizer.buckets:
+        rest = bucket.weights.clone()
+        for place in bucket.places:
+            rest[place] = 0
+        assert rest.abs().max() < 1e-3
+
+
 def test_a_weight_without_a_gradient_keeps_its_value(make_config: Make, photos: str) -> None:
     config = make_config("toybox", photos, weight_decay=0.0)
     weights = Weights()

@@ -11,7 +11,10 @@ import torch
 
 def to_device(values: Any, device: torch.device) -> torch.Tensor:
     """Return a tensor, or a tensor of numbers, on ``device``."""
-    return torch.as_tensor(values).to(device, non_blocking=True)
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # else CUDA may wait to copy it
+    return tensor.to(device, non_blocking=True)
 
 
 def pick(tensor: torch.Tensor, index: list[int]) -> torch.Tensor:

@@ -20,13 +20,15 @@ LEAST_8BIT = 4096
 #: has once for each ``BLOCK``. All else has the weights' shape.
 _SHARED = {"step", "qmap1", "qmap2"}
 _BY_BLOCK = {"absmax1", "absmax2"}
+#: The 8-bit code of 0 in bitsandbytes' signed map, which the first moments have.
+_CODE_OF_ZERO = 127
 
 
 class Bucket:
     """Weights of one dtype, one after the other in ``weights`` [N]; the rest of N is zero.
 
     ``stepped`` is what the optimizer steps: the weights themselves, or for bfloat16 ones a float32
-    stand-in, which is empty but while it is stepped.
+    stand-in, which is empty except while it is being stepped.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
@@ -38,11 +40,11 @@ class Bucket:
             self.places.append(slice(end, end + size))
             end += -(-size // BLOCK) * BLOCK
         first = parameters[0]
-        self._padding = first.new_zeros(BLOCK).detach()
+        self._zeros = first.detach().new_zeros(BLOCK)
         self.weights = self._joined([parameter.detach() for parameter in parameters])
         for parameter, view in zip(parameters, self.split(self.weights), strict=True):
             parameter.data = view
-        own = self.weights if first.dtype is torch.float32 else self._padding.new_empty(0).float()
+        own = self.weights if first.dtype is torch.float32 else self.weights.new_empty(0).float()
         self.stepped = torch.nn.Parameter(own)
         self._gradients: torch.Tensor | None = None
 
@@ -109,12 +111,15 @@ class Bucket:
                 return {inner: joined(inner, [v[inner] for v in values]) for inner in values[0]}
             if name in _SHARED or not isinstance(values[0], torch.Tensor):
                 return values[0]
-            return torch.cat(values) if name in _BY_BLOCK else self._joined(values)
+            if name in _BY_BLOCK:
+                return torch.cat(values)
+            is_coded = name == "state1" and values[0].dtype is torch.uint8
+            return self._joined(values, _CODE_OF_ZERO if is_coded else 0)
 
         return joined("", list(parts))
 
-    def _joined(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Return tensors of the parameters' shapes as one [N].
+    def _joined(self, tensors: Iterable[torch.Tensor], padding: int = 0) -> torch.Tensor:
+        """Return tensors of the parameters' shapes as one [N], with ``padding`` between them.
 
         On a GPU ``cat`` joins a hundred tensors or so in a launch.
         """
@@ -122,7 +127,10 @@ class Bucket:
         for tensor in tensors:
             pieces.append(tensor.reshape(-1))
             if rest := -tensor.numel() % BLOCK:
-                pieces.append(self._padding[:rest].to(tensor.device, tensor.dtype))
+                like = (tensor.dtype, tensor.device) == (self._zeros.dtype, self._zeros.device)
+                is_ready = padding == 0 and like  # as for gradients, which must not cost a launch
+                fill = self._zeros[:rest] if is_ready else tensor.new_full([rest], padding)
+                pieces.append(fill)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -68,10 +68,10 @@ class FusedBackwardOptimizer(Optimizer):
         """Adapt the loss scale to the last backward pass by its gradients' norm."""
         if self._unread is None:
             return
+        if self.scale is None and not math.isfinite(norm):
+            raise NonFiniteStep("the gradient is nan")
         self._unread, stepped = None, not self.probing
         if self.scale is None:
-            if not math.isfinite(norm):
-                raise NonFiniteStep("the gradient is nan")
             return
         finite, scale = math.isfinite(norm), self.scale
         if stepped or not finite:

@@ -105,7 +105,8 @@ def _save_and_explain(trainer: Trainer) -> Iterator[None]:
             "memory or resolution, or start a new one with another method."
         ) from error
     except (GeneratorExit, KeyboardInterrupt):
-        with defer_interrupts():  # a launcher passes the terminal's interrupt on a second time
+        # A launcher passes the terminal's interrupt on a second time.
+        with defer_interrupts(), _explain_non_finite(trainer):
             trainer.save_checkpoint(wait=False)
         raise
 

@@ -29,7 +29,7 @@ def due_steps(config: TrainConfig, after: int, until: int) -> int:
 
 
 def count_validations(config: TrainConfig, step_seconds: float, seconds: float) -> int:
-    """Return how many validations of so many ``seconds`` a run takes, the base's among them."""
+    """Return how many validations, each of ``seconds``, a run makes, the base's among them."""
     if not config.validate_every:
         return 0
     due, share = 1 + due_steps(config, 0, config.steps), share_limit(config)
@@ -43,7 +43,11 @@ def is_wanted(run: Run, step: int) -> bool:
 
     It is not if that was done or skipped before.
     """
-    if step in {result.step for result in history(run)} | {*skipped_steps(run)}:
+    if step in {result.step for result in history(run)}:
+        return False
+    # One skipped before is wanted after all where the run now ends there, or stops early.
+    is_due = step == run.config.steps or share_limit(run.config) is None
+    if step in skipped_steps(run) and not is_due:
         return False
     if _is_affordable(run, step):
         return True
