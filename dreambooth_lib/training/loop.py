@@ -50,7 +50,8 @@ class Step:
     saved: bool = False  #: whether a checkpoint of this step was due, and is on disk
 
 
-#: Maps the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss.
+#: Maps the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss. The batch's
+#: ``is_prior`` is on the CPU: it can be read, and index a tensor on the GPU.
 Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
 
 
