@@ -27,6 +27,7 @@ from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.loop import (
     NonFiniteLoss,
     Step,
+    _save_and_explain,
     prior_preservation,
     train,
     training_steps,
@@ -444,6 +445,24 @@ def test_a_non_finite_gradient_never_reaches_weights_or_checkpoints(
     assert list(run.checkpoints()) == [1]
     assert all(torch.isfinite(value).all() for value in training_state(run, 1).values())
     assert all(torch.isfinite(value).all() for value in trainer.optimizer.parameters)
+
+
+def test_leaving_after_a_non_finite_gradient_at_low_memory_saves_nothing_and_says_so(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    """There the host reads whether it was finite only with the next step's losses."""
+    run = started("run", tiny_sd1, checkpoint_every=2, steps=6, memory="low", prior_weight=0.0)
+    trainer = Trainer(run)
+    with _save_and_explain(trainer):  # as train() does
+        steps = training_steps(trainer)
+        assert [next(steps).step for _ in range(2)] == [1, 2]
+        weight = trainer.optimizer.parameters[0]
+        weight.register_hook(lambda gradient: gradient * float("inf"))
+        assert next(steps).step == 3
+    said = pytest.raises(NonFiniteLoss, match="the gradient is nan at step 3")
+    with said, _save_and_explain(trainer):
+        raise KeyboardInterrupt
+    assert list(run.checkpoints()) == [2]
 
 
 def test_a_learning_rate_changed_on_resume_is_used(

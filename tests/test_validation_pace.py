@@ -122,6 +122,20 @@ def test_a_resumed_run_goes_on_with_what_was_skipped(
     assert validated(run) == validated(whole)
 
 
+@pytest.mark.parametrize("changes", [{"steps": 3}, {"early_stop": True}], ids=["end", "stops"])
+def test_a_skipped_validation_is_made_where_the_run_now_needs_it(
+    changes: dict[str, Any], started: Callable[..., Run], clock: Callable[..., None]
+) -> None:
+    run = started("run")
+    clock(step=1.0, validation=0.5)
+    for _ in islice(train(run), 3):
+        pass
+    assert 3 in skipped_steps(run)
+    for _ in islice(train(runs.resume(run.folder, **changes)), 1):
+        pass
+    assert 3 in validated(run)
+
+
 @pytest.mark.parametrize("step", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("one", [0.3, 2.0, 5.0, 40.0])
 @pytest.mark.parametrize(("steps", "every"), [(500, 100), (1000, 250), (1000, 400), (130, 20)])

@@ -86,10 +86,10 @@ def _ready(family: "Family", fast: bool) -> Iterator[None]:
     """Turn dropout off and set the sampler; put back each part's mode and the base's own."""
     modules, own = [family.denoiser, *family.text_encoders], family.pipeline.scheduler
     was_training = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    family.pipeline.scheduler = family.scheduler(fast)
     try:
+        for module in modules:
+            module.eval()
+        family.pipeline.scheduler = family.scheduler(fast)
         yield
     finally:
         family.pipeline.scheduler = own

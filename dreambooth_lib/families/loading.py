@@ -70,7 +70,7 @@ def load_model(
 def _check_unchanged(folder: str) -> None:
     """Raise :class:`BaseError` if a model that the kit saved has changed since.
 
-    A process reads it for that once: a run's pipeline is loaded again and again.
+    Each process reads it for that only once: a run's pipeline is loaded again and again.
     """
     if not (Path(folder) / DIGESTS).exists():
         return

@@ -39,7 +39,8 @@ class FusedBackwardOptimizer(Optimizer):
         self._loss: torch.Tensor | None = None  # of the step, until it is made
         #: The norm of the last backward pass's gradients [1], until it is read.
         self._unread: torch.Tensor | None = None
-        self._missing = [len(bucket.parameters) for bucket in self.buckets]
+        self._missing: list[int] = []  # gradients of each bucket that the backward pass still owes
+        self._norms: list[torch.Tensor] = []  # of the buckets that have theirs
         for number, bucket in enumerate(self.buckets):
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda _, n=number: self._collect(n))
@@ -61,6 +62,7 @@ class FusedBackwardOptimizer(Optimizer):
         return values
 
     def check_gradients(self) -> None:
+        """Read whether the last step's gradients were finite; raise if they were not."""
         if self._unread is not None:
             self._judge(self._unread.item())
 
@@ -69,7 +71,7 @@ class FusedBackwardOptimizer(Optimizer):
         if self._unread is None:
             return
         if self.scale is None and not math.isfinite(norm):
-            raise NonFiniteStep("the gradient is nan")
+            raise NonFiniteStep("the gradient is nan", step=self.completed_steps)
         self._unread, stepped = None, not self.probing
         if self.scale is None:
             return
@@ -86,7 +88,7 @@ class FusedBackwardOptimizer(Optimizer):
         seed = seeded_generator(self.config.seed, self.completed_steps, 4).initial_seed()
         self._generator = torch.Generator(self.accelerator.device).manual_seed(seed)
         self._missing = [len(bucket.parameters) for bucket in self.buckets]
-        self._norms: list[torch.Tensor] = []
+        self._norms = []
         probing = self.probing
         self._backward(loss)
         for number, bucket in enumerate(self.buckets):  # those of weights without a gradient

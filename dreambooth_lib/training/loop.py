@@ -166,7 +166,8 @@ def _explain_non_finite(trainer: Trainer) -> Iterator[None]:
                 "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, "
                 f"or choose another base than '{trainer.config.base}'"
             )
+        step = error.step or trainer.step + 1
         raise NonFiniteLoss(
-            f"{error.what} at step {trainer.step + 1} of {trainer.run.folder}{error.tried}: {fix}. "
+            f"{error.what} at step {step} of {trainer.run.folder}{error.tried}: {fix}. "
             "The last good checkpoint is kept."
         ) from None

@@ -18,11 +18,14 @@ MAX_SKIPPED_STEPS = 30
 
 
 class NonFiniteStep(FloatingPointError):
-    """The loss or a gradient is NaN or infinite: what it is, what was tried, what may help."""
+    """The loss or a gradient is NaN or infinite: what it is, what was tried, what may help.
 
-    def __init__(self, what: str, tried: str = "", fix: str | None = None):
+    ``step`` is None for the step that is being made.
+    """
+
+    def __init__(self, what: str, tried: str = "", fix: str | None = None, step: int | None = None):
         super().__init__(what)
-        self.what, self.tried, self.fix = what, tried, fix
+        self.what, self.tried, self.fix, self.step = what, tried, fix, step
 
 
 def check_finite(what: str, *values: float | None) -> None:
