@@ -19,6 +19,7 @@ from conftest import save_photos
 from ipywidgets import HTML, Image, Widget
 from PIL import Image as PIL_Image
 
+import dreambooth_lib
 from dreambooth_lib import TrainConfig
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config_checks import ConfigError
@@ -394,14 +395,23 @@ def test_the_settings_begin_with_the_config_and_follow_their_controls(
 
 
 def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.SettingsPanel) -> None:
-    import dreambooth_lib
-
     settings.controls["prior_weight"].value = 0.25
     scope: dict[str, Any] = {"db": dreambooth_lib}
     exec(python_of(settings.config), scope)
     assert scope["config"] == settings.config
     assert "prior_weight=0.25" in settings.python.value and "steps=4" in settings.python.value
     assert "warmup_steps" not in settings.python.value
+
+
+@pytest.mark.parametrize("validate_every", [None, 100, 75])
+def test_the_same_in_python_has_the_interval_of_validations_as_it_was_set(
+    photos: str, validate_every: int | None
+) -> None:
+    """100 is the default; set, it is kept whatever it costs."""
+    config = TrainConfig(dreambooth_lib.Subject(photos, "dog"), validate_every=validate_every)
+    shown, scope = python_of(config), dict[str, Any](db=dreambooth_lib)
+    exec(shown, scope)
+    assert scope["config"] == config and "validation_share" not in shown
 
 
 def test_photos_in_the_working_directory_have_a_relative_path(

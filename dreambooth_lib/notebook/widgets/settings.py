@@ -125,6 +125,9 @@ def python_of(config: TrainConfig, always: Collection[str] = ()) -> str:
     Leaves out fields at their default, except those in ``always``.
     """
     subject, default = config.subject, TrainConfig(config.subject, config.base)
+    if config.validation_share is None:  # as an interval that is set has none
+        default = default.replace(validate_every=default.validate_every)
+        always = {*always, "validate_every"}
     named = _keywords(subject, Subject(subject.pictures, subject.class_noun), ("class_noun",))
     lines = [
         f"subject=db.Subject({', '.join([repr(short_path(subject.pictures)), *named])})",
