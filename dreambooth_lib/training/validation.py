@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 #: Prompts of the images that are scored; {} is the identifier, {noun} the class noun.
 PROMPTS = ("a {} {noun} on the beach", "a {} {noun} in the snow", "a {} {noun} in the forest",
            "a {} {noun} in space")  # fmt: skip
-UNRELATED_PROMPTS = ("a car in the city", "a clock on a wooden table")  # the second for cars
+#: Prompts that have nothing to do with the subject; those that name its class are left out.
+UNRELATED_PROMPTS = (
+    "a car in the city", "a clock on a wooden table", "a cat on the grass",
+    "a sailboat in the ocean", "a cactus in the desert", "a penguin in the snow",
+    "a guitar on the beach", "a rocket in space", "a butterfly in the forest",
+    "a hamburger on a wooden table", "a balloon at sunset",
+)  # fmt: skip
 CLASS_SEED = 10_000  #: of the first class image; training never draws its own from there
 TOYBOX_SCORER = loading.BUNDLED / "toybox" / "judge"
 
@@ -38,7 +44,7 @@ class ValidationPlan:
 
     seeds: int = 1  #: images of each of :data:`PROMPTS`
     class_images: int = 3  #: images of the class prompt
-    unrelated: int = 1  #: images of an unrelated prompt
+    unrelated: int = 10  #: unrelated prompts, one image each
     inference_steps: int | None = None  #: None: the fewest that finish the base's images
     guidance_scale: float | None = None  #: None: the base's own
     first_seed: int = 0  #: of the subject's prompts; class images start CLASS_SEED after it
@@ -47,11 +53,12 @@ class ValidationPlan:
     def prompts_and_seeds(self, subject: Subject) -> list[list[tuple[str, int]]]:
         """Return the prompt and seed of each image of the subject, of its class and unrelated."""
         first, class_images = self.first_seed, self.first_seed + CLASS_SEED
-        unrelated = UNRELATED_PROMPTS[subject.class_noun == "car"]
+        noun = {*subject.class_noun.split()}
+        unrelated = [prompt for prompt in UNRELATED_PROMPTS if noun.isdisjoint(prompt.split())]
         return [
             [(fill_prompt(p, subject), first + i) for p in PROMPTS for i in range(self.seeds)],
             [(subject.class_prompt, class_images + i) for i in range(self.class_images)],
-            [(unrelated, class_images + i) for i in range(self.unrelated)],
+            [(p, class_images + i) for i, p in enumerate(unrelated[: self.unrelated])],
         ]
 
     def prompts(self, subject: Subject) -> list[str]:

@@ -27,6 +27,10 @@ TRAINING_SETS = {
 HELD_OUT_SETS = {
     "streamline-emojis": ("1.2.4", "Streamline (Streamline Emojis)", "CC-BY-4.0"),
 }
+#: Drawing sets that no model here has seen, the judge neither: for studies.
+UNSEEN_SETS = {
+    "openmoji": ("1.2.29", "HfG Schwäbisch Gmünd (OpenMoji)", "CC-BY-SA-4.0"),
+}
 
 
 def fetch(drawing_set: str, folder: Path) -> Path:
@@ -35,7 +39,7 @@ def fetch(drawing_set: str, folder: Path) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    version = (TRAINING_SETS | HELD_OUT_SETS)[drawing_set][0]
+    version = (TRAINING_SETS | HELD_OUT_SETS | UNSEEN_SETS)[drawing_set][0]
     with tempfile.TemporaryDirectory() as scratch:
         package = f"@iconify-json/{drawing_set}@{version}"
         subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True)

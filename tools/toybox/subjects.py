@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from dreambooth_lib.core.config import Subject
 from tools.toybox import drawings
+from tools.toybox.world import CLASSES, draw_scene, odd_colours, place
 from tools.toybox.world import SCENES as WORLD_SCENES
-from tools.toybox.world import draw_scene, place
 
 SET = "streamline-emojis"
 SIDE = 256  # pixels
@@ -22,6 +24,22 @@ SUBJECTS = {
         "#ff6242": "#2b2f8f", "#ff866e": "#4a50c4", "#fff48c": "#7dffb0", "#fffacf": "#c2ffdb"}),
 }  # fmt: skip
 SCENES = ("grass", "beach", "table", "city", "snow")
+#: Twelve more for the studies, half of them of a set that nothing here has seen:
+#: name -> (drawing set, class noun, type, seed of its odd colours)
+STUDY_SUBJECTS = {
+    "moss_cat": (SET, "cat", "live", 101),
+    "lime_monkey": (SET, "monkey", "live", 101),
+    "blue_chicken": (SET, "chicken", "live", 102),
+    "slate_snail": (SET, "snail", "live", 102),
+    "azure_car": (SET, "car", "object", 102),
+    "violet_crown": (SET, "crown", "object", 102),
+    "ice_fox": ("openmoji", "fox", "live", 102),
+    "plum_frog": ("openmoji", "frog", "live", 102),
+    "neon_duck": ("openmoji", "duck", "live", 101),
+    "green_rocket": ("openmoji", "rocket", "object", 101),
+    "night_hamburger": ("openmoji", "hamburger", "object", 102),
+    "sky_strawberry": ("openmoji", "strawberry", "object", 102),
+}
 
 HEADER = """The bundled subjects, in the folder layout of the DreamBooth dataset.
 Drawings: {credit}, {licence}; recoloured and set on drawn scenes here.
@@ -38,13 +56,34 @@ def draw_subject(name: str, folder: Path) -> None:
     assert text is not None
     for old, new in colours.items():
         text = text.replace(old, new)
-    # The drawings stand on a soft shadow, which would float in most scenes.
-    text = re.sub(r'<(ellipse|path)[^>]*fill="#45413c"[^>]*opacity="\.15"[^>]*/>', "", text)
-    picture = drawings.render(text, SIDE)
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(SCENES):
-        rng = np.random.default_rng((10, list(SUBJECTS).index(name), number))
-        place(picture, draw_scene(scene, rng, SIDE), rng).save(folder / name / f"{number:02d}.png")
+    draw_photos(
+        drawings.render(without_shadow(text), SIDE), list(SUBJECTS).index(name), folder / name
+    )
+
+
+def draw_study_subject(name: str, folder: Path) -> Subject:
+    """Write five pictures of one of :data:`STUDY_SUBJECTS` to ``folder/name``."""
+    drawing_set, noun, kind, seed = STUDY_SUBJECTS[name]
+    path = drawings.fetch(drawing_set, Path("build/drawings"))
+    texts = (drawings.svg(path, drawing) for drawing in CLASSES[noun])
+    text = next(text for text in texts if text is not None)
+    drawing = np.asarray(drawings.render(without_shadow(text), SIDE))
+    number = len(SUBJECTS) + list(STUDY_SUBJECTS).index(name)
+    draw_photos(Image.fromarray(odd_colours(drawing, seed)), number, folder / name)
+    return Subject(str(folder / name), noun, name=name, kind=kind)
+
+
+def without_shadow(svg: str) -> str:
+    """Return a drawing without the soft shadow that it stands on, which would float in scenes."""
+    return re.sub(r'<(ellipse|path)[^>]*fill="#45413c"[^>]*opacity="\.15"[^>]*/>', "", svg)
+
+
+def draw_photos(drawing: Image.Image, number: int, folder: Path) -> None:
+    """Set a drawing on five scenes, by seeds of its ``number``, and write them to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, scene in enumerate(SCENES):
+        rng = np.random.default_rng((10, number, index))
+        place(drawing, draw_scene(scene, rng, SIDE), rng).save(folder / f"{index:02d}.png")
 
 
 def build(folder: Path) -> None:
