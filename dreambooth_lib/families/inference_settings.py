@@ -31,6 +31,7 @@ class Inference:
     #: The steps of the fast sampler (``Family.generate``) that draw a class as ``steps`` of the
     #: base's own do (docs/class_images.md); None for a base that has only its own.
     fast_steps: int | None = None
+    fast_validation_steps: int | None = None  #: of the fast sampler too, for validation images
 
 
 def distilled_inference(steps: int, guidance_scale: float = 0.0) -> Inference:

@@ -23,6 +23,7 @@ TOYBOX = Inference(
     fewest_steps=25,
     validation_steps=10,
     fast_steps=15,
+    fast_validation_steps=7,
 )
 
 
@@ -32,8 +33,9 @@ class StableDiffusion(Family):
     denoiser_name = "unet"
     #: The pipeline's own; half the steps are enough, as in diffusers' DreamBooth scripts.
     default_inference = Inference(
-        steps=50, guidance_scale=7.5, fewest_steps=25, validation_steps=25, fast_steps=15
-    )
+        steps=50, guidance_scale=7.5, fewest_steps=25, validation_steps=25,
+        fast_steps=15, fast_validation_steps=12,
+    )  # fmt: skip
     undistilled_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     card_dtype = "float16"
     scheduler_settings = ("beta_start",)
@@ -49,7 +51,7 @@ class StableDiffusion(Family):
             return TOYBOX
         own = cls.default_inference
         if scheduler.get("rescale_betas_zero_snr"):  # see drawing.fast_scheduler
-            own = replace(own, fast_steps=None)
+            own = replace(own, fast_steps=None, fast_validation_steps=None)
         return distilled_by_scheduler(scheduler, denoiser) or distilled_by_name(names) or own
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:

@@ -37,8 +37,7 @@ def reference_fidelity(reference: "torch.Tensor") -> float:
 
 def prompt_adherence(images: "torch.Tensor", texts: "torch.Tensor") -> float:
     """Return CLIP-T (section 4.2), in [-1, 1]: the mean cosine of each image and its prompt."""
-    images, texts = unit_rows(by_row=True, images=images, texts=texts)
-    return float((images * texts).sum(-1).mean())
+    return float(row_cosines(images, texts).mean())
 
 
 def diversity(images: "torch.Tensor") -> float:
@@ -55,8 +54,13 @@ def prior_drift(base: "torch.Tensor", tuned: "torch.Tensor") -> float:
     Rows at one index have the same prompt and seed; 0 is no change. PRES compares class images with
     the subject; this compares them with the base's.
     """
-    base, tuned = unit_rows(by_row=True, base=base, tuned=tuned)
-    return float(1 - (base * tuned).sum(-1).mean())
+    return float(1 - row_cosines(base, tuned).mean())
+
+
+def row_cosines(images: "torch.Tensor", others: "torch.Tensor") -> "torch.Tensor":
+    """Return the cosine of each image with the text or image of the same row, in [-1, 1]: [N]."""
+    images, others = unit_rows(by_row=True, images=images, others=others)
+    return (images * others).sum(-1)
 
 
 def strip_identifier(prompt: str, identifier: str) -> str:
@@ -68,7 +72,7 @@ def strip_identifier(prompt: str, identifier: str) -> str:
 def evaluate(
     encoder: Encoder,
     reference: "Sequence[Image.Image] | torch.Tensor",
-    generated: "list[Image.Image]",
+    generated: "Sequence[Image.Image] | torch.Tensor",
     prompts: list[str],
     class_images: "Sequence[Image.Image] | torch.Tensor",
     identifier: str,
@@ -79,7 +83,7 @@ def evaluate(
     ``reference`` are the photos. ``generated[i]`` was drawn from ``prompts[i]``; the identifier is
     stripped before the text is embedded. ``class_images`` are the tuned model's images of one class
     prompt, and ``base_class_images`` the base's with the same seeds; without these there is no
-    ``prior_drift``. In place of all but ``generated`` there may be embeddings [N, D].
+    ``prior_drift``. In place of images there may be embeddings [N, D].
     Raises ``InputError`` for no images, different counts, or only one class image.
     """
     if len(prompts) != len(generated):
@@ -87,7 +91,7 @@ def evaluate(
             f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
             "prompt for each image, and repeat a prompt that has several."
         )
-    images, classes = encoder.embed_images(generated), encoder.as_embeddings(class_images)
+    images, classes = encoder.as_embeddings(generated), encoder.as_embeddings(class_images)
     scores = {"subject_fidelity": subject_fidelity(images, encoder.as_embeddings(reference))}
     if encoder.reads_texts:
         texts = encoder.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])

@@ -1,87 +1,123 @@
-"""Select a run's best checkpoint, and say why in a sentence.
+"""Select a run's best checkpoint, and say in words what it learnt and what it kept.
 
-Each validation gives three ratios in [0, 1] (see :func:`ratios`), and their geometric mean is its
-score: no ratio can be bought by giving up another, since 1% of one weighs as much as 1% of the
-next. The best step has the highest score, the earliest of equals. It lies on the Pareto front: no
-other step is at least as good in all three ratios and better in one.
+Each validation gives three ratios in [0, 1] (:class:`Ratios`), and their geometric mean is its
+score: no ratio can be bought by giving up another. Scores of a few images are noisy. All
+validations draw the same prompts from the same seeds, so that two steps are compared image by
+image: their scores differ only if the difference is larger than its standard error
+(:func:`difference`). Of steps that do not differ, the one with the highest likeness is the best.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import stdev
 
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation_record import ValidationResult, history
+from dreambooth_lib.training.verdict import Verdict, verdict
 
-Ratios = tuple[float, float, float]
 
-#: How to describe another step whose ratio is higher, and lower.
-_CHANGES = (
-    ("looks {} more like the subject", "looks {} less like the subject"),
-    ("follows the prompt {} better", "follows the prompt {} worse"),
-    ("changes {} less of the rest", "changes {} more of the rest"),
-)
+@dataclass(frozen=True)
+class Ratios:
+    """Say how good a model's images are of what is possible, from 0 to 1."""
+
+    likeness: float  #: to the photos: 0 is the base's, 1 is that of the photos to each other
+    adherence: float  #: to the prompts, over the base's
+    class_kept: float  #: 1 - the drift of the class images
+    others_kept: float  #: 1 - the mean drift of the unrelated prompts' images
+
+    @property
+    def score(self) -> float:
+        """Return the geometric mean of likeness, adherence and the mean of both kept shares."""
+        kept = (self.class_kept + self.others_kept) / 2
+        return (self.likeness * self.adherence * kept) ** (1 / 3)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The best step, its score, and the reason in a sentence."""
+    """The best step, its score, the verdict on it, and the reason in sentences."""
 
     step: int
     score: float
+    verdict: Verdict
     reason: str
-    front: tuple[int, ...]  #: the Pareto front: all steps that no other beats
 
 
 def ratios(
     subject_fidelity: float,
+    base_fidelity: float,
     reference_fidelity: float,
     prompt_adherence: float,
     base_adherence: float,
     prior_drift: float,
     unrelated_drift: float,
 ) -> Ratios:
-    """Return three ratios, clipped to [0, 1]: how good a model is of what is possible.
+    """Return the ratios of some scores, clipped to [0, 1].
 
-    The images' fidelity over that of the photos among themselves, their prompt adherence over the
-    base's, and 1 - the mean drift of the class and of the unrelated prompt.
+    Where the base's images are as like the photos as these are to each other, all images are.
     """
-    return (
-        _ratio(subject_fidelity, reference_fidelity),
-        _ratio(prompt_adherence, base_adherence),
-        _ratio(1 - (prior_drift + unrelated_drift) / 2, 1.0),
+    possible = reference_fidelity - base_fidelity
+    return Ratios(
+        _clip((subject_fidelity - base_fidelity) / possible) if possible > 0 else 1.0,
+        _clip(prompt_adherence / base_adherence) if base_adherence > 0 else 1.0,
+        _clip(1 - prior_drift),
+        _clip(1 - unrelated_drift),
     )
 
 
 def ratios_of(row: ValidationResult, base: ValidationResult) -> Ratios:
     """Return the ratios of one validation; ``base`` is the frozen base's."""
     return ratios(
-        row.subject_fidelity, row.reference_fidelity, row.prompt_adherence,
-        base.prompt_adherence, row.prior_drift, row.unrelated_drift,
+        row.subject_fidelity, base.subject_fidelity, row.reference_fidelity,
+        row.prompt_adherence, base.prompt_adherence, row.prior_drift, row.unrelated_drift,
     )  # fmt: skip
 
 
-def overall_score(ratios: Sequence[float]) -> float:
-    """Return the geometric mean of the ratios, in [0, 1]."""
-    return math.prod(ratios) ** (1 / len(ratios))
+def difference(
+    row: ValidationResult, other: ValidationResult, base: ValidationResult
+) -> tuple[float, float]:
+    """Return how much higher a validation's score is than another's, and its standard error.
+
+    Both in shares of the score. The error is that of the mean differences image by image, to first
+    order; 0 for a run of an earlier version, which did not keep the images' own values.
+    """
+    one, two = ratios_of(row, base), ratios_of(other, base)
+    if min(one.score, two.score) == 0:
+        return math.copysign(math.inf, one.score - two.score) if one.score != two.score else 0.0, 0
+    kept = (one.class_kept + one.others_kept + two.class_kept + two.others_kept) / 2
+    likeness = (one.likeness + two.likeness) / 2
+    scales = {  # by how much the logarithm of the score changes with each measure
+        "subject_fidelity": 1 / (likeness * (row.reference_fidelity - base.subject_fidelity)),
+        "prompt_adherence": 2 / (row.prompt_adherence + other.prompt_adherence),
+        "prior_drift": 1 / kept,
+        "unrelated_drift": 1 / kept,
+    }
+    errors = [
+        scale * _standard_error(row.by_image.get(name, []), other.by_image.get(name, [])) / 3
+        for name, scale in scales.items()
+    ]
+    return math.log(one.score / two.score), math.hypot(*errors)
 
 
 def select_best(rows: Sequence[ValidationResult]) -> Selection:
     """Select the best step of a run's validations; the first row is the frozen base's.
 
-    Raises ``InputError`` if there is no other row.
+    A later validation never brings back an earlier step, so that a run may delete the others'
+    checkpoints. Raises ``InputError`` if there is no other row.
     """
-    by_step = {row.step: ratios_of(row, rows[0]) for row in rows[1:] if rows[0].step == 0}
-    if not by_step:
+    if len(rows) < 2 or rows[0].step != 0:
         raise InputError(
             "no step was validated yet; train up to the first validation (validate_every)."
         )
-    best = max(by_step, key=lambda step: (round(overall_score(by_step[step]), 6), -step))
-    front = tuple(
-        step for step, own in by_step.items() if not any(_beats(r, own) for r in by_step.values())
-    )
-    return Selection(best, overall_score(by_step[best]), _reason(best, by_step), front)
+    base, best, highest = rows[0], rows[1], rows[1]
+    for row in rows[2:]:
+        highest = max(highest, row, key=lambda each: ratios_of(each, base).score)
+        if _is_lower(row, highest, base):
+            continue
+        if _is_lower(best, highest, base) or row.subject_fidelity > best.subject_fidelity:
+            best = row
+    return Selection(best.step, ratios_of(best, base).score, *_explain(best, rows))
 
 
 def best_checkpoint(run: Run) -> Selection:
@@ -98,27 +134,63 @@ def best_checkpoint(run: Run) -> Selection:
     return select_best(rows)
 
 
-def _ratio(value: float, reference: float) -> float:
-    return min(1.0, max(0.0, value / reference)) if reference > 0 else 1.0
-
-
-def _beats(a: Ratios, b: Ratios) -> bool:
-    """Return whether ``a`` is at least as good in all ratios, and better in one."""
-    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
-
-
-def _reason(best: int, by_step: dict[int, Ratios]) -> str:
-    fidelity, adherence, unchanged = by_step[best]
-    text = (
-        f"Step {best}: its images are {fidelity:.0%} as close to the photos as the photos are to "
-        f"each other, follow the prompt {adherence:.0%} as well as the base's, and leave "
-        f"{unchanged:.0%} of the rest unchanged."
+def _explain(best: ValidationResult, rows: Sequence[ValidationResult]) -> tuple[Verdict, str]:
+    """Return the verdict on a step, and why it is the best."""
+    base, last = rows[0], rows[-1]
+    own = ratios_of(best, base)
+    judged = verdict(own, leakage(best, base), best is last)
+    reason = (
+        f"Step {best.step}: its images are {own.likeness:.0%} of the way from the base's to the "
+        f"photos, follow the prompts {own.adherence:.0%} as well as the base's, and keep "
+        f"{own.class_kept:.0%} of the class and {own.others_kept:.0%} of other prompts."
     )
-    last = max(by_step)
-    if best == last:
-        return text
-    changes = list(zip(_CHANGES, by_step[best], by_step[last], strict=True))
-    gains = [more.format(f"{b - a:.0%}") for (more, _), a, b in changes if b - a >= 0.005]
-    losses = [less.format(f"{a - b:.0%}") for (_, less), a, b in changes if a - b >= 0.005]
-    difference = " but ".join(" and ".join(part) for part in (gains, losses) if part)
-    return f"{text} Step {last} {difference or 'is hardly different'}."
+    if own.likeness == 0:
+        reason = (
+            f"No step is better than the base: at step {best.step} the images are no more like the "
+            "photos than before training."
+        )
+    if best is not last:
+        reason += f" {_comparison(last, best, base)}"
+    return judged, reason
+
+
+def leakage(row: ValidationResult, base: ValidationResult) -> float:
+    """Return how far class images came to look like the subject: 0 as the base's, 1 as the photos.
+
+    It is negative where they look less like it than the base's.
+    """
+    possible = row.reference_fidelity - base.pres
+    return (row.pres - base.pres) / possible if possible > 0 else 0.0
+
+
+def _comparison(last: ValidationResult, best: ValidationResult, base: ValidationResult) -> str:
+    """Say what the last step does better than the best one, and worse, in a sentence."""
+    after, before = ratios_of(last, base), ratios_of(best, base)
+    changes = {
+        "likeness": after.likeness - before.likeness,
+        "following the prompts": after.adherence - before.adherence,
+        "the class": after.class_kept - before.class_kept,
+        "other prompts": after.others_kept - before.others_kept,
+    }
+    gains = [f"{gain:.0%} in {name}" for name, gain in changes.items() if gain >= 0.005]
+    losses = [f"{-gain:.0%} in {name}" for name, gain in changes.items() if gain <= -0.005]
+    parts = [f"gains {' and '.join(gains)}"] if gains else []
+    parts += [f"loses {' and '.join(losses)}"] if losses else []
+    return f"Step {last.step} {' but '.join(parts) or 'hardly differs'}."
+
+
+def _is_lower(row: ValidationResult, other: ValidationResult, base: ValidationResult) -> bool:
+    gain, error = difference(row, other, base)
+    return gain < -error
+
+
+def _clip(value: float) -> float:
+    return min(1.0, max(0.0, value))
+
+
+def _standard_error(values: Sequence[float], others: Sequence[float]) -> float:
+    """Return the standard error of the mean of paired differences; 0 for fewer than two pairs."""
+    if len(values) != len(others) or len(values) < 2:
+        return 0.0
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    return stdev(differences) / math.sqrt(len(differences))

@@ -39,11 +39,12 @@ TOYBOX_SCORER = loading.BUNDLED / "toybox" / "judge"
 class ValidationPlan:
     """Define what each validation draws; two are comparable if their plans are equal.
 
-    The eight images of the default are one batch.
+    By default 18 images: few of each kind, as a small model draws seeds much alike, and many
+    unrelated prompts, as one of them may change by chance (docs/studies).
     """
 
     seeds: int = 1  #: images of each of :data:`PROMPTS`
-    class_images: int = 3  #: images of the class prompt
+    class_images: int = 4  #: images of the class prompt
     unrelated: int = 10  #: unrelated prompts, one image each
     inference_steps: int | None = None  #: None: the fewest that finish the base's images
     guidance_scale: float | None = None  #: None: the base's own
@@ -69,12 +70,12 @@ class ValidationPlan:
 def plan_for(config: TrainConfig, **changes: Any) -> ValidationPlan:
     """Return a config's validation plan, with its base's inference steps and guidance scale.
 
-    By the fast sampler where that takes fewer steps, and the config does not set them.
+    By the fast sampler where the base can use it, and the config does not set the steps.
     """
     own = inference_settings(config)
-    steps, fast_steps = own.validation_steps, own.fast_steps
+    steps, fast_steps = own.validation_steps, own.fast_validation_steps
     settings: dict[str, Any] = {"inference_steps": steps, "guidance_scale": own.guidance_scale}
-    if config.validation_inference_steps is None and fast_steps is not None and fast_steps < steps:
+    if config.validation_inference_steps is None and fast_steps is not None:
         settings |= {"inference_steps": fast_steps, "fast": True}
     return ValidationPlan(**(settings | changes))
 
@@ -144,20 +145,31 @@ def score_images(
     subject: Subject,
     images: ValidationImages,
     base: ValidationImages | BaseEmbeddings,
-) -> dict[str, float]:
-    """Return the scores of :func:`clip_scores.evaluate`, PRES and the unrelated prompt's drift.
+) -> dict[str, Any]:
+    """Return the scores of :func:`clip_scores.evaluate`, PRES and the unrelated prompts' drift.
 
     ``photos`` are images or their embeddings [M, D]; ``base`` are the frozen base's images.
+    ``by_image`` has the values that four of the scores are the means of: those of each image of the
+    subject, of the class or of an unrelated prompt.
     """
     photos = encoder.as_embeddings(photos)
     base = BaseEmbeddings(encoder, base) if isinstance(base, ValidationImages) else base
+    of_subject = encoder.embed_images(images.subject)
     class_images = encoder.embed_images(images.class_images)
-    scores = clip_scores.evaluate(
-        encoder, photos, images.subject, images.prompts, class_images, subject.identifier,
+    scores: dict[str, Any] = clip_scores.evaluate(
+        encoder, photos, of_subject, images.prompts, class_images, subject.identifier,
         base.class_images,
     )  # fmt: skip
     scores["pres"] = clip_scores.subject_fidelity(class_images, photos)
+    texts = [clip_scores.strip_identifier(p, subject.identifier) for p in images.prompts]
+    by_image = {
+        "subject_fidelity": (of_subject @ photos.T).mean(1),
+        "prompt_adherence": clip_scores.row_cosines(of_subject, encoder.embed_texts(texts)),
+        "prior_drift": 1 - clip_scores.row_cosines(base.class_images, class_images),
+    }
     if base.unrelated is not None:
         after = encoder.embed_images(images.unrelated)
+        by_image["unrelated_drift"] = 1 - clip_scores.row_cosines(base.unrelated, after)
         scores["unrelated_drift"] = clip_scores.prior_drift(base.unrelated, after)
+    scores["by_image"] = {name: values.tolist() for name, values in by_image.items()}
     return scores

@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class ValidationResult:
     unrelated_drift: float  #: of images that have nothing to do with the subject
     held_out: dict[str, list[float]]  #: losses by timestep bin, see :mod:`.held_out_loss`
     seconds: float  #: what the validation took
+    #: the values of each image that four of the scores are the means of, by the score's name; empty
+    #: in a run of an earlier version
+    by_image: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Validator:
@@ -139,7 +142,7 @@ def plan_file(folder: Path) -> Path:
 def read_plan(file: Path) -> ValidationPlan:
     """Read a validation plan, an earlier version's too. Raises ``RunError`` if it is damaged."""
     values = current_fields(read_object(file) or {})
-    types: dict[str, Any] = {field.name: field.type for field in fields(ValidationPlan)}
+    types: dict[str, Any] = {own.name: own.type for own in fields(ValidationPlan)}
     sound = all(isinstance(value, types.get(name, ())) for name, value in values.items())
     if not values or not sound:
         raise RunError(f"the validation plan {file} is missing or damaged.")
@@ -192,17 +195,28 @@ def load_all_images(run: Run) -> dict[int, ValidationImages]:
 
 def history(run: Run) -> list[ValidationResult]:
     """Return the result of every validation so far, the frozen base's first."""
-    types = {"step": int, "held_out": dict}
-    names = [field.name for field in fields(ValidationResult)]
-    # Rows of earlier versions have more.
+    types = {"step": int, "held_out": dict, "by_image": dict}
+    names = [own.name for own in fields(ValidationResult)]
+    # Rows of earlier versions have more, and do not have all.
     rows: list[dict[str, Any]] = [
-        {name: row.get(name) for name in names} for row in run.rows("validation")
+        {name: row.get(name) for name in names} | {"by_image": _numbers(row.get("by_image"))}
+        for row in run.rows("validation")
     ]
     return [
         ValidationResult(**row)
         for row in rows
         if all(isinstance(value, types.get(name, float)) for name, value in row.items())
     ]
+
+
+def _numbers(by_image: Any) -> dict[str, list[float]]:
+    """Return the lists of numbers in what a row says of its images; nothing where it is damaged."""
+    named = by_image.items() if isinstance(by_image, dict) else ()
+    return {
+        name: values
+        for name, values in named
+        if isinstance(values, list) and all(isinstance(value, float) for value in values)
+    }
 
 
 def time_share(run: Run) -> float:

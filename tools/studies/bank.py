@@ -33,6 +33,9 @@ PLANS = {
     "a": ValidationPlan(seeds=4, class_images=12, inference_steps=10),
     "b": ValidationPlan(seeds=4, class_images=12, inference_steps=10, first_seed=OTHER_SEEDS),
     "fast": ValidationPlan(seeds=1, class_images=6, inference_steps=7, fast=True),
+    "free": ValidationPlan(
+        seeds=1, class_images=6, inference_steps=7, fast=True, guidance_scale=1.0
+    ),
 }
 KINDS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "full": lambda config: config,
@@ -76,7 +79,7 @@ def draw(family: Family, config: TrainConfig) -> dict[str, ValidationImages]:
     scale = config.guidance_scale
     return {
         name: validation.draw_images(
-            family, config.subject, replace(plan, guidance_scale=scale), batch_size=19
+            family, config.subject, replace(plan, guidance_scale=plan.guidance_scale or scale), 19
         )
         for name, plan in PLANS.items()
     }

@@ -1,0 +1,72 @@
+"""Say in words whether a model learnt its subject and kept the rest, and what to do next.
+
+The limits between the words are where people drew them on images of the bundled base
+(docs/studies): they agree with the words there, not necessarily on photos.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dreambooth_lib.training.best_checkpoint import Ratios
+
+#: Likeness from which the subject counts as learnt, and as partly learnt.
+LEARNT, PARTLY_LEARNT = 0.65, 0.35
+#: Share of the class kept from which it counts as kept, and as partly kept.
+CLASS_KEPT, CLASS_PARTLY_KEPT = 0.7, 0.5
+#: The same of other prompts, by the mean over all of them.
+OTHERS_KEPT, OTHERS_PARTLY_KEPT = 0.8, 0.6
+#: How well prompts are followed, from which they count as followed.
+FOLLOWED = 0.85
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Tell what a model learnt and what it kept, in words."""
+
+    learnt: str  #: "yes", "partly" or "no"
+    class_kept: str  #: "yes", "partly" or "no"
+    others_kept: str  #: "yes", "partly" or "no"
+    text: str  #: all of it in one line
+    advice: str  #: what to do next, in a sentence
+
+    @property
+    def good(self) -> bool:
+        """Return whether the subject is learnt and nothing is forgotten."""
+        return self.learnt == "yes" and "no" not in (self.class_kept, self.others_kept)
+
+
+def verdict(ratios: "Ratios", leakage: float, is_last: bool) -> Verdict:
+    """Judge a step by its ratios.
+
+    ``leakage`` is how much class images have come to look like the subject: 0 as the base's, 1 as
+    the photos. ``is_last`` tells whether no later step was validated.
+    """
+    learnt = _word(ratios.likeness, LEARNT, PARTLY_LEARNT)
+    kept = _word(min(ratios.class_kept, 1 - leakage), CLASS_KEPT, CLASS_PARTLY_KEPT)
+    others = _word(ratios.others_kept, OTHERS_KEPT, OTHERS_PARTLY_KEPT)
+    words = {"yes": "kept", "partly": "partly kept", "no": "forgotten"}
+    text = f"Subject learnt: {learnt}. Class: {words[kept]}. Other prompts: {words[others]}."
+    return Verdict(learnt, kept, others, text, _advice(learnt, kept, others, ratios, is_last))
+
+
+def _word(value: float, yes: float, partly: float) -> str:
+    return "yes" if value >= yes else "partly" if value >= partly else "no"
+
+
+def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", is_last: bool) -> str:
+    if kept == "no":
+        return "Raise λ (prior_weight) to keep the class, and train again."
+    if others == "no":
+        return "Lower the learning rate, or preserve other prompts too (prior_prompts)."
+    if learnt != "yes":
+        if is_last:
+            return "Train for more steps: it was still learning."
+        return "Raise the learning rate, or give it photos that show the subject more alike."
+    if ratios.adherence < FOLLOWED:
+        return "It follows prompts worse than the base: look at an earlier step too."
+    if "partly" in (kept, others):
+        return (
+            "Look at the images of the class and of other prompts: raise λ if too little is kept."
+        )
+    return "Nothing needs to change."
