@@ -187,7 +187,10 @@ def run_training(run: Run) -> None:
                 f"validation was skipped at step {', '.join(map(str, skipped))}, as it would have "
                 "taken too much of the time; set validate_every to have it"
             )
-        state.print(f"Best: {select_best(results).reason}")
+        if len(results) > 1:
+            selection = select_best(results)
+            state.print(f"{selection.verdict.text} {selection.verdict.advice}")
+            state.print(f"Best: {selection.reason}")
     state.print(printable(str(run.pipeline)))
 
 

@@ -1,24 +1,44 @@
-"""Test how the best checkpoint is selected: its maths, the Pareto front, and early stopping."""
+"""Test how the best checkpoint is selected: ratios, noise, ties, the verdict, and early stopping."""
 
-from math import prod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.training import best_checkpoint, runs
-from dreambooth_lib.training.best_checkpoint import overall_score, ratios, select_best
+from dreambooth_lib.training.best_checkpoint import (
+    Ratios,
+    difference,
+    leakage,
+    ratios,
+    ratios_of,
+    select_best,
+)
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.runs import RunError
 from dreambooth_lib.training.validation_record import ValidationResult
+from dreambooth_lib.training.verdict import verdict
 
 
-def row(step: int, fidelity: float, adherence: float = 0.5, drift: float = 0.0) -> ValidationResult:
-    return ValidationResult(
-        step=step, subject_fidelity=fidelity, reference_fidelity=0.8, prompt_adherence=adherence,
-        class_diversity=0.5, prior_drift=drift, unrelated_drift=drift, pres=0.3, held_out={},
-        seconds=1.0,
-    )  # fmt: skip
+def row(
+    step: int, fidelity: float, adherence: float = 0.5, drift: float = 0.0, **changes: Any
+) -> ValidationResult:
+    fields = {
+        "step": step, "subject_fidelity": fidelity, "reference_fidelity": 0.8,
+        "prompt_adherence": adherence, "class_diversity": 0.5, "prior_drift": drift,
+        "unrelated_drift": drift, "pres": 0.3, "held_out": {}, "seconds": 1.0,
+    }  # fmt: skip
+    return ValidationResult(**(fields | changes))
+
+
+def noisy(step: int, fidelity: list[float], drift: list[float]) -> ValidationResult:
+    """Make a row of four images of the subject and some of unrelated prompts."""
+    by_image = {"subject_fidelity": fidelity, "prompt_adherence": [0.5] * 4,
+                "prior_drift": [0.1] * 4, "unrelated_drift": drift}  # fmt: skip
+    return row(step, float(np.mean(fidelity)), drift=0.1, by_image=by_image,
+               unrelated_drift=float(np.mean(drift)))  # fmt: skip
 
 
 BASE = row(0, 0.4)
@@ -28,56 +48,136 @@ OVERFIT = [
 ]  # fmt: skip
 
 
-def test_ratios_are_to_the_photos_to_the_base_and_of_the_rest() -> None:
-    assert ratios(0.6, 0.8, 0.4, 0.5, 0.3, 0.1) == pytest.approx((0.75, 0.8, 0.8))
-    assert ratios(0.9, 0.8, 0.6, 0.5, -0.1, 0) == (1, 1, 1), "a ratio is at most 1"
-    assert ratios(-0.2, 0.8, -0.1, 0.5, 1.3, 1.1) == (0, 0, 0)
+def test_likeness_goes_from_the_base_to_the_photos() -> None:
+    found = ratios(0.6, 0.4, 0.8, 0.4, 0.5, 0.3, 0.1)
+    assert (found.likeness, found.adherence) == pytest.approx((0.5, 0.8))
+    assert (found.class_kept, found.others_kept) == pytest.approx((0.7, 0.9))
+    assert ratios(0.9, 0.4, 0.8, 0.6, 0.5, -0.1, 0) == Ratios(1, 1, 1, 1), "a ratio is at most 1"
+    assert ratios(0.3, 0.4, 0.8, -0.1, 0.5, 1.3, 1.1) == Ratios(0, 0, 0, 0)
+    assert ratios(0.9, 0.8, 0.8, 0.5, 0.0, 0, 0).likeness == 1, "the base draws the subject already"
 
 
-def test_the_score_is_the_geometric_mean_of_the_ratios() -> None:
-    assert overall_score((0.75, 0.8, 0.7)) == pytest.approx((0.75 * 0.8 * 0.7) ** (1 / 3))
-    assert overall_score((1.0, 1.0, 0.0)) == 0, "nothing makes up for a class that is lost"
+def test_the_score_is_the_geometric_mean_of_likeness_adherence_and_what_is_kept() -> None:
+    assert Ratios(0.75, 0.8, 0.6, 0.8).score == pytest.approx((0.75 * 0.8 * 0.7) ** (1 / 3))
+    assert Ratios(1, 1, 0, 0).score == 0, "nothing makes up for a class that is lost"
 
 
 def test_the_best_step_has_the_highest_score_and_the_reason_says_why() -> None:
     best = select_best(OVERFIT)
-    products = {
-        r.step: prod((r.subject_fidelity / 0.8, min(1, r.prompt_adherence / 0.5),
-                      1 - (r.prior_drift + r.unrelated_drift) / 2))
-        for r in OVERFIT[1:]
-    }  # fmt: skip
-    assert best.step == max(products, key=lambda step: products[step]) == 200
-    assert best.score == pytest.approx(products[200] ** (1 / 3))
+    scores = {r.step: ratios_of(r, BASE).score for r in OVERFIT[1:]}
+    assert best.step == max(scores, key=lambda step: scores[step]) == 300
+    assert best.score == scores[300] and best.better_than_base
     assert best.reason == (
-        "Step 200: its images are 90% as close to the photos as the photos are to each other, "
-        "follow the prompt 98% as well as the base's, and leave 95% of the rest unchanged. Step "
-        "500 looks 6% more like the subject but follows the prompt 26% worse and changes 35% more "
-        "of the rest."
+        "Step 300: likeness to the photos 90% (0% is the base's, 100% that of the photos to each "
+        "other), follows the prompts 94% as well as the base, class kept 90%, other prompts kept "
+        "90%. Step 500 gains 3% in likeness but loses 22% in following the prompts, 30% of the "
+        "class and 30% of other prompts."
     )
 
 
-def test_the_front_leaves_out_steps_that_another_beats() -> None:
-    best = select_best(OVERFIT)
-    assert best.front == (100, 200, 300, 400), "500 has 400's fidelity and less of the rest"
-    assert best.step in best.front
+def test_a_step_no_better_than_the_base_is_said_to_be_none() -> None:
+    best = select_best([BASE, row(100, 0.39), row(200, 0.38)])
+    assert not best.better_than_base and best.verdict.learnt == "no"
+    assert best.reason == (
+        "No step is better than the base: at step 100 the images are no more like the photos than "
+        "before training."
+    )
 
 
-def test_the_earliest_of_equals_is_selected_and_never_the_base() -> None:
-    assert select_best([row(0, 0.8), row(100, 0.6), row(200, 0.6)]).step == 100
+def test_the_error_of_a_difference_is_that_of_paired_images() -> None:
+    """The same by resampling: the spread of the difference over many draws of images."""
+    generator = np.random.default_rng(0)
+    scenes = generator.normal(0.6, 0.1, 400)  # one image of each step shares a scene
+    one, two = (scenes + generator.normal(0, 0.03, 400) for _ in range(2))
+    drifts = [generator.uniform(0, 0.4, 400) for _ in range(2)]
+    gains, errors = [], []
+    for at in range(0, 400, 8):
+        part = slice(at, at + 8)
+        pair = [noisy(1 + i, f[part].tolist(), d[part].tolist())
+                for i, (f, d) in enumerate(zip((one, two), drifts, strict=True))]  # fmt: skip
+        gain, error = difference(*pair, BASE)
+        gains.append(gain)
+        errors.append(error)
+    assert np.std(gains) == pytest.approx(np.mean(errors), rel=0.25)
+    assert abs(np.mean(gains)) < 3 * np.std(gains) / 50**0.5
+
+
+def test_one_odd_picture_of_an_unrelated_prompt_decides_nothing() -> None:
+    """A car that turns blue by chance outweighs nothing; ten pictures that change do."""
+    learnt = noisy(100, [0.70, 0.72, 0.71, 0.69], [0.05] * 10)
+    better = [0.72, 0.73, 0.72, 0.70]
+    one_odd = noisy(200, better, [0.05] * 9 + [0.95])
+    assert ratios_of(one_odd, BASE).score < ratios_of(learnt, BASE).score
+    assert select_best([BASE, learnt, one_odd]).step == 200
+    assert select_best([BASE, learnt, noisy(200, better, [0.35] * 10)]).step == 100
+
+
+def test_ties_go_to_likeness_and_the_earliest_of_equals_is_selected() -> None:
+    spread = [0.0, 0.3] * 5
+    like = noisy(200, [0.71, 0.72, 0.71, 0.70], [0.3, 0.05] * 5)
+    assert select_best([BASE, noisy(100, [0.70] * 4, spread), like]).step == 200
+    assert select_best([BASE, like, noisy(300, [0.70] * 4, spread)]).step == 200
+    assert select_best([row(0, 0.3), row(100, 0.6), row(200, 0.6)]).step == 100
     with pytest.raises(ValueError, match="no step was validated"):
         select_best([BASE])
 
 
 def test_later_validations_never_bring_back_an_earlier_step() -> None:
     """Guarantee that a run may delete all checkpoints but the best so far."""
-    bests = [select_best(OVERFIT[:end]).step for end in range(2, len(OVERFIT) + 1)]
-    assert bests == sorted(bests)
+    generator = np.random.default_rng(1)
+    for _ in range(50):
+        rows = [BASE]
+        for step in range(1, 12):
+            drift = generator.uniform(0, 0.5, 10).tolist()
+            rows.append(noisy(step, generator.uniform(0.4, 0.8, 4).tolist(), drift))
+        bests = [select_best(rows[:end]).step for end in range(2, len(rows) + 1)]
+        assert bests == sorted(bests)
+
+
+def test_a_row_of_an_earlier_version_has_no_noise() -> None:
+    assert difference(OVERFIT[2], OVERFIT[1], BASE)[1] == 0
+    mixed = noisy(300, [0.7] * 4, [0.1] * 10)
+    assert difference(mixed, OVERFIT[1], BASE)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "leaks", "last", "text", "advice"),
+    [
+        (Ratios(0.9, 0.95, 0.85, 0.9), 0.0, True,
+         "Subject learnt: yes. Class: kept. Other prompts: kept.", "Nothing needs to change."),
+        (Ratios(0.1, 1, 0.9, 0.95), 0.0, True,
+         "Subject learnt: no. Class: kept. Other prompts: kept.", "Train for more steps"),
+        (Ratios(0.5, 1, 0.9, 0.95), 0.0, False,
+         "Subject learnt: partly. Class: kept. Other prompts: kept.", "Raise the learning rate"),
+        (Ratios(0.95, 0.9, 0.75, 0.9), 0.8, True,
+         "Subject learnt: yes. Class: forgotten. Other prompts: kept.", "Raise λ"),
+        (Ratios(0.95, 0.9, 0.9, 0.3), -0.2, True,
+         "Subject learnt: yes. Class: kept. Other prompts: forgotten.", "Lower the learning rate"),
+        (Ratios(0.95, 0.5, 0.9, 0.9), 0.0, False,
+         "Subject learnt: yes. Class: kept. Other prompts: kept.", "look at an earlier step"),
+        (Ratios(0.95, 0.95, 0.6, 0.9), 0.0, True,
+         "Subject learnt: yes. Class: partly kept. Other prompts: kept.", "raise λ if too little"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_what_was_learnt_what_was_kept_and_what_to_do(
+    own: Ratios, leaks: float, last: bool, text: str, advice: str
+) -> None:
+    judged = verdict(own, leaks, last)
+    assert judged.text == text and advice in judged.advice
+    assert judged.good == (" forgotten" not in text and "learnt: yes" in text)
+
+
+def test_leakage_is_how_much_the_class_became_the_subject() -> None:
+    base = row(0, 0.4, pres=0.3)
+    assert leakage(base, base) == 0
+    assert leakage(row(1, 0.4, pres=0.55), base) == pytest.approx(0.5)
+    assert leakage(row(1, 0.4, pres=0.2), base) < 0
 
 
 def test_a_run_stops_early_after_patience_validations_without_a_better_score() -> None:
-    assert not should_stop_early(OVERFIT, patience=4)
-    assert should_stop_early(OVERFIT, patience=3)
-    assert not should_stop_early(OVERFIT[:5], patience=3)
+    assert not should_stop_early(OVERFIT, patience=3)
+    assert should_stop_early(OVERFIT, patience=2)
+    assert not should_stop_early(OVERFIT[:5], patience=2)
     assert not should_stop_early([BASE], patience=1)
 
 

@@ -105,7 +105,7 @@ def test_toybox_has_the_settings_of_its_figures(tmp_path: Path) -> None:
     assert own.guidance_scale == base_defaults("toybox")["guidance_scale"] == 3.25
     config = TrainConfig(Subject("photos", "dog"))
     assert validation.plan_for(config) == validation.ValidationPlan(
-        inference_steps=10, guidance_scale=3.25
+        inference_steps=7, guidance_scale=3.25, fast=True
     )
     assert sweep._plan_of(sweep.PLAN, config, tmp_path).inference_steps == 25
 
@@ -172,7 +172,7 @@ def test_class_images_and_validation_images_use_the_bases_settings(
     drawn: list[tuple[str, int, float]],
 ) -> None:  # fmt: skip
     for base, class_steps, asked, of_card in (
-        (tiny_sd1, 15, (15, 7.5), (50, 7.5)),
+        (tiny_sd1, 15, (12, 7.5), (50, 7.5)),
         (turbo, 4, (4, 0.0), (4, 0.0)),
     ):
         drawn.clear()

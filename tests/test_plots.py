@@ -78,8 +78,9 @@ def test_validation_curves_mark_the_best_step() -> None:
     rows = [result(0, 0.3, 0.0), result(100, 0.7, 0.1), result(200, 0.72, 0.4)]
     ratios, losses = plots.validation_curves(rows).axes
     by_name = {line.get_label(): list(line.get_ydata()) for line in ratios.get_lines()}
-    assert by_name["likeness to the photos"] == pytest.approx([0.3 / 0.8, 0.7 / 0.8, 0.72 / 0.8])
-    assert by_name["the rest unchanged"] == pytest.approx([0.995, 0.945, 0.795])
+    assert by_name["likeness to the photos"] == pytest.approx([0, 0.4 / 0.5, 0.42 / 0.5])
+    assert by_name["class kept"] == pytest.approx([1.0, 0.9, 0.6])
+    assert by_name["other prompts kept"] == pytest.approx([0.99, 0.99, 0.99])
     assert by_name["best: step 100"] == [0, 1]
     relative = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
     assert relative["subject"] == pytest.approx([1, 0.8 / 0.9, 0.7 / 0.9])

@@ -52,10 +52,8 @@ def test_a_sweep_gives_a_row_per_cell_and_step_and_does_not_run_twice(
     assert len(list((tmp_path / "class_images").iterdir())) == 1
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
     results = history(sweep.runs.resume(tmp_path / "prior_weight=1.0"))
-    ratios = best_checkpoint.ratios(results[2].subject_fidelity, results[2].reference_fidelity,
-                           results[2].prompt_adherence, results[0].prompt_adherence,
-                           results[2].prior_drift, results[2].unrelated_drift)  # fmt: skip
-    assert rows[3]["score"] == best_checkpoint.overall_score(ratios)
+    ratios = best_checkpoint.ratios_of(results[2], results[0])
+    assert rows[3]["score"] == ratios.score and rows[3]["class_kept"] == ratios.class_kept
     assert rows[3]["prior_drift"] == results[2].prior_drift
 
     monkeypatch.setattr(sweep, "train", lambda run: pytest.fail("a finished cell ran again"))

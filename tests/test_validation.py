@@ -34,7 +34,7 @@ from dreambooth_lib.training.validation import ValidationPlan
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
 Make = Callable[..., TrainConfig]
-PLAN = validation.ValidationPlan(class_images=2, inference_steps=2)
+PLAN = validation.ValidationPlan(class_images=2, unrelated=1, inference_steps=2)
 
 
 @pytest.fixture
@@ -218,9 +218,10 @@ def test_validation_images_are_drawn_fast_unless_the_config_or_an_old_plan_says_
 ) -> None:
     config = started("run").config.replace(validation_inference_steps=None)
     plan = validation.plan_for(config)
-    assert (plan.inference_steps, plan.fast) == (15, True)
+    assert (plan.inference_steps, plan.fast) == (12, True)
     assert not validation.plan_for(config.replace(validation_inference_steps=25)).fast
-    assert not validation.plan_for(config.replace(base="toybox")).fast, "10 of its own are fewer"
+    toybox = validation.plan_for(config.replace(base="toybox"))
+    assert (toybox.inference_steps, toybox.fast) == (7, True)
     fields = asdict(plan)
     del fields["fast"]
     run = started("old", validation_inference_steps=None)

@@ -33,7 +33,7 @@ from dreambooth_lib.training.validation import ValidationPlan
 from dreambooth_lib.training.validation_record import history, plan_file, read_plan
 
 #: Enough images that other seeds move a mean little.
-PLAN = ValidationPlan(seeds=4, class_images=12, unrelated=1)
+PLAN = ValidationPlan(seeds=4, class_images=12)
 #: These fields set when a run ends and is validated, and change nothing that it has done so far.
 _LENGTH = ("steps", "validate_every", "checkpoint_every")
 

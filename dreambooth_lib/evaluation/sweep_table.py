@@ -9,12 +9,13 @@ from typing import Any
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.old_names import current_fields
-from dreambooth_lib.figures.labels import NAMES
+from dreambooth_lib.figures.labels import NAMES, RATIOS
 from dreambooth_lib.training import best_checkpoint, runs
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
 #: A table's columns after the settings: the score of :mod:`best_checkpoint`, then its parts.
-MEASURES = ("score", "subject_fidelity", "reference_fidelity", "prompt_adherence",
+MEASURES = ("score", *RATIOS, "subject_fidelity", "base_fidelity", "reference_fidelity",
+            "prompt_adherence",
             "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
             "base_pres", "unrelated_drift")  # fmt: skip
 #: Scores this close, relative to the best, are alike: another seed moves them as much.
@@ -50,9 +51,10 @@ def table(
 
 def measures(result: ValidationResult, base: ValidationResult) -> dict[str, float]:
     """Return a validation's scores beside the base's, in the order of :data:`MEASURES`."""
+    ratios = best_checkpoint.ratios_of(result, base)
     values = (
-        best_checkpoint.overall_score(best_checkpoint.ratios_of(result, base)),
-        result.subject_fidelity, result.reference_fidelity,
+        ratios.score, *(getattr(ratios, name) for name in RATIOS),
+        result.subject_fidelity, base.subject_fidelity, result.reference_fidelity,
         result.prompt_adherence, base.prompt_adherence,
         result.class_diversity, base.class_diversity,
         result.prior_drift, result.pres, base.pres, result.unrelated_drift,
@@ -92,15 +94,14 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
     named = ((NAMES[n] if n == "prior_weight" else n, _short(v)) for n, v in best)
     text = ", ".join(f"{name} {value}" for name, value in named)
     count = len(groups[best])
-    fidelity = mean(best, "subject_fidelity") / mean(best, "reference_fidelity")
-    adherence = mean(best, "prompt_adherence") / mean(best, "base_adherence")
     reason = (
         f"{text} has the highest score of {len(groups)} settings ({score:.3f}, "
-        f"{f'mean of {count} runs' if count > 1 else 'one run'}): its images are {fidelity:.0%} as "
-        "close to the photos as the photos are to each other and follow the prompt "
-        f"{adherence:.0%} as well as the base's, with a class drift of "
-        f"{mean(best, 'prior_drift'):.3f}."
+        f"{f'mean of {count} runs' if count > 1 else 'one run'})"
     )
+    if all(name in groups[best][0] for name in RATIOS):  # not in a table of an earlier version
+        means = best_checkpoint.Ratios(**{name: mean(best, name) for name in RATIOS})
+        reason += f": {best_checkpoint.describe_ratios(means)}"
+    reason += "."
     alike = [dict(key) for key in groups if mean(key, "score") >= (1 - ALIKE) * score]
     weights = {float(key["prior_weight"]) for key in alike if "prior_weight" in key}
     if len(weights) > 1:

@@ -163,7 +163,7 @@ def _card(run: Run, step: int, photos: bool) -> str:
         **(licence_of(origin) if on_hub else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
-    likeness, adherence, unchanged = best_checkpoint.ratios_of(rows[step], rows[0])
+    scores = best_checkpoint.describe_ratios(best_checkpoint.ratios_of(rows[step], rows[0]))
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
     merged = " and ".join(map(_code_span, _names_of(below)))
     on_loras = f" with {merged}, which this folder does not hold" if lora and below else ""
@@ -193,10 +193,8 @@ Replace “this model's name” with {where}.
 
 ## Training
 
-- Checkpoint: step {step} of {config.steps}. Its images of the subject are {likeness:.0%} as
-  similar to the photos as the photos are to each other. They follow prompts {adherence:.0%} as well
-  as the base model's do. Images of other subjects are {unchanged:.0%} unchanged from the base
-  model's.
+- Checkpoint: step {step} of {config.steps}.
+- Measured on validation images: {scores}.
 - Trained weights: {trained}{f", as a LoRA of rank {config.lora_rank}" if lora else ""}.
 - Settings: learning rate {config.learning_rate:g}, batch size {config.batch_size},
   {_prior(config)}.

@@ -6,6 +6,9 @@ Files keep the fields' own names.
 import html
 from collections.abc import Iterable, Sequence
 
+#: Colours of words that judge; they show on white and on black.
+GOOD, FAIR, BAD = "#1a9850", "#c97b12", "#e0533d"
+
 NAMES = {
     "prior_weight": "λ",
     "step": "training step",
@@ -19,6 +22,13 @@ NAMES = {
     "prior_drift": "class drift",
     "unrelated_drift": "unrelated drift",
     "class_kid": "class distance (KID)",
+}
+#: The ratios behind a score (:class:`best_checkpoint.Ratios`).
+RATIOS = {
+    "likeness": "likeness to the photos",
+    "adherence": "follows the prompts",
+    "class_kept": "class kept",
+    "others_kept": "other prompts kept",
 }
 _ARROWS = dict.fromkeys(
     ("subject_fidelity", "prompt_adherence", "prompt_diversity", "class_diversity"), " ↑"
@@ -48,7 +58,7 @@ def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[st
     left = 'style="text-align: left"'
     body = []
     for ok, word, cells in rows:
-        colour = "#1a9850" if ok else "#e0533d"  # both show on white and on black
+        colour = GOOD if ok else BAD
         mark = f'<b style="color: {colour}">{sign(ok)}</b> {html.escape(word)}'
         tags = [f"<td {left}>{cell}</td>" for cell in (mark, *map(html.escape, cells))]
         body.append(f"<tr>{''.join(tags)}</tr>")

@@ -12,7 +12,7 @@ import numpy as np
 
 from dreambooth_lib.core.errors import InputError, printable
 from dreambooth_lib.core.files import replacing_file
-from dreambooth_lib.figures.labels import NAMES, name
+from dreambooth_lib.figures.labels import NAMES, RATIOS, name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,9 +59,9 @@ def validation_curves(
 ) -> "Figure":
     """Plot the ratios behind the score and the held-out losses over a run's validations.
 
-    The ratios are those of :func:`best_checkpoint.ratios`, each in [0, 1]. Losses are means over
+    The ratios are those of :class:`best_checkpoint.Ratios`, each in [0, 1]. Losses are means over
     the timestep bins, relative to the frozen base's: above 1 is worse than before training. The
-    best step is marked. Raises ``InputError`` without a validation.
+    best step is marked, if the model learnt anything. Raises ``InputError`` without a validation.
     """
     from dreambooth_lib.training.best_checkpoint import ratios_of, select_best
 
@@ -69,17 +69,16 @@ def validation_curves(
         raise InputError("there are no validations to plot; train with validate_every above 0.")
     steps = [row.step for row in rows]
     figure, (upper, lower) = _figure(8, 5.8, 2)
-    names = (NAMES["subject_fidelity"], NAMES["prompt_adherence"], "the rest unchanged")
     ratios = [ratios_of(row, rows[0]) for row in rows]
-    for label, values in zip(names, zip(*ratios, strict=True), strict=True):
-        upper.plot(steps, values, "o-", label=label)
+    for field, label in RATIOS.items():
+        upper.plot(steps, [getattr(each, field) for each in ratios], "o-", label=label)
     upper.set(ylabel="ratio, 0 to 1", ylim=(0, 1.03))
     for kind in rows[0].held_out:
         means = [np.mean(row.held_out[kind]) for row in rows]
         lower.plot(steps, [mean / means[0] for mean in means], "o-", label=kind)
     lower.set(ylabel="relative loss")
-    if len(rows) > 1:
-        best = select_best(rows).step
+    if len(rows) > 1 and (selection := select_best(rows)).better_than_base:
+        best = selection.step
         upper.axvline(best, color="black", linestyle=":", label=f"best: step {best}")
         lower.axvline(best, color="black", linestyle=":")
     titles = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import stdev
 
 from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.data.images import listed
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation_record import ValidationResult, history
 from dreambooth_lib.training.verdict import Verdict, verdict
@@ -42,6 +43,7 @@ class Selection:
     score: float
     verdict: Verdict
     reason: str
+    better_than_base: bool  #: whether its images are more like the photos than the base's
 
 
 def ratios(
@@ -117,7 +119,10 @@ def select_best(rows: Sequence[ValidationResult]) -> Selection:
             continue
         if _is_lower(best, highest, base) or row.subject_fidelity > best.subject_fidelity:
             best = row
-    return Selection(best.step, ratios_of(best, base).score, *_explain(best, rows))
+    own = ratios_of(best, base)
+    judged = verdict(own, leakage(best, base), best is rows[-1])
+    better = own.likeness > 0
+    return Selection(best.step, own.score, judged, _reason(best, rows), better)
 
 
 def best_checkpoint(run: Run) -> Selection:
@@ -134,24 +139,24 @@ def best_checkpoint(run: Run) -> Selection:
     return select_best(rows)
 
 
-def _explain(best: ValidationResult, rows: Sequence[ValidationResult]) -> tuple[Verdict, str]:
-    """Return the verdict on a step, and why it is the best."""
-    base, last = rows[0], rows[-1]
-    own = ratios_of(best, base)
-    judged = verdict(own, leakage(best, base), best is last)
-    reason = (
-        f"Step {best.step}: its images are {own.likeness:.0%} of the way from the base's to the "
-        f"photos, follow the prompts {own.adherence:.0%} as well as the base's, and keep "
-        f"{own.class_kept:.0%} of the class and {own.others_kept:.0%} of other prompts."
-    )
+def _reason(best: ValidationResult, rows: Sequence[ValidationResult]) -> str:
+    own, last = ratios_of(best, rows[0]), rows[-1]
     if own.likeness == 0:
-        reason = (
+        return (
             f"No step is better than the base: at step {best.step} the images are no more like the "
             "photos than before training."
         )
-    if best is not last:
-        reason += f" {_comparison(last, best, base)}"
-    return judged, reason
+    reason = f"Step {best.step}: {describe_ratios(own)}."
+    return reason if best is last else f"{reason} {_comparison(last, best, rows[0])}"
+
+
+def describe_ratios(own: Ratios) -> str:
+    """Write the ratios as the second half of a sentence, without a full stop."""
+    return (
+        f"likeness to the photos {own.likeness:.0%} (0% is the base's, 100% that of the photos to "
+        f"each other), follows the prompts {own.adherence:.0%} as well as the base, class kept "
+        f"{own.class_kept:.0%}, other prompts kept {own.others_kept:.0%}"
+    )
 
 
 def leakage(row: ValidationResult, base: ValidationResult) -> float:
@@ -167,15 +172,15 @@ def _comparison(last: ValidationResult, best: ValidationResult, base: Validation
     """Say what the last step does better than the best one, and worse, in a sentence."""
     after, before = ratios_of(last, base), ratios_of(best, base)
     changes = {
-        "likeness": after.likeness - before.likeness,
-        "following the prompts": after.adherence - before.adherence,
-        "the class": after.class_kept - before.class_kept,
-        "other prompts": after.others_kept - before.others_kept,
+        "in likeness": after.likeness - before.likeness,
+        "in following the prompts": after.adherence - before.adherence,
+        "of the class": after.class_kept - before.class_kept,
+        "of other prompts": after.others_kept - before.others_kept,
     }
-    gains = [f"{gain:.0%} in {name}" for name, gain in changes.items() if gain >= 0.005]
-    losses = [f"{-gain:.0%} in {name}" for name, gain in changes.items() if gain <= -0.005]
-    parts = [f"gains {' and '.join(gains)}"] if gains else []
-    parts += [f"loses {' and '.join(losses)}"] if losses else []
+    gains = [f"{gain:.0%} {name}" for name, gain in changes.items() if gain >= 0.005]
+    losses = [f"{-gain:.0%} {name}" for name, gain in changes.items() if gain <= -0.005]
+    parts = [f"gains {listed(gains)}"] if gains else []
+    parts += [f"loses {listed(losses)}"] if losses else []
     return f"Step {last.step} {' but '.join(parts) or 'hardly differs'}."
 
 

@@ -1,12 +1,13 @@
 """Draw a bank of images: many runs' checkpoints, each by three plans, to study validation with.
 
-BANK/KIND/SUBJECT/seed0/000100.npz   uint8 arrays [N, 64, 64, 3], named PLAN/subject, PLAN/class and
-                                     PLAN/unrelated; 000000.npz is the base's, BANK/base/SUBJECT
+BANK/KIND/SUBJECT/seed0/000125.npz   uint8 arrays [N, 64, 64, 3], named PLAN/subject, PLAN/class and
+                                     PLAN/unrelated; the base's are in BANK/base/SUBJECT/000000.npz
 
 Rules that choose a checkpoint, encoders that score it and people who look at it are then compared
 on the same images, without training again.
 """
 
+import io
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,23 +25,38 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import runs, trainable, validation
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.validation import ValidationImages, ValidationPlan
+from dreambooth_lib.training.validation_record import load_images
 from tools.toybox.subjects import STUDY_SUBJECTS, draw_study_subject
 
-OTHER_SEEDS = 1000  #: the first seed of images that no validation draws
-EVERY = 100  #: steps between checkpoints
-#: What a validation might draw, the same on other seeds to judge it by, and fewer, faster steps.
-PLANS = {
-    "a": ValidationPlan(seeds=4, class_images=12, inference_steps=10),
-    "b": ValidationPlan(seeds=4, class_images=12, inference_steps=10, first_seed=OTHER_SEEDS),
-    "fast": ValidationPlan(seeds=1, class_images=6, inference_steps=7, fast=True),
-    "free": ValidationPlan(
-        seeds=1, class_images=6, inference_steps=7, fast=True, guidance_scale=1.0
-    ),
-}
-KINDS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
-    "full": lambda config: config,
-    "lora": lambda config: config.replace(method="lora", lora_rank=8, learning_rate=None),
-}
+EVERY = 125  #: steps between checkpoints, as by default
+LAMBDAS = (0.0, 0.25, 0.5, 2.0)  #: beside the default's 1
+
+
+def plans(config: TrainConfig) -> dict[str, ValidationPlan]:
+    """Return what is drawn of each checkpoint, every plan on seeds of its own.
+
+    ``validation`` is what a run draws, ``again`` the same on other seeds, and ``exhaustive`` more
+    images by the base's own sampler, to judge the choice by.
+    """
+    plan = validation.plan_for(config)
+    return {
+        "validation": plan,
+        "again": replace(plan, first_seed=500),
+        "exhaustive": replace(
+            plan, seeds=3, class_images=8, first_seed=1000, fast=False, inference_steps=10
+        ),
+    }
+
+
+def kinds() -> dict[str, Callable[[TrainConfig], TrainConfig]]:
+    """Return how each kind of run changes ``TrainConfig.auto``, without early stopping."""
+    every: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+        "full": lambda config: config,
+        "lora": lambda config: config.replace(method="lora", lora_rank=8, learning_rate=None),
+    }
+    for weight in LAMBDAS:
+        every[f"lambda-{weight:g}"] = lambda config, w=weight: config.replace(prior_weight=w)
+    return every
 
 
 def subjects(folder: Path) -> dict[str, Subject]:
@@ -54,11 +70,11 @@ def subjects(folder: Path) -> dict[str, Subject]:
 def fill(bank: Path, kind: str, subject: Subject, seed: int) -> None:
     """Train one run of the bank and draw its checkpoints; what is there already stays."""
     torch.set_num_threads(1)
-    config = KINDS[kind](TrainConfig(subject, seed=seed))
-    config = config.replace(validate_every=0, checkpoint_every=EVERY, checkpoints_kept=10_000)
+    config = kinds()[kind](TrainConfig.auto(subject, seed=seed, early_stop=False))
+    config = config.replace(validate_every=EVERY, checkpoints_kept=10_000)
     base = bank / "base" / subject.name / "000000.npz"
     if not base.exists():
-        save(base, draw(loading.load_model("toybox"), config))
+        save(base, draw(loading.load_model("toybox"), config, plans(config)))
     place = bank / kind / subject.name / f"seed{seed}"
     steps = range(EVERY, config.steps + 1, EVERY)
     missing = [step for step in steps if not (place / f"{step:06d}.npz").exists()]
@@ -69,25 +85,28 @@ def fill(bank: Path, kind: str, subject: Subject, seed: int) -> None:
     if not run.finished:
         for _ in train(run):
             pass
+    others = plans(config)
+    del others["validation"]
     for step in missing:
-        save(place / f"{step:06d}.npz", draw(trainable.load_at_checkpoint(run, step), config))
+        drawn = draw(trainable.load_at_checkpoint(run, step), config, others)
+        save(place / f"{step:06d}.npz", {"validation": load_images(run, step)} | drawn)
+    for name in ("validation.jsonl", "log.jsonl"):
+        (folder / name).replace(place / name)
     shutil.rmtree(folder)
 
 
-def draw(family: Family, config: TrainConfig) -> dict[str, ValidationImages]:
-    """Draw a model's images by every plan."""
-    scale = config.guidance_scale
+def draw(
+    family: Family, config: TrainConfig, plans: Mapping[str, ValidationPlan]
+) -> dict[str, ValidationImages]:
+    """Draw a model's images by several plans."""
     return {
-        name: validation.draw_images(
-            family, config.subject, replace(plan, guidance_scale=plan.guidance_scale or scale), 19
-        )
-        for name, plan in PLANS.items()
+        name: validation.draw_images(family, config.subject, plan, batch_size=18)
+        for name, plan in plans.items()
     }
 
 
 def save(path: Path, drawn: Mapping[str, ValidationImages]) -> None:
-    import io
-
+    """Save the images of one checkpoint as an archive of arrays."""
     arrays = {}
     for name, images in drawn.items():
         kinds = {"subject": images.subject, "class": images.class_images,
@@ -109,5 +128,5 @@ def load(path: Path, subject: Subject) -> dict[str, ValidationImages]:
             of[f"{name}/subject"], of[f"{name}/class"], of[f"{name}/unrelated"],
             [prompt for prompt, _ in plan.prompts_and_seeds(subject)[0]],
         )
-        for name, plan in PLANS.items()
+        for name, plan in plans(TrainConfig(subject)).items()
     }  # fmt: skip

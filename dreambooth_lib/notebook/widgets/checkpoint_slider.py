@@ -4,13 +4,27 @@ import html
 
 from ipywidgets import HTML, SelectionSlider
 
+from dreambooth_lib.figures.labels import BAD, FAIR, GOOD, RATIOS
 from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
 from dreambooth_lib.training import best_checkpoint
+from dreambooth_lib.training.best_checkpoint import Selection
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history, load_images, plan_of
 
 _HINT = "early steps lack the subject, late ones ignore the prompt: choose one that shows both"
 _WIDTHS = 200, 256  # smallest and largest width of an image on the page, in pixels
+
+
+def verdict_html(selection: Selection) -> str:
+    """Write a selection's verdict in words, coloured, above its numbers."""
+    judged = selection.verdict
+    bad = "no" in (judged.learnt, judged.class_kept, judged.others_kept)
+    colour = GOOD if judged.good else BAD if bad else FAIR
+    words = (
+        f'<b style="color: {colour}">{html.escape(judged.text)}</b> {html.escape(judged.advice)}'
+    )
+    chosen = "<b>Chosen ★:</b> " if selection.better_than_base else ""
+    return f"{words}<br>{chosen}{html.escape(selection.reason)}"
 
 
 class CheckpointSlider(Panel):
@@ -26,8 +40,8 @@ class CheckpointSlider(Panel):
         labels = [(self._label(step), step) for step in self._results]
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
         self.scores, self.images = HTML(), row([])
-        reason = HTML(f"<b>Chosen ★:</b> {html.escape(self.best.reason)}")
-        super().__init__(reason, with_hints({self.slider: _HINT}), self.scores, self.images)
+        judged = HTML(verdict_html(self.best))
+        super().__init__(judged, with_hints({self.slider: _HINT}), self.scores, self.images)
         self.on_change(self._show, self.slider)
         self._show()
 
@@ -38,7 +52,7 @@ class CheckpointSlider(Panel):
 
     def _label(self, step: int) -> str:
         # There is little room beside a slider.
-        if step == self.best.step:
+        if step == self.best.step and self.best.better_than_base:
             return f"{step} ★"
         if step == 0:
             return "base"
@@ -46,14 +60,12 @@ class CheckpointSlider(Panel):
 
     def _show(self) -> None:
         step = self.slider.value
-        like, follows, rest = best_checkpoint.ratios_of(self._results[step], self._results[0])
+        ratios = best_checkpoint.ratios_of(self._results[step], self._results[0])
         used = "The cells below use this step."
         if step != self.step:
-            used = f"<i>View only</i>: the cells below use step {self.step} ★."
-        self.scores.value = (
-            f"<b>{f'Step {step}' if step else 'The base'}</b>: likeness to the photos {like:.0%}, "
-            f"follows the prompt {follows:.0%}, the rest unchanged {rest:.0%}. {used}"
-        )
+            used = f"<i>View only</i>: the cells below use step {self.step}."
+        shown = ", ".join(f"{name} {getattr(ratios, field):.0%}" for field, name in RATIOS.items())
+        self.scores.value = f"<b>{f'Step {step}' if step else 'The base'}</b>: {shown}. {used}"
         validation = load_images(self.run, step)
         images = validation.subject + validation.class_images + validation.unrelated
         prompts = plan_of(self.run).prompts(self.run.config.subject)
