@@ -365,7 +365,7 @@ def test_the_losses_figure_has_a_panel_for_lambda_only_where_it_moved() -> None:
     ]
     figure = plots.losses(log, keep_class=0.95)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "instance loss", "prior loss", "class kept, and λ", "",
+        "instance loss", "prior loss", "class, and λ", "",
     ]  # fmt: skip
     kept, right = figure.axes[2], figure.axes[3]
     assert kept.lines[0].get_ydata()[0] == pytest.approx(97 - 0.55)

@@ -65,7 +65,7 @@ def _plot_prior_weight(axes: "Axes", rows: list[dict[str, Any]], keep_class: flo
     """Plot the class kept on the left axis, and λ, by powers of two, on the right."""
     steps, right = [row["step"] for row in rows], axes.twinx()
     kept = [100 * row["class_kept"] for row in rows]
-    axes.plot(steps, kept, color="tab:green", linewidth=2, label="class kept")
+    axes.plot(steps, kept, color="tab:green", linewidth=2, label="kept")
     if keep_class is not None:
         label = f"asked for: {keep_class:.0%}"
         axes.axhline(100 * keep_class, color="tab:green", linestyle="--", label=label)
@@ -75,7 +75,7 @@ def _plot_prior_weight(axes: "Axes", rows: list[dict[str, Any]], keep_class: flo
     right.set_yscale("log", base=2)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.set_ylabel("λ")
-    axes.set_title("class kept, and λ", loc="left")
+    axes.set_title("class, and λ", loc="left")
     axes.set_ylabel("class kept, %")
     _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     right.spines["top"].set_visible(False)

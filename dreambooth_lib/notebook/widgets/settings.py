@@ -23,6 +23,7 @@ from dreambooth_lib.training.validation_pace import count_validations
 _PATIENCE = {5: "five"}.get(early_stopping.PATIENCE, early_stopping.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 _QLORA = "qlora"  # in the menu only: a LoRA with quantize
+_AS_WEIGHTED = 0.0  # on the slider only, which cannot show None: λ does not set itself
 _DEFAULT_RATE = 0.0  # in the menu only, which cannot show None: the method's own learning rate
 HINTS = {
     "method": "a LoRA takes less memory and saves a small file; QLoRA fits large bases on a GPU",
@@ -75,7 +76,8 @@ class SettingsPanel(Panel):
         if values["resolution"] == self._native:
             values["resolution"] = None
         values["learning_rate"] = values["learning_rate"] or None
-        if values["keep_class"] is not None:
+        values["keep_class"] = values["keep_class"] or None
+        if values["keep_class"]:
             del values["prior_weight"]  # λ then sets itself
         values["quantize"] = None
         if values["method"] == _QLORA:
@@ -99,7 +101,7 @@ class SettingsPanel(Panel):
         return self._source.config if isinstance(self._source, SubjectPanel) else self._source
 
     def _show(self) -> None:
-        self.controls["prior_weight"].disabled = self.controls["keep_class"].value is not None
+        self.controls["prior_weight"].disabled = self.controls["keep_class"].value != _AS_WEIGHTED
         config = self.config
         shown = HINTS.keys() - ({"prior_weight"} if config.keep_class else set())
         code = html.escape(python_of(config, shown))
@@ -165,7 +167,7 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     sizes = {f"{side}, the base's own" if side == native else str(side): side
              for side in sides if side % 8 == 0}  # fmt: skip
     shares = sorted({0.8, 0.85, 0.9, 0.95, 0.98, config.keep_class or 0.95})
-    kept = {"as λ does": None} | {f"{100 * share:g}%": share for share in shares}
+    kept = {"as λ does": _AS_WEIGHTED} | {f"{100 * share:g}%": share for share in shares}
     trained = {"denoiser": False, "denoiser and text encoder": True}
 
     def menu(label: str, options: dict[str, Any], value: Any) -> Any:
@@ -178,7 +180,10 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
         "method": menu("method", methods, method),
         "prior_weight": slider(FloatSlider, "λ, prior weight", config.prior_weight, 0, 3),
         "keep_class": control(
-            SelectionSlider, "keep the class", options=list(kept.items()), value=config.keep_class
+            SelectionSlider,
+            "keep the class",
+            options=list(kept.items()),
+            value=config.keep_class or _AS_WEIGHTED,
         ),
         "prior": menu("prior preservation", priors, prior),
         "steps": slider(IntSlider, "training steps", config.steps, 1, 2000),

@@ -108,7 +108,7 @@ class _TrainingPanel(Panel):
 
 def _show_figure(widget: Image, figure: "Figure") -> None:
     """Show a figure at half the width of a page, with readable text."""
-    figure.set_size_inches(6, 4.6)
+    figure.set_size_inches(6, max(4.6, 0.8 * figure.get_figheight()))
     show_image(widget, figure.savefig)
 
 
