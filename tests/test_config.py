@@ -19,6 +19,7 @@ ALL_FIELDS: dict[str, Any] = {
     "revision": "main",
     "variant": "fp16",
     "prior_weight": 0.5,
+    "keep_class": 0.9,
     "min_snr_gamma": 5.0,
     "prompt_dropout": 0.2,
     "class_images": 7,

@@ -388,10 +388,28 @@ def test_the_settings_begin_with_the_config_and_follow_their_controls(
     moved = {"prior_weight": 0.5, "steps": 9, "learning_rate": 1e-4, "train_text_encoder": True,
              "resolution": 8, "class_images": 7, "early_stop": True, "method": "lora",
              "prior": "distilled"}  # fmt: skip
-    assert moved.keys() == settings.controls.keys()
+    assert {*moved, "keep_class"} == settings.controls.keys()
     for name, value in moved.items():
         settings.controls[name].value = value
     assert settings.config == config.replace(**moved)
+
+
+def test_to_keep_the_class_takes_the_place_of_a_lambda_set_by_hand(
+    settings: widgets.SettingsPanel,
+) -> None:
+    controls, scope = settings.controls, dict[str, Any](db=dreambooth_lib)
+    controls["prior_weight"].value = 0.0
+    assert settings.config.prior_weight == 0 and not controls["prior_weight"].disabled
+    controls["keep_class"].value = 0.9
+    assert controls["prior_weight"].disabled and not settings.note.value
+    assert (settings.config.keep_class, settings.config.prior_weight) == (0.9, 1.0)
+    assert "keep_class=0.9" in settings.python.value
+    assert "prior_weight" not in settings.python.value
+    exec(python_of(settings.config), scope)
+    assert scope["config"] == settings.config
+    assert widgets.SettingsPanel(settings.config).controls["keep_class"].label == "90%"
+    controls["keep_class"].value = 0.0
+    assert not controls["prior_weight"].disabled and "prior_weight=0.0" in settings.python.value
 
 
 def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.SettingsPanel) -> None:

@@ -129,6 +129,10 @@ class TrainConfig:
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda, the weight of the prior preservation loss; 0 turns it off
+    #: how much of the class must stay, such as 0.95: lambda starts at ``prior_weight`` and moves so
+    #: that, on held-out class images, the base's loss is 95% of the trained model's (whose loss is
+    #: 1.05 times the base's); None: lambda stays as it is
+    keep_class: float | None = None
     min_snr_gamma: float | None = None  #: min-SNR weighting (arXiv 2303.09556, whose default is 5)
     #: share of prompts replaced by "", to keep guidance working; None is 0.1 for toybox, else 0
     prompt_dropout: float = _BY_BASE

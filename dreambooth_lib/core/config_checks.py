@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 #: pass there.
 LOW_MEMORY = ("low", "lowest")
 
+#: Bounds of a λ that sets itself: a class that it cannot keep must not drown the subject.
+PRIOR_WEIGHTS = (0.05, 8.0)
+
 #: Fields with a few allowed values. Add a name here to add an optimizer (docs/architecture.md).
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
@@ -41,6 +44,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0 and below 1": (lambda value: 0 <= value < 1, (
         "prompt_dropout", "dropout", "ema_decay", "lora_dropout",
     )),
+    "above 0 and below 1": (lambda value: 0 < value < 1, ("keep_class",)),
     "above 0": (lambda value: value > 0, (
         "learning_rate", "max_grad_norm", "min_snr_gamma", "validation_share",
     )),
@@ -129,6 +133,16 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         config.draws_class_images and config.class_images == 0,
         f"prior_weight is {config.prior_weight} but class_images is 0; set class_images above 0, "
         "give a class_folder, or set prior_weight to 0.",
+    )
+    lowest, highest = PRIOR_WEIGHTS
+    yield (
+        config.keep_class is not None and config.prior == "none",
+        "keep_class is set but prior is 'none'; choose another prior, or leave keep_class out.",
+    )
+    yield (
+        config.keep_class is not None and not lowest <= config.prior_weight <= highest,
+        f"keep_class is set but prior_weight, where lambda starts from, is {config.prior_weight}; "
+        f"set it between {lowest} and {highest:g}, or leave it out.",
     )
     yield (
         config.early_stop and not config.validate_every,

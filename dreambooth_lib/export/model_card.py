@@ -209,7 +209,10 @@ people in the photos, and the owners of what they show, for their consent.
 def _prior(config: TrainConfig) -> str:
     if not config.prior_weight:
         return "no prior preservation"
-    prior = f"prior preservation with λ {config.prior_weight:g}"
+    weight = f"λ {config.prior_weight:g}"
+    if config.keep_class is not None:
+        weight = f"a λ that keeps {config.keep_class:.0%} of the class"
+    prior = f"prior preservation with {weight}"
     of_class = f"“{markdown(config.subject.class_prompt)}”"
     if config.prior == "distilled":
         return f"{prior} on the base model's own predictions for {of_class}"

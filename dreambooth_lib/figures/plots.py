@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 _BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend to the right of its axes
 
 
-def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure":
+def losses(
+    log: list[dict[str, Any]], path: str | Path | None = None, keep_class: float | None = None
+) -> "Figure":
     """Plot instance and prior loss over the training steps, with their running means.
 
     ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors). Without
     any prior loss there is one panel. The running mean spans a twentieth of the rows, at least 5.
+    Where λ has set itself, a panel has it and the class kept, with ``keep_class`` that was asked.
     Raises ``InputError`` for an empty log or a row without a step or an instance loss.
     """
     if not log:
@@ -38,9 +41,11 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
     series = [("instance loss", "instance_loss", "tab:blue")]
     if any(row.get("prior_loss") is not None for row in log):
         series.append(("prior loss", "prior_loss", "tab:orange"))
-    figure, panels = _figure(8, 2.6 * len(series) + 0.6, len(series))
+    moves = [row for row in log if {"prior_weight", "class_kept"} <= row.keys()]
+    count = len(series) + bool(moves)
+    figure, panels = _figure(8, 2.6 * count + 0.6, count)
     window = max(5, len(log) // 20)
-    for axes, (title, key, colour) in zip(panels, series, strict=True):
+    for axes, (title, key, colour) in zip(panels, series, strict=False):
         points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
         steps, values = zip(*points, strict=True)
         mean = [np.mean(values[max(0, i - window) : i]) for i in range(1, len(values) + 1)]
@@ -50,8 +55,30 @@ def losses(log: list[dict[str, Any]], path: str | Path | None = None) -> "Figure
         axes.set_title(title, loc="left")
         axes.set(ylabel="mean squared error", ylim=(0, None))
         _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    if moves:
+        _plot_prior_weight(panels[-1], moves, keep_class)
     _label_steps(panels[-1], log[-1]["step"])
     return _save(figure, path)
+
+
+def _plot_prior_weight(axes: "Axes", rows: list[dict[str, Any]], keep_class: float | None) -> None:
+    """Plot the class kept on the left axis, and λ, by powers of two, on the right."""
+    steps, right = [row["step"] for row in rows], axes.twinx()
+    kept = [100 * row["class_kept"] for row in rows]
+    axes.plot(steps, kept, color="tab:green", linewidth=2, label="kept")
+    if keep_class is not None:
+        label = f"asked for: {keep_class:.0%}"
+        axes.axhline(100 * keep_class, color="tab:green", linestyle="--", label=label)
+    weights = [row["prior_weight"] for row in rows]
+    axes.plot([], [], color="tab:purple", label="λ (right)")  # for the legend
+    right.plot(steps, weights, color="tab:purple", drawstyle="steps-post")
+    right.set_yscale("log", base=2)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    right.set_ylabel("λ")
+    axes.set_title("class, and λ", loc="left")
+    axes.set_ylabel("class kept, %")
+    _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    right.spines["top"].set_visible(False)
 
 
 def validation_curves(

@@ -20,10 +20,11 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.digests import file_digest
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import open_image, replace_file, save_png
-from dreambooth_lib.data.images import Photo, listed, read_images
+from dreambooth_lib.data.images import Photo, captioned, listed, read_images
 from dreambooth_lib.families import loading
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from PIL import Image
 
     from dreambooth_lib.families.base import Family
@@ -95,6 +96,19 @@ def _write(images: "list[Image.Image]", paths: list[Path]) -> list[Path]:
         save_png(image, path)
         append_row(path.parent / _DIGESTS, {"file": path.name, "digest": file_digest(path)})
     return paths
+
+
+def prepare_class_images(
+    config: TrainConfig, family: "Family", accelerator: "Accelerator", folder: Path
+) -> list[Photo]:
+    """Draw the missing images, each process its part, and return all with the class prompt."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    with accelerator.autocast():
+        for _ in draw_class_images(config, family, folder, rank, processes):
+            pass
+    accelerator.wait_for_everyone()
+    images = read_class_images(config, class_images_folder(config, family, folder))
+    return captioned(images, config.subject.class_prompt)
 
 
 def read_class_images(config: TrainConfig, folder: Path) -> list[Photo]:

@@ -6,11 +6,14 @@ subject's losses fall and then rise again; the class's stay near the frozen base
 as long as the prior is preserved.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.device_copies import pick
 from dreambooth_lib.families.noise_schedule import Noised
 from dreambooth_lib.training.latent_cache import LatentCache
 from dreambooth_lib.training.losses import per_sample_errors
@@ -21,9 +24,19 @@ ROWS = 4  #: noised images of each bin and kind: one image several times, or sev
 
 
 class HeldOutLoss:
-    """Fixed noised latents of each kind of image, ``{"subject": photos, "class": images}``."""
+    """Fixed noised latents of each kind of image, ``{"subject": photos, "class": images}``.
 
-    def __init__(self, config: TrainConfig, family: Family, kinds: dict[str, list[Photo]]):
+    Each bin has as many ``rows`` of a kind.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        kinds: dict[str, list[Photo]],
+        rows: int = ROWS,
+    ):
+        everything = BINS * rows
         process, self.batch_size = family.forward_process(None), family.batch_size_in_training
         not_augmented = config.replace(crop="center", flip=False)
         self.noised: dict[str, Noised] = {}
@@ -31,12 +44,12 @@ class HeldOutLoss:
         for kind, photos in kinds.items():
             if not photos:
                 continue
-            indices = [i % len(photos) for _ in range(BINS) for i in range(ROWS)]
+            indices = [i % len(photos) for _ in range(BINS) for i in range(rows)]
             (posterior,) = LatentCache(photos, family, not_augmented).posteriors
             x_0 = posterior.mean[indices]
             noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
             # Each in the middle of its own part of the bin.
-            quantiles = (torch.arange(BINS * ROWS) + 0.5) / (BINS * ROWS)
+            quantiles = (torch.arange(everything) + 0.5) / everything
             t = process.timesteps_at(quantiles)
             self.noised[kind] = process(x_0, noise.to(x_0.device), t.to(x_0.device))
             self.prompts[kind] = [photos[i].caption or "" for i in indices]
@@ -44,12 +57,17 @@ class HeldOutLoss:
     @torch.no_grad()
     def losses(self, model: Trainable) -> dict[str, list[float]]:
         """Return the mean squared error of the prediction by kind, one value per timestep bin."""
-        losses = {}
-        for kind, noised in self.noised.items():
-            errors = []
-            for start in range(0, BINS * ROWS, self.batch_size):
-                part = slice(start, start + self.batch_size)
-                prediction = model(noised.x_t[part], noised.t[part], None, self.prompts[kind][part])
-                errors.append(per_sample_errors(prediction, noised.target[part]))
-            losses[kind] = torch.cat(errors).view(BINS, ROWS).mean(1).tolist()
-        return losses
+        everything = {kind: range(len(prompts)) for kind, prompts in self.prompts.items()}
+        errors = {kind: self.errors(model, kind, rows) for kind, rows in everything.items()}
+        return {kind: values.view(BINS, -1).mean(1).tolist() for kind, values in errors.items()}
+
+    @torch.no_grad()
+    def errors(self, model: Trainable, kind: str, rows: Sequence[int]) -> torch.Tensor:
+        """Return the squared error of each of these rows of a kind: [len(rows)]."""
+        errors = []
+        for start in range(0, len(rows), self.batch_size):
+            part = list(rows[start : start + self.batch_size])
+            noised = Noised(*(pick(value, part) for value in self.noised[kind]))
+            prediction = model(noised.x_t, noised.t, None, [self.prompts[kind][i] for i in part])
+            errors.append(per_sample_errors(prediction, noised.target))
+        return torch.cat(errors)

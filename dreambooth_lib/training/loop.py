@@ -46,12 +46,18 @@ class Step:
     lr: float
     seconds: float
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
+    prior_weight: float | None = None  #: λ, and
+    class_kept: float | None = None  #: the share of the class kept, where they were measured
     validation: ValidationResult | None = None  #: of this step, where it was validated
     saved: bool = False  #: whether a checkpoint of this step was due, and is on disk
 
 
+#: Fields that are not in every row of the log.
+_NOT_LOGGED = ("validation", "saved", "prior_weight", "class_kept")
+
 #: Maps the denoiser's output [B, C, h, w] for a batch, and that batch, to the loss. The batch's
-#: ``is_prior`` is on the CPU: it can be read, and index a tensor on the GPU.
+#: ``is_prior`` is on the CPU: it can be read, and index a tensor on the GPU. The config has the
+#: step's λ.
 Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
 
 
@@ -116,10 +122,12 @@ def training_steps(
     trainer: Trainer, objective: Objective = prior_preservation
 ) -> Generator[Step, None, None]:
     """Yield the remaining steps of a run: the loop of :func:`train`."""
-    config, optimizer = trainer.config, trainer.optimizer
+    optimizer = trainer.optimizer
     while not trainer.finished():
         start, lr, losses = time.perf_counter(), optimizer.lr, []
         with _explain_non_finite(trainer):
+            config = trainer.prior_weight.config_at(trainer.step)
+            measured = trainer.prior_weight.row(trainer.step)
             for batch in trainer.micro_batches():
                 noised = batch.noised
                 with trainer.accelerator.autocast():
@@ -136,11 +144,14 @@ def training_steps(
                     continue
                 seconds = time.perf_counter() - start
                 step = Step(trainer.step, *values, lr, seconds, _peak_memory_mb())
-                row = vars(step).items()
-                trainer.log({name: v for name, v in row if name not in ("validation", "saved")})
+                row = {name: v for name, v in vars(step).items() if name not in _NOT_LOGGED}
+                trainer.log(row | measured)
             validation = trainer.validate_if_due()
             saved = trainer.save_checkpoint_if_due()
-        yield replace(step, validation=validation, saved=saved)
+        weight, kept = measured.get("prior_weight"), measured.get("class_kept")
+        yield replace(
+            step, validation=validation, saved=saved, prior_weight=weight, class_kept=kept
+        )
 
 
 def _peak_memory_mb() -> float | None:

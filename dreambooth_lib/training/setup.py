@@ -28,17 +28,14 @@ from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
-from dreambooth_lib.training.class_images import (
-    class_images_folder,
-    draw_class_images,
-    read_class_images,
-)
+from dreambooth_lib.training.class_images import prepare_class_images
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
+from dreambooth_lib.training.prior_weight import hold_out_class_images, make_prior_weight
 from dreambooth_lib.training.run_photos import read_own_class_images, read_subject_photos
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
@@ -77,7 +74,11 @@ class Trainer:
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
         scorer = self._load_scorer()  # if it is missing, before class images take their time
-        instance, classes = self._set_up_validation(photos, self._class_images(), scorer)
+        self._class_folder = locate(run.folder.parent, "class_images")
+        classes, measured = hold_out_class_images(
+            config, self.family, accelerator, self._class_folder, self._class_images()
+        )
+        instance, classes = self._set_up_validation(photos, classes, scorer)
         teacher = None
         if config.prior == "distilled" and config.prior_weight > 0:
             classes = with_class_captions(instance, config.subject)
@@ -91,10 +92,12 @@ class Trainer:
         optimizer = FusedBackwardOptimizer if config.steps_in_backward else Optimizer
         self.optimizer = optimizer(config, accelerator, self.trainable)
         self._validate_base()
+        self.prior_weight = make_prior_weight(config, self.family, measured, self.optimizer)
         with accelerator.main_process_first():  # which sets damaged checkpoints aside
             checkpoint = run.load_checkpoint()
         if checkpoint is not None:
             self.optimizer.load_state_dict(checkpoint)
+            self.prior_weight.load_state_dict(checkpoint)
         self.saved_step = self.step  #: of the newest checkpoint; 0 if there is none
         if accelerator.is_main_process:
             for name in ("log", "validation"):
@@ -124,19 +127,12 @@ class Trainer:
 
     def _class_images(self) -> list[Photo]:
         """Read the class images, once every process has drawn its part of the missing ones."""
-        config, accelerator = self.config, self.accelerator
+        config = self.config
         if config.prior_weight == 0 or config.prior != "generated":
             return []
         if config.class_folder:
             return captioned(read_own_class_images(self.run), config.subject.class_prompt)
-        folder = locate(self.run.folder.parent, "class_images")
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        with accelerator.autocast():
-            for _ in draw_class_images(config, self.family, folder, rank, processes):
-                pass
-        accelerator.wait_for_everyone()
-        images = read_class_images(config, class_images_folder(config, self.family, folder))
-        return captioned(images, config.subject.class_prompt)
+        return prepare_class_images(config, self.family, self.accelerator, self._class_folder)
 
     def _load_scorer(self) -> Encoder | None:
         """Load what scores validation images, on the first process, if the config asks for it."""
@@ -235,7 +231,8 @@ class Trainer:
         """
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
-            self.run.save_checkpoint(self.step, self.optimizer.state_dict(), self._best_step())
+            state = self.optimizer.state_dict() | self.prior_weight.state_dict()
+            self.run.save_checkpoint(self.step, state, self._best_step())
             self.saved_step = self.step
         if wait:
             accelerator.wait_for_everyone()
@@ -257,6 +254,7 @@ class Trainer:
             load_checkpoint_weights(model, self.run, best)
         else:
             self.optimizer.ema.load_weights()
+        kept = self.prior_weight.kept()
         if self.accelerator.is_main_process:
             # An earlier, shorter run's pipeline stays until this one is complete.
             with replacing_folder(self.run.pipeline) as partial:
@@ -267,7 +265,7 @@ class Trainer:
                     if self.dtype is not torch.float32 or family.prompt_cache is not None:
                         family = load_base_to_save(config, family, model)
                     save_pipeline(family.pipeline, partial)
-                write_object(partial / GOAL_FILE, self.run.goal() | {"step": self.step})
+                write_object(partial / GOAL_FILE, self.run.goal() | kept | {"step": self.step})
                 write_digests(partial)
         self.accelerator.wait_for_everyone()
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider
+from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider, SelectionSlider
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig, base_defaults
@@ -23,11 +23,13 @@ from dreambooth_lib.training.validation_pace import count_validations
 _PATIENCE = {5: "five"}.get(early_stopping.PATIENCE, early_stopping.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 _QLORA = "qlora"  # in the menu only: a LoRA with quantize
+_AS_WEIGHTED = 0.0  # on the slider only, which cannot show None: λ does not set itself
 _DEFAULT_RATE = 0.0  # in the menu only, which cannot show None: the method's own learning rate
 HINTS = {
     "method": "a LoRA takes less memory and saves a small file; QLoRA fits large bases on a GPU",
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most; "
     "0 turns prior preservation off",
+    "keep_class": "how much of the class must stay: λ then sets itself; lower it for more likeness",
     "prior": "distillation needs no class images, so training starts sooner",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
@@ -74,6 +76,9 @@ class SettingsPanel(Panel):
         if values["resolution"] == self._native:
             values["resolution"] = None
         values["learning_rate"] = values["learning_rate"] or None
+        values["keep_class"] = values["keep_class"] or None
+        if values["keep_class"]:
+            del values["prior_weight"]  # λ then sets itself
         values["quantize"] = None
         if values["method"] == _QLORA:
             values |= {"method": "lora", "quantize": config.quantize or "nf4"}
@@ -96,8 +101,10 @@ class SettingsPanel(Panel):
         return self._source.config if isinstance(self._source, SubjectPanel) else self._source
 
     def _show(self) -> None:
+        self.controls["prior_weight"].disabled = self.controls["keep_class"].value != _AS_WEIGHTED
         config = self.config
-        code = html.escape(python_of(config, HINTS))
+        shown = HINTS.keys() - ({"prior_weight"} if config.keep_class else set())
+        code = html.escape(python_of(config, shown))
         self.python.value = f'The same in Python:<pre style="line-height: 1.3">{code}</pre>'
         if isinstance(self._source, SubjectPanel):
             self._source.crop_to(config.resolution or self._native)
@@ -159,6 +166,8 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     sides = sorted({native // 2, native * 3 // 4, native, native * 3 // 2, side})
     sizes = {f"{side}, the base's own" if side == native else str(side): side
              for side in sides if side % 8 == 0}  # fmt: skip
+    shares = sorted({0.8, 0.85, 0.9, 0.95, 0.98, config.keep_class or 0.95})
+    kept = {"as λ does": _AS_WEIGHTED} | {f"{100 * share:g}%": share for share in shares}
     trained = {"denoiser": False, "denoiser and text encoder": True}
 
     def menu(label: str, options: dict[str, Any], value: Any) -> Any:
@@ -170,6 +179,12 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     return {
         "method": menu("method", methods, method),
         "prior_weight": slider(FloatSlider, "λ, prior weight", config.prior_weight, 0, 3),
+        "keep_class": control(
+            SelectionSlider,
+            "keep the class",
+            options=list(kept.items()),
+            value=config.keep_class or _AS_WEIGHTED,
+        ),
         "prior": menu("prior preservation", priors, prior),
         "steps": slider(IntSlider, "training steps", config.steps, 1, 2000),
         "learning_rate": menu("learning rate", rates, rate),

@@ -15,6 +15,7 @@ from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_image
 from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.training.loop import Objective, Step, prior_preservation, train
+from dreambooth_lib.training.prior_weight import broken_promise
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history, load_all_images
 
@@ -61,7 +62,8 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         panel.report(error)
         raise
     panel.draw()
-    panel.status.value = f"Finished at step {_last_step(run)}."
+    problem = broken_promise(run)
+    panel.status.value = f"Finished at step {_last_step(run)}. {problem or ''}"
 
 
 def _last_step(run: Run) -> int:
@@ -73,6 +75,7 @@ class _TrainingPanel(Panel):
 
     def __init__(self, run: Run):
         self.run, self._drawn_at, self._seconds, self._validations = run, 0.0, 0.0, 0
+        self._kept = ""  # the newest λ and class kept, where λ sets itself
         self.status = HTML("Loading the base; class images and validation come before step 1.")
         self.losses, self.curves, self.images = empty_image(), empty_image(), empty_image()
         super().__init__(self.status, row([self.losses, self.curves]), self.images)
@@ -82,7 +85,11 @@ class _TrainingPanel(Panel):
     def show(self, step: Step) -> None:
         """Show a step's losses, and draw the curves if there is time for them."""
         prior = "" if step.prior_loss is None else f", prior loss {step.prior_loss:.3f}"
-        self.status.value = f"Step {step.step}: instance loss {step.instance_loss:.3f}{prior}."
+        if step.class_kept is not None:
+            self._kept = f", λ {step.prior_weight:.2g}, class kept {step.class_kept:.0%}"
+        self.status.value = (
+            f"Step {step.step}: instance loss {step.instance_loss:.3f}{prior}{self._kept}."
+        )
         if step.validation or (time.monotonic() - self._drawn_at) * _PLOT_TIME > self._seconds:
             self.draw()
 
@@ -91,7 +98,7 @@ class _TrainingPanel(Panel):
         start = time.monotonic()
         log, results = self.run.log(), history(self.run)
         if log:
-            _show_figure(self.losses, plots.losses(log))
+            _show_figure(self.losses, plots.losses(log, keep_class=self.run.config.keep_class))
         if len(results) != self._validations:
             _show_figure(self.curves, plots.validation_curves(results))
             show_image(self.images, validation_sheet(self.run).save)
@@ -101,7 +108,7 @@ class _TrainingPanel(Panel):
 
 def _show_figure(widget: Image, figure: "Figure") -> None:
     """Show a figure at half the width of a page, with readable text."""
-    figure.set_size_inches(6, 4.6)
+    figure.set_size_inches(6, max(4.6, 0.8 * figure.get_figheight()))
     show_image(widget, figure.savefig)
 
 
