@@ -13,6 +13,7 @@ _ENLARGE_TO = 128  # smaller images grow by the largest integer factor that stay
 _REDUCE_TO = 160  # larger ones shrink to it
 MARGIN = 32  # around a page, and between its parts
 _GAP = 8  # between images
+_MANY = 6  # images in a matrix's cell, from which they come in two rows
 TITLE, HEADING, TEXT, LABEL = 26, 18, 16, 13  # font sizes
 
 Images = Sequence[Image.Image]
@@ -59,7 +60,8 @@ def matrix(
 ) -> Image.Image:
     """Lay out a matrix: ``cells[row][column]`` are images side by side, the same seeds in each.
 
-    ``rows`` and ``columns`` are their labels. Raises ``InputError`` where a row has another number
+    A cell of more than six images has two rows of them at half the size. ``rows`` and ``columns``
+    are labels. Raises ``InputError`` where a row has another number
     of cells than there are columns, or a cell has no image.
     """
     for number, row in enumerate(cells):
@@ -75,12 +77,12 @@ def matrix(
     for label, column in zip(columns, zip(*cells, strict=True), strict=True):
         layout.text(x, y, label, TEXT)
         starts.append(x)
-        x += max(layout.across(max(map(len, column))), _width(label)) + MARGIN
+        x += max(layout.across_cell(max(map(len, column))), _width(label)) + MARGIN
     y += line_height(TEXT) + _GAP
     for label, row in zip(rows, cells, strict=True):
         layout.text(MARGIN, y + layout.side / 2, label, TEXT, anchor="lm")
         for start, images in zip(starts, row, strict=True):
-            layout.images(start, y, images, len(images))
+            layout.cell(start, y, images)
         y += layout.side + 2 * _GAP
     return layout.render(x, y + MARGIN)
 
@@ -100,6 +102,21 @@ class Layout:
     def across(self, count: int) -> int:
         """Return the width of ``count`` cells side by side."""
         return count * (self.side + _GAP) - _GAP
+
+    def across_cell(self, count: int) -> int:
+        """Return the width of a matrix's cell of ``count`` images."""
+        half = (self.side - _GAP) // 2 + _GAP
+        return self.across(count) if count <= _MANY else -(-count // 2) * half - _GAP
+
+    def cell(self, x: int, y: int, images: Images) -> None:
+        """Place the images of a matrix's cell: side by side, or many in two rows of half size."""
+        if len(images) <= _MANY:
+            self.images(x, y, images, len(images))
+            return
+        half, columns = (self.side - _GAP) // 2, -(-len(images) // 2)
+        for index, image in enumerate(images):
+            row, column = divmod(index, columns)
+            self._image(x + column * (half + _GAP), y + row * (half + _GAP), image, half)
 
     def text(
         self, x: float, y: float, text: str, size: int, bold: bool = False, **options: Any
@@ -126,13 +143,14 @@ class Layout:
                 self.text(*place, texts[index], LABEL, anchor="ma", align="center")
         return y + -(-len(images) // columns) * height - _GAP
 
-    def _image(self, x: int, y: int, image: Image.Image) -> None:
-        """Place an uncropped image in the middle of its cell."""
-        factor = self.side / max(image.size)
+    def _image(self, x: int, y: int, image: Image.Image, side: int | None = None) -> None:
+        """Place an uncropped image in the middle of its cell, of ``side`` pixels."""
+        side = side or self.side
+        factor = side / max(image.size)
         factor = int(factor) if factor >= 1 else factor
         width, height = (max(1, round(length * factor)) for length in image.size)
         resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        place = (x + (self.side - width) // 2, y + (self.side - height) // 2)
+        place = (x + (side - width) // 2, y + (side - height) // 2)
         self._parts.append(lambda sheet, _: sheet.paste(resized, place))
 
     def render(self, width: int, height: int) -> Image.Image:

@@ -121,5 +121,6 @@ def validation_sheet(run: Run) -> PIL_Image.Image:
     rows = [f"step {step}" if step else "the base" for step in steps]
     cells = [[images.subject, images.class_images, images.unrelated] for images in steps.values()]
     subject = run.config.subject
-    columns = [f"the subject: {subject.token}", f"its class: {subject.class_prompt}", "unrelated"]
+    columns = [f"the subject: {subject.token}", f"its class: {subject.class_prompt}",
+               "other prompts"]  # fmt: skip
     return image_grids.matrix(rows, columns, cells)
