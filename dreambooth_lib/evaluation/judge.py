@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from PIL import Image, ImageOps
@@ -35,8 +36,13 @@ _REPEATED = 500  # characters of an answer without a score that are shown to the
 class VisionLanguageModel(Protocol):
     """What answers the questions; see :mod:`.judge_models`."""
 
-    name: str  #: to report with every score
-    parallel: int  #: questions that it takes at a time
+    @property
+    def name(self) -> str:
+        """Return its name, to report with every score."""
+
+    @property
+    def parallel(self) -> int:
+        """Return how many questions it takes at a time."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -85,8 +91,16 @@ class RubricJudge:
             (path, p) for p, row in zip(files.prompts, files.images, strict=True) for path in row
         ]
 
+        failed = Event()  # then the other threads ask no more
+
         def score(pair: tuple[Path, str]) -> float:
-            found = self._ask(chat(_prepared(open_image(pair[0])), pair[1]))
+            found = None
+            if not failed.is_set():
+                try:
+                    found = self._ask(chat(_prepared(open_image(pair[0])), pair[1]))
+                except BaseException:
+                    failed.set()
+                    raise
             return float("nan") if found is None else found / rubric.HIGHEST
 
         bar = partial(tqdm, desc=f"{files.method}, {files.subject.name}", total=len(pairs))

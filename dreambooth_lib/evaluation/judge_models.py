@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from dreambooth_lib.core.digests import file_digest
 from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.evaluation.rubric import Chat
+from dreambooth_lib.training.sampling import sampling_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -43,27 +44,26 @@ class JudgeError(KitError, RuntimeError):
 class LocalModel:
     """A vision-language model in transformers' layout: a folder or a Hub id.
 
-    Answers greedily, in float32 on a CPU and in ``dtype`` elsewhere. Only safetensors are read, and
-    no code of the model's. Raises :class:`JudgeError` for a model that cannot be read or takes no
-    chats with images.
+    Answers greedily, in float32 on a CPU and in half precision on a GPU. Only safetensors are
+    read, and no code of the model's. Raises :class:`JudgeError` for a model that cannot be read or
+    takes no chats with images.
     """
 
     parallel = 1
 
-    def __init__(
-        self, model_id: str | Path, device: "torch.device | str" = "cpu",
-        dtype: "torch.dtype | None" = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model_id: str | Path, device: "torch.device | str" = "cpu") -> None:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self._id = str(model_id)
         self.name = Path(self._id).name
+        dtype = torch.float32 if torch.device(device).type == "cpu" else sampling_dtype()
         try:
             self._processor: Any = AutoProcessor.from_pretrained(self._id, trust_remote_code=False)
-            model, found = AutoModelForImageTextToText.from_pretrained(
-                self._id, use_safetensors=True, trust_remote_code=False,
-                dtype=dtype or torch.float32, output_loading_info=True,
+            auto: Any = AutoModelForImageTextToText
+            model, found = auto.from_pretrained(
+                self._id, use_safetensors=True, trust_remote_code=False, dtype=dtype,
+                output_loading_info=True,
             )  # fmt: skip
         except (MemoryError, torch.OutOfMemoryError):
             raise

@@ -106,7 +106,7 @@ CONCEPT_PRESERVATION = Question("concept_preservation", _CONCEPT, _CONCEPT_PLAN)
 PROMPT_FOLLOWING = Question("prompt_following", _PROMPT, _PROMPT_PLAN)
 
 
-_SCORE = re.compile(r"\bscore\s*:\s*([^\n]*)", re.IGNORECASE)
+_SCORE = re.compile(r"\bscore[ \t]*:([^\n]*)", re.IGNORECASE)
 #: "3", "3/4", "3 (good)", "(3)" and "Good (3)", each with or without a full stop.
 _NUMBER = re.compile(
     r"(?:([0-4])(?: ?/ ?4)?(?: \([a-z ]{1,12}\))?|[a-z ]{0,12}\(([0-4])\))\.?", re.IGNORECASE
