@@ -10,7 +10,6 @@ encoders are not to be compared.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -108,8 +107,8 @@ def _check_scalar(value: Any, types: tuple[type, ...], where: str) -> None:
             "null" if t is type(None) else t.__name__ for t in types if t is not list
         )
         raise ResultError(f"{where} is {json.dumps(value)[:60]}; it has to be of type {names}.")
-    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < 1e15):
-        raise ResultError(f"{where} is {value:.3g}; give a finite number below 1e15.")
+    if isinstance(value, int | float) and not abs(value) < 1e15:  # a NaN is not, either
+        raise ResultError(f"{where} is {json.dumps(value)[:20]}; give a number below 1e15.")
     if isinstance(value, str):
         if len(value) > _MOST_CHARACTERS or not value.isprintable():
             raise ResultError(f"{where} is longer than a line of text; shorten it.")
@@ -135,7 +134,7 @@ def read(file: Path) -> dict[str, Any]:
     if len(data) > MOST_BYTES:
         raise ResultError(f"{file} is larger than any result; remove it.")
     try:
-        result = json.loads(data, parse_int=_bounded_int)
+        result = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ResultError(f"{file} is no JSON; write it again with 'results add'.") from error
     try:
@@ -143,12 +142,6 @@ def read(file: Path) -> dict[str, Any]:
     except ResultError as error:
         raise ResultError(f"{file}: {error}") from None
     return result
-
-
-def _bounded_int(digits: str) -> int:
-    if len(digits) > 18:
-        raise ValueError("a number of too many digits")
-    return int(digits)
 
 
 def read_all(folder: Path) -> dict[str, dict[str, Any]]:
