@@ -97,6 +97,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--scorer", help="the CLIP that scores validation images (default: the base's)"
     )
+    evaluate.add_argument(
+        "--vlm",
+        help="a vision-language model that judges, too: a hub id or folder, or its API's name",
+    )
+    evaluate.add_argument("--vlm-url", help="its OpenAI-compatible API: https://api.openai.com/v1")
+    evaluate.add_argument(
+        "--vlm-key", default="OPENAI_API_KEY", help="the environment variable with the API's key"
+    )
     evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
     return main
 
@@ -224,27 +232,10 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    from dreambooth_lib.evaluation import demo, dreambench, report
-    from dreambooth_lib.training import validation
+    from dreambooth_lib.evaluation import commands
 
-    state, dataset = join_group(), arguments.dataset or demo.BUNDLED_SUBJECTS
-    if arguments.download:
-        dataset = arguments.dataset or Path("dreambench")
-        with state.main_process_first():
-            dreambench.download(dataset)
-    names = ("base", "steps", "batch_size", "class_images", "scorer")
-    settings = {name: getattr(arguments, name) for name in names}
-    for progress in report.base_against_tuned(
-        dreambench.load_benchmark(dataset), lambda subject: TrainConfig(subject, **settings),
-        arguments.out, arguments.encoders or [validation.TOYBOX_SCORER], arguments.base,
-        arguments.pictures,
-    ):  # fmt: skip
-        minutes = f"{progress.seconds_left / 60:.0f} minutes left"
-        state.print(f"{progress.done} of {progress.total} images, {minutes}")
-    if state.is_main_process:
-        print((arguments.out / "report.md").read_text())
-        for file in report.FILES:
-            show(arguments.out / file)
+    for line in commands.evaluate(arguments):
+        show(line)
 
 
 def show(line: object) -> None:

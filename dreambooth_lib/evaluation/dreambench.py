@@ -1,7 +1,6 @@
 """Draw the images of the paper's evaluation (arXiv 2208.12242, section 4.1).
 
-A data set's folder holds ``prompts_and_classes.txt``: its classes, and the prompts for objects and
-for live subjects. :func:`draw_all` writes
+The subjects and their prompts are a :class:`Benchmark`. :func:`draw_all` writes
 
 OUT/protocol.json                     what is drawn; another protocol is refused
 OUT/METHOD/SUBJECT/p07-s2.png         prompt 7, seed 2
@@ -11,26 +10,19 @@ OUT/METHOD/SUBJECT/source.json        what drew them; another base or other sett
 An interrupted evaluation resumes with the first missing batch.
 """
 
-import io
 import json
-import re
 import time
-import urllib.request
-import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from http.client import HTTPException
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.core.disk import DiskError
-from dreambooth_lib.core.files import replace_file, replacing_folder, save_png
+from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.old_names import current_fields
-from dreambooth_lib.data.images import DataError
-from dreambooth_lib.data.subjects import load_dataset, read_table
+from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
 from dreambooth_lib.training import memory_level, runs
 from dreambooth_lib.training.config_changes import (
     absolute_base,
@@ -46,8 +38,8 @@ from dreambooth_lib.training.validation import CLASS_SEED
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
 
-#: The DreamBooth data set's public repository.
-DATASET = "https://github.com/google/dreambooth/archive/refs/heads/main.zip"
+__all__ = ["Benchmark", "DrawnImage", "Method", "Progress", "Protocol", "Tuned", "download",
+           "draw_all", "images_of", "load_benchmark", "start_or_resume"]  # fmt: skip
 
 #: Returns what draws a subject's images: a finished run, a loaded family, or a base's name. It is
 #: called before the first image is drawn or skipped; a method that trains is a :class:`Tuned`.
@@ -67,26 +59,6 @@ class Protocol:
     guidance_scale: float | None = None  #: None: the base's own
     negative_prompt: str = ""
     batch_size: int = 8
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A data set's subjects, and the prompts of each kind: ``a {} {noun} in the jungle``."""
-
-    subjects: list[Subject]
-    prompts: dict[str, list[str]]  #: by ``Subject.kind``: "object", "live"
-
-    def prompts_for(self, subject: Subject) -> list[str]:
-        """Return a subject's prompts, with ``{}`` in place of the identifier."""
-        return [p.replace("{noun}", subject.class_noun) for p in self.prompts[subject.kind]]
-
-    def only(self, names: Collection[str]) -> "Benchmark":
-        """Return a benchmark of the named subjects. Raises :class:`DataError` for unknown names."""
-        known = [subject.name for subject in self.subjects]
-        for name in names:
-            if name not in known:
-                raise DataError(f"there is no subject '{name}'; there are {', '.join(known)}.")
-        return Benchmark([s for s in self.subjects if s.name in names], self.prompts)
 
 
 @dataclass(frozen=True)
@@ -146,67 +118,6 @@ def start_or_resume(
             "folder for this one."
         )
     return run
-
-
-def download(folder: str | Path, url: str = DATASET) -> Path:
-    """Download the DreamBooth data set into ``folder`` if it is missing; return that folder.
-
-    About 130 MB, CC BY 4.0 with some photos under the Unsplash License. Raises :class:`DataError`
-    if the download fails, and ``DiskError`` if it cannot be unpacked; nothing is left then.
-    """
-    folder = Path(folder)
-    if not (folder / "prompts_and_classes.txt").exists():
-        try:
-            with urllib.request.urlopen(url) as answer:
-                archive = zipfile.ZipFile(io.BytesIO(answer.read()))
-            with replacing_folder(folder) as partial:
-                _unpack_subjects(archive, partial)
-        except DiskError:
-            raise
-        except (OSError, HTTPException, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"cannot download the data set from {url} ({error}); check the network, or "
-                "download github.com/google/dreambooth yourself and give its folder."
-            ) from error
-    return folder
-
-
-def _unpack_subjects(archive: zipfile.ZipFile, folder: Path) -> None:
-    """Extract the entries under ``*/dataset/`` without those two folders.
-
-    Raises :class:`BadZipFile` for an entry that would land outside ``folder``.
-    """
-    for entry in archive.infolist():
-        root, _, name = entry.filename.partition("/dataset/")
-        if name and "/" not in root and not entry.is_dir():
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise zipfile.BadZipFile(f"'{entry.filename}' would land outside the folder")
-            entry.filename = name
-            archive.extract(entry, folder)
-
-
-def load_benchmark(folder: str | Path) -> Benchmark:
-    """Read a folder in the DreamBooth data set's layout, prompts included.
-
-    Raises :class:`DataError` as :func:`load_dataset` does, and for a kind of subject that has no
-    prompts in the file.
-    """
-    subjects = load_dataset(folder)
-    file = Path(subjects[0].pictures).parent / "prompts_and_classes.txt"
-    prompts: dict[str, list[str]] = {}
-    kind = ""
-    for line in read_table(file).splitlines():
-        if heading := re.fullmatch(r"(Object|Live Subject) Prompts", line.strip()):
-            kind = heading[1].split()[0].lower()
-        elif prompt := re.fullmatch(r"""(['"])(.*\{0\} \{1\}.*)\1\.format\(.*\),?""", line.strip()):
-            prompts.setdefault(kind, []).append(prompt[2].replace("{0} {1}", "{} {noun}"))
-    for subject in subjects:
-        if subject.kind not in prompts:
-            raise DataError(
-                f"{file} has no prompts for the {subject.kind} subject '{subject.name}'; add them "
-                "under 'Object Prompts' or 'Live Subject Prompts'."
-            )
-    return Benchmark(subjects, prompts)
 
 
 def images_of(

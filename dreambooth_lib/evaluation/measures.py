@@ -16,7 +16,7 @@ prior_drift           subject       mean 1 - cosine of class images with the bas
 class_kid             subject       KID: squared MMD to the base's class images (arXiv 1801.01401)
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -54,10 +54,10 @@ class Embedded:
 
 
 #: Shape [prompts, seeds], [prompts] or a scalar.
-Values: TypeAlias = "torch.Tensor | list[float] | float"
+Values: TypeAlias = "torch.Tensor | list[list[float]] | list[float] | float"
 #: Yields (measure, values) of one encoder's embeddings.
 Evaluator = Callable[[Embedded], Iterator[tuple[str, Values]]]
-#: Yields (measure, values) of the images.
+#: Yields (measure, values) of the images; a value that it cannot tell is NaN.
 Judge = Callable[[ImageFiles], Iterator[tuple[str, Values]]]
 
 
@@ -94,4 +94,4 @@ def prompt_lpips(files: ImageFiles) -> Iterator[tuple[str, Values]]:
 
 
 #: By the name that stands in the row's ``encoder``.
-JUDGES: Mapping[str, Judge] = {"lpips-alex": prompt_lpips}
+JUDGES: dict[str, Judge] = {"lpips-alex": prompt_lpips}

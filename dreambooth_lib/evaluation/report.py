@@ -6,8 +6,11 @@ from pathlib import Path
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.core.user_text import markdown
 from dreambooth_lib.evaluation import dreambench, scores, tables
 from dreambooth_lib.evaluation.dreambench import Benchmark, Progress, Protocol
+from dreambooth_lib.evaluation.judge import RubricJudge, VisionLanguageModel
+from dreambooth_lib.evaluation.measures import JUDGES
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training.sampling import inference_settings
@@ -23,13 +26,15 @@ def base_against_tuned(
     encoders: Sequence[str | Path],
     base: str = "toybox",
     pictures: int = 4,
+    judge: Callable[[], VisionLanguageModel] | None = None,
 ) -> Iterator[Progress]:
     """Train, draw and score whatever is missing in ``out``; yield after each batch drawn.
 
     ``pictures`` images of each prompt are drawn, with the fewest inference steps that finish the
     base's images. An interrupted evaluation resumes. Under ``accelerate launch`` all processes
     train each subject together and then split the drawing; the first one scores and writes
-    :data:`FILES`, the page of images sorted by the first encoder's scores.
+    :data:`FILES`, the page of images sorted by the first encoder's scores. ``judge`` loads a model
+    that also scores the images by DreamBench++'s rubric; its answers are kept in ``out/judge``.
     """
     state, runs, own = join_group(), out / "runs", inference_settings(base)
     protocol = Protocol(pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale)
@@ -46,9 +51,16 @@ def base_against_tuned(
     if not state.is_main_process:
         return
     scorers = {Path(name).name: Encoder(name) for name in encoders}
-    rows = list(scores.score(benchmark, methods, out, scorers, protocol))
+    by_rubric = RubricJudge(judge(), out / "judge") if judge else None
+    judges = JUDGES | ({by_rubric.name: by_rubric} if by_rubric else {})
+    rows = list(scores.score(benchmark, methods, out, scorers, protocol, judges=judges))
     tables.write_csv(rows, out / "scores.csv")
-    table = tables.markdown(scores.means(rows), published=base != "toybox")
+    # The paper's rows are of prompts by kind; DreamBench++ has each subject's own.
+    papers = base != "toybox" and any(s.kind in benchmark.prompts for s in benchmark.subjects)
+    table = tables.markdown(scores.means(rows), published=papers)
+    if by_rubric and by_rubric.missing:
+        table += f"\n{markdown(by_rubric.name)} gave no score to {by_rubric.missing} of "
+        table += f"{by_rubric.questions} questions; its words are in `judge`.\n"
     replace_file(out / "report.md", table.encode())
     scored = scores.scored_images(rows, "dreambooth", next(iter(scorers)), benchmark, out)
     save_png(image_grids.extremes(scored), out / "best_median_worst.png")

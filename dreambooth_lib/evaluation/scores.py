@@ -69,6 +69,7 @@ def score(
 ) -> Iterator[Row]:
     """Yield the scores of the images in ``out``: every subject, method, encoder and judge.
 
+    A value that a judge could not tell is NaN, and has no row.
     ``base`` is the method whose class images the others drift from. Embeddings are cached in
     ``out/embeddings``. Raises ``FileNotFoundError`` for an image that was not drawn.
     """
@@ -101,7 +102,8 @@ def score(
                         yield from _rows(method, subject, name, measure, values, prompts)
             for name, judge in judges.items():
                 for measure, values in judge(files):
-                    yield from _rows(method, subject, name, measure, values, prompts)
+                    rows = _rows(method, subject, name, measure, values, prompts)
+                    yield from (row for row in rows if not np.isnan(row.value))
 
 
 def _files(

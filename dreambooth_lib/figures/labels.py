@@ -19,9 +19,19 @@ NAMES = {
     "prior_drift": "class drift",
     "unrelated_drift": "unrelated drift",
     "class_kid": "class distance (KID)",
+    "concept_preservation": "concept preservation",
+    "prompt_following": "prompt following",
 }
 _ARROWS = dict.fromkeys(
-    ("subject_fidelity", "prompt_adherence", "prompt_diversity", "class_diversity"), " ↑"
+    (
+        "subject_fidelity",
+        "prompt_adherence",
+        "prompt_diversity",
+        "class_diversity",
+        "concept_preservation",
+        "prompt_following",
+    ),
+    " ↑",
 ) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "class_kid"), " ↓")
 
 
