@@ -14,6 +14,7 @@ from dreambooth_lib.evaluation.measures import JUDGES
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training.sampling import inference_settings
+from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 #: The files that it leaves in the evaluation's folder.
 FILES = ("scores.csv", "report.md", "best_median_worst.png")
@@ -50,7 +51,9 @@ def base_against_tuned(
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    scorers = {Path(name).name: Encoder(name) for name in encoders}
+    # The bundled base's own is called as configs call it, not by its folder.
+    names = {TOYBOX_SCORER: "toybox"}
+    scorers = {names.get(Path(name), Path(name).name): Encoder(name) for name in encoders}
     by_rubric = RubricJudge(judge(), out / "judge") if judge else None
     judges = JUDGES | ({by_rubric.name: by_rubric} if by_rubric else {})
     rows = list(scores.score(benchmark, methods, out, scorers, protocol, judges=judges))
