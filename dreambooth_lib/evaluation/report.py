@@ -12,7 +12,7 @@ from dreambooth_lib.evaluation.dreambench import Benchmark, Progress, Protocol
 from dreambooth_lib.evaluation.judge import RubricJudge, VisionLanguageModel
 from dreambooth_lib.evaluation.measures import JUDGES
 from dreambooth_lib.figures import image_grids
-from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.metrics.encoders import PAPER, Encoder
 from dreambooth_lib.training.sampling import inference_settings
 
 #: The files that it leaves in the evaluation's folder.
@@ -27,6 +27,7 @@ def base_against_tuned(
     base: str = "toybox",
     pictures: int = 4,
     judge: Callable[[], VisionLanguageModel] | None = None,
+    drift_prompts: Sequence[str] = (),
 ) -> Iterator[Progress]:
     """Train, draw and score whatever is missing in ``out``; yield after each batch drawn.
 
@@ -35,9 +36,14 @@ def base_against_tuned(
     train each subject together and then split the drawing; the first one scores and writes
     :data:`FILES`, the page of images sorted by the first encoder's scores. ``judge`` loads a model
     that also scores the images by DreamBench++'s rubric; its answers are kept in ``out/judge``.
+    ``drift_prompts`` are those of :class:`Protocol`. The paper's rows stand beside the paper's
+    encoders only.
     """
     state, runs, own = join_group(), out / "runs", inference_settings(base)
-    protocol = Protocol(pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale)
+    protocol = Protocol(
+        pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale,
+        drift_prompts=tuple(drift_prompts),
+    )  # fmt: skip
     train = dreambench.Tuned(runs, config)
     methods: dict[str, dreambench.Method] = {"base": lambda subject: base, "dreambooth": train}
     for subject in benchmark.subjects:
@@ -50,13 +56,17 @@ def base_against_tuned(
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    scorers = {Path(name).name: Encoder(name) for name in encoders}
+    names = [Path(name).name for name in encoders]
+    names = names if len({*names}) == len(names) else list(map(str, encoders))
+    scorers = {name: Encoder(model) for name, model in zip(names, encoders, strict=True)}
     by_rubric = RubricJudge(judge(), out / "judge") if judge else None
     judges = JUDGES | ({by_rubric.name: by_rubric} if by_rubric else {})
     rows = list(scores.score(benchmark, methods, out, scorers, protocol, judges=judges))
     tables.write_csv(rows, out / "scores.csv")
     # The paper's rows are of prompts by kind; DreamBench++ has each subject's own.
-    papers = base != "toybox" and any(s.kind in benchmark.prompts for s in benchmark.subjects)
+    papers = set(PAPER) <= set(map(str, encoders)) and any(
+        subject.kind in benchmark.prompts for subject in benchmark.subjects
+    )
     table = tables.markdown(scores.means(rows), published=papers)
     if by_rubric and by_rubric.missing:
         table += f"\n{markdown(by_rubric.name)} gave no score to {by_rubric.missing} of "
