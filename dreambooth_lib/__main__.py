@@ -115,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
         "--vlm-key", default="OPENAI_API_KEY", help="the environment variable with the API's key"
     )
     evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
+
+    results = add("results", help="keep results as data, and write their table")
+    results.set_defaults(call=run_results)
+    results.add_argument("action", choices=("add", "table"))
+    results.add_argument("places", type=Path, nargs="*", help="folders of runs or evaluations")
+    results.add_argument("--title", default="", help="what to call it (default: from its config)")
+    results.add_argument("--folder", type=Path, default=Path("docs/results"))
     return main
 
 
@@ -245,6 +252,13 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
     for line in commands.evaluate(arguments):
         show(line)
+
+
+def run_results(arguments: argparse.Namespace) -> None:
+    from dreambooth_lib.evaluation import commands
+
+    for file in commands.results_files(arguments):
+        show(file)
 
 
 def show(line: object) -> None:

@@ -1,4 +1,4 @@
-"""Run the command ``evaluate``: choose the data set, the base, the encoders and the judge."""
+"""Run the commands ``evaluate`` and ``results``."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -8,7 +8,8 @@ from pathlib import Path
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.processes import join_group
-from dreambooth_lib.evaluation import benchmarks, demo, report
+from dreambooth_lib.evaluation import benchmarks, demo, report, results
+from dreambooth_lib.evaluation.collect_result import collect
 from dreambooth_lib.evaluation.judge import VisionLanguageModel
 from dreambooth_lib.evaluation.judge_models import Endpoint, LocalModel
 from dreambooth_lib.metrics.encoders import PAPER, PHOTOS
@@ -45,6 +46,15 @@ def _encoders(arguments: argparse.Namespace) -> list[str | Path]:
     sets = {"photos": PHOTOS, "paper": PAPER}
     given = arguments.encoders or ["photos"]
     return list(dict.fromkeys(model for name in given for model in sets.get(name, (name,))))
+
+
+def results_files(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Add the results of runs and evaluations, write the table, and yield what was written."""
+    if (arguments.action == "add") != bool(arguments.places):
+        raise InputError("'results add' takes folders of runs, and 'results table' takes none.")
+    for result in [collect(place, arguments.title) for place in arguments.places]:
+        yield results.write(result, arguments.folder)
+    yield results.write_table(arguments.folder)
 
 
 def _judge(arguments: argparse.Namespace) -> Callable[[], VisionLanguageModel] | None:

@@ -14,6 +14,7 @@ from dreambooth_lib.evaluation.measures import JUDGES
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.metrics.encoders import PAPER, Encoder
 from dreambooth_lib.training.sampling import inference_settings
+from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 #: The files that it leaves in the evaluation's folder.
 FILES = ("scores.csv", "report.md", "best_median_worst.png")
@@ -39,9 +40,9 @@ def base_against_tuned(
     ``drift_prompts`` are those of :class:`Protocol`. The paper's rows stand beside the paper's
     encoders only.
     """
-    state, runs, own = join_group(), out / "runs", inference_settings(base)
+    state, runs, inference = join_group(), out / "runs", inference_settings(base)
     protocol = Protocol(
-        pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale,
+        pictures, steps=inference.fewest_steps, guidance_scale=inference.guidance_scale,
         drift_prompts=tuple(drift_prompts),
     )  # fmt: skip
     train = dreambench.Tuned(runs, config)
@@ -56,8 +57,11 @@ def base_against_tuned(
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    names = [Path(name).name for name in encoders]
-    names = names if len({*names}) == len(names) else list(map(str, encoders))
+    # The bundled base's own is called as configs call it, not by its folder.
+    own = {str(TOYBOX_SCORER): "toybox"}
+    names = [own.get(str(model), Path(model).name) for model in encoders]
+    if len(set(names)) < len(names):  # two of different owners
+        names = [own.get(str(model), str(model)) for model in encoders]
     scorers = {name: Encoder(model) for name, model in zip(names, encoders, strict=True)}
     by_rubric = RubricJudge(judge(), out / "judge") if judge else None
     judges = JUDGES | ({by_rubric.name: by_rubric} if by_rubric else {})
