@@ -88,7 +88,16 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--base", default="toybox")
     evaluate.add_argument(
-        "--encoders", nargs="+", help="hub ids or folders (default: the bundled base's scorer)"
+        "--encoders",
+        nargs="+",
+        help="hub ids, folders, 'photos' (DINOv2 and SigLIP 2) or 'paper' "
+        "(DINO and CLIP, beside the paper's rows); default: photos, or the bundled base's scorer",
+    )
+    evaluate.add_argument(
+        "--drift-prompts",
+        nargs="+",
+        default=[],
+        help="prompts whose images should stay the base's; {noun} is the class noun",
     )
     evaluate.add_argument("--pictures", type=int, default=4, help="images of each prompt")
     evaluate.add_argument("--steps", type=int, help="training steps (default: the base's)")

@@ -26,7 +26,7 @@ from dreambooth_lib.__main__ import main, parser
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.data.images import DataError
-from dreambooth_lib.evaluation import dreambench, rubric
+from dreambooth_lib.evaluation import commands, dreambench, report, rubric
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all, load_benchmark
 from dreambooth_lib.evaluation.tables import read_csv
@@ -34,6 +34,7 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import RunError
+from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
@@ -372,19 +373,39 @@ def test_the_command_evaluates_and_resumes(
     )
     words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder),
              str(dino_folder), "--pictures", "3", "--steps", "2", "--class-images", "4",
+             "--drift-prompts", "a car in a city", "a {noun} on a bed",
              "--scorer", str(clip_folder), "--out", str(tmp_path / "out")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *words])
     main()
     first = capsys.readouterr().out
-    assert "| dreambooth |" in first and "DreamBooth (Imagen)" in first
+    assert "| dreambooth |" in first
+    assert "DreamBooth (Imagen)" not in first, "the paper's rows, beside other encoders"
     assert (tmp_path / "out" / "best_median_worst.png").exists()
     rows = read_csv(tmp_path / "out" / "scores.csv")
     assert {row.method for row in rows} == {"base", "dreambooth", "real pictures"}
     assert {row.encoder for row in rows} == {clip_folder.name, dino_folder.name}
+    drifted = {row.prompt for row in rows if row.measure == "prompt_drift"}
+    assert drifted == {"a car in a city", "a dog on a bed"}
+    monkeypatch.setattr(report, "PAPER", (str(dino_folder), str(clip_folder)))
     main()  # as after an interruption
     second = capsys.readouterr().out
     assert second.splitlines()[0].startswith("|"), "no image was drawn again"
-    assert second in first
+    table, papers = second.split("\n| arXiv 2208.12242", 1)
+    assert "DreamBooth (Imagen)" in papers and table in first
+
+
+@pytest.mark.parametrize(("base", "given", "expected"), [
+    ("toybox", None, [TOYBOX_SCORER]),
+    ("some/base", None, ["facebook/dinov2-base", "google/siglip2-base-patch16-224"]),
+    ("some/base", ["paper"], ["facebook/dino-vits16", "openai/clip-vit-base-patch32"]),
+    ("toybox", ["photos", "an/encoder", "facebook/dinov2-base"],
+     ["facebook/dinov2-base", "google/siglip2-base-patch16-224", "an/encoder"]),
+])  # fmt: skip
+def test_encoders_are_chosen_one_by_one_or_by_the_name_of_a_set(
+    base: str, given: list[str] | None, expected: list[str]
+) -> None:
+    words = ["evaluate", "--base", base, *(["--encoders", *given] if given else [])]
+    assert commands._encoders(parser().parse_args(words)) == expected
 
 
 @pytest.mark.parametrize("option", ["--class-pictures", "--judge"])

@@ -12,6 +12,7 @@ from dreambooth_lib.evaluation import benchmarks, demo, report, results
 from dreambooth_lib.evaluation.collect_result import collect
 from dreambooth_lib.evaluation.judge import VisionLanguageModel
 from dreambooth_lib.evaluation.judge_models import Endpoint, LocalModel
+from dreambooth_lib.metrics.encoders import PAPER, PHOTOS
 from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 
@@ -26,8 +27,8 @@ def evaluate(arguments: argparse.Namespace) -> Iterator[str]:
     settings = {name: getattr(arguments, name) for name in names}
     for progress in report.base_against_tuned(
         benchmarks.load_benchmark(dataset), lambda subject: TrainConfig(subject, **settings),
-        arguments.out, arguments.encoders or [TOYBOX_SCORER], arguments.base,
-        arguments.pictures, _judge(arguments),
+        arguments.out, _encoders(arguments), arguments.base, arguments.pictures, _judge(arguments),
+        arguments.drift_prompts,
     ):  # fmt: skip
         minutes = f"{progress.seconds_left / 60:.0f} minutes left"
         if state.is_main_process:
@@ -36,6 +37,15 @@ def evaluate(arguments: argparse.Namespace) -> Iterator[str]:
         yield from (arguments.out / "report.md").read_text().splitlines()
         for file in report.FILES:
             yield str(arguments.out / file)
+
+
+def _encoders(arguments: argparse.Namespace) -> list[str | Path]:
+    """Return hub ids and folders: of a real base PHOTOS, which do better on photos than PAPER."""
+    if not arguments.encoders and arguments.base == "toybox":
+        return [TOYBOX_SCORER]
+    sets = {"photos": PHOTOS, "paper": PAPER}
+    given = arguments.encoders or ["photos"]
+    return list(dict.fromkeys(model for name in given for model in sets.get(name, (name,))))
 
 
 def results_files(arguments: argparse.Namespace) -> Iterator[Path]:

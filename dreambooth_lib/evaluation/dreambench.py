@@ -5,6 +5,7 @@ The subjects and their prompts are a :class:`Benchmark`. :func:`draw_all` writes
 OUT/protocol.json                     what is drawn; another protocol is refused
 OUT/METHOD/SUBJECT/p07-s2.png         prompt 7, seed 2
 OUT/METHOD/SUBJECT/class-s10003.png   the class images that PRES, DIV and class drift need
+OUT/METHOD/SUBJECT/drift02-s0.png     drift prompt 2, seed 0
 OUT/METHOD/SUBJECT/source.json        what drew them; another base or other settings are refused
 
 An interrupted evaluation resumes with the first missing batch.
@@ -59,21 +60,32 @@ class Protocol:
     guidance_scale: float | None = None  #: None: the base's own
     negative_prompt: str = ""
     batch_size: int = 8
+    #: Prompts without the subject, whose images should stay the base's: ``pictures`` of each are
+    #: drawn; {noun} is the class noun.
+    drift_prompts: tuple[str, ...] = ()
+
+    def drift_prompts_for(self, subject: Subject) -> list[str]:
+        return [prompt.replace("{noun}", subject.class_noun) for prompt in self.drift_prompts]
 
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """One image of an evaluation; ``prompt`` is None for a class image."""
+    """One image of an evaluation; ``prompt`` is None for a class image.
+
+    It is the number of one of the subject's prompts or, for ``drift``, of a drift prompt.
+    """
 
     method: str
     subject: str
     prompt: int | None
     seed: int
+    drift: bool = False
 
     @property
     def path(self) -> Path:
         """Return its path in the evaluation's folder."""
-        name = "class" if self.prompt is None else f"p{self.prompt:02d}"
+        kind = "drift" if self.drift else "p"
+        name = "class" if self.prompt is None else f"{kind}{self.prompt:02d}"
         return Path(self.method, self.subject, f"{name}-s{self.seed}.png")
 
 
@@ -123,12 +135,13 @@ def start_or_resume(
 def images_of(
     benchmark: Benchmark, method: str, subject: Subject, protocol: Protocol
 ) -> list[DrawnImage]:
-    """Return every image of one method and subject, prompts in their order, class images last."""
+    """Return every image of one method and subject: of its prompts, its class, drift prompts."""
     class_images = product([None], range(CLASS_SEED, CLASS_SEED + protocol.class_images))
     images = product(range(len(benchmark.prompts_for(subject))), range(protocol.pictures))
-    return [
-        DrawnImage(method, subject.name, prompt, seed) for prompt, seed in (*images, *class_images)
-    ]
+    drift = product(range(len(protocol.drift_prompts)), range(protocol.pictures))
+    own = [DrawnImage(method, subject.name, number, seed) for number, seed in images]
+    own += [DrawnImage(method, subject.name, None, seed) for _, seed in class_images]
+    return own + [DrawnImage(method, subject.name, number, seed, True) for number, seed in drift]
 
 
 def draw_all(
@@ -145,9 +158,11 @@ def draw_all(
     if ``out`` holds images of another protocol, another base or other settings.
     """
     protocol, out = protocol or Protocol(), Path(out)
-    now = asdict(protocol) | {"prompts": benchmark.prompts}
+    drift_prompts = list(protocol.drift_prompts)  # as JSON gives it back
+    now = asdict(protocol) | {"prompts": benchmark.prompts, "drift_prompts": drift_prompts}
     file = out / "protocol.json"
-    if file.exists() and current_fields(read_object(file) or {}) != now:
+    before: dict[str, Any] = {"drift_prompts": []}  # an earlier version's has none
+    if file.exists() and before | current_fields(read_object(file) or {}) != now:
         raise RunError(f"{out} holds images of another protocol; choose another folder.")
     replace_file(file, json.dumps(now, indent=2).encode())
     units = [
@@ -161,8 +176,7 @@ def draw_all(
     began = time.monotonic()
     for method, subject, images in units:
         family: Family | None = None
-        prompts: dict[int | None, str] = dict(enumerate(benchmark.prompts_for(subject)))
-        prompts[None] = subject.class_prompt
+        prompts, drift = benchmark.prompts_for(subject), protocol.drift_prompts_for(subject)
         # Draw complete batches only: an image depends a little on the others in its batch.
         for start in range(0, len(images), protocol.batch_size):
             batch = images[start : start + protocol.batch_size]
@@ -170,7 +184,13 @@ def draw_all(
             if all((out / image.path).is_file() for image in batch):
                 continue
             family = family or load_source(method(subject))
-            pairs = [(prompts[i.prompt].replace("{}", subject.identifier), i.seed) for i in batch]
+            texts = [
+                subject.class_prompt if image.prompt is None
+                else drift[image.prompt] if image.drift
+                else prompts[image.prompt].replace("{}", subject.identifier)
+                for image in batch
+            ]  # fmt: skip
+            pairs = [(text, image.seed) for text, image in zip(texts, batch, strict=True)]
             own, scale = family.inference, protocol.guidance_scale
             scale = own.guidance_scale if scale is None else scale
             made = family.generate(

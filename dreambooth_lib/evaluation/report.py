@@ -12,7 +12,7 @@ from dreambooth_lib.evaluation.dreambench import Benchmark, Progress, Protocol
 from dreambooth_lib.evaluation.judge import RubricJudge, VisionLanguageModel
 from dreambooth_lib.evaluation.measures import JUDGES
 from dreambooth_lib.figures import image_grids
-from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.metrics.encoders import PAPER, Encoder
 from dreambooth_lib.training.sampling import inference_settings
 from dreambooth_lib.training.validation import TOYBOX_SCORER
 
@@ -28,6 +28,7 @@ def base_against_tuned(
     base: str = "toybox",
     pictures: int = 4,
     judge: Callable[[], VisionLanguageModel] | None = None,
+    drift_prompts: Sequence[str] = (),
 ) -> Iterator[Progress]:
     """Train, draw and score whatever is missing in ``out``; yield after each batch drawn.
 
@@ -36,9 +37,14 @@ def base_against_tuned(
     train each subject together and then split the drawing; the first one scores and writes
     :data:`FILES`, the page of images sorted by the first encoder's scores. ``judge`` loads a model
     that also scores the images by DreamBench++'s rubric; its answers are kept in ``out/judge``.
+    ``drift_prompts`` are those of :class:`Protocol`. The paper's rows stand beside the paper's
+    encoders only.
     """
-    state, runs, own = join_group(), out / "runs", inference_settings(base)
-    protocol = Protocol(pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale)
+    state, runs, inference = join_group(), out / "runs", inference_settings(base)
+    protocol = Protocol(
+        pictures, steps=inference.fewest_steps, guidance_scale=inference.guidance_scale,
+        drift_prompts=tuple(drift_prompts),
+    )  # fmt: skip
     train = dreambench.Tuned(runs, config)
     methods: dict[str, dreambench.Method] = {"base": lambda subject: base, "dreambooth": train}
     for subject in benchmark.subjects:
@@ -52,14 +58,19 @@ def base_against_tuned(
     if not state.is_main_process:
         return
     # The bundled base's own is called as configs call it, not by its folder.
-    names = {TOYBOX_SCORER: "toybox"}
-    scorers = {names.get(Path(name), Path(name).name): Encoder(name) for name in encoders}
+    own = {str(TOYBOX_SCORER): "toybox"}
+    names = [own.get(str(model), Path(model).name) for model in encoders]
+    if len(set(names)) < len(names):  # two of different owners
+        names = [own.get(str(model), str(model)) for model in encoders]
+    scorers = {name: Encoder(model) for name, model in zip(names, encoders, strict=True)}
     by_rubric = RubricJudge(judge(), out / "judge") if judge else None
     judges = JUDGES | ({by_rubric.name: by_rubric} if by_rubric else {})
     rows = list(scores.score(benchmark, methods, out, scorers, protocol, judges=judges))
     tables.write_csv(rows, out / "scores.csv")
     # The paper's rows are of prompts by kind; DreamBench++ has each subject's own.
-    papers = base != "toybox" and any(s.kind in benchmark.prompts for s in benchmark.subjects)
+    papers = set(PAPER) <= set(map(str, encoders)) and any(
+        subject.kind in benchmark.prompts for subject in benchmark.subjects
+    )
     table = tables.markdown(scores.means(rows), published=papers)
     if by_rubric and by_rubric.missing:
         table += f"\n{markdown(by_rubric.name)} gave no score to {by_rubric.missing} of "

@@ -23,6 +23,7 @@ from dreambooth_lib.core.files import open_image
 from dreambooth_lib.data.images import Images, read_photos
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.evaluation.dreambench import Benchmark, DrawnImage, Protocol, images_of
+from dreambooth_lib.evaluation.masks import embed_masked
 from dreambooth_lib.evaluation.measures import (
     EVALUATORS,
     JUDGES,
@@ -74,29 +75,20 @@ def score(
     ``out/embeddings``. Raises ``FileNotFoundError`` for an image that was not drawn.
     """
     protocol, out = protocol or Protocol(), Path(out)
+    photos = {
+        name: {subject.name: embed_photos(encoder, subject) for subject in benchmark.subjects}
+        for name, encoder in encoders.items()
+    }
     for subject in benchmark.subjects:
         prompts = benchmark.prompts_for(subject)
-        for name, encoder in encoders.items():
-            value = _among_photos(encoder, subject)
+        for name in encoders:
+            value = _among_photos(photos[name][subject.name], subject)
             if value is not None:
                 yield from _rows(REAL, subject, name, "subject_fidelity", value, prompts)
-        _, before = _files(benchmark, base, subject, protocol, out)
-        identifier, cache, count = subject.identifier, out / "embeddings", protocol.pictures
-        texts = [prompt.replace("{}", identifier) for prompt in prompts]
-        texts = [clip_scores.strip_identifier(text, identifier) for text in texts]
         for method in methods:
-            drawn, class_images = _files(benchmark, method, subject, protocol, out)
-            groups = [drawn[start : start + count] for start in range(0, len(drawn), count)]
-            files = ImageFiles(method, subject, texts, groups, class_images, before)
+            files = image_files(benchmark, method, subject, protocol, out, base)
             for name, encoder in encoders.items():
-                embedded = Embedded(
-                    photos=embed_photos(encoder, subject),
-                    drawn=embed_files(encoder, drawn, cache).unflatten(0, (len(prompts), count)),
-                    texts=encoder.embed_texts(texts) if encoder.reads_texts else None,
-                    class_images=embed_files(encoder, class_images, cache),
-                    base_class_images=embed_files(encoder, before, cache),
-                    files=files,
-                )
+                embedded = _embed(encoder, files, photos[name], out / "embeddings")
                 for evaluator in evaluators:
                     for measure, values in evaluator(embedded):
                         yield from _rows(method, subject, name, measure, values, prompts)
@@ -106,18 +98,65 @@ def score(
                     yield from (row for row in rows if not np.isnan(row.value))
 
 
-def _files(
-    benchmark: Benchmark, method: str, subject: Subject, protocol: Protocol, out: Path
-) -> tuple[list[Path], list[Path]]:
-    """Return the paths of a method's images of the prompts, and of its class images."""
-    paths = [out / image.path for image in images_of(benchmark, method, subject, protocol)]
-    count = len(paths) - protocol.class_images
-    return paths[:count], paths[count:]
+def image_files(
+    benchmark: Benchmark, method: str, subject: Subject, protocol: Protocol, out: Path, base: str
+) -> ImageFiles:
+    """Return the files of one method's images of one subject, and the base's of the class."""
+    identifier, count = subject.identifier, protocol.pictures
+    prompts = [prompt.replace("{}", identifier) for prompt in benchmark.prompts_for(subject)]
+    own, others = len(prompts) * count, len(prompts) * count + protocol.class_images
+
+    def paths(method: str) -> list[Path]:
+        return [out / image.path for image in images_of(benchmark, method, subject, protocol)]
+
+    def grouped(paths: list[Path]) -> list[list[Path]]:
+        return [paths[start : start + count] for start in range(0, len(paths), count)]
+
+    drawn, bases = paths(method), paths(base)
+    return ImageFiles(
+        method,
+        subject,
+        [clip_scores.strip_identifier(prompt, identifier) for prompt in prompts],
+        grouped(drawn[:own]),
+        drawn[own:others],
+        bases[own:others],
+        protocol.drift_prompts_for(subject),
+        grouped(drawn[others:]),
+        grouped(bases[others:]),
+    )
+
+
+def _embed(
+    encoder: Encoder, files: ImageFiles, photos: "dict[str, torch.Tensor]", cache: Path
+) -> Embedded:
+    import torch
+
+    def grouped(images: list[list[Path]]) -> "torch.Tensor":
+        flat = [path for group in images for path in group]
+        return embed_files(encoder, flat, cache).unflatten(0, (len(images), -1))
+
+    others = [rows for name, rows in photos.items() if name != files.subject.name]
+    masked_photos, masked_drawn = embed_masked(encoder, files) or (None, None)
+    return Embedded(
+        photos=photos[files.subject.name],
+        drawn=grouped(files.images),
+        texts=encoder.embed_texts(files.prompts) if encoder.reads_texts else None,
+        class_images=embed_files(encoder, files.class_images, cache),
+        base_class_images=embed_files(encoder, files.base_class_images, cache),
+        files=files,
+        other_photos=torch.cat(others) if others else None,
+        drift=grouped(files.drift_images) if files.drift_prompts else None,
+        base_drift=grouped(files.base_drift_images) if files.drift_prompts else None,
+        masked_photos=masked_photos,
+        masked_drawn=masked_drawn,
+    )
 
 
 def _rows(
     method: str, subject: Subject, encoder: str, measure: str, values: Values, prompts: list[str]
 ) -> Iterator[Row]:
+    if isinstance(values, Mapping):  # of other prompts
+        prompts, values = list(values), list(values.values())
     array = np.asarray(values, np.float64)
     for place in np.ndindex(array.shape):
         prompt = prompts[place[0]] if place else None
@@ -130,9 +169,9 @@ def embed_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     return encoder.embed_images(Images(read_photos(subject.pictures)))
 
 
-def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
+def _among_photos(rows: "torch.Tensor", subject: Subject) -> float | None:
     """Return the mean cosine over pairs of photos that are not near-duplicates; None if none is."""
-    photos, rows = read_photos(subject.pictures), embed_photos(encoder, subject)
+    photos = read_photos(subject.pictures)
     group = {
         i: number for number, members in enumerate(near_duplicate_groups(photos)) for i in members
     }

@@ -19,6 +19,9 @@ NAMES = {
     "prior_drift": "class drift",
     "unrelated_drift": "unrelated drift",
     "class_kid": "class distance (KID)",
+    "retrieval_precision": "finds the photos among look-alikes (mAP)",
+    "masked_fidelity": "likeness of the subject alone",
+    "prompt_drift": "drift on other prompts",
     "concept_preservation": "concept preservation",
     "prompt_following": "prompt following",
 }
@@ -30,9 +33,11 @@ _ARROWS = dict.fromkeys(
         "class_diversity",
         "concept_preservation",
         "prompt_following",
+        "retrieval_precision",
+        "masked_fidelity",
     ),
     " ↑",
-) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "class_kid"), " ↓")
+) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "prompt_drift", "class_kid"), " ↓")
 
 
 def name(field: str) -> str:

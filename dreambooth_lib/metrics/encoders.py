@@ -16,6 +16,10 @@ from dreambooth_lib.core.errors import InputError, KitError, one_line
 if TYPE_CHECKING:
     import torch
 
+#: Sets of encoders, for likeness and for adherence: those that suit photos best, and those of
+#: published tables, arXiv 2208.12242's DINO and the CLIP that open code takes for its.
+PHOTOS = ("facebook/dinov2-base", "google/siglip2-base-patch16-224")
+PAPER = ("facebook/dino-vits16", "openai/clip-vit-base-patch32")
 #: Images or prompts in a batch.
 BATCH = 64
 
