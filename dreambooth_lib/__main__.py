@@ -88,7 +88,16 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--base", default="toybox")
     evaluate.add_argument(
-        "--encoders", nargs="+", help="hub ids or folders (default: the bundled base's scorer)"
+        "--encoders",
+        nargs="+",
+        help="hub ids, folders, 'photos' (DINOv2 and SigLIP 2) or 'paper' "
+        "(DINO and CLIP, beside the paper's rows); default: photos, or the bundled base's scorer",
+    )
+    evaluate.add_argument(
+        "--drift-prompts",
+        nargs="+",
+        default=[],
+        help="prompts whose images should stay the base's; {noun} is the class noun",
     )
     evaluate.add_argument("--pictures", type=int, default=4, help="images of each prompt")
     evaluate.add_argument("--steps", type=int, help="training steps (default: the base's)")
@@ -97,7 +106,22 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--scorer", help="the CLIP that scores validation images (default: the base's)"
     )
+    evaluate.add_argument(
+        "--vlm",
+        help="a vision-language model that judges, too: a hub id or folder, or its API's name",
+    )
+    evaluate.add_argument("--vlm-url", help="its OpenAI-compatible API: https://api.openai.com/v1")
+    evaluate.add_argument(
+        "--vlm-key", default="OPENAI_API_KEY", help="the environment variable with the API's key"
+    )
     evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
+
+    results = add("results", help="keep results as data, and write their table")
+    results.set_defaults(call=run_results)
+    results.add_argument("action", choices=("add", "table"))
+    results.add_argument("places", type=Path, nargs="*", help="folders of runs or evaluations")
+    results.add_argument("--title", default="", help="what to call it (default: from its config)")
+    results.add_argument("--folder", type=Path, default=Path("docs/results"))
     return main
 
 
@@ -227,27 +251,17 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    from dreambooth_lib.evaluation import demo, dreambench, report
-    from dreambooth_lib.training import validation
+    from dreambooth_lib.evaluation import commands
 
-    state, dataset = join_group(), arguments.dataset or demo.BUNDLED_SUBJECTS
-    if arguments.download:
-        dataset = arguments.dataset or Path("dreambench")
-        with state.main_process_first():
-            dreambench.download(dataset)
-    names = ("base", "steps", "batch_size", "class_images", "scorer")
-    settings = {name: getattr(arguments, name) for name in names}
-    for progress in report.base_against_tuned(
-        dreambench.load_benchmark(dataset), lambda subject: TrainConfig(subject, **settings),
-        arguments.out, arguments.encoders or [validation.TOYBOX_SCORER], arguments.base,
-        arguments.pictures,
-    ):  # fmt: skip
-        minutes = f"{progress.seconds_left / 60:.0f} minutes left"
-        state.print(f"{progress.done} of {progress.total} images, {minutes}")
-    if state.is_main_process:
-        print((arguments.out / "report.md").read_text())
-        for file in report.FILES:
-            show(arguments.out / file)
+    for line in commands.evaluate(arguments):
+        show(line)
+
+
+def run_results(arguments: argparse.Namespace) -> None:
+    from dreambooth_lib.evaluation import commands
+
+    for file in commands.results_files(arguments):
+        show(file)
 
 
 def show(line: object) -> None:

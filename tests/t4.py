@@ -59,7 +59,7 @@ def t4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     monkeypatch.setattr(Family, "__init__", recorded)
     monkeypatch.setattr(setup, "native_precision", precision)
     monkeypatch.setattr(setup, "Accelerator", T4Accelerator)
-    monkeypatch.setattr(sampling, "_sampling_dtype", lambda: torch.float16)
+    monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.float16)
     yield seen
     if is_initialized():
         AcceleratorState._reset_state()

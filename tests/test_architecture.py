@@ -9,7 +9,7 @@ import torch
 
 import dreambooth_lib as db
 from dreambooth_lib.core import config_checks
-from dreambooth_lib.evaluation.scores import Embedded
+from dreambooth_lib.evaluation.measures import Embedded
 from dreambooth_lib.families import loading, resolving
 from dreambooth_lib.families.loading import BUNDLED
 from dreambooth_lib.training.optimizers import OPTIMIZERS

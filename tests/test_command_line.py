@@ -143,9 +143,11 @@ def test_a_folder_above_that_cannot_be_made_is_the_disks_error() -> None:
 #: Errors that are no KitError, by the file that raises them, and why they reach no user.
 INTERNAL = {
     "data/decoding.py": "it becomes a DataError that names the photo",
-    "evaluation/dreambench.py": "a BadZipFile becomes a DataError that names the address",
+    "evaluation/benchmarks.py": "a BadZipFile becomes a DataError that names the address",
+    "evaluation/judge_models.py": "it is tried again, then told in a JudgeError",
     "export/original_names.py": "a KeyError becomes an ExportError that names the file",
     "families/base.py": "a family of one's own that leaves a method out",
+    "metrics/dinov3_pixels.py": "it becomes an error that names the encoder",
     "metrics/encoders.py": "it becomes an error that names the encoder",
     "notebook/drive_copy.py": "it is tried again, then told as the drive's",
     "training/checkpoints.py": "it becomes a CheckpointError, or is a fault of the kit's",

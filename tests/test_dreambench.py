@@ -19,13 +19,14 @@ import pytest
 from conftest import save_photos
 from launching import TWO, launched
 from PIL import Image
+from stand_in_judge import StandIn
 from transformers import CLIPTokenizer
 
 from dreambooth_lib.__main__ import main, parser
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.data.images import DataError
-from dreambooth_lib.evaluation import dreambench
+from dreambooth_lib.evaluation import commands, dreambench, report, rubric
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all, load_benchmark
 from dreambooth_lib.evaluation.tables import read_csv
@@ -33,6 +34,7 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import RunError
+from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
@@ -200,17 +202,24 @@ def test_a_tuned_method_starts_missing_runs_and_resumes_interrupted_ones(
 
 AT_FULL_SIZE = """
 import sys
+from dataclasses import replace
+from pathlib import Path
+
 from dreambooth_lib.evaluation import dreambench, scores, tables
+from dreambooth_lib.evaluation.judge import RubricJudge
+from dreambooth_lib.evaluation.judge_models import Endpoint
 from dreambooth_lib.metrics.encoders import Encoder
 
-data, one, two, clip, dino, out = sys.argv[1:]
+data, one, two, clip, dino, address, out = sys.argv[1:]
 benchmark = dreambench.load_benchmark(data)
 methods = {"base": lambda subject: one, "tuned": lambda subject: two}
 protocol = dreambench.Protocol(steps=1, batch_size=25)
 for _ in dreambench.draw_all(benchmark, methods, out, protocol):
     pass
 encoders = {"clip": Encoder(clip), "dino": Encoder(dino)}
-rows = list(scores.score(benchmark, methods, out, encoders, protocol))
+judge = RubricJudge(Endpoint(address, "stand-in"), Path(out, "judge"))
+judges = {judge.name: lambda f: judge(replace(f, prompts=f.prompts[:2], images=f.images[:2]))}
+rows = list(scores.score(benchmark, methods, out, encoders, protocol, judges=judges))
 tables.write_csv(rows, out + "/scores.csv")
 """
 
@@ -220,25 +229,43 @@ tables.write_csv(rows, out + "/scores.csv")
 def test_the_full_protocol_killed_and_resumed_scores_the_same(
     tiny_sd1: str, tiny_sd2: str, clip_folder: Path, dino_folder: Path, tmp_path: Path
 ) -> None:
-    """Draw 8 subjects x 25 prompts x 4 seeds with two tiny random models."""
+    """Draw 8 subjects x 25 prompts x 4 seeds with two tiny random models, and judge 2 prompts.
+
+    It is killed twice: while it draws, and while the judge's stand-in answers.
+    """
 
     def command(out: Path) -> list[str]:
-        paths = (REAL, tiny_sd1, tiny_sd2, clip_folder, dino_folder, out)
+        paths = (REAL, tiny_sd1, tiny_sd2, clip_folder, dino_folder, api.address, out)
         return [sys.executable, "-c", AT_FULL_SIZE, *map(str, paths)]
 
-    subprocess.run(command(tmp_path / "complete"), check=True)
+    def kill_once(pattern: str, count: int) -> None:
+        with subprocess.Popen(command(tmp_path / "killed")) as process:
+            while len(list((tmp_path / "killed").rglob(pattern))) < count:
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.2)
+            process.kill()
+        assert not (tmp_path / "killed/scores.csv").exists()
+
+    questions = 8 * 2 * 4 * 2 * 2
+    with StandIn() as api:
+        subprocess.run(command(tmp_path / "complete"), check=True)
+        distinct = set(api.questions())  # fewer: the base draws two toys alike
+        assert len(api.requests) == len(distinct)
+        assert len(distinct) == len(list((tmp_path / "complete/judge").glob("*.json"))) <= questions
     rows = read_csv(tmp_path / "complete/scores.csv")
+    judged = [r for r in rows if r.encoder == f"stand-in by {rubric.VERSION}"]
+    assert len(judged) == questions and len({r.value for r in judged}) == 5
     of_images = [r for r in rows if r.measure == "subject_fidelity" and r.seed is not None]
     assert len(of_images) == 8 * 25 * 4 * 2 * 2
     assert sum(r.method == "real pictures" for r in rows) == 8 * 2
 
-    with subprocess.Popen(command(tmp_path / "killed")) as process:
-        while len(list((tmp_path / "killed").rglob("*.png"))) < 8 * 25 * 4:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.2)
-        process.kill()
-    assert not (tmp_path / "killed/scores.csv").exists()
-    subprocess.run(command(tmp_path / "killed"), check=True)
+    with StandIn() as api:
+        kill_once("*.png", 8 * 25 * 4)
+        assert not api.requests
+        kill_once("judge/*.json", questions // 4)
+        subprocess.run(command(tmp_path / "killed"), check=True)
+        assert set(api.questions()) == distinct
+        assert len(api.requests) <= len(distinct) + 4, "again only what was in flight"
     assert read_csv(tmp_path / "killed/scores.csv") == rows
 
 
@@ -346,19 +373,39 @@ def test_the_command_evaluates_and_resumes(
     )
     words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder),
              str(dino_folder), "--pictures", "3", "--steps", "2", "--class-images", "4",
+             "--drift-prompts", "a car in a city", "a {noun} on a bed",
              "--scorer", str(clip_folder), "--out", str(tmp_path / "out")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *words])
     main()
     first = capsys.readouterr().out
-    assert "| dreambooth |" in first and "DreamBooth (Imagen)" in first
+    assert "| dreambooth |" in first
+    assert "DreamBooth (Imagen)" not in first, "the paper's rows, beside other encoders"
     assert (tmp_path / "out" / "best_median_worst.png").exists()
     rows = read_csv(tmp_path / "out" / "scores.csv")
     assert {row.method for row in rows} == {"base", "dreambooth", "real pictures"}
     assert {row.encoder for row in rows} == {clip_folder.name, dino_folder.name}
+    drifted = {row.prompt for row in rows if row.measure == "prompt_drift"}
+    assert drifted == {"a car in a city", "a dog on a bed"}
+    monkeypatch.setattr(report, "PAPER", (str(dino_folder), str(clip_folder)))
     main()  # as after an interruption
     second = capsys.readouterr().out
     assert second.splitlines()[0].startswith("|"), "no image was drawn again"
-    assert second in first
+    table, papers = second.split("\n| arXiv 2208.12242", 1)
+    assert "DreamBooth (Imagen)" in papers and table in first
+
+
+@pytest.mark.parametrize(("base", "given", "expected"), [
+    ("toybox", None, [TOYBOX_SCORER]),
+    ("some/base", None, ["facebook/dinov2-base", "google/siglip2-base-patch16-224"]),
+    ("some/base", ["paper"], ["facebook/dino-vits16", "openai/clip-vit-base-patch32"]),
+    ("toybox", ["photos", "an/encoder", "facebook/dinov2-base"],
+     ["facebook/dinov2-base", "google/siglip2-base-patch16-224", "an/encoder"]),
+])  # fmt: skip
+def test_encoders_are_chosen_one_by_one_or_by_the_name_of_a_set(
+    base: str, given: list[str] | None, expected: list[str]
+) -> None:
+    words = ["evaluate", "--base", base, *(["--encoders", *given] if given else [])]
+    assert commands._encoders(parser().parse_args(words)) == expected
 
 
 @pytest.mark.parametrize("option", ["--class-pictures", "--judge"])

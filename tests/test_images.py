@@ -298,8 +298,17 @@ def test_damaged_zips(tmp_path: Path, refused: Callable[..., None]) -> None:
     encrypted[sound.rindex(b"PK\1\2") + 8] |= 1
     (tmp_path / "locked.zip").write_bytes(encrypted)
     refused(tmp_path / "locked.zip", "locked.zip", "'a.png'", "password")
-    (tmp_path / "a.png").write_bytes(PNG)
-    refused(tmp_path / "a.png", "a.png", "folder or a zip")
+    (tmp_path / "a.bin").write_bytes(PNG)
+    refused(tmp_path / "a.bin", "a.bin", "folder or a zip")
+
+
+def test_one_photo_is_read_by_its_own_path_and_nothing_beside_it(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(PNG)
+    (tmp_path / "a.txt").write_text("a caption of a folder")
+    (photo,) = read_photos(tmp_path / "a.png")
+    assert (photo.name, photo.caption) == ("a.png", None)
+    assert photo.image.tobytes() == Image.open(tmp_path / "b.png").convert("RGB").tobytes()
 
 
 def test_ambiguous_zips(tmp_path: Path, refused: Callable[..., None]) -> None:

@@ -335,7 +335,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.drawn.append((getattr(family, "on_gpu", False), family.denoiser.dtype, len(wanted)))
         return draw(family, wanted, *given, **how)
 
-    monkeypatch.setattr(sampling, "_sampling_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(sampling, "_place", placed)
     monkeypatch.setattr(Family, "generate", drawing)
     monkeypatch.setattr(

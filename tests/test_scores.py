@@ -1,6 +1,7 @@
 """Check scores against plain NumPy on the encoders' embeddings, and intervals on known data."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dreambooth_lib.core.config import Subject
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all
+from dreambooth_lib.evaluation.measures import Embedded, ImageFiles, Values
 from dreambooth_lib.evaluation.scores import Row, means, score, scored_images
 from dreambooth_lib.metrics import kid_and_lpips
 from dreambooth_lib.metrics.encoders import Encoder
@@ -164,6 +166,44 @@ def test_div_is_lpips_if_installed_and_the_row_names_it(
             for s in range(3)]  # fmt: skip
     expected = np.mean([np.abs(made[i] - made[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))])
     assert rows[0].value == pytest.approx(expected / 127.5, rel=1e-4)
+
+
+def test_a_judge_reads_files_and_prompts_once_and_its_rows_name_it(
+    drawn: tuple, clip: Encoder, dino: Encoder
+) -> None:
+    benchmark, out, photos = drawn
+    asked = []
+
+    def judge(files: ImageFiles) -> Iterator[tuple[str, Values]]:
+        asked.append(files.method)
+        assert files.prompts == ["a dog", "a red dog in the snow"]
+        assert files.subject.pictures == photos
+        folder = out / files.method / "rex"
+        assert files.images == [[folder / f"p0{p}-s{s}.png" for s in range(3)] for p in range(2)]
+        assert files.class_images == [folder / f"class-s{10_000 + i}.png" for i in range(4)]
+        assert files.base_class_images[3] == out / "base/rex/class-s10003.png"
+        yield (
+            "brightness",
+            [[float(np.asarray(Image.open(f)).mean()) for f in row] for row in files.images],
+        )
+
+    def reads_files(embedded: Embedded) -> Iterator[tuple[str, Values]]:
+        assert embedded.files is not None
+        yield "prompts", float(len(embedded.files.prompts))
+
+    encoders = {"clip": clip, "dino": dino}
+    rows = list(
+        score(benchmark, ["base", "tuned"], out, encoders, SHORT, evaluators=[reads_files],
+              judges={"a judge": judge})
+    )  # fmt: skip
+    assert asked == ["base", "tuned"], "not once for each encoder"
+    assert [r.value for r in rows if r.measure == "prompts"] == [2] * 4
+    judged = [r for r in rows if r.encoder == "a judge"]
+    assert len(judged) == 12
+    for row in judged:
+        number = ["a {} dog", "a red {} dog in the snow"].index(row.prompt)
+        file = out / row.method / "rex" / f"p0{number}-s{row.seed}.png"
+        assert row.value == pytest.approx(np.asarray(Image.open(file)).mean())
 
 
 def rows_of(values: dict[tuple[str, str], list[float]], measure: str = "subject_fidelity") -> list:

@@ -86,7 +86,7 @@ class Subject:
     for the subject and ``a [class noun]`` for the class.
     """
 
-    pictures: str  #: a folder or a zip of photos
+    pictures: str  #: a folder or a zip of photos, or one photo
     class_noun: str  #: what the subject is, in one plain word: "dog", "teapot"
     identifier: str = DEFAULT_IDENTIFIER  #: a rare word that the tokenizer makes a single token
     name: str = ""  #: for tables and folders; the name of the photos' folder if left empty

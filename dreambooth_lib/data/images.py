@@ -1,4 +1,4 @@
-"""Read photos and captions from a folder or a zip, as upright RGB images without metadata.
+"""Read photos and captions from a folder, zip or file, as upright RGB images without metadata.
 
 Nothing is written, and few photos are kept decoded: the others are decoded again when they are
 needed, if their files are still the same.
@@ -123,7 +123,7 @@ def read_images(folder: Path, names: Collection[str]) -> list[Photo]:
 
 
 def read_photos(source: str | Path) -> list[Photo]:
-    """Read all photos in a folder (not in its sub-folders) or a zip, sorted by name.
+    """Read all photos in a folder (not in its sub-folders) or a zip, or the one at a path, by name.
 
     They are turned upright by EXIF, colours become sRGB by the ICC profile, transparency becomes
     white, 16 bits are scaled to 8, and of several frames the first is read. A zip's photos may be

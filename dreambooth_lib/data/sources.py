@@ -1,4 +1,4 @@
-"""List the files of a folder or a zip, checked by name and size before anything is read."""
+"""List a folder's or zip's files, or one photo; check names and sizes before any is read."""
 
 import hashlib
 import re
@@ -84,16 +84,18 @@ class SourceFile:
 
 
 def list_files(path: Path) -> list[SourceFile]:
-    """List a folder's files, or a zip's in its one folder, sorted by name.
+    """List a folder's files, or a zip's in its one folder, sorted by name; or a photo's own file.
 
-    Hidden and system files are left out. Raises :class:`DataError` for a path that is neither, for
-    broken links, and for zips that are damaged, encrypted, unpack to too much or reach outside.
+    Hidden and system files are left out. Raises :class:`DataError` for a path that is none of them,
+    for broken links, and for zips that are damaged, encrypted, unpack to too much or reach outside.
     """
     try:
         if path.is_dir():
             files = [
                 SourceFile(p.name, path, p.stat().st_size) for p in path.iterdir() if _is_wanted(p)
             ]
+        elif path.is_file() and path.suffix.lower() in PHOTO_SUFFIXES:
+            files = [SourceFile(path.name, path.parent, path.stat().st_size)]
         elif path.exists():
             files = _zip_members(path)
         else:

@@ -1,36 +1,29 @@
 """Draw the images of the paper's evaluation (arXiv 2208.12242, section 4.1).
 
-A data set's folder holds ``prompts_and_classes.txt``: its classes, and the prompts for objects and
-for live subjects. :func:`draw_all` writes
+The subjects and their prompts are a :class:`Benchmark`. :func:`draw_all` writes
 
 OUT/protocol.json                     what is drawn; another protocol is refused
 OUT/METHOD/SUBJECT/p07-s2.png         prompt 7, seed 2
 OUT/METHOD/SUBJECT/class-s10003.png   the class images that PRES, DIV and class drift need
+OUT/METHOD/SUBJECT/drift02-s0.png     drift prompt 2, seed 0
 OUT/METHOD/SUBJECT/source.json        what drew them; another base or other settings are refused
 
 An interrupted evaluation resumes with the first missing batch.
 """
 
-import io
 import json
-import re
 import time
-import urllib.request
-import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from http.client import HTTPException
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import Subject, TrainConfig
-from dreambooth_lib.core.disk import DiskError
-from dreambooth_lib.core.files import replace_file, replacing_folder, save_png
+from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.old_names import current_fields
-from dreambooth_lib.data.images import DataError
-from dreambooth_lib.data.subjects import load_dataset, read_table
+from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
 from dreambooth_lib.training import memory_level, runs
 from dreambooth_lib.training.config_changes import (
     absolute_base,
@@ -46,8 +39,8 @@ from dreambooth_lib.training.validation import CLASS_SEED
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
 
-#: The DreamBooth data set's public repository.
-DATASET = "https://github.com/google/dreambooth/archive/refs/heads/main.zip"
+__all__ = ["Benchmark", "DrawnImage", "Method", "Progress", "Protocol", "Tuned", "download",
+           "draw_all", "images_of", "load_benchmark", "start_or_resume"]  # fmt: skip
 
 #: Returns what draws a subject's images: a finished run, a loaded family, or a base's name. It is
 #: called before the first image is drawn or skipped; a method that trains is a :class:`Tuned`.
@@ -67,41 +60,32 @@ class Protocol:
     guidance_scale: float | None = None  #: None: the base's own
     negative_prompt: str = ""
     batch_size: int = 8
+    #: Prompts without the subject, whose images should stay the base's: ``pictures`` of each are
+    #: drawn; {noun} is the class noun.
+    drift_prompts: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A data set's subjects, and the prompts of each kind: ``a {} {noun} in the jungle``."""
-
-    subjects: list[Subject]
-    prompts: dict[str, list[str]]  #: by ``Subject.kind``: "object", "live"
-
-    def prompts_for(self, subject: Subject) -> list[str]:
-        """Return a subject's prompts, with ``{}`` in place of the identifier."""
-        return [p.replace("{noun}", subject.class_noun) for p in self.prompts[subject.kind]]
-
-    def only(self, names: Collection[str]) -> "Benchmark":
-        """Return a benchmark of the named subjects. Raises :class:`DataError` for unknown names."""
-        known = [subject.name for subject in self.subjects]
-        for name in names:
-            if name not in known:
-                raise DataError(f"there is no subject '{name}'; there are {', '.join(known)}.")
-        return Benchmark([s for s in self.subjects if s.name in names], self.prompts)
+    def drift_prompts_for(self, subject: Subject) -> list[str]:
+        return [prompt.replace("{noun}", subject.class_noun) for prompt in self.drift_prompts]
 
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """One image of an evaluation; ``prompt`` is None for a class image."""
+    """One image of an evaluation; ``prompt`` is None for a class image.
+
+    It is the number of one of the subject's prompts or, for ``drift``, of a drift prompt.
+    """
 
     method: str
     subject: str
     prompt: int | None
     seed: int
+    drift: bool = False
 
     @property
     def path(self) -> Path:
         """Return its path in the evaluation's folder."""
-        name = "class" if self.prompt is None else f"p{self.prompt:02d}"
+        kind = "drift" if self.drift else "p"
+        name = "class" if self.prompt is None else f"{kind}{self.prompt:02d}"
         return Path(self.method, self.subject, f"{name}-s{self.seed}.png")
 
 
@@ -148,76 +132,16 @@ def start_or_resume(
     return run
 
 
-def download(folder: str | Path, url: str = DATASET) -> Path:
-    """Download the DreamBooth data set into ``folder`` if it is missing; return that folder.
-
-    About 130 MB, CC BY 4.0 with some photos under the Unsplash License. Raises :class:`DataError`
-    if the download fails, and ``DiskError`` if it cannot be unpacked; nothing is left then.
-    """
-    folder = Path(folder)
-    if not (folder / "prompts_and_classes.txt").exists():
-        try:
-            with urllib.request.urlopen(url) as answer:
-                archive = zipfile.ZipFile(io.BytesIO(answer.read()))
-            with replacing_folder(folder) as partial:
-                _unpack_subjects(archive, partial)
-        except DiskError:
-            raise
-        except (OSError, HTTPException, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"cannot download the data set from {url} ({error}); check the network, or "
-                "download github.com/google/dreambooth yourself and give its folder."
-            ) from error
-    return folder
-
-
-def _unpack_subjects(archive: zipfile.ZipFile, folder: Path) -> None:
-    """Extract the entries under ``*/dataset/`` without those two folders.
-
-    Raises :class:`BadZipFile` for an entry that would land outside ``folder``.
-    """
-    for entry in archive.infolist():
-        root, _, name = entry.filename.partition("/dataset/")
-        if name and "/" not in root and not entry.is_dir():
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise zipfile.BadZipFile(f"'{entry.filename}' would land outside the folder")
-            entry.filename = name
-            archive.extract(entry, folder)
-
-
-def load_benchmark(folder: str | Path) -> Benchmark:
-    """Read a folder in the DreamBooth data set's layout, prompts included.
-
-    Raises :class:`DataError` as :func:`load_dataset` does, and for a kind of subject that has no
-    prompts in the file.
-    """
-    subjects = load_dataset(folder)
-    file = Path(subjects[0].pictures).parent / "prompts_and_classes.txt"
-    prompts: dict[str, list[str]] = {}
-    kind = ""
-    for line in read_table(file).splitlines():
-        if heading := re.fullmatch(r"(Object|Live Subject) Prompts", line.strip()):
-            kind = heading[1].split()[0].lower()
-        elif prompt := re.fullmatch(r"""(['"])(.*\{0\} \{1\}.*)\1\.format\(.*\),?""", line.strip()):
-            prompts.setdefault(kind, []).append(prompt[2].replace("{0} {1}", "{} {noun}"))
-    for subject in subjects:
-        if subject.kind not in prompts:
-            raise DataError(
-                f"{file} has no prompts for the {subject.kind} subject '{subject.name}'; add them "
-                "under 'Object Prompts' or 'Live Subject Prompts'."
-            )
-    return Benchmark(subjects, prompts)
-
-
 def images_of(
     benchmark: Benchmark, method: str, subject: Subject, protocol: Protocol
 ) -> list[DrawnImage]:
-    """Return every image of one method and subject, prompts in their order, class images last."""
+    """Return every image of one method and subject: of its prompts, its class, drift prompts."""
     class_images = product([None], range(CLASS_SEED, CLASS_SEED + protocol.class_images))
     images = product(range(len(benchmark.prompts_for(subject))), range(protocol.pictures))
-    return [
-        DrawnImage(method, subject.name, prompt, seed) for prompt, seed in (*images, *class_images)
-    ]
+    drift = product(range(len(protocol.drift_prompts)), range(protocol.pictures))
+    own = [DrawnImage(method, subject.name, number, seed) for number, seed in images]
+    own += [DrawnImage(method, subject.name, None, seed) for _, seed in class_images]
+    return own + [DrawnImage(method, subject.name, number, seed, True) for number, seed in drift]
 
 
 def draw_all(
@@ -234,9 +158,11 @@ def draw_all(
     if ``out`` holds images of another protocol, another base or other settings.
     """
     protocol, out = protocol or Protocol(), Path(out)
-    now = asdict(protocol) | {"prompts": benchmark.prompts}
+    drift_prompts = list(protocol.drift_prompts)  # as JSON gives it back
+    now = asdict(protocol) | {"prompts": benchmark.prompts, "drift_prompts": drift_prompts}
     file = out / "protocol.json"
-    if file.exists() and current_fields(read_object(file) or {}) != now:
+    before: dict[str, Any] = {"drift_prompts": []}  # an earlier version's has none
+    if file.exists() and before | current_fields(read_object(file) or {}) != now:
         raise RunError(f"{out} holds images of another protocol; choose another folder.")
     replace_file(file, json.dumps(now, indent=2).encode())
     units = [
@@ -250,8 +176,7 @@ def draw_all(
     began = time.monotonic()
     for method, subject, images in units:
         family: Family | None = None
-        prompts: dict[int | None, str] = dict(enumerate(benchmark.prompts_for(subject)))
-        prompts[None] = subject.class_prompt
+        prompts, drift = benchmark.prompts_for(subject), protocol.drift_prompts_for(subject)
         # Draw complete batches only: an image depends a little on the others in its batch.
         for start in range(0, len(images), protocol.batch_size):
             batch = images[start : start + protocol.batch_size]
@@ -259,7 +184,13 @@ def draw_all(
             if all((out / image.path).is_file() for image in batch):
                 continue
             family = family or load_source(method(subject))
-            pairs = [(prompts[i.prompt].replace("{}", subject.identifier), i.seed) for i in batch]
+            texts = [
+                subject.class_prompt if image.prompt is None
+                else drift[image.prompt] if image.drift
+                else prompts[image.prompt].replace("{}", subject.identifier)
+                for image in batch
+            ]  # fmt: skip
+            pairs = [(text, image.seed) for text, image in zip(texts, batch, strict=True)]
             own, scale = family.inference, protocol.guidance_scale
             scale = own.guidance_scale if scale is None else scale
             made = family.generate(

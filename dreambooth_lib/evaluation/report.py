@@ -6,11 +6,15 @@ from pathlib import Path
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.core.user_text import markdown
 from dreambooth_lib.evaluation import dreambench, scores, tables
 from dreambooth_lib.evaluation.dreambench import Benchmark, Progress, Protocol
+from dreambooth_lib.evaluation.judge import RubricJudge, VisionLanguageModel
+from dreambooth_lib.evaluation.measures import JUDGES
 from dreambooth_lib.figures import image_grids
-from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.metrics.encoders import PAPER, Encoder
 from dreambooth_lib.training.sampling import inference_settings
+from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 #: The files that it leaves in the evaluation's folder.
 FILES = ("scores.csv", "report.md", "best_median_worst.png")
@@ -23,16 +27,24 @@ def base_against_tuned(
     encoders: Sequence[str | Path],
     base: str = "toybox",
     pictures: int = 4,
+    judge: Callable[[], VisionLanguageModel] | None = None,
+    drift_prompts: Sequence[str] = (),
 ) -> Iterator[Progress]:
     """Train, draw and score whatever is missing in ``out``; yield after each batch drawn.
 
     ``pictures`` images of each prompt are drawn, with the fewest inference steps that finish the
     base's images. An interrupted evaluation resumes. Under ``accelerate launch`` all processes
     train each subject together and then split the drawing; the first one scores and writes
-    :data:`FILES`, the page of images sorted by the first encoder's scores.
+    :data:`FILES`, the page of images sorted by the first encoder's scores. ``judge`` loads a model
+    that also scores the images by DreamBench++'s rubric; its answers are kept in ``out/judge``.
+    ``drift_prompts`` are those of :class:`Protocol`. The paper's rows stand beside the paper's
+    encoders only.
     """
-    state, runs, own = join_group(), out / "runs", inference_settings(base)
-    protocol = Protocol(pictures, steps=own.fewest_steps, guidance_scale=own.guidance_scale)
+    state, runs, inference = join_group(), out / "runs", inference_settings(base)
+    protocol = Protocol(
+        pictures, steps=inference.fewest_steps, guidance_scale=inference.guidance_scale,
+        drift_prompts=tuple(drift_prompts),
+    )  # fmt: skip
     train = dreambench.Tuned(runs, config)
     methods: dict[str, dreambench.Method] = {"base": lambda subject: base, "dreambooth": train}
     for subject in benchmark.subjects:
@@ -45,10 +57,24 @@ def base_against_tuned(
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    scorers = {Path(name).name: Encoder(name) for name in encoders}
-    rows = list(scores.score(benchmark, methods, out, scorers, protocol))
+    # The bundled base's own is called as configs call it, not by its folder.
+    own = {str(TOYBOX_SCORER): "toybox"}
+    names = [own.get(str(model), Path(model).name) for model in encoders]
+    if len(set(names)) < len(names):  # two of different owners
+        names = [own.get(str(model), str(model)) for model in encoders]
+    scorers = {name: Encoder(model) for name, model in zip(names, encoders, strict=True)}
+    by_rubric = RubricJudge(judge(), out / "judge") if judge else None
+    judges = JUDGES | ({by_rubric.name: by_rubric} if by_rubric else {})
+    rows = list(scores.score(benchmark, methods, out, scorers, protocol, judges=judges))
     tables.write_csv(rows, out / "scores.csv")
-    table = tables.markdown(scores.means(rows), published=base != "toybox")
+    # The paper's rows are of prompts by kind; DreamBench++ has each subject's own.
+    papers = set(PAPER) <= set(map(str, encoders)) and any(
+        subject.kind in benchmark.prompts for subject in benchmark.subjects
+    )
+    table = tables.markdown(scores.means(rows), published=papers)
+    if by_rubric and by_rubric.missing:
+        table += f"\n{markdown(by_rubric.name)} gave no score to {by_rubric.missing} of "
+        table += f"{by_rubric.questions} questions; its words are in `judge`.\n"
     replace_file(out / "report.md", table.encode())
     scored = scores.scored_images(rows, "dreambooth", next(iter(scorers)), benchmark, out)
     save_png(image_grids.extremes(scored), out / "best_median_worst.png")

@@ -3,29 +3,18 @@
 :func:`score` reads what :func:`dreambench.draw_all` drew. Each row names its encoder: published
 numbers differ by exactly that, and by how the identifier and self-pairs are handled. Here the
 identifier is stripped from the prompt before the text encoder, and an image is never paired with
-itself.
-
-measure               one row per   definition
-subject_fidelity      image         CLIP-I or DINO: mean cosine with the subject's photos
-prompt_adherence      image         CLIP-T: cosine with the prompt (no row for a DINO)
-memorisation          image         largest cosine with one of the subject's photos
-prompt_diversity      prompt        DIV: mean LPIPS among images of a prompt (encoder lpips-alex,
-                                    where that package is installed), and mean 1 - cosine
-pres                  subject       PRES: mean cosine of class images with the subject's photos
-class_diversity       subject       mean 1 - cosine among class images
-prior_drift           subject       mean 1 - cosine of class images with the base's, seed by seed
-class_kid             subject       KID: squared MMD to the base's class images (arXiv 1801.01401)
+itself. :mod:`.measures` defines the measures.
 
 The method "real pictures" has one row per subject, the subject_fidelity of its photos among
 themselves; neither a photo with itself nor near-duplicates are paired.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,7 +23,17 @@ from dreambooth_lib.core.files import open_image
 from dreambooth_lib.data.images import Images, read_photos
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.evaluation.dreambench import Benchmark, DrawnImage, Protocol, images_of
-from dreambooth_lib.metrics import clip_scores, kid_and_lpips
+from dreambooth_lib.evaluation.masks import embed_masked
+from dreambooth_lib.evaluation.measures import (
+    EVALUATORS,
+    JUDGES,
+    Embedded,
+    Evaluator,
+    ImageFiles,
+    Judge,
+    Values,
+)
+from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder, embed_files
 
 if TYPE_CHECKING:
@@ -59,46 +58,6 @@ class Row:
     value: float
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """Unit embeddings by one encoder for one method and subject."""
-
-    photos: "torch.Tensor"  # [M, D]
-    drawn: "torch.Tensor"  # [prompts, seeds, D]
-    texts: "torch.Tensor | None"  # [prompts, D]; None for a DINO
-    class_images: "torch.Tensor"  # [N, D]
-    base_class_images: "torch.Tensor"  # [N, D], the base's
-
-
-#: Shape [prompts, seeds], [prompts] or a scalar.
-Values: TypeAlias = "torch.Tensor | list[float] | float"
-#: Yields (measure, values).
-Evaluator = Callable[[Embedded], Iterator[tuple[str, Values]]]
-
-
-def subject_measures(embedded: Embedded) -> Iterator[tuple[str, Values]]:
-    cosines = embedded.drawn @ embedded.photos.T  # [prompts, seeds, M]
-    yield "subject_fidelity", cosines.mean(-1)
-    yield "memorisation", cosines.amax(-1)
-    if embedded.texts is not None:
-        yield "prompt_adherence", (embedded.drawn * embedded.texts[:, None]).sum(-1)
-    if embedded.drawn.shape[1] > 1:
-        import torch
-
-        diversities = [clip_scores.diversity(rows) for rows in embedded.drawn]
-        yield "prompt_diversity", torch.tensor(diversities)
-
-
-def class_measures(embedded: Embedded) -> Iterator[tuple[str, Values]]:
-    yield "pres", clip_scores.subject_fidelity(embedded.class_images, embedded.photos)
-    yield "class_diversity", clip_scores.diversity(embedded.class_images)
-    yield "prior_drift", clip_scores.prior_drift(embedded.base_class_images, embedded.class_images)
-    yield "class_kid", kid_and_lpips.kid(embedded.class_images, embedded.base_class_images)
-
-
-EVALUATORS: tuple[Evaluator, ...] = (subject_measures, class_measures)
-
-
 def score(
     benchmark: Benchmark,
     methods: Iterable[str],
@@ -107,56 +66,97 @@ def score(
     protocol: Protocol | None = None,
     base: str = "base",
     evaluators: Iterable[Evaluator] = EVALUATORS,
+    judges: Mapping[str, Judge] = JUDGES,
 ) -> Iterator[Row]:
-    """Yield the scores of the images in ``out``: every subject, method and encoder.
+    """Yield the scores of the images in ``out``: every subject, method, encoder and judge.
 
+    A value that a judge could not tell is NaN, and has no row.
     ``base`` is the method whose class images the others drift from. Embeddings are cached in
     ``out/embeddings``. Raises ``FileNotFoundError`` for an image that was not drawn.
     """
     protocol, out = protocol or Protocol(), Path(out)
+    photos = {
+        name: {subject.name: embed_photos(encoder, subject) for subject in benchmark.subjects}
+        for name, encoder in encoders.items()
+    }
     for subject in benchmark.subjects:
         prompts = benchmark.prompts_for(subject)
-        for name, encoder in encoders.items():
-            value = _among_photos(encoder, subject)
+        for name in encoders:
+            value = _among_photos(photos[name][subject.name], subject)
             if value is not None:
                 yield from _rows(REAL, subject, name, "subject_fidelity", value, prompts)
-        _, before = _files(benchmark, base, subject, protocol, out)
-        identifier, cache, count = subject.identifier, out / "embeddings", protocol.pictures
-        texts = [prompt.replace("{}", identifier) for prompt in prompts]
-        texts = [clip_scores.strip_identifier(text, identifier) for text in texts]
         for method in methods:
-            drawn, class_images = _files(benchmark, method, subject, protocol, out)
+            files = image_files(benchmark, method, subject, protocol, out, base)
             for name, encoder in encoders.items():
-                embedded = Embedded(
-                    photos=embed_photos(encoder, subject),
-                    drawn=embed_files(encoder, drawn, cache).unflatten(0, (len(prompts), count)),
-                    texts=encoder.embed_texts(texts) if encoder.reads_texts else None,
-                    class_images=embed_files(encoder, class_images, cache),
-                    base_class_images=embed_files(encoder, before, cache),
-                )
+                embedded = _embed(encoder, files, photos[name], out / "embeddings")
                 for evaluator in evaluators:
                     for measure, values in evaluator(embedded):
                         yield from _rows(method, subject, name, measure, values, prompts)
-            if kid_and_lpips.has_lpips() and count > 1:
-                groups = [drawn[i : i + count] for i in range(0, len(drawn), count)]
-                values = [
-                    kid_and_lpips.lpips_diversity(list(map(open_image, group))) for group in groups
-                ]
-                yield from _rows(method, subject, "lpips-alex", "prompt_diversity", values, prompts)
+            for name, judge in judges.items():
+                for measure, values in judge(files):
+                    rows = _rows(method, subject, name, measure, values, prompts)
+                    yield from (row for row in rows if not np.isnan(row.value))
 
 
-def _files(
-    benchmark: Benchmark, method: str, subject: Subject, protocol: Protocol, out: Path
-) -> tuple[list[Path], list[Path]]:
-    """Return the paths of a method's images of the prompts, and of its class images."""
-    paths = [out / image.path for image in images_of(benchmark, method, subject, protocol)]
-    count = len(paths) - protocol.class_images
-    return paths[:count], paths[count:]
+def image_files(
+    benchmark: Benchmark, method: str, subject: Subject, protocol: Protocol, out: Path, base: str
+) -> ImageFiles:
+    """Return the files of one method's images of one subject, and the base's of the class."""
+    identifier, count = subject.identifier, protocol.pictures
+    prompts = [prompt.replace("{}", identifier) for prompt in benchmark.prompts_for(subject)]
+    own, others = len(prompts) * count, len(prompts) * count + protocol.class_images
+
+    def paths(method: str) -> list[Path]:
+        return [out / image.path for image in images_of(benchmark, method, subject, protocol)]
+
+    def grouped(paths: list[Path]) -> list[list[Path]]:
+        return [paths[start : start + count] for start in range(0, len(paths), count)]
+
+    drawn, bases = paths(method), paths(base)
+    return ImageFiles(
+        method,
+        subject,
+        [clip_scores.strip_identifier(prompt, identifier) for prompt in prompts],
+        grouped(drawn[:own]),
+        drawn[own:others],
+        bases[own:others],
+        protocol.drift_prompts_for(subject),
+        grouped(drawn[others:]),
+        grouped(bases[others:]),
+    )
+
+
+def _embed(
+    encoder: Encoder, files: ImageFiles, photos: "dict[str, torch.Tensor]", cache: Path
+) -> Embedded:
+    import torch
+
+    def grouped(images: list[list[Path]]) -> "torch.Tensor":
+        flat = [path for group in images for path in group]
+        return embed_files(encoder, flat, cache).unflatten(0, (len(images), -1))
+
+    others = [rows for name, rows in photos.items() if name != files.subject.name]
+    masked_photos, masked_drawn = embed_masked(encoder, files) or (None, None)
+    return Embedded(
+        photos=photos[files.subject.name],
+        drawn=grouped(files.images),
+        texts=encoder.embed_texts(files.prompts) if encoder.reads_texts else None,
+        class_images=embed_files(encoder, files.class_images, cache),
+        base_class_images=embed_files(encoder, files.base_class_images, cache),
+        files=files,
+        other_photos=torch.cat(others) if others else None,
+        drift=grouped(files.drift_images) if files.drift_prompts else None,
+        base_drift=grouped(files.base_drift_images) if files.drift_prompts else None,
+        masked_photos=masked_photos,
+        masked_drawn=masked_drawn,
+    )
 
 
 def _rows(
     method: str, subject: Subject, encoder: str, measure: str, values: Values, prompts: list[str]
 ) -> Iterator[Row]:
+    if isinstance(values, Mapping):  # of other prompts
+        prompts, values = list(values), list(values.values())
     array = np.asarray(values, np.float64)
     for place in np.ndindex(array.shape):
         prompt = prompts[place[0]] if place else None
@@ -169,9 +169,9 @@ def embed_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     return encoder.embed_images(Images(read_photos(subject.pictures)))
 
 
-def _among_photos(encoder: Encoder, subject: Subject) -> float | None:
+def _among_photos(rows: "torch.Tensor", subject: Subject) -> float | None:
     """Return the mean cosine over pairs of photos that are not near-duplicates; None if none is."""
-    photos, rows = read_photos(subject.pictures), embed_photos(encoder, subject)
+    photos = read_photos(subject.pictures)
     group = {
         i: number for number, members in enumerate(near_duplicate_groups(photos)) for i in members
     }

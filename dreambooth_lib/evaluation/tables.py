@@ -72,17 +72,17 @@ def markdown(means: Sequence[Mean], published: bool = False) -> str:
     for mean in means:
         place = 1 + columns.index((mean.measure, mean.encoder))
         rows[mean.method][place] = f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
-    text = _table(heads, rows.values())
+    text = table(heads, rows.values())
     if published:
         heads = ["arXiv 2208.12242, Table 1", "DINO", "CLIP-I", "CLIP-T"]
         shown = {
             name: ["" if v is None else f"{v:.3f}" for v in values]
             for name, values in PUBLISHED.items()
         }
-        text += "\n" + _table(heads, [[name, *values] for name, values in shown.items()])
+        text += "\n" + table(heads, [[name, *values] for name, values in shown.items()])
     return text
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -22,6 +22,11 @@ NAMES = {
     "prior_drift": "class drift",
     "unrelated_drift": "unrelated drift",
     "class_kid": "class distance (KID)",
+    "retrieval_precision": "finds the photos among look-alikes (mAP)",
+    "masked_fidelity": "likeness of the subject alone",
+    "prompt_drift": "drift on other prompts",
+    "concept_preservation": "concept preservation",
+    "prompt_following": "prompt following",
 }
 #: The ratios behind a score (:class:`best_checkpoint.Ratios`).
 RATIOS = {
@@ -31,8 +36,18 @@ RATIOS = {
     "others_kept": "other prompts kept",
 }
 _ARROWS = dict.fromkeys(
-    ("subject_fidelity", "prompt_adherence", "prompt_diversity", "class_diversity"), " ↑"
-) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "class_kid"), " ↓")
+    (
+        "subject_fidelity",
+        "prompt_adherence",
+        "prompt_diversity",
+        "class_diversity",
+        "concept_preservation",
+        "prompt_following",
+        "retrieval_precision",
+        "masked_fidelity",
+    ),
+    " ↑",
+) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "prompt_drift", "class_kid"), " ↓")
 
 
 def name(field: str) -> str:

@@ -1,8 +1,9 @@
-"""Embed images and prompts with a frozen CLIP or DINO, and cache embeddings by file content."""
+"""Embed images and prompts with a frozen model, and cache embeddings by file content."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,24 +16,58 @@ from dreambooth_lib.core.errors import InputError, KitError, one_line
 if TYPE_CHECKING:
     import torch
 
+#: Sets of encoders, for likeness and for adherence: those that suit photos best, and those of
+#: published tables, arXiv 2208.12242's DINO and the CLIP that open code takes for its.
+PHOTOS = ("facebook/dinov2-base", "google/siglip2-base-patch16-224")
+PAPER = ("facebook/dino-vits16", "openai/clip-vit-base-patch32")
 #: Images or prompts in a batch.
 BATCH = 64
 
 
 class EncoderError(KitError, ValueError):
-    """A CLIP or DINO that cannot be read, or is neither."""
+    """An encoder that cannot be read, or of a type that is not known."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a type of model is read; the names are classes of transformers.
+
+    A model that reads texts embeds by its own ``get_image_features`` and ``get_text_features``. Of
+    the others the embedding is the first token after the final norm: the CLS token, or a ConvNeXt's
+    mean over the image.
+    """
+
+    model: str
+    processor: str | None  #: None: :class:`~.dinov3_pixels.DINOv3Processor`
+    reads_texts: bool = False
+
+
+#: By the ``model_type`` in config.json.
+KINDS: Mapping[str, Kind] = {
+    "clip": Kind("CLIPModel", "CLIPImageProcessorPil", reads_texts=True),
+    "siglip": Kind("SiglipModel", "SiglipImageProcessorPil", reads_texts=True),
+    "siglip2": Kind("Siglip2Model", "Siglip2ImageProcessorPil", reads_texts=True),
+    "vit": Kind("ViTModel", "CLIPImageProcessorPil"),
+    "dinov2": Kind("Dinov2Model", "BitImageProcessorPil"),
+    "dinov2_with_registers": Kind("Dinov2WithRegistersModel", "BitImageProcessorPil"),
+    "dinov3_vit": Kind("DINOv3ViTModel", None),
+    "dinov3_convnext": Kind("DINOv3ConvNextModel", None),
+}
 
 
 class Encoder:
-    """A frozen CLIP, which embeds images and prompts, or DINO, which embeds images only.
+    """A frozen model that embeds images and, if it reads texts, prompts.
 
-    ``model_id`` is a folder or a hub id in transformers' layout, of one of two types by its config:
+    ``model_id`` is a folder or a hub id in transformers' layout, of one of the types in
+    :data:`KINDS`: CLIP (arXiv 2103.00020), SigLIP (2303.15343), SigLIP 2 (2502.14786; of a fixed
+    size its type is ``siglip``, else ``siglip2``), DINO (``vit``, 2104.14294), DINOv2 (2304.07193)
+    and DINOv3 (2508.10104).
 
-    - ``clip``: the projected embeddings (arXiv 2103.00020) of images preprocessed as in the model's
-      ``preprocessor_config.json``.
-    - ``vit``: the last layer's CLS token after the final norm (arXiv 2104.14294), of images
-      preprocessed as in DINO's own evaluation: shorter side to 256/224 of the model's resolution by
-      bicubic, center crop, ImageNet's mean and standard deviation.
+    Images are preprocessed as in the model's ``preprocessor_config.json``, by PIL, so that they are
+    the same with and without torchvision; of a DINO as in its own evaluation, since its file says
+    otherwise: shorter side to 256/224 of the model's resolution by bicubic, center crop, ImageNet's
+    mean and standard deviation. Prompts are padded to all of a text encoder's positions, which a
+    SigLIP needs.
 
     Computes in float32 on ``device`` and returns embeddings of unit length on the CPU. Only
     safetensors are read, and no code of the model's. Raises :class:`EncoderError` for a model of
@@ -40,7 +75,7 @@ class Encoder:
     """
 
     model_id: str  #: to report with every score
-    reads_texts: bool  #: whether :meth:`embed_texts` works: True for CLIP, False for DINO
+    reads_texts: bool  #: whether :meth:`embed_texts` works: False for all DINOs
 
     def __init__(self, model_id: str | Path, device: "str | torch.device" = "cpu") -> None:
         import torch
@@ -53,41 +88,43 @@ class Encoder:
             config = AutoConfig.from_pretrained(
                 self.model_id, revision=self._revision, trust_remote_code=False
             )
-            self.reads_texts = config.model_type == "clip"
-            if config.model_type in ("clip", "vit"):
-                self._load(config)
+            if kind := KINDS.get(config.model_type):
+                self.reads_texts = kind.reads_texts
+                self._load(config, kind)
         except (MemoryError, torch.OutOfMemoryError):
             raise
+        except ImportError as error:
+            raise EncoderError(
+                f"the encoder '{self.model_id}' needs a package that is not installed "
+                f"({one_line(error)[:80]}...); install it, or give another encoder such as "
+                "google/siglip2-base-patch16-224."
+            ) from error
         except Exception as error:  # of any kind: configs are used without a look at their shape
             raise EncoderError(
                 f"the encoder '{self.model_id}' cannot be read ({one_line(error)[:200]}); "
                 "give a hub id, or a folder with a model in safetensors, its "
                 "preprocessor_config.json and its tokenizer."
             ) from error
-        if config.model_type not in ("clip", "vit"):
+        if kind is None:
             raise EncoderError(
                 f"the encoder '{self.model_id}' is of type '{config.model_type}'; give a CLIP such "
-                "as openai/clip-vit-base-patch32 or a DINO such as facebook/dino-vits16."
+                "as openai/clip-vit-base-patch32, a SigLIP such as google/siglip2-base-patch16-224 "
+                "or a DINO such as facebook/dinov2-base."
             )
 
-    def _load(self, config: Any) -> None:
+    def _load(self, config: Any, kind: Kind) -> None:
         import transformers
         from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-        # In transformers 5, the processor that uses PIL has another name.
-        by_pil = getattr(transformers, "CLIPImageProcessorPil", None)
-        processor = by_pil or transformers.CLIPImageProcessor
-        model: Any
+        from dreambooth_lib.metrics.dinov3_pixels import DINOv3Processor
+
+        model_class = getattr(transformers, kind.model)
+        processor: Any = kind.processor and getattr(transformers, kind.processor)
+        without = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        model = self._load_model(model_class, **without)
         if self.reads_texts:
-            model = self._load_model(transformers.CLIPModel)
-            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(
-                self.model_id, revision=self._revision, trust_remote_code=False
-            )
-            if len(self._tokenizer) < 5:  # transformers 5 makes an empty one if a file is missing
-                raise ValueError("the model has no tokenizer; add its files to the folder.")
-            self._processor = processor.from_pretrained(self.model_id, revision=self._revision)
-        else:
-            model = self._load_model(transformers.ViTModel, add_pooling_layer=False)
+            self._tokenizer = self._load_tokenizer(config.model_type)
+        if config.model_type == "vit":
             self._processor = processor(
                 size={"shortest_edge": round(config.image_size * 256 / 224)},
                 crop_size={"height": config.image_size, "width": config.image_size},
@@ -95,8 +132,23 @@ class Encoder:
                 image_mean=IMAGENET_DEFAULT_MEAN,
                 image_std=IMAGENET_DEFAULT_STD,
             )
+        else:
+            processor = processor or DINOv3Processor
+            self._processor = processor.from_pretrained(self.model_id, revision=self._revision)
         self._processor(images=[Image.new("RGB", (8, 8))])  # raises for settings of no use
         self._model = model.float().eval().requires_grad_(False).to(self.device)
+
+    def _load_tokenizer(self, model_type: str) -> Any:
+        import transformers
+
+        # A SigLIP's may be its own, which needs sentencepiece, or Gemma's.
+        name = "CLIPTokenizer" if model_type == "clip" else "AutoTokenizer"
+        tokenizer = getattr(transformers, name).from_pretrained(
+            self.model_id, revision=self._revision, trust_remote_code=False
+        )
+        if len(tokenizer) < 10:  # transformers 5 makes one without words if a file is missing
+            raise ValueError("the model has no tokenizer; add its files to the folder.")
+        return tokenizer
 
     def _load_model(self, model_class: Any, **options: Any) -> Any:
         """Load from safetensors; raise ``ValueError`` where weights are missing, as for random."""
@@ -161,24 +213,23 @@ class Encoder:
             rows = torch.cat([features(batch).cpu() for batch in batches])
         return torch.nn.functional.normalize(rows, dim=-1)  # [N, D]
 
-    # CLIPModel.get_..._features return a tensor in transformers 4 and an object in 5.
-
     def _image_features(self, images: list[Image.Image]) -> "torch.Tensor":
         rgb = [image.convert("RGB") for image in images]
-        pixels = self._processor(images=rgb, return_tensors="pt")["pixel_values"].to(self.device)
-        if not self.reads_texts:
-            return self._model(pixel_values=pixels).last_hidden_state[:, 0]
-        pooled = self._model.vision_model(pixel_values=pixels).pooler_output
-        return self._model.visual_projection(pooled)
+        inputs = self._processor(images=rgb, return_tensors="pt").to(self.device)
+        if self.reads_texts:
+            return self._model.get_image_features(**inputs).pooler_output
+        return self._model(**inputs).last_hidden_state[:, 0]
 
     def _text_features(self, prompts: list[str]) -> "torch.Tensor":
         length = self._model.config.text_config.max_position_embeddings
+        is_clip = self._model.config.model_type == "clip"
+        # SigLIPs were trained on lower case, padded on the right, without a mask of the padding.
+        prompts = prompts if is_clip else [prompt.lower() for prompt in prompts]
         tokens = self._tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        ids, mask = (tokens[k].to(self.device) for k in ("input_ids", "attention_mask"))
-        pooled = self._model.text_model(input_ids=ids, attention_mask=mask).pooler_output
-        return self._model.text_projection(pooled)
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt",
+            padding_side="right", return_attention_mask=is_clip,
+        ).to(self.device)  # fmt: skip
+        return self._model.get_text_features(**tokens).pooler_output
 
 
 def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.Tensor":

@@ -5,7 +5,7 @@ RUN/memory.json             what memory "auto" was resolved to (see memory_level
 RUN/log.jsonl               one row per training step
 RUN/validation.jsonl, validation/   scores and validation images (see validation_record.py)
 RUN/checkpoints/000100/     weights; the newest also has the optimizer's state (see checkpoints.py)
-RUN/pipeline/               the tuned pipeline in diffusers' layout, or its LoRA weights
+RUN/pipeline/, made_with.json   the tuned pipeline in diffusers' layout, or its LoRA weights
 """
 
 import re

@@ -116,7 +116,7 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source
-    dtype = _sampling_dtype()
+    dtype = sampling_dtype()
     if isinstance(source, TrainConfig):
         return _place(load_base(source, dtype))
     if isinstance(source, str):
@@ -152,10 +152,11 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
     a LoRA as it was trained. Raises ``BaseError`` if they were not all trained on one base.
     """
     folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
-    return _place(loading.compose(folders, dtype=_sampling_dtype(), trained=()))
+    return _place(loading.compose(folders, dtype=sampling_dtype(), trained=()))
 
 
-def _sampling_dtype() -> "torch.dtype":
+def sampling_dtype() -> "torch.dtype":
+    """Return the dtype to draw images in: half precision on a GPU, float32 on a CPU."""
     import torch
 
     if not torch.cuda.is_available():

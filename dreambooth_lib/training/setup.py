@@ -15,6 +15,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
@@ -267,6 +268,7 @@ class Trainer:
                     save_pipeline(family.pipeline, partial)
                 write_object(partial / GOAL_FILE, self.run.goal() | kept | {"step": self.step})
                 write_digests(partial)
+            write_object(self.run.folder / MADE_WITH_FILE, made_with())
         self.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,109 @@
+"""Compare the subject alone: cut out of photos and generated images by masks.
+
+The mask of ``folder/NAME.png`` is ``folder/masks/NAME.png``, white on the subject, or else the
+file's own alpha channel, if that hides anything. Masks are made elsewhere, of photos and of
+generated images alike: by rembg, Segment Anything or by hand.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageOps
+
+from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.files import open_image
+from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.metrics.encoders import Encoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from dreambooth_lib.evaluation.measures import ImageFiles
+
+#: What stands around a subject that is cut out.
+GREY = (127, 127, 127)
+
+
+def embed_masked(
+    encoder: Encoder, files: "ImageFiles"
+) -> "tuple[torch.Tensor, torch.Tensor] | None":
+    """Embed the subject alone, of photos [M, D] and of images [prompts, seeds, D].
+
+    An image whose mask is empty has zeros. None unless both photos and images have masks; photos in
+    a zip have none. Raises ``InputError`` if only some of either have masks, for a damaged mask or
+    one of another size, and for a photo whose mask is empty.
+    """
+    import torch
+
+    source = Path(files.subject.pictures)
+    photos = read_photos(source) if source.suffix.lower() != ".zip" else []
+    folder = source if source.is_dir() else source.parent
+    photo_paths = [folder / photo.name for photo in photos]
+    image_paths = [path for group in files.images for path in group]
+    photo_masks, image_masks = _masks(photo_paths), _masks(image_paths)
+    if photo_masks is None or image_masks is None:
+        return None
+    cut_photos = []
+    for photo, path, mask in zip(photos, photo_paths, photo_masks, strict=True):
+        cut = cut_out(photo.image, mask, path)
+        if cut is None:
+            raise InputError(f"the mask of {path} shows nothing; make it again.")
+        cut_photos.append(cut)
+    of_photos = encoder.embed_images(cut_photos)
+    rows = torch.zeros(len(image_paths), of_photos.shape[1])
+    for row, path, mask in zip(rows, image_paths, image_masks, strict=True):
+        if (cut := cut_out(open_image(path), mask, path)) is not None:
+            row[:] = encoder.embed_images([cut])[0]
+    return of_photos, rows.unflatten(0, (len(files.images), -1))
+
+
+def cut_out(image: Image.Image, mask: Image.Image, path: Path) -> Image.Image | None:
+    """Return the square around the mask, grey where the mask is black; None if all of it is.
+
+    So neither what the subject stands before counts, nor where it stands. Break-A-Scene
+    (arXiv 2305.16311) compares subjects so, on black and without the crop.
+    """
+    if mask.size != image.size:
+        raise InputError(f"the mask of {path} is {mask.size} and not {image.size}; make it again.")
+    box = mask.getbbox()
+    if box is None:
+        return None
+    left, top, right, bottom = box
+    side = max(right - left, bottom - top)
+    square = Image.new("RGB", (side, side), GREY)
+    place = ((side - right + left) // 2, (side - bottom + top) // 2)
+    square.paste(image.crop(box), place, mask.crop(box))
+    return square
+
+
+def find_mask(path: Path) -> Image.Image | None:
+    """Return the mask of an image file, of mode L, turned upright; None if it has none."""
+    beside = path.parent / "masks" / f"{path.stem}.png"
+    file = beside if beside.is_file() else path
+    try:
+        with Image.open(file) as opened:
+            if file == beside:
+                return ImageOps.exif_transpose(opened).convert("L")
+            if not opened.has_transparency_data:
+                return None
+            alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+            return None if alpha.getextrema()[0] == 255 else alpha
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"the mask {file} is damaged; make it again, or remove it.") from error
+
+
+def _masks(paths: Sequence[Path]) -> list[Image.Image] | None:
+    masks = {path: find_mask(path) for path in paths}
+    found = [mask for mask in masks.values() if mask is not None]
+    if not found:
+        return None
+    for path, mask in masks.items():
+        if mask is None:
+            raise InputError(
+                f"{path} has no mask and others have; add it to {path.parent / 'masks'}, or remove "
+                "all masks."
+            )
+    return found
