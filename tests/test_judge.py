@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import drawings
+from conftest import drawings, save_photos
 from launching import ROOT
 from PIL import Image
 from stand_in_judge import StandIn, by_content, images_in, save_tiny_vlm, says
 
+from dreambooth_lib.__main__ import main
 from dreambooth_lib.core.config import Subject
 from dreambooth_lib.evaluation import judge_models, rubric
 from dreambooth_lib.evaluation.judge import SIDE, TRIES, RubricJudge
 from dreambooth_lib.evaluation.judge_models import MOST_BYTES, Endpoint, JudgeError, LocalModel
 from dreambooth_lib.evaluation.measures import ImageFiles
 from dreambooth_lib.evaluation.rubric import CONCEPT_PRESERVATION, parse_score
+from dreambooth_lib.evaluation.tables import read_csv
 
 KEY = "sk-a-secret-of-the-tests"
 CHAT = CONCEPT_PRESERVATION.chat("References:", Image.new("RGB", (8, 8)), "Generated image:")
@@ -332,6 +334,7 @@ def test_addresses_and_keys_that_would_leak_are_refused(monkeypatch: pytest.Monk
 JUDGE_ALL = """
 import sys
 from pathlib import Path
+from dreambooth_lib.__main__ import main
 from dreambooth_lib.core.config import Subject
 from dreambooth_lib.evaluation.judge import RubricJudge
 from dreambooth_lib.evaluation.judge_models import Endpoint
@@ -456,3 +459,48 @@ def test_a_model_that_is_none_is_one_sentence(tiny_vlm: Path, tmp_path: Path) ->
     (hostile / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].x() }}")
     with pytest.raises(JudgeError, match="cannot be asked"):
         LocalModel(hostile).answer(CHAT)
+
+
+# The command
+
+
+def test_the_command_judges_and_says_what_is_missing(
+    tmp_path: Path, tiny_sd1: str, clip_folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data, out = tmp_path / "data", tmp_path / "out"
+    save_photos(data / "rex", 1)
+    (data / "prompts_and_classes.txt").write_text(
+        "subject_name,class,type\nrex,dog,live\n\n"
+        "Live Subject Prompts\n\n'a {0} {1}'.format(unique_token, class_token),\n"
+    )
+
+    def command(*words: str) -> str:
+        given = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder),
+                 "--pictures", "3", "--steps", "1", "--class-images", "2", "--scorer",
+                 str(clip_folder), "--out", str(out)]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *given, *words])
+        main()
+        return capsys.readouterr().out
+
+    def reply(messages: list[dict[str, Any]]) -> tuple[int, dict[str, str], bytes]:
+        return says("Score: 4" if len(images_in(messages)) > 1 else "no idea")
+
+    with StandIn(reply) as api:
+        words = ("--vlm", "org/a-model", "--vlm-url", api.address, "--vlm-key", "NO_SUCH_KEY")
+        said = command(*words)
+        # Six images, unless some are alike; the prompt's question is asked three times.
+        assert 4 <= len(api.requests) <= 6 + 6 * TRIES and {key for _, key in api.requests} == {
+            None
+        }
+        count = len(api.requests)
+        assert command(*words) in said and len(api.requests) == count
+        with pytest.raises(SystemExit, match="--vlm-url is given without a model"):
+            command("--vlm-url", api.address)
+    name = f"org/a-model by {rubric.VERSION}"
+    assert f"concept preservation ↑ ({name})" in said and "1.000 [1.000, 1.000]" in said
+    assert f"{name} gave no score to 6 of 12 questions; its words are in `judge`." in said
+    judged = [row for row in read_csv(out / "scores.csv") if row.encoder == name]
+    assert [(row.measure, row.value) for row in judged] == [("concept_preservation", 1.0)] * 6
+    command()
+    assert name not in {row.encoder for row in read_csv(out / "scores.csv")}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Protocol
 
 from PIL import Image, ImageOps
@@ -62,6 +62,7 @@ class RubricJudge:
     def __init__(self, model: VisionLanguageModel, cache: Path) -> None:
         self.model, self.cache = model, cache
         self.questions = self.missing = 0  #: how many so far, and how many have no score
+        self._asking: dict[str, Lock] = {}
 
     @property
     def name(self) -> str:
@@ -120,7 +121,10 @@ class RubricJudge:
             "chat": [[role, list(map(_described, parts))] for role, parts in chat],
         }
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-        file = self.cache / f"{digest}.json"
+        with self._asking.setdefault(digest, Lock()):  # images that are alike are asked for once
+            return self._score_of(self.cache / f"{digest}.json", question, chat)
+
+    def _score_of(self, file: Path, question: dict[str, Any], chat: Chat) -> int | None:
         kept = (read_object(file) or {}).get("answers")
         answers = kept if isinstance(kept, list) and all(isinstance(a, str) for a in kept) else []
         while True:

@@ -19,9 +19,11 @@ from urllib.parse import quote
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.user_text import markdown
+from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import table
 from dreambooth_lib.figures.labels import heading
 
+UNTRAINED = ("base", REAL)  #: methods that have no step and cost nothing
 FORMAT = 1  #: of the files, to change with the schema
 MOST_BYTES = 2**18  #: of a file; others are refused unread
 _MOST_CHARACTERS = 300  # of a text
@@ -208,13 +210,18 @@ def _rows(
             by_measure = {s["measure"]: s for s in own if s["method"] == method}
             cells = [_cell(by_measure[m]) if m in by_measure else "" for m in measures]
             cost = [f"{result['cost'][part]:.0f}" for part in SCHEMA["cost"]]
+            step = str(result["step"])
+            if method in UNTRAINED:
+                step, *cost = [""] * (1 + len(cost))
             yield [
                 f"[{markdown(result['title'])}]({quote(name)})", markdown(method),
-                str(result["step"]), *cells, *cost, markdown(result["device"]),
+                step, *cells, *cost, markdown(result["device"]),
             ]  # fmt: skip
 
 
 def _cell(score: dict[str, Any]) -> str:
-    if score["low"] is None or score["high"] is None:
-        return f"{score['value']:.3f}"
-    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    value, *interval = [
+        None if score[part] is None else f"{round(score[part], 3) + 0.0:.3f}"  # no "-0.000"
+        for part in ("value", "low", "high")
+    ]
+    return f"{value} [{', '.join(map(str, interval))}]" if all(interval) else f"{value}"
