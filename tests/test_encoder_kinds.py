@@ -295,3 +295,21 @@ def test_the_preparation_of_a_dinov3_is_part_of_its_identity(
     identity = Encoder(folder).identity
     assert json.loads(json.dumps(identity))["preparation"]["size"] == [14, 14]
     assert identity["preparation"] != Encoder(saved("dinov3_vit")).identity["preparation"]
+
+
+def test_no_code_of_a_tokenizer_or_a_processor_is_run(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(saved("siglip"), tmp_path)
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nX = None\n")
+    for file, name in (("tokenizer_config.json", "AutoTokenizer"),
+                       ("preprocessor_config.json", "AutoImageProcessor")):  # fmt: skip
+        own = json.loads((folder / file).read_text())
+        own["auto_map"] = {name: ["foreign.X", "foreign.X"]}
+        (folder / file).write_text(json.dumps(own | {"tokenizer_class": "X"}))
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("it asked"))
+    try:
+        Encoder(folder)
+    except EncoderError as error:
+        assert "cannot be read" in str(error)
+    assert not (tmp_path / "ran").exists()

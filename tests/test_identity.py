@@ -1,6 +1,7 @@
 """Identity and drift: retrieval, masks and other prompts, against plain NumPy."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -135,25 +136,18 @@ def disc(size: tuple[int, int], left: int = 3) -> Image.Image:
     return mask
 
 
-def masked(drawn: tuple, change: Callable[[Path], None] = lambda out: None) -> None:
+@pytest.fixture
+def with_masks(drawn: tuple) -> Iterator[None]:
     """Add masks to rex's photos and to the images of the tuned model."""
     benchmark, out, _ = drawn
-    files = [*Path(benchmark.subjects[0].pictures).glob("*.png"), *out.glob("tuned/rex/p*.png")]
-    for file in files:
-        (file.parent / "masks").mkdir(exist_ok=True)
-        disc(Image.open(file).size).save(file.parent / "masks" / file.name)
-
-
-@pytest.fixture
-def with_masks(drawn: tuple) -> Callable[[], None]:
-    import shutil
-
-    benchmark, out, _ = drawn
-    folders = [Path(benchmark.subjects[0].pictures) / "masks", out / "tuned/rex/masks"]
-    masked(drawn)
+    folders = [Path(benchmark.subjects[0].pictures), out / "tuned/rex"]
+    for folder, names in zip(folders, ("*.png", "p*.png"), strict=True):
+        (folder / "masks").mkdir()
+        for file in folder.glob(names):
+            disc(Image.open(file).size).save(folder / "masks" / file.name)
     yield
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder / "masks")
 
 
 def alone(file: Path) -> Image.Image:

@@ -18,7 +18,7 @@ from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history, plan_file, read_plan
 
 #: Of a validation, what is no score of the images.
-_NO_SCORES = ("step", "seconds", "held_out", "reference_fidelity")
+_NO_SCORES = ("step", "seconds", "held_out", "by_image", "reference_fidelity")
 
 
 def collect(place: Path, title: str = "") -> dict[str, Any]:

@@ -36,25 +36,28 @@ def embed_masked(
     """
     import torch
 
+    paths = [path for group in files.images for path in group]
+    masks = _masks(paths)
+    if masks is None:
+        return None
     source = Path(files.subject.pictures)
     photos = read_photos(source) if source.suffix.lower() != ".zip" else []
     folder = source if source.is_dir() else source.parent
-    photo_paths = [folder / photo.name for photo in photos]
-    image_paths = [path for group in files.images for path in group]
-    photo_masks, image_masks = _masks(photo_paths), _masks(image_paths)
-    if photo_masks is None or image_masks is None:
+    photo_masks = _masks([folder / photo.name for photo in photos])
+    if photo_masks is None:
         return None
     cut_photos = []
-    for photo, path, mask in zip(photos, photo_paths, photo_masks, strict=True):
-        cut = cut_out(photo.image, mask, path)
+    for photo, mask in zip(photos, photo_masks, strict=True):
+        cut = cut_out(photo.image, mask, folder / photo.name)
         if cut is None:
-            raise InputError(f"the mask of {path} shows nothing; make it again.")
+            raise InputError(f"the mask of {folder / photo.name} shows nothing; make it again.")
         cut_photos.append(cut)
     of_photos = encoder.embed_images(cut_photos)
-    rows = torch.zeros(len(image_paths), of_photos.shape[1])
-    for row, path, mask in zip(rows, image_paths, image_masks, strict=True):
-        if (cut := cut_out(open_image(path), mask, path)) is not None:
-            row[:] = encoder.embed_images([cut])[0]
+    cuts = [cut_out(open_image(path), mask, path) for path, mask in zip(paths, masks, strict=True)]
+    shown = {number: cut for number, cut in enumerate(cuts) if cut is not None}
+    rows = torch.zeros(len(paths), of_photos.shape[1])
+    if shown:
+        rows[list(shown)] = encoder.embed_images(list(shown.values()))
     return of_photos, rows.unflatten(0, (len(files.images), -1))
 
 

@@ -1,1 +1,1 @@
-"""Embed images and prompts with CLIP or DINO, and score images by the embeddings."""
+"""Embed images and prompts with CLIP, SigLIP or DINO, and score images by the embeddings."""
