@@ -1,8 +1,8 @@
 """Make a base of 128 pixels and two things within minutes of a GPU; torch, diffusers, transformers.
 
 Processes compose pictures from a pack of drawings while the GPU trains on those that there are
-(:mod:`tools.toybox.pool`). Every training ends by the clock and saves every minute; a call that was
-killed goes on with what is left of its time.
+(:mod:`tools.toybox.pool`). Every training ends by the clock and saves every minute, in a call of
+less than six minutes more often; a call that was killed goes on with what is left of its time.
 """
 
 import os
@@ -46,7 +46,7 @@ def ways(minutes: float, device: str) -> dict[str, Way]:
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = torch.bfloat16 if native else torch.float16
     return {
-        name: Way(sys.maxsize, 60 * minutes * share, device, dtype, save_every_s=60.0)
+        name: Way(sys.maxsize, 60 * minutes * share, device, dtype, min(60.0, 10 * minutes))
         for name, share in SHARES.items()
     }
 
@@ -56,6 +56,11 @@ def make(
 ) -> dict[str, float]:
     """Train a base into ``out``, print its figures, and write it in shards; return the figures."""
     began = time.monotonic()
+    if not pack.is_file():
+        raise FileNotFoundError(
+            f"there is no pack of drawings at {pack}; make it where npm is, by "
+            "`python -m tools.toybox pack --out FILE`, and bring it here."
+        )
     makers = Makers(pack, recipe, workers or max(1, (os.cpu_count() or 2) - 1))
     try:
         done = (out / "base" / "model_index.json").exists()  # then few are left to be used

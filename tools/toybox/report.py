@@ -68,6 +68,7 @@ def report(
         write_grid(together[:64], two[:64], Path("outputs/toybox_pairs.png"))
         asked = {"first": "class", "second": "second", "relation": "relation"}
         of_two = {f"generated_{name}_of_two": on_two[key] for name, key in asked.items()}
+    of = min(16, 4 * rounds)
     return {
         "autoencoder_psnr_db": autoencoder.psnr(family.pipeline.vae, world, seed=seed),
         **{f"classifier_{asked}_on_composites": share for asked, share in on_real.items()},
@@ -75,8 +76,8 @@ def report(
         "generated_scene": on_plain["scene"],
         "generated_colour": on_recoloured["colour"],
         **of_two,
-        "judge_retrieval_of_64": judge.retrieval(encoder, tokenizer, world, seed=seed),
-        "judge_triplets": judge.triplets(encoder, world, seed=seed),
+        "judge_retrieval_of_64": judge.retrieval(encoder, tokenizer, world, of, seed),
+        "judge_triplets": judge.triplets(encoder, world, of, seed),
         "pictures_per_second": rate,
         "seconds_to_load": loaded,
         "megabytes": sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 1e6,
