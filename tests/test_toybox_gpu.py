@@ -299,8 +299,11 @@ def test_figures_are_read_back_and_compared():
 
 def test_a_killed_making_goes_on_and_gives_a_base_that_loads(pack, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, *"-m tools.toybox gpu --minutes 0.3 --device cpu".split()]
-    command += [*"--recipe tiny --workers 1".split(), "--pack", str(pack), "--out", str(out)]
+    command = [
+        sys.executable,
+        *["-m", "tools.toybox", "gpu", "--minutes", "0.3", "--device", "cpu"],
+    ]
+    command += [*["--recipe", "tiny", "--workers", "1"], "--pack", str(pack), "--out", str(out)]
     settings = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     first = subprocess.Popen(command, **settings)
     while first.poll() is None and not (out / "work" / "diffusion" / "state.json").exists():
