@@ -168,14 +168,14 @@ def test_a_pool_fails_as_its_worker_did(tmp_path):
     (tmp_path / "broken.zip").write_bytes(b"no zip")
     makers = Makers(tmp_path / "broken.zip", TINY, workers=1)
     try:
-        with pytest.raises(Exception, match="terminated abruptly|process pool"):
+        with pytest.raises(Exception, match=r"terminated abruptly|process pool"):
             makers.plain(64, "cpu").batch(1, np.random.default_rng(0))
     finally:
         makers.close()
 
 
 def test_a_making_without_a_pack_says_how_to_get_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tools.toybox pack"):
+    with pytest.raises(FileNotFoundError, match=r"tools\.toybox pack"):
         gpu.make(tmp_path / "none.zip", tmp_path / "out", 1.0, TINY, "cpu")
 
 
@@ -299,11 +299,9 @@ def test_figures_are_read_back_and_compared():
 
 def test_a_killed_making_goes_on_and_gives_a_base_that_loads(pack, tmp_path):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        *["-m", "tools.toybox", "gpu", "--minutes", "0.3", "--device", "cpu"],
-    ]
-    command += [*["--recipe", "tiny", "--workers", "1"], "--pack", str(pack), "--out", str(out)]
+    tried = ["--minutes", "0.3", "--device", "cpu", "--recipe", "tiny", "--workers", "1"]
+    command = [sys.executable, "-m", "tools.toybox", "gpu", *tried]
+    command += ["--pack", str(pack), "--out", str(out)]
     settings = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     first = subprocess.Popen(command, **settings)
     while first.poll() is None and not (out / "work" / "diffusion" / "state.json").exists():
