@@ -39,14 +39,21 @@ CURRENT = Path(__file__).parents[2] / "data" / "toybox" / "README.md"
 def ways(minutes: float, device: str) -> dict[str, Way]:
     """Return each training's way: its share of the minutes, in half precision on a GPU.
 
-    bfloat16 where the GPU computes in it, else float16.
+    bfloat16 where the GPU computes in it, else float16. The judge is small, and its cosines shall
+    be finer than half precision: it trains in float32.
     """
     dtype = torch.float32
     if device != "cpu":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = torch.bfloat16 if native else torch.float16
     return {
-        name: Way(sys.maxsize, 60 * minutes * share, device, dtype, min(60.0, 10 * minutes))
+        name: Way(
+            sys.maxsize,
+            60 * minutes * share,
+            device,
+            torch.float32 if name in ("judge", "captions") else dtype,
+            save_every_s=min(60.0, 10 * minutes),
+        )
         for name, share in SHARES.items()
     }
 
