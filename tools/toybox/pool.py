@@ -5,6 +5,9 @@ for new ones once there are a few, and the cores set only how soon the pool is f
 """
 
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -22,7 +25,15 @@ VIEWS = 10  # of each scene, in each chunk's worker
 _worlds: dict[str, World] = {}  # in a worker process
 
 
-def _open(pack: Path, recipe: Recipe) -> None:
+def _end_with(parent: int) -> None:
+    """Wait for the end of a parent that was killed, which tells its workers nothing."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _open(pack: Path, recipe: Recipe, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     every = {"plain": tuple(drawings.TRAINING_SETS), "pairs": tuple(drawings.EVERY_SET)}
     seed = multiprocessing.current_process()._identity[0]  # other views in every worker
     for kind, sets in every.items():
@@ -85,7 +96,7 @@ class Makers:
     def __init__(self, pack: Path, recipe: Recipe, workers: int):
         self._recipe = recipe
         self._executor = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("fork"), _open, (pack, recipe)
+            workers, multiprocessing.get_context("fork"), _open, (pack, recipe, os.getpid())
         )
 
     def plain(self, count: int, device: str) -> Pool:
