@@ -297,6 +297,7 @@ def test_figures_are_read_back_and_compared():
     assert "WORSE" in report.compared({"megabytes": 48.1}, old)
 
 
+@pytest.mark.slow
 def test_a_killed_making_goes_on_and_gives_a_base_that_loads(pack, tmp_path):
     out = tmp_path / "out"
     tried = ["--minutes", "0.3", "--device", "cpu", "--recipe", "tiny", "--workers", "1"]
