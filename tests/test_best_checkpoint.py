@@ -1,4 +1,4 @@
-"""Test how the best checkpoint is selected: ratios, noise, ties, the verdict, and early stopping."""
+"""Test how the best checkpoint is selected: ratios, noise, ties, the verdict; early stopping."""
 
 from pathlib import Path
 from typing import Any

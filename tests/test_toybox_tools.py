@@ -14,7 +14,7 @@ pytest.importorskip("resvg_py")
 
 from tools.toybox import autoencoder, classifier, drawings, judge, world
 from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer, world_words
-from tools.toybox.training import Muon, fit, learning_rate
+from tools.toybox.training import Muon, Way, fit, learning_rate
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect x="2" y="3" width="6" height="4" fill="#00ff00"/></svg>'  # noqa: E501
 
@@ -84,7 +84,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path):
             x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step))
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-        return fit(model, loss_at, steps=10, peak_lr=0.1, folder=folder, save_every_s=0.0)
+        return fit(model, loss_at, Way(10, save_every_s=0.0), peak_lr=0.1, folder=folder)
 
     whole = train(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -208,12 +208,13 @@ def test_streams_that_overflow_float16_are_scaled_and_nothing_else_changes():
 def test_a_caption_is_true_of_what_it_does_not_deny():
     blue_dog = world.Picture("dog", 0, "blue", "beach")
     odd_dog = world.Picture("dog", 0, None, "beach", odd=3)
-    assert judge.is_true(("dog", None, None), blue_dog)
-    assert judge.is_true(("dog", "blue", "beach"), blue_dog)
-    assert judge.is_true(("dog", None, "beach"), odd_dog)
-    assert not judge.is_true(("dog", "blue", None), odd_dog)
-    assert not judge.is_true(("cat", None, None), blue_dog)
-    assert not judge.is_true(("dog", None, "snow"), blue_dog)
+    assert judge.is_true(("dog", None, None, None), blue_dog)
+    assert judge.is_true(("dog", "blue", "beach", None), blue_dog)
+    assert judge.is_true(("dog", None, "beach", None), odd_dog)
+    assert not judge.is_true(("dog", "blue", None, None), odd_dog)
+    assert not judge.is_true(("cat", None, None, None), blue_dog)
+    assert not judge.is_true(("dog", None, "snow", None), blue_dog)
+    assert not judge.is_true(("dog", None, None, ("beside", "cat")), blue_dog)
 
 
 def test_odd_colours_change_the_colours_and_not_the_shape():
@@ -270,7 +271,7 @@ def test_the_first_minutes_of_a_rebuild(tmp_path, monkeypatch):
     work, target = tmp_path / "work", tmp_path / "target"
     build(work, target, dict.fromkeys(STEPS, 2), bank=128, rounds=1)
     monkeypatch.chdir(tmp_path)
-    figures = report(work, target, seed=0, rounds=1)
+    figures = report(world.World(work / "drawings"), target, seed=0, rounds=1)
     assert figures["autoencoder_psnr_db"] > 3
     assert all(0 <= v <= 1 for k, v in figures.items() if k.startswith(("scorer", "generated")))
     assert Image.open("outputs/toybox_grid.png").size[0] >= 512

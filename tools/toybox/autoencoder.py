@@ -1,7 +1,8 @@
-"""Train the AutoencoderKL: 64x64x3 pictures to 8x8x32 latents of zero mean and unit variance."""
+"""Train the AutoencoderKL: pictures to latents of zero mean and unit variance, a side an eighth."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,28 +11,30 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
-from tools.toybox.training import fit
-from tools.toybox.world import World
+from tools.toybox.recipes import BUNDLED, Recipe
+from tools.toybox.sources import Source
+from tools.toybox.training import Way, fit
 
-LATENT_CHANNELS = 32
+COUNT = 512  # composites that the latents and activations are measured on
 #: What activations stay below on composites: a 32nd of where float16 ends.
 LIMIT = 2.0**11
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def new_autoencoder() -> AutoencoderKL:
+def new_autoencoder(recipe: Recipe = BUNDLED) -> AutoencoderKL:
+    levels = len(recipe.autoencoder)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=recipe.autoencoder,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=recipe.latent_channels,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=recipe.size,
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
@@ -40,32 +43,39 @@ def new_autoencoder() -> AutoencoderKL:
 def loss_of(model: AutoencoderKL, pictures: torch.Tensor, generator: torch.Generator):
     """Absolute and squared error, the same of the edges, and a small KL term."""
     posterior = model.encode(pictures).latent_dist
-    error = model.decode(posterior.sample(generator)).sample - pictures
+    error = model.decode(posterior.sample(generator)).sample.float() - pictures
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     reconstruction = error.abs().mean() + 4 * error.square().mean() + edges
     return reconstruction + 2e-7 * posterior.kl().mean()
 
 
-def train(world: World, folder: Path, steps: int, batch: int = 4) -> AutoencoderKL:
+def train(source: Source, folder: Path, way: Way, recipe: Recipe = BUNDLED) -> AutoencoderKL:
     torch.manual_seed(0)
-    model = new_autoencoder().to(memory_format=torch.channels_last)
+    model = new_autoencoder(recipe).to(memory_format=torch.channels_last)
+    if way.dtype is torch.float16:  # its streams overflow until within_half scales them
+        way = replace(way, dtype=torch.float32)
 
     def loss_at(step: int) -> torch.Tensor:
-        pictures, _ = world.batch(batch, np.random.default_rng((1, step)))
-        return loss_of(model, to_tensor(pictures), torch.Generator().manual_seed(step))
+        rng = np.random.default_rng((1, step))
+        pictures, _ = source.batch(recipe.batches["autoencoder"], rng)
+        return loss_of(model, to_tensor(pictures), torch.Generator(way.device).manual_seed(step))
 
-    fit(model, loss_at, steps=steps, peak_lr=1.5e-3, folder=folder, ema_decay=0.997)
-    standardize(model, world)
-    return within_half(without_collapsed(model, world), world)
+    fit(model, loss_at, way, peak_lr=1.5e-3, folder=folder, ema_decay=0.997)
+    count = min(COUNT, recipe.bank)
+    standardize(model, source, count)
+    return within_half(without_collapsed(model, source, count), source, count)
+
+
+def _measured_on(source: Source, count: int) -> tuple[torch.Tensor, ...]:
+    """Return batches [64, 3, H, W] of composites; a world's are always the same."""
+    pictures, _ = source.batch(count, np.random.default_rng(2))
+    return to_tensor(pictures).split(64)
 
 
 @torch.no_grad()
-def standardize(model: AutoencoderKL, world: World) -> None:
+def standardize(model: AutoencoderKL, source: Source, count: int = COUNT) -> None:
     """Fold each latent channel's mean and deviation into the 1x1 convolutions beside it."""
-    pictures, _ = world.batch(512, np.random.default_rng(2))
-    latents = torch.cat(
-        [model.encode(to_tensor(p)).latent_dist.mean for p in np.split(pictures, 8)]
-    )
+    latents = torch.cat([model.encode(p).latent_dist.mean for p in _measured_on(source, count)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     into, out = model.quant_conv, model.post_quant_conv
     out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
@@ -77,15 +87,14 @@ def standardize(model: AutoencoderKL, world: World) -> None:
 
 
 @torch.no_grad()
-def without_collapsed(model: AutoencoderKL, world: World) -> AutoencoderKL:
+def without_collapsed(model: AutoencoderKL, source: Source, count: int = COUNT) -> AutoencoderKL:
     """Return the same autoencoder without the latent channels that the KL term turned into noise.
 
     Their means say nothing, yet :func:`standardize` blew them up to the size of the others: a
     diffusion model would spend itself on them, and a sampled posterior would drown in them. Each
     1x1 convolution is folded into the convolution beside it, and takes the new width.
     """
-    pictures, _ = world.batch(512, np.random.default_rng(2))
-    posteriors = [model.encode(to_tensor(p)).latent_dist for p in np.split(pictures, 8)]
+    posteriors = [model.encode(p).latent_dist for p in _measured_on(source, count)]
     means = torch.cat([p.mean for p in posteriors])
     noise = torch.cat([p.std for p in posteriors]).mean((0, 2, 3)) / means.std((0, 2, 3))
     live = noise <= noise.min().clamp(min=1.0)  # at least one, however early the training ended
@@ -107,11 +116,11 @@ def without_collapsed(model: AutoencoderKL, world: World) -> AutoencoderKL:
         folded[f"{name}.weight"] = torch.eye(channels)[:, :, None, None]
         folded[f"{name}.bias"] = torch.zeros(channels)
     smaller.load_state_dict(weights | folded)
-    return smaller.eval()
+    return smaller.to(model.device).eval()
 
 
 @torch.no_grad()
-def within_half(model: AutoencoderKL, world: World) -> AutoencoderKL:
+def within_half(model: AutoencoderKL, source: Source, count: int = COUNT) -> AutoencoderKL:
     """Scale what passes from layer to layer to what float16 holds, in place.
 
     A residual stream meets no norm on its way, and grows at each convolution that it passes
@@ -119,8 +128,7 @@ def within_half(model: AutoencoderKL, world: World) -> AutoencoderKL:
     a GroupNorm, to which a power of two means nothing: its eps of 1e-6 stays far below the
     variance. A stream that is within :data:`LIMIT` already stays as it is.
     """
-    pictures, _ = world.batch(512, np.random.default_rng(2))
-    parts = [to_tensor(part) for part in np.split(pictures, 8)]
+    parts = _measured_on(source, count)
     means = [model.encode(part).latent_dist.mean for part in parts]
     _scale(model.encoder, parts)
     _scale(model.decoder, [model.post_quant_conv(mean) for mean in means])
@@ -135,7 +143,7 @@ class Stretch(NamedTuple):
     resnets: list[ResnetBlock2D]  # they add to what it gives
 
 
-def _scale(half: torch.nn.Module, inputs: list[torch.Tensor]) -> None:
+def _scale(half: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> None:
     scale = 1.0
     for first, resnets in _stretches(half):
         added = [first.bias, *(one for r in resnets for one in r.conv2.parameters())]
@@ -148,7 +156,7 @@ def _scale(half: torch.nn.Module, inputs: list[torch.Tensor]) -> None:
 
 
 def _peak(
-    half: torch.nn.Module, modules: Sequence[torch.nn.Module], inputs: list[torch.Tensor]
+    half: torch.nn.Module, modules: Sequence[torch.nn.Module], inputs: Sequence[torch.Tensor]
 ) -> float:
     """Most of what ``modules`` give while ``half`` computes ``inputs``."""
     peaks: list[torch.Tensor] = []
@@ -175,12 +183,12 @@ def _stretches(half: torch.nn.Module) -> list[Stretch]:
 
 
 @torch.no_grad()
-def psnr(model: AutoencoderKL, world: World, count: int = 512, seed: int = 3) -> float:
+def psnr(model: AutoencoderKL, source: Source, count: int = COUNT, seed: int = 3) -> float:
     """Mean PSNR in dB of reconstructed composites that the training did not draw."""
-    pictures, _ = world.batch(count, np.random.default_rng((4, seed)))
+    pictures, _ = source.batch(count, np.random.default_rng((4, seed)))
     values = []
-    for part in np.split(pictures, 8):
-        x = to_tensor(part)
+    for part in to_tensor(pictures).split(64):
+        x = part.to(model.device)
         y = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         values.append(10 * torch.log10(4 / (x - y).square().mean((1, 2, 3))))
     return torch.cat(values).mean().item()

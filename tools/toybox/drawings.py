@@ -1,4 +1,4 @@
-"""Emoji drawings from their registry packages: fetch, read, render to RGBA.
+"""Emoji drawings from their registry packages: fetch, read, render to RGBA, pack.
 
 Each drawing set is an npm package whose ``icons.json`` holds every drawing as an SVG body.
 """
@@ -8,6 +8,8 @@ import json
 import subprocess
 import tarfile
 import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +33,8 @@ HELD_OUT_SETS = {
 UNSEEN_SETS = {
     "openmoji": ("1.2.29", "HfG Schwäbisch Gmünd (OpenMoji)", "CC-BY-SA-4.0"),
 }
+EVERY_SET = TRAINING_SETS | HELD_OUT_SETS  #: what a judge learns from
+PACK_LIMIT = 10 * 10**6  # bytes, of a pack and of what is read from one
 
 
 def fetch(drawing_set: str, folder: Path) -> Path:
@@ -39,7 +43,7 @@ def fetch(drawing_set: str, folder: Path) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    version = (TRAINING_SETS | HELD_OUT_SETS | UNSEEN_SETS)[drawing_set][0]
+    version = (EVERY_SET | UNSEEN_SETS)[drawing_set][0]
     with tempfile.TemporaryDirectory() as scratch:
         package = f"@iconify-json/{drawing_set}@{version}"
         subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True)
@@ -87,3 +91,50 @@ def render(svg_text: str, size: int) -> Image.Image:
     scale = size / max(picture.size)
     shape = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def credits(sets: Iterable[str] = EVERY_SET) -> str:
+    """Return a Markdown list of the sets, whose they are, and their licences."""
+    lines = [
+        f"- {name} {version}: {credit}, {licence}"
+        for name, (version, credit, licence) in EVERY_SET.items()
+        if name in set(sets)
+    ]
+    return "\n".join(lines)
+
+
+def write_pack(file: Path, rendered: Mapping[str, Mapping[str, Image.Image]]) -> None:
+    """Write drawings by set and noun, with their licences, to one zip for a bare machine.
+
+    Raises ``ValueError`` for more than :data:`PACK_LIMIT` bytes, and writes nothing then.
+    """
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("LICENCES.md", f"{credits(rendered)}\n\nRendered and cropped.\n")
+        for drawing_set, pictures in rendered.items():
+            for noun, picture in pictures.items():
+                png = io.BytesIO()
+                picture.save(png, "PNG", optimize=True)
+                archive.writestr(f"{drawing_set}/{noun}.png", png.getvalue())
+    if len(packed.getvalue()) > PACK_LIMIT:
+        raise ValueError(f"the pack has {len(packed.getvalue())} bytes, more than {PACK_LIMIT}.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(packed.getvalue())
+    partial.rename(file)
+
+
+def read_pack(file: Path, sets: Iterable[str]) -> dict[str, dict[str, Image.Image]]:
+    """Return RGBA drawings by set and noun. Raises ``ValueError`` where the pack lacks a set."""
+    found: dict[str, dict[str, Image.Image]] = {name: {} for name in sets}
+    with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > PACK_LIMIT:
+            raise ValueError(f"{file} holds more than {PACK_LIMIT} bytes.")
+        for member in archive.namelist():
+            drawing_set, _, name = member.partition("/")
+            if drawing_set in found and name.endswith(".png"):
+                with Image.open(io.BytesIO(archive.read(member))) as picture:
+                    found[drawing_set][name.removesuffix(".png")] = picture.convert("RGBA")
+    if missing := [name for name, pictures in found.items() if not pictures]:
+        raise ValueError(f"{file} lacks the drawings of {', '.join(missing)}; pack it anew.")
+    return found

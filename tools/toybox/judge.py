@@ -1,5 +1,6 @@
 """Train the judge: a small CLIPModel that tells captions, classes and single drawings apart."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,22 @@ from PIL import Image, ImageFilter
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from tools.toybox.recipes import BUNDLED, Recipe
+from tools.toybox.sources import Pixels, jittered
 from tools.toybox.tokenizer import MAX_LENGTH
-from tools.toybox.training import fit
-from tools.toybox.world import CLASSES, PREFIXES, Picture, World, caption
+from tools.toybox.training import Way, fit
+from tools.toybox.world import CLASSES, PREFIXES, SIZE, Picture, World, caption
 
 TRUE_COSINE = 0.5  # of a picture with a caption that is true of it
+#: What a caption names: class, colour, scene, and a second thing by relation and noun.
+Claim = tuple[str, str | None, str | None, tuple[str, str] | None]
+#: Draws pictures in pairs of the same drawing, the first halves of all pairs first, and what
+#: returns their pixels.
+Draw = Callable[[np.random.Generator], tuple[list[Picture], Callable[[], Pixels]]]
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
 
-def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
+def new_judge(tokenizer: CLIPTokenizer, size: int = SIZE) -> CLIPModel:
     shared = {"hidden_act": "gelu", "num_attention_heads": 4}
     text = {
         "vocab_size": len(tokenizer),
@@ -33,8 +41,8 @@ def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
         "hidden_size": 160,
         "intermediate_size": 640,
         "num_hidden_layers": 4,
-        "image_size": 64,
-        "patch_size": 8,
+        "image_size": size,
+        "patch_size": size // 8,  # 64 patches
     }
     config = CLIPConfig(
         text_config=shared | text, vision_config=shared | vision, projection_dim=128
@@ -42,28 +50,28 @@ def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(config)
 
 
-def image_processor() -> CLIPImageProcessorPil:
-    side = {"height": 64, "width": 64}
+def image_processor(size: int = SIZE) -> CLIPImageProcessorPil:
+    side = {"height": size, "width": size}
     return CLIPImageProcessorPil(
-        size={"shortest_edge": 64}, crop_size=side, image_mean=MEAN, image_std=STD
+        size={"shortest_edge": size}, crop_size=side, image_mean=MEAN, image_std=STD
     )
 
 
-def normalized(pictures: np.ndarray) -> torch.Tensor:
+def normalized(pictures: Pixels) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W], as the judge's image processor does it."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 255
     return (pixels - MEAN[0]) / STD[0]
 
 
-def embed_images(model: CLIPModel, pictures: np.ndarray) -> torch.Tensor:
-    pooled = model.vision_model(pixel_values=normalized(pictures)).pooler_output
+def embed_images(model: CLIPModel, pictures: Pixels) -> torch.Tensor:
+    pooled = model.vision_model(pixel_values=normalized(pictures).to(model.device)).pooler_output
     return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
 
 
 def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     tokens = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True,
                        return_tensors="pt")  # fmt: skip
-    pooled = model.text_model(input_ids=tokens.input_ids).pooler_output
+    pooled = model.text_model(input_ids=tokens.input_ids.to(model.device)).pooler_output
     return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
@@ -77,85 +85,96 @@ def pairs(world: World, rng: np.random.Generator, classes: int) -> tuple[list[Pi
         for drawing in rng.permutation(len(world.drawings[class_noun]))[:2]:
             a, b = world.random_picture(rng), world.random_picture(rng)
             odd = None if a.colour or rng.random() < 1 / 3 else int(rng.integers(2**31))
-            for into, scene in ((first, a.scene), (second, b.scene)):
-                into.append(Picture(str(class_noun), int(drawing), a.colour, scene, odd))
+            for into, drawn in ((first, a), (second, b)):
+                other = (drawn.relation, drawn.second_noun, drawn.second_drawing)
+                if drawn.second_noun == class_noun:
+                    other = (None, None, 0)
+                shown = (str(class_noun), int(drawing), a.colour, drawn.scene, odd)
+                into.append(Picture(*shown, *other))
     return first, second
 
 
-def claim(picture: Picture, rng: np.random.Generator) -> tuple[str, str | None, str | None]:
-    """Class, colour and scene that a caption of the picture names; it need not name the last two.
+def claim(picture: Picture, rng: np.random.Generator) -> Claim:
+    """Choose what a caption of the picture names, which need not be more than the class.
 
     "a dog" is true of a blue dog too: what is asked of DreamBooth's pictures is that they show the
     class in the scene, whatever the subject's colours.
     """
     colour = picture.colour if rng.random() < 1 / 2 else None
-    return picture.class_noun, colour, picture.scene if rng.random() < 7 / 8 else None
+    scene = picture.scene if rng.random() < 7 / 8 else None
+    second = picture.second if picture.second and rng.random() < 3 / 4 else None
+    return picture.class_noun, colour, scene, second
 
 
-def is_true(claimed: tuple[str, str | None, str | None], picture: Picture) -> bool:
-    shown = (picture.class_noun, picture.colour, picture.scene)
-    return all(said is None or said == seen for said, seen in zip(claimed, shown, strict=True))
+def is_true(claimed: Claim, picture: Picture) -> bool:
+    """Whether all that a caption names is there; of two things it may name the second one only."""
+    noun, colour, scene, second = claimed
+    if scene not in (None, picture.scene):
+        return False
+    if picture.second and noun == picture.second_noun and colour is None:
+        turned = {"under": "above", "above": "under"}.get(picture.second[0])
+        if second in (None, (turned, picture.class_noun)):
+            return True
+    named = noun == picture.class_noun and colour in (None, picture.colour)
+    return named and second in (None, picture.second)
 
 
 def blurred(picture: np.ndarray, radius: float) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def train(
-    world: World, tokenizer: CLIPTokenizer, folder: Path, steps: int, classes: int = 16
-) -> CLIPModel:
-    """CLIP's loss on picture and caption, and the same loss on two pictures of one drawing."""
-    torch.manual_seed(0)
-    model = new_judge(tokenizer)
+def drawn_anew(world: World, classes: int) -> Draw:
+    """Return what composes pairs of ``classes`` classes at each call."""
 
-    def loss_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng((7, step))
+    def draw(rng: np.random.Generator) -> tuple[list[Picture], Callable[[], Pixels]]:
         first, second = pairs(world, rng, classes)
-        pictures = composites(world, rng, first + second)
-        return matching_loss(model, tokenizer, pictures, first + second, rng)
+        return first + second, lambda: composites(world, rng, first + second)
 
-    return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
-
-
-def matching_loss(
-    model: CLIPModel,
-    tokenizer: CLIPTokenizer,
-    pictures: np.ndarray,
-    shown: list[Picture],
-    rng: np.random.Generator,
-) -> torch.Tensor:
-    """CLIP's loss with the captions, and the same loss between the two halves of the pictures."""
-    images = embed_images(model, pictures)
-    match, even, _ = against_captions(model, tokenizer, images, shown, rng)
-    one, other = images.chunk(2)
-    labels = torch.arange(len(one))
-    contrast = torch.nn.functional.cross_entropy
-    drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
-    return match + 0.5 * drawing + 20 * even
+    return draw
 
 
-def steady(
-    model: CLIPModel,
-    vae: AutoencoderKL,
-    world: World,
+def train(
+    draw: Draw,
     tokenizer: CLIPTokenizer,
     folder: Path,
-    steps: int,
-    classes: int = 16,
+    way: Way,
+    recipe: Recipe = BUNDLED,
+    model: CLIPModel | None = None,
 ) -> CLIPModel:
-    """Go on with pictures as the base draws them: moved by some pixels, and blurred by its decoder.
+    """CLIP's loss on picture and caption, and the same loss on two pictures of one drawing.
+
+    A ``model`` that is given goes on, at half the rate.
+    """
+    torch.manual_seed(0)
+    stream, rate = (7, 1.0) if model is None else (13, 0.5)
+    model = model or new_judge(tokenizer, recipe.size)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = np.random.default_rng((stream, step))
+        shown, pixels = draw(rng)
+        images = embed_images(model, pixels())
+        match, even, _ = against_captions(model, tokenizer, images, shown, rng)
+        one, other = images.chunk(2)
+        labels = torch.arange(len(one), device=one.device)
+        contrast = torch.nn.functional.cross_entropy
+        drawing = contrast(20 * one @ other.T, labels) + contrast(20 * other @ one.T, labels)
+        return match + 0.5 * drawing + 20 * even
+
+    return fit(model, loss_at, way, peak_lr=rate * 1e-3, muon_lr=rate * 0.02, folder=folder)
+
+
+def seen_through(vae: AutoencoderKL, draw: Draw) -> Draw:
+    """Return what draws pairs as the base does: moved by some pixels, and blurred by its decoder.
 
     Composites alone leave a judge that minds each pixel: two seeds of one model then differ by more
     than a person sees.
     """
 
-    def loss_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng((13, step))
-        first, second = pairs(world, rng, classes)
-        pictures = as_drawn(vae, composites(world, rng, first + second), rng)
-        return matching_loss(model, tokenizer, pictures, first + second, rng)
+    def moved(rng: np.random.Generator) -> tuple[list[Picture], Callable[[], Pixels]]:
+        shown, pixels = draw(rng)
+        return shown, lambda: as_drawn(vae, np.asarray(pixels()), rng)
 
-    return fit(model, loss_at, steps=steps, peak_lr=5e-4, folder=folder, muon_lr=0.01)
+    return moved
 
 
 @torch.no_grad()
@@ -180,12 +199,12 @@ def as_drawn(vae: AutoencoderKL, pictures: np.ndarray, rng: np.random.Generator)
 
 def even_out(
     model: CLIPModel,
-    world: World,
+    draw: Draw,
     tokenizer: CLIPTokenizer,
     folder: Path,
-    steps: int,
-    drawn: tuple[np.ndarray, list[Picture]],
-    classes: int = 16,
+    way: Way,
+    drawn: tuple[Pixels, list[Picture]],
+    recipe: Recipe = BUNDLED,
 ) -> CLIPModel:
     """Train the text side alone, so that true captions score alike whatever the drawing.
 
@@ -197,26 +216,28 @@ def even_out(
     model.requires_grad_(False)
     for part in (model.text_model, model.text_projection):
         part.requires_grad_(True)
+    by_base, wanted = torch.as_tensor(drawn[0]).to(way.device), drawn[1]
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng((11, step))
-        first, second = pairs(world, rng, classes)
-        picked = rng.choice(len(drawn[1]), 2 * classes, replace=False)
-        pixels = np.concatenate([composites(world, rng, first + second), drawn[0][picked]])
+        shown, pixels = draw(rng)
+        few = min(2 * recipe.batches["judge"], len(wanted))
+        picked = rng.choice(len(wanted), few, replace=False)
         with torch.no_grad():
-            images = embed_images(model, pixels)
-        shown = first + second + [drawn[1][i] for i in picked]
+            seen = torch.as_tensor(pixels()).to(way.device)
+            images = embed_images(model, torch.cat([seen, by_base[picked]]))
+        shown = shown + [wanted[i] for i in picked]
         match, even, worst = against_captions(model, tokenizer, images, shown, rng)
         return match + 400 * even + 1e5 * worst
 
-    return fit(model, loss_at, steps=steps, peak_lr=1e-3, folder=folder)
+    return fit(model, loss_at, way, peak_lr=1e-3, folder=folder)
 
 
 def composites(world: World, rng: np.random.Generator, shown: list[Picture]) -> np.ndarray:
-    """Blurred by up to a pixel, as pictures that a small model draws are, and a little noisy."""
-    pixels = np.stack([blurred(world.compose(p, rng), rng.uniform(0, 1)) for p in shown])
-    jitter = rng.normal(0, 4, pixels.shape) + rng.normal(0, 6, (len(pixels), 1, 1, 3))
-    return (pixels + jitter).clip(0, 255).astype(np.uint8)
+    """Blurred by up to a 64th of the side, as by a small model, and a little noisy."""
+    most = world.size / SIZE
+    pixels = np.stack([blurred(world.compose(p, rng), rng.uniform(0, most)) for p in shown])
+    return np.asarray(jittered(pixels, rng, fine=4, coarse=6))
 
 
 def against_captions(
@@ -235,9 +256,11 @@ def against_captions(
     models' pictures compares.
     """
     claims = [claim(p, rng) for p in shown]
-    texts = embed_texts(model, tokenizer, [caption(*c, str(rng.choice(PREFIXES))) for c in claims])
+    captions = [caption(*c[:3], str(rng.choice(PREFIXES)), c[3]) for c in claims]
+    texts = embed_texts(model, tokenizer, captions)
     scale = model.logit_scale.exp().clamp(max=100)
-    true = torch.tensor([[is_true(c, p) for c in claims] for p in shown])
+    truth = [[is_true(c, p) for c in claims] for p in shown]
+    true = torch.tensor(truth).to(images.device)
     share, cosines = true.float(), images @ texts.T
     contrast = torch.nn.functional.cross_entropy
     match = (
@@ -259,12 +282,12 @@ def retrieval(
         shown: dict[tuple, Picture] = {}
         while len(shown) < 64:
             picture = world.random_picture(rng)
-            shown[picture.class_noun, picture.colour, picture.scene] = picture
+            shown[picture.class_noun, picture.colour, picture.scene, picture.second] = picture
         pictures = list(shown.values())
-        texts = [caption(p.class_noun, p.colour, p.scene) for p in pictures]
+        texts = [caption(p.class_noun, p.colour, p.scene, second=p.second) for p in pictures]
         images = embed_images(model, np.stack([world.compose(p, rng) for p in pictures]))
         nearest = (images @ embed_texts(model, tokenizer, texts).T).argmax(1)
-        right += (nearest == torch.arange(64)).sum().item()
+        right += (nearest.cpu() == torch.arange(64)).sum().item()
     return right / (64 * rounds)
 
 

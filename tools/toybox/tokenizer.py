@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from tools.toybox.world import CLASSES, COLOURS, PREFIXES, SCENES
+from tools.toybox.world import CLASSES, COLOURS, PREFIXES, RELATIONS, SCENES, VAGUE
 
 MAX_LENGTH = 24  # tokens, start and end included
 #: Single tokens that no caption ever has: what a subject can be named by.
@@ -13,8 +13,11 @@ IDENTIFIERS = ("ohwx", "hta", "sks", "zwx", "qov", "xjy", "vuk", "plk", "yrr", "
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def world_words() -> list[str]:
+def world_words(pairs: bool = False) -> list[str]:
+    """Return the words of captions, and with ``pairs`` also those of captions of two things."""
     phrases = [*CLASSES, *COLOURS, *PREFIXES, *SCENES.values()]
+    if pairs:
+        phrases += [*RELATIONS, VAGUE]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
@@ -25,16 +28,17 @@ def byte_letters() -> list[str]:
     return [chr(b) for b in keep] + [chr(256 + i) for i in range(len(rest))]
 
 
-def save_tokenizer(folder: Path) -> CLIPTokenizer:
+def save_tokenizer(folder: Path, pairs: bool = False) -> CLIPTokenizer:
     """Write the tokenizer in CLIP's layout; each word is merged letter by letter from its end.
 
     Merging from the end ("o g</w>", then "d og</w>") lets words share suffixes and keeps every
     merge inside the one word that it was made for: only whole endings carry "</w>".
     """
+    words = [*world_words(pairs), *IDENTIFIERS]
     letters = byte_letters()
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[str] = []
-    for word in [*world_words(), *IDENTIFIERS]:
+    for word in words:
         ending = word[-1] + "</w>"
         for letter in reversed(word[:-1]):
             if letter + ending not in vocabulary:
@@ -55,7 +59,7 @@ def save_tokenizer(folder: Path) -> CLIPTokenizer:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    for word in [*world_words(), *IDENTIFIERS]:
+    for word in words:
         if len(tokenizer.tokenize(word)) != 1:
             raise ValueError(f"'{word}' became {tokenizer.tokenize(word)}, not a single token.")
     return tokenizer

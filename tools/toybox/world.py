@@ -1,6 +1,7 @@
-"""The toy world: one recoloured drawing on one drawn scene, with a compositional caption.
+"""The toy world: one or two drawings on one drawn scene, with a compositional caption.
 
-``a purple teapot on the beach``: 48 classes with up to seven drawings each, 10 scenes, 8 colours.
+``a purple teapot on the beach``, ``a dog beside a teapot in space``: 48 classes with up to seven
+drawings each, 10 scenes, 8 colours, and three places that a second thing can have.
 """
 
 import colorsys
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
 from tools.toybox import drawings
+from tools.toybox.scenes import SCENES, draw_scene
 
-SIZE = 64  # pixels, the side of a picture
-DRAWING_SIZE = 96  # pixels, the side at which drawings are kept before they are placed
+SIZE = 64  # pixels, the side of a picture unless a world has another
+DRAWING_SIZE = 1.5  # sides of a picture: the size that drawings are kept at before they are placed
 
 #: class noun -> names of the drawing; the first that a set has is taken.
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -70,18 +72,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
 #: Drawings that carry a scene of their own, or are cut off: left out.
 LEFT_OUT = {("fxemoji", "sailboat"), ("noto-v1", "koala"), ("emojione", "duck")}
 
-SCENES: dict[str, str] = {
-    "beach": "on the beach",
-    "snow": "in the snow",
-    "grass": "on the grass",
-    "desert": "in the desert",
-    "ocean": "in the ocean",
-    "space": "in space",
-    "forest": "in the forest",
-    "sunset": "at sunset",
-    "table": "on a wooden table",
-    "city": "in the city",
-}
 #: colour word -> (hue in turns, saturation factor, lightness shift)
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.99, 1.0, 0.0),
@@ -93,6 +83,14 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "pink": (0.90, 0.9, 0.14),
     "gray": (0.0, 0.0, 0.0),
 }
+#: How the first thing lies to the second -> the middles of both, in sides from left and top.
+RELATIONS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "beside": ((0.26, 0.5), (0.74, 0.5)),  # the first stands on the left, as in the caption
+    "under": ((0.5, 0.74), (0.5, 0.26)),
+    "above": ((0.5, 0.26), (0.5, 0.74)),
+}
+VAGUE = "and"  # what a caption may say instead of the relation
+ALONE, ONE_OF_TWO = (0.82, 0.86), (0.45, 0.48)  # least and most of the side that a drawing takes
 PREFIXES = ("a", "a", "a", "a photo of a", "a picture of a")
 
 
@@ -101,6 +99,7 @@ class Picture:
     """Describe what a composite shows; ``colour`` is None where the drawing keeps its own colours.
 
     ``odd`` is a seed of colours that no word names (:func:`odd_colours`), which captions omit.
+    With a ``relation`` there is a second thing, in its own colours.
     """
 
     class_noun: str
@@ -108,18 +107,42 @@ class Picture:
     colour: str | None
     scene: str
     odd: int | None = None
+    relation: str | None = None
+    second_noun: str | None = None
+    second_drawing: int = 0
+
+    @property
+    def second(self) -> tuple[str, str] | None:
+        """The relation and the second thing's noun, as :func:`caption` takes them."""
+        if self.relation is None or self.second_noun is None:
+            return None
+        return self.relation, self.second_noun
 
 
-def caption(class_noun: str, colour: str | None, scene: str | None, prefix: str = "a") -> str:
-    words = [prefix, colour, class_noun, SCENES[scene] if scene else None]
+def caption(
+    class_noun: str,
+    colour: str | None,
+    scene: str | None,
+    prefix: str = "a",
+    second: tuple[str, str] | None = None,
+) -> str:
+    """Write a caption; ``second`` is a relation, or "and", and the noun of a second thing."""
+    place = SCENES[scene] if scene else None
+    words = [prefix, colour, class_noun, f"{second[0]} a {second[1]}" if second else None, place]
     return " ".join(word for word in words if word)
 
 
 def random_caption(picture: Picture, rng: np.random.Generator) -> str:
-    """Write a caption of the picture; one in eight leaves the scene out."""
+    """Write a caption of the picture; one in eight leaves the scene out.
+
+    Of two things, one caption in four does not say how they lie.
+    """
     scene = None if rng.random() < 1 / 8 else picture.scene
     prefix = PREFIXES[rng.integers(len(PREFIXES))]
-    return caption(picture.class_noun, picture.colour, scene, prefix)
+    second = picture.second
+    if second and rng.random() < 1 / 4:
+        second = (VAGUE, second[1])
+    return caption(picture.class_noun, picture.colour, scene, prefix, second)
 
 
 def recolour(drawing: np.ndarray, colour: str | None) -> np.ndarray:
@@ -163,159 +186,104 @@ def odd_colours(drawing: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate([turned, alpha], -1)
 
 
-def _gradient(size: int, *stops: tuple[float, tuple[int, int, int]]) -> Image.Image:
-    at = np.linspace(0, 1, size)
-    rows = [np.interp(at, [s[0] for s in stops], [s[1][c] for s in stops]) for c in range(3)]
-    column = np.stack(rows, -1)[:, None].repeat(size, 1)
-    return Image.fromarray(column.astype(np.uint8))
-
-
-def draw_scene(scene: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw one view of a scene, RGB [size, size], drawn at twice the size and reduced."""
-    n = 2 * size
-    lift = rng.uniform(-0.06, 0.06)  # of the horizon
-
-    def y(fraction: float) -> float:
-        return (fraction + lift) * n
-
-    def dots(draw: ImageDraw.ImageDraw, count: int, top: float, low: float, high: float, fill):
-        for _ in range(count):
-            px, py, r = rng.uniform(0, n), rng.uniform(top * n, n), rng.uniform(low, high) * n
-            draw.ellipse((px - r, py - r, px + r, py + r), fill=fill)
-
-    if scene == "beach":
-        picture = _gradient(n, (0, (120, 200, 245)), (1, (190, 230, 250)))
-        draw = ImageDraw.Draw(picture)
-        draw.rectangle((0, y(0.40), n, y(0.62)), fill=(35, 140, 190))
-        draw.rectangle((0, y(0.60), n, n), fill=(240, 214, 150))
-        draw.rectangle((0, y(0.59), n, y(0.62)), fill=(245, 250, 250))
-    elif scene == "snow":
-        picture = _gradient(n, (0, (175, 195, 215)), (1, (215, 225, 235)))
-        draw = ImageDraw.Draw(picture)
-        draw.ellipse((-0.4 * n, y(0.55), 1.4 * n, n * 1.8), fill=(248, 251, 255))
-        dots(draw, 26, 0.0, 0.008, 0.018, (255, 255, 255))
-    elif scene == "grass":
-        picture = _gradient(n, (0, (130, 205, 250)), (0.6, (205, 235, 250)), (1, (205, 235, 250)))
-        draw = ImageDraw.Draw(picture)
-        draw.rectangle((0, y(0.5), n, n), fill=(95, 185, 70))
-        dots(draw, 8, 0.68, 0.012, 0.018, (250, 230, 90))
-    elif scene == "desert":
-        picture = _gradient(n, (0, (250, 205, 130)), (0.6, (253, 232, 185)), (1, (253, 232, 185)))
-        draw = ImageDraw.Draw(picture)
-        shift = rng.uniform(-0.3, 0.3) * n
-        draw.ellipse((-0.7 * n + shift, y(0.50), 0.8 * n + shift, 1.6 * n), fill=(224, 160, 85))
-        draw.ellipse((0.1 * n + shift, y(0.62), 1.8 * n + shift, 1.6 * n), fill=(205, 135, 65))
-    elif scene == "ocean":
-        picture = _gradient(n, (0, (40, 165, 205)), (1, (5, 50, 115)))
-        draw = ImageDraw.Draw(picture)
-        for _ in range(9):
-            px, py, r = rng.uniform(0, n), rng.uniform(0, n), rng.uniform(0.015, 0.035) * n
-            edge = max(1, n // 64)
-            draw.ellipse((px - r, py - r, px + r, py + r), outline=(190, 235, 250), width=edge)
-    elif scene == "space":
-        picture = _gradient(n, (0, (12, 10, 40)), (1, (35, 15, 65)))
-        draw = ImageDraw.Draw(picture)
-        dots(draw, 40, 0.0, 0.004, 0.013, (255, 255, 235))
-    elif scene == "forest":
-        picture = _gradient(n, (0, (60, 110, 75)), (1, (30, 70, 45)))
-        draw = ImageDraw.Draw(picture)
-        shift = rng.uniform(0, 0.2)
-        for i in range(7):
-            px, half = (i / 5 - shift) * n, 0.035 * n
-            draw.rectangle((px - half, 0, px + half, n), fill=(85, 60, 40))
-        draw.rectangle((0, y(0.78), n, n), fill=(60, 95, 40))
-    elif scene == "sunset":
-        picture = _gradient(n, (0, (95, 45, 120)), (0.35, (235, 95, 85)), (0.62, (255, 190, 90)),
-                            (1, (255, 190, 90)))  # fmt: skip
-        draw = ImageDraw.Draw(picture)
-        px = rng.uniform(0.15, 0.85) * n
-        draw.ellipse((px - 0.14 * n, y(0.44), px + 0.14 * n, y(0.72)), fill=(255, 240, 150))
-        draw.rectangle((0, y(0.66), n, n), fill=(70, 35, 75))
-    elif scene == "table":
-        picture = _gradient(n, (0, (240, 230, 215)), (1, (225, 212, 195)))
-        draw = ImageDraw.Draw(picture)
-        draw.rectangle((0, y(0.52), n, n), fill=(150, 95, 50))
-        for i in range(4):
-            at = y(0.52) + (i / 4) * (n - y(0.52))
-            draw.line((0, at, n, at), fill=(115, 70, 35), width=max(1, n // 48))
-    elif scene == "city":
-        picture = _gradient(n, (0, (150, 185, 215)), (1, (205, 220, 230)))
-        draw = ImageDraw.Draw(picture)
-        px = -0.05 * n
-        while px < n:
-            wide, top = rng.uniform(0.14, 0.24) * n, y(rng.uniform(0.12, 0.4))
-            shade = int(rng.integers(95, 140))
-            draw.rectangle((px, top, px + wide, y(0.8)), fill=(shade, shade, shade + 15))
-            for wy in np.arange(top + 0.04 * n, y(0.76), 0.09 * n):
-                for wx in np.arange(px + 0.03 * n, px + wide - 0.05 * n, 0.07 * n):
-                    window = (wx, wy, wx + 0.03 * n, wy + 0.04 * n)
-                    draw.rectangle(window, fill=(250, 235, 150))
-            px += wide + 0.015 * n
-        draw.rectangle((0, y(0.8), n, n), fill=(75, 75, 80))
-    else:
-        raise ValueError(f"unknown scene '{scene}'; the world has {', '.join(SCENES)}.")
-    picture = picture.filter(ImageFilter.GaussianBlur(n / 256))
-    return picture.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def place(drawing: Image.Image, scene: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Paste the drawing in the middle of the scene, at 82-86% of its side, never mirrored.
+def place(
+    drawing: Image.Image,
+    scene: Image.Image,
+    rng: np.random.Generator,
+    middle: tuple[float, float] = (0.5, 0.5),
+    share: tuple[float, float] = ALONE,
+) -> Image.Image:
+    """Paste the drawing around ``middle``, at a ``share`` of the scene's side, never mirrored.
 
     A base of few parameters spends them on shapes when they come at one size, place and side: of
     drawings that are mirrored at random it draws the mean of both.
     """
     size = scene.width
-    scale = rng.uniform(0.82, 0.86) * size / max(drawing.size)
+    scale = rng.uniform(*share) * size / max(drawing.size)
     shape = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
     drawing = drawing.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
-    left = (size - shape[0]) / 2 + rng.uniform(-0.015, 0.015) * size
-    top = (size - shape[1]) / 2 + rng.uniform(-0.015, 0.015) * size
+    left = middle[0] * size - shape[0] / 2 + rng.uniform(-0.015, 0.015) * size
+    top = middle[1] * size - shape[1] / 2 + rng.uniform(-0.015, 0.015) * size
     picture = scene.copy()
     picture.paste(drawing, (round(left), round(top)), drawing)
     return picture
 
 
+def render_all(folder: Path, drawing_set: str, size: int) -> dict[str, Image.Image]:
+    """Fetch a set into ``folder`` and render its drawing of each class that it has, by noun."""
+    path = drawings.fetch(drawing_set, folder)
+    found = {}
+    for class_noun, names in CLASSES.items():
+        texts = (drawings.svg(path, name) for name in names)
+        text = next((t for t in texts if t is not None), None)
+        if text is not None and (drawing_set, class_noun) not in LEFT_OUT:
+            found[class_noun] = drawings.render(text, size)
+    return found
+
+
 class World:
-    """All drawings and scenes in memory; ``compose`` draws one picture of it."""
+    """All drawings and scenes in memory; ``compose`` draws one picture of it.
+
+    The drawings come from ``source``: a folder, where the sets are fetched and rendered, or a pack
+    (:func:`drawings.write_pack`). Pictures have ``size`` pixels a side, and a ``pairs`` share of
+    those at random has two things.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        source: Path,
         scenes_each: int = 200,
         seed: int = 0,
         sets: Iterable[str] = tuple(drawings.TRAINING_SETS),
+        size: int = SIZE,
+        pairs: float = 0.0,
     ):
-        self.drawings: dict[str, list[Image.Image]] = {}
-        for class_noun, names in CLASSES.items():
-            found = []
-            for drawing_set in sets:
-                if (drawing_set, class_noun) in LEFT_OUT:
-                    continue
-                path = drawings.fetch(drawing_set, folder)
-                texts = (drawings.svg(path, name) for name in names)
-                text = next((t for t in texts if t is not None), None)
-                if text is not None:
-                    found.append(drawings.render(text, DRAWING_SIZE))
-            self.drawings[class_noun] = found
+        if source.is_file():
+            found = drawings.read_pack(source, sets)
+        else:
+            found = {s: render_all(source, s, round(DRAWING_SIZE * size)) for s in sets}
+        self.drawings: dict[str, list[Image.Image]] = {
+            noun: [each[noun] for each in found.values() if noun in each] for noun in CLASSES
+        }
         rng = np.random.default_rng(seed)
-        self.scenes = {s: [draw_scene(s, rng, SIZE) for _ in range(scenes_each)] for s in SCENES}
+        self.scenes = {s: [draw_scene(s, rng, size) for _ in range(scenes_each)] for s in SCENES}
+        self.size, self.pairs = size, pairs
 
     def random_picture(self, rng: np.random.Generator) -> Picture:
         """Class and scene uniformly, a drawing of the class, a colour in one of three."""
         class_noun = list(CLASSES)[rng.integers(len(CLASSES))]
         colour = list(COLOURS)[rng.integers(len(COLOURS))] if rng.random() < 1 / 3 else None
         drawing = int(rng.integers(len(self.drawings[class_noun])))
-        return Picture(class_noun, drawing, colour, list(SCENES)[rng.integers(len(SCENES))])
+        scene = list(SCENES)[rng.integers(len(SCENES))]
+        if not self.pairs or rng.random() >= self.pairs:
+            return Picture(class_noun, drawing, colour, scene)
+        other = rng.choice([noun for noun in CLASSES if noun != class_noun])
+        return Picture(
+            class_noun,
+            drawing,
+            colour,
+            scene,
+            relation=list(RELATIONS)[rng.integers(len(RELATIONS))],
+            second_noun=str(other),
+            second_drawing=int(rng.integers(len(self.drawings[other]))),
+        )
 
     def compose(self, picture: Picture, rng: np.random.Generator) -> np.ndarray:
-        """RGB uint8 [64, 64, 3] of the picture, freshly placed on a random view of its scene."""
+        """RGB uint8 [size, size, 3] of the picture, freshly placed on a random view."""
         drawing = np.asarray(self.drawings[picture.class_noun][picture.drawing])
         drawing = recolour(drawing, picture.colour)
         if picture.odd is not None:
             drawing = odd_colours(drawing, picture.odd)
-        drawing = Image.fromarray(drawing, "RGBA")
+        first = Image.fromarray(drawing, "RGBA")
         views = self.scenes[picture.scene]
-        return np.asarray(place(drawing, views[rng.integers(len(views))], rng))
+        view = views[rng.integers(len(views))]
+        if picture.second is None:
+            return np.asarray(place(first, view, rng))
+        relation, noun = picture.second
+        second = self.drawings[noun][picture.second_drawing]
+        for drawn, middle in zip((first, second), RELATIONS[relation], strict=True):
+            view = place(drawn, view, rng, middle, ONE_OF_TWO)
+        return np.asarray(view)
 
     def batch(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Picture]]:
         pictures = [self.random_picture(rng) for _ in range(count)]
