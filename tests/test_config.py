@@ -53,6 +53,8 @@ ALL_FIELDS: dict[str, Any] = {
     "scorer": "some/clip",
     "early_stop": True,
     "prior": "distilled",
+    "prior_prompts": ("", "a car"),
+    "anchor_weight": 0.5,
     "method": "lora",
     "lora_rank": 3,
     "lora_alpha": 6,

@@ -213,8 +213,12 @@ def _prior(config: TrainConfig) -> str:
         return "no prior preservation"
     prior = f"prior preservation with λ {config.prior_weight:g}"
     of_class = f"“{markdown(config.subject.class_prompt)}”"
+    if config.prior_prompts is not None:
+        of_class += f" and {len(config.prior_prompts)} other prompts"
     if config.prior == "distilled":
         return f"{prior} on the base model's own predictions for {of_class}"
     if config.class_folder is not None:
         return f"{prior} on the trainer's own class images"
+    if config.distills:
+        prior += ", the base model's own predictions as targets,"
     return f"{prior} on {config.class_images} class images of {of_class}"

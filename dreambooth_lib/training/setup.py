@@ -31,6 +31,7 @@ from dreambooth_lib.training.best_checkpoint import select_best
 from dreambooth_lib.training.class_images import (
     class_images_folder,
     draw_class_images,
+    prior_prompts,
     read_class_images,
 )
 from dreambooth_lib.training.early_stopping import should_stop_early
@@ -78,12 +79,14 @@ class Trainer:
             warnings.warn(message, stacklevel=2)
         scorer = self._load_scorer()  # if it is missing, before class images take their time
         instance, classes = self._set_up_validation(photos, self._class_images(), scorer)
-        teacher = None
-        if config.prior == "distilled" and config.prior_weight > 0:
-            classes = with_class_captions(instance, config.subject)
+        teacher, prompts = None, tuple[str, ...]()
+        if config.distills:
             teacher = Teacher(self.family, config, self.dtype, accelerator.autocast)
+            if not config.uses_class_images:
+                classes = with_class_captions(instance, config.subject)
+                prompts = config.prior_prompts or ()
         latents = run.folder.parent / "latents"
-        self.batches = Batches(config, self.family, instance, classes, latents, teacher)
+        self.batches = Batches(config, self.family, instance, classes, latents, teacher, prompts)
         accelerator.wait_for_everyone()
         self.trainable = make_trainable(self.family, config).to(accelerator.device)
         #: What is trained, as accelerate wraps it; before the optimizer, since it may move weights.
@@ -114,7 +117,7 @@ class Trainer:
         if offloads_text_encoders(config):
             own = read_own_class_images(self.run)
             photos = [*own, *instance, *with_class_captions(instance, subject)]
-            prompts = {photo.caption for photo in photos if photo.caption} | {subject.class_prompt}
+            prompts = {p.caption for p in photos if p.caption} | {*prior_prompts(config)}
             if config.validate_every:
                 prompts |= set(plan_of(self.run).prompts(subject))
             load_options |= {"prompts": prompts, "device": self.accelerator.device}
@@ -125,7 +128,7 @@ class Trainer:
     def _class_images(self) -> list[Photo]:
         """Read the class images, once every process has drawn its part of the missing ones."""
         config, accelerator = self.config, self.accelerator
-        if config.prior_weight == 0 or config.prior != "generated":
+        if not config.uses_class_images:
             return []
         if config.class_folder:
             return captioned(read_own_class_images(self.run), config.subject.class_prompt)
@@ -135,8 +138,7 @@ class Trainer:
             for _ in draw_class_images(config, self.family, folder, rank, processes):
                 pass
         accelerator.wait_for_everyone()
-        images = read_class_images(config, class_images_folder(config, self.family, folder))
-        return captioned(images, config.subject.class_prompt)
+        return read_class_images(config, class_images_folder(config, self.family, folder))
 
     def _load_scorer(self) -> Encoder | None:
         """Load what scores validation images, on the first process, if the config asks for it."""
