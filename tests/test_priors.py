@@ -117,7 +117,6 @@ def test_one_word_stands_for_prompts_of_the_base_without_the_class() -> None:
         ({"prior_prompts": "a car"}, "prior_prompts is 'a car'; write a list of prompts, or"),
         ({"prior_prompts": ("a\0b",)}, r"a prompt of prior_prompts contains .* U\+0000"),
         ({"prior_prompts": ("a",) * 2000}, "has 2000 prompts; give at most 1000"),
-        ({"prior_prompts": OTHERS, "prior": "none"}, "there is no prior preservation; set prior"),
         ({"prior_prompts": OTHERS, "class_folder": "."}, "leave class_folder out, for the base"),
         ({"anchor_weight": -1.0}, "anchor_weight is -1.0; it must be above 0"),
     ],

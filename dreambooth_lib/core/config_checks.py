@@ -147,11 +147,6 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         "give a class_folder, or set prior_weight to 0.",
     )
     yield (
-        config.prior_prompts is not None and config.prior_weight == 0,
-        "prior_prompts are given but there is no prior preservation; set prior to 'generated' or "
-        "'distilled' and prior_weight above 0, or leave prior_prompts out.",
-    )
-    yield (
         config.prior_prompts is not None
         and config.uses_class_images
         and config.class_folder is not None,
