@@ -84,6 +84,8 @@ class TrainConfig:
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda, the weight of the prior preservation loss; 0 turns it off
     min_snr_gamma: float | None = None  #: min-SNR weighting (arXiv 2303.09556, whose default is 5)
+    #: train more on noisy timesteps above 0, on clean ones below; None is as the base was trained
+    timestep_bias: float | None = None
     #: share of prompts replaced by "", to keep guidance working; None is 0.1 for toybox, else 0
     prompt_dropout: float = _BY_BASE
 
@@ -113,6 +115,9 @@ class TrainConfig:
     lora_rank: int = 16
     lora_alpha: int | None = None  #: adapters are scaled by alpha / rank; None is the rank
     lora_dropout: float = 0.0
+    #: train only so many ranks at the noisiest timestep, and more the less noise there is: T-LoRA
+    #: (arXiv 2507.05964); None trains all ranks at every timestep
+    lora_min_rank: int | None = None
     lora_layers: str = "all"  #: layers with an adapter: "attention", or "all"
     dora: bool = False  #: learn a layer's magnitude and direction separately (arXiv 2402.09353)
     #: QLoRA (arXiv 2305.14314): keep the frozen denoiser and large text encoders in 4 bits ("nf4")

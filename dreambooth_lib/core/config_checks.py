@@ -33,11 +33,13 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "1 or more": (lambda value: value >= 1, (
         "steps", "batch_size", "gradient_accumulation", "checkpoint_every", "checkpoints_kept",
         "prior_inference_steps", "validation_inference_steps", "lora_rank", "lora_alpha",
+        "lora_min_rank",
     )),
     "0 or more": (lambda value: value >= 0, (
         "prior_weight", "class_images", "warmup_steps", "weight_decay", "seed",
         "prior_guidance_scale", "guidance_scale", "validate_every",
     )),
+    "from -3 to 3": (lambda value: -3 <= value <= 3, ("timestep_bias",)),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, (
         "prompt_dropout", "dropout", "ema_decay", "lora_dropout",
     )),
@@ -188,6 +190,10 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         config.batch_size % config.gradient_accumulation > 0,
         f"batch_size {config.batch_size} does not split into gradient_accumulation "
         f"{config.gradient_accumulation} equal micro-batches; make batch_size a multiple.",
+    )
+    yield (
+        config.lora_min_rank is not None and config.lora_min_rank > config.lora_rank,
+        f"lora_min_rank is {config.lora_min_rank}, above lora_rank {config.lora_rank}; lower it.",
     )
     side = config.resolution
     yield (

@@ -3,6 +3,7 @@
 Every draw is a function of (seed, step), never of a generator that lives on.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -80,11 +81,19 @@ class Batches:
             prompts += [prompt for _, prompt in chosen]
         x_0 = torch.cat(latents)
         noise = to_device(torch.randn(x_0.shape, generator=generator), x_0.device)
-        t = to_device(self.process.sample_timesteps(len(x_0), generator), x_0.device)
+        t = to_device(self._sample_timesteps(len(x_0), generator), x_0.device)
         dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
         prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
         is_prior = torch.arange(len(x_0)) >= self.size
         return Batch(self.process(x_0, noise, t), is_prior, prompts, self.prompt_cache(prompts))
+
+    def _sample_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw timesteps [count]; with a bias b at the quantiles u ^ exp(-b), u uniform."""
+        bias = self.config.timestep_bias
+        if bias is None:
+            return self.process.sample_timesteps(count, generator)
+        quantiles = torch.rand(count, generator=generator) ** math.exp(-bias)
+        return self.process.timesteps_at(quantiles.clamp(max=1 - 2**-23))
 
     def split(self, batch: Batch, part: int, parts: int) -> Batch:
         """Return one of ``parts`` equal parts of a batch, with as much of either kind."""
