@@ -16,6 +16,8 @@ from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.loop import train, training_steps
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer
+from dreambooth_lib.training.validation import UNRELATED_PROMPTS
+from tools.toybox.world import CLASSES
 
 Start = Callable[..., Run]
 OTHERS = ("a car", "a clock")
@@ -109,6 +111,12 @@ def test_one_word_stands_for_prompts_of_the_base_without_the_class() -> None:
     assert TrainConfig.from_dict(dog.to_dict()) == dog
     assert generic_prompts("owner/model", "dog") != dog.prior_prompts
     assert TrainConfig(Subject("p", "dog"), prior_prompts=()).prior_prompts is None
+
+
+def test_validation_images_and_half_of_the_world_are_not_in_the_built_in_prompts() -> None:
+    named = {word for prompt in generic_prompts("toybox", "dog") for word in prompt.split()}
+    seen, of_validation = named & CLASSES.keys(), {w for p in UNRELATED_PROMPTS for w in p.split()}
+    assert seen.isdisjoint(of_validation) and 10 < len(seen) <= len(CLASSES) / 2
 
 
 @pytest.mark.parametrize(
