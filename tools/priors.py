@@ -26,5 +26,18 @@ def priors(subject: Subject) -> dict[str, TrainConfig]:
     full = TrainConfig(subject, hold_out=False, steps=STEPS)
     lora = full.replace(method="lora", lora_rank=8, learning_rate=None)
     methods = {"LoRA": lora, "full": full}
-    return {f"{m} {name}": config.replace(**fields)
+    both = {f"{m} {name}": config.replace(**fields)
             for m, config in methods.items() for name, fields in kinds.items()}  # fmt: skip
+    for name, config in both.items():
+        if config.anchor_weight is not None:  # each step's share, the learning rate's times this
+            alike = config.anchor_weight * lora.learning_rate / config.learning_rate
+            both[name] = config.replace(anchor_weight=alike)
+    more = {
+        "rate 2e-3": {"learning_rate": 2e-3},
+        "T-LoRA": {"lora_min_rank": 4},
+        "noisy timesteps": {"timestep_bias": 1.0},
+        "clean timesteps": {"timestep_bias": -1.0},
+    }
+    best = both["LoRA distilled on generic images"]
+    return both | {f"LoRA distilled on generic images, {name}": best.replace(**fields)
+                   for name, fields in more.items()}  # fmt: skip
