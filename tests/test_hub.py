@@ -53,6 +53,10 @@ def test_a_card_says_how_to_draw_the_subject_and_how_it_was_made(run: Run, tmp_p
     ("changes", "sentence"),
     [
         ({"prior": "distilled"}, "λ 1 on the base model's own predictions for “a dog”."),
+        (
+            {"prior": "distilled", "prior_prompts": ("a car", "")},
+            "λ 1 on the base model's own predictions for “a dog” and 2 other prompts.",
+        ),
         ({"prior": "none"}, "no prior preservation."),
         ({"class_folder": "/tmp"}, "λ 1 on the trainer's own class images."),
         ({}, "λ 1 on 4 class images of “a dog”."),

@@ -307,6 +307,8 @@ def test_the_teacher_of_the_distilled_prior_is_counted(tiny_config: Make) -> Non
         for prior in ("generated", "distilled")
     )
     assert distilled > plain
+    anchored = tiny_config("sd1", anchor_weight=1.0)
+    assert estimate(anchored).moments > estimate(anchored.replace(anchor_weight=None)).moments
     lora = [estimate(tiny_config("sd1", prior=p, method="lora"), "fp16").weights
             for p in ("generated", "distilled")]  # fmt: skip
     assert lora[0] == lora[1]

@@ -87,7 +87,13 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "distilled": (
         "sd1",
-        {"prior": "distilled", "gradient_checkpointing": True, "ema_decay": 0.9},
+        {
+            "prior": "distilled",
+            "prior_prompts": ("a car", ""),
+            "anchor_weight": 1.0,
+            "gradient_checkpointing": True,
+            "ema_decay": 0.9,
+        },
         ["unet"],
     ),
     "sdxl": ("sdxl", {"train_text_encoder": True}, ["unet", "text_encoder", "text_encoder_2"]),

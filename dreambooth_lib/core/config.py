@@ -7,35 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import config_file
+from dreambooth_lib.core.base_defaults import base_defaults, origin
 from dreambooth_lib.core.config_checks import (
     LOW_MEMORY,
     ConfigError,
     check,
     check_words,
-    shown,
     take_types,
 )
+from dreambooth_lib.core.prior_prompts import GENERIC, generic_prompts
 from dreambooth_lib.core.user_text import folder_name
 
 #: The default identifier. CLIP's tokenizer and toybox's both make it a single token.
 DEFAULT_IDENTIFIER = "ohwx"
-
-#: Defaults that depend on the base: first toybox's, then every other base's, which are the paper's
-#: for Stable Diffusion. None means what the base's own model card says.
-_DEFAULTS: dict[str, tuple[Any, Any]] = {
-    "learning_rate": (3e-4, 5e-6),
-    "lora_learning_rate": (4e-3, 1e-4),
-    "steps": (500, 1000),
-    "batch_size": (2, 1),
-    "class_images": (48, 200),
-    "prior_guidance_scale": (1.0, None),
-    "prompt_dropout": (0.1, 0.0),
-    "ema_decay": (0.98, None),
-    "guidance_scale": (3.25, None),
-    "validate_every": (100, 250),
-    "lora_validate_every": (200, 400),
-    "scorer": ("toybox", "openai/clip-vit-base-patch32"),
-}
 
 VALIDATION_SHARE = 0.15  #: of the training time: the default's limit, see ``validation_share``
 
@@ -46,36 +30,6 @@ _BY_BASE: Any = None
 #: its files when they are needed (see ``families.inference_settings``).
 SAMPLING_FIELDS = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
            "validation_inference_steps")  # fmt: skip
-
-
-def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
-    """Return the defaults of the fields that depend on the base and the method.
-
-    A finished run used as a base has the defaults of the base that it was trained from.
-    """
-    column = 0 if origin(base) == "toybox" else 1
-    defaults = {name: values[column] for name, values in _DEFAULTS.items()}
-    of_lora = {name: defaults.pop(f"lora_{name}") for name in ("learning_rate", "validate_every")}
-    return defaults | (of_lora if method == "lora" else {})
-
-
-def origin(base: str) -> str:
-    """Return the base that a run's folder was trained from; return any other base unchanged.
-
-    Raises :class:`ConfigError` where a run's config cannot be read or leads back to itself.
-    """
-    passed = []
-    while base not in ("", "toybox") and os.path.isfile(config := Path(base) / "config.toml"):
-        fields = config_file.from_toml(config)
-        passed.append(os.path.realpath(base))
-        base = fields.get("base", "toybox")
-        if not isinstance(base, str):
-            raise ConfigError(f"{config}: base is {shown(base)}; it must be of type str.")
-        if os.path.realpath(base) in passed:
-            raise ConfigError(
-                f"{config}: base is a run that was trained from this one; correct it."
-            )
-    return base
 
 
 @dataclass(frozen=True)
@@ -134,14 +88,22 @@ class TrainConfig:
     #: 1.05 times the base's); None: lambda stays as it is
     keep_class: float | None = None
     min_snr_gamma: float | None = None  #: min-SNR weighting (arXiv 2303.09556, whose default is 5)
+    #: train more on noisy timesteps above 0, on clean ones below; None is as the base was trained
+    timestep_bias: float | None = None
     #: share of prompts replaced by "", to keep guidance working; None is 0.1 for toybox, else 0
     prompt_dropout: float = _BY_BASE
 
     # Prior preservation: what keeps the class as the frozen base draws it
     #: "generated": train on class images that the base drew (the paper's way); "distilled": on the
     #: subject's noised images with the class prompt, match the frozen base's prediction, without
-    #: class images; "none": no prior preservation, prior_weight becomes 0
+    #: class images; "distilled_images": match it on class images; "none": no prior preservation,
+    #: prior_weight becomes 0
     prior: str = "generated"
+    #: more prompts whose images are to stay as the base draws them, which take half of the prior's
+    #: rows and of its class images; "" is allowed, and "generic" stands for prompts of this base
+    prior_prompts: tuple[str, ...] | None = None
+    #: pull the weights towards the base's: each step shrinks the change by learning_rate x this
+    anchor_weight: float | None = None
     class_images: int = _BY_BASE  #: how many; None is 48 for toybox, else 200
     class_folder: str | None = None  #: a folder of your own class images to use instead
     #: steps of the base's own sampler; None is DPM-Solver++ in the few steps that are enough for
@@ -157,6 +119,9 @@ class TrainConfig:
     lora_rank: int = 16
     lora_alpha: int | None = None  #: adapters are scaled by alpha / rank; None is the rank
     lora_dropout: float = 0.0
+    #: train only so many ranks at the noisiest timestep, and more the less noise there is: T-LoRA
+    #: (arXiv 2507.05964); None trains all ranks at every timestep
+    lora_min_rank: int | None = None
     lora_layers: str = "all"  #: layers with an adapter: "attention", or "all"
     dora: bool = False  #: learn a layer's magnitude and direction separately (arXiv 2402.09353)
     #: QLoRA (arXiv 2305.14314): keep the frozen denoiser and large text encoders in 4 bits ("nf4")
@@ -224,6 +189,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
+        if self.prior_prompts == GENERIC:
+            prompts = generic_prompts(origin(self.base), self.subject.class_noun)
+            object.__setattr__(self, "prior_prompts", prompts)
         take_types(self)
         if self.validate_every is None and self.validation_share is None:
             object.__setattr__(self, "validation_share", VALIDATION_SHARE)
@@ -250,8 +218,17 @@ class TrainConfig:
     @property
     def draws_class_images(self) -> bool:
         """Tell whether the base has to draw class images for this run."""
-        asked = self.prior == "generated" and self.prior_weight > 0
-        return asked and self.class_folder is None
+        return self.uses_class_images and self.class_folder is None
+
+    @property
+    def uses_class_images(self) -> bool:
+        """Tell whether the prior preservation loss is of class images, the base's or the user's."""
+        return self.prior in ("generated", "distilled_images") and self.prior_weight > 0
+
+    @property
+    def distills(self) -> bool:
+        """Tell whether the frozen base's prediction is the prior's target, instead of the noise."""
+        return self.prior in ("distilled", "distilled_images") and self.prior_weight > 0
 
     @classmethod
     def auto(cls, subject: Subject, base: str = "toybox", **changes: Any) -> "TrainConfig":

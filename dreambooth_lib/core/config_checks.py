@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("auto", "adamw", "adamw8bit"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "crop": ("center", "random"),
-    "prior": ("generated", "distilled", "none"),
+    "prior": ("generated", "distilled", "distilled_images", "none"),
     "method": ("full", "lora"),
     "lora_layers": ("attention", "all"),
     "memory": ("auto", "standard", *LOW_MEMORY),
@@ -36,17 +36,19 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "1 or more": (lambda value: value >= 1, (
         "steps", "batch_size", "gradient_accumulation", "checkpoint_every", "checkpoints_kept",
         "prior_inference_steps", "validation_inference_steps", "lora_rank", "lora_alpha",
+        "lora_min_rank",
     )),
     "0 or more": (lambda value: value >= 0, (
         "prior_weight", "class_images", "warmup_steps", "weight_decay", "seed",
         "prior_guidance_scale", "guidance_scale", "validate_every",
     )),
+    "from -3 to 3": (lambda value: -3 <= value <= 3, ("timestep_bias",)),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, (
         "prompt_dropout", "dropout", "ema_decay", "lora_dropout",
     )),
     "above 0 and below 1": (lambda value: 0 < value < 1, ("keep_class",)),
     "above 0": (lambda value: value > 0, (
-        "learning_rate", "max_grad_norm", "min_snr_gamma", "validation_share",
+        "learning_rate", "max_grad_norm", "min_snr_gamma", "validation_share", "anchor_weight",
     )),
 }  # fmt: skip
 
@@ -54,6 +56,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 #: Above these, a number is a slip of the pen; the seed leaves room for those that are made from it.
 _MOST = {"seed": 2**62, "resolution": 2**14}
 _MOST_OF_OTHERS = 10**9
+_MOST_PROMPTS = 1000
 _PATHS = ("pictures", "base", "class_folder", "scorer")
 
 
@@ -72,6 +75,9 @@ def take_types(fields: Any, prefix: str = "") -> None:
         name = f"{prefix}{field.name}"
         if value is None and field.default is None:
             continue
+        if wanted == tuple[str, ...] | None:
+            object.__setattr__(fields, field.name, _prompts(name, value))
+            continue
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if is_number and abs(value) > _MOST["seed"]:
             raise ConfigError(f"{name} has more than 18 digits; write a smaller number.")
@@ -89,6 +95,18 @@ def take_types(fields: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{name} is empty; give a path, or leave it out.")
             value = os.path.expanduser(value)
         object.__setattr__(fields, field.name, value)
+
+
+def _prompts(name: str, value: Any) -> tuple[str, ...] | None:
+    """Return prompts as a tuple, None for none; raise :class:`ConfigError` for anything else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f"{name} is {shown(value)}; write a list of prompts, or 'generic'.")
+    if len(value) > _MOST_PROMPTS:
+        raise ConfigError(f"{name} has {len(value)} prompts; give at most {_MOST_PROMPTS}.")
+    for text in value:
+        if text and (problem := problem_with_words(text)):
+            raise ConfigError(f"a prompt of {name} {problem}")
+    return tuple(value) or None
 
 
 def shown(value: Any) -> str:
@@ -145,6 +163,13 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         f"set it between {lowest} and {highest:g}, or leave it out.",
     )
     yield (
+        config.prior_prompts is not None
+        and config.uses_class_images
+        and config.class_folder is not None,
+        "prior_prompts and class_folder are both given; leave class_folder out, for the base to "
+        "draw images of all prompts, or put images of other prompts into it, with captions.",
+    )
+    yield (
         config.early_stop and not config.validate_every,
         "early_stop needs validation; set validate_every above 0.",
     )
@@ -179,6 +204,10 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         config.batch_size % config.gradient_accumulation > 0,
         f"batch_size {config.batch_size} does not split into gradient_accumulation "
         f"{config.gradient_accumulation} equal micro-batches; make batch_size a multiple.",
+    )
+    yield (
+        config.lora_min_rank is not None and config.lora_min_rank > config.lora_rank,
+        f"lora_min_rank is {config.lora_min_rank}, above lora_rank {config.lora_rank}; lower it.",
     )
     side = config.resolution
     yield (

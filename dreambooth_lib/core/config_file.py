@@ -19,7 +19,8 @@ MOST_BYTES = 2**20  #: of a config file; others are refused unread
 
 def to_dict(config: "TrainConfig") -> dict[str, Any]:
     """Return a plain dict for TOML or JSON, without fields that are None or empty."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    fields = {k: [*v] if isinstance(v, tuple) else v
+              for k, v in dataclasses.asdict(config).items() if v is not None}  # fmt: skip
     return fields | {"subject": {k: v for k, v in vars(config.subject).items() if v}}
 
 

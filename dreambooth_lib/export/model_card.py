@@ -214,8 +214,12 @@ def _prior(config: TrainConfig) -> str:
         weight = f"a λ that keeps {config.keep_class:.0%} of the class"
     prior = f"prior preservation with {weight}"
     of_class = f"“{markdown(config.subject.class_prompt)}”"
+    if config.prior_prompts is not None:
+        of_class += f" and {len(config.prior_prompts)} other prompts"
     if config.prior == "distilled":
         return f"{prior} on the base model's own predictions for {of_class}"
     if config.class_folder is not None:
         return f"{prior} on the trainer's own class images"
+    if config.distills:
+        prior += ", the base model's own predictions as targets,"
     return f"{prior} on {config.class_images} class images of {of_class}"

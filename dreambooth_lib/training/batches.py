@@ -3,7 +3,8 @@
 Every draw is a function of (seed, step), never of a generator that lives on.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +40,10 @@ def seeded_generator(seed: int, step: int, purpose: int) -> torch.Generator:
 class Batches:
     """All images as cached latents, and their captions as cached conditioning.
 
-    ``instance`` are the subject's photos, ``classes`` the class images, none without a prior.
-    ``folder`` keeps the latents for other runs. A ``teacher`` replaces the targets of a batch.
+    ``instance`` are the subject's photos, ``classes`` the class images, none without a prior, or
+    the subject's photos to be distilled on. ``prompts`` are more prompts for these, which take half
+    of their rows. ``folder`` keeps the latents for other runs. A ``teacher`` replaces the targets
+    of a batch.
     """
 
     def __init__(
@@ -51,39 +54,46 @@ class Batches:
         classes: list[Photo],
         folder: Path | None = None,
         teacher: Callable[[Batch], Noised] | None = None,
+        prompts: Sequence[str] = (),
     ):
         self.config, self.size, self.teacher = config, config.batch_size, teacher
         self.process = family.forward_process(config.min_snr_gamma)
-        #: The latents and prompts of each kind of image, instance first.
-        self.kinds = [
-            (
-                LatentCache(photos, family, config, folder),
-                [photo.caption or "" for photo in photos],
-            )
-            for photos in (instance, classes)
-            if photos
-        ]
-        self.prompt_cache = PromptCache(
-            family, {prompt for _, prompts in self.kinds for prompt in prompts} | {""}
-        )
+        #: Of each kind of image, instance first: the latents, and pairs of an image and its prompt.
+        self.kinds: list[tuple[LatentCache, list[tuple[int, str]]]] = []
+        for photos in (instance, classes):
+            pairs = [(i, photo.caption or "") for i, photo in enumerate(photos)]
+            if photos is classes and prompts:
+                pairs = pairs * len(prompts) + [(i, p) for i in range(len(photos)) for p in prompts]
+            if photos:
+                self.kinds.append((LatentCache(photos, family, config, folder), pairs))
+        known = {prompt for _, pairs in self.kinds for _, prompt in pairs}
+        self.prompt_cache = PromptCache(family, known | {""})
 
     def at(self, step: int) -> Batch:
         """Return the whole batch of a step, instance rows first, the same in every process."""
         config, generator = self.config, seeded_generator(self.config.seed, step, 0)
         latents, prompts = [], []
-        for stream, (cache, prompts_of_kind) in enumerate(self.kinds):
+        for stream, (cache, pairs) in enumerate(self.kinds):
             # Each kind cycles through all of its images in an order of its own.
             seed = 2 * config.seed + stream
-            index = shuffled(len(cache), seed, step * self.size, self.size)
-            latents.append(cache.sample(index, generator))
-            prompts += [prompts_of_kind[i] for i in index]
+            chosen = [pairs[i] for i in shuffled(len(pairs), seed, step * self.size, self.size)]
+            latents.append(cache.sample([i for i, _ in chosen], generator))
+            prompts += [prompt for _, prompt in chosen]
         x_0 = torch.cat(latents)
         noise = to_device(torch.randn(x_0.shape, generator=generator), x_0.device)
-        t = to_device(self.process.sample_timesteps(len(x_0), generator), x_0.device)
+        t = to_device(self._sample_timesteps(len(x_0), generator), x_0.device)
         dropped = torch.rand(len(x_0), generator=generator) < config.prompt_dropout
         prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
         is_prior = torch.arange(len(x_0)) >= self.size
         return Batch(self.process(x_0, noise, t), is_prior, prompts, self.prompt_cache(prompts))
+
+    def _sample_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw timesteps [count]; with a bias b at the quantiles u ^ exp(-b), u uniform."""
+        bias = self.config.timestep_bias
+        if bias is None:
+            return self.process.sample_timesteps(count, generator)
+        quantiles = torch.rand(count, generator=generator) ** math.exp(-bias)
+        return self.process.timesteps_at(quantiles.clamp(max=1 - 2**-23))
 
     def split(self, batch: Batch, part: int, parts: int) -> Batch:
         """Return one of ``parts`` equal parts of a batch, with as much of either kind."""

@@ -1,5 +1,7 @@
 """Class images for prior preservation: seeded samples of the frozen base.
 
+With ``prior_prompts`` every second image is of one of those instead of the class prompt.
+
 A set's folder is named by a digest of all that its images depend on, which ``manifest.json`` lists.
 Another base, prompt or sampler gives another folder; sets are never mixed. ``digests.jsonl`` has
 the digest of each image as it was drawn.
@@ -10,9 +12,10 @@ import json
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib.core import background
 from dreambooth_lib.core.checked_json import append_row, read_rows
@@ -20,7 +23,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.digests import file_digest
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import open_image, replace_file, save_png
-from dreambooth_lib.data.images import Photo, captioned, listed, read_images
+from dreambooth_lib.data.images import Photo, listed, read_images
 from dreambooth_lib.families import loading
 
 if TYPE_CHECKING:
@@ -70,15 +73,14 @@ def draw_class_images(
     yield from (path for number, path in paths.items() if number not in missing)
     if not missing:
         return
-    prompt = config.subject.class_prompt
-    prompts = family.prompt_cache or PromptCache(family, {prompt, ""})
+    prompts = family.prompt_cache or PromptCache(family, {*prior_prompts(config), ""})
     writing: Future[list[Path]] | None = None
     try:
         for start in range(0, len(missing), batch):
             numbers = missing[start : start + batch]
             with prompts.used_by(family):
                 images = family.generate(
-                    [(prompt, config.seed + number) for number in numbers],
+                    [(prompt_of(config, number), config.seed + number) for number in numbers],
                     own_set.steps, own_set.guidance_scale, fast=own_set.fast,
                 )  # fmt: skip
             written = writing.result() if writing else []
@@ -101,19 +103,36 @@ def _write(images: "list[Image.Image]", paths: list[Path]) -> list[Path]:
 def prepare_class_images(
     config: TrainConfig, family: "Family", accelerator: "Accelerator", folder: Path
 ) -> list[Photo]:
-    """Draw the missing images, each process its part, and return all with the class prompt."""
+    """Draw the missing images, each process its part, and return all with their prompts."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():
         for _ in draw_class_images(config, family, folder, rank, processes):
             pass
     accelerator.wait_for_everyone()
-    images = read_class_images(config, class_images_folder(config, family, folder))
-    return captioned(images, config.subject.class_prompt)
+    return read_class_images(config, class_images_folder(config, family, folder))
 
 
 def read_class_images(config: TrainConfig, folder: Path) -> list[Photo]:
-    """Read the images that :func:`draw_class_images` drew; pass over any other file there."""
-    return read_images(folder, {path.name for path in _paths(config, folder)})
+    """Read the images that :func:`draw_class_images` drew; pass over any other file there.
+
+    The captions are their prompts, and those of the class come last.
+    """
+    photos = read_images(folder, {path.name for path in _paths(config, folder)})
+    class_prompt = config.subject.class_prompt
+    of_prompts = [replace(p, caption=prompt_of(config, int(Path(p.name).stem))) for p in photos]
+    return sorted(of_prompts, key=lambda photo: photo.caption == class_prompt)
+
+
+def prior_prompts(config: TrainConfig) -> list[str]:
+    """Return every prompt whose images a config's prior preserves, that of the class first."""
+    return [config.subject.class_prompt, *(config.prior_prompts or ())]
+
+
+def prompt_of(config: TrainConfig, number: int) -> str:
+    """Return the prompt of a class image by its number."""
+    if config.prior_prompts is None or number % 2 == 0:
+        return config.subject.class_prompt
+    return config.prior_prompts[number // 2 % len(config.prior_prompts)]
 
 
 def _paths(config: TrainConfig, folder: Path) -> list[Path]:
@@ -159,8 +178,10 @@ def _manifest(
     config: TrainConfig, family: "Family", steps: int, guidance_scale: float, fast: bool
 ) -> str:
     scheduler = family.scheduler(fast)
-    quantized = {"quantize": config.quantize} if config.quantize else {}
-    content = quantized | {
+    more: dict[str, Any] = {"quantize": config.quantize} if config.quantize else {}
+    if config.prior_prompts is not None:
+        more["prior_prompts"] = config.prior_prompts
+    content = more | {
         "base": config.base,
         "weights": _weights_digest(config),
         "prompt": config.subject.class_prompt,

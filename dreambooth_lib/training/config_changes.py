@@ -33,6 +33,7 @@ def flat_fields(config: TrainConfig) -> dict[str, Any]:
     The values are as JSON reads them back, so that they compare with those in a file.
     """
     values = asdict(with_absolute_paths(config))
+    values["prior_prompts"] = values["prior_prompts"] and [*values["prior_prompts"]]
     subject = {f"subject.{name}": value for name, value in values.pop("subject").items()}
     return subject | values | {"others": []}  # which studies of earlier versions wrote
 

@@ -121,6 +121,8 @@ class FusedBackwardOptimizer(Optimizer):
             self.adam.step()
         finally:
             self.adam.param_groups = groups
+        if self.anchors:
+            self._pull_to_anchor(number)
         bucket.clear_gradients()
         if bucket.weights.dtype is not torch.float32:
             bucket.weights.copy_(round_stochastically(own.data, self._generator))

@@ -5,7 +5,7 @@ so that training starts from the base. A finished run saves A and B only, in dif
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,33 @@ def add_lora(family: Family, config: TrainConfig) -> None:
 def trained_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters that are trained: with LoRA, those of the adapters."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def rank_by_timestep(denoiser: torch.nn.Module, rank: int, least: int) -> Callable[..., None]:
+    """Make a forward pre-hook of a ``Trainable`` that masks ranks by each sample's timestep.
+
+    It trains floor((1 - t / 1000) (rank - least)) + least of the denoiser's ranks at timestep t
+    (T-LoRA, arXiv 2507.05964, with alpha 1). Images are drawn with all of them.
+    """
+    mask = torch.ones(())
+
+    def set_mask(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal mask
+        share = 1 - arguments[1].float() / 1000
+        ranks = torch.floor(share * (rank - least)) + least
+        mask = torch.arange(rank, device=ranks.device) < ranks[:, None]  # [B, rank]
+
+    def mask_ranks(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:  # drawing, or the frozen base
+            return output
+        is_conv = isinstance(module, torch.nn.Conv2d)
+        shape = (-1, rank, 1, 1) if is_conv else (-1, *(1,) * (output.ndim - 2), rank)
+        return output * mask.view(shape)
+
+    for name, module in denoiser.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(mask_ranks)
+    return set_mask
 
 
 @contextmanager

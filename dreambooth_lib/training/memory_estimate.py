@@ -98,9 +98,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     offloaded = family.frozen[1:] + family.text_encoders if offloads_text_encoders(config) else []
     encoding = float(sum(sizes.pop(module) for module in offloaded))
     weights, teacher = sum(sizes.values()), 0
-    has_teacher = (
-        config.prior == "distilled" and config.prior_weight > 0 and config.method == "full"
-    )
+    has_teacher = config.distills and config.method == "full"
     if has_teacher:  # the weights are copied as they are, and then rounded
         teacher = sum(p.nbytes for p in family.denoiser.parameters())
     scoring = 0
@@ -140,6 +138,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
     bytes_per_parameter = _MOMENTS.get(resolve_optimizer(config, "cuda"), 8.0)
     bytes_per_parameter += 4 * (config.ema_decay is not None)
+    if config.anchor_weight is not None:  # a copy of the weights, as they are trained
+        bytes_per_parameter += 2 if config.memory == "lowest" and config.method == "full" else 4
     return Estimate(
         int(weights), int(encoding), int(numbers * bytes_per_parameter), working, validating,
         flops, preparing, scoring,

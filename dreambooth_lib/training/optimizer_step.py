@@ -51,6 +51,9 @@ class Optimizer:
         if accelerator.device.type == "cpu" and not config.steps_in_backward:
             for bucket in self.buckets:
                 bucket.keep_gradients()
+        anchored = self.buckets if config.anchor_weight is not None else []
+        #: What ``anchor_weight`` pulls each bucket's weights towards: as they are before training.
+        self.anchors = [bucket.weights.clone() for bucket in anchored]
         self.completed_steps = 0
         self.skipped_steps = 0  #: since the last completed one
         groups = [
@@ -197,11 +200,25 @@ class Optimizer:
             for bucket, gradient in zip(self.buckets, self._gradients, strict=True):
                 bucket.stepped.grad = gradient
             self.adam.step()
+            for number in range(len(self.anchors)):
+                self._pull_to_anchor(number)
         self._gradients = []
         for bucket in self.buckets:
             bucket.clear_gradients()
         self._adapt_scale(finite)
         return finite
+
+    @torch.no_grad()
+    def _pull_to_anchor(self, number: int) -> None:
+        """Shrink a bucket's change by its learning rate x ``anchor_weight``.
+
+        That is weight decay, decoupled as AdamW's (arXiv 1711.05101), towards the base instead of
+        towards 0: the gradient step of ||theta - theta_0||^2 (arXiv 2505.19519), without Adam.
+        With LoRA it acts on the factors: B returns to 0, and their product with it.
+        """
+        assert self.config.anchor_weight is not None
+        weights, share = self.buckets[number].stepped.data, self.lr * self.config.anchor_weight
+        weights.lerp_(self.anchors[number].to(weights.dtype), min(share, 1.0))
 
     def _scale_gradients(self, factor: float, *gradients: torch.Tensor) -> None:
         """Multiply gradients by a factor, or let the optimizer do it as it reads them."""

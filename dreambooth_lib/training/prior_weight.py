@@ -210,7 +210,7 @@ def hold_out_class_images(
     """
     if config.keep_class is None:
         return own, []
-    if config.prior == "generated" and config.class_folder is not None:
+    if config.uses_class_images and config.class_folder is not None:
         if len(own) < FEWEST:
             raise InputError(
                 f"keep_class is set, which holds out a part of the class images, and "
@@ -219,7 +219,8 @@ def hold_out_class_images(
             )
         end = len(own) - min(IMAGES, len(own) // 4)
         return own[:end], own[end:]
-    measured = dataclasses.replace(config, seed=config.seed + SEED, class_images=IMAGES)
+    seed = config.seed + SEED
+    measured = dataclasses.replace(config, seed=seed, class_images=IMAGES, prior_prompts=None)
     return own, prepare_class_images(measured, family, accelerator, folder)
 
 

@@ -29,7 +29,7 @@ from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
-from dreambooth_lib.training.class_images import prepare_class_images
+from dreambooth_lib.training.class_images import prepare_class_images, prior_prompts
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
@@ -80,12 +80,14 @@ class Trainer:
             config, self.family, accelerator, self._class_folder, self._class_images()
         )
         instance, classes = self._set_up_validation(photos, classes, scorer)
-        teacher = None
-        if config.prior == "distilled" and config.prior_weight > 0:
-            classes = with_class_captions(instance, config.subject)
+        teacher, prompts = None, tuple[str, ...]()
+        if config.distills:
             teacher = Teacher(self.family, config, self.dtype, accelerator.autocast)
+            if not config.uses_class_images:
+                classes = with_class_captions(instance, config.subject)
+                prompts = config.prior_prompts or ()
         latents = run.folder.parent / "latents"
-        self.batches = Batches(config, self.family, instance, classes, latents, teacher)
+        self.batches = Batches(config, self.family, instance, classes, latents, teacher, prompts)
         accelerator.wait_for_everyone()
         self.trainable = make_trainable(self.family, config).to(accelerator.device)
         #: What is trained, as accelerate wraps it; before the optimizer, since it may move weights.
@@ -118,7 +120,7 @@ class Trainer:
         if offloads_text_encoders(config):
             own = read_own_class_images(self.run)
             photos = [*own, *instance, *with_class_captions(instance, subject)]
-            prompts = {photo.caption for photo in photos if photo.caption} | {subject.class_prompt}
+            prompts = {p.caption for p in photos if p.caption} | {*prior_prompts(config)}
             if config.validate_every:
                 prompts |= set(plan_of(self.run).prompts(subject))
             load_options |= {"prompts": prompts, "device": self.accelerator.device}
@@ -129,7 +131,7 @@ class Trainer:
     def _class_images(self) -> list[Photo]:
         """Read the class images, once every process has drawn its part of the missing ones."""
         config = self.config
-        if config.prior_weight == 0 or config.prior != "generated":
+        if not config.uses_class_images:
             return []
         if config.class_folder:
             return captioned(read_own_class_images(self.run), config.subject.class_prompt)

@@ -162,6 +162,9 @@ def wrap_trained_parts(family: Family, config: TrainConfig) -> Trainable:
     trainable = Trainable(family, config.trains_text)
     if config.method == "lora":
         lora.add_lora(family, config)
+        if config.lora_min_rank is not None:
+            hook = lora.rank_by_timestep(family.denoiser, config.lora_rank, config.lora_min_rank)
+            trainable.register_forward_pre_hook(hook)
     else:
         trainable.requires_grad_(True)
     for parameter in family.unused_parameters():

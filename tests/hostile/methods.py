@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "low_memory": {"memory": "low"},
     "accumulation": {"gradient_accumulation": 2, "lr_schedule": "cosine", "dropout": 0.1},
     "distilled": {"prior": "distilled"},
+    "prior_prompts": {"prior": "distilled_images", "prior_prompts": ("a car",), "anchor_weight": 1},
     "two_processes": {"validate_every": 3},
 }
 

@@ -30,7 +30,8 @@ HINTS = {
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most; "
     "0 turns prior preservation off",
     "keep_class": "how much of the class must stay: λ then sets itself; lower it for more likeness",
-    "prior": "distillation needs no class images, so training starts sooner",
+    "prior": "distillation from the base needs no class images, so training starts sooner; on "
+    "class images it keeps the class best",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
     "train_text_encoder": "training the text encoder too improves likeness, but takes more memory "
@@ -160,7 +161,8 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     rate = _DEFAULT_RATE if config.learning_rate == own_rate else config.learning_rate
     side = config.resolution or native
     methods = {"full model": "full", "LoRA": "lora", "QLoRA (4-bit base)": _QLORA}
-    priors = {"class images": "generated", "distillation from the base": "distilled"}
+    priors = {"class images": "generated", "distillation from the base": "distilled",
+              "distillation on class images": "distilled_images"}  # fmt: skip
     rates = {f"{rate:g}": rate for rate in sorted({*_RATES, config.learning_rate})}
     rates = {"the method's default": _DEFAULT_RATE} | rates
     sides = sorted({native // 2, native * 3 // 4, native, native * 3 // 2, side})
