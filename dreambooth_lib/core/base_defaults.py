@@ -19,8 +19,8 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "prompt_dropout": (0.1, 0.0),
     "ema_decay": (0.98, None),
     "guidance_scale": (3.25, None),
-    "validate_every": (100, 250),
-    "lora_validate_every": (200, 400),
+    "validate_every": (125, 250),
+    "lora_validate_every": (250, 400),
     "scorer": ("toybox", "openai/clip-vit-base-patch32"),
 }
 

@@ -173,7 +173,7 @@ class TrainConfig:
 
     # Validation
     #: steps between validations, each of which draws and scores images, and between checkpoints; 0
-    #: turns validation off; None is 100 for toybox, else 250, with LoRA 200 and 400, without those
+    #: turns validation off; None is 125 for toybox, else 250, with LoRA 250 and 400, without those
     #: that validation_share skips
     validate_every: int = _BY_BASE
     #: skip validations, but the base's and the last step's, that would take more than this share of
