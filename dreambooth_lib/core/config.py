@@ -180,7 +180,7 @@ class TrainConfig:
     #: the training time as measured; None is 0.15 where validate_every is None, else no limit;
     #: early_stop needs all of them
     validation_share: float | None = None
-    #: steps of the base's own sampler; None is 10 for toybox, else as for class images
+    #: steps of the base's own sampler; None is a few of the fast one, where the base can use it
     validation_inference_steps: int | None = None
     hold_out: bool = True  #: of four photos or more, keep one out of training to measure its loss
     scorer: str = _BY_BASE  #: the CLIP that scores: a Hub id or folder; "toybox" for its own

@@ -12,8 +12,10 @@ from PIL import Image as PIL_Image
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.errors import OneSentence
 from dreambooth_lib.figures import image_grids, plots
+from dreambooth_lib.notebook.widgets.checkpoint_slider import verdict_html
 from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_image
 from dreambooth_lib.notebook.widgets.playground import release_models
+from dreambooth_lib.training.best_checkpoint import best_checkpoint
 from dreambooth_lib.training.loop import Objective, Step, prior_preservation, train
 from dreambooth_lib.training.prior_weight import broken_promise
 from dreambooth_lib.training.runs import Run
@@ -62,8 +64,9 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         panel.report(error)
         raise
     panel.draw()
-    problem = broken_promise(run)
-    panel.status.value = f"Finished at step {_last_step(run)}. {problem or ''}"
+    judged = verdict_html(best_checkpoint(run)) if len(history(run)) > 1 else ""
+    told = f"Finished at step {_last_step(run)}. {broken_promise(run) or ''}"
+    panel.status.value = f"{told}<br>{judged}"
 
 
 def _last_step(run: Run) -> int:
