@@ -1,8 +1,9 @@
 """Run the studies of ``docs/studies``: ``python -m tools.studies NAME --out outputs/studies``.
 
     grid       λ x steps on each bundled subject: table, heat map, front, contact sheet
-    choice     training far past the best step: does the rule select the best checkpoint?
-    auto       ``TrainConfig.auto`` beside the best of the grid
+    bank       train fifteen subjects with five seeds and draw every checkpoint's images
+    trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
+    priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
     memory     what a memory level costs in quality, five seeds
 
@@ -11,38 +12,31 @@ An interrupted study resumes. Cells run on ``--workers`` processes of one thread
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from textwrap import fill
-
-import torch
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.evaluation.sweep import PLAN, grid, sweep
 from dreambooth_lib.evaluation.sweep_table import recommend, table
-from dreambooth_lib.evaluation.tables import to_csv
-from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.figures.labels import heading
-from dreambooth_lib.training import best_checkpoint, runs, trainable, validation
-from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.validation_record import history, load_images
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.validation_record import load_images
+from tools.studies import bank, trust
+from tools.studies.intervals import half_width, interval
+from tools.studies.priors import priors
 
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 STEPS = (100, 200, 300, 400, 500)
-OTHER_SEEDS = 1000  # the first seed of images that no selection has seen
-#: The plan that scores every checkpoint; drift is noisy and needs many class images.
-SCORED = replace(PLAN, class_images=48, unrelated=4, inference_steps=12, first_seed=OTHER_SEEDS)
 SEEDS = 5  # trainings of each kind
 ABLATION_STEPS = 300  # enough for the prior's full effect, in three fifths of the default's time
 MEMORY_STEPS = 100  # this is about rounding to bf16, which is slow on a CPU
@@ -50,16 +44,11 @@ MEMORY_STEPS = 100  # this is about rounding to bf16, which is slow on a CPU
 MEASURES = {"subject_fidelity": "", "prompt_adherence": "base_adherence",
             "class_diversity": "base_diversity", "pres": "base_pres",
             "prior_drift": "", "unrelated_drift": ""}  # fmt: skip
-STUDENT_T = (12.706, 4.303, 3.182, 2.776)  # the 97.5% quantile of 1 to 4 degrees of freedom
 
 
 def plain(subject: Subject) -> TrainConfig:
     """Return the config that every study varies."""
     return TrainConfig(subject=subject)
-
-
-def auto(subject: Subject) -> TrainConfig:
-    return TrainConfig.auto(subject)
 
 
 @contextmanager
@@ -110,113 +99,31 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
     return rows
 
 
-def overtrain(subject: Subject, folder: Path) -> list[dict]:
-    """Train for four times the default steps; score every checkpoint on seeds of their own."""
-    torch.set_num_threads(1)
-    config = plain(subject)
-    config = config.replace(steps=4 * config.steps, checkpoints_kept=10_000)
-    run = trained(config, folder)
-    plan = replace(SCORED, guidance_scale=config.guidance_scale)
-    photos = [photo.image for photo in read_photos(subject.pictures)]
-    encoder = validation.load_scorer(config)
-    before = validation.draw_images(loading.load_model(config.base), subject, plan)
-    base = validation.score_images(encoder, photos, subject, before, before)
-    rows = []
-    for result in history(run)[1:]:
-        file = folder / "scored" / f"{result.step:06d}.json"
-        if not file.exists():
-            images = validation.draw_images(
-                trainable.load_at_checkpoint(run, result.step), subject, plan
-            )
-            scores = validation.score_images(encoder, photos, subject, images, before)
-            replace_file(file, json.dumps(scores).encode())
-        scores = json.loads(file.read_text())
-        ratios = best_checkpoint.ratios(
-            scores["subject_fidelity"], result.reference_fidelity, scores["prompt_adherence"],
-            base["prompt_adherence"], scores["prior_drift"], scores["unrelated_drift"],
-        )  # fmt: skip
-        row = {
-            "subject": subject.name,
-            "step": result.step,
-            "score": best_checkpoint.overall_score(ratios),
-        }
-        rows.append(row | scores)
-    return rows
+def fill_bank(
+    subjects: Sequence[Subject], out: Path, kinds: Sequence[str], executor: Executor
+) -> None:
+    """Fill the bank of images, the first seed of all subjects first, and score it."""
+    futures = {
+        executor.submit(bank.fill, out, kind, subject, seed): f"{kind} {subject.name} {seed}"
+        for seed in range(SEEDS)
+        for kind in kinds
+        for subject in subjects
+    }
+    for done, future in enumerate(as_completed(futures), 1):
+        future.result()
+        print(f"{done} of {len(futures)}: {futures[future]}", flush=True)
+    trust.score_bank(out, out / "validations.jsonl")
 
 
-def trained(config: TrainConfig, folder: Path) -> runs.Run:
-    """Train the run in ``folder`` to its end; start it if it is missing."""
-    started = (folder / "config.toml").exists()
-    run = runs.resume(folder) if started else runs.start(config, folder)
-    if not run.finished:
-        for _ in train(run):
-            pass
-    return run
-
-
-def study_choice(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
-    futures = [executor.submit(overtrain, s, out / s.name) for s in subjects]
-    lines = ["| subject | selected step | score | best step | score | of the best | last step |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for subject, future in zip(subjects, futures, strict=True):
-        rows = future.result()
-        run = runs.resume(out / subject.name)
-        replace_file(out / f"{subject.name}.csv", to_csv(rows).encode())
-        plots.validation_curves(history(run), out / f"{subject.name}.png")
-        selection = best_checkpoint.best_checkpoint(run)
-        by_step = {row["step"]: row["score"] for row in rows}
-        best, last = max(by_step, key=lambda step: by_step[step]), max(by_step)
-        lines.append(
-            f"| {subject.name} | {selection.step} | {by_step[selection.step]:.3f} | {best} "
-            f"| {by_step[best]:.3f} | {by_step[selection.step] / by_step[best]:.1%} "
-            f"| {last}: {by_step[last]:.3f} |"
-        )
-        print(selection.reason, flush=True)
-    replace_file(out / "choice.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
-
-
-def train_auto(subject: Subject, folder: Path) -> tuple[float, int, int]:
-    """Train ``TrainConfig.auto``; return its score by the grid's plan, best step and last step."""
-    torch.set_num_threads(1)
-    config = auto(subject)
-    run = trained(config, folder)
-    plan = replace(PLAN, guidance_scale=config.guidance_scale)
-    photos = [photo.image for photo in read_photos(subject.pictures)]
-    drawn = [validation.draw_images(loading.load_model(source), subject, plan) for source in
-             (config.base, str(run.folder))]  # fmt: skip
-    encoder = validation.load_scorer(config)
-    base, scores = (
-        validation.score_images(encoder, photos, subject, images, drawn[0]) for images in drawn
-    )
-    ratios = best_checkpoint.ratios(
-        scores["subject_fidelity"], history(run)[0].reference_fidelity,
-        scores["prompt_adherence"], base["prompt_adherence"], scores["prior_drift"],
-        scores["unrelated_drift"],
-    )  # fmt: skip
-    return (
-        best_checkpoint.overall_score(ratios),
-        best_checkpoint.best_checkpoint(run).step,
-        run.log()[-1]["step"],
-    )
-
-
-def study_auto(subjects: Sequence[Subject], out: Path, executor: Executor) -> None:
-    futures = [executor.submit(train_auto, s, out / "auto" / s.name) for s in subjects]
-    lines = ["| subject | auto | score | best of the grid | score | of the best "
-             "| steps of the grid's |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for subject, future in zip(subjects, futures, strict=True):
-        rows = study_grid(subject, out / "grid", executor)
-        score, step, last = future.result()
-        best = max(rows, key=lambda row: row["score"])
-        ratio = last / (len(LAMBDAS) * max(STEPS))
-        lines.append(
-            f"| {subject.name} | λ 1, step {step} | {score:.3f} "
-            f"| λ {best['prior_weight']:g}, step {best['step']} | {best['score']:.3f} "
-            f"| {score / best['score']:.1%} | {ratio:.0%} |"
-        )
-    replace_file(out / "auto" / "auto.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+def print_trust(file: Path) -> None:
+    """Print the noise of each measure, and how good the chosen checkpoints are."""
+    rows = trust.read_rows(file)
+    last = {"full": trust.LAST_BY_DEFAULT, "lora": trust.LAST_BY_DEFAULT}
+    print("\n".join(["Noise", *trust.noise(rows)]))
+    for kind, step in last.items():
+        if any(cell.kind == kind for cell in rows["validation"]):
+            print("\n".join([f"\nThe choice, {kind}", *trust.choice_table(rows, kind, step)]))
+    print("\n".join(["\nThe automatic settings", *trust.auto_table(rows)]))
 
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
@@ -328,44 +235,40 @@ def draw_means(
     figure.savefig(path)
 
 
-def interval(values: Sequence[float]) -> str:
-    """Format the mean and its 95% interval by Student's t."""
-    half = half_width(values)
-    return f"{fmean(values):.3f}" + (f" ± {half:.3f}" if half else "")
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Return half the width of the 95% interval; 0 for a single value, which has none."""
-    if len(values) < 2:
-        return 0.0
-    return STUDENT_T[len(values) - 2] * stdev(values) / len(values) ** 0.5
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("grid", "choice", "auto", "ablations", "memory"))
-    parser.add_argument("--subjects", nargs="+", help="default: all bundled ones")
+    studies = ("grid", "bank", "trust", "priors", "ablations", "memory")
+    parser.add_argument("study", choices=studies)
+    parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
+    parser.add_argument("--kinds", nargs="+", default=["full"], help="of runs in the bank")
+    parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/studies"))
     arguments = parser.parse_args()
-    subjects = [
-        s for s in bundled_subjects() if not arguments.subjects or s.name in arguments.subjects
-    ]
+    asked = arguments.subjects
+    if arguments.study == "trust":
+        print_trust(arguments.rows)
+        return
+    out = arguments.out / arguments.study
+    subjects = [s for s in bundled_subjects() if not asked or s.name in asked]
     with workers(arguments.workers, arguments.dask) as executor:
         if arguments.study == "grid":
             for subject in subjects:
-                study_grid(subject, arguments.out / "grid", executor)
-        elif arguments.study == "choice":
-            study_choice(subjects, arguments.out / "choice", executor)
-        elif arguments.study == "auto":
-            study_auto(subjects, arguments.out, executor)
+                study_grid(subject, out, executor)
+        elif arguments.study == "bank":
+            every = [
+                s for s in bank.subjects(out / "subjects").values() if not asked or s.name in asked
+            ]
+            fill_bank(every, out, arguments.kinds, executor)
+        elif arguments.study == "priors":
+            for subject in subjects:
+                over_seeds(subject, priors(subject), out / subject.name, executor)
         elif arguments.study == "ablations":
-            out = arguments.out / "ablations"
             kinds = ablations(subjects[0], out / "photos")
             over_seeds(subjects[0], kinds, out, executor)
         else:
-            over_seeds(subjects[0], memory_levels(subjects[0]), arguments.out / "memory", executor)
+            over_seeds(subjects[0], memory_levels(subjects[0]), out, executor)
 
 
 if __name__ == "__main__":
