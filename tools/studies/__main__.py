@@ -31,7 +31,7 @@ from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.figures.labels import heading
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.validation_record import load_images
-from tools.studies import bank, trust
+from tools.studies import bank, pairs, trust
 from tools.studies.intervals import half_width, interval
 from tools.studies.priors import priors
 
@@ -124,6 +124,10 @@ def print_trust(file: Path) -> None:
         if any(cell.kind == kind for cell in rows["validation"]):
             print("\n".join([f"\nThe choice, {kind}", *trust.choice_table(rows, kind, step)]))
     print("\n".join(["\nThe automatic settings", *trust.auto_table(rows)]))
+    if (pairs.DATA / "pairs.json").exists():
+        scorer = validation.load_scorer(plain(bundled_subjects()[0]))
+        base = {cell.subject: own[0].subject_fidelity for cell, own in rows["exhaustive"].items()}
+        print("\n".join(["\nAgreement with people", *pairs.agreement(scorer, base)]))
 
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
@@ -257,9 +261,7 @@ def main() -> None:
             for subject in subjects:
                 study_grid(subject, out, executor)
         elif arguments.study == "bank":
-            every = [
-                s for s in bank.subjects(out / "subjects").values() if not asked or s.name in asked
-            ]
+            every = [s for s in bank.subjects().values() if not asked or s.name in asked]
             fill_bank(every, out, arguments.kinds, executor)
         elif arguments.study == "priors":
             for subject in subjects:

@@ -26,7 +26,7 @@ from dreambooth_lib.training import runs, trainable, validation
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.validation import ValidationImages, ValidationPlan
 from dreambooth_lib.training.validation_record import load_images
-from tools.toybox.subjects import STUDY_SUBJECTS, draw_study_subject
+from tools.toybox.subjects import STUDY_PHOTOS, STUDY_SUBJECTS
 
 EVERY = 125  #: steps between checkpoints, as by default
 LAMBDAS = (0.0, 0.25, 0.5, 2.0)  #: beside the default's 1
@@ -59,11 +59,11 @@ def kinds() -> dict[str, Callable[[TrainConfig], TrainConfig]]:
     return every
 
 
-def subjects(folder: Path) -> dict[str, Subject]:
-    """Return the bundled subjects and the study's own, whose photos are drawn to ``folder``."""
+def subjects() -> dict[str, Subject]:
+    """Return the bundled subjects and the studies' own."""
     every = {subject.name: subject for subject in bundled_subjects()}
-    for name in STUDY_SUBJECTS:
-        every[name] = draw_study_subject(name, folder)
+    for name, (_, noun, kind, _) in STUDY_SUBJECTS.items():
+        every[name] = Subject(str(STUDY_PHOTOS / name), noun, name=name, kind=kind)
     return every
 
 

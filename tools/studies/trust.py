@@ -43,7 +43,7 @@ Rows = dict[str, dict[Cell, list[ValidationResult]]]
 def score_bank(folder: Path, file: Path = ROWS) -> None:
     """Score every image of a bank with the bundled judge, and write a row for each validation."""
     lines = []
-    for subject in bank.subjects(folder / "subjects").values():
+    for subject in bank.subjects().values():
         base_file = folder / "base" / subject.name / "000000.npz"
         if not base_file.exists():
             continue

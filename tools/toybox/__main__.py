@@ -4,7 +4,7 @@
               data/toybox
     report    print the figures of the shipped weights, on composites and seeds drawn afresh
     rescale   scale the shipped autoencoder to what float16 holds, as a build does
-    subjects  draw the bundled subjects into data/subjects
+    subjects  draw the bundled subjects into data/subjects, the studies' into docs/studies/subjects
     pack      write the rendered drawings, which gpu needs, to one file
     gpu       make a better base within minutes of a GPU, from that file (tools.toybox.gpu)
     join      put the shards that gpu wrote together again
@@ -123,6 +123,8 @@ def main() -> None:
     elif given.command == "subjects":
         shutil.rmtree("data/subjects", ignore_errors=True)
         subjects.build(Path("data/subjects"))
+        for name in subjects.STUDY_SUBJECTS:
+            subjects.draw_study_subject(name, subjects.STUDY_PHOTOS)
     elif given.command == "rescale":
         vae = AutoencoderKL.from_pretrained(given.target / "vae").eval()
         vae = autoencoder.within_half(vae, World(given.work / "drawings"))

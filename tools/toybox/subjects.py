@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dreambooth_lib.core.config import Subject
 from tools.toybox import drawings
 from tools.toybox.world import CLASSES, draw_scene, odd_colours, place
 from tools.toybox.world import SCENES as WORLD_SCENES
@@ -24,6 +23,7 @@ SUBJECTS = {
         "#ff6242": "#2b2f8f", "#ff866e": "#4a50c4", "#fff48c": "#7dffb0", "#fffacf": "#c2ffdb"}),
 }  # fmt: skip
 SCENES = ("grass", "beach", "table", "city", "snow")
+STUDY_PHOTOS = Path("docs/studies/subjects")
 #: Twelve more for the studies, half of them of a set that nothing here has seen:
 #: name -> (drawing set, class noun, type, seed of its odd colours)
 STUDY_SUBJECTS = {
@@ -61,16 +61,15 @@ def draw_subject(name: str, folder: Path) -> None:
     )
 
 
-def draw_study_subject(name: str, folder: Path) -> Subject:
+def draw_study_subject(name: str, folder: Path) -> None:
     """Write five pictures of one of :data:`STUDY_SUBJECTS` to ``folder/name``."""
-    drawing_set, noun, kind, seed = STUDY_SUBJECTS[name]
+    drawing_set, noun, _, seed = STUDY_SUBJECTS[name]
     path = drawings.fetch(drawing_set, Path("build/drawings"))
     texts = (drawings.svg(path, drawing) for drawing in CLASSES[noun])
     text = next(text for text in texts if text is not None)
     drawing = np.asarray(drawings.render(without_shadow(text), SIDE))
     number = len(SUBJECTS) + list(STUDY_SUBJECTS).index(name)
     draw_photos(Image.fromarray(odd_colours(drawing, seed)), number, folder / name)
-    return Subject(str(folder / name), noun, name=name, kind=kind)
 
 
 def without_shadow(svg: str) -> str:
