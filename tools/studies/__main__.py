@@ -29,7 +29,7 @@ from dreambooth_lib.evaluation.sweep import PLAN, grid, sweep
 from dreambooth_lib.evaluation.sweep_table import recommend, table
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.figures.labels import heading
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import runs, validation
 from dreambooth_lib.training.validation_record import load_images
 from tools.studies import bank, pairs, trust
 from tools.studies.intervals import half_width, interval

@@ -227,5 +227,5 @@ def agreement(scorer: Encoder, base: Mapping[str, float], folder: Path = DATA) -
         f"| which image is more like the subject | {ranked.total()} | "
         f"{ranked[True] / max(1, ranked.total()):.1%} |",
         f"| is it the subject: yes, partly or no | {total} | {alike / max(1, total):.1%} |",
-        f"| the same: not yes for no, nor no for yes | {total} | {1 - opposite / max(1, total):.1%} |",
+        f"| never yes for no or no for yes | {total} | {1 - opposite / max(1, total):.1%} |",
     ]
