@@ -303,8 +303,8 @@ def test_a_finished_run_as_a_base_has_the_defaults_of_its_own_base(tmp_path: Pat
 
 
 def test_looks_are_rarer_where_they_cost_more_beside_an_update() -> None:
-    assert TrainConfig(DOG).validate_every == 100
-    assert TrainConfig(DOG, method="lora").validate_every == 200
+    assert TrainConfig(DOG).validate_every == 125
+    assert TrainConfig(DOG, method="lora").validate_every == 250
     assert TrainConfig(DOG, base="owner/model", method="lora").validate_every == 400
     assert TrainConfig(DOG, validate_every=7).validate_every == 7
 

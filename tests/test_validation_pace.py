@@ -164,7 +164,7 @@ def test_validations_are_as_many_as_predicted_and_even(
 
 def test_only_a_default_interval_is_limited() -> None:
     default = TrainConfig(DOG)
-    assert default.validation_share == 0.15 and default.validate_every == 100
+    assert default.validation_share == 0.15 and default.validate_every == 125
     assert TrainConfig(DOG, validate_every=100).validation_share is None
     assert TrainConfig(DOG, validate_every=100, validation_share=0.3).validation_share == 0.3
     assert default.replace(validate_every=50).validation_share is None
