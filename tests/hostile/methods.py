@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import visible_files
+from dreambooth_lib.core.made_with import MADE_WITH_FILE
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.loop import train
@@ -53,11 +54,12 @@ def train_to_end(config: TrainConfig, folder: Path) -> None:
 
 
 def result(folder: Path) -> dict[str, str]:
-    """Return what a run and the caches beside it hold, by file, without the seconds taken.
+    """Return what a run and the caches beside it hold, by file, without seconds and memory taken.
 
     An optimizer's state counts with the newest checkpoint only: the others' is of no use.
     """
-    files = [name for name in visible_files(folder) if name.name != "digests.json"]
+    left_out = ("digests.json", MADE_WITH_FILE)
+    files = [name for name in visible_files(folder) if name.name not in left_out]
     newest = max(folder.glob("run/checkpoints/*"), default=folder).name
     files = [f for f in files if f.name != "optimizer.safetensors" or f.parent.name == newest]
     return {name.as_posix(): digest(folder / name) for name in files}
