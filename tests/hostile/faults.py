@@ -31,7 +31,7 @@ from hostile.stages import FINDS, STAGES, prepare
 
 ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
 #: What is told anew each time, such as a backup's times.
-UNLIKE = ("metrics.json", ".backup.json")
+UNLIKE = ("made_with.json", "metrics.json", ".backup.json")
 
 
 def clean(name: str, material: Path, folder: Path) -> tuple[list[str], dict[str, str]]:
