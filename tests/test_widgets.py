@@ -665,14 +665,16 @@ def test_the_slider_steps_through_validations_and_marks_the_best(
     slider = widgets.CheckpointSlider(run)
     assert slider.step == slider.best.step and html.escape(slider.best.reason) in texts(slider)
     labels = [label for label, _ in slider.slider.options]
-    assert labels[0] == "base" and f"{slider.best.step} ★" in labels
+    starred = [label for label in labels if "★" in label]
+    assert labels[0] == "base" and len(labels) == 3
+    assert starred == [f"{slider.best.step} ★"] * slider.best.better_than_base
     assert all("view only" not in label for label in labels), "the newest and the best are kept"
     seen = {}
     for step in (0, 2, 4):
         slider.slider.value = step
         seen[step] = [picture.tobytes() for picture in images(slider)]
         assert seen[step][0] == load_images(run, step).subject[0].tobytes()
-        assert len(seen[step]) == 4 + 2 + 1
+        assert len(seen[step]) == 4 + 2 + 10
     assert seen[0] != seen[4]
     assert slider.step == 4 and "The cells below use this step." in texts(slider)
 
@@ -687,8 +689,8 @@ def test_a_step_without_weights_is_view_only(started: Callable[..., Run]) -> Non
     for step in (0, gone[0]):
         slider.slider.value = step
         assert slider.step == slider.best.step
-        assert f"the cells below use step {slider.best.step} ★" in texts(slider)
-        assert len(images(slider)) == 4 + 2 + 1
+        assert f"the cells below use step {slider.best.step}." in texts(slider)
+        assert len(images(slider)) == 4 + 2 + 10
 
 
 def test_class_images_are_drawn_where_the_run_expects_them(

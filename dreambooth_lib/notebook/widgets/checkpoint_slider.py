@@ -13,6 +13,7 @@ from dreambooth_lib.training.validation_record import history, load_images, plan
 
 _HINT = "early steps lack the subject, late ones ignore the prompt: choose one that shows both"
 _WIDTHS = 200, 256  # smallest and largest width of an image on the page, in pixels
+_SMALL = 128, 160  # of an image of another prompt
 
 
 def verdict_html(selection: Selection) -> str:
@@ -67,9 +68,10 @@ class CheckpointSlider(Panel):
         shown = ", ".join(f"{name} {getattr(ratios, field):.0%}" for field, name in RATIOS.items())
         self.scores.value = f"<b>{f'Step {step}' if step else 'The base'}</b>: {shown}. {used}"
         validation = load_images(self.run, step)
-        images = validation.subject + validation.class_images + validation.unrelated
+        large, small = validation.subject + validation.class_images, validation.unrelated
+        widths = [_WIDTHS] * len(large) + [_SMALL] * len(small)
         prompts = plan_of(self.run).prompts(self.run.config.subject)
         self.images.children = [
-            captioned(image, prompt, *_WIDTHS)
-            for image, prompt in zip(images, prompts, strict=True)
+            captioned(image, prompt, *width)
+            for image, prompt, width in zip(large + small, prompts, widths, strict=True)
         ]
