@@ -71,7 +71,8 @@ def base_against_tuned(
     papers = set(PAPER) <= set(map(str, encoders)) and any(
         subject.kind in benchmark.prompts for subject in benchmark.subjects
     )
-    table = tables.markdown(scores.means(rows), published=papers)
+    means = scores.means(rows)
+    table = f"{tables.markdown(means, published=papers)}\n{tables.explain(means)}"
     if by_rubric and by_rubric.missing:
         table += f"\n{markdown(by_rubric.name)} gave no score to {by_rubric.missing} of "
         table += f"{by_rubric.questions} questions; its words are in `judge`.\n"

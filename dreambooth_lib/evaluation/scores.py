@@ -207,7 +207,10 @@ def scored_images(
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over subjects, prompts and seeds, and its 95% bootstrap interval."""
+    """A mean over subjects, prompts and seeds, and its 95% bootstrap interval.
+
+    The interval is over seeds, or over prompts or subjects where each has one value only.
+    """
 
     method: str
     encoder: str
@@ -216,6 +219,7 @@ class Mean:
     low: float
     high: float
     count: int  #: number of values
+    over_seeds: bool = True  #: whether the interval is over seeds
 
 
 def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]:
@@ -230,7 +234,8 @@ def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]
         cells: dict[tuple[str, str | None], list[float]] = {}
         for row in members:
             cells.setdefault((row.subject, row.prompt), []).append(row.value)
-        if all(len(values) == 1 for values in cells.values()):
+        over_seeds = any(len(values) > 1 for values in cells.values())
+        if not over_seeds:
             cells = {("", None): [value for (value,) in cells.values()]}
         rng = np.random.default_rng(seed)
         resampled = np.zeros(samples)
@@ -240,5 +245,5 @@ def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]
             resampled += np.asarray(values)[picks].sum(1) / count
         value = sum(sum(values) for values in cells.values()) / count
         low, high = np.percentile(resampled, [2.5, 97.5])
-        result.append(Mean(*key, value, float(low), float(high), count))
+        result.append(Mean(*key, value, float(low), float(high), count, over_seeds))
     return result

@@ -12,7 +12,7 @@ from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.user_text import markdown as markdown_text
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.evaluation.scores import Mean, Row
-from dreambooth_lib.figures.labels import heading
+from dreambooth_lib.figures.labels import EXPLAINED, heading
 
 #: Table 1 of arXiv 2208.12242, on 30 subjects: DINO, CLIP-I, CLIP-T.
 PUBLISHED: dict[str, tuple[float, float, float | None]] = {
@@ -58,12 +58,14 @@ def read_csv(path: str | Path) -> list[Row]:
 def markdown(means: Sequence[Mean], published: bool = False) -> str:
     """Return a table with a row per method and a column per measure and encoder.
 
-    Intervals are in brackets. Measures have plain names, with an arrow in the direction that is
-    better; a measure of your own keeps its name. ``published`` adds the paper's rows below: they
+    Intervals over seeds are in brackets. Measures have plain names, with an arrow in the direction
+    that is better, and the order of :data:`labels.EXPLAINED`; a measure of your own keeps its name
+    and comes last. ``published`` adds the paper's rows below: they
     are by DINO ViT-S/16 and a CLIP that the paper does not name, on 30 subjects, so compare them
     only with the same encoders on those.
     """
-    columns = list(dict.fromkeys((mean.measure, mean.encoder) for mean in means))
+    found = dict.fromkeys((mean.measure, mean.encoder) for mean in means)
+    columns = sorted(found, key=lambda column: _place(column[0]))
     heads = [
         "",
         *(markdown_text(f"{heading(measure)} ({encoder})") for measure, encoder in columns),
@@ -71,7 +73,8 @@ def markdown(means: Sequence[Mean], published: bool = False) -> str:
     rows = {mean.method: [markdown_text(mean.method), *[""] * len(columns)] for mean in means}
     for mean in means:
         place = 1 + columns.index((mean.measure, mean.encoder))
-        rows[mean.method][place] = f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+        interval = f" [{mean.low:.3f}, {mean.high:.3f}]" if mean.over_seeds else ""
+        rows[mean.method][place] = f"{mean.value:.3f}{interval}"
     text = table(heads, rows.values())
     if published:
         heads = ["arXiv 2208.12242, Table 1", "DINO", "CLIP-I", "CLIP-T"]
@@ -81,6 +84,17 @@ def markdown(means: Sequence[Mean], published: bool = False) -> str:
         }
         text += "\n" + table(heads, [[name, *values] for name, values in shown.items()])
     return text
+
+
+def explain(means: Sequence[Mean]) -> str:
+    """Return a list in Markdown that explains each measure of a table in a sentence."""
+    measures = sorted({mean.measure for mean in means} & EXPLAINED.keys(), key=_place)
+    return "".join(f"- *{heading(measure)}*: {EXPLAINED[measure]}.\n" for measure in measures)
+
+
+def _place(measure: str) -> int:
+    order = list(EXPLAINED)
+    return order.index(measure) if measure in EXPLAINED else len(order)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -50,6 +50,28 @@ _ARROWS = dict.fromkeys(
 ) | dict.fromkeys(("pres", "prior_drift", "unrelated_drift", "prompt_drift", "class_kid"), " ↓")
 
 
+#: What a measure of an evaluation says, in a sentence; the order is that of a table's columns.
+EXPLAINED = {
+    "subject_fidelity": "how much the images look like the photos, 1 at most; the row of the real "
+    "photos is what can be reached",
+    "masked_fidelity": "the same of what the masks show, without the background",
+    "concept_preservation": "the same by a vision-language model, 0 to 1",
+    "prompt_adherence": "how well the images fit their prompts; the base is what can be reached",
+    "prompt_following": "the same by a vision-language model, 0 to 1",
+    "pres": "how much images of the class look like the photos; higher than the base's means that "
+    "the subject has leaked into its class",
+    "class_diversity": "how much images of the class differ; lower than the base's means that they "
+    "have become alike",
+    "prior_drift": "how far images of the class have moved from the base's of the same seeds",
+    "prompt_drift": "the same of images of other prompts",
+    "class_kid": "how far images of the class are from the base's as a whole",
+    "retrieval_precision": "how early an image finds the photos among pictures of the class and of "
+    "other subjects, 1 at best",
+    "memorisation": "how much the images look like the closest photo; near 1 they copy it",
+    "prompt_diversity": "how much images of one prompt differ",
+}
+
+
 def name(field: str) -> str:
     """Return a field's plain name, or the field itself where it has none."""
     return NAMES.get(field, field)
