@@ -214,7 +214,8 @@ def run_training(run: Run) -> None:
         if len(results) > 1:
             selection = select_best(results)
             state.print(f"{selection.verdict.text} {selection.verdict.advice}")
-            state.print(f"Best: {selection.reason}")
+            best = "Best: " if selection.better_than_base else ""
+            state.print(f"{best}{selection.reason}")
     state.print(printable(str(run.pipeline)))
 
 

@@ -32,7 +32,8 @@ PRINTED = [
     r"step 1/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
     r"step 2/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
     r"validation took \d+% of the time; raise validate_every to validate less",
-    r"Best: Step \d: .*",
+    r"Subject learnt: (yes|partly|no)\. Class: .*\. Other prompts: .*\.",
+    r"(Best: Step \d: |No step is better than the base: ).*",
     r".*/run/pipeline",
 ]
 

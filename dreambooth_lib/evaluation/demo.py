@@ -114,6 +114,7 @@ def personalise(
     }
     for name, drawn in scored.items():
         row[name] = score_images(encoder, photos, subject, drawn, scored["base"])
+        del row[name]["by_image"]
     seconds = [after - before for before, after in pairwise(times)]
     row["seconds"] = dict(zip(("prior", "train", "sample"), seconds, strict=True))
     row["seconds"]["total"] = time.perf_counter() - times[0]
