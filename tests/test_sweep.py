@@ -167,7 +167,7 @@ def test_the_highest_mean_over_seeds_is_recommended(config: TrainConfig) -> None
     assert best.score == pytest.approx(0.8)
     start = "λ 1, step 100 has the highest score of 3 settings (0.800, mean of 2 runs): "
     assert best.reason.startswith(start)
-    assert best.reason.endswith("with a class drift of 0.500.")
+    assert best.reason.endswith("class kept 50%, other prompts kept 50%.")
     last = recommend([*rows, row(1, 0, 300, 0.9), row(1, 1, 300, 0.9)]).reason
     assert last.endswith("This is the longest training tried: try more steps before you trust it.")
     two = recommend([*rows, row(0.5, 0, 100, 0.795), row(0.25, 0, 100, 0.79)]).reason

@@ -235,7 +235,7 @@ def test_validation_images_are_drawn_fast_unless_the_config_or_an_old_plan_says_
 
     monkeypatch.setattr(Family, "generate", recorded)
     validation.draw_images(loading.load_model(tiny_sd2), config.subject, plan)
-    assert drawn == [{"fast": True}]
+    assert drawn == [{"fast": True}] * 3, "18 images in batches of 8"
 
 
 def test_a_row_of_an_earlier_version_is_read(started: Callable[..., Run]) -> None:

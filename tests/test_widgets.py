@@ -626,7 +626,7 @@ def test_an_interrupt_while_curves_are_drawn_saves_the_run(
 ) -> None:
     run = started()
 
-    def interrupted(_rows: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dreambooth_lib.figures.plots.losses", interrupted)
