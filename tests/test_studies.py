@@ -1,135 +1,121 @@
-"""Test the studies' own computing: noise, choices, intervals, and pairs that people judge."""
+"""Check the studies from configs to tables, on a tiny base and in one process."""
 
 import json
-import math
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_lib.training.validation import ValidationImages
-from dreambooth_lib.training.validation_record import ValidationResult
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.training import validation_record
+from dreambooth_lib.training.validation import ValidationPlan
+from tools.studies import __main__ as studies
 from tools.studies import bank, pairs, trust
-from tools.studies.intervals import half_width, interval
-from tools.studies.pairs import Pair
-from tools.studies.trust import Cell
-
-FIDELITY, DRIFT = 0.5, 0.1
 
 
-def result(step: int, fidelity: list[float], drift: float = DRIFT) -> ValidationResult:
-    by_image = {"subject_fidelity": fidelity, "prompt_adherence": [0.5] * 4,
-                "prior_drift": [drift] * 4, "unrelated_drift": [drift] * 10}  # fmt: skip
-    return ValidationResult(
-        step=step, reference_fidelity=0.8, class_diversity=0.3, pres=0.2, held_out={}, seconds=0.0,
-        by_image=by_image, **{name: float(np.mean(values)) for name, values in by_image.items()},
-    )  # fmt: skip
+class Here(Executor):
+    """An executor that runs each task at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
 
 
-def test_intervals_are_students() -> None:
-    """95 of 100 intervals of five normal numbers hold the mean; the widest of two do too."""
-    generator = np.random.default_rng(0)
-    for count in (2, 5, 12, 40):
-        draws = generator.normal(0, 1, (4000, count))
-        held = [abs(row.mean()) <= half_width(row.tolist()) for row in draws]
-        assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-    assert interval([0.5]) == "0.500" and interval([0.0, 1.0], ".1f") == "0.5 ± 6.4"
-    assert half_width([1.0]) == 0
+@pytest.fixture
+def subject(
+    tiny_sd2: str, photos: str, clip_folder: Path, make_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Subject:  # fmt: skip
+    def plain(subject: Subject) -> TrainConfig:
+        config = make_config(tiny_sd2, photos, scorer=str(clip_folder), validate_every=2)
+        return config.replace(subject=subject)
+
+    monkeypatch.setattr(studies, "plain", plain)
+    monkeypatch.setattr(studies, "PLAN", ValidationPlan(class_images=2, inference_steps=2))
+    monkeypatch.setattr(studies, "LAMBDAS", (0.0, 1.0))
+    monkeypatch.setattr(studies, "STEPS", (2, 4))
+    monkeypatch.setattr(studies, "SEEDS", 2)
+    return Subject(photos, "dog", name="rex")
 
 
-def test_noise_is_the_spread_between_two_sets_of_seeds() -> None:
-    generator, spread = np.random.default_rng(0), 0.02
-    rows: trust.Rows = {"validation": {}, "again": {}}
-    for seed in range(300):
-        for plan in rows:
-            own = [result(0, [0.4] * 4)]
-            own += [result(step, generator.normal(0.6, spread, 4).tolist()) for step in (1, 2)]
-            rows[plan][Cell("full", "dog", seed)] = own
-    table = [line.split(" | ") for line in trust.noise(rows)]
-    (likeness,) = [cells for cells in table if cells[0].endswith("likeness")]
-    expected = spread / 2 / (0.8 - 0.4)  # of the mean of four images, in shares of what is possible
-    assert [float(c.rstrip(" |")) for c in likeness[1:]] == pytest.approx(
-        [expected, expected, math.sqrt(2) * expected], rel=0.15
-    )
+def test_a_grid_has_a_table_and_figures(subject: Subject, tmp_path: Path) -> None:
+    rows = studies.study_grid(subject, tmp_path, Here())
+    assert len(rows) == 2 * 2
+    for name in ("table.csv", "heat_map.png", "front.png", "sheet.png"):
+        assert (tmp_path / "rex" / name).exists()
 
 
-def test_a_choice_is_judged_by_other_images() -> None:
-    base = result(0, [0.4] * 4)
-    own = [base, result(125, [0.60] * 4), result(250, [0.70] * 4)]
-    judged = [base, result(125, [0.72] * 4), result(250, [0.60] * 4)]
-    choice = trust.choose(own, judged)
-    assert (choice.step, choice.best) == (250, 125)
-    assert choice.share == pytest.approx((0.5 / 0.8) ** (1 / 3))
-    cell = Cell("full", "dog", 0)
-    table = trust.choice_table(
-        {"validation": {cell: own}, "exhaustive": {cell: judged}}, "full", 250
-    )
-    assert table[-2].startswith("| dog | 250 | 125 | 0.855") and "0 of 1" in table[-1]
-    assert trust.choose(trust.up_to(own, 125), trust.up_to(judged, 125)).share == 1
+@pytest.mark.slow
+def test_a_bank_is_filled_scored_and_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs of the bundled base, two steps each; filled again, nothing is made anew."""
+    few = {"class_images": 2, "unrelated": 1, "inference_steps": 1, "guidance_scale": 3.25}
+    names = ("validation", "again", "exhaustive")
+    plans = {name: ValidationPlan(first_seed=500 * i, **few) for i, name in enumerate(names)}
+    monkeypatch.setattr(bank, "plans", lambda config: plans)
+    monkeypatch.setattr(validation_record, "plan_for", lambda config: plans["validation"])
+    monkeypatch.setattr(bank, "EVERY", 1)
+    short = {"steps": 2, "class_images": 2, "prior_inference_steps": 1}
+    kinds = {"full": lambda config: config.replace(**short),
+             "lambda-0": lambda config: config.replace(**short, prior_weight=0.0)}  # fmt: skip
+    monkeypatch.setattr(bank, "kinds", lambda: kinds)
+    monkeypatch.setattr(studies, "SEEDS", 1)
+    subjects = [bank.subjects()["moss_cat"]]
+    studies.fill_bank(subjects, tmp_path, list(kinds), Here())
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npz")}
+    assert len(files) == 1 + 2 * 2 and not list(tmp_path.rglob("checkpoints"))
+    studies.fill_bank(subjects, tmp_path, list(kinds), Here())
+    assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npz")}
+    rows = trust.read_rows(tmp_path / "validations.jsonl")
+    own = rows["validation"][trust.Cell("full", "moss_cat", 0)]
+    (kept,) = tmp_path.glob("full/moss_cat/seed0/validation.jsonl")
+    told = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [r.step for r in own] == [row["step"] for row in told] == [0, 1, 2]
+    for one, row in zip(own, told, strict=True):
+        assert one.subject_fidelity == pytest.approx(row["subject_fidelity"], abs=2e-4)
+        assert one.unrelated_drift == pytest.approx(row["unrelated_drift"], abs=2e-4)
+    monkeypatch.setattr(pairs, "DATA", tmp_path / "none")
+    studies.print_trust(tmp_path / "validations.jsonl")
+    printed = capsys.readouterr().out
+    assert "| moss_cat | λ 1, " in printed and "within 2%: " in printed
 
 
-def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
-    lines = []
-    for step, kind, seed in ((250, "full", 3), (0, "base", -1), (125, "full", 3)):
-        row = {"kind": kind, "subject": "dog", "seed": seed, "plan": "again"}
-        lines.append(json.dumps(row | vars(result(step, [0.5] * 4))))
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    rows = trust.read_rows(tmp_path / "rows.jsonl")
-    assert [r.step for r in rows["again"][Cell("full", "dog", 3)]] == [0, 125, 250]
+def test_ablations_differ_in_one_thing_each(subject: Subject, tmp_path: Path) -> None:
+    kinds = studies.ablations(subject, tmp_path)
+    default = kinds.pop("default")
+    of_lora = {"method", "lora_rank", "learning_rate"}  # LoRA has a rate of its own
+    for name, config in kinds.items():
+        before, after = default.to_dict(), config.to_dict()
+        changed = {key for key in before if before[key] != after.get(key)}
+        assert changed, name
+        if "LoRA" in name:
+            assert of_lora <= changed
+            changed -= of_lora
+        assert len(changed - {"subject", "prior_weight"}) <= 1, name
+    names = ("1 photo", "2 photos", "3 photos", "4 photos")
+    folders = [Path(kinds[name].subject.pictures) for name in names]
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 2, 3, 4]
 
 
-def images(seed: int, count: int) -> list[Image.Image]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    return [Image.fromarray(one) for one in pixels]
+def test_kinds_are_trained_with_every_seed(subject: Subject, tmp_path: Path) -> None:
+    kinds = {"default": studies.plain(subject), "no prior": studies.plain(subject)}
+    kinds["no prior"] = kinds["no prior"].replace(prior_weight=0.0)
+    studies.over_seeds(subject, kinds, tmp_path, Here())
+    rows = (tmp_path / "means.md").read_text().splitlines()[2:]
+    names = [row.split(" | ")[0] for row in rows]
+    assert names == ["| the base", "| default (2)", "| no prior (2)"]
+    for name in ("means.png", "sheet.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 300
+    assert (tmp_path / "table.csv").read_text().count("-seed1,") == 2
 
 
-def test_a_banks_images_are_read_as_they_were_saved(tmp_path: Path) -> None:
-    subject = bank.subjects()["moss_cat"]
-    drawn = {name: ValidationImages(images(1, 12), images(2, 4), images(3, 10), [])
-             for name in ("validation", "again", "exhaustive")}  # fmt: skip
-    bank.save(tmp_path / "000125.npz", drawn)
-    read = bank.load(tmp_path / "000125.npz", subject)["exhaustive"]
-    assert [i.tobytes() for i in read.subject] == [i.tobytes() for i in images(1, 12)]
-    assert read.prompts[0] == "a ohwx cat on the beach" and len(read.prompts) == 12
-
-
-def test_answers_come_back_to_their_pairs_whatever_the_page_and_side(tmp_path: Path) -> None:
-    """A person who always sees what is there is read alike in both passes."""
-    names = list(bank.subjects())[:3]
-    every = {pairs.digest(image): image for image in images(4, 90)}
-    digests = list(every)
-    asked = [Pair(names[i % 3], (digests[2 * i], digests[2 * i + 1]), ("x", "y"), 0)
-             for i in range(45)]  # fmt: skip
-    level = {digest: number % 3 for number, digest in enumerate(digests)}
-    pairs.write(asked, every, tmp_path / "data")
-    pairs.ask(tmp_path / "data", tmp_path / "out")
-    sides = set()
-    for number in (1, 2):
-        keys = json.loads((tmp_path / "out" / f"pass-{number}.json").read_text())
-        assert len(list((tmp_path / "out" / f"pass-{number}").glob("*.png"))) == len(keys)
-        lines = []
-        for page, key in enumerate(keys, 1):
-            assert len({asked[one["pair"]].subject for one in key}) == 1
-            for place, one in enumerate(key, 1):
-                a, b = (level[d] for d in asked[one["pair"]].images[:: -1 if one["swapped"] else 1])
-                sides.add((number, one["pair"], one["swapped"]))
-                lines.append(f"{page} {place} {'A' if a > b else 'B' if b > a else '='} {a} {b}")
-        text = tmp_path / "out" / f"pass-{number}.txt"
-        text.write_text("\n".join(lines[1:]))
-        with pytest.raises(ValueError, match="1 pairs have no answer"):
-            pairs.take(number, tmp_path / "data", tmp_path / "out")
-        text.write_text("\n".join(lines))
-        pairs.take(number, tmp_path / "data", tmp_path / "out")
-    assert len({(pair, swapped) for _, pair, swapped in sides}) > 50, "sides differ between passes"
-    found, read = pairs.read(tmp_path / "data")
-    for pair in found:
-        a, b = (level[d] for d in pair.images)
-        word = "first" if a > b else "second" if b > a else "alike"
-        assert pair.better == [word] * 2 and [list(s) for s in pair.shown] == [[a, b]] * 2
-    assert {d: i.tobytes() for d, i in read.items()} == {d: i.tobytes() for d, i in every.items()}
-    sheet = Image.open(tmp_path / "data" / "images.png")
-    sheet.putpixel((3, 3), (0, 0, 0))
-    sheet.save(tmp_path / "data" / "images.png")
-    with pytest.raises(ValueError, match="image 0 of"):
-        pairs.read(tmp_path / "data")
+def test_memory_levels_differ_in_nothing_else(subject: Subject) -> None:
+    levels = studies.memory_levels(subject)
+    assert [config.memory for config in levels.values()] == ["standard", "low", "lowest"]
+    assert len({repr(config.replace(memory="auto")) for config in levels.values()}) == 1

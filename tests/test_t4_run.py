@@ -46,7 +46,7 @@ def test_own_class_images_are_not_drawn() -> None:
 def test_rows_follow_the_bases_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     before = t4_run.rows_drawn({})["validation"]["unet"]
     own = StableDiffusion.default_inference
-    fewer = type(own)(**vars(own) | {"validation_steps": own.validation_steps // 2})
+    fewer = type(own)(**vars(own) | {"fast_validation_steps": own.fast_validation_steps // 2})
     monkeypatch.setattr(StableDiffusion, "default_inference", fewer)
     assert t4_run.rows_drawn({})["validation"]["unet"] < before
 

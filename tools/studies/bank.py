@@ -85,8 +85,7 @@ def fill(bank: Path, kind: str, subject: Subject, seed: int) -> None:
     if not run.finished:
         for _ in train(run):
             pass
-    others = plans(config)
-    del others["validation"]
+    others = {name: plan for name, plan in plans(config).items() if name != "validation"}
     for step in missing:
         drawn = draw(trainable.load_at_checkpoint(run, step), config, others)
         save(place / f"{step:06d}.npz", {"validation": load_images(run, step)} | drawn)

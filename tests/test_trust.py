@@ -1,0 +1,136 @@
+"""Test the studies' own computing: noise, choices, intervals, and pairs that people judge."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_lib.training.validation import ValidationImages
+from dreambooth_lib.training.validation_record import ValidationResult
+from tools.studies import bank, pairs, trust
+from tools.studies.intervals import half_width, interval
+from tools.studies.pairs import Pair
+from tools.studies.trust import Cell
+
+FIDELITY, DRIFT = 0.5, 0.1
+
+
+def result(step: int, fidelity: list[float], drift: float = DRIFT) -> ValidationResult:
+    by_image = {"subject_fidelity": fidelity, "prompt_adherence": [0.5] * 4,
+                "prior_drift": [drift] * 4, "unrelated_drift": [drift] * 10}  # fmt: skip
+    return ValidationResult(
+        step=step, reference_fidelity=0.8, class_diversity=0.3, pres=0.2, held_out={}, seconds=0.0,
+        by_image=by_image, **{name: float(np.mean(values)) for name, values in by_image.items()},
+    )  # fmt: skip
+
+
+def test_intervals_are_students() -> None:
+    """95 of 100 intervals of five normal numbers hold the mean; the widest of two do too."""
+    generator = np.random.default_rng(0)
+    for count in (2, 5, 12, 40):
+        draws = generator.normal(0, 1, (4000, count))
+        held = [abs(row.mean()) <= half_width(row.tolist()) for row in draws]
+        assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.000 ± 1.963"
+    assert interval([0.5]) == "0.500" and interval([0.0, 1.0], ".1f") == "0.5 ± 6.4"
+    assert half_width([1.0]) == 0
+
+
+def test_noise_is_the_spread_between_two_sets_of_seeds() -> None:
+    generator, spread = np.random.default_rng(0), 0.02
+    rows: trust.Rows = {"validation": {}, "again": {}}
+    for seed in range(300):
+        for plan in rows:
+            own = [result(0, [0.4] * 4)]
+            own += [result(step, generator.normal(0.6, spread, 4).tolist()) for step in (1, 2)]
+            rows[plan][Cell("full", "dog", seed)] = own
+    table = [line.split(" | ") for line in trust.noise(rows)]
+    (likeness,) = [cells for cells in table if cells[0].endswith("likeness")]
+    expected = spread / 2 / (0.8 - 0.4)  # of the mean of four images, in shares of what is possible
+    assert [float(c.rstrip(" |")) for c in likeness[1:]] == pytest.approx(
+        [expected, expected, math.sqrt(2) * expected], rel=0.15
+    )
+
+
+def test_a_choice_is_judged_by_other_images() -> None:
+    base = result(0, [0.4] * 4)
+    own = [base, result(125, [0.60] * 4), result(250, [0.70] * 4)]
+    judged = [base, result(125, [0.72] * 4), result(250, [0.60] * 4)]
+    choice = trust.choose(own, judged)
+    assert (choice.step, choice.best) == (250, 125)
+    assert choice.share == pytest.approx((0.5 / 0.8) ** (1 / 3))
+    cell = Cell("full", "dog", 0)
+    table = trust.choice_table(
+        {"validation": {cell: own}, "exhaustive": {cell: judged}}, "full", 250
+    )
+    assert table[-2].startswith("| dog | 250 | 125 | 0.855") and "0 of 1" in table[-1]
+    assert trust.choose(trust.up_to(own, 125), trust.up_to(judged, 125)).share == 1
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    lines = []
+    for step, kind, seed in ((250, "full", 3), (0, "base", -1), (125, "full", 3)):
+        row = {"kind": kind, "subject": "dog", "seed": seed, "plan": "again"}
+        lines.append(json.dumps(row | vars(result(step, [0.5] * 4))))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = trust.read_rows(tmp_path / "rows.jsonl")
+    assert [r.step for r in rows["again"][Cell("full", "dog", 3)]] == [0, 125, 250]
+
+
+def images(seed: int, count: int) -> list[Image.Image]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in pixels]
+
+
+def test_a_banks_images_are_read_as_they_were_saved(tmp_path: Path) -> None:
+    subject = bank.subjects()["moss_cat"]
+    drawn = {name: ValidationImages(images(1, 12), images(2, 4), images(3, 10), [])
+             for name in ("validation", "again", "exhaustive")}  # fmt: skip
+    bank.save(tmp_path / "000125.npz", drawn)
+    read = bank.load(tmp_path / "000125.npz", subject)["exhaustive"]
+    assert [i.tobytes() for i in read.subject] == [i.tobytes() for i in images(1, 12)]
+    assert read.prompts[0] == "a ohwx cat on the beach" and len(read.prompts) == 12
+
+
+def test_answers_come_back_to_their_pairs_whatever_the_page_and_side(tmp_path: Path) -> None:
+    """A person who always sees what is there is read alike in both passes."""
+    names = list(bank.subjects())[:3]
+    every = {pairs.digest(image): image for image in images(4, 90)}
+    digests = list(every)
+    asked = [Pair(names[i % 3], (digests[2 * i], digests[2 * i + 1]), ("x", "y"), 0)
+             for i in range(45)]  # fmt: skip
+    level = {digest: number % 3 for number, digest in enumerate(digests)}
+    pairs.write(asked, every, tmp_path / "data")
+    pairs.ask(tmp_path / "data", tmp_path / "out")
+    sides = set()
+    for number in (1, 2):
+        keys = json.loads((tmp_path / "out" / f"pass-{number}.json").read_text())
+        assert len(list((tmp_path / "out" / f"pass-{number}").glob("*.png"))) == len(keys)
+        lines = []
+        for page, key in enumerate(keys, 1):
+            assert len({asked[one["pair"]].subject for one in key}) == 1
+            for place, one in enumerate(key, 1):
+                a, b = (level[d] for d in asked[one["pair"]].images[:: -1 if one["swapped"] else 1])
+                sides.add((number, one["pair"], one["swapped"]))
+                lines.append(f"{page} {place} {'A' if a > b else 'B' if b > a else '='} {a} {b}")
+        text = tmp_path / "out" / f"pass-{number}.txt"
+        text.write_text("\n".join(lines[1:]))
+        with pytest.raises(ValueError, match="1 pairs have no answer"):
+            pairs.take(number, tmp_path / "data", tmp_path / "out")
+        text.write_text("\n".join(lines))
+        pairs.take(number, tmp_path / "data", tmp_path / "out")
+    assert len({(pair, swapped) for _, pair, swapped in sides}) > 50, "sides differ between passes"
+    found, read = pairs.read(tmp_path / "data")
+    for pair in found:
+        a, b = (level[d] for d in pair.images)
+        word = "first" if a > b else "second" if b > a else "alike"
+        assert pair.better == [word] * 2 and [list(s) for s in pair.shown] == [[a, b]] * 2
+    assert {d: i.tobytes() for d, i in read.items()} == {d: i.tobytes() for d, i in every.items()}
+    sheet = Image.open(tmp_path / "data" / "images.png")
+    sheet.putpixel((3, 3), (0, 0, 0))
+    sheet.save(tmp_path / "data" / "images.png")
+    with pytest.raises(ValueError, match="image 0 of"):
+        pairs.read(tmp_path / "data")
