@@ -59,7 +59,8 @@ def _of_evaluation(folder: Path, title: str) -> dict[str, Any]:
     rows = tables.read_csv(folder / "scores.csv")
     found = [
         {"method": m.method, "encoder": m.encoder, "measure": m.measure, "value": m.value,
-         "low": m.low, "high": m.high, "count": m.count}
+         "low": m.low if m.over_seeds else None, "high": m.high if m.over_seeds else None,
+         "count": m.count}
         for m in scores.means(rows)
     ]  # fmt: skip
     subjects = {row.subject for row in rows}
