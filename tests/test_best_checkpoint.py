@@ -134,6 +134,15 @@ def test_later_validations_never_bring_back_an_earlier_step() -> None:
         assert bests == sorted(bests)
 
 
+def test_a_base_that_is_as_like_the_photos_as_they_are_to_each_other_can_be_compared() -> None:
+    """All its likeness is 1, so that only prompts and what is kept count."""
+    base = row(0, 0.8)
+    kept, lost = noisy(100, [0.8] * 4, [0.1] * 10), noisy(200, [0.9, 0.7] * 2, [0.5] * 10)
+    gain, error = difference(kept, lost, base)
+    assert gain > 0 and error == 0
+    assert select_best([base, kept, lost]).step == 100
+
+
 def test_a_row_of_an_earlier_version_has_no_noise() -> None:
     assert difference(OVERFIT[2], OVERFIT[1], BASE)[1] == 0
     mixed = noisy(300, [0.7] * 4, [0.1] * 10)
@@ -154,9 +163,9 @@ def test_a_row_of_an_earlier_version_has_no_noise() -> None:
         (Ratios(0.95, 0.9, 0.9, 0.3), -0.2, True,
          "Subject learnt: yes. Class: kept. Other prompts: forgotten.", "Lower the learning rate"),
         (Ratios(0.95, 0.5, 0.9, 0.9), 0.0, False,
-         "Subject learnt: yes. Class: kept. Other prompts: kept.", "look at an earlier step"),
+         "Subject learnt: yes. Class: kept. Other prompts: kept.", "compare an earlier checkpoint"),
         (Ratios(0.95, 0.95, 0.6, 0.9), 0.0, True,
-         "Subject learnt: yes. Class: partly kept. Other prompts: kept.", "raise λ if too little"),
+         "Subject learnt: yes. Class: partly kept. Other prompts: kept.", "λ if too little"),
     ],
 )  # fmt: skip
 def test_the_verdict_says_what_was_learnt_what_was_kept_and_what_to_do(
@@ -165,6 +174,15 @@ def test_the_verdict_says_what_was_learnt_what_was_kept_and_what_to_do(
     judged = verdict(own, leaks, last)
     assert judged.text == text and advice in judged.advice
     assert judged.good == (" forgotten" not in text and "learnt: yes" in text)
+
+
+def test_a_run_that_was_still_learning_is_told_to_go_on() -> None:
+    """Whether its last validation or the one before was the best, is chance."""
+    rows = [BASE, row(100, 0.45), row(200, 0.48), row(300, 0.50), row(400, 0.499)]
+    assert "more steps" in select_best(rows).verdict.advice
+    assert "more steps" in select_best(rows[:-1]).verdict.advice
+    early = [BASE, row(100, 0.50), row(200, 0.49), row(300, 0.48), row(400, 0.47)]
+    assert "learning rate" in select_best(early).verdict.advice
 
 
 def test_leakage_is_how_much_the_class_became_the_subject() -> None:

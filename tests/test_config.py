@@ -286,7 +286,7 @@ def test_the_prompts_are_the_papers() -> None:
     assert subject.name == "rex"
 
 
-def test_auto_lets_the_looks_choose_the_step() -> None:
+def test_auto_lets_validation_choose_the_step() -> None:
     config = TrainConfig.auto(DOG, seed=4)
     assert (config.prior_weight, config.steps, config.early_stop, config.seed) == (1, 750, True, 4)
     assert TrainConfig.auto(DOG, "some/base").steps == 1500
@@ -302,7 +302,7 @@ def test_a_finished_run_as_a_base_has_the_defaults_of_its_own_base(tmp_path: Pat
     assert TrainConfig(subject=DOG, base=str(tmp_path)).learning_rate == 5e-6
 
 
-def test_looks_are_rarer_where_they_cost_more_beside_an_update() -> None:
+def test_validations_are_rarer_where_they_cost_more_beside_a_step() -> None:
     assert TrainConfig(DOG).validate_every == 125
     assert TrainConfig(DOG, method="lora").validate_every == 250
     assert TrainConfig(DOG, base="owner/model", method="lora").validate_every == 400

@@ -1,8 +1,9 @@
 """Identity and drift: retrieval, masks and other prompts, against plain NumPy."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,3 +232,21 @@ def test_adherence_can_be_by_another_encoder(clip: Encoder, dino: Encoder) -> No
         both.pop("prompt_adherence") == clip_scores.evaluate(clip, *arguments)["prompt_adherence"]
     )
     assert both == clip_scores.evaluate(dino, *arguments)
+    lazily = (arguments[0], _Sequence(images), *arguments[2:])
+    assert clip_scores.evaluate(dino, *lazily, adherence_encoder=clip)["prompt_adherence"] > -1
+    embedded = (arguments[0], dino.embed_images(images), *arguments[2:])
+    with pytest.raises(ValueError, match="two encoders cannot read the same embeddings"):
+        clip_scores.evaluate(dino, *embedded, adherence_encoder=clip)
+
+
+class _Sequence(Sequence):
+    """Images that are decoded when they are asked for."""
+
+    def __init__(self, images: list[Image.Image]) -> None:
+        self._images = images
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._images[index]
+
+    def __len__(self) -> int:
+        return len(self._images)

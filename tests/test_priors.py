@@ -1,4 +1,4 @@
-"""What a prior preserves besides the class: more prompts, and the weights themselves."""
+"""Test what a prior preserves besides the class: more prompts, and the weights themselves."""
 
 from collections.abc import Callable
 from itertools import islice

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +242,14 @@ def test_a_row_of_an_earlier_version_is_read(started: Callable[..., Run]) -> Non
     run, row = started("run"), ValidationResult(0, 0.5, 0.9, 0.3, 0.5, 0.0, 0.1, 0.0, {}, 1.0)
     run.append("validation", asdict(row) | {"fidelity": {}, "bleeding": {}})
     assert history(run) == [row]
+
+
+@pytest.mark.parametrize("values", [[1e400], [float("nan")], ["0.5"], [1, 2], 3, [0.5, 1e300]])
+def test_damaged_scores_of_images_are_left_out(started: Callable[..., Run], values: Any) -> None:
+    run, row = started("run"), ValidationResult(0, 0.5, 0.9, 0.3, 0.5, 0.0, 0.1, 0.0, {}, 1.0)
+    sound = {"prior_drift": [0.1, 0.2]}
+    run.append("validation", asdict(row) | {"by_image": sound | {"subject_fidelity": values}})
+    assert history(run) == [replace(row, by_image=sound)]
 
 
 def test_held_out_losses_match_a_plain_computation(

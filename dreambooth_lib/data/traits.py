@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 @dataclass(frozen=True, eq=False)
 class Traits:
-    """What is known of an image besides its pixels."""
+    """Hold what is known of an image besides its pixels."""
 
     size: tuple[int, int]  #: width and height in pixels
     digest: bytes  #: sha256 of the pixels

@@ -34,7 +34,7 @@ _REPEATED = 500  # characters of an answer without a score that are shown to the
 
 
 class VisionLanguageModel(Protocol):
-    """What answers the questions; see :mod:`.judge_models`."""
+    """Answer questions about images; :mod:`.judge_models` has two that do."""
 
     @property
     def name(self) -> str:

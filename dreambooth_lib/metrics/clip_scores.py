@@ -95,7 +95,7 @@ def evaluate(
             f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
             "prompt for each image, and repeat a prompt that has several."
         )
-    if adherence_encoder is not None and not isinstance(generated, list | tuple):
+    if adherence_encoder is not None and hasattr(generated, "ndim"):
         raise InputError("two encoders cannot read the same embeddings; give the generated images.")
     images, classes = encoder.as_embeddings(generated), encoder.as_embeddings(class_images)
     scores = {"subject_fidelity": subject_fidelity(images, encoder.as_embeddings(reference))}

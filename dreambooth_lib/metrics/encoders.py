@@ -30,7 +30,7 @@ class EncoderError(KitError, ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """How a type of model is read; the names are classes of transformers.
+    """Say how a type of model is read; the names are classes of transformers.
 
     A model that reads texts embeds by its own ``get_image_features`` and ``get_text_features``. Of
     the others the embedding is the first token after the final norm: the CLS token, or a ConvNeXt's

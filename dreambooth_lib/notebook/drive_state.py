@@ -21,7 +21,7 @@ OLD_STATE, OLD_IDENTITY = ".mirror.json", ".mirror"
 
 @dataclass
 class State:
-    """What a backup records: whose it is, whether the run has finished, and each part's files.
+    """Record what a backup holds: whose it is, whether the run has finished, and each part's files.
 
     A file's row has its name, its size and time in the run, and its size in the backup.
     """

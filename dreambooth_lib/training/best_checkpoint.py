@@ -18,6 +18,9 @@ from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation_record import ValidationResult, history
 from dreambooth_lib.training.verdict import Verdict, verdict
 
+#: A best step after this share of the run's steps so far means that more steps may help.
+STILL_LEARNING = 2 / 3
+
 
 @dataclass(frozen=True)
 class Ratios:
@@ -89,15 +92,16 @@ def difference(
         return math.copysign(math.inf, one.score - two.score) if one.score != two.score else 0.0, 0
     kept = (one.class_kept + one.others_kept + two.class_kept + two.others_kept) / 2
     likeness = (one.likeness + two.likeness) / 2
-    scales = {  # by how much the logarithm of the score changes with each measure
-        "subject_fidelity": 1 / (likeness * (row.reference_fidelity - base.subject_fidelity)),
-        "prompt_adherence": 2 / (row.prompt_adherence + other.prompt_adherence),
-        "prior_drift": 1 / kept,
-        "unrelated_drift": 1 / kept,
+    sizes = {  # a change of a measure, over three times its size, is the change of the log score
+        "subject_fidelity": likeness * (row.reference_fidelity - base.subject_fidelity),
+        "prompt_adherence": (row.prompt_adherence + other.prompt_adherence) / 2,
+        "prior_drift": kept,
+        "unrelated_drift": kept,
     }
     errors = [
-        scale * _standard_error(row.by_image.get(name, []), other.by_image.get(name, [])) / 3
-        for name, scale in scales.items()
+        _standard_error(row.by_image.get(name, []), other.by_image.get(name, [])) / (3 * size)
+        for name, size in sizes.items()
+        if size > 0  # a measure that is at its limit changes nothing
     ]
     return math.log(one.score / two.score), math.hypot(*errors)
 
@@ -120,7 +124,7 @@ def select_best(rows: Sequence[ValidationResult]) -> Selection:
         if _is_lower(best, highest, base) or row.subject_fidelity > best.subject_fidelity:
             best = row
     own = ratios_of(best, base)
-    judged = verdict(own, leakage(best, base), best is rows[-1])
+    judged = verdict(own, leakage(best, base), best.step >= STILL_LEARNING * rows[-1].step)
     better = own.likeness > 0
     return Selection(best.step, own.score, judged, _reason(best, rows), better)
 

@@ -48,7 +48,7 @@ _POOL = range(BINS * IMAGES)
 
 
 class _State(NamedTuple):
-    """What a checkpoint has of λ: replaced as a whole, so that an interrupt cannot split it."""
+    """Hold what a checkpoint has of λ; it is replaced as a whole, so no interrupt can split it."""
 
     weight: float  #: λ
     multiplier: float  #: its integral part

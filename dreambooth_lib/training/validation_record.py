@@ -210,12 +210,13 @@ def history(run: Run) -> list[ValidationResult]:
 
 
 def _numbers(by_image: Any) -> dict[str, list[float]]:
-    """Return the lists of numbers in what a row says of its images; nothing where it is damaged."""
+    """Return the lists of scores in what a row says of its images; none that is damaged."""
     named = by_image.items() if isinstance(by_image, dict) else ()
     return {
         name: values
         for name, values in named
-        if isinstance(values, list) and all(isinstance(value, float) for value in values)
+        if isinstance(values, list)
+        and all(isinstance(value, float) and abs(value) <= 2 for value in values)
     }
 
 

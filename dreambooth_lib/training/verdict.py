@@ -36,37 +36,40 @@ class Verdict:
         return self.learnt == "yes" and "no" not in (self.class_kept, self.others_kept)
 
 
-def verdict(ratios: "Ratios", leakage: float, is_last: bool) -> Verdict:
+def verdict(ratios: "Ratios", leakage: float, still_learning: bool) -> Verdict:
     """Judge a step by its ratios.
 
     ``leakage`` is how much class images have come to look like the subject: 0 as the base's, 1 as
-    the photos. ``is_last`` tells whether no later step was validated.
+    the photos. ``still_learning`` tells whether the step is among the run's last ones.
     """
     learnt = _word(ratios.likeness, LEARNT, PARTLY_LEARNT)
     kept = _word(min(ratios.class_kept, 1 - leakage), CLASS_KEPT, CLASS_PARTLY_KEPT)
     others = _word(ratios.others_kept, OTHERS_KEPT, OTHERS_PARTLY_KEPT)
     words = {"yes": "kept", "partly": "partly kept", "no": "forgotten"}
     text = f"Subject learnt: {learnt}. Class: {words[kept]}. Other prompts: {words[others]}."
-    return Verdict(learnt, kept, others, text, _advice(learnt, kept, others, ratios, is_last))
+    return Verdict(
+        learnt, kept, others, text, _advice(learnt, kept, others, ratios, still_learning)
+    )
 
 
 def _word(value: float, yes: float, partly: float) -> str:
     return "yes" if value >= yes else "partly" if value >= partly else "no"
 
 
-def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", is_last: bool) -> str:
+def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learning: bool) -> str:
     if kept == "no":
         return "Raise λ (prior_weight) to keep the class, and train again."
     if others == "no":
         return "Lower the learning rate, or preserve other prompts too (prior_prompts)."
     if learnt != "yes":
-        if is_last:
+        if still_learning:
             return "Train for more steps: it was still learning."
         return "Raise the learning rate, or give it photos that show the subject more alike."
     if ratios.adherence < FOLLOWED:
-        return "It follows prompts worse than the base: look at an earlier step too."
+        return "It follows prompts worse than the base: compare an earlier checkpoint."
     if "partly" in (kept, others):
         return (
-            "Look at the images of the class and of other prompts: raise λ if too little is kept."
+            "Compare the validation images of the class and of other prompts with the base's: "
+            "raise λ if too little is kept."
         )
     return "Nothing needs to change."

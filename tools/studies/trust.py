@@ -156,7 +156,7 @@ def _spread(differences: Sequence[float]) -> float:
 
 
 class Choice(NamedTuple):
-    """What a run chose, and how good that is of what it could have chosen."""
+    """Say what a run chose, and how good that is of what it could have chosen."""
 
     step: int
     best: int

@@ -107,7 +107,7 @@ def claim(picture: Picture, rng: np.random.Generator) -> Claim:
 
 
 def is_true(claimed: Claim, picture: Picture) -> bool:
-    """Whether all that a caption names is there; of two things it may name the second one only."""
+    """Tell whether all that a caption names is there; it may name the second of two things only."""
     noun, colour, scene, second = claimed
     if scene not in (None, picture.scene):
         return False

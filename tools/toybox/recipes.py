@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a base is made of."""
+    """Say what a base is made of."""
 
     size: int  # pixels a side of a picture
     pairs: float  # the share of pictures that show two things

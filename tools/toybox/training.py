@@ -1,4 +1,4 @@
-"""What the base's trainings share: one resumable loop over optimizer steps, and its optimizer."""
+"""Train the parts of a base: one resumable loop over optimizer steps, and its optimizer."""
 
 import math
 import time
@@ -15,7 +15,7 @@ from dreambooth_lib.training.checkpoints import load_state, save_state
 
 @dataclass(frozen=True)
 class Way:
-    """How long a training runs, where, and in what precision.
+    """Say how long a training runs, where, and in what precision.
 
     It ends after ``steps`` or after ``seconds`` of training, in all the calls that it takes.
     bfloat16 and float16 are by autocast, the latter with loss scaling; the weights stay float32.

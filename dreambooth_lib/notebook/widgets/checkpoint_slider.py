@@ -2,7 +2,7 @@
 
 import html
 
-from ipywidgets import HTML, SelectionSlider
+from ipywidgets import HTML, SelectionSlider, VBox
 
 from dreambooth_lib.figures.labels import BAD, FAIR, GOOD, RATIOS
 from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
@@ -12,8 +12,8 @@ from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history, load_images, plan_of
 
 _HINT = "early steps lack the subject, late ones ignore the prompt: choose one that shows both"
-_WIDTHS = 200, 256  # smallest and largest width of an image on the page, in pixels
-_SMALL = 128, 160  # of an image of another prompt
+#: Smallest and largest width on the page, in pixels: of the subject, its class, other prompts.
+_WIDTHS = (200, 256), (200, 256), (128, 160)
 
 
 def verdict_html(selection: Selection) -> str:
@@ -40,7 +40,7 @@ class CheckpointSlider(Panel):
         self._results = {result.step: result for result in history(run)}
         labels = [(self._label(step), step) for step in self._results]
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
-        self.scores, self.images = HTML(), row([])
+        self.scores, self.images = HTML(), VBox()
         judged = HTML(verdict_html(self.best))
         super().__init__(judged, with_hints({self.slider: _HINT}), self.scores, self.images)
         self.on_change(self._show, self.slider)
@@ -68,10 +68,10 @@ class CheckpointSlider(Panel):
         shown = ", ".join(f"{name} {getattr(ratios, field):.0%}" for field, name in RATIOS.items())
         self.scores.value = f"<b>{f'Step {step}' if step else 'The base'}</b>: {shown}. {used}"
         validation = load_images(self.run, step)
-        large, small = validation.subject + validation.class_images, validation.unrelated
-        widths = [_WIDTHS] * len(large) + [_SMALL] * len(small)
-        prompts = plan_of(self.run).prompts(self.run.config.subject)
+        kinds = (validation.subject, validation.class_images, validation.unrelated)
+        asked = plan_of(self.run).prompts_and_seeds(self.run.config.subject)
         self.images.children = [
-            captioned(image, prompt, *width)
-            for image, prompt, width in zip(large + small, prompts, widths, strict=True)
-        ]
+            row([captioned(image, prompt, *widths)
+                 for image, (prompt, _) in zip(images, pairs, strict=True)])
+            for images, pairs, widths in zip(kinds, asked, _WIDTHS, strict=True)
+        ]  # fmt: skip

@@ -30,8 +30,7 @@ HINTS = {
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most; "
     "0 turns prior preservation off",
     "keep_class": "how much of the class must stay: λ then sets itself; lower it for more likeness",
-    "prior": "distillation from the base needs no class images, so training starts sooner; on "
-    "class images it keeps the class best",
+    "prior": "training starts sooner without class images; distilled ones keep the class best",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
     "train_text_encoder": "training the text encoder too improves likeness, but takes more memory "
