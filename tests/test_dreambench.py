@@ -266,7 +266,9 @@ def test_the_full_protocol_killed_and_resumed_scores_the_same(
         subprocess.run(command(tmp_path / "killed"), check=True)
         assert set(api.questions()) == distinct
         assert len(api.requests) <= len(distinct) + 4, "again only what was in flight"
-    assert read_csv(tmp_path / "killed/scores.csv") == rows
+    again = read_csv(tmp_path / "killed/scores.csv")
+    # Only the rows that differ: pytest's own comparison of 3,000 rows takes minutes and pages.
+    assert [pair for pair in zip(again, rows, strict=True) if pair[0] != pair[1]] == []
 
 
 class Server:

@@ -256,11 +256,15 @@ def embed_files(encoder: Encoder, paths: Sequence[Path], cache: Path) -> "torch.
         cached.append(folder / f"{digest}.safetensors")
     path_of = dict(zip(cached, paths, strict=True))
     rows = {file: read_tensors(file, ("embedding",)) for file in path_of}
-    missing = [file for file, read in rows.items() if read is None]
-    for start in range(0, len(missing), BATCH):
-        batch = missing[start : start + BATCH]
+    # Complete batches only: an embedding depends a little on the others in its batch.
+    files = list(rows)
+    for start in range(0, len(files), BATCH):
+        batch = files[start : start + BATCH]
+        if all(rows[file] for file in batch):
+            continue
         embedded = encoder.embed_images([open_image(path_of[file]) for file in batch])
         for file, row in zip(batch, embedded, strict=True):
-            rows[file] = {"embedding": row}
-            write_tensors(file, {"embedding": row})
+            if rows[file] is None:
+                rows[file] = {"embedding": row}
+                write_tensors(file, {"embedding": row})
     return torch.stack([read["embedding"] for file in cached if (read := rows[file])])

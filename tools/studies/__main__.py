@@ -100,12 +100,12 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
 
 
 def fill_bank(
-    subjects: Sequence[Subject], out: Path, kinds: Sequence[str], executor: Executor
+    subjects: Sequence[Subject], out: Path, kinds: Sequence[str], seeds: int, executor: Executor
 ) -> None:
     """Fill the bank of images, the first seed of all subjects first, and score it."""
     futures = {
         executor.submit(bank.fill, out, kind, subject, seed): f"{kind} {subject.name} {seed}"
-        for seed in range(SEEDS)
+        for seed in range(seeds)
         for kind in kinds
         for subject in subjects
     }
@@ -174,15 +174,19 @@ def memory_levels(subject: Subject) -> dict[str, TrainConfig]:
 
 
 def over_seeds(
-    subject: Subject, kinds: Mapping[str, TrainConfig], out: Path, executor: Executor
+    subject: Subject,
+    kinds: Mapping[str, TrainConfig],
+    out: Path,
+    executor: Executor,
+    seeds: int = SEEDS,
 ) -> None:
-    """Train each kind with ``SEEDS`` seeds and average the scores of the last step.
+    """Train each kind with ``seeds`` seeds and average the scores of the last step.
 
     ``means.md`` and ``means.png`` have the means, ``sheet.png`` the images of the first seed.
     """
     configs = {
         cell(name, seed): config.replace(seed=seed)
-        for seed in range(SEEDS)
+        for seed in range(seeds)
         for name, config in kinds.items()
     }
     (steps,) = {config.steps for config in kinds.values()}
@@ -244,7 +248,8 @@ def main() -> None:
     studies = ("grid", "bank", "trust", "priors", "ablations", "memory")
     parser.add_argument("study", choices=studies)
     parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
-    parser.add_argument("--kinds", nargs="+", default=["full"], help="of runs in the bank")
+    parser.add_argument("--kinds", nargs="+", help="of bank (default: full) and priors (all)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of bank and priors")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
@@ -262,10 +267,12 @@ def main() -> None:
                 study_grid(subject, out, executor)
         elif arguments.study == "bank":
             every = [s for s in bank.subjects().values() if not asked or s.name in asked]
-            fill_bank(every, out, arguments.kinds, executor)
+            fill_bank(every, out, arguments.kinds or ["full"], arguments.seeds, executor)
         elif arguments.study == "priors":
             for subject in subjects:
-                over_seeds(subject, priors(subject), out / subject.name, executor)
+                kinds = {name: config for name, config in priors(subject).items()
+                         if name in (arguments.kinds or [name])}  # fmt: skip
+                over_seeds(subject, kinds, out / subject.name, executor, arguments.seeds)
         elif arguments.study == "ablations":
             kinds = ablations(subjects[0], out / "photos")
             over_seeds(subjects[0], kinds, out, executor)
