@@ -1,9 +1,8 @@
 """Identity and drift: retrieval, masks and other prompts, against plain NumPy."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all
 from dreambooth_lib.evaluation.masks import cut_out, find_mask
 from dreambooth_lib.evaluation.scores import Row, score
-from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.metrics.identity import average_precision
 from dreambooth_lib.training.runs import RunError
@@ -222,31 +220,3 @@ def test_an_alpha_channel_is_a_mask_if_it_hides_anything(tmp_path: Path) -> None
     assert cut is not None and np.array_equal(
         np.asarray(cut), np.asarray(alone(tmp_path / "plain.png"))
     )
-
-
-def test_adherence_can_be_by_another_encoder(clip: Encoder, dino: Encoder) -> None:
-    images, prompts = drawings(4), ["a dog", "a sks dog", "dog", "dog do"]
-    arguments = (drawings(2, 7), images, prompts, drawings(3, 8), "sks", drawings(3, 9))
-    both = clip_scores.evaluate(dino, *arguments, adherence_encoder=clip)
-    assert (
-        both.pop("prompt_adherence") == clip_scores.evaluate(clip, *arguments)["prompt_adherence"]
-    )
-    assert both == clip_scores.evaluate(dino, *arguments)
-    lazily = (arguments[0], _Sequence(images), *arguments[2:])
-    assert clip_scores.evaluate(dino, *lazily, adherence_encoder=clip)["prompt_adherence"] > -1
-    embedded = (arguments[0], dino.embed_images(images), *arguments[2:])
-    with pytest.raises(ValueError, match="two encoders cannot read the same embeddings"):
-        clip_scores.evaluate(dino, *embedded, adherence_encoder=clip)
-
-
-class _Sequence(Sequence):
-    """Images that are decoded when they are asked for."""
-
-    def __init__(self, images: list[Image.Image]) -> None:
-        self._images = images
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._images[index]
-
-    def __len__(self) -> int:
-        return len(self._images)

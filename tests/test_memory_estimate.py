@@ -247,6 +247,8 @@ def test_the_scorer_is_counted_where_it_is_on_the_gpu(tiny_config: Make, clip_fo
         tiny_config("sd1", **(fields | {"scorer": "openai/clip-vit-base-patch32"})), "fp16"
     )
     assert on_hub.scoring == 4 * 151_277_313
+    both = tiny_config("sd1", **(fields | {"image_scorer": "facebook/dinov2-small"}))
+    assert estimate(both, "fp16").scoring == estimated.scoring + 4 * 22_056_576
 
 
 def test_drawing_class_images_is_counted(tiny_config: Make) -> None:

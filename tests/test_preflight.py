@@ -125,7 +125,7 @@ def test_drives_space_is_checked_where_a_run_is_backed_up(
 ) -> None:  # fmt: skip
     machine(gpu="Tesla T4")
     assert "Drive" not in checks_of(SD, tmp_path)
-    assert preflight.preflight(SD, tmp_path, tmp_path)[-3].name == "Drive"
+    assert preflight.preflight(SD, tmp_path, tmp_path)[-4].name == "Drive"
     whole = will_it_fit.needs_on_gpu(SD)[0].drive
     assert whole < 9 * GIB, "a free Drive has 15 GB, and not only for this"
     free_drive(monkeypatch, 5)
@@ -467,17 +467,20 @@ def test_the_scorer_is_checked_where_the_run_validates(
     tmp_path: Path, hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch, clip_folder: Path
 ) -> None:
     def scorer(**settings: object) -> list[Check]:
-        return [c for c in preflight.preflight(SD, tmp_path, None, settings) if c.name == "scorer"]
+        checks = preflight.preflight(SD, tmp_path, None, settings)
+        return [check for check in checks if check.name.endswith("scorer")]
 
-    (check,) = scorer()
+    check, images = scorer()
     assert check.ok and "openai/clip-vit-base-patch32" in check.result
+    assert images.ok and "facebook/dinov2-small" in images.result
     assert scorer(validate_every=0) == []
     (check,) = scorer(scorer=str(clip_folder))
     assert check.ok and "on this machine" in check.result
+    assert scorer(scorer="toybox", image_scorer=str(clip_folder))[1].ok
     (check,) = scorer(scorer=str(tmp_path))
     assert not check.ok and "in safetensors" in check.result
     failing(monkeypatch, ConnectionError())
-    (check,) = scorer()
+    check, _ = scorer()
     assert not check.ok and "network" in check.fix
 
 
@@ -490,7 +493,7 @@ def test_a_local_base_is_found_or_said_to_be_wrong(
     assert check.fix.startswith("Give a folder")
     check = checks_of("/nowhere/base", tmp_path)["base"]
     assert not check.ok and "/nowhere/base" in check.result
-    assert len(hub) == 3, "the Hub is not asked for what is here: once a run, for the scorer"
+    assert len(hub) == 6, "the Hub is not asked for what is here: twice a run, for the scorers"
 
 
 # The table

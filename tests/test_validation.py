@@ -90,6 +90,34 @@ def test_a_validation_writes_images_and_scores(
         assert difference.max() <= 1  # another batch size may round a level differently
 
 
+def test_images_and_prompts_can_be_scored_by_two_encoders(
+    started: Callable[..., Run], clip_folder: Path, dino_folder: Path
+) -> None:
+    one, two = started("one"), started("two", image_scorer=str(dino_folder))
+    list(train(one))
+    list(train(two))
+    by_clip, by_dino = history(one)[-1], history(two)[-1]
+    assert by_clip.prompt_adherence == by_dino.prompt_adherence
+    assert by_clip.by_image["prompt_adherence"] == by_dino.by_image["prompt_adherence"]
+    dino = Encoder(dino_folder)
+    photos = dino.embed_images([p.image for p in read_photos(two.config.subject.pictures)])
+    drawn = validation_record.load_images(two, 4)
+    classes, before = (
+        dino.embed_images(images.class_images)
+        for images in (drawn, validation_record.load_images(two, 0))
+    )
+    expected = {
+        "subject_fidelity": clip_scores.subject_fidelity(dino.embed_images(drawn.subject), photos),
+        "reference_fidelity": clip_scores.reference_fidelity(photos),
+        "class_diversity": clip_scores.diversity(classes),
+        "prior_drift": clip_scores.prior_drift(before, classes),
+        "pres": clip_scores.subject_fidelity(classes, photos),
+    }
+    assert {name: getattr(by_dino, name) for name in expected} == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(RunError, match="image_scorer"):
+        runs.resume(two.folder, image_scorer=str(clip_folder))
+
+
 def test_a_checkpoint_draws_with_the_ema_weights(started: Callable[..., Run]) -> None:
     run = started("run", validate_every=0)
     list(train(run))

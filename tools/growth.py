@@ -114,6 +114,7 @@ def validation(job: Job, size: int) -> Measured:
     from dreambooth_lib.training.sampling import load_source
     from dreambooth_lib.training.validation import (
         TOYBOX_SCORER,
+        Scorers,
         ValidationPlan,
         draw_images,
         score_images,
@@ -126,7 +127,7 @@ def validation(job: Job, size: int) -> Measured:
     with job.timed("drawing"):
         images = draw_images(family, config.subject, plan)
     with job.timed("scoring"):
-        score_images(encoder, images.subject[:4], config.subject, images, images)
+        score_images(Scorers(encoder, encoder), images.subject[:4], config.subject, images, images)
     return Measured(job.seconds, 3 * size * SIDE**2, {})
 
 

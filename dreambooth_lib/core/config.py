@@ -183,7 +183,12 @@ class TrainConfig:
     #: steps of the base's own sampler; None is a few of the fast one, where the base can use it
     validation_inference_steps: int | None = None
     hold_out: bool = True  #: of four photos or more, keep one out of training to measure its loss
-    scorer: str = _BY_BASE  #: the CLIP that scores: a Hub id or folder; "toybox" for its own
+    #: the CLIP or SigLIP that compares validation images with their prompts: a Hub id or folder;
+    #: "toybox" for its own
+    scorer: str = _BY_BASE
+    #: the encoder that compares images with images, for likeness, class and other prompts; None is
+    #: DINOv2 for photos where scorer is None, too, else the scorer itself
+    image_scorer: str = _BY_BASE
     early_stop: bool = False  #: stop when validation stops improving; keep the best checkpoint
 
     def __post_init__(self) -> None:
@@ -195,6 +200,8 @@ class TrainConfig:
         take_types(self)
         if self.validate_every is None and self.validation_share is None:
             object.__setattr__(self, "validation_share", VALIDATION_SHARE)
+        if self.image_scorer is None and self.scorer is not None:
+            object.__setattr__(self, "image_scorer", self.scorer)  # so have earlier versions' runs
         for name, value in base_defaults(self.base, self.method).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

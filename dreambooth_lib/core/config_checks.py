@@ -57,7 +57,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 _MOST = {"seed": 2**62, "resolution": 2**14}
 _MOST_OF_OTHERS = 10**9
 _MOST_PROMPTS = 1000
-_PATHS = ("pictures", "base", "class_folder", "scorer")
+_PATHS = ("pictures", "base", "class_folder", "scorer", "image_scorer")
 
 
 class ConfigError(KitError, ValueError):

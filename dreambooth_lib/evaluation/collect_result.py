@@ -40,11 +40,13 @@ def _of_run(run: Run, title: str) -> dict[str, Any]:
     if 0 not in results or len(results) < 2:
         raise ResultError(f"{run.folder} has no validations, and so no scores; validate it.")
     step, plan = best_checkpoint(run).step, read_plan(plan_file(run.folder))
-    scorer, found = Path(run.config.scorer).name, []
+    config, found = run.config, []
+    images, prompts = (Path(name).name for name in (config.image_scorer, config.scorer))
     for method, result in (("base", results[0]), ("dreambooth", results[step])):
         values = {name: v for name, v in vars(result).items() if name not in _NO_SCORES}
-        found += [_score(method, scorer, name, value) for name, value in values.items()]
-    found.append(_score(scores.REAL, scorer, "subject_fidelity", results[step].reference_fidelity))
+        by = {"prompt_adherence": prompts}  # the rest compares images with images
+        found += [_score(method, by.get(n, images), n, value) for n, value in values.items()]
+    found.append(_score(scores.REAL, images, "subject_fidelity", results[step].reference_fidelity))
     return _result([run], title, run.config.subject.name, step, plan.seeds, found)
 
 

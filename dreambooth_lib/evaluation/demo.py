@@ -37,6 +37,7 @@ from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.sampling import inference_settings, load_source
 from dreambooth_lib.training.validation import (
     TOYBOX_SCORER,
+    Scorers,
     ValidationImages,
     ValidationPlan,
     draw_images,
@@ -113,7 +114,7 @@ def personalise(
         "reference_fidelity": clip_scores.reference_fidelity(encoder.embed_images(photos)),
     }
     for name, drawn in scored.items():
-        row[name] = score_images(encoder, photos, subject, drawn, scored["base"])
+        row[name] = score_images(Scorers(encoder, encoder), photos, subject, drawn, scored["base"])
         del row[name]["by_image"]
     seconds = [after - before for before, after in pairwise(times)]
     row["seconds"] = dict(zip(("prior", "train", "sample"), seconds, strict=True))

@@ -77,33 +77,25 @@ def evaluate(
     class_images: "Sequence[Image.Image] | torch.Tensor",
     identifier: str,
     base_class_images: "Sequence[Image.Image] | torch.Tensor | None" = None,
-    adherence_encoder: Encoder | None = None,
 ) -> dict[str, float]:
     """Return all scores of one tuned model by one encoder; a DINO gives no ``prompt_adherence``.
-
-    With an ``adherence_encoder``, which must read prompts, that score is by it and the rest by
-    ``encoder``: likeness and class by a DINOv2, say, and prompts by a SigLIP.
 
     ``reference`` are the photos. ``generated[i]`` was drawn from ``prompts[i]``; the identifier is
     stripped before the text is embedded. ``class_images`` are the tuned model's images of one class
     prompt, and ``base_class_images`` the base's with the same seeds; without these there is no
-    ``prior_drift``. In place of images there may be embeddings [N, D], of ``generated`` only with
-    one encoder. Raises ``InputError`` for no images, different counts, or only one class image.
+    ``prior_drift``. In place of images there may be embeddings [N, D]. Raises
+    ``InputError`` for no images, different counts, or only one class image.
     """
     if len(prompts) != len(generated):
         raise InputError(
             f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
             "prompt for each image, and repeat a prompt that has several."
         )
-    if adherence_encoder is not None and hasattr(generated, "ndim"):
-        raise InputError("two encoders cannot read the same embeddings; give the generated images.")
     images, classes = encoder.as_embeddings(generated), encoder.as_embeddings(class_images)
     scores = {"subject_fidelity": subject_fidelity(images, encoder.as_embeddings(reference))}
-    reader = adherence_encoder or encoder
-    if adherence_encoder or encoder.reads_texts:
-        texts = reader.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])
-        read = images if reader is encoder else reader.as_embeddings(generated)
-        scores["prompt_adherence"] = prompt_adherence(read, texts)
+    if encoder.reads_texts:
+        texts = encoder.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])
+        scores["prompt_adherence"] = prompt_adherence(images, texts)
     scores["class_diversity"] = diversity(classes)
     if base_class_images is not None:
         scores["prior_drift"] = prior_drift(encoder.as_embeddings(base_class_images), classes)

@@ -38,7 +38,7 @@ LARGE = 2**30
 #: and what a LoRA notes about its base.
 NAMING_PATHS = ("config.toml", "manifest.json", "base.json")
 #: Their fields that may be the path of a folder.
-_BASES = ("base", "scorer")
+_BASES = ("base", "scorer", "image_scorer")
 _JSON = json.loads, functools.partial(json.dumps, indent=2)
 
 

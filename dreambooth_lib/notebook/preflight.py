@@ -96,7 +96,7 @@ def preflight(
         relevant = {"gpu": gpu, "memory": True, "disk": True, "drive": drive is not None}
         folders = {"disk": Path(folder).resolve(), "drive": Path(drive or "")}
         checks += [_resource(kind, best, folders.get(kind)) for kind in KINDS if relevant[kind]]
-    return [*checks, _base(base), *_scorer(base, settings or {})]
+    return [*checks, _base(base), *_scorers(base, settings or {})]
 
 
 def _python() -> Check:
@@ -207,20 +207,27 @@ def _refused(name: str, error: KitError) -> Check:
     return Check(name, False, result, f"{fix[:1].upper()}{fix[1:]}")
 
 
-def _scorer(base: str, settings: Mapping[str, Any]) -> list[Check]:
-    """Check the encoder that scores validation images, unless the run has none."""
-    scorer = settings.get("scorer") or base_defaults(base)["scorer"]
+def _scorers(base: str, settings: Mapping[str, Any]) -> list[Check]:
+    """Check the encoders that score validation images, unless the run has none."""
     if settings.get("validate_every") == 0:
         return []
+    own, defaults = settings.get("scorer"), base_defaults(base)
+    scorer = own or defaults["scorer"]
+    images = settings.get("image_scorer") or own or defaults["image_scorer"]
+    checks = [_encoder("scorer", scorer)]
+    return checks if images == scorer else [*checks, _encoder("image scorer", images)]
+
+
+def _encoder(name: str, scorer: str) -> Check:
     if scorer == "toybox":
-        return [Check("scorer", True, "the bundled one")]
+        return Check(name, True, "the bundled one")
     if Path(scorer).exists():
         ok = (Path(scorer) / "config.json").exists() and any(Path(scorer).glob("[!.]*.safetensors"))
         if ok:
-            return [Check("scorer", True, f"'{scorer}' is on this machine")]
+            return Check(name, True, f"'{scorer}' is on this machine")
         result = f"'{scorer}' has no config.json, or no weights in safetensors"
-        return [Check("scorer", False, result, "Give a CLIP by hub id or folder.")]
-    return [_on_hub("scorer", scorer, "config.json", revision=revision_of(scorer))]
+        return Check(name, False, result, "Give an encoder by hub id or folder.")
+    return _on_hub(name, scorer, "config.json", revision=revision_of(scorer))
 
 
 def _on_hub(

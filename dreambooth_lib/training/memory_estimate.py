@@ -32,7 +32,7 @@ from dreambooth_lib.training.trainable import (
     offloads_text_encoders,
     training_load_options,
 )
-from dreambooth_lib.training.validation import TOYBOX_SCORER
+from dreambooth_lib.training.validation import scorer_source
 
 #: Bytes per quantized weight: "nf4" has a scale per 64 weights, itself in 8 bits with a scale per
 #: 256 of those; "int8" has few scales.
@@ -40,8 +40,9 @@ _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 #: Bytes of AdamW's two moments per parameter: in float32, and in 8 bits with a scale per 256. Any
 #: other optimizer counts as float32 AdamW.
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
-#: Bytes of a scorer on the hub, assumed to be the default: CLIP ViT-B/32 in float32.
-_SCORER = 4 * 151_277_313
+#: Bytes of scorers on the hub, assumed to be the default ones: CLIP ViT-B/32 and DINOv2 small in
+#: float32.
+_SCORER, _IMAGE_SCORER = 4 * 151_277_313, 4 * 22_056_576
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,7 +57,7 @@ class Estimate:
     validating: int  #: drawing validation images; 0 without validation
     flops: float  #: of one training step
     preparing: int = 0  #: before training: drawing class images, copying the base as a teacher
-    scoring: int = 0  #: the scorer, if it is on the GPU
+    scoring: int = 0  #: the scorers, if they are on the GPU
 
     @property
     def memory(self) -> int:
@@ -103,9 +104,11 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
         teacher = sum(p.nbytes for p in family.denoiser.parameters())
     scoring = 0
     if config.validate_every and config.memory not in LOW_MEMORY:
-        scorer = TOYBOX_SCORER if config.scorer == "toybox" else Path(config.scorer)
-        weights_of = scorer.glob("[!.]*.safetensors")
-        scoring = 4 * count_numbers(weights_of) if scorer.exists() else _SCORER
+        hub = {config.image_scorer: _IMAGE_SCORER} | {config.scorer: _SCORER}
+        for name, size in hub.items():
+            scorer = Path(scorer_source(name))
+            weights_of = scorer.glob("[!.]*.safetensors")
+            scoring += 4 * count_numbers(weights_of) if scorer.exists() else size
     with FakeTensorMode(), CudaAutocast():
         for module in modules:
             make_fake(module)

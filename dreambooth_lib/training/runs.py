@@ -34,7 +34,7 @@ from dreambooth_lib.training.config_changes import (
 _FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "method",
           "lora_rank", "lora_alpha", "lora_layers", "dora", "quantize", "train_token")  # fmt: skip
 #: Fields that a run cannot change once it has validated: later scores would not compare.
-_FIXED_BY_VALIDATION = ("scorer", "validation_inference_steps")
+_FIXED_BY_VALIDATION = ("scorer", "image_scorer", "validation_inference_steps")
 
 
 class RunError(KitError, ValueError):

@@ -25,7 +25,6 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import save_pipeline
-from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
@@ -46,7 +45,7 @@ from dreambooth_lib.training.trainable import (
     offloads_text_encoders,
     training_load_options,
 )
-from dreambooth_lib.training.validation import load_scorer
+from dreambooth_lib.training.validation import Scorers, load_scorers
 from dreambooth_lib.training.validation_pace import is_wanted
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
 
@@ -74,12 +73,12 @@ class Trainer:
         self.family = self._load_base(photos)
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
-        scorer = self._load_scorer()  # if it is missing, before class images take their time
+        scorers = self._load_scorers()  # if one is missing, before class images take their time
         self._class_folder = locate(run.folder.parent, "class_images")
         classes, measured = hold_out_class_images(
             config, self.family, accelerator, self._class_folder, self._class_images()
         )
-        instance, classes = self._set_up_validation(photos, classes, scorer)
+        instance, classes = self._set_up_validation(photos, classes, scorers)
         teacher, prompts = None, tuple[str, ...]()
         if config.distills:
             teacher = Teacher(self.family, config, self.dtype, accelerator.autocast)
@@ -137,15 +136,15 @@ class Trainer:
             return captioned(read_own_class_images(self.run), config.subject.class_prompt)
         return prepare_class_images(config, self.family, self.accelerator, self._class_folder)
 
-    def _load_scorer(self) -> Encoder | None:
+    def _load_scorers(self) -> Scorers | None:
         """Load what scores validation images, on the first process, if the config asks for it."""
         config, accelerator = self.config, self.accelerator
         if not config.validate_every or not accelerator.is_main_process:
             return None
-        return load_scorer(config, "cpu" if config.memory in LOW_MEMORY else accelerator.device)
+        return load_scorers(config, "cpu" if config.memory in LOW_MEMORY else accelerator.device)
 
     def _set_up_validation(
-        self, photos: list[Photo], classes: list[Photo], scorer: Encoder | None
+        self, photos: list[Photo], classes: list[Photo], scorers: Scorers | None
     ) -> tuple[list[Photo], list[Photo]]:
         """Make the validator if the config asks for one; return the photos and images to train on.
 
@@ -157,9 +156,9 @@ class Trainer:
             return photos, classes
         instance, held_out = hold_out(photos) if config.hold_out else (photos, [])
         end = len(classes) - min(ROWS, len(classes) // 8)
-        if scorer is not None:
+        if scorers is not None:
             loss = HeldOutLoss(config, self.family, {"subject": held_out, "class": classes[end:]})
-            self.validator = Validator(self.run, Images(photos), loss, scorer)
+            self.validator = Validator(self.run, Images(photos), loss, scorers)
         return instance, classes[:end]
 
     def _validate_base(self) -> None:

@@ -7,6 +7,7 @@ images and scores to the run's folder.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import Subject, TrainConfig
@@ -118,29 +119,44 @@ def draw_images(
     return ValidationImages(of_subject, class_images, unrelated, [prompt for prompt, _ in kinds[0]])
 
 
-def load_scorer(config: TrainConfig, device: "str | torch.device" = "cpu") -> Encoder:
-    """Load the encoder that scores a run's validation images.
+@dataclass(frozen=True)
+class Scorers:
+    """The encoders that score validation images; both may be one."""
 
-    Raises ``ConfigError`` if it cannot be read or does not read prompts.
+    images: Encoder  #: compares them with the photos and with the base's images
+    prompts: Encoder  #: compares them with their prompts
+
+
+def load_scorers(config: TrainConfig, device: "str | torch.device" = "cpu") -> Scorers:
+    """Load the encoders that score a run's validation images.
+
+    Raises ``ConfigError`` if one cannot be read or ``config.scorer`` does not read prompts.
     """
     try:
-        encoder = Encoder(TOYBOX_SCORER if config.scorer == "toybox" else config.scorer, device)
+        prompts = images = Encoder(scorer_source(config.scorer), device)
+        if config.image_scorer != config.scorer:
+            images = Encoder(scorer_source(config.image_scorer), device)
     except EncoderError as error:
         problem = str(error).rpartition("; give")[0]
         raise ConfigError(
             f"the scorer cannot be used, as {problem}; give a CLIP by hub id or folder, or set "
             "validate_every to 0 to train without validation."
         ) from error
-    if not encoder.reads_texts:
+    if not prompts.reads_texts:
         raise ConfigError(
             f"the scorer '{config.scorer}' does not read prompts; give a CLIP such as "
-            "openai/clip-vit-base-patch32."
+            "openai/clip-vit-base-patch32, and this one as image_scorer."
         )
-    return encoder
+    return Scorers(images, prompts)
+
+
+def scorer_source(name: str) -> str | Path:
+    """Return the hub id or folder that a config's scorer is read from."""
+    return TOYBOX_SCORER if name == "toybox" else name
 
 
 def score_images(
-    encoder: Encoder,
+    scorers: Scorers,
     photos: "Sequence[Image.Image] | torch.Tensor",
     subject: Subject,
     images: ValidationImages,
@@ -148,10 +164,11 @@ def score_images(
 ) -> dict[str, Any]:
     """Return the scores of :func:`clip_scores.evaluate`, PRES and the unrelated prompts' drift.
 
-    ``photos`` are images or their embeddings [M, D]; ``base`` are the frozen base's images.
-    ``by_image`` has the values that four of the scores are the means of: those of each image of the
-    subject, of the class or of an unrelated prompt.
+    ``photos`` are images or their embeddings [M, D] by ``scorers.images``; ``base`` are the frozen
+    base's images. ``by_image`` has the values that four of the scores are the means of: those of
+    each image of the subject, of the class or of an unrelated prompt.
     """
+    encoder, reader = scorers.images, scorers.prompts
     photos = encoder.as_embeddings(photos)
     base = BaseEmbeddings(encoder, base) if isinstance(base, ValidationImages) else base
     of_subject = encoder.embed_images(images.subject)
@@ -162,14 +179,16 @@ def score_images(
     )  # fmt: skip
     scores["pres"] = clip_scores.subject_fidelity(class_images, photos)
     texts = [clip_scores.strip_identifier(p, subject.identifier) for p in images.prompts]
+    read = of_subject if reader is encoder else reader.embed_images(images.subject)
     by_image = {
         "subject_fidelity": (of_subject @ photos.T).mean(1),
-        "prompt_adherence": clip_scores.row_cosines(of_subject, encoder.embed_texts(texts)),
+        "prompt_adherence": clip_scores.row_cosines(read, reader.embed_texts(texts)),
         "prior_drift": 1 - clip_scores.row_cosines(base.class_images, class_images),
     }
     if base.unrelated is not None:
         after = encoder.embed_images(images.unrelated)
         by_image["unrelated_drift"] = 1 - clip_scores.row_cosines(base.unrelated, after)
         scores["unrelated_drift"] = clip_scores.prior_drift(base.unrelated, after)
+    scores["prompt_adherence"] = by_image["prompt_adherence"].mean().item()
     scores["by_image"] = {name: values.tolist() for name, values in by_image.items()}
     return scores

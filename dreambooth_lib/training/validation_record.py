@@ -22,13 +22,13 @@ from dreambooth_lib.core.files import open_image, recover_folder, replacing_fold
 from dreambooth_lib.core.old_names import current_fields, locate
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
-from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training.held_out_loss import HeldOutLoss
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.trainable import Trainable
 from dreambooth_lib.training.validation import (
     PROMPTS,
     BaseEmbeddings,
+    Scorers,
     ValidationImages,
     ValidationPlan,
     draw_images,
@@ -64,10 +64,10 @@ class Validator:
     """
 
     def __init__(
-        self, run: Run, photos: Sequence[Image.Image], held_out: HeldOutLoss, encoder: Encoder
+        self, run: Run, photos: Sequence[Image.Image], held_out: HeldOutLoss, scorers: Scorers
     ):
-        self.run, self.held_out, self.encoder = run, held_out, encoder
-        self.photos = encoder.embed_images(photos)  #: [M, D]
+        self.run, self.held_out, self.scorers = run, held_out, scorers
+        self.photos = scorers.images.embed_images(photos)  #: [M, D]
         self.plan = plan_of(run)
         self._base: BaseEmbeddings | None = None
         self.reference_fidelity = 1.0
@@ -83,8 +83,8 @@ class Validator:
         model.train(was_training)
         if step == 0 or self._base is None:
             base_images = images if step == 0 else load_images(self.run, 0)
-            self._base = BaseEmbeddings(self.encoder, base_images)
-        scores = score_images(self.encoder, self.photos, subject, images, self._base)
+            self._base = BaseEmbeddings(self.scorers.images, base_images)
+        scores = score_images(self.scorers, self.photos, subject, images, self._base)
         kinds = {
             "subject": images.subject,
             "class": images.class_images,
@@ -111,7 +111,7 @@ class Validator:
         if 0 not in {result.step for result in history(self.run)}:
             return False
         try:
-            self._base = BaseEmbeddings(self.encoder, load_images(self.run, 0))
+            self._base = BaseEmbeddings(self.scorers.images, load_images(self.run, 0))
         except KitError as error:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)
             return False

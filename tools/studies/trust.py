@@ -47,7 +47,8 @@ def score_bank(folder: Path, file: Path = ROWS) -> None:
         base_file = folder / "base" / subject.name / "000000.npz"
         if not base_file.exists():
             continue
-        encoder = validation.load_scorer(TrainConfig(subject))
+        scorers = validation.load_scorers(TrainConfig(subject))
+        encoder = scorers.images
         photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
         ceiling = clip_scores.reference_fidelity(photos)
         before = bank.load(base_file, subject)
@@ -58,7 +59,7 @@ def score_bank(folder: Path, file: Path = ROWS) -> None:
             if file_of != base_file:
                 kind, seed = file_of.parts[-4], int(file_of.parts[-2].removeprefix("seed"))
             for plan, images in bank.load(file_of, subject).items():
-                scores = validation.score_images(encoder, photos, subject, images, base[plan])
+                scores = validation.score_images(scorers, photos, subject, images, base[plan])
                 row = ValidationResult(int(file_of.stem), reference_fidelity=ceiling, held_out={},
                                        seconds=0.0, **scores)  # fmt: skip
                 where = {"kind": kind, "subject": subject.name, "seed": seed, "plan": plan}
