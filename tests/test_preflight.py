@@ -145,9 +145,9 @@ def test_drives_space_is_checked_where_a_run_is_backed_up(
     drive = preflight.preflight(SD, tmp_path, tmp_path, asked)[-3]
     assert drive.ok, "it is the run that will be resumed"
     (tmp_path / "my-dog" / "pipeline").mkdir()
-    assert not preflight.preflight(SD, tmp_path, tmp_path, asked)[-3].ok
+    assert not preflight.preflight(SD, tmp_path, tmp_path, asked)[-4].ok
     gone = tmp_path / "drive that is gone"
-    assert "does not answer" in preflight.preflight(SD, tmp_path, gone)[-3].result
+    assert "does not answer" in preflight.preflight(SD, tmp_path, gone)[-4].result
 
 
 def free_drive(monkeypatch: pytest.MonkeyPatch, gib: float, folder: Path | None = None) -> None:
@@ -392,13 +392,13 @@ def test_the_hub_is_asked_with_the_token_alone_and_not_for_long(
     tmp_path: Path, hub: list[dict[str, object]], fake_colab: FakeColab,
 ) -> None:  # fmt: skip
     assert checks_of(SD, tmp_path)["base"].ok
-    # For the base and for the scorer.
-    assert hub == [{"token": False, "timeout": preflight.TIMEOUT}] * 2, (
+    # For the base and for both scorers.
+    assert hub == [{"token": False, "timeout": preflight.TIMEOUT}] * 3, (
         "without a token, none is sent"
     )
     fake_colab.secrets["HF_TOKEN"] = TOKEN
     checks = checks_of(SD, tmp_path)
-    assert hub[2]["token"] == TOKEN
+    assert hub[3]["token"] == TOKEN
     assert TOKEN not in repr(checks)
 
 

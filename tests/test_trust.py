@@ -3,11 +3,17 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.evaluation.demo import bundled_subjects
+from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.training import validation
 from dreambooth_lib.training.validation import ValidationImages
 from dreambooth_lib.training.validation_record import ValidationResult
 from tools.studies import bank, pairs, trust
@@ -134,3 +140,45 @@ def test_answers_come_back_to_their_pairs_whatever_the_page_and_side(tmp_path: P
     sheet.save(tmp_path / "data" / "images.png")
     with pytest.raises(ValueError, match="image 0 of"):
         pairs.read(tmp_path / "data")
+
+
+class _Sees(Encoder):
+    """Sees each image's level, and the subject in every other image."""
+
+    def __init__(self, level: dict[str, int]) -> None:
+        self.level = level
+
+    def embed_images(self, images: Any) -> torch.Tensor:
+        cosines = [self.level.get(pairs.digest(image), 2) / 2 for image in images]
+        return torch.tensor([[c, (1 - c * c) ** 0.5] for c in cosines])
+
+
+def test_agreement_counts_what_both_passes_say(tmp_path: Path) -> None:
+    name = next(iter(bank.subjects()))
+    every = {pairs.digest(image): image for image in images(5, 12)}
+    digests = list(every)
+    level = {digest: number % 3 for number, digest in enumerate(digests)}
+    cells = (f"full/{name}/seed0/000125", f"full/{name}/seed0/000250")
+    asked = [Pair(name, (digests[2 * i], digests[2 * i + 1]), cells, 0) for i in range(6)]
+    for pair in asked:
+        pair.better = ["first" if level[pair.images[0]] > level[pair.images[1]] else "second"] * 2
+        pair.shown = [(2, 0)] * 2
+    asked[0].better = ["first", "second"]  # the passes differ
+    asked[1].better = ["first"] * 2 if asked[1].better[0] == "second" else ["second"] * 2
+    pairs.write(asked, every, tmp_path)
+    base = result(0, [0.4] * 4)
+    validated = [base, result(125, [0.8] * 4), result(250, [0.7] * 4)]
+    rows = {"validation": {Cell("full", name, 0): validated}, "again": {}}
+    table = pairs.agreement(_Sees(level), rows, tmp_path)
+    assert table[2] == "| which image is more like the subject | 5 pairs | 80.0% |"
+    assert table[3] == "| learnt: yes, partly or no | 2 validations | 50.0% |"
+    assert table[4].endswith("2 validations | 50.0% |")
+
+
+def test_the_bundled_judge_and_the_verdict_agree_with_people() -> None:
+    """Look at what docs/studies keeps: 330 pairs that were judged blind in two passes."""
+    table = pairs.agreement(
+        validation.load_scorers(TrainConfig(bundled_subjects()[0])).images, trust.read_rows()
+    )
+    ranking, verdict, opposite = (float(row.split("|")[-2].strip(" %")) for row in table[2:])
+    assert (ranking >= 90, verdict >= 88, opposite >= 98) == (True, True, True), table

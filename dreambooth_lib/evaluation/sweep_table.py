@@ -1,5 +1,7 @@
 """Build a sweep's table, a row per cell and step, and recommend a setting from it."""
 
+import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -7,19 +9,20 @@ from statistics import fmean
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.errors import InputError, one_line
 from dreambooth_lib.core.old_names import current_fields
+from dreambooth_lib.data.images import DataError
 from dreambooth_lib.figures.labels import NAMES, RATIOS
 from dreambooth_lib.training import best_checkpoint, runs
 from dreambooth_lib.training.validation_record import ValidationResult, history
 
+#: The fields of a config that vary, and the step, with their values.
+Setting = tuple[tuple[str, Any], ...]
 #: A table's columns after the settings: the score of :mod:`best_checkpoint`, then its parts.
 MEASURES = ("score", *RATIOS, "subject_fidelity", "base_fidelity", "reference_fidelity",
             "prompt_adherence",
             "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
             "base_pres", "unrelated_drift")  # fmt: skip
-#: Scores this close, relative to the best, are alike: another seed moves them as much.
-ALIKE = 0.01
 
 
 def table(
@@ -71,22 +74,62 @@ class Recommendation:
     reason: str
 
 
-def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Read a table's CSV. Raises :class:`DataError` for what is none."""
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            rows = [{name: _value(name, text) for name, text in line.items()}
+                    for line in csv.DictReader(file, strict=True)]  # fmt: skip
+        if not all({"step", "score"} <= row.keys() for row in rows):
+            raise ValueError("it has no steps or no scores")
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(
+            f"{path} is no table of a sweep ({one_line(error)}); run it again."
+        ) from error
+    return rows
+
+
+def _value(name: str, text: str) -> float | str:
+    return text if name == "cell" else int(text) if name == "step" else float(text)
+
+
+def spread(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return how much another training seed moves a score: the standard deviation in a setting.
+
+    It is pooled over all settings; None where none has two seeds.
+    """
+    groups = [[float(row["score"]) for row in own] for own in _by_setting(rows).values()]
+    degrees = sum(len(own) - 1 for own in groups)
+    squares = sum((score - fmean(own)) ** 2 for own in groups for score in own)
+    return math.sqrt(squares / degrees) if degrees else None
+
+
+def _by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[Setting, list[Mapping[str, Any]]]:
+    """Return the rows by all of their settings but the seed."""
+    fixed = {"cell", "seed", *MEASURES}
+    groups: dict[Setting, list[Mapping[str, Any]]] = {}
+    for row in map(current_fields, rows):
+        key = tuple((name, value) for name, value in row.items() if name not in fixed)
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def recommend(
+    rows: Sequence[Mapping[str, Any]], moved_by_seed: float | None = None
+) -> Recommendation:
     """Return the settings with the highest mean score over seeds; of equals the fewest steps.
 
-    The reason also says where more steps may be better still, and which other values of λ are as
-    good. ``rows`` are those of :func:`table` or read from its CSV; raises ``InputError`` for none.
+    The reason also says where more steps may be better still, and what the table cannot tell: the
+    settings within twice the standard error of a difference from the best. The standard deviation
+    between training seeds is the table's own, else ``moved_by_seed``, such as the :func:`spread` of
+    a longer study. ``rows`` are those of :func:`table` or :func:`read`; raises ``InputError`` for
+    none.
     """
     if not rows:
         raise InputError("the table has no rows; run a sweep first.")
-    rows = [current_fields(row) for row in rows]
-    fixed = {"cell", "seed", *MEASURES}
-    groups: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        key = tuple((name, value) for name, value in row.items() if name not in fixed)
-        groups.setdefault(key, []).append(row)
+    groups = _by_setting(rows)
 
-    def mean(key: tuple[tuple[str, Any], ...], measure: str) -> float:
+    def mean(key: Setting, measure: str) -> float:
         return fmean(float(row[measure]) for row in groups[key])
 
     best = max(groups, key=lambda key: (round(mean(key, "score"), 6), -int(dict(key)["step"])))
@@ -102,15 +145,37 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> Recommendation:
         means = best_checkpoint.Ratios(**{name: mean(best, name) for name in RATIOS})
         reason += f": {best_checkpoint.describe_ratios(means)}"
     reason += "."
-    alike = [dict(key) for key in groups if mean(key, "score") >= (1 - ALIKE) * score]
-    weights = {float(key["prior_weight"]) for key in alike if "prior_weight" in key}
-    if len(weights) > 1:
-        *most, last = map(_short, sorted(weights))
-        any_of = "either" if len(weights) == 2 else "any"
-        reason += f" λ {', '.join(most)} and {last} are within {ALIKE:.0%}: {any_of} will do."
+    deviation = spread(rows) or moved_by_seed
+    if deviation:
+        errors = {key: deviation * math.sqrt(1 / count + 1 / len(own))
+                  for key, own in groups.items()}  # fmt: skip
+        alike = [key for key in groups if score - mean(key, "score") <= 2 * errors[key]]
+        reason += f" Another training seed moves a score by {deviation:.3f}"
+        reason += _cannot_tell(alike, list(groups), best)
     if int(settings["step"]) == max(int(row["step"]) for row in rows):
         reason += " This is the longest training tried: try more steps before you trust it."
     return Recommendation(settings, score, reason)
+
+
+def _cannot_tell(alike: list[Setting], every: list[Setting], best: Setting) -> str:
+    """Go on with what differences within chance leave open, and what they do not."""
+    if alike == [best]:
+        return ": it is better than every other setting by more than that explains."
+    weights, others = (
+        {float(dict(key)["prior_weight"]) for key in keys if "prior_weight" in dict(key)}
+        for keys in (alike, every)
+    )
+    text = f": {len(alike) - 1} of the others may be as good"
+    if len(weights) > 1:
+        text += f", with λ {_listed(weights)}"
+    if worse := others - weights:
+        text += f"; λ {_listed(worse)} {'is' if len(worse) == 1 else 'are'} worse at every step"
+    return text + "."
+
+
+def _listed(numbers: set[float]) -> str:
+    *most, last = map(_short, sorted(numbers))
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _short(value: Any) -> str:

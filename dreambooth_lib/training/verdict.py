@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dreambooth_lib.training.best_checkpoint import Ratios
 
 #: Likeness from which the subject counts as learnt, and as partly learnt.
-LEARNT, PARTLY_LEARNT = 0.65, 0.35
+LEARNT, PARTLY_LEARNT = 0.55, 0.35
 #: Share of the class kept from which it counts as kept, and as partly kept.
 CLASS_KEPT, CLASS_PARTLY_KEPT = 0.7, 0.5
 #: The same of other prompts, by the mean over all of them.

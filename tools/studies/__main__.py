@@ -126,8 +126,7 @@ def print_trust(file: Path) -> None:
     print("\n".join(["\nThe automatic settings", *trust.auto_table(rows)]))
     if (pairs.DATA / "pairs.json").exists():
         scorer = validation.load_scorers(plain(bundled_subjects()[0])).images
-        base = {cell.subject: own[0].subject_fidelity for cell, own in rows["exhaustive"].items()}
-        print("\n".join(["\nAgreement with people", *pairs.agreement(scorer, base)]))
+        print("\n".join(["\nAgreement with people", *pairs.agreement(scorer, rows)]))
 
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:

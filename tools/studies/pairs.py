@@ -11,11 +11,12 @@ which of them shows more clearly the subject, whatever is around it? And of each
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -24,15 +25,19 @@ from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.figures.image_grids import HEADING, MARGIN, TEXT, Layout, line_height
-from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder
+from dreambooth_lib.training.best_checkpoint import ratios_of
 from dreambooth_lib.training.verdict import LEARNT, PARTLY_LEARNT
 from tools.studies import bank
+
+if TYPE_CHECKING:
+    from tools.studies.trust import Rows
 
 DATA = Path("docs/studies/judged")
 TILE, ACROSS = 64, 32  # pixels of an image's side; images in a row of the file
 A_PAGE = 10  # pairs on a page
 PASSES = 2
+FEWEST = 3  # judged images of a checkpoint, to say what it shows
 
 
 @dataclass
@@ -196,36 +201,45 @@ def take(number: int, folder: Path = DATA, out: Path = Path("outputs/judging")) 
 # Comparing
 
 
-def agreement(scorer: Encoder, base: Mapping[str, float], folder: Path = DATA) -> list[str]:
-    """Return a table of how far likeness and verdict agree with what both passes judged alike.
+def agreement(scorer: Encoder, rows: "Rows", folder: Path = DATA) -> list[str]:
+    """Return a table of how far ranking and verdict agree with what both passes judged alike.
 
-    Likeness is the mean cosine with the photos; ``base`` is that of the base's images, by subject.
+    The ranking is of the pairs' images, by likeness, where both passes said which is better. The
+    verdict is a checkpoint's, by the images that its run drew (``rows``, of :mod:`trust`), beside
+    the mean of what both passes said of ``FEWEST`` of its other images or more.
     """
     pairs, images = read(folder)
-    ranked, words = Counter[bool](), Counter[tuple[int, int]]()
+    ranked, said = Counter[bool](), defaultdict[str, list[int]](list)
     for name, subject in bank.subjects().items():
         own = [pair for pair in pairs if pair.subject == name]
+        if not own:
+            continue
         photos = scorer.embed_images([photo.image for photo in read_photos(subject.pictures)])
-        ceiling = clip_scores.reference_fidelity(photos)
         embedded = scorer.embed_images([images[d] for pair in own for d in pair.images])
         likeness = (embedded @ photos.T).mean(1).view(-1, 2).tolist()
-        for pair, both in zip(own, likeness, strict=True):
+        for pair, (one, two) in zip(own, likeness, strict=True):
             if len(set(pair.better)) == 1 and pair.better[0] != "alike":
-                ranked[(both[0] > both[1]) == (pair.better[0] == "first")] += 1
-            for side in (0, 1):
-                levels = {shown[side] for shown in pair.shown}
-                if len(levels) == 1:
-                    found = (both[side] - base[name]) / (ceiling - base[name])
-                    word = 2 if found >= LEARNT else 1 if found >= PARTLY_LEARNT else 0
-                    words[levels.pop(), word] += 1
-    alike = sum(count for (said, found), count in words.items() if said == found)
+                ranked[(one > two) == (pair.better[0] == "first")] += 1
+            for cell, levels in zip(pair.cells, zip(*pair.shown, strict=True), strict=True):
+                said[cell] += levels
+    words = Counter[tuple[int, int]]()
+    for plan in ("validation", "again"):
+        for cell, (base, *results) in rows[plan].items():
+            for result in results:
+                levels = said[f"{cell.kind}/{cell.subject}/seed{cell.seed}/{result.step:06d}"]
+                if len(levels) >= PASSES * FEWEST:
+                    likeness = ratios_of(result, base).likeness
+                    found = 2 if likeness >= LEARNT else 1 if likeness >= PARTLY_LEARNT else 0
+                    words[round(fmean(levels)), found] += 1
+    right = sum(count for (eye, found), count in words.items() if eye == found)
     opposite = words[0, 2] + words[2, 0]
-    total = sum(words.values())
+    total = words.total()
     return [
-        "| | judged alike by both passes | agree |",
+        "| | judged | agree |",
         "|---|---|---|",
-        f"| which image is more like the subject | {ranked.total()} | "
+        f"| which image is more like the subject | {ranked.total()} pairs | "
         f"{ranked[True] / max(1, ranked.total()):.1%} |",
-        f"| is it the subject: yes, partly or no | {total} | {alike / max(1, total):.1%} |",
-        f"| never yes for no or no for yes | {total} | {1 - opposite / max(1, total):.1%} |",
+        f"| learnt: yes, partly or no | {total} validations | {right / max(1, total):.1%} |",
+        f"| never yes for no or no for yes | {total} validations | "
+        f"{1 - opposite / max(1, total):.1%} |",
     ]
