@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import validation
 from dreambooth_lib.training.validation import ValidationImages
 from dreambooth_lib.training.validation_record import ValidationResult
-from tools.studies import bank, pairs, trust
+from tools.studies import bank, finished, pairs, trust
 from tools.studies.intervals import half_width, interval
 from tools.studies.pairs import Pair
 from tools.studies.trust import Cell
@@ -182,3 +183,28 @@ def test_the_bundled_judge_and_the_verdict_agree_with_people() -> None:
     )
     ranking, verdict, opposite = (float(row.split("|")[-2].strip(" %")) for row in table[2:])
     assert (ranking >= 90, verdict >= 88, opposite >= 98) == (True, True, True), table
+
+
+def test_the_finished_study_has_a_row_for_each_run_and_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished, "FOLDER", tmp_path)
+    subject = bank.subjects()["patch_dog"]
+    base, steps = result(0, [0.4] * 4), {125: 0.6, 250: 0.7}
+    runs = {("full", 0): 0.0, ("full", 1): 0.05, ("lambda-0", 0): -0.1, ("lora", 0): 0.0}
+    own = {Cell(kind, "patch_dog", seed): [base] + [result(step, [value + more] * 4)
+                                                    for step, value in steps.items()]
+           for (kind, seed), more in runs.items()}  # fmt: skip
+    drawn = {name: ValidationImages(images(1, 12), images(2, 4), images(3, 10), [])
+             for name in ("validation", "again", "exhaustive")}  # fmt: skip
+    for kind in ("full", "lambda-0"):
+        for step in steps:
+            bank.save(tmp_path / "bank" / kind / "patch_dog" / "seed0" / f"{step:06d}.npz", drawn)
+    finished.write(tmp_path / "bank", {"exhaustive": own}, subject)
+    table = sweep_table.read(tmp_path / "patch_dog.csv")
+    assert {(row["prior_weight"], row["seed"], row["step"]) for row in table} == {
+        (weight, seed, step) for weight, seed in ((1, 0), (1, 1), (0, 0)) for step in (125, 250)
+    }
+    best = sweep_table.recommend(table)
+    assert best.settings == {"prior_weight": 1, "step": 250} and "mean of 2 runs" in best.reason
+    assert Image.open(tmp_path / "patch_dog.png").width > 2 * 3 * 64

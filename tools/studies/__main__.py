@@ -3,6 +3,7 @@
     grid       λ x steps on each bundled subject: table, heat map, front, contact sheet
     bank       train fifteen subjects with five seeds and draw every checkpoint's images
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
+    finished   write the study of λ that notebook 02 shows, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
     memory     what a memory level costs in quality, five seeds
@@ -31,7 +32,7 @@ from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.figures.labels import heading
 from dreambooth_lib.training import runs, validation
 from dreambooth_lib.training.validation_record import load_images
-from tools.studies import bank, pairs, trust
+from tools.studies import bank, finished, pairs, trust
 from tools.studies.intervals import half_width, interval
 from tools.studies.priors import priors
 
@@ -244,12 +245,12 @@ def draw_means(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    studies = ("grid", "bank", "trust", "priors", "ablations", "memory")
+    studies = ("grid", "bank", "trust", "finished", "priors", "ablations", "memory")
     parser.add_argument("study", choices=studies)
     parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
     parser.add_argument("--kinds", nargs="+", help="of bank (default: full) and priors (all)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of bank and priors")
-    parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust")
+    parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust and finished")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/studies"))
@@ -260,6 +261,9 @@ def main() -> None:
         return
     out = arguments.out / arguments.study
     subjects = [s for s in bundled_subjects() if not asked or s.name in asked]
+    if arguments.study == "finished":
+        finished.write(arguments.out / "bank", trust.read_rows(arguments.rows), subjects[0])
+        return
     with workers(arguments.workers, arguments.dask) as executor:
         if arguments.study == "grid":
             for subject in subjects:
