@@ -176,7 +176,7 @@ def test_agreement_counts_what_both_passes_say(tmp_path: Path) -> None:
     assert table[4].endswith("2 validations | 50.0% |")
 
 
-def test_the_bundled_judge_and_the_verdict_agree_with_people() -> None:
+def test_the_bundled_judge_and_the_verdict_agree_with_the_eye() -> None:
     """Look at what docs/studies keeps: 330 pairs that were judged blind in two passes."""
     table = pairs.agreement(
         validation.load_scorers(TrainConfig(bundled_subjects()[0])).images, trust.read_rows()

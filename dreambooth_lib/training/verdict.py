@@ -1,7 +1,7 @@
 """Say in words whether a model learnt its subject and kept the rest, and what to do next.
 
-The limits between the words are where people drew them on images of the bundled base
-(docs/studies): they agree with the words there, not necessarily on photos.
+The limits of "learnt" are where the words agree best with images of the bundled base that were
+judged by eye (docs/studies). Nobody has judged photos, or how much of the rest is kept.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
     grid       λ x steps on each bundled subject: table, heat map, front, contact sheet
     bank       train fifteen subjects with five seeds and draw every checkpoint's images
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
-    finished   write the study of λ that notebook 02 shows, from the bank
+    finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
     memory     what a memory level costs in quality, five seeds
@@ -127,7 +127,7 @@ def print_trust(file: Path) -> None:
     print("\n".join(["\nThe automatic settings", *trust.auto_table(rows)]))
     if (pairs.DATA / "pairs.json").exists():
         scorer = validation.load_scorers(plain(bundled_subjects()[0])).images
-        print("\n".join(["\nAgreement with people", *pairs.agreement(scorer, rows)]))
+        print("\n".join(["\nAgreement with the eye", *pairs.agreement(scorer, rows)]))
 
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
@@ -262,7 +262,9 @@ def main() -> None:
     out = arguments.out / arguments.study
     subjects = [s for s in bundled_subjects() if not asked or s.name in asked]
     if arguments.study == "finished":
-        finished.write(arguments.out / "bank", trust.read_rows(arguments.rows), subjects[0])
+        rows = trust.read_rows(arguments.rows)
+        finished.write(arguments.out / "bank", rows, subjects[0])
+        finished.write_chosen(arguments.out / "bank", rows)
         return
     with workers(arguments.workers, arguments.dask) as executor:
         if arguments.study == "grid":

@@ -1,7 +1,8 @@
-"""Write the finished study of λ that notebook 02 shows, from a bank of images.
+"""Write the finished study of λ that notebook 02 shows, and what was chosen, from a bank of images.
 
 data/studies/SUBJECT.csv   a row for each λ, seed and step, scored by the exhaustive plan
 data/studies/SUBJECT.png   two images of the subject and one of its class for each λ and step
+docs/studies/chosen.png    of every subject its photos, the base's images and the chosen step's
 """
 
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids
+from dreambooth_lib.training.best_checkpoint import select_best
 from tools.studies import bank, trust
 
 FOLDER = loading.BUNDLED / "studies"
+CHOSEN = Path("docs/studies/chosen.png")
 
 
 def write(folder: Path, rows: trust.Rows, subject: Subject) -> None:
@@ -32,6 +36,24 @@ def write(folder: Path, rows: trust.Rows, subject: Subject) -> None:
         cells.append([images.subject[:6:3] + images.class_images[:1] for images in drawn])
     names = [f"λ {weight:g}" for weight in weights], [f"step {step}" for step in steps]
     save_png(image_grids.matrix(*names, cells), FOLDER / f"{subject.name}.png")
+
+
+def write_chosen(folder: Path, rows: trust.Rows) -> None:
+    """Show what each subject's first default run chose, on images that it did not choose by."""
+    names, cells = [], []
+    for name, subject in bank.subjects().items():
+        run = trust.up_to(rows["validation"][trust.Cell("full", name, 0)], trust.LAST_BY_DEFAULT)
+        step = select_best(run).step
+        files = [folder / "base" / name / "000000.npz",
+                 folder / "full" / name / "seed0" / f"{step:06d}.npz"]  # fmt: skip
+        base, chosen = (bank.load(file, subject)["exhaustive"] for file in files)
+        photos = [
+            photo.image.resize(base.subject[0].size) for photo in read_photos(subject.pictures)
+        ]
+        names.append(f"{name}, step {step}")
+        cells.append([photos[:2], base.subject[::6], chosen.subject[::3], chosen.class_images[:3]])
+    columns = ["photos", "the base", "the subject", "its class"]
+    save_png(image_grids.matrix(names, columns, cells), CHOSEN)
 
 
 def lambda_table(rows: trust.Rows, subject: str) -> list[dict[str, Any]]:
