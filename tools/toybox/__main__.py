@@ -47,7 +47,7 @@ STEPS = {
     "classifier": 600,
     "diffusion": 5200,
     "judge": 1500,
-    "steady": 700,  # not in the shipped judge yet, see docs/log.md
+    "steady": 700,
     "captions": 1400,
 }
 
