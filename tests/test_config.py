@@ -53,6 +53,8 @@ ALL_FIELDS: dict[str, Any] = {
     "validation_share": 0.2,
     "hold_out": False,
     "scorer": "some/clip",
+    "image_scorer": "some/dino",
+    "prompt_chunks": 3,
     "early_stop": True,
     "prior": "distilled",
     "prior_prompts": ("", "a car"),
@@ -72,7 +74,7 @@ ALONE = {"memory"}
 
 
 def full() -> TrainConfig:
-    subject = Subject('/p/"odd" é', "back pack", "zwx", "bag", "object")
+    subject = Subject('/p/"odd" é', "back pack", "zwx", "bag", "object", ("b.jpg", "c é.png"))
     return TrainConfig(subject=subject, **ALL_FIELDS)
 
 

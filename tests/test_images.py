@@ -20,8 +20,16 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile
 
-from dreambooth_lib.data import decoding, images, sources
-from dreambooth_lib.data.images import DataError, captioned, read_photos, read_source
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.data import captions, decoding, images, sources
+from dreambooth_lib.data.images import (
+    BadPhotosError,
+    DataError,
+    captioned,
+    read_photos,
+    read_source,
+)
+from dreambooth_lib.data.subjects import load_subject
 from dreambooth_lib.metrics import encoders
 
 GPS, ORIENTATION, MAKE = 0x8825, 0x0112, 0x010F
@@ -343,6 +351,10 @@ def test_importing_does_not_import_torch(module: str) -> None:
         ("metadata.csv", 'file_name,text\np0.png,"a {} dog"\n'),
         ("metadata.csv", '\ufefftags,caption,file_name\nx,"a {} dog",P0.png\n'),
         ("metadata.jsonl", '{"file_name": "p0.png", "caption": "a {} dog", "tags": [1]}'),
+        ("p0.json", '{"caption": "a {} dog", "width": 4}'),
+        ("meta_cap.json", '{"p0": {"caption": "a {} dog", "train_resolution": [64, 64]}}'),
+        ("metadata.json", '{"/data/dog/p0.png": {"tags": "a {} dog"}, "/data/dog/p9": {}}'),
+        ("meta_clean.json", '{"C:\\\\dog\\\\P0": {"caption": "a {} dog"}, "x": 1}'),
     ],
 )
 def test_all_common_forms_of_captions_are_read(folder: Path, name: str, content: str) -> None:
@@ -356,6 +368,64 @@ def test_all_common_forms_of_captions_are_read(folder: Path, name: str, content:
         {"dog/p0.png": PNG, f"dog/{name}": content.encode()},
     )
     assert [p.caption for p in read_photos(zipped)] == ["a {} dog"]
+
+
+def test_the_first_of_several_captions_is_taken(folder: Path) -> None:
+    noise(1).save(folder / "p0.png")
+    forms = {
+        "meta.json": '{"p0": {"caption": "kohya", "tags": "red, dog"}}',
+        "p0.json": '{"caption": "its own json"}',
+        "metadata.csv": "file_name,text\np0.png,table\n",
+        "p0.caption": "caption",
+        "p0.txt": "text",
+        "p0.png.txt": "by full name",
+    }
+    (folder / "meta.json").write_text(forms["meta.json"])
+    assert read_photos(folder)[0].caption == "kohya, red, dog"
+    for name, content in list(forms.items())[1:]:
+        (folder / name).write_text(content)
+        assert read_photos(folder)[0].caption in content
+
+
+def test_captions_are_written_where_they_are_read(folder: Path) -> None:
+    for name in ("a.png", "b.png", "b.jpg", "c.png", "d.png", "e.png"):
+        noise(1).save(folder / name)
+    (folder / "b.txt").write_text("of both b")
+    (folder / "c.PNG.TXT").write_text("old")
+    (folder / "d.caption").write_text("old")
+    (folder / "metadata.csv").write_text("file_name,text\ne.png,old\n")
+    written = {name: f"a {{}} dog, {name}" for name in ("a.png", "b.jpg", "c.png", "d.png")}
+    captions.write_captions(folder, written | {"e.png": ""})
+    read = {photo.name: photo.caption for photo in read_photos(folder)}
+    assert read == written | {"b.png": "of both b", "e.png": None}
+    texts = [path.name for path in folder.iterdir() if path.suffix.lower() != ".png"]
+    assert sorted(texts) == ["a.txt", "b.jpg", "b.jpg.txt", "b.txt", "c.PNG.TXT", "d.caption",
+                             "e.txt", "metadata.csv"]  # fmt: skip
+    assert (folder / "c.PNG.TXT").read_text() == "a {} dog, c.png"
+
+
+def test_the_good_photos_are_used_once_the_person_goes_on_without_the_bad(folder: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        noise(1).save(folder / name)
+    (folder / "b.png").write_bytes(PNG[: len(PNG) // 2])
+    (folder / "d.HEIC").write_bytes(b"")
+    with pytest.raises(BadPhotosError) as caught:
+        read_photos(folder)
+    text = str(caught.value)
+    assert text.startswith(f"'b.png' in {folder} cannot be read") and caught.value.names == (
+        "b.png", "d.HEIC",
+    )  # fmt: skip
+    assert text.endswith(
+        '; d.HEIC cannot be used either; or go on without: left_out = ["b.png", "d.HEIC"].'
+    )
+    with pytest.warns(UserWarning, match=r"b\.png and d\.HEIC are left out, as you chose\."):
+        subject = load_subject(folder, "dog", left_out=caught.value.names)
+    assert [photo.name for photo in read_photos(subject)] == ["a.png", "c.png"]
+    config = TrainConfig.from_dict(TrainConfig(subject).to_dict())
+    assert config.subject == subject
+    (folder / "c.png").write_bytes(b"")
+    with pytest.raises(BadPhotosError, match=r"'c\.png'"):
+        read_photos(subject)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_the_panel_shows_captions_and_what_is_wrong_with_them(
     text = html.unescape(panel.findings.value)
     assert "0.png: a dog on the beach" in labels[0] and labels[0][2] == "2.png"
     assert "1 of 2 captions, of 0.png, lacks the identifier 'ohwx'" in text
-    assert "the caption of 1.png is longer than the base reads: it is cut before" in text
+    assert "the caption of 1.png is longer than the base reads: of its " in text
     assert "2.json is not used" in text and "IMG_1.MOV is not used" in text
     panel.identifier.value = "beach"
     assert "lacks the identifier" not in panel.findings.value

@@ -1,12 +1,13 @@
 """Find interrupted runs and backups after a disconnect, and restore one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
 
 from dreambooth_lib.core import background
+from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
@@ -202,21 +203,23 @@ def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: st
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""
-    own = _hashes(backed_up(PHOTOS, subject.pictures, run.folder, run.folder))
-    given = _hashes(pictures)
+    place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
+    copied = replace(subject, pictures=place, left_out=None)  # a backup has only what was used
+    own = _hashes(subject if place == subject.pictures else copied)
+    given = _hashes(replace(subject, pictures=str(pictures)))
     if own is None or given is None:
         return f"its photos could not be compared with those in {pictures}"
     return "" if own == given else f"its photos are not those in {pictures}"
 
 
-def _hashes(pictures: str | Path) -> list[str] | None:
+def _hashes(subject: Subject) -> list[str] | None:
     """Return the hashes of photos, whatever their names; None if they cannot be read."""
 
     def read() -> list[str]:
-        photos = read_photos(pictures)
+        photos = read_photos(subject)
         return sorted(photo.traits.digest.hex() for photo in photos)
 
     try:
-        return background.call(read, place=pictures, limit=background.FILE_LIMIT)
+        return background.call(read, place=subject.pictures, limit=background.FILE_LIMIT)
     except Exception:  # whatever damaged photos raise
         return None
