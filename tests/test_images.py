@@ -231,8 +231,6 @@ FLOAT = encoded(Image.new("F", (4, 4), 0.5), "TIFF")
         ("x.png", PNG[: len(PNG) // 2], "cannot be read"),
         ("x.jpg", JPEG[: len(JPEG) // 2], "cannot be read"),
         ("x.png", PNG[:60] + b"\0\0\0\0" + PNG[64:], "cannot be read"),
-        ("x.heic", b"\0\0\0\x18ftypheic\0\0\0\0", "pip install pillow-heif"),
-        ("x.jpg", b"\0\0\0\x18ftypheic\0\0\0\0", "convert it to JPEG"),
         ("x", JPEG[: len(JPEG) // 2], "cannot be read"),
         ("x.tif", FLOAT, "no known scale"),
     ],
@@ -245,6 +243,22 @@ def test_bad_files_are_named(
     refused(folder, f"'{name}'", word)
     packed = make_zip(tmp_path / "bad.zip", {"d/a.png": PNG, f"d/{name}": content})
     refused(packed, f"'{name}'", "bad.zip", word)
+
+
+@pytest.mark.parametrize("name", ["x.heic", "x.jpg"])
+def test_heic_without_a_decoder_is_refused_with_what_to_do(
+    folder: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    readable = {kind: how for kind, how in Image.OPEN.items() if kind != "HEIF"}
+    monkeypatch.setattr(Image, "OPEN", readable)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    decoding.formats.cache_clear()
+    noise(1).save(folder / "a.png")
+    (folder / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    try:
+        refused(folder, f"'{name}'", "run 'pip install pillow-heif', or convert it to JPEG")
+    finally:
+        decoding.formats.cache_clear()
 
 
 @pytest.mark.parametrize("side", [7_100, 9_500, 20_000])  # silent, warned of, refused by Pillow
@@ -600,6 +614,34 @@ def test_heic_is_read_where_pillow_heif_is_installed(
         assert one_pixel(folder) == [255, 0, 0]
     finally:
         decoding.formats.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_phone_photos_are_read_as_a_viewer_shows_them(folder: Path, kind: str) -> None:
+    decoding.formats.cache_clear()
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif")
+    if kind not in decoding.formats():
+        pytest.skip(f"no decoder for {kind}")
+    srgb = Image.new("RGB", (96, 64), (200, 60, 60))
+    srgb.paste((0, 0, 255), (0, 0, 48, 64))
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(display_p3()))
+    wide = ImageCms.profileToProfile(srgb, ImageCms.createProfile("sRGB"), profile)
+    assert wide is not None
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    wide.save(
+        folder / f"IMG_1.{kind}", kind, quality=95, icc_profile=display_p3(), exif=exif.tobytes()
+    )
+    (photo,) = read_photos(folder)
+    image = photo.image
+    assert image.size == (64, 96) and image.info == {}
+    assert np.abs(np.asarray(image)[80, 32].astype(int) - (200, 60, 60)).max() <= 6
+    assert np.asarray(image)[10, 32].argmax() == 2
+    (folder / f"IMG_2.{kind}").write_bytes((folder / f"IMG_1.{kind}").read_bytes()[:400])
+    with pytest.raises(BadPhotosError, match="IMG_2") as caught:
+        read_photos(folder)
+    assert caught.value.names == (f"IMG_2.{kind}",)
 
 
 # Bounds
