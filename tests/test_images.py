@@ -472,6 +472,18 @@ def test_odd_captions_are_refused(
     refused(folder, name, word)
 
 
+def test_raw_photos_are_not_read_as_their_previews(folder: Path) -> None:
+    Image.new("RGB", (16, 12)).save(folder / "IMG_1.DNG", "TIFF")
+    with pytest.raises(DataError, match=r"raw photos only, as IMG_1\.DNG; save them as JPEG"):
+        read_photos(folder)
+    noise(1).save(folder / "IMG_1.jpg")
+    source = read_source(folder)
+    assert [photo.name for photo in source.photos] == ["IMG_1.jpg"]
+    assert source.notes == [
+        "IMG_1.DNG is not used, because raw photos are not read; save it as JPEG."
+    ]
+
+
 def test_side_files_of_phones_and_trainers_are_passed_over_in_one_sentence(folder: Path) -> None:
     for name in ("IMG_1.MOV", "IMG_1.AAE", "x.mp4", "x.eps", "Icon\r", "p0.npz", "p1.npz"):
         (folder / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
@@ -518,7 +530,7 @@ def test_large_files_are_never_read(
 @pytest.mark.parametrize(
     "name",
     ["p0-masklabel.png", "p1-condlabel.jpg", "p0_mask.png", "mask_p0.png", "p0-depth.png",
-     "p0.mask.webp", "p0_thumb.jpg"],
+     "p0.mask.webp", "p0_thumb.jpg", "p0_normal.png", "p0-control.jpg"],
 )  # fmt: skip
 def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     noise(1).save(folder / "p0.png")

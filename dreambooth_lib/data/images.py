@@ -21,6 +21,7 @@ from dreambooth_lib.data.decoding import MAX_BYTES, decode, is_photo
 from dreambooth_lib.data.sources import (
     CAPTION_SUFFIXES,
     PHOTO_SUFFIXES,
+    RAW_SUFFIXES,
     TEXT_SUFFIXES,
     DataError,
     SourceFile,
@@ -36,7 +37,10 @@ MAX_FLAT_PIXELS = 500_000_000
 _PIXELS_PER_BYTE = 1000
 _KNOWN_FILES = 20_000
 
-_MAP = "(masks?|matte|alpha|depth|canny|edges|segmentation|openpose|lineart|thumb|thumbnail)"
+_MAP = (
+    "(masks?|matte|alpha|depth|canny|edges|seg|segmentation|openpose|lineart|scribble|softedge|"
+    "hed|normals?|control|conditioning|thumb|thumbnail)"
+)
 _NEVER_PHOTOS = re.compile(r".*[-_ .](masklabel|condlabel)")
 _BESIDE_PHOTOS = re.compile(rf"(?P<photo>.+)[-_ .]{_MAP}|{_MAP}[-_ .](?P<of>.+)")
 
@@ -158,11 +162,13 @@ def read_source(source: str | Path | Subject) -> Source:
     subject = source if isinstance(source, Subject) else None
     path = Path(subject.pictures if subject else source)  # type: ignore[arg-type]
     left_out = subject.left_out or () if subject else ()
-    files, texts, others = [], {}, []
+    files, texts, raw, others = [], {}, [], []
     for file in list_files(path):
         if file.name in left_out:
             continue
-        if file.suffix in TEXT_SUFFIXES:
+        if file.suffix in RAW_SUFFIXES:
+            raw.append(file.name)
+        elif file.suffix in TEXT_SUFFIXES:
             if file.suffix in CAPTION_SUFFIXES:
                 texts[file.name] = file
         elif file.suffix in PHOTO_SUFFIXES or is_photo(file.head()):
@@ -178,6 +184,8 @@ def read_source(source: str | Path | Subject) -> Source:
         if photo.name not in masks
     ]
     if not photos:
+        if raw:
+            raise DataError(f"{path} has raw photos only, as {raw[0]}; save them as JPEG first.")
         raise DataError(f"{path} has no photos; put JPEG or PNG files directly into it.")
     notes = []
     if left_out:
@@ -193,6 +201,12 @@ def read_source(source: str | Path | Subject) -> Source:
             f"{listed(unused)} {_are(unused)} not used, because {holds} no caption of a photo "
             "here; name a caption like its photo, 'a.txt' for 'a.jpg', or list captions in "
             "metadata.csv."
+        )
+    if raw:
+        as_jpeg = "it" if len(raw) == 1 else "them"
+        notes.append(
+            f"{listed(raw)} {_are(raw)} not used, because raw photos are not read; save {as_jpeg} "
+            "as JPEG."
         )
     if others:
         kind = "it is neither a photo nor a caption"

@@ -205,6 +205,7 @@ def _make_portable(fields: dict[str, Any], run: Path) -> None:
     """Take local paths out of the fields of a run's config, manifest or note."""
     if isinstance(fields.get("subject"), dict):
         fields["subject"]["pictures"] = PHOTOS
+        fields["subject"].pop("left_out", None)  # these are not copied, and copies have new names
     if "class_folder" in fields:
         fields["class_folder"] = CLASS_PHOTOS
     for name in _BASES:

@@ -94,8 +94,6 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
     pictures = backed_up(PHOTOS, config.subject.pictures, partial, local)
     class_folder = original and backed_up(CLASS_PHOTOS, original, partial, local)
     subject = replace(config.subject, pictures=pictures)
-    if pictures != config.subject.pictures:  # the backup has only those that were not left out
-        subject = replace(subject, left_out=None)
     runs.resume(partial, subject=subject, class_folder=class_folder)
 
 

@@ -1,6 +1,6 @@
 """Find interrupted runs and backups after a disconnect, and restore one."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, count
@@ -69,6 +69,7 @@ def find_interrupted(
     pictures: str | Path | None,
     class_noun: str,
     base: str,
+    left_out: Collection[str] = (),
 ) -> tuple[FoundRun | None, str]:
     """Return the newest unfinished run of these photos, noun and base, and a sentence on it.
 
@@ -76,7 +77,8 @@ def find_interrupted(
     not resumed, and why. If ``resume`` is a run's name, it is that run, whatever it was trained
     on. Of a run and its backups it is the one that is furthest, or else the one in the earlier
     folder. Folders that are None or missing, as Drive may be, are skipped, and so is the
-    comparison of photos that are None, or missing as after a disconnect.
+    comparison of photos that are None, or missing as after a disconnect. Those that are named in
+    ``left_out``, and those that a run has left out, are not compared.
     """
     named = isinstance(resume, str)
     found, silent = _all_runs(folders)
@@ -89,7 +91,7 @@ def find_interrupted(
     unfinished = [run for run in found if resume and not run.finished]
     for run in sorted(unfinished, key=lambda run: run.last_saved, reverse=True):
         name = run.run.folder.name
-        difference = "" if named else _difference(run.run, pictures, class_noun, base)
+        difference = "" if named else _difference(run.run, pictures, class_noun, base, left_out)
         if name == resume or not (named or difference):
             return run, f"{message}Resuming {run}"
         hint = f"set RESUME = {name!r} to resume it."
@@ -191,7 +193,13 @@ def _read_run(folder: Path) -> FoundRun | None:
         return None
 
 
-def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: str) -> str:
+def _difference(
+    run: Run,
+    pictures: str | Path | None,
+    class_noun: str,
+    base: str,
+    left_out: Collection[str],
+) -> str:
     """Say in words how a run's base, noun or photos differ from these; empty if they do not."""
     subject, own_base = run.config.subject, run.config.base
     base = config_changes.absolute_base(base)
@@ -204,9 +212,9 @@ def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: st
     if pictures is None or not Path(pictures).exists():
         return ""
     place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
-    copied = replace(subject, pictures=place, left_out=None)  # a backup has only what was used
-    own = _hashes(subject if place == subject.pictures else copied)
-    given = _hashes(replace(subject, pictures=str(pictures)))
+    own = _hashes(replace(subject, pictures=place))
+    all_left_out = (*left_out, *(subject.left_out or ()))
+    given = _hashes(replace(subject, pictures=str(pictures), left_out=all_left_out))
     if own is None or given is None:
         return f"its photos could not be compared with those in {pictures}"
     return "" if own == given else f"its photos are not those in {pictures}"
