@@ -60,14 +60,13 @@ def describe(photos: "Iterable[Photo]", subject: Subject, model: str = MODEL) ->
 def _load(model: str, dtype: Any) -> tuple[Any, Any, Any]:
     import transformers
 
-    options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(model, **options)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         if config.model_type == "blip":
             blip = transformers.BlipForConditionalGeneration.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, **options
+                model, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             processor = transformers.BlipImageProcessorPil.from_pretrained(model)
             return blip.eval(), tokenizer, processor
     except MemoryError:
