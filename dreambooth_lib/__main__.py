@@ -175,9 +175,9 @@ def run_resume(arguments: argparse.Namespace) -> None:
     if arguments.photos is not None and state.is_main_process:
         from dreambooth_lib.data.images import read_photos
 
-        read_photos(arguments.photos)
         subject = runs.resume(arguments.run).config.subject
         moved = replace(subject, pictures=str(arguments.photos.resolve()))
+        read_photos(moved)
         runs.resume(arguments.run, subject=moved)
     state.wait_for_everyone()
     run_training(runs.resume(arguments.run))

@@ -147,6 +147,28 @@ def test_make_lab_accepts_photos_of_18_mb(stack: Stack, tmp_path: Path, photos: 
         ]
 
 
+def test_captions_are_edited_and_a_bad_photo_is_left_out(stack: Stack, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "rex"
+    notebook = write_panel(tmp_path)
+    shutil.copytree(BUNDLED / "subjects" / "patch_dog", folder)
+    names = sorted(file.name for file in folder.glob("*.png"))
+    first, bad = folder / names[0], folder / names[-1]
+    first.with_suffix(".txt").write_text("a dog on the beach with a red ball")
+    bad.write_bytes(bad.read_bytes()[:200])
+    with opened(stack, tmp_path, notebook) as page:
+        page.run(0)
+        page.type(0, "folder or zip", "rex")
+        page.cell(0).get_by_role("button", name=f"Go on without {bad.name}").click()
+        page.wait_for(0, f"{bad.name} is left out, as you chose.", 60)
+        page.wait_for(0, "1 of 1 captions", 60)
+        page.shoot(0, "captions")
+        page.cell(0).get_by_role("button", name="Add the identifier to 1 caption").click()
+        page.wait_for(0, "Saved 1 caption.", 60)
+        assert "lacks the identifier" not in page.text(0)
+        assert first.with_suffix(".txt").read_text() == "a {} dog on the beach with a red ball"
+        assert "rex" in page.run(1)
+
+
 def test_on_another_server_the_panel_says_what_to_do_and_the_button_still_works(
     stack: Stack, tmp_path: Path, photos: list[Path]
 ) -> None:

@@ -54,6 +54,7 @@ ALL_FIELDS: dict[str, Any] = {
     "hold_out": False,
     "scorer": "some/clip",
     "image_scorer": "some/dino",
+    "prompt_chunks": 3,
     "early_stop": True,
     "prior": "distilled",
     "prior_prompts": ("", "a car"),
@@ -73,7 +74,7 @@ ALONE = {"memory"}
 
 
 def full() -> TrainConfig:
-    subject = Subject('/p/"odd" é', "back pack", "zwx", "bag", "object")
+    subject = Subject('/p/"odd" é', "back pack", "zwx", "bag", "object", ("b.jpg", "c é.png"))
     return TrainConfig(subject=subject, **ALL_FIELDS)
 
 

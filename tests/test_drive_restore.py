@@ -15,14 +15,17 @@ from drive_faults import drive as drive
 from drive_faults import faults as faults
 from drive_faults import no_waits as no_waits
 from drive_faults import run as run
+from PIL import Image
 from safetensors.torch import load_file
 
+from dreambooth_lib.core.config import Subject
 from dreambooth_lib.notebook import (
     drive_copy,
 )
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import (
     RestoreError,
+    find_interrupted,
     has_finished,
     restore,
 )
@@ -49,6 +52,28 @@ def test_a_restored_run_is_the_run_with_its_own_photos(
     faults.copied.clear()
     assert backup(back, drive / "my-dog") is None, "its own backup goes on"
     assert faults.copied == ["config.toml"], "the rest is there already"
+
+
+def test_a_photo_that_was_left_out_stays_out_of_the_backup(
+    tmp_path: Path, drive: Path, make_config: Make
+) -> None:
+    photos = Path(save_photos(tmp_path / "uploads" / "rex", 3))
+    Image.open(photos / "0.png").save(photos / "0.bmp")
+    (photos / "0.png").write_bytes(b"damaged")  # its name is that of a copy of 0.bmp
+    subject = Subject(str(photos), "dog", left_out=("0.png",))
+    config = make_config("toybox", str(photos), subject=subject)
+    run = runs.start(config, tmp_path / "runs" / "my-dog")
+    used = [photo.traits.digest for photo in read_subject_photos(run)]
+    assert backup(run, drive / "my-dog") is None and len(used) == 3
+    found, _ = find_interrupted(True, [tmp_path / "runs", drive], photos, "dog", "toybox")
+    assert found is not None
+    shutil.rmtree(run.folder)
+    found, _ = find_interrupted(True, [drive], photos, "dog", "toybox", ["0.png"])
+    assert found is not None, "the backup has the photos that were used"
+    lose(run)
+    back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
+    assert [photo.traits.digest for photo in read_subject_photos(back)] == used
+    assert back.config.subject.left_out is None and backup(back, drive / "my-dog") is None
 
 
 def test_a_zip_and_own_and_generated_class_images_come_back(

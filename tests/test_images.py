@@ -20,8 +20,16 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile
 
-from dreambooth_lib.data import decoding, images, sources
-from dreambooth_lib.data.images import DataError, captioned, read_photos, read_source
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.data import captions, decoding, images, sources
+from dreambooth_lib.data.images import (
+    BadPhotosError,
+    DataError,
+    captioned,
+    read_photos,
+    read_source,
+)
+from dreambooth_lib.data.subjects import load_subject
 from dreambooth_lib.metrics import encoders
 
 GPS, ORIENTATION, MAKE = 0x8825, 0x0112, 0x010F
@@ -223,8 +231,6 @@ FLOAT = encoded(Image.new("F", (4, 4), 0.5), "TIFF")
         ("x.png", PNG[: len(PNG) // 2], "cannot be read"),
         ("x.jpg", JPEG[: len(JPEG) // 2], "cannot be read"),
         ("x.png", PNG[:60] + b"\0\0\0\0" + PNG[64:], "cannot be read"),
-        ("x.heic", b"\0\0\0\x18ftypheic\0\0\0\0", "pip install pillow-heif"),
-        ("x.jpg", b"\0\0\0\x18ftypheic\0\0\0\0", "convert it to JPEG"),
         ("x", JPEG[: len(JPEG) // 2], "cannot be read"),
         ("x.tif", FLOAT, "no known scale"),
     ],
@@ -237,6 +243,22 @@ def test_bad_files_are_named(
     refused(folder, f"'{name}'", word)
     packed = make_zip(tmp_path / "bad.zip", {"d/a.png": PNG, f"d/{name}": content})
     refused(packed, f"'{name}'", "bad.zip", word)
+
+
+@pytest.mark.parametrize("name", ["x.heic", "x.jpg"])
+def test_heic_without_a_decoder_is_refused_with_what_to_do(
+    folder: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    readable = {kind: how for kind, how in Image.OPEN.items() if kind != "HEIF"}
+    monkeypatch.setattr(Image, "OPEN", readable)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    decoding.formats.cache_clear()
+    noise(1).save(folder / "a.png")
+    (folder / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    try:
+        refused(folder, f"'{name}'", "run 'pip install pillow-heif', or convert it to JPEG")
+    finally:
+        decoding.formats.cache_clear()
 
 
 @pytest.mark.parametrize("side", [7_100, 9_500, 20_000])  # silent, warned of, refused by Pillow
@@ -343,6 +365,10 @@ def test_importing_does_not_import_torch(module: str) -> None:
         ("metadata.csv", 'file_name,text\np0.png,"a {} dog"\n'),
         ("metadata.csv", '\ufefftags,caption,file_name\nx,"a {} dog",P0.png\n'),
         ("metadata.jsonl", '{"file_name": "p0.png", "caption": "a {} dog", "tags": [1]}'),
+        ("p0.json", '{"caption": "a {} dog", "width": 4}'),
+        ("meta_cap.json", '{"p0": {"caption": "a {} dog", "train_resolution": [64, 64]}}'),
+        ("metadata.json", '{"/data/dog/p0.png": {"tags": "a {} dog"}, "/data/dog/p9": {}}'),
+        ("meta_clean.json", '{"C:\\\\dog\\\\P0": {"caption": "a {} dog"}, "x": 1}'),
     ],
 )
 def test_all_common_forms_of_captions_are_read(folder: Path, name: str, content: str) -> None:
@@ -356,6 +382,64 @@ def test_all_common_forms_of_captions_are_read(folder: Path, name: str, content:
         {"dog/p0.png": PNG, f"dog/{name}": content.encode()},
     )
     assert [p.caption for p in read_photos(zipped)] == ["a {} dog"]
+
+
+def test_the_first_of_several_captions_is_taken(folder: Path) -> None:
+    noise(1).save(folder / "p0.png")
+    forms = {
+        "meta.json": '{"p0": {"caption": "kohya", "tags": "red, dog"}}',
+        "p0.json": '{"caption": "its own json"}',
+        "metadata.csv": "file_name,text\np0.png,table\n",
+        "p0.caption": "caption",
+        "p0.txt": "text",
+        "p0.png.txt": "by full name",
+    }
+    (folder / "meta.json").write_text(forms["meta.json"])
+    assert read_photos(folder)[0].caption == "kohya, red, dog"
+    for name, content in list(forms.items())[1:]:
+        (folder / name).write_text(content)
+        assert read_photos(folder)[0].caption in content
+
+
+def test_captions_are_written_where_they_are_read(folder: Path) -> None:
+    for name in ("a.png", "b.png", "b.jpg", "c.png", "d.png", "e.png"):
+        noise(1).save(folder / name)
+    (folder / "b.txt").write_text("of both b")
+    (folder / "c.PNG.TXT").write_text("old")
+    (folder / "d.caption").write_text("old")
+    (folder / "metadata.csv").write_text("file_name,text\ne.png,old\n")
+    written = {name: f"a {{}} dog, {name}" for name in ("a.png", "b.jpg", "c.png", "d.png")}
+    captions.write_captions(folder, written | {"e.png": ""})
+    read = {photo.name: photo.caption for photo in read_photos(folder)}
+    assert read == written | {"b.png": "of both b", "e.png": None}
+    texts = [path.name for path in folder.iterdir() if path.suffix.lower() != ".png"]
+    assert sorted(texts) == ["a.txt", "b.jpg", "b.jpg.txt", "b.txt", "c.PNG.TXT", "d.caption",
+                             "e.txt", "metadata.csv"]  # fmt: skip
+    assert (folder / "c.PNG.TXT").read_text() == "a {} dog, c.png"
+
+
+def test_the_good_photos_are_used_once_the_person_goes_on_without_the_bad(folder: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        noise(1).save(folder / name)
+    (folder / "b.png").write_bytes(PNG[: len(PNG) // 2])
+    (folder / "d.HEIC").write_bytes(b"")
+    with pytest.raises(BadPhotosError) as caught:
+        read_photos(folder)
+    text = str(caught.value)
+    assert text.startswith(f"'b.png' in {folder} cannot be read") and caught.value.names == (
+        "b.png", "d.HEIC",
+    )  # fmt: skip
+    assert text.endswith(
+        '; d.HEIC cannot be used either; or go on without: left_out = ["b.png", "d.HEIC"].'
+    )
+    with pytest.warns(UserWarning, match=r"b\.png and d\.HEIC are left out, as you chose\."):
+        subject = load_subject(folder, "dog", left_out=caught.value.names)
+    assert [photo.name for photo in read_photos(subject)] == ["a.png", "c.png"]
+    config = TrainConfig.from_dict(TrainConfig(subject).to_dict())
+    assert config.subject == subject
+    (folder / "c.png").write_bytes(b"")
+    with pytest.raises(BadPhotosError, match=r"'c\.png'"):
+        read_photos(subject)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +470,18 @@ def test_odd_captions_are_refused(
     noise(1).save(folder / "p0.png")
     (folder / name).write_text(content)
     refused(folder, name, word)
+
+
+def test_raw_photos_are_not_read_as_their_previews(folder: Path) -> None:
+    Image.new("RGB", (16, 12)).save(folder / "IMG_1.DNG", "TIFF")
+    with pytest.raises(DataError, match=r"raw photos only, as IMG_1\.DNG; save them as JPEG"):
+        read_photos(folder)
+    noise(1).save(folder / "IMG_1.jpg")
+    source = read_source(folder)
+    assert [photo.name for photo in source.photos] == ["IMG_1.jpg"]
+    assert source.notes == [
+        "IMG_1.DNG is not used, because raw photos are not read; save it as JPEG."
+    ]
 
 
 def test_side_files_of_phones_and_trainers_are_passed_over_in_one_sentence(folder: Path) -> None:
@@ -434,7 +530,7 @@ def test_large_files_are_never_read(
 @pytest.mark.parametrize(
     "name",
     ["p0-masklabel.png", "p1-condlabel.jpg", "p0_mask.png", "mask_p0.png", "p0-depth.png",
-     "p0.mask.webp", "p0_thumb.jpg"],
+     "p0.mask.webp", "p0_thumb.jpg", "p0_normal.png", "p0-control.jpg"],
 )  # fmt: skip
 def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     noise(1).save(folder / "p0.png")
@@ -530,6 +626,34 @@ def test_heic_is_read_where_pillow_heif_is_installed(
         assert one_pixel(folder) == [255, 0, 0]
     finally:
         decoding.formats.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_phone_photos_are_read_as_a_viewer_shows_them(folder: Path, kind: str) -> None:
+    decoding.formats.cache_clear()
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif")
+    if kind not in decoding.formats():
+        pytest.skip(f"no decoder for {kind}")
+    srgb = Image.new("RGB", (96, 64), (200, 60, 60))
+    srgb.paste((0, 0, 255), (0, 0, 48, 64))
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(display_p3()))
+    wide = ImageCms.profileToProfile(srgb, ImageCms.createProfile("sRGB"), profile)
+    assert wide is not None
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    wide.save(
+        folder / f"IMG_1.{kind}", kind, quality=95, icc_profile=display_p3(), exif=exif.tobytes()
+    )
+    (photo,) = read_photos(folder)
+    image = photo.image
+    assert image.size == (64, 96) and image.info == {}
+    assert np.abs(np.asarray(image)[80, 32].astype(int) - (200, 60, 60)).max() <= 6
+    assert np.asarray(image)[10, 32].argmax() == 2
+    (folder / f"IMG_2.{kind}").write_bytes((folder / f"IMG_1.{kind}").read_bytes()[:400])
+    with pytest.raises(BadPhotosError, match="IMG_2") as caught:
+        read_photos(folder)
+    assert caught.value.names == (f"IMG_2.{kind}",)
 
 
 # Bounds

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -81,6 +82,7 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
             return subprocess.CompletedProcess(command, returncode, "", stderr)
 
         monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.setattr(install, "OPTIONAL", {})
         monkeypatch.setattr(install, "required", lambda: ["peft>=0.17", "tomli-w>=1.0"])
         monkeypatch.setattr(install, "installed", lambda: {"peft": "0.20.0", "torch": "2.11.0"})
         return calls
@@ -109,6 +111,28 @@ def test_pips_failure_is_one_sentence(pip: Callable[..., list[list[str]]]) -> No
     pip(1, "WARNING: slow\nERROR: Cannot install a and b\nERROR: ResolutionImpossible\nnotice\n")
     with pytest.raises(InstallError, match=r"tomli-w>=1.0 .*\(ERROR: Cannot install a and b\);"):
         install.install_missing()
+
+
+def test_what_the_kit_can_do_without_is_installed_if_it_can_be(
+    pip: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = pip()
+    monkeypatch.setattr(install, "required", lambda: ["peft>=0.17"])
+    monkeypatch.setattr(install, "OPTIONAL", {"pillow-heif>=0.22": "HEIC photos cannot be read"})
+    assert install.install_missing().missing == ["pillow-heif>=0.22"]
+    assert calls[0][-1] == "pillow-heif>=0.22" and "torch==2.11.0" in calls[0][-2]
+    pip(1, "ERROR: No matching distribution\n")
+    monkeypatch.setattr(install, "required", lambda: ["peft>=0.17"])
+    monkeypatch.setattr(install, "OPTIONAL", {"pillow-heif>=0.22": "HEIC photos cannot be read"})
+    assert str(install.install_missing()) == (
+        "Nothing to install; no preinstalled package was changed; pillow-heif>=0.22 could not be "
+        "installed, so that HEIC photos cannot be read."
+    )
+
+
+def test_the_extra_has_what_the_kit_can_do_without() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["heif"] == [*install.OPTIONAL]
 
 
 def test_a_missing_pip_is_one_sentence(pip: Callable[..., list[list[str]]]) -> None:

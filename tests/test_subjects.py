@@ -119,9 +119,12 @@ def test_captions_without_the_identifier_are_told(tmp_path: Path) -> None:
     assert "1 of 4 captions, of p3.png, lacks the identifier" in told(tmp_path)
     (tmp_path / "p3.txt").unlink()
     (tmp_path / "notes.json").write_text("{}")
-    assert told(tmp_path).startswith("notes.json is not used, because no photo has that name; ")
+    assert told(tmp_path).startswith("notes.json is not used, because it holds no caption of a ")
     (tmp_path / "p9.txt").write_text("")
-    assert "notes.json and p9.txt are not used, because no photo has those names" in told(tmp_path)
+    assert (
+        "notes.json and p9.txt are not used, because they hold no caption of a photo here"
+        in told(tmp_path)
+    )
     (tmp_path / "p9.mov").write_text("")
     assert "p9.mov is not used, because it is neither a photo nor a caption." in told(tmp_path)
 
@@ -146,8 +149,13 @@ def test_captions_longer_than_the_base_reads_are_named() -> None:
     dog, image = Subject("photos", "dog"), noise(1)
     photos = [Photo("a.png", image, "a {} dog"), Photo("b.png", image, "a {} dog on the far beach")]
     (message,) = captions.check_lengths([*photos, Photo("c.png", image)], dog, [(words, 8)])
-    assert message.startswith("the caption of b.png is longer than the base reads: it is cut")
-    assert message.endswith("before 'beach'.")
+    assert message == (
+        "the caption of b.png is longer than the base reads: of its 8 tokens it reads 6, so that "
+        "it is cut before 'beach'."
+    )
+    (message,) = captions.check_lengths(photos, dog, [(words, 8)], "set prompt_chunks to 3")
+    assert message.endswith("is cut before 'beach'; set prompt_chunks to 3.")
+    assert captions.count_tokens("one hippopotamus", [(words, 3), (words, 4)]) == (4, 2)
     assert captions.check_lengths(photos, dog, [(words, 8), (words, 77)]) == []
     many = [Photo(f"{i}.png", image, "a {} dog on the far beach") for i in range(20)]
     messages = captions.check_lengths(many, dog, [(words, 7)])

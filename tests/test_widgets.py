@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -22,11 +23,12 @@ from PIL import Image as PIL_Image
 import dreambooth_lib
 from dreambooth_lib import TrainConfig
 from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.figures import image_grids
-from dreambooth_lib.notebook import timing, widgets
+from dreambooth_lib.notebook import captioner, timing, widgets
 from dreambooth_lib.notebook.widgets import playground, upload
 from dreambooth_lib.notebook.widgets.settings import python_of
 from dreambooth_lib.training import loop, runs, validation
@@ -277,7 +279,7 @@ def test_the_panel_shows_captions_and_what_is_wrong_with_them(
     text = html.unescape(panel.findings.value)
     assert "0.png: a dog on the beach" in labels[0] and labels[0][2] == "2.png"
     assert "1 of 2 captions, of 0.png, lacks the identifier 'ohwx'" in text
-    assert "the caption of 1.png is longer than the base reads: it is cut before" in text
+    assert "the caption of 1.png is longer than the base reads: of its " in text
     assert "2.json is not used" in text and "IMG_1.MOV is not used" in text
     panel.identifier.value = "beach"
     assert "lacks the identifier" not in panel.findings.value
@@ -286,6 +288,98 @@ def test_the_panel_shows_captions_and_what_is_wrong_with_them(
     panel.reload()
     with pytest.raises(DataError, match="beyond what the base reads"):
         panel.check()
+
+
+def click(button: Any) -> None:
+    button.click()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_captions_are_edited_in_the_panel_and_lie_beside_the_photos(
+    tiny_sd2: str, make_config: Make, tmp_path: Path, packed: bool
+) -> None:
+    folder = Path(save_photos(tmp_path / "max", 3))
+    (folder / "0.txt").write_text("a dog\non the beach")
+    (folder / "1.txt").write_text("on the beach in snow a photo of a red cat a red a")
+    source = shutil.make_archive(str(folder), "zip", folder) if packed else str(folder)
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, source), tmp_path / "uploads")
+    editor = panel.captions
+    assert editor.opened.value and [*editor.fields] == ["0.png", "1.png", "2.png"]
+    assert "13 of 14 tokens" in texts(panel) or "tokens: the rest is cut off" in texts(panel)
+    assert editor.insert.description == "Add the identifier to 2 captions"
+    editor.fields["2.png"].value = "a photo of a {} dog  on a bed"
+    click(editor.insert)
+    panel.check()
+    place = Path(panel.config.subject.pictures)
+    assert place == folder if not packed else place.parent == (tmp_path / "uploads").resolve()
+    assert [photo.caption for photo in panel.photos] == [
+        "a {} dog on the beach",
+        "a {} dog, on the beach in snow a photo of a red cat a red a",
+        "a photo of a {} dog on a bed",
+    ]
+    assert "Saved 3 captions" in texts(panel) and "lack the identifier" not in texts(panel)
+    assert editor.insert.layout.display == "none"
+    assert (folder / "2.txt").exists() is not packed
+    panel.captions.fields["1.png"].value = ""
+    click(editor.write)
+    assert panel.photos[1].caption is None and "Saved 1 caption." in texts(panel)
+    assert (Path(panel.config.subject.pictures) / "1.txt").read_text() == ""
+
+
+def test_photos_without_captions_are_described_only_when_asked(
+    tiny_sd2: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(save_photos(tmp_path / "max", 3))
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
+    editor = panel.captions
+    assert not editor.opened.value and editor.insert.layout.display == "none"
+    assert f"{captioner.MODEL} (a download of {captioner.DOWNLOAD}" in texts(panel)
+
+    def describe(photos: list[Any], subject: Subject) -> dict[str, str]:
+        assert editor.describe.disabled
+        return {p.name: f"a {{}} {subject.class_noun} in {p.name}" for p in photos}
+
+    monkeypatch.setattr(captioner, "describe", describe)
+    click(editor.describe)
+    assert editor.fields["1.png"].value == "a {} dog in 1.png" and not editor.describe.disabled
+    assert not list(folder.glob("*.txt")), "a person reads them before"
+    click(editor.write)
+    assert (folder / "1.txt").read_text() == "a {} dog in 1.png"
+
+    def fail(*_: Any) -> Any:
+        raise captioner.CaptionerError("the captioner cannot be loaded.")
+
+    monkeypatch.setattr(captioner, "describe", fail)
+    click(editor.describe)
+    with pytest.raises(captioner.CaptionerError):
+        panel.check()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_photo_is_named_and_the_others_are_used_at_a_click(
+    tiny_sd2: str, make_config: Make, tmp_path: Path, photos: str, packed: bool
+) -> None:
+    folder = Path(save_photos(tmp_path / "max", 3))
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:90])
+    source = shutil.make_archive(str(folder), "zip", folder) if packed else str(folder)
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
+    assert panel.go_on.layout.display == "none"
+    panel.source.value = source
+    with pytest.raises(DataError, match=r"'1\.png'"):
+        panel.check()
+    assert panel.go_on.layout.display == "" and panel.captions.layout.display == "none"
+    assert not images(panel)
+    assert panel.go_on.description == "Go on without 1.png"
+    click(panel.go_on)
+    assert [photo.name for photo in panel.photos] == ["0.png", "2.png"]
+    assert panel.config.subject.left_out == ("1.png",) and panel.go_on.layout.display == "none"
+    assert "1.png is left out, as you chose." in texts(panel)
+    assert widgets.SubjectPanel(panel.config, tmp_path / "uploads").photos[0].name == "0.png"
+    panel.captions.fields["0.png"].value = "a {} dog"
+    click(panel.captions.write)
+    assert [photo.caption for photo in panel.photos] == ["a {} dog", None]
+    panel.source.value = photos
+    assert panel.config.subject.left_out is None
 
 
 def test_the_panel_shows_only_the_first_of_many_photos(

@@ -45,6 +45,8 @@ class Subject:
     identifier: str = DEFAULT_IDENTIFIER  #: a rare word that the tokenizer makes a single token
     name: str = ""  #: for tables and folders; the name of the photos' folder if left empty
     kind: str = ""  #: "live" or "object", if a data set says so
+    #: files in ``pictures`` to go on without, such as a damaged photo
+    left_out: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         take_types(self, "subject.")
@@ -161,6 +163,9 @@ class TrainConfig:
     resolution: int | None = None  #: pixels per side; None is the base's own
     crop: str = "center"
     flip: bool = False  #: flip images at random; not for a subject with text on it
+    #: how many chunks of 75 tokens of a caption or prompt are read: 1 to 3; Stable Diffusion 1.x,
+    #: 2.x and XL only
+    prompt_chunks: int = 1
 
     #: for images drawn from the run; None is 3.25 for toybox, else what the model card says
     guidance_scale: float | None = None

@@ -42,6 +42,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         "prior_weight", "class_images", "warmup_steps", "weight_decay", "seed",
         "prior_guidance_scale", "guidance_scale", "validate_every",
     )),
+    "from 1 to 3": (lambda value: 1 <= value <= 3, ("prompt_chunks",)),
     "from -3 to 3": (lambda value: -3 <= value <= 3, ("timestep_bias",)),
     "at least 0 and below 1": (lambda value: 0 <= value < 1, (
         "prompt_dropout", "dropout", "ema_decay", "lora_dropout",
@@ -76,7 +77,8 @@ def take_types(fields: Any, prefix: str = "") -> None:
         if value is None and field.default is None:
             continue
         if wanted == tuple[str, ...] | None:
-            object.__setattr__(fields, field.name, _prompts(name, value))
+            take = _file_names if field.name == "left_out" else _prompts
+            object.__setattr__(fields, field.name, take(name, value))
             continue
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if is_number and abs(value) > _MOST["seed"]:
@@ -106,6 +108,16 @@ def _prompts(name: str, value: Any) -> tuple[str, ...] | None:
     for text in value:
         if text and (problem := problem_with_words(text)):
             raise ConfigError(f"a prompt of {name} {problem}")
+    return tuple(value) or None
+
+
+def _file_names(name: str, value: Any) -> tuple[str, ...] | None:
+    """Return names of files as a tuple, None for none; raise :class:`ConfigError` for others."""
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ConfigError(f"{name} is {shown(value)}; write a list of files, such as ['b.jpg'].")
+    for text in value:
+        if problem := problem_with_path(text):
+            raise ConfigError(f"a file of {name} {problem}")
     return tuple(value) or None
 
 

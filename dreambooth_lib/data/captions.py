@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import Subject
-from dreambooth_lib.data.sources import TABLES, DataError, SourceFile
+from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.data.sources import PHOTO_SUFFIXES, TABLES, DataError, SourceFile, list_files
 
 if TYPE_CHECKING:
     from dreambooth_lib.data.images import Photo
@@ -24,29 +26,75 @@ def find_captions(
 ) -> tuple[dict[str, str | None], list[str]]:
     """Return the captions by the photos' names, and the names of texts that are none.
 
-    A photo's caption is ``NAME.txt``, ``NAME.EXT.txt``, the same with ``.caption``, or its row in
-    ``metadata.jsonl`` or ``metadata.csv``, the first of these that is there; upper and lower case
-    are the same. Raises :class:`DataError` for text that is not UTF-8 or too large, and for tables
-    that are broken or name a photo that is missing.
+    A photo's caption is ``NAME.EXT.txt``, ``NAME.txt``, the same with ``.caption``, its row in
+    ``metadata.jsonl`` or ``metadata.csv``, its ``NAME.json`` (``caption``), or its entry in any
+    other ``.json`` as kohya's scripts write it (``caption`` and ``tags`` by the photo's name), the
+    first of these that is there; upper and lower case are the same. Raises :class:`DataError` for
+    text that is not UTF-8 or too large, and for tables that are broken or name a photo that is
+    missing. Other JSON files are no captions.
     """
-    by_name = {name.lower(): file for name, file in reversed([*texts.items()])}
+    by_name = _lower_case(texts)
     captions: dict[str, str | None] = {}
     used = set()
+    for file in texts.values():
+        if file.suffix == ".json" and (of_file := _json_captions(file, names)):
+            used.add(file.name)
+            captions |= of_file
     for table in reversed(TABLES):
         if table in by_name:
             used.add(by_name[table].name)
             captions |= _table(by_name[table], names)
     for name in names:
-        stem = PurePosixPath(name).stem
-        exact = [f"{stem}{suffix}" for suffix in _BESIDE]
-        files = [texts[n] for n in exact if n in texts]
-        beside = [f"{start}{suffix}".lower() for suffix in _BESIDE for start in (stem, name)]
-        files += [by_name[n] for n in beside if n in by_name]
-        if files:
-            used.add(files[0].name)
-            captions[name] = _text(files[0], MAX_CAPTION, "a caption").strip()
+        if beside := _beside(name, texts, by_name):
+            used.add(beside.name)
+            captions[name] = _text(beside, MAX_CAPTION, "a caption").strip()
     found = {name: caption or None for name, caption in captions.items()}
     return found, [name for name in texts if name not in used]
+
+
+def _lower_case(texts: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
+    return {name.lower(): file for name, file in reversed([*texts.items()])}
+
+
+def _beside(
+    photo: str, texts: Mapping[str, SourceFile], by_name: Mapping[str, SourceFile]
+) -> SourceFile | None:
+    """Return the file beside a photo that has its caption; the same case goes first."""
+    names = [f"{n}{suffix}" for suffix in _BESIDE for n in (photo, PurePosixPath(photo).stem)]
+    files = [texts.get(name) for name in names] + [by_name.get(name.lower()) for name in names]
+    return next((file for file in files if file), None)
+
+
+def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
+    """Write captions, by the names of photos in a folder, to text files beside the photos.
+
+    A caption goes to the file that it is read from; ``metadata.csv`` and other tables stay as they
+    are, as text files go first. Raises ``DiskError`` where the folder cannot be written.
+    """
+    files = {file.name: file for file in list_files(folder)}
+    texts = {name: file for name, file in files.items() if file.suffix in _BESIDE}
+    by_name = _lower_case(texts)
+    stems = Counter(PurePosixPath(n).stem.lower() for n, f in files.items() if _is_photo(f))
+    for name, caption in captions.items():
+        stem = PurePosixPath(name).stem
+        shares = stems[stem.lower()] > 1  # as a.jpg beside a.png does
+        place = f"{name}.txt" if shares else f"{stem}.txt"
+        old = _beside(name, texts, by_name)
+        if old and (not shares or old.name.lower().startswith(f"{name.lower()}.")):
+            place = old.name
+        replace_file(folder / place, caption.encode())
+
+
+def _is_photo(file: SourceFile) -> bool:
+    return file.suffix in PHOTO_SUFFIXES
+
+
+def with_identifier(caption: str, subject: Subject) -> str:
+    """Return a caption with ``{}`` before its first class noun, or else with the subject first."""
+    noun = re.compile(rf"(?<!\w){re.escape(subject.class_noun)}(?!\w)", re.IGNORECASE)
+    if noun.search(caption):
+        return noun.sub(lambda found: f"{{}} {found[0]}", caption, count=1)
+    return f"a {{}} {subject.class_noun}, {caption}".removesuffix(", ")
 
 
 def _text(file: SourceFile, limit: int, what: str) -> str:
@@ -97,19 +145,47 @@ def _csv_rows(file: SourceFile, text: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{where} is not valid CSV ({error}); correct that line.") from error
 
 
-def check_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
-    """Return a sentence on captions that lack the identifier; none if all of them have it.
+def _json_captions(file: SourceFile, names: Sequence[str]) -> dict[str, str]:
+    """Return the captions of a JSON file beside a photo, or as kohya's; none of any other."""
+    try:
+        read = json.loads(_text(file, MAX_TABLE, "a table of captions"))
+    except (DataError, ValueError, RecursionError):
+        return {}
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        for key in {name.lower(), PurePosixPath(name).stem.lower()}:
+            stems.setdefault(key, []).append(name)
+    own = stems.get(PurePosixPath(file.name).stem.lower(), [])
+    entries = [(name, read) for name in own]
+    if isinstance(read, dict) and not own:
+        keys = {key: PurePosixPath(key.replace("\\", "/")).name.lower() for key in read}
+        entries = [(name, read[key]) for key in read for name in stems.get(keys[key], [])]
+    captions = {}
+    for name, entry in entries:
+        texts = [entry.get(key) for key in ("caption", "tags")] if isinstance(entry, dict) else []
+        if text := ", ".join(text.strip() for text in texts if isinstance(text, str)):
+            captions[name] = text
+    return captions
+
+
+def lacking_identifier(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
+    """Return the names of the photos whose captions lack the identifier.
 
     ``{}`` in a caption stands for the identifier.
     """
     word = rf"(?<!\w){re.escape(subject.identifier)}(?!\w)"
     captions = {p.name: p.caption.replace("{}", subject.identifier) for p in photos if p.caption}
-    lacking = [n for n, text in captions.items() if not re.search(word, text, re.IGNORECASE)]
-    if not lacking:
+    return [n for n, text in captions.items() if not re.search(word, text, re.IGNORECASE)]
+
+
+def check_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
+    """Return a sentence on captions that lack the identifier; none if all of them have it."""
+    if not (lacking := lacking_identifier(photos, subject)):
         return []
     verb = "lacks" if len(lacking) == 1 else "lack"
+    count = sum(bool(photo.caption) for photo in photos)
     return [
-        f"{len(lacking)} of {len(captions)} captions, of {lacking[0]}"
+        f"{len(lacking)} of {count} captions, of {lacking[0]}"
         f"{' and others' if len(lacking) > 1 else ''}, {verb} the identifier "
         f"'{subject.identifier}', so that training cannot bind it to these photos; write '{{}}' "
         f"where a caption names the subject, as in 'a {{}} {subject.class_noun} on the grass'."
@@ -117,11 +193,15 @@ def check_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
 
 
 def check_lengths(
-    photos: "Sequence[Photo]", subject: Subject, tokenizers: Sequence[tuple[Any, int]]
+    photos: "Sequence[Photo]",
+    subject: Subject,
+    tokenizers: Sequence[tuple[Any, int]],
+    more: str = "",
 ) -> list[str]:
     """Return a sentence on each caption that the base's text encoders do not read to its end.
 
-    Raises :class:`DataError` for an identifier beyond what they read.
+    ``more`` says how to make them read more, if that can be. Raises :class:`DataError` for an
+    identifier beyond what they read.
     """
     texts = {f"the caption of {photo.name}": photo.caption for photo in photos if photo.caption}
     texts["the class prompt"] = subject.class_prompt
@@ -137,11 +217,42 @@ def check_lengths(
                 f"{name} has the identifier '{subject.identifier}' beyond what the base reads, so "
                 "that nothing would be learned of it; put it first."
             )
-        shown = cut if len(cut) <= 80 else f"{cut[:60]}… {cut[-15:]}"
-        messages.append(f"{name} is longer than the base reads: it is cut before '{shown}'.")
+        messages.append(f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}.")
     if len(messages) > 5:
         messages[4:] = [f"{len(messages) - 4} more captions are longer than the base reads."]
+    if messages and more:
+        messages[-1] = f"{messages[-1].removesuffix('.')}; {more}."
     return messages
+
+
+def _told(text: str, cut: str, tokenizers: Sequence[tuple[Any, int]]) -> str:
+    tokens, limit = count_tokens(text, tokenizers)
+    shown = cut if len(cut) <= 80 else f"{cut[:60]}… {cut[-15:]}"
+    return f"of its {tokens} tokens it reads {limit}, so that it is cut before '{shown}'"
+
+
+def warning_of_length(prompt: str, tokenizers: Sequence[tuple[Any, int]], more: str = "") -> str:
+    """Return a sentence on a prompt that the text encoders do not read to its end, or ""."""
+    if not (cut := cut_words(prompt, tokenizers)):
+        return ""
+    told = _told(prompt, cut, tokenizers)
+    return f"the prompt '{prompt}' is longer than the base reads: {told}{more and f'; {more}'}."
+
+
+def count_tokens(text: str, tokenizers: Sequence[tuple[Any, int]]) -> tuple[int, int]:
+    """Return a text's tokens, and how many of them are read; special tokens do not count.
+
+    By the tokenizer that reads the text farthest.
+    """
+
+    def count(tokenizer: Any, limit: int) -> tuple[int, int]:
+        ids, special = (
+            len(tokenizer(part, truncation=False, verbose=False).input_ids) for part in (text, "")
+        )
+        return ids - special, limit - special
+
+    counts = [count(*tokenizer) for tokenizer in tokenizers]
+    return min(counts, key=lambda pair: (pair[0] - pair[1], pair[0]))
 
 
 def cut_words(text: str, tokenizers: Sequence[tuple[Any, int]]) -> str:

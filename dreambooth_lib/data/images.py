@@ -14,11 +14,14 @@ from typing import NamedTuple, overload
 
 from PIL import Image
 
+from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.user_text import python_string
 from dreambooth_lib.data.captions import find_captions
 from dreambooth_lib.data.decoding import MAX_BYTES, decode, is_photo
 from dreambooth_lib.data.sources import (
     CAPTION_SUFFIXES,
     PHOTO_SUFFIXES,
+    RAW_SUFFIXES,
     TEXT_SUFFIXES,
     DataError,
     SourceFile,
@@ -34,7 +37,10 @@ MAX_FLAT_PIXELS = 500_000_000
 _PIXELS_PER_BYTE = 1000
 _KNOWN_FILES = 20_000
 
-_MAP = "(masks?|matte|alpha|depth|canny|edges|segmentation|openpose|lineart|thumb|thumbnail)"
+_MAP = (
+    "(masks?|matte|alpha|depth|canny|edges|seg|segmentation|openpose|lineart|scribble|softedge|"
+    "hed|normals?|control|conditioning|thumb|thumbnail)"
+)
 _NEVER_PHOTOS = re.compile(r".*[-_ .](masklabel|condlabel)")
 _BESIDE_PHOTOS = re.compile(rf"(?P<photo>.+)[-_ .]{_MAP}|{_MAP}[-_ .](?P<of>.+)")
 
@@ -99,6 +105,19 @@ class Images(Sequence[Image.Image]):
         return chosen.image if isinstance(chosen, Photo) else [photo.image for photo in chosen]
 
 
+class BadPhotosError(DataError):
+    """Photos that cannot be used, beside others that can."""
+
+    def __init__(self, errors: dict[str, DataError]):
+        first, *others = errors.values()
+        also = f"; {listed([*errors][1:])} cannot be used either" if others else ""
+        super().__init__(
+            f"{str(first).removesuffix('.')}{also}; or go on without: left_out = "
+            f"[{', '.join(map(python_string, errors))}]."
+        )
+        self.names = tuple(errors)  #: of their files
+
+
 class Source(NamedTuple):
     """The photos of a folder or zip, and a sentence on each kind of file that is not used."""
 
@@ -122,26 +141,34 @@ def read_images(folder: Path, names: Collection[str]) -> list[Photo]:
     return _read_all(folder, [file for file in list_files(folder) if file.name in names])
 
 
-def read_photos(source: str | Path) -> list[Photo]:
+def read_photos(source: str | Path | Subject) -> list[Photo]:
     """Read all photos in a folder (not in its sub-folders) or a zip, or the one at a path, by name.
+
+    Of a subject, read its photos without those that it leaves out.
 
     They are turned upright by EXIF, colours become sRGB by the ICC profile, transparency becomes
     white, 16 bits are scaled to 8, and of several frames the first is read. A zip's photos may be
     in one sub-folder. Captions come from ``NAME.txt`` beside the photo or else from
     ``metadata.jsonl`` or ``metadata.csv`` (``file_name`` and ``text``). Other files are passed
-    over, and masks of photos too; :func:`read_source` names them. Raises :class:`DataError` for
-    photos that are damaged or above ``decoding.MAX_PIXELS``, zips that are damaged, encrypted,
-    unpack to too much or reach outside, and where there are no photos.
+    over, and masks of photos too; :func:`read_source` names them. Raises :class:`BadPhotosError`
+    for photos that are damaged or above ``decoding.MAX_PIXELS``, and :class:`DataError` if there
+    are no others, and for zips that are damaged, encrypted, unpack to too much or reach outside.
     """
     return read_source(source).photos
 
 
-def read_source(source: str | Path) -> Source:
+def read_source(source: str | Path | Subject) -> Source:
     """Read photos as :func:`read_photos` does, with a sentence on each kind of file left out."""
-    path = Path(source)
-    files, texts, others = [], {}, []
+    subject = source if isinstance(source, Subject) else None
+    path = Path(subject.pictures if subject else source)  # type: ignore[arg-type]
+    left_out = subject.left_out or () if subject else ()
+    files, texts, raw, others = [], {}, [], []
     for file in list_files(path):
-        if file.suffix in TEXT_SUFFIXES:
+        if file.name in left_out:
+            continue
+        if file.suffix in RAW_SUFFIXES:
+            raw.append(file.name)
+        elif file.suffix in TEXT_SUFFIXES:
             if file.suffix in CAPTION_SUFFIXES:
                 texts[file.name] = file
         elif file.suffix in PHOTO_SUFFIXES or is_photo(file.head()):
@@ -157,18 +184,29 @@ def read_source(source: str | Path) -> Source:
         if photo.name not in masks
     ]
     if not photos:
+        if raw:
+            raise DataError(f"{path} has raw photos only, as {raw[0]}; save them as JPEG first.")
         raise DataError(f"{path} has no photos; put JPEG or PNG files directly into it.")
     notes = []
+    if left_out:
+        notes.append(f"{listed(left_out)} {_are(left_out)} left out, as you chose.")
     if masks:
         notes.append(
             f"{listed(masks)} {_are(masks)} left out, as masks or maps of other photos; if "
             "they are photos, give them other names."
         )
     if unused:
-        these = "that name" if len(unused) == 1 else "those names"
+        holds = "it holds" if len(unused) == 1 else "they hold"
         notes.append(
-            f"{listed(unused)} {_are(unused)} not used, because no photo has {these}; name a "
-            "caption like its photo, 'a.txt' for 'a.jpg', or list captions in metadata.csv."
+            f"{listed(unused)} {_are(unused)} not used, because {holds} no caption of a photo "
+            "here; name a caption like its photo, 'a.txt' for 'a.jpg', or list captions in "
+            "metadata.csv."
+        )
+    if raw:
+        as_jpeg = "it" if len(raw) == 1 else "them"
+        notes.append(
+            f"{listed(raw)} {_are(raw)} not used, because raw photos are not read; save {as_jpeg} "
+            "as JPEG."
         )
     if others:
         kind = "it is neither a photo nor a caption"
@@ -191,16 +229,21 @@ def _are(names: Sequence[str]) -> str:
 
 def _read_all(path: Path, files: list[SourceFile]) -> list[Photo]:
     photos, pixels, size, kept = [], 0, 0, 0
+    errors: dict[str, DataError] = {}
     for file in files:
-        data = file.read(MAX_BYTES, "a photo")
-        digest, image = hashlib.sha256(data).digest(), None
-        traits = _traits.get(digest)
-        if traits is None or kept + traits.size[0] * traits.size[1] <= KEPT_PIXELS:
-            image = decode(str(file), file.suffix, data)
-            if traits is None:
-                if len(_traits) >= _KNOWN_FILES:
-                    _traits.clear()
-                traits = _traits[digest] = measure(image)
+        try:
+            data = file.read(MAX_BYTES, "a photo")
+            digest, image = hashlib.sha256(data).digest(), None
+            traits = _traits.get(digest)
+            if traits is None or kept + traits.size[0] * traits.size[1] <= KEPT_PIXELS:
+                image = decode(str(file), file.suffix, data)
+                if traits is None:
+                    if len(_traits) >= _KNOWN_FILES:
+                        _traits.clear()
+                    traits = _traits[digest] = measure(image)
+        except DataError as error:
+            errors[file.name] = error
+            continue
         area = traits.size[0] * traits.size[1]
         pixels, size = pixels + area, size + len(data)
         if pixels > MAX_FLAT_PIXELS and pixels > _PIXELS_PER_BYTE * size:
@@ -212,6 +255,10 @@ def _read_all(path: Path, files: list[SourceFile]) -> list[Photo]:
             image = None
         kept += area if image is not None else 0
         photos.append(Photo(file.name, StoredImage(file, digest, traits, image)))
+    if errors and photos:
+        raise BadPhotosError(errors)
+    for first in errors.values():
+        raise first
     return photos
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
@@ -14,16 +15,22 @@ from dreambooth_lib.data.quality_checks import check_photos
 
 
 def load_subject(
-    source: str | Path, class_noun: str, identifier: str = DEFAULT_IDENTIFIER, name: str = ""
+    source: str | Path,
+    class_noun: str,
+    identifier: str = DEFAULT_IDENTIFIER,
+    name: str = "",
+    left_out: Collection[str] = (),
 ) -> Subject:
     """Return the subject whose photos are in a folder or zip, after checking them.
+
+    Files that are named in ``left_out`` are passed over, such as a damaged photo.
 
     Warns of each finding of :func:`check_photos` but "tiny", which depends on the resolution, of
     captions that lack the identifier, and of files beside the photos that are not used.
     Raises :class:`DataError` as :func:`read_photos` does, and ``ConfigError`` for empty words.
     """
     folder = os.path.realpath(os.path.expanduser(source))
-    subject = Subject(folder, class_noun, identifier, name)
+    subject = Subject(folder, class_noun, identifier, name, left_out=(*left_out,))
     for message in check_subject(subject):
         warnings.warn(message, stacklevel=2)
     return subject
@@ -31,7 +38,7 @@ def load_subject(
 
 def check_subject(subject: Subject) -> list[str]:
     """Return a sentence on each problem that :func:`load_subject` warns of."""
-    photos, messages = read_source(subject.pictures)
+    photos, messages = read_source(subject)
     messages += [f.message for f in check_photos(photos) if f.kind != "tiny"]
     return [printable(message) for message in messages + check_captions(photos, subject)]
 

@@ -101,7 +101,7 @@ def personalise(
         images[name], scored[name] = _draw(load_source(source), subject, plan, scored_steps)
         gpu_memory.free_memory()
     times.append(time.perf_counter())
-    photos = [photo.image for photo in read_photos(subject.pictures)]
+    photos = [photo.image for photo in read_photos(subject)]
     encoder = Encoder(TOYBOX_SCORER)
     row: dict[str, Any] = {
         "name": subject.name,

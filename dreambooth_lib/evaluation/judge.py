@@ -70,7 +70,7 @@ class RubricJudge:
         return f"{self.model.name} by {rubric.VERSION}"
 
     def __call__(self, files: ImageFiles) -> Iterator[tuple[str, Values]]:
-        photos = Images(read_photos(files.subject.pictures)[:MOST_REFERENCES])
+        photos = Images(read_photos(files.subject)[:MOST_REFERENCES])
         references = [_prepared(photo) for photo in photos]
 
         def concept(image: Image.Image, _: str) -> Chat:

@@ -41,7 +41,7 @@ def embed_masked(
     if masks is None:
         return None
     source = Path(files.subject.pictures)
-    photos = read_photos(source) if source.suffix.lower() != ".zip" else []
+    photos = read_photos(files.subject) if source.suffix.lower() != ".zip" else []
     folder = source if source.is_dir() else source.parent
     photo_masks = _masks([folder / photo.name for photo in photos])
     if photo_masks is None:

@@ -166,12 +166,12 @@ def _rows(
 
 def embed_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
     """Embed the subject's photos, turned upright: ``[M, D]``."""
-    return encoder.embed_images(Images(read_photos(subject.pictures)))
+    return encoder.embed_images(Images(read_photos(subject)))
 
 
 def _among_photos(rows: "torch.Tensor", subject: Subject) -> float | None:
     """Return the mean cosine over pairs of photos that are not near-duplicates; None if none is."""
-    photos = read_photos(subject.pictures)
+    photos = read_photos(subject)
     group = {
         i: number for number, members in enumerate(near_duplicate_groups(photos)) for i in members
     }

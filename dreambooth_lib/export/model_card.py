@@ -38,7 +38,7 @@ def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) ->
     save_png(samples, folder / "samples.png")
     plots.validation_curves(validation_record.history(run), folder / "curves.png")
     if photos:
-        instance_images = images.read_photos(subject.pictures)[:_MOST_PHOTOS]
+        instance_images = images.read_photos(subject)[:_MOST_PHOTOS]
         grid = image_grids.grid([photo.image for photo in instance_images], 6)
         save_png(grid, folder / "photos.png")
     replace_file(folder / "README.md", _card(run, step, photos).encode())

@@ -15,6 +15,7 @@ import torch
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.drawing import draw, fast_scheduler
 from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
+from dreambooth_lib.families.long_prompts import chunks_of, how_to_read_more
 from dreambooth_lib.families.noise_schedule import DiscreteNoise, FlowNoise
 from dreambooth_lib.families.precision import finite_decoder
 
@@ -74,6 +75,8 @@ class Family:
     options: ClassVar[dict[str, Any]] = {}
     #: Tokens of a prompt that the pipeline reads by a tokenizer, if not its model_max_length.
     tokens_read: ClassVar[dict[str, int]] = {}
+    #: The most chunks that a prompt is read in.
+    most_chunks: ClassVar[int] = 1
     #: The pipeline call's arguments for the tensors that ``encode_prompts`` returns.
     pipeline_argument_names: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
@@ -88,6 +91,7 @@ class Family:
         #: The known prompts, if the text encoders were freed.
         self.prompt_cache: PromptCache | None = None
         self.inference = self.default_inference  #: the base's inference settings
+        self.prompt_chunks = 1  #: in how many chunks a prompt is read at most; see ``long_prompts``
         #: Pixels a side of the images; by default the base's native resolution.
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
@@ -111,13 +115,24 @@ class Family:
     @property
     def tokenizers(self) -> list[tuple[Any, int]]:
         """Return each text encoder's tokenizer, and how many tokens the pipeline reads by it."""
-        return self.tokenizer_limits({n: getattr(self.pipeline, n, None) for n in TOKENIZERS})
+        tokenizers = {name: getattr(self.pipeline, name, None) for name in TOKENIZERS}
+        return self.tokenizer_limits(tokenizers, self.prompt_chunks)
 
     @classmethod
-    def tokenizer_limits(cls, tokenizers: Mapping[str, Any]) -> list[tuple[Any, int]]:
+    def tokenizer_limits(
+        cls, tokenizers: Mapping[str, Any], chunks: int = 1
+    ) -> list[tuple[Any, int]]:
         """Return the tokenizers of :attr:`tokenizers`, by name, with their limits; skip None."""
         found = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
-        return [(t, cls.tokens_read.get(name, t.model_max_length)) for name, t in found.items()]
+        limits = {n: cls.tokens_read.get(n, t.model_max_length) for n, t in found.items()}
+        if chunks > 1:  # each with its own start and end
+            limits = {n: (limit - 2) * chunks + 2 for n, limit in limits.items()}
+        return [(tokenizer, limits[name]) for name, tokenizer in found.items()]
+
+    @property
+    def how_to_read_more(self) -> str:
+        """Return what to do for more of a prompt to be read, "" if nothing can be done."""
+        return how_to_read_more(self.most_chunks, self.prompt_chunks)
 
     @property
     def name(self) -> str:
@@ -205,6 +220,10 @@ class Family:
         """Return the conditioning of prompts, with gradients to the text encoders."""
         raise NotImplementedError
 
+    def reads_in_chunks(self, prompts: list[str]) -> bool:
+        """Return whether any of these prompts takes more than one chunk, if that is set."""
+        return self.prompt_chunks > 1 and max(chunks_of(self, prompts)) > 1
+
     def unused_parameters(self) -> Iterable[torch.nn.Parameter]:
         """Return parameters of the text encoders that no conditioning depends on.
 
@@ -218,6 +237,12 @@ class Family:
 
     def prompt_arguments(self, prompts: list[str], negative: str = "") -> dict[str, Any]:
         """Return the prompts as arguments of the pipeline's call."""
+        if self.prompt_cache is None and self.reads_in_chunks([*prompts, negative]):
+            with torch.no_grad():  # as one batch, to be of one length
+                cond = self.encode_prompts([*prompts, *[negative] * len(prompts)])
+            pairs = {n: value.chunk(2) for n, value in self.pipeline_arguments(cond).items()}
+            positive = {name: pair[0] for name, pair in pairs.items()}
+            return positive | {f"negative_{name}": pair[1] for name, pair in pairs.items()}
         if self.prompt_cache is None:
             # None, not "": the pipeline chooses what stands for no prompt; SDXL's are zeros.
             return {

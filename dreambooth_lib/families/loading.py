@@ -56,6 +56,12 @@ def load_model(
             f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
             "that has it, such as an L4 or A100, or choose another base."
         )
+    most = resolved.family.most_chunks
+    if loading.get("prompt_chunks", 1) > most:
+        raise BaseError(
+            f"prompt_chunks is {loading['prompt_chunks']}, but the prompts of '{base}' are not "
+            "read in chunks; leave prompt_chunks out, or choose a Stable Diffusion 1.x, 2.x or XL."
+        )
     resolved.check()
     _check_unchanged(resolved.path)
     from dreambooth_lib.families.pretrained import load_pretrained
@@ -165,14 +171,16 @@ class BaseInfo(NamedTuple):
     resolution: int  #: pixels a side that the base was trained at
     #: Of all text encoders, and the tokens that each reads; identifiers are chosen by the first.
     tokenizers: list[tuple[Any, int]]
+    how_to_read_more: str  #: of a prompt, "" if nothing can be done
 
 
-def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
+def inspect_base(base: str, revision: str | None = None, prompt_chunks: int = 1) -> BaseInfo:
     """Return a base's resolution and tokenizers; from the hub, that is a small download.
 
     Raises as :func:`load_model` does.
     """
     from dreambooth_lib.families.base import TOKENIZERS
+    from dreambooth_lib.families.long_prompts import how_to_read_more
     from dreambooth_lib.families.pretrained import load_tokenizer
 
     resolved = resolve(base, revision)
@@ -185,7 +193,9 @@ def inspect_base(base: str, revision: str | None = None) -> BaseInfo:
     }
     with explain_loading(resolved.path):
         return BaseInfo(
-            family.native_resolution(denoiser, vae), family.tokenizer_limits(tokenizers)
+            family.native_resolution(denoiser, vae),
+            family.tokenizer_limits(tokenizers, prompt_chunks),
+            how_to_read_more(family.most_chunks, prompt_chunks),
         )
 
 

@@ -39,6 +39,7 @@ def load_pretrained(
     trained: Collection[str] = TRAINABLE,
     trained_dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
+    prompt_chunks: int = 1,
     prompts: Collection[str] | None = None,
     device: str | torch.device = "cpu",
     **hub: Any,
@@ -58,6 +59,7 @@ def load_pretrained(
         encoders_only |= _quantization(family_class, index, encoders_only, quantize, dtype)
         encoding = _load(family_class, path, encoders_only, resolution=1)
         encoding.pipeline.to(device)
+        encoding.prompt_chunks = prompt_chunks
         prompt_cache = PromptCache(encoding, {*prompts, ""})
         del encoding
         gpu_memory.free_memory()
@@ -65,7 +67,7 @@ def load_pretrained(
         options |= {name: None for name in encoders if name in index}
     options |= _quantization(family_class, index, options, quantize, dtype)
     family = _load(family_class, path, options, resolution)
-    family.prompt_cache = prompt_cache
+    family.prompt_cache, family.prompt_chunks = prompt_cache, prompt_chunks
     return family
 
 
@@ -79,6 +81,7 @@ def build_on_meta(
     trained: Collection[str] = TRAINABLE,
     trained_dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
+    prompt_chunks: int = 1,
     revision: str | None = None,
 ) -> Family:
     """Build a pipeline as :func:`load_pretrained` does, from its configs alone, on the meta device.
@@ -101,7 +104,9 @@ def build_on_meta(
                     parts[name] = _part_on_meta(part_class, path, source, dtypes.get(name, dtype))
                     _keep_layers_in_float32(parts[name], dtype)
     with explain_loading(path):
-        return family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
+        family = family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
+    family.prompt_chunks = prompt_chunks
+    return family
 
 
 def _part_on_meta(part_class: Any, path: str, source: dict[str, Any], dtype: torch.dtype) -> Any:

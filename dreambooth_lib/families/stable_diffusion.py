@@ -14,6 +14,7 @@ from dreambooth_lib.families.inference_settings import (
     distilled_by_name,
     distilled_by_scheduler,
 )
+from dreambooth_lib.families.long_prompts import encode_in_chunks
 from dreambooth_lib.families.noise_schedule import DiscreteNoise
 
 #: The settings with which toybox's figures in README and docs were drawn.
@@ -39,6 +40,7 @@ class StableDiffusion(Family):
     undistilled_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     card_dtype = "float16"
     scheduler_settings = ("beta_start",)
+    most_chunks = 3
     options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,
@@ -58,9 +60,20 @@ class StableDiffusion(Family):
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
+        if self.reads_in_chunks(prompts):
+            return encode_in_chunks(self, prompts, self.encode_short, self.encode_ids)
+        return self.encode_short(prompts)
+
+    def encode_short(self, prompts: list[str]) -> Cond:
+        """Encode prompts as the pipeline does, which cuts them at the text encoder's length."""
         device = self.pipeline.text_encoder.device
         hidden, _ = self.pipeline.encode_prompt(prompts, device, 1, False)
         return {"encoder_hidden_states": hidden}
+
+    def encode_ids(self, ids: list[torch.Tensor]) -> Cond:
+        """Encode token ids [B, T] of each tokenizer as the pipeline encodes those of prompts."""
+        encoder = self.pipeline.text_encoder
+        return {"encoder_hidden_states": encoder(ids[0].to(encoder.device))[0]}
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         return self.denoiser(x_t, t, **cond).sample

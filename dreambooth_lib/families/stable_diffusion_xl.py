@@ -28,7 +28,7 @@ class StableDiffusionXL(StableDiffusion):
         "pooled": "pooled_prompt_embeds",
     }
 
-    def encode_prompts(self, prompts: list[str]) -> Cond:
+    def encode_short(self, prompts: list[str]) -> Cond:
         pipeline = self.pipeline
         device = pipeline.text_encoder_2.device
         hidden, _, pooled, _ = pipeline.encode_prompt(
@@ -38,6 +38,14 @@ class StableDiffusionXL(StableDiffusion):
             filled = to_device([prompt != "" for prompt in prompts], device)
             hidden, pooled = hidden * filled[:, None, None], pooled * filled[:, None]
         return {"hidden": hidden, "pooled": pooled}
+
+    def encode_ids(self, ids: list[torch.Tensor]) -> Cond:
+        outputs = [
+            encoder(own.to(encoder.device), output_hidden_states=True)
+            for encoder, own in zip(self.text_encoders, ids, strict=True)
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        return {"hidden": hidden, "pooled": outputs[-1][0]}
 
     def unused_parameters(self) -> Iterable[torch.nn.Parameter]:
         # The pipeline reads the penultimate layer of both encoders, and the second one's pooled

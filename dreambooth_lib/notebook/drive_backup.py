@@ -125,7 +125,8 @@ def _copy_parts(
                 known = delete_removed(name, stamps.get(name, []), part.stamp, place)
                 stamps[name] = known
                 if not _is_current(name, known, part.stamp, place):
-                    copying = (name, part.source, place, part.stamp, run.folder)
+                    source = run.config.subject if name == PHOTOS else part.source
+                    copying = (name, source, place, part.stamp, run.folder)
                     retry(copy_part, *copying, patient=not failures)
                     stamps[name] = with_copied_sizes(name, part.stamp, place)
             if is_checkpoint(name):

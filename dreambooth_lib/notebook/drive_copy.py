@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.digests import (
     DIGESTS,
     file_digest,
@@ -73,12 +74,14 @@ def is_large(path: Path) -> bool:
     return sum(size for _, size, _ in fingerprint(path)) > LARGE
 
 
-def copy_part(name: str, source: Path, place: Path, stamp: Fingerprint, run: Path) -> None:
+def copy_part(
+    name: str, source: Path | Subject, place: Path, stamp: Fingerprint, run: Path
+) -> None:
     """Copy a part of the run in the folder ``run``; it appears only once it is complete.
 
     Raises a :class:`KitError` for a part that is damaged here, or that the drive damages.
     """
-    if name in (PHOTOS, CLASS_PHOTOS):
+    if name in (PHOTOS, CLASS_PHOTOS) or isinstance(source, Subject):
         copy_photos(source, place)
     elif is_checkpoint(name):
         copy_checkpoint(source, place)
@@ -92,8 +95,8 @@ def copy_part(name: str, source: Path, place: Path, stamp: Fingerprint, run: Pat
         _copy(source, place, run, stamp[0][1])
 
 
-def copy_photos(source: Path, place: Path) -> None:
-    """Write photos, of a folder or a zip, and their captions as training sees them."""
+def copy_photos(source: Path | Subject, place: Path) -> None:
+    """Write photos, of a folder, a zip or a subject, and their captions as training sees them."""
     photos = read_photos(source)
     with replacing_folder(place) as partial:
         for name, photo in zip(_names(photos), photos, strict=True):
@@ -202,6 +205,7 @@ def _make_portable(fields: dict[str, Any], run: Path) -> None:
     """Take local paths out of the fields of a run's config, manifest or note."""
     if isinstance(fields.get("subject"), dict):
         fields["subject"]["pictures"] = PHOTOS
+        fields["subject"].pop("left_out", None)  # these are not copied, and copies have new names
     if "class_folder" in fields:
         fields["class_folder"] = CLASS_PHOTOS
     for name in _BASES:

@@ -1,12 +1,13 @@
 """Find interrupted runs and backups after a disconnect, and restore one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
 
 from dreambooth_lib.core import background
+from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
@@ -68,6 +69,7 @@ def find_interrupted(
     pictures: str | Path | None,
     class_noun: str,
     base: str,
+    left_out: Collection[str] = (),
 ) -> tuple[FoundRun | None, str]:
     """Return the newest unfinished run of these photos, noun and base, and a sentence on it.
 
@@ -75,7 +77,8 @@ def find_interrupted(
     not resumed, and why. If ``resume`` is a run's name, it is that run, whatever it was trained
     on. Of a run and its backups it is the one that is furthest, or else the one in the earlier
     folder. Folders that are None or missing, as Drive may be, are skipped, and so is the
-    comparison of photos that are None, or missing as after a disconnect.
+    comparison of photos that are None, or missing as after a disconnect. Those that are named in
+    ``left_out``, and those that a run has left out, are not compared.
     """
     named = isinstance(resume, str)
     found, silent = _all_runs(folders)
@@ -88,7 +91,7 @@ def find_interrupted(
     unfinished = [run for run in found if resume and not run.finished]
     for run in sorted(unfinished, key=lambda run: run.last_saved, reverse=True):
         name = run.run.folder.name
-        difference = "" if named else _difference(run.run, pictures, class_noun, base)
+        difference = "" if named else _difference(run.run, pictures, class_noun, base, left_out)
         if name == resume or not (named or difference):
             return run, f"{message}Resuming {run}"
         hint = f"set RESUME = {name!r} to resume it."
@@ -190,7 +193,13 @@ def _read_run(folder: Path) -> FoundRun | None:
         return None
 
 
-def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: str) -> str:
+def _difference(
+    run: Run,
+    pictures: str | Path | None,
+    class_noun: str,
+    base: str,
+    left_out: Collection[str],
+) -> str:
     """Say in words how a run's base, noun or photos differ from these; empty if they do not."""
     subject, own_base = run.config.subject, run.config.base
     base = config_changes.absolute_base(base)
@@ -202,21 +211,23 @@ def _difference(run: Run, pictures: str | Path | None, class_noun: str, base: st
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""
-    own = _hashes(backed_up(PHOTOS, subject.pictures, run.folder, run.folder))
-    given = _hashes(pictures)
+    place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
+    own = _hashes(replace(subject, pictures=place))
+    all_left_out = (*left_out, *(subject.left_out or ()))
+    given = _hashes(replace(subject, pictures=str(pictures), left_out=all_left_out))
     if own is None or given is None:
         return f"its photos could not be compared with those in {pictures}"
     return "" if own == given else f"its photos are not those in {pictures}"
 
 
-def _hashes(pictures: str | Path) -> list[str] | None:
+def _hashes(subject: Subject) -> list[str] | None:
     """Return the hashes of photos, whatever their names; None if they cannot be read."""
 
     def read() -> list[str]:
-        photos = read_photos(pictures)
+        photos = read_photos(subject)
         return sorted(photo.traits.digest.hex() for photo in photos)
 
     try:
-        return background.call(read, place=pictures, limit=background.FILE_LIMIT)
+        return background.call(read, place=subject.pictures, limit=background.FILE_LIMIT)
     except Exception:  # whatever damaged photos raise
         return None

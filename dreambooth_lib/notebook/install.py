@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from packaging.version import InvalidVersion, Version
 from dreambooth_lib.core.errors import KitError
 
 NAME = "dreambooth-lib"
+#: Packages that the kit can do without, as in its extra "heif", and what it cannot do then.
+OPTIONAL = {"pillow-heif>=0.22": "HEIC photos, as of iPhones, cannot be read"}
 
 
 class InstallError(KitError, RuntimeError):
@@ -46,6 +48,7 @@ class Plan:
     missing: list[str]  #: requirements of which no version is installed
     too_old: dict[str, str]  #: requirements, each with the version that is installed instead
     pins: list[str]  #: every installed package's version, as lines of a constraints file
+    notes: tuple[str, ...] = ()  #: what cannot be done without a package that was not installed
 
     def pip_arguments(self, constraints: str | Path) -> list[str]:
         """Return pip's arguments; the file ``constraints`` holds :attr:`pins`."""
@@ -55,6 +58,7 @@ class Plan:
         added = f"Installed: {', '.join(self.missing)}" if self.missing else "Nothing to install"
         old = [f"; {needed} is required, but {version} is installed"
                for needed, version in self.too_old.items()]  # fmt: skip
+        old += [f"; {note}" for note in self.notes]
         return f"{added}; no preinstalled package was changed{''.join(old)}."
 
 
@@ -107,9 +111,24 @@ def missing_packages(
 def install_missing() -> Plan:
     """Install the missing packages without changing any other; return the plan.
 
-    Raises :class:`InstallError` if pip cannot do that, or cannot reach its index.
+    Of :data:`OPTIONAL`, too, what pip can install. Raises :class:`InstallError` if pip cannot
+    install what is required, or cannot reach its index.
     """
     plan = missing_packages(required(), installed())
+    _install(plan)
+    for requirement, lack in OPTIONAL.items():
+        optional = missing_packages([requirement], installed())
+        try:
+            _install(optional)
+        except InstallError:
+            note = f"{optional.missing[0]} could not be installed, so that {lack}"
+            plan = replace(plan, notes=(*plan.notes, note))
+        else:
+            plan = replace(plan, missing=plan.missing + optional.missing)
+    return plan
+
+
+def _install(plan: Plan) -> None:
     if plan.missing:
         with tempfile.TemporaryDirectory() as folder:
             constraints = Path(folder) / "installed.txt"
@@ -125,4 +144,3 @@ def install_missing() -> Plan:
                 f"({message}); check the network, or start from a fresh session."
             )
         importlib.invalidate_caches()
-    return plan

@@ -181,6 +181,8 @@ def _manifest(
     more: dict[str, Any] = {"quantize": config.quantize} if config.quantize else {}
     if config.prior_prompts is not None:
         more["prior_prompts"] = config.prior_prompts
+    if config.prompt_chunks > 1:
+        more["prompt_chunks"] = config.prompt_chunks
     content = more | {
         "base": config.base,
         "weights": _weights_digest(config),

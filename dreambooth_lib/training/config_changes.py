@@ -34,6 +34,8 @@ def flat_fields(config: TrainConfig) -> dict[str, Any]:
     """
     values = asdict(with_absolute_paths(config))
     values["prior_prompts"] = values["prior_prompts"] and [*values["prior_prompts"]]
+    left_out = values["subject"]["left_out"]
+    values["subject"]["left_out"] = left_out and [*left_out]
     subject = {f"subject.{name}": value for name, value in values.pop("subject").items()}
     return subject | values | {"others": []}  # which studies of earlier versions wrote
 

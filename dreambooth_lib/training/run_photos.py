@@ -3,6 +3,7 @@
 from pathlib import Path
 from shlex import quote
 
+from dreambooth_lib.core.config import Subject
 from dreambooth_lib.data.images import Photo, read_photos
 from dreambooth_lib.training.runs import Run, RunError
 
@@ -12,7 +13,7 @@ def read_subject_photos(run: Run) -> list[Photo]:
     subject = run.config.subject
     words = f"{subject.class_noun!r}, {subject.identifier!r}"
     return _read(
-        run, "subject.pictures", subject.pictures,
+        run, "subject.pictures", subject.pictures, subject,
         f"run 'python -m dreambooth_lib resume {quote(str(run.folder))} --photos FOLDER', or call "
         f"resume('{run.folder}', subject=load_subject(FOLDER, {words}))",
     )  # fmt: skip
@@ -22,13 +23,13 @@ def read_own_class_images(run: Run) -> list[Photo]:
     """Read the user's own class images, if any; raise as :func:`read_subject_photos` does."""
     folder = run.config.class_folder
     call = f"call resume('{run.folder}', class_folder=FOLDER)"
-    return _read(run, "class_folder", folder, call) if folder else []
+    return _read(run, "class_folder", folder, folder, call) if folder else []
 
 
-def _read(run: Run, field: str, source: str, advice: str) -> list[Photo]:
+def _read(run: Run, field: str, source: str, photos: Subject | str, advice: str) -> list[Photo]:
     if not Path(source).exists():
         raise RunError(
             f"there is no folder or zip {source}, which {field} in {run.folder / 'config.toml'} "
             f"names; put the photos back there, or if they have moved to FOLDER, {advice}."
         )
-    return read_photos(source)
+    return read_photos(photos)

@@ -9,7 +9,7 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.processes import join_group
-from dreambooth_lib.data.captions import cut_words
+from dreambooth_lib.data.captions import warning_of_length
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.trainable import load_at_checkpoint, load_base
@@ -73,11 +73,8 @@ def sample(
     batch_size = batch_size or family.default_batch_size
     filled = [fill(prompt, subject) for prompt in prompts]
     for prompt in filled:
-        if cut := cut_words(prompt, family.tokenizers):
-            warnings.warn(
-                f"the prompt '{prompt}' is longer than the base reads: it is cut before '{cut}'.",
-                stacklevel=2,
-            )
+        if message := warning_of_length(prompt, family.tokenizers, family.how_to_read_more):
+            warnings.warn(message, stacklevel=2)
     pairs = [(prompt, seed) for prompt in filled for seed in seeds]
     samples = []
     for start in range(0, len(pairs), batch_size):
@@ -126,6 +123,7 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
     _check_pipeline(source)
     options: dict[str, Any] = {
         "resolution": source.config.resolution,
+        "prompt_chunks": source.config.prompt_chunks,
         "dtype": dtype,
         "trained": (),
     }

@@ -71,7 +71,8 @@ class Trainer:
         subject = config.subject
         photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
         self.family = self._load_base(photos)
-        for message in check_lengths(photos, subject, self.family.tokenizers):
+        family = self.family
+        for message in check_lengths(photos, subject, family.tokenizers, family.how_to_read_more):
             warnings.warn(message, stacklevel=2)
         scorers = self._load_scorers()  # if one is missing, before class images take their time
         self._class_folder = locate(run.folder.parent, "class_images")

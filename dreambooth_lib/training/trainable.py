@@ -16,7 +16,12 @@ from dreambooth_lib.training.runs import Run, RunError
 def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32) -> Family:
     """Load a config's base at its resolution, with all its weights in ``dtype``."""
     return _load(
-        config, resolution=config.resolution, dtype=dtype, trained=(), quantize=config.quantize
+        config,
+        resolution=config.resolution,
+        dtype=dtype,
+        trained=(),
+        quantize=config.quantize,
+        prompt_chunks=config.prompt_chunks,
     )
 
 
@@ -51,6 +56,7 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
         "trained": trained if config.method == "full" else (),
         "trained_dtype": torch.bfloat16 if config.memory == "lowest" else torch.float32,
         "quantize": config.quantize,
+        "prompt_chunks": config.prompt_chunks,
     }
 
 

@@ -9,20 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from IPython.display import display
-from ipywidgets import HTML, Combobox, Text, VBox
+from ipywidgets import HTML, Button, Combobox, Layout, Text, VBox
 from PIL import Image, ImageOps
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.errors import printable
-from dreambooth_lib.data.captions import check_captions, check_lengths
+from dreambooth_lib.data.captions import check_captions, check_lengths, write_captions
+from dreambooth_lib.data.decoding import MAX_BYTES
 from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
-from dreambooth_lib.data.images import DataError, Images, Photo, read_source
+from dreambooth_lib.data.images import (
+    BadPhotosError,
+    DataError,
+    Images,
+    Photo,
+    listed,
+    read_source,
+)
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import check_photos, hold_out
+from dreambooth_lib.data.sources import PHOTO_SUFFIXES, list_files
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.notebook import colab
 from dreambooth_lib.notebook.widgets import upload
+from dreambooth_lib.notebook.widgets.captions import CaptionEditor
 from dreambooth_lib.notebook.widgets.parts import (
     Panel,
     control,
@@ -53,9 +63,12 @@ class SubjectPanel(Panel):
     """
 
     def __init__(self, config: TrainConfig, uploads: str | Path = "photos"):
-        base = loading.inspect_base(config.base, config.revision)
+        base = loading.inspect_base(config.base, config.revision, config.prompt_chunks)
         self.initial_config, self.uploads = config, Path(uploads)
-        self._tokenizers = base.tokenizers
+        self._tokenizers, self._how_to_read_more = base.tokenizers, base.how_to_read_more
+        #: Files to go on without, by the folder or zip that they are in.
+        self._left_out = {Path(config.subject.pictures).resolve(): config.subject.left_out or ()}
+        self._bad: tuple[str, tuple[str, ...]] = ("", ())  # the same of photos just refused
         self.resolution = config.resolution or base.resolution
         subject, rare = config.subject, rare_identifiers(base.tokenizers[0][0])
         self.upload = upload.upload_button()
@@ -66,6 +79,8 @@ class SubjectPanel(Panel):
         self._notes: list[str] = []
         self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
         self._title, self._crops_title = HTML(), HTML()
+        self.captions = CaptionEditor(self._save_captions, self.callback)
+        self.go_on = Button(layout=Layout(width="auto", display="none"))
         hints = {
             self.source: "three to six photos of the subject in different surroundings",
             self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
@@ -74,8 +89,10 @@ class SubjectPanel(Panel):
         super().__init__(
             HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),
             with_hints(hints),
-            self._title, self.thumbnails, self.findings, self._crops_title, self.crops,
+            self.go_on, self._title, self.thumbnails, self.findings, self.captions,
+            self._crops_title, self.crops,
         )  # fmt: skip
+        self.go_on.on_click(self.callback(self._go_on))
         self.on_change(self._read_uploaded, self.upload)
         self.on_change(self._read_typed, self.source)
         self.on_change(self._show, self.class_noun, self.identifier)
@@ -93,13 +110,41 @@ class SubjectPanel(Panel):
             if isinstance(source, Mapping):
                 source = colab.save_uploads(source, self.uploads)
                 self._uploaded_at = f" (uploaded {datetime.now():%H:%M})"
-            self.photos, self._notes = read_source(source)
+            self.photos, self._notes = read_source(self._subject_of(source))
             self._path = self.source.value = str(source)
             self._show()
         except Exception as error:
             self._clear()
+            if isinstance(error, BadPhotosError):
+                self._bad = (str(source), error.names)
+                self.go_on.description = f"Go on without {listed(error.names)}"
+                self.go_on.layout.display = ""
             self.report(error, self.use)
             raise
+
+    def _subject_of(self, source: str | Path) -> Subject:
+        """Return the config's subject with the photos at a path, but for those left out there."""
+        left_out = self._left_out.get(Path(source).resolve())
+        return replace(self.initial_config.subject, pictures=str(source), left_out=left_out)
+
+    def _go_on(self) -> None:
+        """Use the good photos, without the bad ones that the panel names."""
+        source, names = self._bad
+        place = Path(source).resolve()
+        self._left_out[place] = (*self._left_out.get(place, ()), *names)
+        self.use(source)
+
+    def _save_captions(self, captions: Mapping[str, str]) -> None:
+        """Write captions beside the photos; those of a zip are unpacked as an upload first."""
+        path = Path(self._path)
+        if path.is_file() and path.suffix.lower() not in PHOTO_SUFFIXES:
+            left_out = self._left_out.get(path.resolve()) or ()
+            files = [file for file in list_files(path) if file.name not in left_out]
+            path = colab.save_uploads(
+                {file.name: file.read(MAX_BYTES, "a photo") for file in files}, self.uploads
+            )
+        write_captions(path if path.is_dir() else path.parent, captions)
+        self.use(path)
 
     def reload(self) -> None:
         """Read the folder or zip again, and show its photos."""
@@ -111,8 +156,9 @@ class SubjectPanel(Panel):
         self.photos, self._notes, self._path = [], [], ""
         for text in (self._title, self.findings, self._crops_title):
             text.value = ""
-        for image in (self.thumbnails, self.crops):
-            image.layout.display = "none"
+        self.captions.clear()
+        for shown in (self.thumbnails, self.crops, self.go_on):
+            shown.layout.display = "none"
 
     def _ipython_display_(self) -> None:
         if not colab.in_colab():
@@ -139,6 +185,7 @@ class SubjectPanel(Panel):
         subject = replace(
             subject,
             pictures=str(path),
+            left_out=self._left_out.get(path),
             class_noun=noun,
             identifier=self.identifier.value.strip(),
             name=name,
@@ -173,7 +220,9 @@ class SubjectPanel(Panel):
         if identifier and noun:  # config says which of them is empty
             subject = Subject(self._path, noun, identifier)
             problems += check_captions(self.photos, subject)
-            problems += check_lengths(self.photos, subject, self._tokenizers)
+            problems += check_lengths(
+                self.photos, subject, self._tokenizers, self._how_to_read_more
+            )
         return problems
 
     def _show(self) -> None:
@@ -206,6 +255,10 @@ class SubjectPanel(Panel):
             self.findings.value = f"<b>Check these before you train:</b><ul>{items}</ul>"
         self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
         show_image(self.crops, cropped.save)
+        noun = self.class_noun.value.strip() or config.subject.class_noun
+        identifier = self.identifier.value.strip() or config.subject.identifier
+        subject = replace(config.subject, class_noun=noun, identifier=identifier)
+        self.captions.show(photos, thumbnails, subject, self._tokenizers)
 
 
 def _label(photo: Photo) -> str:

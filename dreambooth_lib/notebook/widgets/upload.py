@@ -23,6 +23,8 @@ _DEFAULT = 10 * 2**20  # Jupyter's own
 _OVERHEAD = 2**16  # bytes of a message besides the files: their names and what Jupyter adds
 _NOTE = "too large for dreambooth_lib.json"
 _CLASS = "dreambooth-upload"
+#: Some browsers take neither HEIC for an image nor any caption.
+_ACCEPTED = "image/*,.heic,.heif,.avif,.zip,.txt,.caption,.json,.jsonl,.csv"
 
 _OTHER_WAY = (
     "drag them into a folder in Jupyter's file browser (on the left in JupyterLab) and type the "
@@ -68,7 +70,7 @@ def size_limit() -> int:
 
 def upload_button() -> FileUpload:
     """Make the button; display :func:`guard` with it."""
-    button = FileUpload(accept="image/*,.zip", multiple=True, description="Upload photos")
+    button = FileUpload(accept=_ACCEPTED, multiple=True, description="Upload photos")
     button.layout.width = "auto"
     return button.add_class(_CLASS)
 
@@ -76,7 +78,8 @@ def upload_button() -> FileUpload:
 def upload_row(button: FileUpload) -> HBox:
     """Lay out the button beside a line on how much it accepts."""
     line = HTML(
-        '<div style="line-height: 1.4">Three to six photos or one zip, at most '
+        '<div style="line-height: 1.4">Three to six photos, with their captions if they have any, '
+        "or one zip, at most "
         f"<b>{format_bytes(size_limit())}</b> in all. For more, {_OTHER_WAY}.</div>"
     )
     return HBox([button, line], layout=Layout(flex_flow="row wrap", align_items="center"))
