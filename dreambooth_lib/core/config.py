@@ -159,7 +159,15 @@ class TrainConfig:
 
     # Images
     resolution: int | None = None  #: pixels per side; None is the base's own
+    #: "center" or "random": a square; "subject": a square around the subject, by its mask or where
+    #: crops.json beside the photos says; "buckets": no square, but the one of many sizes of equal
+    #: area that leaves out least, around the subject
     crop: str = "center"
+    #: weight of the loss outside the photos' masks, from 0 to 1, where the subject has 1; None: no
+    #: masks are used
+    background_weight: float | None = None
+    #: outside the masks, match the frozen base's prediction instead of the photo
+    background_prior: bool = False
     flip: bool = False  #: flip images at random; not for a subject with text on it
 
     #: for images drawn from the run; None is 3.25 for toybox, else what the model card says
@@ -236,6 +244,11 @@ class TrainConfig:
     def distills(self) -> bool:
         """Tell whether the frozen base's prediction is the prior's target, instead of the noise."""
         return self.prior in ("distilled", "distilled_images") and self.prior_weight > 0
+
+    @property
+    def asks_base(self) -> bool:
+        """Tell whether the frozen base predicts at each step: what is distilled, or backgrounds."""
+        return self.distills or self.background_prior
 
     @classmethod
     def auto(cls, subject: Subject, base: str = "toybox", **changes: Any) -> "TrainConfig":

@@ -15,7 +15,9 @@ from typing import NamedTuple, overload
 from PIL import Image
 
 from dreambooth_lib.data.captions import find_captions
+from dreambooth_lib.data.crops import CENTERS, read_centers
 from dreambooth_lib.data.decoding import MAX_BYTES, decode, is_photo
+from dreambooth_lib.data.masks import pair_masks
 from dreambooth_lib.data.sources import (
     CAPTION_SUFFIXES,
     PHOTO_SUFFIXES,
@@ -61,11 +63,14 @@ class StoredImage:
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A photo: its file name, its RGB image or where that is stored, and its caption if any."""
+    """A photo: its file name, its RGB image or where that is stored, and what belongs to it."""
 
     name: str
     pixels: Image.Image | StoredImage
     caption: str | None = None
+    mask: SourceFile | None = None  #: white on the subject; see ``data.masks``
+    #: the middle of its crop where it was moved, in parts of width and height; see ``data.crops``
+    center: tuple[float, float] | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -129,9 +134,9 @@ def read_photos(source: str | Path) -> list[Photo]:
     white, 16 bits are scaled to 8, and of several frames the first is read. A zip's photos may be
     in one sub-folder. Captions come from ``NAME.txt`` beside the photo or else from
     ``metadata.jsonl`` or ``metadata.csv`` (``file_name`` and ``text``). Other files are passed
-    over, and masks of photos too; :func:`read_source` names them. Raises :class:`DataError` for
-    photos that are damaged or above ``decoding.MAX_PIXELS``, zips that are damaged, encrypted,
-    unpack to too much or reach outside, and where there are no photos.
+    over, and masks belong to their photos; :func:`read_source` names them. Raises
+    :class:`DataError` for photos that are damaged or above ``decoding.MAX_PIXELS``, zips that are
+    damaged, encrypted, unpack to too much or reach outside, and where there are no photos.
     """
     return read_source(source).photos
 
@@ -149,20 +154,25 @@ def read_source(source: str | Path) -> Source:
         else:
             others.append(file.name)
     read = _read_all(path, files)
+    centers = read_centers(texts.pop(CENTERS, None))
     captions, unused = find_captions([photo.name for photo in read], texts)
     masks = _masks(read)
+    names = [photo.name for photo in read if photo.name not in masks]
+    mask_of = pair_masks(path, names, {f.name: f for f in files if f.name in masks})
     photos = [
-        replace(photo, caption=captions.get(photo.name))
+        replace(photo, caption=captions.get(photo.name), mask=mask_of.get(photo.name),
+                center=centers.get(photo.name))
         for photo in read
-        if photo.name not in masks
-    ]
+        if photo.name in names
+    ]  # fmt: skip
     if not photos:
         raise DataError(f"{path} has no photos; put JPEG or PNG files directly into it.")
     notes = []
     if masks:
         notes.append(
-            f"{listed(masks)} {_are(masks)} left out, as masks or maps of other photos; if "
-            "they are photos, give them other names."
+            f"{listed(masks)} {_are(masks)} left out, as masks or maps of other photos; to train "
+            "on the subject in the masks set background_weight, and if they are photos, give them "
+            "other names."
         )
     if unused:
         these = "that name" if len(unused) == 1 else "those names"

@@ -179,6 +179,8 @@ def _manifest(
 ) -> str:
     scheduler = family.scheduler(fast)
     more: dict[str, Any] = {"quantize": config.quantize} if config.quantize else {}
+    if family.size != (family.resolution,) * 2:
+        more["size"] = family.size
     if config.prior_prompts is not None:
         more["prior_prompts"] = config.prior_prompts
     content = more | {

@@ -19,14 +19,16 @@ from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
+from dreambooth_lib.data.crops import most_common
 from dreambooth_lib.data.images import Images, Photo, captioned
+from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import save_pipeline
 from dreambooth_lib.training import lora
-from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
+from dreambooth_lib.training.batches import Batch, Batches, seeded_generator, shapes_of
 from dreambooth_lib.training.best_checkpoint import select_best
 from dreambooth_lib.training.class_images import prepare_class_images, prior_prompts
 from dreambooth_lib.training.early_stopping import should_stop_early
@@ -70,7 +72,9 @@ class Trainer:
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
         subject = config.subject
         photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
+        check_masks(photos, config)
         self.family = self._load_base(photos)
+        self.family.size = most_common(shapes_of(photos, self.family, config))
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
         scorers = self._load_scorers()  # if one is missing, before class images take their time
@@ -80,11 +84,11 @@ class Trainer:
         )
         instance, classes = self._set_up_validation(photos, classes, scorers)
         teacher, prompts = None, tuple[str, ...]()
-        if config.distills:
+        if config.asks_base:
             teacher = Teacher(self.family, config, self.dtype, accelerator.autocast)
-            if not config.uses_class_images:
-                classes = with_class_captions(instance, config.subject)
-                prompts = config.prior_prompts or ()
+        if config.distills and not config.uses_class_images:
+            classes = with_class_captions(instance, config.subject)
+            prompts = config.prior_prompts or ()
         latents = run.folder.parent / "latents"
         self.batches = Batches(config, self.family, instance, classes, latents, teacher, prompts)
         accelerator.wait_for_everyone()
