@@ -31,7 +31,8 @@ def embed_masked(
 ) -> "tuple[torch.Tensor, torch.Tensor] | None":
     """Embed the subject alone, of photos [M, D] and of images [prompts, seeds, D].
 
-    An image whose mask is empty has zeros. None unless both photos and images have masks. Raises ``InputError`` if only some of either have masks, for a damaged mask or
+    An image whose mask is empty has zeros. None unless both photos and images have masks. Raises
+    ``InputError`` if only some of either have masks, for a damaged mask or
     one of another size, and for a photo whose mask is empty.
     """
     import torch

@@ -153,10 +153,11 @@ class Family:
     def size_multiple(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
         """Return what sides of images must be a multiple of, by a base's configs.
 
-        A U-Net halves the latents between its levels; others take patches of 2 x 2.
+        A U-Net halves the latents between its levels; others take patches of 2 x 2. It is a power
+        of 2, and 8 or more as pipelines want it.
         """
         levels = len(denoiser.get("down_block_types", (None, None)))
-        return vae_scale(vae) * 2 ** (levels - 1)
+        return max(8, vae_scale(vae) * 2 ** (levels - 1))
 
     def framing_cond(self, framings: torch.Tensor, shape: tuple[int, int]) -> Cond:
         """Return conditioning on how images were cropped; of most bases there is none.
