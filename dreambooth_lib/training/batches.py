@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.data.crops import Size, bucket_of, buckets
+from dreambooth_lib.data.crops import Size
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.data.preprocessing import shuffled
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.families.device_copies import pick, rows, to_device
 from dreambooth_lib.families.noise_schedule import Noised
 from dreambooth_lib.families.prompt_cache import PromptCache
+from dreambooth_lib.training.image_sizes import shapes_of
 from dreambooth_lib.training.latent_cache import Drawn, LatentCache
 
 
@@ -37,15 +38,6 @@ def seeded_generator(seed: int, step: int, purpose: int) -> torch.Generator:
 
     (state,) = SeedSequence([seed, step, purpose]).generate_state(1, "uint64")
     return torch.Generator().manual_seed(int(state) >> 1)
-
-
-def shapes_of(photos: list[Photo], family: Family, config: TrainConfig) -> list[Size]:
-    """Return the size that each photo is cropped to: its bucket, or what the family draws."""
-    if config.crop != "buckets":
-        return [family.size] * len(photos)
-    multiple = family.size_multiple(dict(family.denoiser.config), dict(family.pipeline.vae.config))
-    sizes = buckets(family.resolution, multiple)
-    return [bucket_of(photo.traits.size, sizes) for photo in photos]
 
 
 class Batches:

@@ -19,7 +19,6 @@ from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
-from dreambooth_lib.data.crops import most_common
 from dreambooth_lib.data.images import Images, Photo, captioned
 from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
@@ -28,12 +27,13 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import save_pipeline
 from dreambooth_lib.training import lora
-from dreambooth_lib.training.batches import Batch, Batches, seeded_generator, shapes_of
+from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
 from dreambooth_lib.training.class_images import prepare_class_images, prior_prompts
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
+from dreambooth_lib.training.image_sizes import fit_to_photos
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
@@ -74,7 +74,7 @@ class Trainer:
         photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
         check_masks(photos, config)
         self.family = self._load_base(photos)
-        self.family.size = most_common(shapes_of(photos, self.family, config))
+        fit_to_photos(self.family, config)
         for message in check_lengths(photos, subject, self.family.tokenizers):
             warnings.warn(message, stacklevel=2)
         scorers = self._load_scorers()  # if one is missing, before class images take their time
