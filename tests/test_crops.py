@@ -15,6 +15,7 @@ from test_masks import picture
 from dreambooth_lib.data.crops import bucket_of, buckets, crop_box, cut_away, write_centers
 from dreambooth_lib.data.images import DataError, read_photos, read_source
 from dreambooth_lib.data.preprocessing import to_tensor
+from dreambooth_lib.data.quality_checks import check_photos
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.latent_cache import LatentCache
@@ -85,6 +86,21 @@ def test_pixels_of_a_bucket_are_those_of_its_box() -> None:
     assert tensor.shape == (3, 80, 48)
     expected = torch.tensor(list(image.crop((3, 5, 51, 85)).getdata())).view(80, 48, 3)
     torch.testing.assert_close(tensor, (expected / 127.5 - 1).permute(2, 0, 1))
+
+
+def test_a_crop_that_cuts_more_than_a_fifth_is_a_finding(tmp_path: Path) -> None:
+    for number, size in enumerate([(64, 64), (64, 96), (64, 200)]):
+        picture(number, size).save(tmp_path / f"{number}.png")
+    photos = read_photos(tmp_path)
+
+    def found(shapes: list[tuple[int, int]] | None) -> list[tuple[str, ...]]:
+        kinds = ("cropped", "extreme-aspect")
+        return [finding.names for finding in check_photos(photos, 16, shapes)
+                if finding.kind in kinds]  # fmt: skip
+
+    assert found(None) == [("2.png",), ("1.png",)]
+    assert found([(64, 64), (48, 80), (32, 96)]) == []
+    assert found([(64, 64), (80, 48), (48, 80)]) == [("2.png",), ("1.png",)]
 
 
 def test_a_crop_follows_the_mask_or_where_it_was_moved(

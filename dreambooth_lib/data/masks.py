@@ -67,6 +67,8 @@ def read_mask(photo: "Photo") -> Image.Image | None:
 
 def alpha_of(file: SourceFile) -> Image.Image | None:
     """Return a photo's alpha channel, of mode L and upright; None if it hides nothing."""
+    if file.head(3) == b"\xff\xd8\xff":  # a JPEG has none, and may be large
+        return None
     alpha = decode_alpha(str(file), file.suffix, file.read(MAX_BYTES, "a photo"))
     return None if alpha is None or alpha.getextrema()[0] == 255 else alpha
 

@@ -160,13 +160,11 @@ def _is_extreme(traits: Traits) -> bool:
 
 def _check_photo(photo: Photo, resolution: int, cut: float) -> list[Finding]:
     traits, short = photo.traits, min(photo.traits.size)
+    is_extreme = _is_extreme(traits) and cut > _CUT  # a bucket may be as long
     problems = {
         "tiny": (short < resolution, f"has a side of {short} pixels, fewer than {resolution}"),
         "blurred": (traits.sharpness < _BLUR_VARIANCE, "looks blurred"),
-        "extreme-aspect": (
-            _is_extreme(traits) and cut > _CUT,
-            "is more than twice as long as wide; crop it",
-        ),
+        "extreme-aspect": (is_extreme, "is more than twice as long as wide; crop it"),
     }
     return [
         Finding(kind, (photo.name,), f"{photo.name} {text}.")

@@ -6,23 +6,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from IPython.display import display
 from ipywidgets import HTML, Combobox, Text, VBox
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.data.captions import check_captions, check_lengths
 from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
 from dreambooth_lib.data.images import DataError, Images, Photo, read_source
-from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import check_photos, hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.notebook import colab
 from dreambooth_lib.notebook.widgets import upload
+from dreambooth_lib.notebook.widgets.framing import FramingPanel
 from dreambooth_lib.notebook.widgets.parts import (
     Panel,
     control,
@@ -31,9 +30,6 @@ from dreambooth_lib.notebook.widgets.parts import (
     show_image,
     with_hints,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 _SHOWN = 60  # photos, and messages on them
 _THUMBNAIL = 320  # pixels a side, twice what the grid shows
@@ -66,6 +62,7 @@ class SubjectPanel(Panel):
         self._notes: list[str] = []
         self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
         self._title, self._crops_title = HTML(), HTML()
+        self.framing = FramingPanel(config, base.size_multiple, self._show, self.reload)
         hints = {
             self.source: "three to six photos of the subject in different surroundings",
             self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
@@ -75,6 +72,7 @@ class SubjectPanel(Panel):
             HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),
             with_hints(hints),
             self._title, self.thumbnails, self.findings, self._crops_title, self.crops,
+            self.framing,
         )  # fmt: skip
         self.on_change(self._read_uploaded, self.upload)
         self.on_change(self._read_typed, self.source)
@@ -143,7 +141,8 @@ class SubjectPanel(Panel):
             identifier=self.identifier.value.strip(),
             name=name,
         )
-        return self.initial_config.replace(subject=subject)
+        self.framing.check()
+        return self.initial_config.replace(subject=subject, **self.framing.changes)
 
     def _read_uploaded(self) -> None:
         try:
@@ -180,7 +179,8 @@ class SubjectPanel(Panel):
         photos, config, side = self.photos, self.initial_config, self.resolution
         if not photos:
             return
-        problems = self._notes + [finding.message for finding in check_photos(photos, side)]
+        shapes = self.framing.shapes(photos, side)
+        problems = self._notes + [f.message for f in check_photos(photos, side, shapes)]
         problems += self._check_words()
         items = "".join(f"<li>{html.escape(printable(text))}</li>" for text in problems[:_SHOWN])
         if len(problems) > _SHOWN:
@@ -188,9 +188,8 @@ class SubjectPanel(Panel):
         count = f"{len(photos)} photo{'s' * (len(photos) > 1)}"
         shown = photos[:_SHOWN]
         first = f"the first {_SHOWN} of " if len(photos) > _SHOWN else ""
-        thumbnails, crops = [], []
+        thumbnails, crops = [], self.framing.cropped(shown, shapes[:_SHOWN])
         for image in Images(shown):
-            crops.append(_to_image(to_tensor(image, side, config.crop)))
             large = max(image.size) > _THUMBNAIL
             thumbnails.append(ImageOps.contain(image, (_THUMBNAIL,) * 2) if large else image)
         grid = image_grids.grid(thumbnails, 6, [_label(photo) for photo in shown])
@@ -204,8 +203,10 @@ class SubjectPanel(Panel):
         self.findings.value = f"<b>No problems found in {count}.</b>"
         if problems:
             self.findings.value = f"<b>Check these before you train:</b><ul>{items}</ul>"
-        self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
+        sizes = ", ".join(f"{width} × {height}" for width, height in dict.fromkeys(shapes))
+        self._crops_title.value = f"<b>What training sees</b>: cropped to {sizes} pixels"
         show_image(self.crops, cropped.save)
+        self.framing.use(photos, self._path)
 
 
 def _label(photo: Photo) -> str:
@@ -228,9 +229,3 @@ def _unknown_noun(base: str, noun: str) -> list[str]:
         f"{len(nouns)} things ({', '.join(nouns)}); choose one of them, or another base for your "
         "own photos."
     ]
-
-
-def _to_image(pixels: "torch.Tensor") -> Image.Image:
-    """Reverse :func:`to_tensor`."""
-    levels = ((pixels + 1) * 127.5).round().byte()
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
