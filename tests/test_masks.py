@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from drive_faults import Make
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.data.crops import write_centers
 from dreambooth_lib.data.images import DataError, read_photos
 from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.families import loading
+from dreambooth_lib.notebook.drive_copy import copy_photos
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.latent_cache import LatentCache
 from dreambooth_lib.training.loop import prior_preservation, train
@@ -49,8 +52,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 def subject_of(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    from dataclasses import replace
-
     return {"subject": replace(config.subject, pictures=str(folder))}
 
 
@@ -65,6 +66,28 @@ def test_a_mask_is_found_beside_its_photo(name: str, tmp_path: Path) -> None:
     mask = read_mask(first)
     assert mask is not None and mask.getbbox() == (0, 0, 16, 32)
     assert read_mask(second) is None
+
+
+def test_a_backup_has_the_masks_and_the_crops(tmp_path: Path) -> None:
+    place = tmp_path / "photos"
+    place.mkdir()
+    image = picture(0)
+    image.putalpha(left_half())
+    image.save(place / "a.png")
+    for name, size in {"b": (64, 32), "c": (32, 32), "d": (32, 32)}.items():
+        picture(1, size).save(place / f"{name}.jpg")
+    left_half((32, 16)).save(place / "mask_b.png")
+    (place / "masks").mkdir()
+    (place / "masks" / "c.png").write_bytes(b"broken")
+    write_centers(place, [replace(read_photos(place)[1], center=(0.25, 0.5))])
+    copy_photos(place, tmp_path / "copies")
+    photos, copies = read_photos(place), read_photos(tmp_path / "copies")
+    assert [copy.center for copy in copies] == [None, (0.25, 0.5), None, None]
+    for photo, copy in zip(photos[:2], copies, strict=False):
+        own, copied = read_mask(photo), read_mask(copy)
+        assert own is not None and copied is not None
+        assert np.array_equal(np.asarray(own), np.asarray(copied))
+    assert read_mask(copies[3]) is None
 
 
 def test_a_map_is_no_mask_and_a_zip_has_masks_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
     bank       train fifteen subjects with five seeds and draw every checkpoint's images
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
+    backgrounds  masks against leaking backgrounds, and buckets for portraits, five seeds
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
     memory     what a memory level costs in quality, five seeds
 
@@ -31,7 +32,7 @@ from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.figures.labels import heading
 from dreambooth_lib.training import runs, validation
 from dreambooth_lib.training.validation_record import load_images
-from tools.studies import bank, pairs, trust
+from tools.studies import backgrounds, bank, pairs, trust
 from tools.studies.intervals import half_width, interval
 from tools.studies.priors import priors
 
@@ -245,11 +246,13 @@ def draw_means(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    studies = ("grid", "bank", "trust", "priors", "ablations", "memory")
+    studies = ("grid", "bank", "trust", "priors", "backgrounds", "ablations", "memory")
     parser.add_argument("study", choices=studies)
     parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
-    parser.add_argument("--kinds", nargs="+", help="of bank (default: full) and priors (all)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="of bank and priors")
+    parser.add_argument(
+        "--kinds", nargs="+", help="of bank (default: full), of priors and backgrounds (all)"
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of bank, priors and backgrounds")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
@@ -273,6 +276,20 @@ def main() -> None:
                 kinds = {name: config for name, config in priors(subject).items()
                          if name in (arguments.kinds or [name])}  # fmt: skip
                 over_seeds(subject, kinds, out / subject.name, executor, arguments.seeds)
+        elif arguments.study == "backgrounds":
+            for subject in subjects:
+                place = out / subject.name
+                kinds = {name: config
+                         for name, config in backgrounds.configs(subject, place / "photos").items()
+                         if name in (arguments.kinds or [name])}  # fmt: skip
+                over_seeds(subject, kinds, place, executor, arguments.seeds)
+                cells = {
+                    name: [
+                        p for s in range(arguments.seeds) if (p := place / cell(name, s)).exists()
+                    ]
+                    for name in kinds
+                }
+                print("\n".join(backgrounds.measure(subject, kinds, cells, place / "leaks.md")))
         elif arguments.study == "ablations":
             kinds = ablations(subjects[0], out / "photos")
             over_seeds(subjects[0], kinds, out, executor)

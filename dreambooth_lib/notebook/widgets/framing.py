@@ -74,7 +74,7 @@ class FramingPanel(Panel):
             self.photo: "where the crop lies, unless it is a square in the middle",
             self.across: "the middle of the crop", self.down: "the middle of the crop",
             self.move: "is kept in crops.json beside the photos",
-            self.weight: "with masks, less of the photos' backgrounds is learnt",
+            self.weight: "with masks, less is learnt of what is around the subject",
             self.base: "outside the masks, learn what the base draws there instead of the photo",
             self.words: "what the masks show, in a word or two",
             self.make: f"downloads {mask_maker.MODEL} once ({mask_maker.DOWNLOAD})",
