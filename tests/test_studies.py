@@ -145,9 +145,13 @@ def test_a_study_of_backgrounds_measures_every_cell(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backgrounds, "STEPS", 2)
-    kinds = {"plain": studies.plain(subject).replace(hold_out=False, steps=2)}
+    plain = studies.plain(subject).replace(hold_out=False, steps=2)
+    kinds = {"plain": plain, "tall": plain.replace(crop="buckets")}
     studies.over_seeds(subject, kinds, tmp_path, Here(), 2)
-    cells = {"plain": [tmp_path / studies.cell("plain", seed) for seed in range(2)]}
+    cells = {kind: [tmp_path / studies.cell(kind, seed) for seed in range(2)] for kind in kinds}
     lines = backgrounds.measure(subject, kinds, cells, tmp_path / "leaks.md")
-    assert lines[2].startswith("| plain (2) | ") and lines[2].count("±") == 3
+    names = [line.split(" | ")[0] for line in lines[2:]]
+    assert names == ["| plain (2)", "| tall (2)", "| tall, drawn as squares (2)"]
+    assert all(line.count("±") == 3 for line in lines[2:])
+    assert lines[3].split(" | ")[1:] == lines[4].split(" | ")[1:]  # these photos are squares
     assert (tmp_path / "leaks.md").read_text().splitlines() == lines

@@ -9,7 +9,6 @@ it among the scenes; likeness is the mean cosine with the bundled photos, whose 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ from dreambooth_lib.data.masks import SUFFIX
 from dreambooth_lib.families import loading
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.training import runs
-from dreambooth_lib.training.validation import load_scorers
-from dreambooth_lib.training.validation_record import load_images
+from dreambooth_lib.training.trainable import load_at_checkpoint
+from dreambooth_lib.training.validation import ValidationImages, draw_images, load_scorers
+from dreambooth_lib.training.validation_record import load_images, plan_of
 from tools.studies.intervals import interval
 from tools.toybox.scenes import draw_scene
 from tools.toybox.subjects import SCENES, SIDE, SUBJECTS
@@ -92,6 +92,19 @@ def leaks(images: Sequence[Image.Image], scene: str = SCENE) -> float:
     return logits.softmax(1)[:, asked].mean().item()
 
 
+def drawn_by(folder: Path) -> dict[str, ValidationImages]:
+    """Return a cell's images by how they were drawn; those of a bucket again as squares.
+
+    The base has only ever seen squares, so that only they compare with other cells' images.
+    """
+    run = runs.resume(folder)
+    drawn = {"": load_images(run, STEPS)}
+    if run.config.crop == "buckets":
+        family = load_at_checkpoint(run, STEPS)
+        drawn[", drawn as squares"] = draw_images(family, run.config.subject, plan_of(run), 18)
+    return drawn
+
+
 def measure(
     subject: Subject, kinds: Mapping[str, TrainConfig], cells: Mapping[str, Sequence[Path]],
     file: Path,
@@ -99,18 +112,21 @@ def measure(
     """Return and write a table of each kind's likeness, leak and adherence, over its cells."""
     encoder = load_scorers(TrainConfig(subject)).images
     photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
-    lines = ["| | likeness | grass elsewhere | prompt adherence |", "|---|---|---|---|"]
+    rows: dict[str, list[dict[str, float]]] = {}
     for name in kinds:
-        rows: list[dict[str, Any]] = []
         for folder in cells[name]:
-            drawn = load_images(runs.resume(folder), STEPS)
-            embedded = encoder.embed_images(drawn.subject)
-            texts = [clip_scores.strip_identifier(p, subject.identifier) for p in drawn.prompts]
-            read = clip_scores.row_cosines(embedded, encoder.embed_texts(texts))
-            rows.append({"likeness": (embedded @ photos.T).mean().item(),
-                         "leak": leaks(drawn.subject), "read": read.mean().item()})  # fmt: skip
-        if rows:
-            shown = [interval([row[key] for row in rows]) for key in ("likeness", "leak", "read")]
-            lines.append(f"| {name} ({len(rows)}) | {' | '.join(shown)} |")
+            for how, drawn in drawn_by(folder).items():
+                embedded = encoder.embed_images(drawn.subject)
+                texts = [clip_scores.strip_identifier(p, subject.identifier) for p in drawn.prompts]
+                read = clip_scores.row_cosines(embedded, encoder.embed_texts(texts))
+                rows.setdefault(name + how, []).append({
+                    "likeness": (embedded @ photos.T).mean().item(),
+                    "grass elsewhere": leaks(drawn.subject),
+                    "prompt adherence": read.mean().item(),
+                })  # fmt: skip
+    lines = ["| | likeness | grass elsewhere | prompt adherence |", "|---|---|---|---|"]
+    for name, own in rows.items():
+        shown = [interval([row[key] for row in own]) for key in own[0]]
+        lines.append(f"| {name} ({len(own)}) | {' | '.join(shown)} |")
     replace_file(file, ("\n".join(lines) + "\n").encode())
     return lines
