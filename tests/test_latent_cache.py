@@ -31,7 +31,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def draw(cache: LatentCache, number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([cache.sample([0, 1], generator) for _ in range(number)])
+    return torch.stack([cache.sample([0, 1], generator).x_0 for _ in range(number)])
 
 
 def test_random_crops_decode_each_photo_once_and_resume_to_the_same_bits(

@@ -230,7 +230,7 @@ def test_measured_images_are_drawn_apart_and_never_trained_on(
 ) -> None:
     run = started("a", class_images=16, validate_every=0)
     trainer = Trainer(run)
-    trained = {photo.traits.digest for photo in trainer.batches.kinds[1][0].photos}
+    trained = {photo.traits.digest for photo in trainer.batches.by_shape[16, 16][1][0].photos}
     sets = [path for path in (run.folder.parent / "class_images").iterdir()]
     assert sorted(len(list(folder.glob("*.png"))) for folder in sets) == [16, IMAGES]
     assert len(trained) == 16
@@ -253,7 +253,7 @@ def test_ones_own_class_images_are_split_and_too_few_are_refused(
 
         Image.fromarray(image).save(many / f"{number:02d}.png")
     trainer = Trainer(started("b", class_folder=str(many)))
-    assert len(trainer.batches.kinds[1][0]) == 15
+    assert len(trainer.batches.by_shape[16, 16][1][0]) == 15
     assert not (tmp_path / "b" / "class_images").exists()
 
 

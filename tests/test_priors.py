@@ -78,7 +78,7 @@ def test_only_class_images_are_held_out_to_measure_the_class(
     trainer = Trainer(start_run("run", "sd1", prior_prompts=OTHERS, **changes))
     assert trainer.validator is not None
     assert {*trainer.validator.held_out.prompts["class"]} == {"a dog"}
-    with_others = [prompt for _, prompt in trainer.batches.kinds[1][1]]
+    with_others = [prompt for _, prompt in trainer.batches.by_shape[16, 16][1][1]]
     assert [with_others.count(p) for p in ("a dog", *OTHERS)] == [6, 4, 4]
 
 

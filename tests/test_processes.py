@@ -11,6 +11,7 @@ import pytest
 import torch
 from launching import TWO, launched
 from safetensors.torch import load_file
+from test_masks import left_half, picture
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.processes import LaunchError, join_group
@@ -85,6 +86,11 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         },
         ["unet", "text_encoder"],
     ),
+    "buckets and masks": (
+        "sd1",
+        {"crop": "buckets", "background_weight": 0.3, "flip": True, "resolution": 32},
+        ["unet"],
+    ),
     "distilled": (
         "sd1",
         {
@@ -106,6 +112,16 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
+def save_mixed(folder: Path) -> str:
+    """Save photos of three shapes, two of them with a mask; return the folder's path."""
+    folder.mkdir()
+    for number, size in enumerate([(24, 40), (48, 30), (32, 32), (24, 40)]):
+        picture(number, size).save(folder / f"{number}.png")
+    for number, size in enumerate([(24, 40), (48, 30)]):
+        left_half(size).save(folder / f"{number}-masklabel.png")
+    return str(folder)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(
     tmp_path: Path, tiny_bases: Any, photos: str, clip_folder: Path, make_config: Make
@@ -116,6 +132,9 @@ def test_two_processes_train_as_one_does(
         config = make_config(tiny_bases(base), photos, steps=3, **settings, **judge)
         if config.train_token:  # which the base must not have already
             config = replace(config, subject=replace(config.subject, identifier="<rex>"))
+        if "crop" in settings:
+            mixed = save_mixed(tmp_path / "mixed")
+            config = replace(config, subject=replace(config.subject, pictures=mixed))
         (tmp_path / f"{name}.toml").write_text(config.to_toml())
         jobs.append((name, None))
     whole = make_config(tiny_bases("sd1"), photos, steps=4, lr_schedule="cosine")

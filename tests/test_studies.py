@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.data.masks import read_mask
+from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.training import validation_record
 from dreambooth_lib.training.validation import ValidationPlan
 from tools.studies import __main__ as studies
-from tools.studies import bank, pairs, trust
+from tools.studies import backgrounds, bank, pairs, trust
 
 
 class Here(Executor):
@@ -119,3 +122,36 @@ def test_memory_levels_differ_in_nothing_else(subject: Subject) -> None:
     levels = studies.memory_levels(subject)
     assert [config.memory for config in levels.values()] == ["standard", "low", "lowest"]
     assert len({repr(config.replace(memory="auto")) for config in levels.values()}) == 1
+
+
+def test_photos_in_one_scene_have_exact_masks(
+    tmp_path: Path, clip_folder: Path, make_config: Callable[..., TrainConfig], tiny_sd2: str
+) -> None:
+    (bundled, *_) = bundled_subjects()
+    kinds = backgrounds.configs(bundled, tmp_path / "photos")
+    (square,) = {c.subject.pictures for name, c in kinds.items() if "portraits" not in name}
+    photos = read_photos(square)
+    assert backgrounds.leaks([photo.image for photo in photos]) > 0.99
+    for photo, (original, mask) in zip(photos, backgrounds.cut_outs(bundled), strict=True):
+        own = read_mask(photo)
+        assert own is not None and ImageChops.difference(own, mask).getbbox() is None
+        same = ImageChops.difference(photo.image, original)
+        assert Image.composite(same, Image.new("RGB", same.size), mask).getbbox() is None
+    tall = read_photos(kinds["portraits in buckets"].subject.pictures)
+    assert {photo.traits.size for photo in tall} == {(256, 384)}
+
+
+def test_a_study_of_backgrounds_measures_every_cell(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backgrounds, "STEPS", 2)
+    plain = studies.plain(subject).replace(hold_out=False, steps=2)
+    kinds = {"plain": plain, "tall": plain.replace(crop="buckets")}
+    studies.over_seeds(subject, kinds, tmp_path, Here(), 2)
+    cells = {kind: [tmp_path / studies.cell(kind, seed) for seed in range(2)] for kind in kinds}
+    lines = backgrounds.measure(subject, kinds, cells, tmp_path / "leaks.md")
+    names = [line.split(" | ")[0] for line in lines[2:]]
+    assert names == ["| plain (2)", "| tall (2)", "| tall, drawn as squares (2)"]
+    assert all(line.count("±") == 3 for line in lines[2:])
+    assert lines[3].split(" | ")[1:] == lines[4].split(" | ")[1:]  # these photos are squares
+    assert (tmp_path / "leaks.md").read_text().splitlines() == lines

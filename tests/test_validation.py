@@ -227,9 +227,9 @@ def test_near_groups_join_photos_that_are_alike_by_a_third() -> None:
 
 
 def test_the_held_out_photo_is_not_trained_on(started: Callable[..., Run]) -> None:
-    assert len(Trainer(started("some")).batches.kinds[0][0]) == 3
-    assert len(Trainer(started("all", hold_out=False)).batches.kinds[0][0]) == 4
-    class_images = Trainer(started("more", class_images=8)).batches.kinds[1][0]
+    assert len(Trainer(started("some")).batches.by_shape[16, 16][0][0]) == 3
+    assert len(Trainer(started("all", hold_out=False)).batches.by_shape[16, 16][0][0]) == 4
+    class_images = Trainer(started("more", class_images=8)).batches.by_shape[16, 16][1][0]
     assert len(class_images) == 7
 
 

@@ -82,7 +82,7 @@ class Job:
 
 def latents(trainer: Any) -> int:
     """Return the bytes of a trainer's cached latents."""
-    caches = [cache for cache, _ in trainer.batches.kinds]
+    caches = [cache for kinds in trainer.batches.by_shape.values() for cache, _ in kinds]
     return sum(t.nbytes for cache in caches for part in cache.posteriors for t in part)
 
 

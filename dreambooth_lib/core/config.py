@@ -161,7 +161,15 @@ class TrainConfig:
 
     # Images
     resolution: int | None = None  #: pixels per side; None is the base's own
+    #: "center" or "random": a square; "subject": a square around the subject, by its mask or where
+    #: crops.json beside the photos says; "buckets": no square, but the one of many sizes of equal
+    #: area that leaves out least, around the subject
     crop: str = "center"
+    #: weight of the loss outside the photos' masks, from 0 to 1, where the subject has 1; None: no
+    #: masks are used
+    background_weight: float | None = None
+    #: outside the masks, match the frozen base's prediction instead of the photo
+    background_prior: bool = False
     flip: bool = False  #: flip images at random; not for a subject with text on it
     #: how many chunks of 75 tokens of a caption or prompt are read: 1 to 3; Stable Diffusion 1.x,
     #: 2.x and XL only
@@ -241,6 +249,11 @@ class TrainConfig:
     def distills(self) -> bool:
         """Tell whether the frozen base's prediction is the prior's target, instead of the noise."""
         return self.prior in ("distilled", "distilled_images") and self.prior_weight > 0
+
+    @property
+    def asks_base(self) -> bool:
+        """Tell whether the frozen base predicts at each step: what is distilled, or backgrounds."""
+        return self.distills or self.background_prior
 
     @classmethod
     def auto(cls, subject: Subject, base: str = "toybox", **changes: Any) -> "TrainConfig":

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
     "optimizer": ("auto", "adamw", "adamw8bit"),
     "lr_schedule": ("constant", "linear", "cosine"),
-    "crop": ("center", "random"),
+    "crop": ("center", "random", "subject", "buckets"),
     "prior": ("generated", "distilled", "distilled_images", "none"),
     "method": ("full", "lora"),
     "lora_layers": ("attention", "all"),
@@ -47,6 +47,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0 and below 1": (lambda value: 0 <= value < 1, (
         "prompt_dropout", "dropout", "ema_decay", "lora_dropout",
     )),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, ("background_weight",)),
     "above 0 and below 1": (lambda value: 0 < value < 1, ("keep_class",)),
     "above 0": (lambda value: value > 0, (
         "learning_rate", "max_grad_norm", "min_snr_gamma", "validation_share", "anchor_weight",
@@ -220,6 +221,11 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
     yield (
         config.lora_min_rank is not None and config.lora_min_rank > config.lora_rank,
         f"lora_min_rank is {config.lora_min_rank}, above lora_rank {config.lora_rank}; lower it.",
+    )
+    yield (
+        config.background_prior and not config.background_weight,
+        "background_prior is set but background_weight, which is its weight, is "
+        f"{'left out' if config.background_weight is None else 0}; set it above 0, such as to 1.",
     )
     side = config.resolution
     yield (

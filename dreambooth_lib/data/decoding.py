@@ -8,8 +8,10 @@ of bytes when its time is over.
 import io
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -25,6 +27,9 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "
             "PPM", "QOI")  # fmt: skip
 _HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
 _BLOCK = 2**10  # bytes that a decoder gets at once: it is timed between them
+
+
+_Read = TypeVar("_Read")
 
 
 class _TooSlow(Exception):
@@ -66,10 +71,23 @@ def is_photo(head: bytes) -> bool:
 
 def decode(where: str, suffix: str, data: bytes) -> Image.Image:
     """Return a file's first image. Raises :class:`DataError` that says ``where`` it is."""
+    return _read(where, suffix, data, lambda image: _to_rgb(_to_srgb(image)))
+
+
+def decode_alpha(where: str, suffix: str, data: bytes) -> Image.Image | None:
+    """Return the alpha channel of a file's first image, None if it has none; raise as above."""
+    return _read(where, suffix, data, _alpha)
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def _read(where: str, suffix: str, data: bytes, convert: Callable[[Image.Image], _Read]) -> _Read:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on damaged metadata and large images
-            return _decode(data)
+            return convert(_decode(data))
     except (Image.DecompressionBombError, _TooLarge):
         problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
     except UnidentifiedImageError:
@@ -94,7 +112,7 @@ def _decode(data: bytes) -> Image.Image:
     image.decodermaxblock = _BLOCK  # type: ignore[attr-defined]
     image.load()
     ImageOps.exif_transpose(image, in_place=True)  # or it would copy an upright photo
-    return _to_rgb(_to_srgb(image))
+    return image
 
 
 def _why_unidentified(suffix: str, data: bytes) -> str:
@@ -117,7 +135,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         if ImageCms.getProfileDescription(profile).strip().startswith("sRGB"):
             return image  # keep every level: a conversion would round some
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        alpha = _alpha(image)
         if image.mode in ("L", "LA", "CMYK"):
             source = image.convert("L") if image.mode == "LA" else image
         else:

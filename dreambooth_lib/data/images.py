@@ -17,7 +17,9 @@ from PIL import Image
 from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.user_text import python_string
 from dreambooth_lib.data.captions import find_captions
+from dreambooth_lib.data.crops import CENTERS, read_centers
 from dreambooth_lib.data.decoding import MAX_BYTES, decode, is_photo
+from dreambooth_lib.data.masks import pair_masks
 from dreambooth_lib.data.sources import (
     CAPTION_SUFFIXES,
     PHOTO_SUFFIXES,
@@ -67,11 +69,14 @@ class StoredImage:
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A photo: its file name, its RGB image or where that is stored, and its caption if any."""
+    """A photo: its file name, its RGB image or where that is stored, and what belongs to it."""
 
     name: str
     pixels: Image.Image | StoredImage
     caption: str | None = None
+    mask: SourceFile | None = None  #: white on the subject; see ``data.masks``
+    #: the middle of its crop where it was moved, in parts of width and height; see ``data.crops``
+    center: tuple[float, float] | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -150,9 +155,10 @@ def read_photos(source: str | Path | Subject) -> list[Photo]:
     white, 16 bits are scaled to 8, and of several frames the first is read. A zip's photos may be
     in one sub-folder. Captions come from ``NAME.txt`` beside the photo or else from
     ``metadata.jsonl`` or ``metadata.csv`` (``file_name`` and ``text``). Other files are passed
-    over, and masks of photos too; :func:`read_source` names them. Raises :class:`BadPhotosError`
-    for photos that are damaged or above ``decoding.MAX_PIXELS``, and :class:`DataError` if there
-    are no others, and for zips that are damaged, encrypted, unpack to too much or reach outside.
+    over, and masks belong to their photos; :func:`read_source` names them. Raises
+    :class:`BadPhotosError` for photos that are damaged or above ``decoding.MAX_PIXELS``, and
+    :class:`DataError` if there are no others, and for zips that are damaged, encrypted, unpack to
+    too much or reach outside.
     """
     return read_source(source).photos
 
@@ -176,13 +182,17 @@ def read_source(source: str | Path | Subject) -> Source:
         else:
             others.append(file.name)
     read = _read_all(path, files)
+    centers = read_centers(texts.pop(CENTERS, None))
     captions, unused = find_captions([photo.name for photo in read], texts)
     masks = _masks(read)
+    names = [photo.name for photo in read if photo.name not in masks]
+    mask_of = pair_masks(path, names, {f.name: f for f in files if f.name in masks})
     photos = [
-        replace(photo, caption=captions.get(photo.name))
+        replace(photo, caption=captions.get(photo.name), mask=mask_of.get(photo.name),
+                center=centers.get(photo.name))
         for photo in read
-        if photo.name not in masks
-    ]
+        if photo.name in names
+    ]  # fmt: skip
     if not photos:
         if raw:
             raise DataError(f"{path} has raw photos only, as {raw[0]}; save them as JPEG first.")
@@ -192,8 +202,9 @@ def read_source(source: str | Path | Subject) -> Source:
         notes.append(f"{listed(left_out)} {_are(left_out)} left out, as you chose.")
     if masks:
         notes.append(
-            f"{listed(masks)} {_are(masks)} left out, as masks or maps of other photos; if "
-            "they are photos, give them other names."
+            f"{listed(masks)} {_are(masks)} left out, as masks or maps of other photos; to train "
+            "on the subject in the masks set background_weight, and if they are photos, give them "
+            "other names."
         )
     if unused:
         holds = "it holds" if len(unused) == 1 else "they hold"

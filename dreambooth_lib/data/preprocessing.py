@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from dreambooth_lib.data.crops import FOLLOWING, Box, Size, crop_box
 from dreambooth_lib.data.images import DataError
 
 if TYPE_CHECKING:
@@ -13,41 +14,66 @@ if TYPE_CHECKING:
 
 def to_tensor(
     image: Image.Image,
-    resolution: int,
-    crop: str = "center",
+    shape: int | Size,
+    crop: str | Box = "center",
     flip: bool = False,
     generator: "torch.Generator | None" = None,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
 ) -> "torch.Tensor":
-    """Return the image as float32 [3, resolution, resolution] in [-1, 1].
+    """Return the image as float32 [3, height, width] in [-1, 1].
 
-    Crops the largest square, in the center or at random by ``generator``, resizes it by Lanczos and
-    flips it horizontally with ``flip``. Of a :func:`reduced` image whose ``size`` was larger, the
-    crop is the same. Raises :class:`DataError` for an unknown ``crop``.
+    ``shape`` is width and height, or the side of a square. Crops the box of :func:`box_for`, or a
+    box of its own, resizes it by Lanczos and flips it horizontally with ``flip``. Of a
+    :func:`reduced` image whose ``size`` was larger, the crop is the same. Raises
+    :class:`DataError` for an unknown ``crop``.
     """
     import torch
 
-    if crop not in ("center", "random"):
-        raise DataError(f"crop is '{crop}'; it can be 'center' or 'random'.")
-    width, height = size or image.size
-    side, spare = min(width, height), abs(width - height)
-    offset = spare // 2
-    if crop == "random":
-        offset = int(torch.randint(spare + 1, (1,), generator=generator))
-    left, top = (offset, 0) if width > height else (0, offset)
-    # Resizing the box alone never resizes the long side, which may have millions of pixels.
-    right, bottom = left + side, top + side
-    box = (
-        left * image.width / width,
-        top * image.height / height,
-        right * image.width / width,
-        bottom * image.height / height,
-    )
-    square = image.convert("RGB").resize((resolution,) * 2, Image.Resampling.LANCZOS, box=box)
+    shape, size = (shape, shape) if isinstance(shape, int) else shape, size or image.size
+    box = box_for(size, shape, crop, generator) if isinstance(crop, str) else crop
+    cropped = resized(image.convert("RGB"), shape, box, size, Image.Resampling.LANCZOS)
     if flip:
-        square = ImageOps.mirror(square)
-    pixels = torch.from_numpy(np.asarray(square).astype(np.float32))
+        cropped = ImageOps.mirror(cropped)
+    pixels = torch.from_numpy(np.asarray(cropped).astype(np.float32))
     return (pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def box_for(
+    size: Size,
+    shape: Size,
+    crop: str,
+    generator: "torch.Generator | None" = None,
+    center: tuple[float, float] = (0.5, 0.5),
+) -> Box:
+    """Return the largest box of ``shape``'s proportions, at a center or at random by a generator.
+
+    Raises :class:`DataError` for an unknown ``crop``.
+    """
+    import torch
+
+    if crop in ("center", *FOLLOWING):
+        return crop_box(size, shape, center)
+    if crop != "random":
+        raise DataError(f"crop is '{crop}'; it can be 'center', 'random', 'subject' or 'buckets'.")
+    left, top, right, bottom = crop_box(size, shape, (0, 0))
+    spare = max(size[0] - right, size[1] - bottom)
+    offset = int(torch.randint(spare + 1, (1,), generator=generator))
+    across, down = (offset, 0) if right < size[0] else (0, offset)
+    return left + across, top + down, right + across, bottom + down
+
+
+def resized(
+    image: Image.Image, shape: Size, box: Box, size: Size, how: Image.Resampling
+) -> Image.Image:
+    """Return a box of an image in a new shape; the box is in pixels of an image of ``size``."""
+    # Resizing the box alone never resizes the long side, which may have millions of pixels.
+    left, top, right, bottom = box
+    return image.resize(
+        shape,
+        how,
+        box=(left * image.width / size[0], top * image.height / size[1],
+             right * image.width / size[0], bottom * image.height / size[1]),
+    )  # fmt: skip
 
 
 def reduced(image: Image.Image, side: int) -> Image.Image:

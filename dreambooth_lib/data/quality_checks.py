@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dreambooth_lib.data.crops import Size, cut_away
 from dreambooth_lib.data.images import Photo, listed
 from dreambooth_lib.data.traits import Traits
 
@@ -25,7 +26,9 @@ class Finding:
     message: str
 
 
-def check_photos(photos: list[Photo], resolution: int = 512) -> list[Finding]:
+def check_photos(
+    photos: list[Photo], resolution: int = 512, shapes: Sequence[Size] | None = None
+) -> list[Finding]:
     """Find problems that would spoil training.
 
     "few": there are only one or two photos, copies not counted. "duplicate": the same pixels.
@@ -34,8 +37,9 @@ def check_photos(photos: list[Photo], resolution: int = 512) -> list[Finding]:
     at most 20 of 255 levels, on average, in an 8x8 colour thumbnail. "tiny": the shorter side is
     below ``resolution`` pixels. "blurred": the variance of the Laplacian is below 50 in grey levels
     of 0 to 255, with the shorter side scaled down to 256 pixels. "extreme-aspect": the longer side
-    is more than twice the shorter one. "cropped": the square in the center leaves out more than a
-    fifth; one finding for all such photos.
+    is more than twice the shorter one. "cropped": the crop leaves out more than a fifth; one
+    finding for all such photos. ``shapes`` are the sizes that they are cropped to, by default
+    squares.
     """
     copies: dict[tuple[tuple[int, int], bytes], list[Photo]] = {}
     for photo in photos:
@@ -53,11 +57,22 @@ def check_photos(photos: list[Photo], resolution: int = 512) -> list[Finding]:
             text = f"{listed(same)} are the same photo; keep one of them."
             findings.append(Finding("duplicate", same, text))
     findings += _near_findings(singles)
-    findings += [finding for photo in photos for finding in _check_photo(photo, resolution)]
-    if cropped := tuple(photo.name for photo in photos if _is_cropped(photo.traits)):
+    shapes = shapes or [(1, 1)] * len(photos)
+    cuts = [cut_away(p.traits.size, shape) for p, shape in zip(photos, shapes, strict=True)]
+    findings += [
+        finding
+        for photo, cut in zip(photos, cuts, strict=True)
+        for finding in _check_photo(photo, resolution, cut)
+    ]
+    found = {name for finding in findings if finding.kind == "extreme-aspect"
+             for name in finding.names}  # fmt: skip
+    if cropped := tuple(
+        photo.name for photo, cut in zip(photos, cuts, strict=True)
+        if cut > _CUT and photo.name not in found
+    ):  # fmt: skip
         loses = "loses" if len(cropped) == 1 else "lose"
-        text = f"{listed(cropped)} {loses} more than a fifth to the square crop in the center"
-        text += "; if that cuts off your subject, crop them yourself."
+        text = f"{listed(cropped)} {loses} more than a fifth to the crop; if that cuts off your "
+        text += "subject, set crop to 'buckets' or 'subject', or crop them yourself."
         findings.append(Finding("cropped", cropped, text))
     return findings
 
@@ -143,17 +158,13 @@ def _is_extreme(traits: Traits) -> bool:
     return max(traits.size) > 2 * min(traits.size)
 
 
-def _is_cropped(traits: Traits) -> bool:
-    cut = 1 - min(traits.size) / max(traits.size)
-    return cut > _CUT and not _is_extreme(traits)
-
-
-def _check_photo(photo: Photo, resolution: int) -> list[Finding]:
+def _check_photo(photo: Photo, resolution: int, cut: float) -> list[Finding]:
     traits, short = photo.traits, min(photo.traits.size)
+    is_extreme = _is_extreme(traits) and cut > _CUT  # a bucket may be as long
     problems = {
         "tiny": (short < resolution, f"has a side of {short} pixels, fewer than {resolution}"),
         "blurred": (traits.sharpness < _BLUR_VARIANCE, "looks blurred"),
-        "extreme-aspect": (_is_extreme(traits), "is more than twice as long as wide; crop it"),
+        "extreme-aspect": (is_extreme, "is more than twice as long as wide; crop it"),
     }
     return [
         Finding(kind, (photo.name,), f"{photo.name} {text}.")

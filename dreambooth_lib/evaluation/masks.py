@@ -1,11 +1,11 @@
 """Compare the subject alone: cut out of photos and generated images by masks.
 
-The mask of ``folder/NAME.png`` is ``folder/masks/NAME.png``, white on the subject, or else the
-file's own alpha channel, if that hides anything. Masks are made elsewhere, of photos and of
-generated images alike: by rembg, Segment Anything or by hand.
+A photo's mask is the one that it is trained with (``data.masks``). That of a generated image
+``folder/NAME.png`` is ``folder/masks/NAME.png``, white on the subject, or else the file's own alpha
+channel, if that hides anything; it is made elsewhere, such as by rembg or Segment Anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import open_image
 from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.metrics.encoders import Encoder
 
 if TYPE_CHECKING:
@@ -30,27 +31,27 @@ def embed_masked(
 ) -> "tuple[torch.Tensor, torch.Tensor] | None":
     """Embed the subject alone, of photos [M, D] and of images [prompts, seeds, D].
 
-    An image whose mask is empty has zeros. None unless both photos and images have masks; photos in
-    a zip have none. Raises ``InputError`` if only some of either have masks, for a damaged mask or
+    An image whose mask is empty has zeros. None unless both photos and images have masks. Raises
+    ``InputError`` if only some of either have masks, for a damaged mask or
     one of another size, and for a photo whose mask is empty.
     """
     import torch
 
     paths = [path for group in files.images for path in group]
-    masks = _masks(paths)
+    masks = _of_all({path: find_mask(path) for path in paths})
     if masks is None:
         return None
     source = Path(files.subject.pictures)
-    photos = read_photos(files.subject) if source.suffix.lower() != ".zip" else []
-    folder = source if source.is_dir() else source.parent
-    photo_masks = _masks([folder / photo.name for photo in photos])
+    read = read_photos(files.subject) if source.suffix.lower() != ".zip" else []
+    photos = {source / photo.name: photo for photo in read}
+    photo_masks = _of_all({path: read_mask(photo) for path, photo in photos.items()})
     if photo_masks is None:
         return None
     cut_photos = []
-    for photo, mask in zip(photos, photo_masks, strict=True):
-        cut = cut_out(photo.image, mask, folder / photo.name)
+    for (path, photo), mask in zip(photos.items(), photo_masks, strict=True):
+        cut = cut_out(photo.image, mask, path)
         if cut is None:
-            raise InputError(f"the mask of {folder / photo.name} shows nothing; make it again.")
+            raise InputError(f"the mask of {path} shows nothing; make it again.")
         cut_photos.append(cut)
     of_photos = encoder.embed_images(cut_photos)
     cuts = [cut_out(open_image(path), mask, path) for path, mask in zip(paths, masks, strict=True)]
@@ -98,8 +99,7 @@ def find_mask(path: Path) -> Image.Image | None:
         raise InputError(f"the mask {file} is damaged; make it again, or remove it.") from error
 
 
-def _masks(paths: Sequence[Path]) -> list[Image.Image] | None:
-    masks = {path: find_mask(path) for path in paths}
+def _of_all(masks: Mapping[Path, Image.Image | None]) -> list[Image.Image] | None:
     found = [mask for mask in masks.values() if mask is not None]
     if not found:
         return None

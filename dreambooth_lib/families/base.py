@@ -96,6 +96,7 @@ class Family:
         self.resolution = resolution or self.native_resolution(
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
+        self.size = (self.resolution,) * 2  #: width and height of the images that it draws
         if pipeline.vae is not None:
             pipeline.vae.decode = finite_decoder(pipeline.vae)
         # Decoding many large images would take more memory than denoising them.
@@ -162,6 +163,24 @@ class Family:
     def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
         """Return the pixels a side that a base was trained at, by its parts' configs."""
         return denoiser["sample_size"] * vae_scale(vae)
+
+    @staticmethod
+    def size_multiple(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
+        """Return what sides of images must be a multiple of, by a base's configs.
+
+        A U-Net halves the latents between its levels; others take patches of 2 x 2. It is a power
+        of 2, and 8 or more as pipelines want it.
+        """
+        levels = len(denoiser.get("down_block_types", (None, None)))
+        return max(8, vae_scale(vae) * 2 ** (levels - 1))
+
+    def framing_cond(self, framings: torch.Tensor, shape: tuple[int, int]) -> Cond:
+        """Return conditioning on how images were cropped; of most bases there is none.
+
+        ``framings`` int64 [B, 4] are height and width of each image as it was, and the top and left
+        of its crop once it is scaled to ``shape``, width and height.
+        """
+        return {}
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise | FlowNoise:
         """Return the forward process that the base was trained with, at this resolution.

@@ -63,8 +63,8 @@ def draw(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                height=family.resolution,
-                width=family.resolution,
+                height=family.size[1],
+                width=family.size[0],
                 callback_on_step_end=store_latents,
                 output_type="np",
             ).images

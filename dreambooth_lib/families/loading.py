@@ -169,6 +169,7 @@ class BaseInfo(NamedTuple):
     """Hold what is known of a base without its weights."""
 
     resolution: int  #: pixels a side that the base was trained at
+    size_multiple: int  #: what sides of other sizes must be a multiple of
     #: Of all text encoders, and the tokens that each reads; identifiers are chosen by the first.
     tokenizers: list[tuple[Any, int]]
     how_to_read_more: str  #: of a prompt, "" if nothing can be done
@@ -194,6 +195,7 @@ def inspect_base(base: str, revision: str | None = None, prompt_chunks: int = 1)
     with explain_loading(resolved.path):
         return BaseInfo(
             family.native_resolution(denoiser, vae),
+            family.size_multiple(denoiser, vae),
             family.tokenizer_limits(tokenizers, prompt_chunks),
             how_to_read_more(family.most_chunks, prompt_chunks),
         )

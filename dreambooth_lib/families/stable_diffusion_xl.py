@@ -47,6 +47,12 @@ class StableDiffusionXL(StableDiffusion):
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return {"hidden": hidden, "pooled": outputs[-1][0]}
 
+    def framing_cond(self, framings: torch.Tensor, shape: tuple[int, int]) -> Cond:
+        width, height = shape
+        target = torch.tensor([height, width]).expand(len(framings), -1)
+        sizes = torch.cat([framings, target], 1)
+        return {"time_ids": to_device(sizes, self.denoiser.device)}
+
     def unused_parameters(self) -> Iterable[torch.nn.Parameter]:
         # The pipeline reads the penultimate layer of both encoders, and the second one's pooled
         # output: the first one's last layer and norm are unused.
@@ -57,8 +63,10 @@ class StableDiffusionXL(StableDiffusion):
         return chain(text.encoder.layers[-1].parameters(), text.final_layer_norm.parameters())
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
-        height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
-        # Original size, the crop's corner and target size of an image that was not cropped.
-        sizes = to_device([height, width, 0, 0, height, width], x_t.device)
-        added = {"text_embeds": cond["pooled"], "time_ids": sizes.expand(len(x_t), -1)}
+        sizes = cond.get("time_ids")
+        if sizes is None:
+            height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
+            # Original size, the crop's corner and target size of an image that was not cropped.
+            sizes = to_device([height, width, 0, 0, height, width], x_t.device).expand(len(x_t), -1)
+        added = {"text_embeds": cond["pooled"], "time_ids": sizes}
         return self.denoiser(x_t, t, cond["hidden"], added_cond_kwargs=added).sample

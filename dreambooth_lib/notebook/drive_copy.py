@@ -10,6 +10,8 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from dreambooth_lib.core.files import (
     replacing_folder,
     visible_files,
 )
-from dreambooth_lib.data.images import Photo, read_photos
+from dreambooth_lib.data.crops import write_centers
+from dreambooth_lib.data.images import DataError, Photo, read_photos
+from dreambooth_lib.data.masks import SUFFIX, read_mask
 from dreambooth_lib.training.runs import CLASS_PHOTOS, PHOTOS
 
 #: Bytes above which weights are rounded and a pipeline is left out: a free Drive has 15 GB in all.
@@ -96,13 +100,22 @@ def copy_part(
 
 
 def copy_photos(source: Path | Subject, place: Path) -> None:
-    """Write photos, of a folder, a zip or a subject, and their captions as training sees them."""
+    """Write photos, of a folder, a zip or a subject, as training sees them.
+
+    Captions, masks and crops go with them.
+    """
     photos = read_photos(source)
     with replacing_folder(place) as partial:
         for name, photo in zip(_names(photos), photos, strict=True):
             photo.image.save(partial / f"{name}.png")
             if photo.caption:
                 (partial / f"{name}.txt").write_text(photo.caption, encoding="utf-8")
+            with suppress(DataError):  # a broken mask stops a training that uses it, not a backup
+                if (mask := read_mask(photo)) is not None:
+                    mask.save(partial / f"{name}{SUFFIX}")
+        if any(photo.center for photo in photos):
+            named = zip(_names(photos), photos, strict=True)
+            write_centers(partial, [replace(photo, name=f"{name}.png") for name, photo in named])
         copies = read_photos(partial)
         if not all(map(_is_same, photos, copies)) or len(photos) != len(copies):
             raise OSError(f"the copies of the photos in {place} differ from the photos")
@@ -119,7 +132,7 @@ def _names(photos: list[Photo]) -> list[str]:
 
 def _is_same(photo: Photo, copied: Photo) -> bool:
     def known(photo: Photo) -> tuple[Any, ...]:
-        return photo.traits.size, photo.traits.digest, photo.caption or None
+        return photo.traits.size, photo.traits.digest, photo.caption or None, photo.center
 
     return known(photo) == known(copied)
 

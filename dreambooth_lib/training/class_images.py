@@ -25,6 +25,7 @@ from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import open_image, replace_file, save_png
 from dreambooth_lib.data.images import Photo, listed, read_images
 from dreambooth_lib.families import loading
+from dreambooth_lib.training.image_sizes import fit_to_photos
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,6 +59,7 @@ def draw_class_images(
     """
     from dreambooth_lib.families.prompt_cache import PromptCache
 
+    fit_to_photos(family, config)
     own_set, batch = _image_set(config, family, folder), family.default_batch_size
     manifest_file, text = own_set.folder / "manifest.json", own_set.manifest.encode()
     if rank == 0 and not (manifest_file.is_file() and manifest_file.read_bytes() == text):
@@ -179,6 +181,8 @@ def _manifest(
 ) -> str:
     scheduler = family.scheduler(fast)
     more: dict[str, Any] = {"quantize": config.quantize} if config.quantize else {}
+    if family.size != (family.resolution,) * 2:
+        more["size"] = family.size
     if config.prior_prompts is not None:
         more["prior_prompts"] = config.prior_prompts
     if config.prompt_chunks > 1:

@@ -16,7 +16,7 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.device_copies import pick
 from dreambooth_lib.families.noise_schedule import Noised
 from dreambooth_lib.training.latent_cache import LatentCache
-from dreambooth_lib.training.losses import per_sample_errors
+from dreambooth_lib.training.losses import latent_weights, per_sample_errors
 from dreambooth_lib.training.trainable import Trainable
 
 BINS = 4  #: equal parts of the schedule, least noise first
@@ -38,15 +38,19 @@ class HeldOutLoss:
     ):
         everything = BINS * rows
         process, self.batch_size = family.forward_process(None), family.batch_size_in_training
-        not_augmented = config.replace(crop="center", flip=False)
+        crop = "center" if config.crop == "random" else config.crop
+        not_augmented = config.replace(crop=crop, flip=False)
+        self.weights: dict[str, torch.Tensor | None] = {}  #: of latents, where photos have masks
         self.noised: dict[str, Noised] = {}
         self.prompts: dict[str, list[str]] = {}
         for kind, photos in kinds.items():
             if not photos:
                 continue
             indices = [i % len(photos) for _ in range(BINS) for i in range(rows)]
-            (posterior,) = LatentCache(photos, family, not_augmented).posteriors
-            x_0 = posterior.mean[indices]
+            cache = LatentCache(photos, family, not_augmented, masked=kind == "subject")
+            x_0 = cache.posteriors[0].mean[indices]
+            coverage = cache.coverages[0][indices] if cache.coverages else None
+            self.weights[kind] = latent_weights(coverage, config.background_weight)
             noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
             # Each in the middle of its own part of the bin.
             quantiles = (torch.arange(everything) + 0.5) / everything
@@ -69,5 +73,7 @@ class HeldOutLoss:
             part = list(rows[start : start + self.batch_size])
             noised = Noised(*(pick(value, part) for value in self.noised[kind]))
             prediction = model(noised.x_t, noised.t, None, [self.prompts[kind][i] for i in part])
-            errors.append(per_sample_errors(prediction, noised.target))
+            weights = self.weights[kind]
+            own = weights if weights is None else pick(weights, part)
+            errors.append(per_sample_errors(prediction, noised.target, own))
         return torch.cat(errors)

@@ -3,14 +3,18 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
-from dreambooth_lib.data.images import Photo
-from dreambooth_lib.data.preprocessing import reduced, to_tensor
+from dreambooth_lib.data.crops import FOLLOWING, Box, Size, center_for
+from dreambooth_lib.data.images import DataError, Photo
+from dreambooth_lib.data.masks import read_mask
+from dreambooth_lib.data.preprocessing import box_for, reduced, resized, to_tensor
 from dreambooth_lib.families.base import Family, Posterior
 from dreambooth_lib.families.device_copies import to_device
 from dreambooth_lib.families.precision import NonFinite
@@ -20,14 +24,24 @@ KEPT_RESOLUTIONS = 2
 KEPT_PIXELS = 128_000_000  #: of these, in all; 384 MB. Others are decoded whenever they are drawn.
 
 
+class Drawn(NamedTuple):
+    """Latents that were drawn, and what was seen of each image."""
+
+    x_0: torch.Tensor  # [B, C, h, w]
+    coverage: torch.Tensor | None  # [B, 1, h, w] how much of each latent a mask covers, 0 to 1
+    framings: torch.Tensor | None  # int64 [B, 4] of ``Family.framing_cond``, on the CPU
+
+
 class LatentCache:
     """Images as latents: ``sample`` draws from each posterior, so caching changes no statistics.
 
     A flipped image has a posterior of its own. Random crops are never cached: every draw is encoded
-    afresh, of a photo that is kept reduced (:data:`KEPT_RESOLUTIONS`). With a ``folder`` the
-    posteriors are saved there, in a file named by a digest of the images and the autoencoder, and
-    loaded by the next run that needs them. Damaged files are replaced. Raises :class:`NonFinite`
-    for latents that are not finite; such are neither saved nor loaded.
+    afresh, of a photo that is kept reduced (:data:`KEPT_RESOLUTIONS`). ``shape`` is the size that
+    images are cropped to, by default the family's; with ``masked`` their masks are read where the
+    config uses any. With a ``folder`` the posteriors are saved there, in a file named by a digest
+    of the images and the autoencoder, and loaded by the next run that needs them. Damaged files are
+    replaced. Raises :class:`NonFinite` for latents that are not finite; such are neither saved nor
+    loaded. Raises ``DataError`` for a mask that shows nothing in its photo's crop.
     """
 
     def __init__(
@@ -36,26 +50,90 @@ class LatentCache:
         family: Family,
         config: TrainConfig,
         folder: Path | None = None,
+        shape: Size | None = None,
+        masked: bool = False,
     ):
         self.photos, self.family, self.config = photos, family, config
-        flips = [False, True][: 1 + config.flip] if config.crop == "center" else []
-        self._kept = [] if flips else self._reduce()
+        self.shape = shape or family.size
+        self._masks = self._read_masks() if masked and config.background_weight is not None else []
+        self.is_masked = any(mask is not None for mask in self._masks)
+        fixed = config.crop != "random"
+        self._boxes = [
+            box_for(p.traits.size, self.shape, config.crop, center=center_for(p, config.crop))
+            for p in (photos if fixed else ())
+        ]
+        self._kept = [] if fixed else self._reduce()
+        flips = [False, True][: 1 + config.flip] if fixed else []
         self.posteriors = [self._load_or_encode(flip, folder) for flip in flips]
+        self.coverages: list[torch.Tensor] = []  #: of each flip, where there are masks
+        if self.is_masked and fixed:
+            everything, latents = range(len(photos)), self.posteriors[0].mean
+            self.coverages = [
+                self._coverage(everything, [flip] * len(photos), self._boxes, latents)
+                for flip in flips
+            ]
+            self._check_masks()
 
     def __len__(self) -> int:
         return len(self.photos)
 
-    def sample(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
-        """Draw latents [len(index), C, h, w] of the images at ``index`` on the device."""
+    def sample(self, index: list[int], generator: torch.Generator) -> Drawn:
+        """Draw latents of the images at ``index`` on the device."""
         probability = 0.5 if self.config.flip else 0.0
         flips = (torch.rand(len(index), generator=generator) < probability).tolist()
+        coverage = None
         if self.posteriors:
-            posteriors = [self.posteriors[flip] for flip in flips]
-            mean = torch.stack([p.mean[i] for p, i in zip(posteriors, index, strict=True)])
-            std = torch.stack([p.std[i] for p, i in zip(posteriors, index, strict=True)])
+            boxes, pairs = [self._boxes[i] for i in index], list(zip(flips, index, strict=True))
+            mean = torch.stack([self.posteriors[flip].mean[i] for flip, i in pairs])
+            std = torch.stack([self.posteriors[flip].std[i] for flip, i in pairs])
+            if self.coverages:
+                coverage = torch.stack([self.coverages[flip][i] for flip, i in pairs])
         else:
-            mean, std = self._encode(index, flips, generator)
-        return mean + std * to_device(torch.randn(mean.shape, generator=generator), mean.device)
+            sizes = [self.photos[i].traits.size for i in index]
+            boxes = [box_for(size, self.shape, "random", generator) for size in sizes]
+            mean, std = self._encode(index, flips, boxes)
+            if self.is_masked:
+                coverage = self._coverage(index, flips, boxes, mean)
+        noise = to_device(torch.randn(mean.shape, generator=generator), mean.device)
+        return Drawn(mean + std * noise, coverage, self._framings(index, boxes))
+
+    def _read_masks(self) -> list[Image.Image | None]:
+        side = KEPT_RESOLUTIONS * self.family.resolution
+        masks = map(read_mask, self.photos)
+        return [None if mask is None else reduced(mask, side) for mask in masks]
+
+    def _check_masks(self) -> None:
+        (shown, *_) = (coverage.amax((1, 2, 3)).tolist() for coverage in self.coverages)
+        for photo, most in zip(self.photos, shown, strict=True):
+            if most == 0:
+                raise DataError(
+                    f"the mask of {photo.name} shows nothing in its crop; set crop to 'subject', "
+                    "or make the mask again."
+                )
+
+    def _coverage(
+        self, index: Sequence[int], flips: list[bool], boxes: list[Box], latents: torch.Tensor
+    ) -> torch.Tensor:
+        """Return how much of each latent a mask covers; all of it without a mask."""
+        *_, height, width = latents.shape
+        parts = torch.ones(len(index), 1, height, width)
+        for row, (i, flip, box) in enumerate(zip(index, flips, boxes, strict=True)):
+            if (mask := self._masks[i]) is not None:
+                size, box_filter = self.photos[i].traits.size, Image.Resampling.BOX
+                levels = resized(mask, (width, height), box, size, box_filter)
+                part = torch.from_numpy(np.asarray(levels).astype(np.float32) / 255)
+                parts[row, 0] = part.flip(-1) if flip else part
+        return to_device(parts, latents.device)
+
+    def _framings(self, index: list[int], boxes: list[Box]) -> torch.Tensor | None:
+        """Return where crops lie that the config lets follow the subject; None for squares."""
+        if self.config.crop not in FOLLOWING:
+            return None
+        rows = []
+        for i, (left, top, right, _) in zip(index, boxes, strict=True):
+            (width, height), scale = self.photos[i].traits.size, self.shape[0] / (right - left)
+            rows.append([height, width, round(top * scale), round(left * scale)])
+        return torch.tensor(rows)
 
     def _load_or_encode(self, flip: bool, folder: Path | None) -> Posterior:
         """Load all images' posteriors from the folder, or encode and save them."""
@@ -67,7 +145,10 @@ class LatentCache:
         size = self.family.batch_size_in_training
         everything = range(len(self.photos))
         batches = [everything[at : at + size] for at in everything[::size]]
-        parts = [self._encode(batch, [flip] * len(batch)) for batch in batches]
+        parts = [
+            self._encode(batch, [flip] * len(batch), [self._boxes[i] for i in batch])
+            for batch in batches
+        ]
         encoded = Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
         if file:
             write_tensors(file, encoded._asdict())
@@ -75,6 +156,8 @@ class LatentCache:
 
     def _digest(self, flip: bool) -> str:
         digest = hashlib.sha256(f"{self.family.resolution} {flip}".encode())
+        if self.config.crop in FOLLOWING:
+            digest.update(f"{self.shape} {self._boxes}".encode())
         for photo in self.photos:
             digest.update(f"{photo.traits.size}".encode() + photo.traits.digest)
         for weights in self.family.pipeline.vae.state_dict().values():
@@ -96,17 +179,12 @@ class LatentCache:
     def _image(self, number: int) -> Image.Image:
         return self._kept[number] if number < len(self._kept) else self.photos[number].image
 
-    def _encode(
-        self, index: Sequence[int], flips: list[bool], generator: torch.Generator | None = None
-    ) -> Posterior:
+    def _encode(self, index: Sequence[int], flips: list[bool], boxes: Sequence[Box]) -> Posterior:
         family, photos = self.family, [self.photos[i] for i in index]
         pixels = [
-            to_tensor(
-                self._image(i), family.resolution, self.config.crop, flip, generator,
-                size=self.photos[i].traits.size,
-            )
-            for i, flip in zip(index, flips, strict=True)
-        ]  # fmt: skip
+            to_tensor(self._image(i), self.shape, box, flip, size=self.photos[i].traits.size)
+            for i, flip, box in zip(index, flips, boxes, strict=True)
+        ]
         posterior = family.encode_images(torch.stack(pixels))
         for photo, *latents in zip(photos, *posterior, strict=True):
             if not all(values.isfinite().all() for values in latents):

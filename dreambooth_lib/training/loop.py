@@ -20,7 +20,7 @@ from dreambooth_lib.core.locks import lock
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts, raise_on_termination
-from dreambooth_lib.training.losses import Loss, dreambooth_loss, per_sample_errors
+from dreambooth_lib.training.losses import Loss, dreambooth_loss, latent_weights, per_sample_errors
 from dreambooth_lib.training.optimizer_step import NonFiniteStep
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer
@@ -62,8 +62,12 @@ Objective = Callable[[torch.Tensor, Batch, TrainConfig], Loss]
 
 
 def prior_preservation(prediction: torch.Tensor, batch: Batch, config: TrainConfig) -> Loss:
-    """Return the paper's loss: squared errors weighted by timestep, the class term by lambda."""
-    errors = per_sample_errors(prediction, batch.noised.target)
+    """Return the paper's loss: squared errors weighted by timestep, the class term by lambda.
+
+    With masks, by latent too.
+    """
+    weights = latent_weights(batch.coverage, config.background_weight)
+    errors = per_sample_errors(prediction, batch.noised.target, weights)
     return dreambooth_loss(errors, batch.is_prior, config.prior_weight, batch.noised.weight)
 
 

@@ -15,9 +15,32 @@ class Loss(NamedTuple):
     prior: torch.Tensor | None
 
 
-def per_sample_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return each sample's mean squared error, float32 [B], whatever dtype the denoiser used."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def per_sample_errors(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return each sample's mean squared error, float32 [B], whatever dtype the denoiser used.
+
+    ``weights`` [B, 1, h, w] are of latents and have a mean of 1; see :func:`latent_weights`.
+    """
+    squares = (prediction.float() - target.float()).square()
+    return (squares if weights is None else weights * squares).flatten(1).mean(1)
+
+
+def latent_weights(
+    coverage: torch.Tensor | None, background_weight: float | None
+) -> torch.Tensor | None:
+    """Return the weights of latents [B, 1, h, w], whose mean over each sample is 1.
+
+    Of a latent that a mask covers in part, m in ``coverage``, the weight is m + (1 - m) b, divided
+    by its mean over the sample. So a masked sample's error is a mean over its subject as a whole
+    sample's is over all of it: learning rate, lambda and gradient clipping mean the same, for a
+    small subject as for a large one, and micro-batches add up. None without masks. Where b is 0 and
+    a random crop has missed the subject all weights are 0.
+    """
+    if coverage is None or background_weight is None:
+        return None
+    weights = coverage + (1 - coverage) * background_weight
+    return weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
 def dreambooth_loss(

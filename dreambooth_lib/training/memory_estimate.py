@@ -99,7 +99,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     offloaded = family.frozen[1:] + family.text_encoders if offloads_text_encoders(config) else []
     encoding = float(sum(sizes.pop(module) for module in offloaded))
     weights, teacher = sum(sizes.values()), 0
-    has_teacher = config.distills and config.method == "full"
+    has_teacher = config.asks_base and config.method == "full"
     if has_teacher:  # the weights are copied as they are, and then rounded
         teacher = sum(p.nbytes for p in family.denoiser.parameters())
     scoring = 0

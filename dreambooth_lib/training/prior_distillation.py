@@ -3,6 +3,8 @@
 On the subject's noised latents, given the class prompt, the trained denoiser must predict what the
 base predicts: L_prior = |f(x_t, t, class) - f_base(x_t, t, class)|^2. Also known as differential
 output preservation.
+
+With ``background_prior`` it is also the target of the subject's photos outside their masks.
 """
 
 import copy
@@ -41,19 +43,36 @@ class Teacher:
         autocast: Callable[[], AbstractContextManager[None]],
     ):
         self.family, self.uses_lora, self.autocast = family, config.method == "lora", autocast
+        self.config = config
         if not self.uses_lora:
             self.family = copy.copy(family)
             self.family.denoiser = copy.deepcopy(family.denoiser).to(dtype).eval()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Noised:
-        """Return the batch's noised rows, the base's prediction as the class rows' target."""
-        noised, index = batch.noised, batch.is_prior.nonzero().flatten().tolist()
+        """Return the batch's noised rows, the base's prediction as the class rows' target.
+
+        Of the subject's rows with masks the target is a mixture, m t + (1 - m) b f over
+        m + (1 - m) b: an error that it is weighted by has the gradient of the subject's and the
+        background's errors together, m |p - t|^2 + (1 - m) b |p - f|^2.
+        """
+        noised, config = batch.noised, self.config
+        own = config.background_prior and batch.coverage is not None
+        asked = [config.distills if prior else own for prior in batch.is_prior.tolist()]
+        index = [row for row, is_asked in enumerate(asked) if is_asked]
+        if not index:
+            return noised
         inputs = pick(noised.x_t, index), pick(noised.t, index), rows(batch.cond, index)
         without_lora = lora.disabled_lora(self.family) if self.uses_lora else nullcontext()
         with self.autocast(), without_lora:
             prediction = self.family.predict(*inputs)
         target = noised.target
-        rows_of_class = to_device(index, target.device)
-        target = target.index_copy(0, rows_of_class, prediction.to(target.dtype))
+        rows_asked = to_device(index, target.device)
+        target = target.index_copy(0, rows_asked, prediction.to(target.dtype))
+        if own and batch.coverage is not None and config.background_weight is not None:
+            subject = batch.coverage / (
+                batch.coverage + (1 - batch.coverage) * config.background_weight
+            )
+            is_prior = to_device(batch.is_prior, target.device).view(-1, 1, 1, 1)
+            target = torch.where(is_prior, target, target.lerp(noised.target, subject))
         return noised._replace(target=target)

@@ -20,6 +20,7 @@ from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import check_lengths
 from dreambooth_lib.data.images import Images, Photo, captioned
+from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -32,6 +33,7 @@ from dreambooth_lib.training.class_images import prepare_class_images, prior_pro
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
+from dreambooth_lib.training.image_sizes import fit_to_photos
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
@@ -70,7 +72,9 @@ class Trainer:
         self.accelerator = accelerator = _make_accelerator(config, self.precision)
         subject = config.subject
         photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
+        check_masks(photos, config)
         self.family = self._load_base(photos)
+        fit_to_photos(self.family, config)
         family = self.family
         for message in check_lengths(photos, subject, family.tokenizers, family.how_to_read_more):
             warnings.warn(message, stacklevel=2)
@@ -81,11 +85,11 @@ class Trainer:
         )
         instance, classes = self._set_up_validation(photos, classes, scorers)
         teacher, prompts = None, tuple[str, ...]()
-        if config.distills:
+        if config.asks_base:
             teacher = Teacher(self.family, config, self.dtype, accelerator.autocast)
-            if not config.uses_class_images:
-                classes = with_class_captions(instance, config.subject)
-                prompts = config.prior_prompts or ()
+        if config.distills and not config.uses_class_images:
+            classes = with_class_captions(instance, config.subject)
+            prompts = config.prior_prompts or ()
         latents = run.folder.parent / "latents"
         self.batches = Batches(config, self.family, instance, classes, latents, teacher, prompts)
         accelerator.wait_for_everyone()

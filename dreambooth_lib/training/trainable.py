@@ -107,7 +107,7 @@ class Trainable(torch.nn.Module):
     ) -> torch.Tensor:
         (family,) = self._family
         if cond is None or self.text_encoders:  # trained ones encode the prompts at each step
-            cond = family.conditioning(prompts)
+            cond = (cond or {}) | family.conditioning(prompts)
         return family.predict(x_t, t, cond)
 
     def trained_weights(self) -> dict[str, torch.Tensor]:

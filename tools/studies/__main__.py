@@ -5,6 +5,7 @@
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
     finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
+    backgrounds  masks against leaking backgrounds, and buckets for portraits, five seeds
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
     memory     what a memory level costs in quality, five seeds
 
@@ -32,7 +33,7 @@ from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.figures.labels import heading
 from dreambooth_lib.training import runs, validation
 from dreambooth_lib.training.validation_record import load_images
-from tools.studies import bank, finished, pairs, trust
+from tools.studies import backgrounds, bank, finished, pairs, trust
 from tools.studies.intervals import half_width, interval
 from tools.studies.priors import priors
 
@@ -245,11 +246,15 @@ def draw_means(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    studies = ("grid", "bank", "trust", "finished", "priors", "ablations", "memory")
+    studies = (
+        "grid", "bank", "trust", "finished", "priors", "backgrounds", "ablations", "memory",
+    )  # fmt: skip
     parser.add_argument("study", choices=studies)
     parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
-    parser.add_argument("--kinds", nargs="+", help="of bank (default: full) and priors (all)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="of bank and priors")
+    parser.add_argument(
+        "--kinds", nargs="+", help="of bank (default: full), of priors and backgrounds (all)"
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of bank, priors and backgrounds")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust and finished")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
@@ -278,6 +283,20 @@ def main() -> None:
                 kinds = {name: config for name, config in priors(subject).items()
                          if name in (arguments.kinds or [name])}  # fmt: skip
                 over_seeds(subject, kinds, out / subject.name, executor, arguments.seeds)
+        elif arguments.study == "backgrounds":
+            for subject in subjects:
+                place = out / subject.name
+                kinds = {name: config
+                         for name, config in backgrounds.configs(subject, place / "photos").items()
+                         if name in (arguments.kinds or [name])}  # fmt: skip
+                over_seeds(subject, kinds, place, executor, arguments.seeds)
+                cells = {
+                    name: [
+                        p for s in range(arguments.seeds) if (p := place / cell(name, s)).exists()
+                    ]
+                    for name in kinds
+                }
+                print("\n".join(backgrounds.measure(subject, kinds, cells, place / "leaks.md")))
         elif arguments.study == "ablations":
             kinds = ablations(subjects[0], out / "photos")
             over_seeds(subjects[0], kinds, out, executor)

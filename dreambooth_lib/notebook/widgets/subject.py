@@ -6,26 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from IPython.display import display
 from ipywidgets import HTML, Button, Combobox, Layout, Text, VBox
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.data.captions import check_captions, check_lengths, write_captions
 from dreambooth_lib.data.decoding import MAX_BYTES
 from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
-from dreambooth_lib.data.images import (
-    BadPhotosError,
-    DataError,
-    Images,
-    Photo,
-    listed,
-    read_source,
-)
-from dreambooth_lib.data.preprocessing import to_tensor
+from dreambooth_lib.data.images import BadPhotosError, DataError, Images, Photo, listed, read_source
 from dreambooth_lib.data.quality_checks import check_photos, hold_out
 from dreambooth_lib.data.sources import PHOTO_SUFFIXES, list_files
 from dreambooth_lib.families import loading
@@ -33,6 +24,7 @@ from dreambooth_lib.figures import image_grids
 from dreambooth_lib.notebook import colab
 from dreambooth_lib.notebook.widgets import upload
 from dreambooth_lib.notebook.widgets.captions import CaptionEditor
+from dreambooth_lib.notebook.widgets.framing import FramingPanel
 from dreambooth_lib.notebook.widgets.parts import (
     Panel,
     control,
@@ -41,9 +33,6 @@ from dreambooth_lib.notebook.widgets.parts import (
     show_image,
     with_hints,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 _SHOWN = 60  # photos, and messages on them
 _THUMBNAIL = 320  # pixels a side, twice what the grid shows
@@ -81,6 +70,7 @@ class SubjectPanel(Panel):
         self._title, self._crops_title = HTML(), HTML()
         self.captions = CaptionEditor(self._save_captions, self.callback)
         self.go_on = Button(layout=Layout(width="auto", display="none"))
+        self.framing = FramingPanel(config, base.size_multiple, self._show, self.reload)
         hints = {
             self.source: "three to six photos of the subject in different surroundings",
             self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
@@ -90,7 +80,7 @@ class SubjectPanel(Panel):
             HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),
             with_hints(hints),
             self.go_on, self._title, self.thumbnails, self.findings, self.captions,
-            self._crops_title, self.crops,
+            self._crops_title, self.crops, self.framing,
         )  # fmt: skip
         self.go_on.on_click(self.callback(self._go_on))
         self.on_change(self._read_uploaded, self.upload)
@@ -190,7 +180,8 @@ class SubjectPanel(Panel):
             identifier=self.identifier.value.strip(),
             name=name,
         )
-        return self.initial_config.replace(subject=subject)
+        self.framing.check()
+        return self.initial_config.replace(subject=subject, **self.framing.changes)
 
     def _read_uploaded(self) -> None:
         try:
@@ -229,7 +220,8 @@ class SubjectPanel(Panel):
         photos, config, side = self.photos, self.initial_config, self.resolution
         if not photos:
             return
-        problems = self._notes + [finding.message for finding in check_photos(photos, side)]
+        shapes = self.framing.shapes(photos, side)
+        problems = self._notes + [f.message for f in check_photos(photos, side, shapes)]
         problems += self._check_words()
         items = "".join(f"<li>{html.escape(printable(text))}</li>" for text in problems[:_SHOWN])
         if len(problems) > _SHOWN:
@@ -237,9 +229,8 @@ class SubjectPanel(Panel):
         count = f"{len(photos)} photo{'s' * (len(photos) > 1)}"
         shown = photos[:_SHOWN]
         first = f"the first {_SHOWN} of " if len(photos) > _SHOWN else ""
-        thumbnails, crops = [], []
+        thumbnails, crops = [], self.framing.cropped(shown, shapes[:_SHOWN])
         for image in Images(shown):
-            crops.append(_to_image(to_tensor(image, side, config.crop)))
             large = max(image.size) > _THUMBNAIL
             thumbnails.append(ImageOps.contain(image, (_THUMBNAIL,) * 2) if large else image)
         grid = image_grids.grid(thumbnails, 6, [_label(photo) for photo in shown])
@@ -253,12 +244,14 @@ class SubjectPanel(Panel):
         self.findings.value = f"<b>No problems found in {count}.</b>"
         if problems:
             self.findings.value = f"<b>Check these before you train:</b><ul>{items}</ul>"
-        self._crops_title.value = f"<b>What training sees</b>: cropped to {side} × {side} pixels"
+        sizes = ", ".join(f"{width} × {height}" for width, height in dict.fromkeys(shapes))
+        self._crops_title.value = f"<b>What training sees</b>: cropped to {sizes} pixels"
         show_image(self.crops, cropped.save)
         noun = self.class_noun.value.strip() or config.subject.class_noun
         identifier = self.identifier.value.strip() or config.subject.identifier
         subject = replace(config.subject, class_noun=noun, identifier=identifier)
         self.captions.show(photos, thumbnails, subject, self._tokenizers)
+        self.framing.use(photos, self._path)
 
 
 def _label(photo: Photo) -> str:
@@ -281,9 +274,3 @@ def _unknown_noun(base: str, noun: str) -> list[str]:
         f"{len(nouns)} things ({', '.join(nouns)}); choose one of them, or another base for your "
         "own photos."
     ]
-
-
-def _to_image(pixels: "torch.Tensor") -> Image.Image:
-    """Reverse :func:`to_tensor`."""
-    levels = ((pixels + 1) * 127.5).round().byte()
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())

@@ -1,0 +1,96 @@
+"""Find and read the photos' masks: white on the subject, from a file beside or the alpha channel.
+
+The mask of ``NAME.jpg`` is ``NAME-masklabel.png``, ``NAME_mask.png``, ``mask_NAME.png`` or a black
+and white ``NAME.png`` beside it, or ``masks/NAME.png``, or else what its alpha channel shows.
+"""
+
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.data.decoding import MAX_BYTES, decode, decode_alpha
+from dreambooth_lib.data.sources import DataError, SourceFile, list_files
+
+if TYPE_CHECKING:
+    from dreambooth_lib.data.images import Photo
+
+FOLDER = "masks"  #: of masks, in the photos' folder
+SUFFIX = "-masklabel.png"  #: of a mask beside its photo, as the kit writes it
+_NAMES = (r"(?P<photo>.+?)[-_ .](masklabel|masks?|matte|alpha)", r"masks?[-_ .](?P<photo>.+)",
+          r"(?P<photo>.+)")  # fmt: skip
+_SHAPE = 0.02  # by which a mask's shape may differ from its photo's, as one is rounded
+
+
+def pair_masks(
+    path: Path, photos: Collection[str], others: Mapping[str, SourceFile]
+) -> dict[str, SourceFile]:
+    """Return the masks by their photos' names, of files beside them and in ``masks``.
+
+    Raises :class:`DataError` for a photo with two masks.
+    """
+    pairs: dict[str, SourceFile] = {}
+    folder = path / FOLDER
+    inside = list_files(folder) if path.is_dir() and folder.is_dir() else []
+    stems = {name: PurePosixPath(name).stem.lower() for name in photos}
+    for file in [*others.values(), *inside]:
+        stem = PurePosixPath(file.name).stem.lower()
+        matches = [match["photo"] for name in _NAMES if (match := re.fullmatch(name, stem))]
+        for photo in [name for name, own in stems.items() if own in matches]:
+            if photo in pairs:
+                raise DataError(f"{file} and {pairs[photo]} are both masks of '{photo}'; keep one.")
+            pairs[photo] = file
+    return pairs
+
+
+def read_mask(photo: "Photo") -> Image.Image | None:
+    """Return a photo's mask, of mode L and the photo's size; None if it has none.
+
+    Raises :class:`DataError` for a damaged mask and for one of another shape than the photo.
+    """
+    if photo.mask is None:
+        file = getattr(photo.pixels, "file", None)  # None of an image that is in memory only
+        return None if file is None else alpha_of(file)
+    file, size = photo.mask, photo.traits.size
+    mask = decode(str(file), file.suffix, file.read(MAX_BYTES, "a mask")).convert("L")
+    if abs(mask.width * size[1] / (mask.height * size[0]) - 1) > _SHAPE:
+        raise DataError(
+            f"{file} has {mask.width} x {mask.height} pixels, and its photo {size[0]} x {size[1]}; "
+            "make the mask again, in the photo's shape."
+        )
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+
+
+def alpha_of(file: SourceFile) -> Image.Image | None:
+    """Return a photo's alpha channel, of mode L and upright; None if it hides nothing."""
+    if file.head(3) == b"\xff\xd8\xff":  # a JPEG has none, and may be large
+        return None
+    alpha = decode_alpha(str(file), file.suffix, file.read(MAX_BYTES, "a photo"))
+    return None if alpha is None or alpha.getextrema()[0] == 255 else alpha
+
+
+def check_masks(photos: "Sequence[Photo]", config: TrainConfig) -> None:
+    """Raise :class:`DataError` if the config uses masks and no photo has one; warn if few have."""
+    if config.background_weight is None:
+        return
+    lacking = [photo.name for photo in photos if read_mask(photo) is None]
+    if len(lacking) == len(photos):
+        raise DataError(
+            "background_weight is set but no photo has a mask; put NAME-masklabel.png beside each "
+            "NAME.jpg, white on the subject, or leave background_weight out."
+        )
+    if lacking:
+        warnings.warn(f"{len(lacking)} of {len(photos)} photos have no mask, such as {lacking[0]}; "
+                      "all of them is trained on.", stacklevel=2)  # fmt: skip
+
+
+def center_of(mask: Image.Image) -> tuple[float, float] | None:
+    """Return the middle of the box around a mask, in parts of width and height; None if black."""
+    box = mask.point(lambda level: 255 * (level > 127)).getbbox()
+    if box is None:
+        return None
+    return (box[0] + box[2]) / 2 / mask.width, (box[1] + box[3]) / 2 / mask.height

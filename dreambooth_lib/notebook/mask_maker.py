@@ -1,0 +1,88 @@
+"""Make masks of photos with a small segmentation model, CLIPSeg (arXiv 2112.10003), from a word."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.encoder_revisions import revision_of
+from dreambooth_lib.core.errors import KitError, one_line
+from dreambooth_lib.core.files import save_png
+from dreambooth_lib.data.images import DataError
+from dreambooth_lib.data.masks import SUFFIX
+
+if TYPE_CHECKING:
+    from dreambooth_lib.data.images import Photo
+
+#: The model on the Hub, and what a user should know before it is downloaded.
+MODEL = "CIDAS/clipseg-rd64-refined"
+DOWNLOAD = "0.6 GB, Apache-2.0 licence"
+THRESHOLD = 0.4  #: of where the model is surest, above which a pixel is the subject's
+
+
+class MaskMakerError(KitError, RuntimeError):
+    """A segmentation model that cannot be loaded."""
+
+
+def find_subject(
+    photos: "Sequence[Photo]", words: str, model: str = MODEL
+) -> dict[str, Image.Image]:
+    """Return by name how surely each pixel of a photo is what ``words`` say, as images of mode L.
+
+    White is where the model is surest in that photo. ``model`` is a CLIPSeg: a Hub id or a folder.
+    Only safetensors are read, and no code of the model's. Raises :class:`MaskMakerError` where it
+    cannot be loaded.
+    """
+    import torch
+
+    network, processor = _load(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    try:
+        network.to(device).eval()
+        for photo in photos:
+            inputs = processor(text=[words], images=[photo.image], return_tensors="pt")
+            with torch.inference_mode():
+                logits = network(**inputs.to(device)).logits.float()
+            sure = logits.reshape(logits.shape[-2:]).sigmoid()
+            levels = (255 * sure / sure.max()).round().byte().cpu().numpy()
+            size = photo.traits.size
+            found[photo.name] = Image.fromarray(levels).resize(size, Image.Resampling.BILINEAR)
+    finally:
+        del network
+        gpu_memory.free_memory()
+    return found
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+
+    options: dict[str, Any] = {} if Path(model).is_dir() else {"revision": revision_of(model)}
+    try:
+        network = CLIPSegForImageSegmentation.from_pretrained(
+            model, use_safetensors=True, **options
+        )
+        return network, CLIPSegProcessor.from_pretrained(model, **options)
+    except Exception as error:  # of a download or a folder, nearly any kind
+        raise MaskMakerError(
+            f"the segmentation model {model} cannot be loaded ({one_line(error)}); check your "
+            "network, or put masks of your own beside the photos."
+        ) from error
+
+
+def at_threshold(found: Image.Image, threshold: float) -> Image.Image:
+    """Return a mask, white where :func:`find_subject` is at least as sure as ``threshold``."""
+    return found.point(lambda level: 255 * (level >= max(1, round(255 * threshold))))
+
+
+def save_masks(folder: Path, masks: Mapping[str, Image.Image]) -> None:
+    """Save masks beside their photos as ``NAME-masklabel.png``.
+
+    Raises :class:`DataError` for photos in a zip.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder to save masks in; unpack it, and use the folder.")
+    for name, mask in masks.items():
+        save_png(mask, folder / f"{Path(name).stem}{SUFFIX}")

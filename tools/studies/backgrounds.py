@@ -1,0 +1,132 @@
+"""Study what masks do to backgrounds, and buckets to portraits, on the embedded base.
+
+Photos of a bundled subject are taken apart, since their scenes can be drawn again: what differs is
+the subject. All photos of a set then show it in one scene, on the grass. How far that scene leaks
+into "a {} dog on the beach", in the snow, in the forest and in space is the classifier's share of
+it among the scenes; likeness is the mean cosine with the bundled photos, whose scenes are others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.data.masks import SUFFIX
+from dreambooth_lib.families import loading
+from dreambooth_lib.metrics import clip_scores
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.trainable import load_at_checkpoint
+from dreambooth_lib.training.validation import ValidationImages, draw_images, load_scorers
+from dreambooth_lib.training.validation_record import load_images, plan_of
+from tools.studies.intervals import interval
+from tools.toybox.scenes import draw_scene
+from tools.toybox.subjects import SCENES, SIDE, SUBJECTS
+
+STEPS = 300
+SCENE = "grass"  # none of the validation prompts has it
+_TALL = SIDE * 3 // 2  # of a portrait
+
+
+def cut_outs(subject: Subject) -> list[tuple[Image.Image, Image.Image]]:
+    """Return a bundled subject's photos with the mask of the subject in each."""
+    number, pairs = list(SUBJECTS).index(subject.name), []
+    for index, (scene, photo) in enumerate(zip(SCENES, read_photos(subject.pictures), strict=True)):
+        drawn = draw_scene(scene, np.random.default_rng((10, number, index)), SIDE)
+        differs = np.abs(np.asarray(drawn, np.int16) - np.asarray(photo.image)).max(-1) > 0
+        around = Image.fromarray(differs.astype(np.uint8)).copy()
+        ImageDraw.floodfill(around, (0, 0), 2)  # not the holes in the subject
+        pairs.append((photo.image, around.point(lambda level: 255 * (level < 2))))
+    return pairs
+
+
+def write_photos(subject: Subject, folder: Path, height: int = SIDE) -> Subject:
+    """Write photos of a subject in one scene, with their masks; it stands in the upper part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (photo, mask) in enumerate(cut_outs(subject)):
+        scene = draw_scene(SCENE, np.random.default_rng((11, index)), height)
+        left = (height - SIDE) // 2
+        scene = scene.crop((left, 0, left + SIDE, height))
+        whole = Image.new("L", scene.size)
+        whole.paste(mask)
+        scene.paste(photo, (0, 0), mask)
+        save_png(scene, folder / f"{index:02d}.png")
+        save_png(whole, folder / f"{index:02d}{SUFFIX}")
+    return replace(subject, pictures=str(folder.resolve()))
+
+
+def configs(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
+    """Return a config for each way to train on photos in one scene, and on portraits."""
+    square = TrainConfig(write_photos(subject, folder / "square"), hold_out=False, steps=STEPS)
+    tall = square.replace(subject=write_photos(subject, folder / "portraits", _TALL))
+    return {
+        "whole photos": square,
+        "background 0.1": square.replace(background_weight=0.1),
+        "subject alone": square.replace(background_weight=0.0),
+        "base outside": square.replace(background_weight=1.0, background_prior=True),
+        "portraits in the middle": tall,
+        "portraits around the subject": tall.replace(crop="subject"),
+        "portraits in buckets": tall.replace(crop="buckets"),
+    }
+
+
+def leaks(images: Sequence[Image.Image], scene: str = SCENE) -> float:
+    """Return the mean share that the embedded base's classifier gives a scene, of all scenes."""
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(
+        loading.BUNDLED / "toybox" / "classifier", dtype=torch.float32
+    )
+    labels = model.config.id2label
+    scenes = [number for number, label in labels.items() if label.startswith("scene: ")]
+    squares = [image.resize((64, 64), Image.Resampling.LANCZOS) for image in images]
+    pixels = torch.stack([torch.from_numpy(np.array(image)).float() for image in squares])
+    with torch.no_grad():
+        logits = model(pixels.permute(0, 3, 1, 2) / 127.5 - 1).logits[:, scenes]
+    asked = [labels[number] for number in scenes].index(f"scene: {scene}")
+    return logits.softmax(1)[:, asked].mean().item()
+
+
+def drawn_by(folder: Path) -> dict[str, ValidationImages]:
+    """Return a cell's images by how they were drawn; those of a bucket again as squares.
+
+    The base has only ever seen squares, so that only they compare with other cells' images.
+    """
+    run = runs.resume(folder)
+    drawn = {"": load_images(run, STEPS)}
+    if run.config.crop == "buckets":
+        family = load_at_checkpoint(run, STEPS)
+        drawn[", drawn as squares"] = draw_images(family, run.config.subject, plan_of(run), 18)
+    return drawn
+
+
+def measure(
+    subject: Subject, kinds: Mapping[str, TrainConfig], cells: Mapping[str, Sequence[Path]],
+    file: Path,
+) -> list[str]:  # fmt: skip
+    """Return and write a table of each kind's likeness, leak and adherence, over its cells."""
+    encoder = load_scorers(TrainConfig(subject)).images
+    photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
+    rows: dict[str, list[dict[str, float]]] = {}
+    for name in kinds:
+        for folder in cells[name]:
+            for how, drawn in drawn_by(folder).items():
+                embedded = encoder.embed_images(drawn.subject)
+                texts = [clip_scores.strip_identifier(p, subject.identifier) for p in drawn.prompts]
+                read = clip_scores.row_cosines(embedded, encoder.embed_texts(texts))
+                rows.setdefault(name + how, []).append({
+                    "likeness": (embedded @ photos.T).mean().item(),
+                    "grass elsewhere": leaks(drawn.subject),
+                    "prompt adherence": read.mean().item(),
+                })  # fmt: skip
+    lines = ["| | likeness | grass elsewhere | prompt adherence |", "|---|---|---|---|"]
+    for name, own in rows.items():
+        shown = [interval([row[key] for row in own]) for key in own[0]]
+        lines.append(f"| {name} ({len(own)}) | {' | '.join(shown)} |")
+    replace_file(file, ("\n".join(lines) + "\n").encode())
+    return lines
