@@ -147,6 +147,7 @@ INTERNAL = {
     "evaluation/judge_models.py": "it is tried again, then told in a JudgeError",
     "export/original_names.py": "a KeyError becomes an ExportError that names the file",
     "families/base.py": "a family of one's own that leaves a method out",
+    "families/one_file.py": "it becomes a BaseError that names the part",
     "metrics/dinov3_pixels.py": "it becomes an error that names the encoder",
     "metrics/encoders.py": "it becomes an error that names the encoder",
     "notebook/drive_copy.py": "it is tried again, then told as the drive's",

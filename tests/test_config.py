@@ -18,6 +18,7 @@ ALL_FIELDS: dict[str, Any] = {
     "base": "owner/model",
     "revision": "main",
     "variant": "fp16",
+    "prediction_type": "v_prediction",
     "prior_weight": 0.5,
     "keep_class": 0.9,
     "min_snr_gamma": 5.0,

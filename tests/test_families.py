@@ -34,7 +34,7 @@ def test_the_base_of_stacked_loras_is_what_the_first_was_trained_on(tmp_path: Pa
     assert not resolved.is_local and resolved.hub == {"revision": "main", "variant": None}
     first, second = resolved.loras
     assert (first.token, second.token) == ("<rex>", None)
-    assert second.trained_on == trained_on | {"base": first.path}
+    assert second.trained_on == trained_on | {"base": first.path, "prediction_type": None}
 
 
 def test_toybox_is_the_embedded_base() -> None:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from dreambooth_lib.families import one_file_header
 from tools.toybox.tokenizer import save_tokenizer, world_words
 
 SHARD = 4 * 10**9  # bytes of a file of weights, at most
@@ -52,6 +53,16 @@ class Architecture:
     more: dict[str, Any] = field(default_factory=dict)  #: of ``model_index.json``
 
 
+def _released(kind: str, part: str) -> dict[str, Any]:
+    """Return the config of a part of a released Stable Diffusion, as the library has it."""
+    names = (f"{part}/config.json", f"{part}/{part}_config.json")
+    files = one_file_header.layouts()[kind]
+    config = next(files[name] for name in names if name in files)
+    return {
+        k: v for k, v in config.items() if k not in ("_class_name", "architectures", "model_type")
+    }
+
+
 def _vae(**config: Any) -> Part:
     own = {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -71,20 +82,7 @@ def _vae(**config: Any) -> Part:
     return Part("AutoencoderKL", own | config, tiny)
 
 
-def _clip(kind: str, width: int, layers: int, heads: int, act: str, projection: int) -> Part:
-    config = {
-        "vocab_size": 49408,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "hidden_act": act,
-        "projection_dim": projection,
-        "max_position_embeddings": 77,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,  # which makes transformers pool at the largest number, as of old
-    }
+def _clip(kind: str, released: str, part: str = "text_encoder") -> Part:
     tiny = {
         "vocab_size": 2000,
         "hidden_size": 16,
@@ -93,15 +91,15 @@ def _clip(kind: str, width: int, layers: int, heads: int, act: str, projection: 
         "num_attention_heads": 2,
         "projection_dim": 16,
     }
-    return Part(kind, config, tiny)
+    return Part(kind, _released(released, part), tiny)
 
 
 def _clip_l(kind: str = "CLIPTextModel") -> Part:
-    return _clip(kind, 768, 12, 12, "quick_gelu", 768)
+    return _clip(kind, "v1")
 
 
-_OPEN_CLIP_H = _clip("CLIPTextModel", 1024, 23, 16, "gelu", 512)
-_BIG_G = _clip("CLIPTextModelWithProjection", 1280, 32, 20, "gelu", 1280)
+_OPEN_CLIP_H = _clip("CLIPTextModel", "v2")
+_BIG_G = _clip("CLIPTextModelWithProjection", "xl_base", "text_encoder_2")
 _T5_XXL = Part(
     "T5EncoderModel",
     {
@@ -116,15 +114,12 @@ _T5_XXL = Part(
     },
     {"vocab_size": 100, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 2},
 )
-_OF_SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-          "num_train_timesteps": 1000, "steps_offset": 1}  # fmt: skip
-
 SD15 = Architecture(
     "StableDiffusionPipeline",
     {
         "unet": Part(
             "UNet2DConditionModel",
-            {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+            _released("v1", "unet"),
             {
                 "sample_size": 8,
                 "block_out_channels": [8, 16],
@@ -137,12 +132,12 @@ SD15 = Architecture(
             },
         ),
         "text_encoder": _clip_l(),
-        "vae": _vae(latent_channels=4, sample_size=512, scaling_factor=0.18215),
+        "vae": _vae(**_released("v1", "vae")),
     },
     {"tokenizer": "clip"},
     (
         "PNDMScheduler",
-        _OF_SD | {"skip_prk_steps": True, "set_alpha_to_one": False},
+        _released("v1", "scheduler"),
     ),
     torch.float32,
     {"safety_checker": [None, None], "feature_extractor": [None, None],
@@ -154,18 +149,13 @@ SD21 = Architecture(
     {
         "unet": Part(
             "UNet2DConditionModel",
-            {
-                "sample_size": 96,
-                "cross_attention_dim": 1024,
-                "attention_head_dim": [5, 10, 20, 20],
-                "use_linear_projection": True,
-            },
+            _released("v2", "unet"),
         ),
         "text_encoder": _OPEN_CLIP_H,
-        "vae": _vae(latent_channels=4, sample_size=768, scaling_factor=0.18215),
+        "vae": _vae(**_released("v2", "vae")),
     },
     {"tokenizer": "clip"},
-    ("DDIMScheduler", _OF_SD | {"prediction_type": "v_prediction", "set_alpha_to_one": False}),
+    ("DDIMScheduler", _released("v2", "scheduler")),
     torch.float32,
 )
 
@@ -174,19 +164,7 @@ SDXL = Architecture(
     {
         "unet": Part(
             "UNet2DConditionModel",
-            {
-                "sample_size": 128,
-                "block_out_channels": [320, 640, 1280],
-                "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
-                "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
-                "transformer_layers_per_block": [1, 2, 10],
-                "attention_head_dim": [5, 10, 20],
-                "cross_attention_dim": 2048,
-                "use_linear_projection": True,
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 256,
-                "projection_class_embeddings_input_dim": 2816,
-            },
+            _released("xl_base", "unet"),
             {
                 "sample_size": 8,
                 "block_out_channels": [8, 16],
@@ -203,10 +181,10 @@ SDXL = Architecture(
         ),
         "text_encoder": _clip_l(),
         "text_encoder_2": _BIG_G,
-        "vae": _vae(latent_channels=4, sample_size=1024, scaling_factor=0.13025),
+        "vae": _vae(**_released("xl_base", "vae")),
     },
     {"tokenizer": "clip", "tokenizer_2": "clip"},
-    ("EulerDiscreteScheduler", _OF_SD),
+    ("EulerDiscreteScheduler", _released("xl_base", "scheduler")),
     more={"force_zeros_for_empty_prompt": True},
 )
 

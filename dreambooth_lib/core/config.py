@@ -79,9 +79,14 @@ class TrainConfig:
     """
 
     subject: Subject
-    base: str = "toybox"  #: "toybox", a Hub id, a folder in diffusers' layout, or a run's folder
+    #: "toybox", a Hub id, a folder in diffusers' layout, a run's folder, or a .safetensors file of
+    #: Stable Diffusion: its path, OWNER/REPO/FILE on the Hub, or an https link
+    base: str = "toybox"
     revision: str | None = None  #: the base's revision on the Hub
     variant: str | None = None  #: the variant of the base's files on the Hub, such as "fp16"
+    #: what a Stable Diffusion base predicts, where its files say otherwise or nothing: "epsilon",
+    #: "v_prediction", or "v_prediction_ztsnr" with a zero terminal SNR (arXiv 2305.08891)
+    prediction_type: str | None = None
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda, the weight of the prior preservation loss; 0 turns it off

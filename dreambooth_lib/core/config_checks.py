@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "lora_layers": ("attention", "all"),
     "memory": ("auto", "standard", *LOW_MEMORY),
     "quantize": (None, "nf4", "int8"),
+    "prediction_type": (None, "epsilon", "v_prediction", "v_prediction_ztsnr"),
 }
 #: Bounds of numbers; None is always allowed.
 _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {

@@ -20,8 +20,10 @@ class LockError(KitError, RuntimeError):
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder's lock. Raises :class:`LockError` where another process holds it.
+
+    With ``wait`` it is waited for instead.
 
     The operating system frees the lock of a process that ends, however it ends. Within one process
     the lock can be held several times: an interrupted cell may not have let go of it yet. On a
@@ -29,7 +31,9 @@ def lock(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    held = FileLock(folder / LOCK_FILE, timeout=0, is_singleton=True, thread_local=False)
+    held = FileLock(
+        folder / LOCK_FILE, timeout=-1 if wait else 0, is_singleton=True, thread_local=False
+    )
     try:
         with explain_disk_errors(folder / LOCK_FILE):
             held.acquire()

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.export.comfyui_lora import ExportError
 from dreambooth_lib.export.original_names import checkpoint_keys
+from dreambooth_lib.families.one_file_header import CLIP_WORDS, LAYOUT, LAYOUT_FILES
+from dreambooth_lib.families.precision import NAMES, without_paths
 
 _COMPONENTS = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
@@ -32,9 +34,9 @@ def write_checkpoint(
     The file cannot record the prediction type of 1.x and 2.x: for a 2.x model, A1111 runs the
     model to find out and ComfyUI infers it from a weight that fine-tuning hardly changes; for a
     1.x model with v-prediction, the user has to set it in either program. For XL the keys
-    ``v_pred`` and ``ztsnr`` mark v-prediction and a zero terminal SNR. Raises
-    :class:`ExportError` for anything but Stable Diffusion 1.x, 2.x and XL; ``path`` is then left
-    as it was.
+    ``v_pred`` and ``ztsnr`` mark v-prediction and a zero terminal SNR. For this kit the metadata
+    holds the folder's configs, so that the file is a base again. Raises :class:`ExportError` for
+    anything but Stable Diffusion 1.x, 2.x and XL; ``path`` is then left as it was.
     """
     folder = Path(pipeline_folder)
     kind = _read_json(folder / "model_index.json")["_class_name"]
@@ -54,8 +56,27 @@ def write_checkpoint(
         if scheduler.get("rescale_betas_zero_snr"):
             tensors["ztsnr"] = torch.empty(0)
     with replacing_file(path) as partial:
-        save_file(tensors, partial, {"format": "pt"})
+        save_file(tensors, partial, {"format": "pt", LAYOUT: json.dumps(dict(_layout(folder)))})
     return Path(path)
+
+
+def _layout(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the names and texts of a pipeline's configs, and of tokenizers other than CLIP's."""
+    words = _read_json(folder / "text_encoder" / "config.json").get("vocab_size")
+    for file in (folder / "model_index.json", *sorted(folder.glob("[!.]*/[!.]*"))):
+        name, text = file.relative_to(folder).as_posix(), ""
+        if not LAYOUT_FILES.fullmatch(name):
+            continue
+        if words == CLIP_WORDS and name.startswith("tokenizer"):
+            continue
+        text = file.read_text(encoding="utf-8")
+        if name.endswith("config.json") or file.name == "model_index.json":
+            config = _read_json(file)
+            config |= without_paths({key: config[key] for key in NAMES if key in config})
+            if file.name == "model_index.json":  # some bases' settings are told by their name
+                config.setdefault("_name_or_path", folder.name)
+            text = json.dumps(config)
+        yield name, text
 
 
 def _read_component(

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.errors import printable
+from dreambooth_lib.core.errors import KitError, printable
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.hub_token import HubError, hub_token
 from dreambooth_lib.core.user_text import markdown, python_string
 from dreambooth_lib.data import images
-from dreambooth_lib.families import loading, textual_inversion
+from dreambooth_lib.families import loading, one_file, textual_inversion
+from dreambooth_lib.families.prediction_type import V_PREDICTION
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.training import best_checkpoint, validation_record
 from dreambooth_lib.training.runs import Run
@@ -67,7 +68,14 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     if config.train_token:
         family = loading.resolve(config.base, config.revision).family
         load += textual_inversion.usage_lines(family, model, config.subject.identifier)
+    pipeline_class, scheduler, method = "DiffusionPipeline", tuple[str, ...](), "from_pretrained"
     try:
+        if lora:
+            first = loading.resolve(config.base, config.revision, None, config.prediction_type)
+            if file := _one_file(first.name):
+                pipeline_class, method = first.index["_class_name"], "from_single_file"
+                loaded_first = file.address or loaded_first
+            scheduler = _scheduler_lines(first, file is not None)
         inference = inference_settings(run)
         trained = str(run.folder) if run.finished else config.base
         dtype = loading.resolve(trained, config.revision).family.card_dtype
@@ -83,14 +91,40 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     torch_dtype = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
         "import torch",
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {pipeline_class}",
         *(["from dreambooth_lib.families import loading"] if is_toybox else []),
         "gpu = torch.cuda.is_available()",
-        f"pipeline = DiffusionPipeline.from_pretrained({place}, {torch_dtype})",
+        f"pipeline = {pipeline_class}.{method}({place}, {torch_dtype})",
+        *scheduler,
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
         f"pipeline({prompt}{settings}).images[0]",
     ])  # fmt: skip
+
+
+def _one_file(base: str) -> one_file.OneFile | None:
+    """Return the file that a base is, which may be gone; None for any other base."""
+    try:
+        return one_file.parse(base)
+    except KitError:
+        return one_file.OneFile(path=Path(base))
+
+
+def _scheduler_lines(base: loading.ResolvedBase, in_one_file: bool) -> tuple[str, ...]:
+    """Return Python that gives a ``pipeline`` the scheduler of its base, where it has another."""
+    if base.prediction_type is None and not (
+        in_one_file and base.scheduler.get("prediction_type") == V_PREDICTION
+    ):
+        return ()
+    config = base.scheduler
+    kind, names = config["_class_name"], ("rescale_betas_zero_snr", "timestep_spacing")
+    more = {"prediction_type": config.get("prediction_type")}
+    more |= {name: config[name] for name in names if name in config}
+    said = ", ".join(f"{name}={value!r}" for name, value in more.items())
+    return (
+        f"from diffusers import {kind}",
+        f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {said})",
+    )
 
 
 def _loras_below(config: TrainConfig) -> tuple[loading.Lora, ...]:
@@ -150,17 +184,22 @@ def _card(run: Run, step: int, photos: bool) -> str:
     config, subject, noun = run.config, run.config.subject, markdown(run.config.subject.class_noun)
     lora, below = config.method == "lora", _loras_below(config)
     origin = loading.resolve(config.base, config.revision).name if below else config.base
-    on_hub = not (Path(origin).is_absolute() or Path(loading.locate(origin)).exists())
+    file = _one_file(origin)
+    if file is not None:
+        repository, name = file.repository or "", file.name
+    else:
+        local = Path(origin).is_absolute() or Path(loading.locate(origin)).exists()
+        repository, name = "" if local else origin, Path(origin).name
     # A local path would reveal the machine's folders and mean nothing elsewhere.
-    base = origin if on_hub else Path(origin).name
+    base = "/".join(part for part in (repository, file and file.file) if part) or name
     code = usage(run, "this model's name", base)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     header = ModelCardData(
-        base_model=origin if on_hub else None,
+        base_model=repository or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
-        **(licence_of(origin) if on_hub else {}),
+        **(licence_of(repository) if repository else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
     scores = best_checkpoint.describe_ratios(best_checkpoint.ratios_of(rows[step], rows[0]))

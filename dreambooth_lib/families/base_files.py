@@ -4,16 +4,17 @@ They may come from anyone, and be damaged: nothing of them is passed on to a loa
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 from dreambooth_lib.core.errors import KitError, one_line
+from dreambooth_lib.families.prediction_type import TYPES
 
 #: The keys of a LoRA folder's ``base.json``, and the values that are allowed for ``quantize``.
-_TRAINED_ON = ("base", "revision", "variant", "quantize", "word")
+_TRAINED_ON = ("base", "revision", "variant", "quantize", "word", "prediction_type")
 _QUANTIZED = (None, "nf4", "int8")
 #: What a LoRA's metadata may set: numbers, and names of layers. peft imports what others name.
 _ADAPTER_SETTINGS = {
@@ -75,7 +76,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_trained_on(file: Path) -> dict[str, str | None]:
-    """Read a LoRA folder's ``base.json``: exactly its five keys, each a string or None.
+    """Read a LoRA folder's ``base.json``: exactly its six keys, each a string or None.
 
     Keys that earlier versions did not write are None. Raises :class:`BaseError` for anything else.
     """
@@ -89,6 +90,7 @@ def read_trained_on(file: Path) -> dict[str, str | None]:
     wrong = [name for name, v in values.items() if not isinstance(v, str | None)]
     wrong += [] if values["base"] else ["base"]
     wrong += [] if values["quantize"] in _QUANTIZED else ["quantize"]
+    wrong += [] if values["prediction_type"] in (None, *TYPES) else ["prediction_type"]
     if wrong:
         raise BaseError(
             f"{file} has no usable value for '{wrong[0]}'; copy or train the LoRA again, or "
@@ -103,24 +105,8 @@ def check_part_weights(part: Path, variant: str | None) -> None:
     Only what will be loaded is checked. Raises :class:`BaseError` with the file that is missing or
     damaged.
     """
-    if not (part / "config.json").exists():
-        raise BaseError(
-            f"the base's file {part / 'config.json'} is missing; download or copy the base again."
-        )
+    check_part_names(part, part.glob("*"), variant)
     files, weights = sorted(part.glob(_WEIGHTS)), weights_to_load(part, variant)
-    if not files:
-        others = part.glob("[!.]*")
-        pickled = [file.name for file in others if file.suffix in (".bin", ".ckpt", ".pt")]
-        found = f"only {pickled[0]}, a format that can hold code" if pickled else "no weights"
-        raise BaseError(
-            f"the base's part {part} has {found}; choose a base with .safetensors files."
-        )
-    if not weights:
-        other = _variant(files[0])
-        raise BaseError(
-            f"the base's part {part} has only files of the variant '{other}', such as "
-            f"{files[0].name}; set variant to '{other}'."
-        )
     suffix = f".{variant}" if _variant(weights[0]) else ""
     for index in part.glob(f"{_WEIGHTS}.index{suffix}.json"):
         shards = read_json(index).get("weight_map")
@@ -131,6 +117,32 @@ def check_part_weights(part: Path, variant: str | None) -> None:
             )
     for file in weights:
         check_weights(file)
+
+
+def check_part_names(part: Path, files: Iterable[Path], variant: str | None) -> None:
+    """Check by the names of a part's files that it has a config and weights to load.
+
+    ``part`` is a folder here or on the Hub. Raises :class:`BaseError` for what it has instead.
+    """
+    names = [file.name for file in files if not file.name.startswith(".")]
+    if "config.json" not in names:
+        raise BaseError(
+            f"the base's file {part / 'config.json'} is missing; download or copy the base again."
+        )
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if not weights:
+        pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt"))]
+        found = f"only {pickled[0]}, a format that can hold code" if pickled else "no weights"
+        raise BaseError(
+            f"the base's part {part} has {found}; choose a base with .safetensors files."
+        )
+    variants = {_variant(Path(name)): name for name in reversed(weights)}
+    if not variants.keys() & {variant, ""}:
+        other, name = next(reversed(variants.items()))
+        raise BaseError(
+            f"the base's part {part} has only files of the variant '{other}', such as "
+            f"{name}; set variant to '{other}'."
+        )
 
 
 def weights_to_load(part: Path, variant: str | None) -> list[Path]:

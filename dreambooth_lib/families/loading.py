@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib.core.digests import DIGESTS, changed_file
 from dreambooth_lib.core.files import fingerprint
-from dreambooth_lib.families import base_files, quantizers
+from dreambooth_lib.families import base_files, one_file, quantizers
 from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.inference_settings import (
     Inference,
@@ -20,7 +20,13 @@ from dreambooth_lib.families.inference_settings import (
 )
 from dreambooth_lib.families.resolving import BUNDLED as BUNDLED
 from dreambooth_lib.families.resolving import FAMILIES as FAMILIES
-from dreambooth_lib.families.resolving import LORA_BASE_FILE, LORA_FILE, Lora, resolve
+from dreambooth_lib.families.resolving import (
+    LORA_BASE_FILE,
+    LORA_FILE,
+    Lora,
+    ResolvedBase,
+    resolve,
+)
 from dreambooth_lib.families.resolving import locate as locate
 
 if TYPE_CHECKING:
@@ -28,24 +34,30 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    base: str, revision: str | None = None, variant: str | None = None, **loading: Any
+    base: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    **loading: Any,
 ) -> "Family":
     """Load a base on the CPU, in float32 by default, from safetensors only, without remote code.
 
-    ``loading`` goes to ``families.pretrained.load_pretrained``: resolution, precisions, quantizing.
+    ``prediction_type`` is what it predicts, where its own files say otherwise. ``loading`` goes to
+    ``families.pretrained.load_pretrained``: resolution, precisions, quantizing.
     LoRA weights are merged into their base, unless they were trained on a quantized base, which is
     then quantized again. huggingface_hub finds the hub token by itself; it is never passed on or
     stored. Raises :class:`BaseError` for a missing base, an unknown family, a precision that the
     family cannot compute in, and for quantizing without a GPU.
     """
-    resolved, quantize = resolve(base, revision, variant), loading.get("quantize")
+    resolved = resolve(base, revision, variant, prediction_type)
+    quantize = loading.get("quantize")
     if resolved.loras:
         if quantize is not None:
             raise BaseError(
                 f"the base '{base}' is a LoRA, which cannot be merged into quantized weights; "
                 f"train on '{resolved.loras[-1].trained_on['base']}', or leave quantize out."
             )
-        return compose({base: 1.0}, **loading)
+        return compose({base: 1.0}, **loading, prediction_type=prediction_type)
     if quantize is not None and not _has_gpu():
         raise BaseError(
             f"quantize is '{quantize}', which needs a GPU, and this machine has none; "
@@ -69,7 +81,19 @@ def load_model(
     family = load_pretrained(
         resolved.family, resolved.path, resolved.index, **(loading | resolved.hub)
     )
+    return _configured(family, resolved)
+
+
+def _configured(family: "Family", resolved: ResolvedBase) -> "Family":
+    """Give a family its inference settings, and a scheduler for its prediction type."""
     family.inference = resolved.inference
+    if resolved.prediction_type is not None:
+        import diffusers
+
+        config = resolved.scheduler
+        family.pipeline.register_modules(
+            scheduler=getattr(diffusers, config["_class_name"]).from_config(config)
+        )
     return family
 
 
@@ -114,7 +138,8 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
             f"only LoRAs of the same base can be composed, and these are {names or 'none'}."
         )
     quantizers.ignore_unusable()
-    family = load_model(**(loading | bases[0]))
+    predicts = {"prediction_type": loading.get("prediction_type") or bases[0]["prediction_type"]}
+    family = load_model(**(loading | bases[0] | predicts))
     adapters = [f"lora{number}" for number in range(len(parts))]
     for lora in parts:
         base_files.check_lora(Path(lora.path) / LORA_FILE)
@@ -150,14 +175,16 @@ def merge_loras(family: "Family") -> "Family":
     return family
 
 
-def load_meta(base: str, revision: str | None = None, **loading: Any) -> "Family":
+def load_meta(
+    base: str, revision: str | None = None, prediction_type: str | None = None, **loading: Any
+) -> "Family":
     """Load as :func:`load_model`, but on the meta device: read only configs and tokenizers.
 
     Leaves out LoRAs on the base.
     """
     from dreambooth_lib.families.pretrained import build_on_meta
 
-    resolved = resolve(base, revision)
+    resolved = resolve(base, revision, None, prediction_type)
     resolved.check(weights=False)
     hub_revision = resolved.hub.get("revision")
     return build_on_meta(
@@ -201,22 +228,26 @@ def inspect_base(base: str, revision: str | None = None, prompt_chunks: int = 1)
         )
 
 
-def base_inference(base: str, revision: str | None = None) -> Inference:
+def base_inference(
+    base: str, revision: str | None = None, prediction_type: str | None = None
+) -> Inference:
     """Return a base's inference steps and guidance scale, told by its configs and its name.
 
     From the hub, that is a download of three small files.
     """
-    return resolve(base, revision).inference
+    return resolve(base, revision, None, prediction_type).inference
 
 
 def warn_of_distillation(base: str) -> str | None:
     """Return a warning if a base is distilled, else None.
 
-    Downloads nothing: a base on the hub is judged by its name alone. Raises as :func:`load_model`
-    does.
+    Downloads and unpacks nothing: a base on the hub, or in one file that was not read yet, is
+    judged by its name alone. Raises as :func:`load_model` does.
     """
-    resolved = resolve(base)
-    if resolved.loras or resolved.is_local:
-        return distillation_warning(base, resolved.inference, resolved.family.undistilled_base)
-    inference = distilled_by_name([Path(base).name])
+    file = one_file.parse(base)
+    if file is None or one_file.find(file):
+        resolved = resolve(base)
+        if resolved.loras or resolved.is_local:
+            return distillation_warning(base, resolved.inference, resolved.family.undistilled_base)
+    inference = distilled_by_name([Path(file.name).stem if file else Path(base).name])
     return None if inference is None else distillation_warning(base, inference)

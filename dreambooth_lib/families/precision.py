@@ -10,7 +10,7 @@ import torch
 from dreambooth_lib.core.errors import KitError
 
 #: Where the libraries record in a config what its weights were loaded from.
-_NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 
 
 class NonFinite(KitError, FloatingPointError):
@@ -84,7 +84,7 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
             # transformers 4 calls it torch_dtype.
             dtypes = {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
             portable = portable | dtypes
-        portable = portable | without_paths({key: config[key] for key in _NAMES if key in config})
+        portable = portable | without_paths({key: config[key] for key in NAMES if key in config})
         if portable != config:
             file.write_text(json.dumps(portable, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffusers import DiffusionPipeline
 from packaging.version import Version
 
 from dreambooth_lib.core import gpu_memory, notices
-from dreambooth_lib.families import base_files, index_checks
+from dreambooth_lib.families import base_files, hub_files, index_checks
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.precision import autoencoder_dtype
@@ -57,7 +58,7 @@ def load_pretrained(
     if prompts is not None:
         encoders_only = options | dict.fromkeys((family_class.denoiser_name, "vae"))
         encoders_only |= _quantization(family_class, index, encoders_only, quantize, dtype)
-        encoding = _load(family_class, path, encoders_only, resolution=1)
+        encoding = _load(family_class, path, index, encoders_only, resolution=1)
         encoding.pipeline.to(device)
         encoding.prompt_chunks = prompt_chunks
         prompt_cache = PromptCache(encoding, {*prompts, ""})
@@ -66,7 +67,7 @@ def load_pretrained(
         encoders = (*family_class.encoder_names, *family_class.large_encoder_names)
         options |= {name: None for name in encoders if name in index}
     options |= _quantization(family_class, index, options, quantize, dtype)
-    family = _load(family_class, path, options, resolution)
+    family = _load(family_class, path, index, options, resolution)
     family.prompt_cache, family.prompt_chunks = prompt_cache, prompt_chunks
     return family
 
@@ -144,14 +145,33 @@ def load_tokenizer(
 
 
 def _load(
-    family_class: type[Family], path: str, options: dict[str, Any], resolution: int | None
+    family_class: type[Family],
+    path: str,
+    index: dict[str, Any],
+    options: dict[str, Any],
+    resolution: int | None,
 ) -> Family:
     with explain_loading(path):
-        pipeline: Any = DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **options)
+        with _explain_download(path, index, options):
+            pipeline: Any = DiffusionPipeline.from_pretrained(
+                path, trust_remote_code=False, **options
+            )
         if Path(path).is_dir():
             _check_complete(pipeline, Path(path), options.get("variant"))
         _check_tokenizers(pipeline, path)
         return family_class(pipeline, resolution)
+
+
+def _explain_download(
+    path: str, index: dict[str, Any], options: dict[str, Any]
+) -> AbstractContextManager[None]:
+    """Say what a base of the Hub lacks; what one here lacks was said before."""
+    if Path(path).is_dir():
+        return nullcontext()
+    unread = ("scheduler", "tokenizer", "feature_extractor")
+    parts = index_checks.parts_of(index, path)
+    read = [n for n in parts if options.get(n, ...) is not None and not n.startswith(unread)]
+    return hub_files.explain_download(path, options.get("revision"), options.get("variant"), read)
 
 
 def _check_tokenizers(pipeline: Any, where: str) -> None:

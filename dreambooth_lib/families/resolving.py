@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import origin
-from dreambooth_lib.families import base_files, hub_files, index_checks
+from dreambooth_lib.families import base_files, hub_files, index_checks, one_file
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.inference_settings import Inference
+from dreambooth_lib.families.prediction_type import with_prediction_type
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -37,10 +38,11 @@ FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
 }
 
 
-def locate(base: str) -> str:
-    """Return the path or hub id of a base: "toybox", a run's or pipeline's folder, or a hub id.
+def locate(base: str, revision: str | None = None) -> str:
+    """Return the path or hub id of a base: "toybox", a folder, a hub id or a model in one file.
 
-    Raises :class:`BaseError` where it is none of these.
+    A folder is a run's or in diffusers' layout; a model in one file is unpacked into one (see
+    ``families.one_file``). Raises :class:`BaseError` where it is none of these.
     """
     if base == "toybox":
         return str(BUNDLED / "toybox")
@@ -49,18 +51,13 @@ def locate(base: str) -> str:
         for place in (folder / "pipeline", folder):
             if any((place / name).exists() for name in ("model_index.json", LORA_BASE_FILE)):
                 return str(place)
-        exists, is_file = folder.exists(), folder.is_file()
+        exists, file = folder.exists(), one_file.parse(base, revision)
     except OSError as error:
         raise BaseError(
             f"the base '{base}' cannot be looked for ({error.strerror}); check its path."
         ) from error
-    if is_file:
-        raise BaseError(
-            f"the base '{base}' is a single file, and the kit trains folders in diffusers' layout; "
-            f"convert it by StableDiffusionPipeline.from_single_file('{base}').save_pretrained("
-            "'my-base') from diffusers (StableDiffusionXLPipeline for an XL model), and give that "
-            "folder."
-        )
+    if file is not None:
+        return str(one_file.unpack(file))
     if exists:
         raise BaseError(
             f"the base folder {folder} has no model_index.json; give a folder in diffusers' "
@@ -68,8 +65,9 @@ def locate(base: str) -> str:
         )
     if not _HUB_ID.fullmatch(base):
         raise BaseError(
-            f"there is no base '{base}'; give 'toybox', a folder in diffusers' layout, "
-            "or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+            f"there is no base '{base}'; give 'toybox', a folder in diffusers' layout, a "
+            ".safetensors file of Stable Diffusion, or a hub id such as "
+            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
         )
     return base
 
@@ -91,6 +89,7 @@ class ResolvedBase:
     path: str  #: its pipeline's folder, or the hub id
     hub: dict[str, str | None]  #: revision and variant; of a folder, only a variant that it has
     loras: tuple[Lora, ...] = ()  #: in the order in which they were trained
+    prediction_type: str | None = None  #: instead of its own; see ``families.prediction_type``
 
     @property
     def is_local(self) -> bool:
@@ -130,8 +129,24 @@ class ResolvedBase:
         if name != "toybox" and Path(name).exists():
             # A folder may have any name; diffusers records where its files came from.
             name = str(self.index.get("_name_or_path") or name)
-        parts = ("scheduler/scheduler_config.json", f"{family.denoiser_name}/config.json")
-        return family.inference_for([Path(name).name], *map(self.read, parts))
+        denoiser = self.read(f"{family.denoiser_name}/config.json")
+        return family.inference_for([Path(name).name], self.scheduler, denoiser)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Return its scheduler's config, for ``prediction_type`` if that is set.
+
+        Raises :class:`BaseError` where its family predicts neither epsilon nor v.
+        """
+        config = self.read("scheduler/scheduler_config.json")
+        if self.prediction_type is None or not config:
+            return config
+        if "beta_start" not in self.family.scheduler_settings:
+            raise BaseError(
+                f"prediction_type is '{self.prediction_type}', and the base '{self.name}' predicts "
+                "a flow; leave prediction_type out."
+            )
+        return with_prediction_type(config, self.prediction_type)
 
     def read(self, name: str) -> dict[str, Any]:
         """Read one of its configs; return {} where it has no such file."""
@@ -154,7 +169,7 @@ class ResolvedBase:
         )
         for part in parts if weights and self.is_local else ():
             base_files.check_part_weights(Path(self.path) / part, hub.get("variant"))
-        scheduler = self.read("scheduler/scheduler_config.json")
+        scheduler = self.scheduler
         if not scheduler:
             raise BaseError(
                 f"{self.path}/scheduler/scheduler_config.json is missing or empty; download or "
@@ -164,15 +179,21 @@ class ResolvedBase:
         family.check_configs(self.path, sorted(names), scheduler, self.read("vae/config.json"))
 
 
-def resolve(base: str, revision: str | None = None, variant: str | None = None) -> ResolvedBase:
+def resolve(
+    base: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+) -> ResolvedBase:
     """Find a base; for a folder of LoRA weights, the base that they were trained on.
 
-    Downloads nothing before its family or inference settings are asked for. Raises
+    Downloads nothing before its family or inference settings are asked for, but a model in one file
+    that was not read yet. Raises
     :class:`BaseError` for a missing base, and for a ``base.json`` that is damaged or leads back to
     itself.
     """
     loras: list[Lora] = []
-    while (file := Path(path := locate(base)) / LORA_BASE_FILE).exists():
+    while (file := Path(path := locate(base, revision)) / LORA_BASE_FILE).exists():
         if len(loras) == MOST_LORAS:
             raise BaseError(
                 f"{file} leads back to itself, or through more than {MOST_LORAS} LoRAs; correct "
@@ -181,6 +202,7 @@ def resolve(base: str, revision: str | None = None, variant: str | None = None) 
         trained_on: dict[str, Any] = base_files.read_trained_on(file)
         loras.insert(0, Lora(path, trained_on, trained_on.pop("word")))
         base, revision, variant = (trained_on[key] for key in ("base", "revision", "variant"))
+        prediction_type = prediction_type or trained_on["prediction_type"]
     hub = {"revision": revision, "variant": variant}
     if Path(path).exists():
         hub = (
@@ -188,4 +210,4 @@ def resolve(base: str, revision: str | None = None, variant: str | None = None) 
             if any(f".{variant}." in p.name for p in Path(path).glob("*/[!.]*"))
             else {}
         )
-    return ResolvedBase(base, path, hub, tuple(loras))
+    return ResolvedBase(base, path, hub, tuple(loras), prediction_type)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
-from dreambooth_lib.families import loading
+from dreambooth_lib.families import loading, one_file
+from dreambooth_lib.families.one_file_header import read_header
 from dreambooth_lib.figures import labels
 from dreambooth_lib.training.memory_level import USABLE_SHARE, first, native_precision
 
@@ -68,6 +70,7 @@ class BaseModel:
 
 _FILE = Path(__file__).with_name("base_models.json")
 KNOWN: tuple[BaseModel, ...] = tuple(BaseModel(**row) for row in json.loads(_FILE.read_text()))
+_DEFAULT = "Stable Diffusion 1.5"  # what an unknown base is taken for
 _BY_NAME = {name: model for model in KNOWN for name in (model.base, model.name)}
 #: Which known base model to take for one on the Hub, by its name or its pipeline's.
 _SIMILAR = {
@@ -100,16 +103,21 @@ def describe(base: str) -> BaseModel:
 
     A local base with as many parameters as a known one is taken for that one; any other local base
     is taken for Stable Diffusion 1.5 of another size. A base on the Hub is recognised by its name
-    or, once it was downloaded, by its ``model_index.json``.
+    or, once it was downloaded, by its ``model_index.json``; one in one file that is not unpacked
+    yet by its header.
     """
     from huggingface_hub import try_to_load_from_cache
 
     if base in _BY_NAME:
         return _BY_NAME[base]
-    default = _BY_NAME["Stable Diffusion 1.5"]
+    default = _BY_NAME[_DEFAULT]
     try:
+        file = one_file.parse(base)
+        if file is not None and one_file.find(file) is None:
+            here = one_file.local_file(file)
+            return _by_size(read_header(here, file.name).numbers) if here else _similar(file.name)
         resolved = loading.resolve(base)
-    except loading.BaseError:
+    except KitError:
         return default
     if resolved.loras:
         return describe(resolved.name)
@@ -118,15 +126,24 @@ def describe(base: str) -> BaseModel:
         text = (
             json.loads(Path(index).read_text())["_class_name"] if isinstance(index, str) else base
         )
-        name = next(name for part, name in _SIMILAR.items() if re.search(part, text.lower()))
-        return replace(_BY_NAME[name], guess=True)
-    counts = dict(_parameters(Path(resolved.path)))
+        return _similar(text)
+    return _by_size(dict(_parameters(Path(resolved.path))))
+
+
+def _by_size(counts: Mapping[str, int]) -> BaseModel:
+    """Return the known base model of this many parameters, or Stable Diffusion 1.5 scaled."""
     total = max(1, sum(counts.values()))
     for model in KNOWN:
         if abs(total / model.parameters - 1) < 0.01:
             return model
-    denoiser = counts.get("unet", 0) + counts.get("transformer", 0)
+    denoiser, default = counts.get("unet", 0) + counts.get("transformer", 0), _BY_NAME[_DEFAULT]
     return replace(default, parameters=total, denoiser=denoiser, scale=total / default.parameters)
+
+
+def _similar(text: str) -> BaseModel:
+    """Return the known base model that a name or a pipeline's class resembles most."""
+    name = next(name for part, name in _SIMILAR.items() if re.search(part, text.lower()))
+    return replace(_BY_NAME[name], guess=True)
 
 
 def _parameters(folder: Path) -> Iterator[tuple[str, int]]:

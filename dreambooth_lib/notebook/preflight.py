@@ -11,7 +11,8 @@ from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.hub_token import hub_token, in_colab
-from dreambooth_lib.families import hub_files, loading
+from dreambooth_lib.families import hub_files, loading, one_file
+from dreambooth_lib.families.one_file_header import read_header
 from dreambooth_lib.figures import labels
 from dreambooth_lib.notebook import install
 from dreambooth_lib.notebook.base_models import describe
@@ -191,14 +192,28 @@ def _resource(kind: str, best: Recommendation, folder: Path | None) -> Check:
 
 def _base(base: str) -> Check:
     try:
-        path = loading.locate(base)
+        file = one_file.parse(base)
+        unread = file is not None and one_file.find(file) is None
+        path = "" if unread else loading.locate(base)
         warning = loading.warn_of_distillation(base)
+        advice = f". {warning}" if warning else ""
+        if file is not None and unread:
+            return _one_file(base, file, advice)
     except KitError as error:
         return _refused("base", error)
-    advice = f". {warning}" if warning else ""
     if Path(path).exists():
         return Check("base", True, f"'{base}' is on this machine{advice}")
     return _on_hub("base", base, "model_index.json", advice)
+
+
+def _one_file(base: str, file: one_file.OneFile, advice: str) -> Check:
+    """Check a base in one file that was not unpacked yet, by its header if it is here."""
+    if (path := one_file.local_file(file)) is not None:
+        what = f"'{base}' is on this machine ({read_header(path, file.name)})"
+        return Check("base", True, f"{what}; its first run unpacks it{advice}")
+    if file.repository is not None:
+        return _on_hub("base", file.repository, file.file, advice, file.revision or "main")
+    return Check("base", True, f"'{file.name}' will be downloaded by its link{advice}")
 
 
 def _refused(name: str, error: KitError) -> Check:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import background, gpu_memory
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
+from dreambooth_lib.families import one_file
 from dreambooth_lib.notebook import drive_copy, drive_restore
 from dreambooth_lib.notebook.base_models import METHODS, BaseModel, describe
 from dreambooth_lib.training.memory_level import USABLE_SHARE, first, native_precision
@@ -137,20 +139,30 @@ def needs_on_gpu(
       from level "low" on, the text encoders first and the denoiser after them. Weights count as
       they are loaded, since those that are cast or replaced are no longer backed by the file.
       Quantized weights go to the GPU tensor by tensor.
-    - The disk holds the downloaded base, :data:`CHECKPOINTS`, the pipeline, and the exported model
-      and its zip in half precision.
+    - The disk holds the downloaded base, unpacked beside it if it is one file,
+      :data:`CHECKPOINTS`, the pipeline, and the exported model and its zip in half precision.
     - Drive holds the newest checkpoint with its moments, a newer one while it is copied there, and
       the best weights; large ones in half precision.
     """
     model, asked = describe(base), asked or {}
     stored = HALF if asked.get("variant") else model.stored
-    if base == "toybox" or Path(base).exists():
-        stored = 0
+    stored *= _copies(base)
     return [
         _needs(model, method, level, gib, stored)
         for method, level, gib in model.requirements(precision)
         if _agrees(method, level, asked)
     ]
+
+
+def _copies(base: str) -> int:
+    """Return how often the base's weights will be written: as a download, and out of one file."""
+    try:
+        file = one_file.parse(base)
+    except KitError:  # which the check of the base tells
+        return 0
+    if file is None:
+        return 0 if base == "toybox" or Path(base).exists() else 1
+    return 0 if one_file.find(file) else 1 if file.path else 2
 
 
 def _agrees(method: str, level: str, asked: Mapping[str, Any]) -> bool:

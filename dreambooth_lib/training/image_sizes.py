@@ -17,6 +17,6 @@ def shapes_of(photos: list[Photo], family: Family, config: TrainConfig) -> list[
 
 def fit_to_photos(family: Family, config: TrainConfig) -> None:
     """Let a family draw in the bucket of most photos, or in squares. Raises as ``read_photos``."""
-    photos = read_photos(config.subject.pictures) if config.crop == "buckets" else []
+    photos = read_photos(config.subject) if config.crop == "buckets" else []
     shapes = shapes_of(photos, family, config)
     family.size = most_common(shapes) if shapes else (family.resolution,) * 2

@@ -119,5 +119,7 @@ def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
     if config.train_token:
         textual_inversion.save_token(family, folder)
     base = {name: getattr(config, name) for name in ("base", "revision", "variant", "quantize")}
+    if config.prediction_type is not None:  # which earlier versions do not know
+        base["prediction_type"] = config.prediction_type
     base["word"] = config.subject.identifier if config.train_token else None
     (folder / LORA_BASE_FILE).write_text(json.dumps(base, indent=2))

@@ -1,7 +1,6 @@
 """A run's folder: its config, its log, its checkpoints and the tuned pipeline.
 
-RUN/config.toml
-RUN/memory.json             what memory "auto" was resolved to (see memory_level.py)
+RUN/config.toml, memory.json        and what memory "auto" was resolved to (see memory_level.py)
 RUN/log.jsonl               one row per training step
 RUN/validation.jsonl, validation/   scores and validation images (see validation_record.py)
 RUN/checkpoints/000100/     weights; the newest also has the optimizer's state (see checkpoints.py)
@@ -31,8 +30,9 @@ from dreambooth_lib.training.config_changes import (
 )
 
 #: Fields that a run cannot change: its checkpoints would no longer fit, or mean something else.
-_FIXED = ("subject", "base", "revision", "variant", "train_text_encoder", "method",
-          "lora_rank", "lora_alpha", "lora_layers", "dora", "quantize", "train_token")  # fmt: skip
+_FIXED = ("subject", "base", "revision", "variant", "prediction_type", "quantize", "method",
+          "train_text_encoder", "train_token", "lora_rank", "lora_alpha", "lora_layers", "dora"
+)  # fmt: skip
 #: Fields that a run cannot change once it has validated: later scores would not compare.
 _FIXED_BY_VALIDATION = ("scorer", "image_scorer", "validation_inference_steps")
 

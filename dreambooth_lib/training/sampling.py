@@ -97,7 +97,7 @@ def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference
     if isinstance(source, Run) and source.finished:
         own = loading.base_inference(str(source.folder))  # its base may have been deleted
     else:
-        own = loading.base_inference(config.base, config.revision)
+        own = loading.base_inference(config.base, config.revision, config.prediction_type)
     scale, steps = config.guidance_scale, config.validation_inference_steps
     return replace(
         own,

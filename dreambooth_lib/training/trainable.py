@@ -17,6 +17,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32) -> Family
     """Load a config's base at its resolution, with all its weights in ``dtype``."""
     return _load(
         config,
+        prediction_type=config.prediction_type,
         resolution=config.resolution,
         dtype=dtype,
         trained=(),
@@ -51,6 +52,7 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
         )
     trained = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
     return {
+        "prediction_type": config.prediction_type,
         "resolution": config.resolution,
         "dtype": dtype,
         "trained": trained if config.method == "full" else (),

@@ -179,7 +179,7 @@ def over_seeds(
     kinds: Mapping[str, TrainConfig],
     out: Path,
     executor: Executor,
-    seeds: int = SEEDS,
+    seeds: int | None = None,
 ) -> None:
     """Train each kind with ``seeds`` seeds and average the scores of the last step.
 
@@ -187,7 +187,7 @@ def over_seeds(
     """
     configs = {
         cell(name, seed): config.replace(seed=seed)
-        for seed in range(seeds)
+        for seed in range(seeds or SEEDS)
         for name, config in kinds.items()
     }
     (steps,) = {config.steps for config in kinds.values()}
