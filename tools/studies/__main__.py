@@ -102,12 +102,16 @@ def study_grid(subject: Subject, out: Path, executor: Executor) -> list[dict]:
 
 
 def fill_bank(
-    subjects: Sequence[Subject], out: Path, kinds: Sequence[str], seeds: int, executor: Executor
+    subjects: Sequence[Subject],
+    out: Path,
+    kinds: Sequence[str],
+    executor: Executor,
+    seeds: int | None = None,
 ) -> None:
     """Fill the bank of images, the first seed of all subjects first, and score it."""
     futures = {
         executor.submit(bank.fill, out, kind, subject, seed): f"{kind} {subject.name} {seed}"
-        for seed in range(seeds)
+        for seed in range(seeds or SEEDS)
         for kind in kinds
         for subject in subjects
     }
@@ -277,7 +281,7 @@ def main() -> None:
                 study_grid(subject, out, executor)
         elif arguments.study == "bank":
             every = [s for s in bank.subjects().values() if not asked or s.name in asked]
-            fill_bank(every, out, arguments.kinds or ["full"], arguments.seeds, executor)
+            fill_bank(every, out, arguments.kinds or ["full"], executor, arguments.seeds)
         elif arguments.study == "priors":
             for subject in subjects:
                 kinds = {name: config for name, config in priors(subject).items()
