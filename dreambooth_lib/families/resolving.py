@@ -33,6 +33,7 @@ FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
     "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
     "FluxPipeline": ("flux", "Flux"),
+    "Flux2KleinPipeline": ("flux_2_klein", "Flux2Klein"),
     "ZImagePipeline": ("z_image", "ZImage"),
 }
 
@@ -130,8 +131,9 @@ class ResolvedBase:
         if name != "toybox" and Path(name).exists():
             # A folder may have any name; diffusers records where its files came from.
             name = str(self.index.get("_name_or_path") or name)
-        parts = ("scheduler/scheduler_config.json", f"{family.denoiser_name}/config.json")
-        return family.inference_for([Path(name).name], *map(self.read, parts))
+        scheduler = self.read("scheduler/scheduler_config.json")
+        denoiser = self.read(f"{family.denoiser_name}/config.json")
+        return family.inference_for([Path(name).name], scheduler, denoiser, self.index)
 
     def read(self, name: str) -> dict[str, Any]:
         """Read one of its configs; return {} where it has no such file."""
