@@ -53,6 +53,7 @@ ALL_FIELDS: dict[str, Any] = {
     "validation_share": 0.2,
     "hold_out": False,
     "scorer": "some/clip",
+    "image_scorer": "some/dino",
     "early_stop": True,
     "prior": "distilled",
     "prior_prompts": ("", "a car"),
