@@ -55,7 +55,7 @@ def test_every_base_has_a_figure_for_every_method_and_each_level_needs_less() ->
                 assert found == sorted(found, reverse=True), one.name
                 assert not found or found[0] == needs[0], one.name
         assert all(None not in needs[:2] for needs in one.gib["bf16"]), one.name
-    assert len({one.base for one in KNOWN}) == len(KNOWN) == 8
+    assert len({one.base for one in KNOWN}) == len(KNOWN) == 10
     assert find_known("Flux.1 dev") is find_known("black-forest-labs/FLUX.1-dev") is not None
     assert find_known("somebody/model") is None
 
@@ -95,6 +95,22 @@ def test_the_table_says_what_fits_in_words_and_signs() -> None:
     assert shown.count("accept its terms on the Hub") == sum(one.gated for one in KNOWN)
     for one in KNOWN:
         assert f">{one.base}</td>" in shown, "to be copied into BASE"
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [("me/my-klein-9B-lora", "9B"), ("me/FLUX.2-klein-base-4B-fp8", "4B"), ("me/klein", "4B")],
+)
+def test_a_base_on_the_hub_is_taken_for_the_klein_that_its_name_says(base: str, name: str) -> None:
+    found = base_models.describe(base)
+    assert found.guess and found.name == f"FLUX.2 klein-base {name}"
+
+
+def test_qlora_of_klein_is_offered_on_a_t4() -> None:
+    klein = find_known("black-forest-labs/FLUX.2-klein-base-4B")
+    assert klein is not None and not klein.gated and klein.licence == "Apache-2.0"
+    fitting = {row.method for row in methods_for(klein, USABLE_SHARE * 14.5 * GIB) if row.fits}
+    assert fitting == {"LoRA", "QLoRA"}
 
 
 def test_a_base_that_cannot_compute_in_float16_is_not_offered_where_there_is_no_other() -> None:

@@ -70,6 +70,7 @@ ALL_FIELDS: dict[str, Any] = {
     "lora_layers": "attention",
     "dora": True,
     "quantize": "nf4",
+    "draw_base": "owner/few-steps",
     "train_token": True,
 }
 #: Refused beside others of these; tests/test_methods.py has it.

@@ -1,8 +1,10 @@
 """Compare each family with a training step written by hand with diffusers' own parts."""
 
 from collections.abc import Callable
+from math import exp
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -11,10 +13,12 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.captions import cut_words
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.base_files import BaseError
+from dreambooth_lib.families.noise_schedule import FlowNoise
 from dreambooth_lib.training.losses import per_sample_errors
 
 #: All but Stable Diffusion, which test_families.py tests.
-FAMILIES = ["sdxl", "sd3", "flux", "z_image"]
+FAMILIES = ["sdxl", "sd3", "flux", "flux_2_klein", "z_image"]
 PROMPTS = ["a dog", "a ohwx dog on the beach in snow"]
 
 
@@ -56,6 +60,15 @@ def by_hand(plain: Any, x_0: torch.Tensor, noise: torch.Tensor, level: float) ->
             tokens, hidden, pooled, t / 1000, places, text_ids, guidance=torch.ones(2)
         )[0]
         out = torch.nn.functional.pixel_shuffle(out.mT.unflatten(2, (4, 4)), 2)
+    elif kind == "Flux2KleinPipeline":
+        hidden, text_ids = plain.encode_prompt(PROMPTS)
+        # A token for each 2 x 2 latents, which are its channels; places are (time, row, column,
+        # place in the text), of a prompt's tokens only the last.
+        tokens = x_t.flatten(2).mT
+        places = torch.tensor([[0, i, j, 0] for i in range(4) for j in range(4)]).expand(2, -1, -1)
+        assert torch.equal(text_ids[1], torch.tensor([[0, 0, 0, i] for i in range(512)]))
+        out = plain.transformer(tokens, hidden, t / 1000, places, text_ids)[0]
+        out = out.mT.unflatten(2, (4, 4))
     else:
         hidden, _ = plain.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
         frames = [row[:, None] for row in x_t]
@@ -69,7 +82,8 @@ def test_a_steps_loss_and_gradients_are_those_of_one_written_by_hand(
 ) -> None:
     family, plain = both
     generator = torch.Generator().manual_seed(0)
-    x_0, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    channels, side = family.latent_size
+    x_0, noise = (torch.randn(2, channels, side, side, generator=generator) for _ in range(2))
     t, errors = by_hand(plain, x_0, noise, 0.4)
     errors.mean().backward()
     noised = family.forward_process(None)(x_0, noise, t)
@@ -95,6 +109,14 @@ def test_latents_are_those_that_the_pipeline_decodes(both: tuple[Family, Any]) -
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_images(pixels)
     config, posterior = plain.vae.config, plain.vae.encode(pixels).latent_dist
+    if hasattr(plain.vae, "bn"):
+        # Its batch norm, in eval mode, is what latents are normalised by.
+        patches = torch.nn.functional.pixel_unshuffle(posterior.mean, 2)
+        assert torch.allclose(mean, plain.vae.bn.eval()(patches), atol=1e-5)
+        scale = (plain.vae.bn.running_var + config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        patches = torch.nn.functional.pixel_unshuffle(posterior.std, 2)
+        assert torch.allclose(std * scale, patches, atol=1e-5)
+        return
     shift = config.shift_factor or 0
     assert torch.allclose(mean / config.scaling_factor + shift, posterior.mean, atol=1e-5)
     assert torch.allclose(std / config.scaling_factor, posterior.std, atol=1e-5)
@@ -147,8 +169,8 @@ def test_images_are_drawn_at_the_familys_resolution(both: tuple[Family, Any]) ->
 def test_lora_finds_its_layers(both: tuple[Family, Any]) -> None:
     family, _ = both
     names = [name for name, _ in family.denoiser.named_modules()]
-    for layer in (*family.attention_layers, *family.feed_forward_layers):
-        assert any(name.endswith(f".{layer}") for name in names), layer
+    for layer in family.lora_layers(True):
+        assert any(f".{name}".endswith(f".{layer}") for name in names), layer
 
 
 def test_the_empty_prompt_is_encoded_as_in_guidance(
@@ -162,6 +184,54 @@ def test_the_empty_prompt_is_encoded_as_in_guidance(
     for name, value, empty in (("hidden", hidden, away), ("pooled", pooled, away_pooled)):
         assert torch.equal(cond[name][0], empty[0])
         assert torch.allclose(cond[name][1], value[0], atol=1e-6)
+
+
+def test_kleins_training_shift_is_the_pipelines_at_200_steps(
+    tiny_bases: Callable[[str], str],
+) -> None:
+    """Its empirical shift adds to FLUX.1's for fewer steps; 1024 pixels are 4096 patches."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    path = tiny_bases("flux_2_klein")
+    for side, patches in ((16, 16), (64, 256), (256, 4096)):
+        process = loading.load_model(path, resolution=side).forward_process(None)
+        assert isinstance(process, FlowNoise)
+        assert process.shift == pytest.approx(exp(compute_empirical_mu(patches, 200)), rel=1e-4)
+
+
+def test_klein_reads_three_hidden_layers_and_a_negative_prompt(
+    tiny_bases: Callable[[str], str],
+) -> None:
+    path = tiny_bases("flux_2_klein")
+    family, plain = loading.load_model(path, resolution=16), DiffusionPipeline.from_pretrained(path)
+    text = plain.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a dog"}], tokenize=False, add_generation_prompt=True,
+        enable_thinking=False,
+    )  # fmt: skip
+    inputs = plain.tokenizer(text, return_tensors="pt", padding="max_length", max_length=512)
+    with torch.no_grad():
+        states = plain.text_encoder(**inputs, output_hidden_states=True).hidden_states
+    hidden = family.encode_prompts(["a cat", "a dog"])["encoder_hidden_states"]
+    assert torch.allclose(hidden[1:], torch.cat([states[i] for i in (9, 18, 27)], -1), atol=1e-5)
+    away = plain.encode_prompt("a cat")[0]
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        prompt="a dog", negative_prompt_embeds=away, generator=torch.Generator().manual_seed(0),
+        num_inference_steps=2, guidance_scale=4.0, height=16, width=16,
+    ).images[0]  # fmt: skip
+    (image,) = family.generate([("a dog", 0)], 2, 4.0, "a cat")
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_a_family_that_this_diffusers_lacks_is_refused(
+    tiny_bases: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_bases("flux_2_klein")
+    monkeypatch.delitem(diffusers._class_to_module, "Flux2KleinPipeline")
+    monkeypatch.delattr("diffusers.Flux2KleinPipeline")
+    for load in (loading.load_model, loading.load_meta):
+        with pytest.raises(BaseError, match=r"Flux2KleinPipeline, which this diffusers .*newer"):
+            load(path)
 
 
 def test_flow_bases_refuse_min_snr_weights(tiny_bases: Callable[[str], str]) -> None:

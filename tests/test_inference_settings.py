@@ -59,6 +59,8 @@ BASES = {
     "dev": ("FluxPipeline", "FLUX.1-dev", FLOW, {"guidance_embeds": True}, (28, 3.5, 28)),
     "schnell": ("FluxPipeline", "mine", FLOW, {"guidance_embeds": False}, (4, 0.0, 4)),
     "hyper": ("FluxPipeline", "FluxDev-HyperSD", FLOW, {"guidance_embeds": True}, (8, 3.5, 8)),
+    "klein-base": ("Flux2KleinPipeline", "FLUX.2-klein-base-4B", FLOW, {}, (50, 4.0, 28)),
+    "klein": ("Flux2KleinPipeline", "mine", FLOW, {"is_distilled": True}, (4, 1.0, 4)),
     "z-image": ("ZImagePipeline", "Z-Image", FLOW | {"shift": 6.0}, {}, (50, 4.0, 28)),
     "z-image-turbo": ("ZImagePipeline", "mine", FLOW, {}, (9, 0.0, 9)),
     "de-turbo": ("ZImagePipeline", "Z-Image-De-Turbo", FLOW | {"shift": 6.0}, {}, (50, 4.0, 28)),
@@ -72,7 +74,8 @@ def save_configs(
     part = "unet" if kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else (
         "transformer"
     )  # fmt: skip
-    files = {"model_index": {"_class_name": kind}, f"{part}/config": denoiser,
+    index = {"_class_name": kind, "is_distilled": denoiser.get("is_distilled", False)}
+    files = {"model_index": index, f"{part}/config": denoiser,
              "scheduler/scheduler_config": scheduler}  # fmt: skip
     for name, config in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +395,7 @@ def test_class_images_of_any_precision_are_one_set(
     ) == class_images.class_images_folder(config, half, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux", "flux_2_klein", "z_image"])
 def test_each_family_draws_without_guidance_from_cached_prompts(
     name: str, tiny_bases: Callable[[str], str]
 ) -> None:

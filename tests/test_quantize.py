@@ -54,7 +54,8 @@ def test_quantizing_without_a_gpu_is_rejected_with_a_remedy(started: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("family", "bits"), [("sd1", "nf4"), ("flux", "nf4"), ("sd3", "int8"), ("z_image", "nf4")]
+    ("family", "bits"),
+    [("sd1", "nf4"), ("flux", "nf4"), ("flux_2_klein", "nf4"), ("sd3", "int8"), ("z_image", "nf4")],
 )
 def test_a_quantized_base_trains_its_lora_resumes_and_draws(
     family: str, bits: str, started: Callable[..., Run], without_gpu: None
@@ -132,7 +133,7 @@ def test_quantizing_needs_a_lora_on_a_base_that_is_not_a_lora(
         Trainer(runs.start(second, first.folder.parent / "second"))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux", "flux_2_klein", "z_image"])
 def test_cached_prompts_draw_the_same_images_as_the_text_encoders(
     family: str, tiny_bases: Callable[[str], str]
 ) -> None:
@@ -169,7 +170,9 @@ def test_a_run_with_offloaded_text_encoders_validates_and_saves_the_same(
     assert sample(low, ["a {} dog"], [0], steps=1)
 
 
-@pytest.mark.parametrize(("family", "bits"), [("flux", "nf4"), ("sd3", "nf4"), ("sd3", "int8")])
+@pytest.mark.parametrize(
+    ("family", "bits"), [("flux", "nf4"), ("flux_2_klein", "nf4"), ("sd3", "nf4"), ("sd3", "int8")]
+)
 def test_a_quantized_bases_memory_is_estimated_as_it_is(
     family: str, bits: str, started: Callable[..., Run], without_gpu: None
 ) -> None:

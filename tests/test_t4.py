@@ -1,6 +1,7 @@
 """The whole path in float16, as a T4 computes it: see tests/t4.py."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from t4 import Seen, T4Accelerator
 from t4 import t4 as t4
+from test_quantize import without_gpu as without_gpu
 
 from dreambooth_lib import sample
 from dreambooth_lib.core.config import Subject, TrainConfig
@@ -77,6 +79,7 @@ WAYS = [
     ("sd3", LORA),
     ("flux", {}),
     ("flux", LORA),
+    ("flux_2_klein", LORA),
 ]
 
 
@@ -109,6 +112,22 @@ def test_the_whole_path_computes_in_float16_and_stays_finite(
         write_lora(lora, tmp_path / "file.safetensors")
     elif base == "toybox":
         write_checkpoint(tmp_path / "kept", tmp_path / "file.safetensors")
+
+
+def test_qlora_of_klein_computes_in_float16_and_stays_finite(
+    t4: Seen,
+    started: Callable[..., Run],
+    tiny_bases: Callable[[str], str],
+    without_gpu: None,
+) -> None:
+    """So may it be offered on a T4: no number is infinite that the clipped blocks could give."""
+    run = started(tiny_bases("flux_2_klein"), **(LORA | {"quantize": "nf4", "validate_every": 0}))
+    losses = [step.loss for step in train(run)]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    # bitsandbytes computes in float16, and gives its numbers back in its input's type.
+    assert torch.float16 in t4.denoiser and t4.encoder == {torch.float32}
+    (picture,) = sample(run, ["a {} dog"], [0], steps=2)
+    assert picture.image.getbbox() is not None
 
 
 def test_a_base_whose_autoencoder_overflows_float16_trains_and_draws(

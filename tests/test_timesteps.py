@@ -17,7 +17,7 @@ from dreambooth_lib.training.setup import Trainer
 Start = Callable[..., Run]
 
 
-@pytest.mark.parametrize("family", ["sd1", "flux"])
+@pytest.mark.parametrize("family", ["sd1", "flux", "flux_2_klein"])
 def test_a_bias_moves_the_timesteps_and_none_is_as_the_base_was_trained(
     family: str, start_run: Start
 ) -> None:
@@ -33,7 +33,7 @@ def test_a_bias_moves_the_timesteps_and_none_is_as_the_base_was_trained(
     assert same == pytest.approx(least, rel=0.05)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3", "flux", "flux_2_klein", "z_image"])
 def test_fewer_ranks_are_trained_the_more_noise_there_is(family: str, start_run: Start) -> None:
     settings = {"method": "lora", "lora_rank": 4, "lora_min_rank": 1, "prior": "none"}
     trainer = Trainer(start_run("run", family, **settings))

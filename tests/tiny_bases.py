@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -24,6 +27,7 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -169,6 +173,51 @@ def save_flux(folder: Path, clip: CLIPTokenizer, words: tuple[str, ...]) -> None
             pooled_projection_dim=WIDTH,
             guidance_embeds=True,
             axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
+        ),
+    ).save_pretrained(folder)
+
+
+def save_flux_2_klein(folder: Path, clip: CLIPTokenizer, words: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    chat = _words("chat", words)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    Flux2KleinPipeline(
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(chat),
+                hidden_size=WIDTH,
+                intermediate_size=2 * WIDTH,
+                num_hidden_layers=28,  # the pipeline reads the outputs of 9, 18 and 27
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=8,
+                tie_word_embeddings=True,
+            )
+        ),
+        tokenizer=chat,
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15

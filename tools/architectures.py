@@ -276,22 +276,48 @@ FLUX = Architecture(
     ),
 )  # fmt: skip
 
+_QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def _klein(text_encoder: dict[str, Any], **transformer: Any) -> Architecture:
+    """Return FLUX.2 klein-base with a text encoder's and a transformer's config."""
+    own = {"guidance_embeds": False, "joint_attention_dim": 3 * text_encoder["hidden_size"]}
+    vae = _vae(latent_channels=32, sample_size=1024)
+    return Architecture(
+        "Flux2KleinPipeline",
+        {
+            "transformer": Part("Flux2Transformer2DModel", own | transformer),
+            "text_encoder": Part("Qwen3ForCausalLM", text_encoder),
+            "vae": Part("AutoencoderKLFlux2", vae.config),
+        },
+        {"tokenizer": "clip"},  # its words do not matter where nothing is read
+        FLUX.scheduler,
+        more={"is_distilled": False},
+    )
+
+
+KLEIN_4B = _klein(_QWEN3_4B, num_layers=5, num_single_layers=20, num_attention_heads=24)
+KLEIN_9B = _klein(
+    _QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+    num_layers=8,
+    num_single_layers=24,
+    num_attention_heads=32,
+)
+
 Z_IMAGE = Architecture(
     "ZImagePipeline",
     {
         "transformer": Part("ZImageTransformer2DModel", {}),
-        "text_encoder": Part(
-            "Qwen3Model",
-            {
-                "vocab_size": 151936,
-                "hidden_size": 2560,
-                "intermediate_size": 9728,
-                "num_hidden_layers": 36,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-            },
-        ),
+        "text_encoder": Part("Qwen3Model", _QWEN3_4B),
         "vae": _vae(
             latent_channels=16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159,
             use_quant_conv=False, use_post_quant_conv=False,
@@ -302,7 +328,8 @@ Z_IMAGE = Architecture(
 )  # fmt: skip
 
 ALL = {
-    "sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sd35": SD35_MEDIUM, "flux": FLUX, "z_image": Z_IMAGE,
+    "sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sd35": SD35_MEDIUM, "flux": FLUX,
+    "klein4b": KLEIN_4B, "klein9b": KLEIN_9B, "z_image": Z_IMAGE,
 }  # fmt: skip
 
 

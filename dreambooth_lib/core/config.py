@@ -134,6 +134,9 @@ class TrainConfig:
     #: QLoRA (arXiv 2305.14314): keep the frozen denoiser and large text encoders in 4 bits ("nf4")
     #: or 8 bits ("int8"); needs a GPU
     quantize: str | None = None
+    #: a few-step sibling of the base, to draw validation images and samples with: the run's LoRA is
+    #: put on it, with its own steps and guidance; class images are the base's. None is the base.
+    draw_base: str | None = None
     train_text_encoder: bool = False
     #: also learn a new token embedding for the identifier (pivotal tuning); LoRA only
     train_token: bool = False

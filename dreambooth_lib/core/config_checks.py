@@ -60,7 +60,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 _MOST = {"seed": 2**62, "resolution": 2**14}
 _MOST_OF_OTHERS = 10**9
 _MOST_PROMPTS = 1000
-_PATHS = ("pictures", "base", "class_folder", "scorer", "image_scorer")
+_PATHS = ("pictures", "base", "draw_base", "class_folder", "scorer", "image_scorer")
 
 
 class ConfigError(KitError, ValueError):
@@ -192,6 +192,11 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         full and config.quantize is not None,
         f"quantize is '{config.quantize}' but method is '{config.method}': quantized weights "
         "cannot be trained; set method to 'lora', or leave quantize out.",
+    )
+    yield (
+        full and config.draw_base is not None,
+        f"draw_base is set but method is '{config.method}', and only a LoRA can be put on another "
+        "base; set method to 'lora', or leave draw_base out.",
     )
     yield (
         full and config.train_token,

@@ -155,8 +155,10 @@ class Family:
         return (cls.denoiser_name, *cls.large_encoder_names)
 
     @classmethod
-    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
-        """Return a base's inference settings, by its names and the configs of two parts."""
+    def inference_for(
+        cls, names: Names, scheduler: Config, denoiser: Config, index: Config
+    ) -> Inference:
+        """Return a base's inference settings, by its names, two parts' configs and its index."""
         return distilled_by_name(names) or cls.default_inference
 
     @staticmethod
@@ -216,6 +218,10 @@ class Family:
                 "latents; choose a base whose autoencoder has a scaling_factor only."
             )
 
+    def lora_layers(self, feed_forward: bool) -> list[str]:
+        """Return how the names of the denoiser's layers end that LoRA adapts."""
+        return [*self.attention_layers, *(self.feed_forward_layers if feed_forward else ())]
+
     @property
     def latent_size(self) -> tuple[int, int]:
         """Return the channels of the latents, and latents a side."""
@@ -226,14 +232,20 @@ class Family:
         """Return conditioning of the right shape for a base on the meta device."""
         return self.encode_prompts(prompts)
 
-    @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> Posterior:
         """Encode pixels [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser expects them."""
+        mean, std = self.encode_unscaled(pixels)
+        config = self.pipeline.vae.config
+        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        return Posterior((mean - shift) * scale, std * scale)
+
+    @torch.no_grad()
+    def encode_unscaled(self, pixels: torch.Tensor) -> Posterior:
+        """Encode pixels to the autoencoder's own latents, in float32."""
         vae = self.pipeline.vae
         with torch.autocast(vae.device.type, enabled=False):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-        return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
+        return Posterior(posterior.mean.float(), posterior.std.float())
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         """Return the conditioning of prompts, with gradients to the text encoders."""
@@ -268,8 +280,12 @@ class Family:
                 "prompt": prompts,
                 "negative_prompt": [negative] * len(prompts) if negative else None,
             }
-        positive = self.pipeline_arguments(self.prompt_cache(prompts))
-        away = self.pipeline_arguments(self.prompt_cache([negative] * len(prompts)))
+        return self.encoded_arguments(prompts, negative)
+
+    def encoded_arguments(self, prompts: list[str], negative: str) -> dict[str, Any]:
+        """Return the prompts as arguments of the pipeline's call, encoded."""
+        positive = self.pipeline_arguments(self.conditioning(prompts))
+        away = self.pipeline_arguments(self.conditioning([negative] * len(prompts)))
         return positive | {f"negative_{name}": value for name, value in away.items()}
 
     def pipeline_arguments(self, cond: Cond) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class Flux(Family):
     )  # fmt: skip
 
     @classmethod
-    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
+    def inference_for(
+        cls, names: Names, scheduler: Config, denoiser: Config, index: Config
+    ) -> Inference:
         if not denoiser.get("guidance_embeds"):  # schnell: 4 steps, guidance 0 by its card
             return distilled_inference(4)
         # A distilled dev, such as Hyper-SD's, takes dev's guidance as its input.

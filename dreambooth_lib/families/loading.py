@@ -122,10 +122,11 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
+def compose(loras: Mapping[str, float], on: str | None = None, **loading: Any) -> "Family":
     """Load the base of several LoRA runs or folders, and add each LoRA at its weight.
 
-    They are merged as in :func:`load_model`. Raises :class:`BaseError` for LoRAs of several bases,
+    ``on`` is another base to load instead, such as one that was distilled from theirs. They are
+    merged as in :func:`load_model`. Raises :class:`BaseError` for LoRAs of several bases,
     and for one that does not fit its base.
     """
     from dreambooth_lib.families.textual_inversion import load_token
@@ -138,8 +139,9 @@ def compose(loras: Mapping[str, float], **loading: Any) -> "Family":
             f"only LoRAs of the same base can be composed, and these are {names or 'none'}."
         )
     quantizers.ignore_unusable()
+    other = {} if on is None else {"base": on, "revision": None, "variant": None}
     predicts = {"prediction_type": loading.get("prediction_type") or bases[0]["prediction_type"]}
-    family = load_model(**(loading | bases[0] | predicts))
+    family = load_model(**(loading | bases[0] | predicts | other))
     adapters = [f"lora{number}" for number in range(len(parts))]
     for lora in parts:
         base_files.check_lora(Path(lora.path) / LORA_FILE)

@@ -34,6 +34,7 @@ FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
     "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
     "FluxPipeline": ("flux", "Flux"),
+    "Flux2KleinPipeline": ("flux_2_klein", "Flux2Klein"),
     "ZImagePipeline": ("z_image", "ZImage"),
 }
 
@@ -130,7 +131,7 @@ class ResolvedBase:
             # A folder may have any name; diffusers records where its files came from.
             name = str(self.index.get("_name_or_path") or name)
         denoiser = self.read(f"{family.denoiser_name}/config.json")
-        return family.inference_for([Path(name).name], self.scheduler, denoiser)
+        return family.inference_for([Path(name).name], self.scheduler, denoiser, self.index)
 
     @property
     def scheduler(self) -> dict[str, Any]:

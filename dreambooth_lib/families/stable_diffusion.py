@@ -48,7 +48,9 @@ class StableDiffusion(Family):
     }
 
     @classmethod
-    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
+    def inference_for(
+        cls, names: Names, scheduler: Config, denoiser: Config, index: Config
+    ) -> Inference:
         if "toybox" in names:
             return TOYBOX
         own = cls.default_inference

@@ -33,7 +33,9 @@ class StableDiffusion3(Family):
     )  # fmt: skip
 
     @classmethod
-    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
+    def inference_for(
+        cls, names: Names, scheduler: Config, denoiser: Config, index: Config
+    ) -> Inference:
         if distilled := distilled_by_name(names, steps=4):  # 3.5 large turbo's card: 4, guidance 0
             return distilled
         if not denoiser.get("qk_norm"):

@@ -34,7 +34,9 @@ class ZImage(Family):
     feed_forward_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     @classmethod
-    def inference_for(cls, names: Names, scheduler: Config, denoiser: Config) -> Inference:
+    def inference_for(
+        cls, names: Names, scheduler: Config, denoiser: Config, index: Config
+    ) -> Inference:
         turbo = distilled_inference(9)  # by its card; diffusers before 0.41 makes 8 calls of them
         if scheduler.get("shift", TURBO_SHIFT) < TURBO_SHIFT:
             return turbo

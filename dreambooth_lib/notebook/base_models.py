@@ -74,6 +74,8 @@ _DEFAULT = "Stable Diffusion 1.5"  # what an unknown base is taken for
 _BY_NAME = {name: model for model in KNOWN for name in (model.base, model.name)}
 #: Which known base model to take for one on the Hub, by its name or its pipeline's.
 _SIMILAR = {
+    r"klein.*9b": "FLUX.2 klein-base 9B",
+    r"klein": "FLUX.2 klein-base 4B",
     r"flux": "Flux.1 dev",
     r"z-?image": "Z-Image",
     r"diffusion-?3|sd-?3|3\.5": "Stable Diffusion 3.5 medium",

@@ -15,6 +15,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         subject=replace(config.subject, pictures=_absolute(config.subject.pictures)),
         class_folder=config.class_folder and _absolute(config.class_folder),
         base=absolute_base(config.base),
+        draw_base=config.draw_base and absolute_base(config.draw_base),
     )
 
 

@@ -27,16 +27,18 @@ def add_lora(family: Family, config: TrainConfig) -> None:
     from peft import LoraConfig
 
     quantizers.ignore_unusable()
-    layers = {family.denoiser: (family.attention_layers, family.feed_forward_layers)}
+    with_feed_forward = config.lora_layers == "all"
+    layers = {family.denoiser: family.lora_layers(with_feed_forward)}
     family.denoiser.requires_grad_(False)
     for encoder in family.text_encoders if config.trains_text else ():
         encoder.requires_grad_(False)
     if config.train_text_encoder:
-        layers |= dict.fromkeys(family.text_encoders, _TEXT_LAYERS)
+        attention, feed_forward = _TEXT_LAYERS
+        of_text = [*attention, *(feed_forward if with_feed_forward else ())]
+        layers |= dict.fromkeys(family.text_encoders, of_text)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        for module, (attention, feed_forward) in layers.items():
-            names = [*attention, *(feed_forward if config.lora_layers == "all" else ())]
+        for module, names in layers.items():
             adapter = LoraConfig(
                 r=config.lora_rank,
                 lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,

@@ -16,7 +16,7 @@ from dreambooth_lib.core.config import Subject, TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.families import loading
-from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.base import Family, vae_scale
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.allocation_counter import (
     AllocationCounter,
@@ -139,6 +139,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     preparing = int(weights) + max(preparing, scoring + teacher)
     if has_teacher:
         weights += sum(p.numel() * half.itemsize for p in family.denoiser.parameters())
+    if config.draw_base is not None and config.validate_every:  # loaded when all is prepared
+        weights += sizes[family.denoiser]
     bytes_per_parameter = _MOMENTS.get(resolve_optimizer(config, "cuda"), 8.0)
     bytes_per_parameter += 4 * (config.ema_decay is not None)
     if config.anchor_weight is not None:  # a copy of the weights, as they are trained
@@ -208,7 +210,7 @@ def _drawing_bytes(
     ``half`` is what autocast computes in; with float32 each part computes in its own precision.
     """
     vae, (channels, side) = family.pipeline.vae, family.latent_size
-    # Guidance doubles the batch, except where the base takes its scale as an input.
+    # Guidance doubles the batch, but for bases that take its scale as an input, or twice draw.
     copies = 1 if "guidance_embeds" in family.denoiser.config else 2
     prompts = [config.subject.class_prompt] * rows * copies
     dtype = family.denoiser.dtype if half is torch.float32 else torch.float32
@@ -223,7 +225,9 @@ def _drawing_bytes(
             model(x_t, t, cond, prompts)
         # An autoencoder that stays in float32 because it overflows must not be cast to less.
         with _autocast(config, half if vae.dtype is half else torch.float32):
-            vae.decode(x_t[:rows].to(vae.dtype))
+            side = family.resolution // vae_scale(dict(vae.config))
+            latents = x_t[:rows].reshape(rows, vae.config.latent_channels, side, side)
+            vae.decode(latents.to(vae.dtype))
     return counter.peak_bytes
 
 

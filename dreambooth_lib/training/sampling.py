@@ -12,7 +12,7 @@ from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data.captions import warning_of_length
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.runs import Run, RunError
-from dreambooth_lib.training.trainable import load_at_checkpoint, load_base
+from dreambooth_lib.training.trainable import drawing_config, load_at_checkpoint, load_base
 
 if TYPE_CHECKING:
     import torch
@@ -87,14 +87,16 @@ def sample(
 def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference":
     """Return a source's inference steps and guidance scale: its config's, or else its base's own.
 
+    Those of a config's ``draw_base`` come before its base's.
+
     Raises ``BaseError`` for a missing base.
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source.inference
     if isinstance(source, str):
         return loading.base_inference(source)
-    config = source.config if isinstance(source, Run) else source
-    if isinstance(source, Run) and source.finished:
+    config = drawing_config(source.config if isinstance(source, Run) else source)
+    if isinstance(source, Run) and source.finished and source.config.draw_base is None:
         own = loading.base_inference(str(source.folder))  # its base may have been deleted
     else:
         own = loading.base_inference(config.base, config.revision, config.prediction_type)
@@ -127,7 +129,10 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
         "dtype": dtype,
         "trained": (),
     }
-    return _place(loading.load_model(str(source.folder), **options))
+    draw_base, folder = source.config.draw_base, str(source.folder)
+    if draw_base is not None:
+        return _place(loading.compose({folder: 1.0}, on=draw_base, **options))
+    return _place(loading.load_model(folder, **options))
 
 
 def _check_pipeline(run: Run) -> None:

@@ -43,6 +43,7 @@ from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
     load_base_to_save,
     load_checkpoint_weights,
+    load_drawing_family,
     make_trainable,
     offloads_text_encoders,
     training_load_options,
@@ -98,6 +99,10 @@ class Trainer:
         self.model = accelerator.prepare(self.trainable)
         optimizer = FusedBackwardOptimizer if config.steps_in_backward else Optimizer
         self.optimizer = optimizer(config, accelerator, self.trainable)
+        #: What draws validation images: the family, or its few-step sibling with its adapters.
+        self.drawing = self.family
+        if self.validator is not None:
+            self.drawing = load_drawing_family(config, self.family, self.dtype)
         self._validate_base()
         self.prior_weight = make_prior_weight(config, self.family, measured, self.optimizer)
         with accelerator.main_process_first():  # which sets damaged checkpoints aside
@@ -173,7 +178,7 @@ class Trainer:
         """
         if self.validator is not None and not self.validator.has_base():
             with self.accelerator.autocast():
-                self.validator.validate(0, self.trainable, self.family)
+                self.validator.validate(0, self.trainable, self.drawing)
         self.accelerator.wait_for_everyone()
 
     def micro_batches(self) -> Iterator[Batch]:
@@ -218,7 +223,7 @@ class Trainer:
         self.optimizer.check_gradients()
         if self.validator is not None and is_wanted(self.run, self.step):
             with self.optimizer.ema.swapped_in(), self.accelerator.autocast():
-                result = self.validator.validate(self.step, self.trainable, self.family)
+                result = self.validator.validate(self.step, self.trainable, self.drawing)
         self.accelerator.wait_for_everyone()
         return result
 

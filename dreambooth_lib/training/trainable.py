@@ -82,6 +82,46 @@ def load_base_to_save(config: TrainConfig, family: Family, model: "Trainable") -
     return family
 
 
+def drawing_config(config: TrainConfig) -> TrainConfig:
+    """Return the config with ``draw_base`` as its base, if it has one."""
+    if config.draw_base is None:
+        return config
+    return config.replace(base=config.draw_base, revision=None, variant=None, draw_base=None)
+
+
+def load_drawing_family(config: TrainConfig, family: Family, dtype: torch.dtype) -> Family:
+    """Load the config's ``draw_base`` with the adapters that ``family`` trains; else return it.
+
+    Only its denoiser and scheduler are loaded; the adapters' weights are the same tensors, so that
+    it always draws what they have learnt. Raises :class:`ConfigError` where they do not fit it.
+    """
+    if config.draw_base is None:
+        return family
+    own, shared = drawing_config(config), dict(family.pipeline.components)
+    del shared[family.denoiser_name], shared["scheduler"]
+    wrong = (
+        f"the LoRA of '{config.base}' does not fit draw_base '{config.draw_base}'; choose a base "
+        "that was distilled from it, or leave draw_base out."
+    )
+    if _family_of(own) is not type(family):
+        raise ConfigError(wrong)
+    options = training_load_options(own, dtype) | {"resolution": family.resolution}
+    drawing = _load(own, **options, **shared)
+    drawing.prompt_cache = family.prompt_cache
+    drawing.denoiser.add_adapter(family.denoiser.peft_config["default"])
+    drawing.denoiser.requires_grad_(False)
+    adapters = {n: p for n, p in family.denoiser.named_parameters() if p.requires_grad}
+    its_own = dict(drawing.denoiser.named_parameters())
+    for name, parameter in adapters.items():
+        if name not in its_own or its_own[name].shape != parameter.shape:
+            raise ConfigError(wrong)
+        module, _, weight = name.rpartition(".")
+        setattr(drawing.denoiser.get_submodule(module), weight, parameter)
+    if config.quantize is None:  # else it is on the GPU already
+        drawing.denoiser.to(family.denoiser.device)
+    return drawing
+
+
 def _family_of(config: TrainConfig) -> type[Family]:
     return loading.resolve(config.base, config.revision).family
 
@@ -186,7 +226,7 @@ def load_at_checkpoint(run: Run, step: int, dtype: torch.dtype = torch.float32) 
     LoRA weights are merged into their base, unless that is quantized. Raises :class:`RunError`
     where the run has no checkpoint of that step.
     """
-    config, family = run.config, load_base(run.config, dtype)
+    config, family = run.config, load_base(drawing_config(run.config), dtype)
     load_checkpoint_weights(wrap_trained_parts(family, config), run, step)
     if config.train_token:
         textual_inversion.merge_token(family)
