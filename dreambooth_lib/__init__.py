@@ -16,8 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dreambooth_lib.core.config import Subject, TrainConfig
+    from dreambooth_lib.core.config import TrainConfig
     from dreambooth_lib.core.config_checks import ConfigError
+    from dreambooth_lib.core.subject import Subject
     from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
     from dreambooth_lib.data.images import read_photos
     from dreambooth_lib.data.quality_checks import check_photos
@@ -32,7 +33,7 @@ _HOME = {
     "Selection": "training.best_checkpoint",
     "best_checkpoint": "training.best_checkpoint",
     "ConfigError": "core.config_checks",
-    "Subject": "core.config",
+    "Subject": "core.subject",
     "TrainConfig": "core.config",
     "check_photos": "data.quality_checks",
     "load_dataset": "data.subjects",

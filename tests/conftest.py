@@ -25,7 +25,8 @@ from fake_hub import fake_hub as fake_hub
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.setup import Trainer

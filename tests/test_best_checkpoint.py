@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.training import best_checkpoint, runs
 from dreambooth_lib.training.best_checkpoint import (
     Ratios,

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
 from transformers import BlipImageProcessorPil as Processor
 
-from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.notebook import captioner
 

@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from dreambooth_lib.__main__ import main
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import visible_files
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, comfyui_checkpoint, pipeline_folder
 from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
 from dreambooth_lib.export.comfyui_lora import ExportError, write_lora

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.training import runs
 
 DOG = Subject("photos", "dog")

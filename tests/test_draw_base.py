@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.checkpoints import load_state

@@ -23,8 +23,9 @@ from stand_in_judge import StandIn
 from transformers import CLIPTokenizer
 
 from dreambooth_lib.__main__ import main, parser
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.disk import DiskError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.evaluation import commands, dreambench, report, rubric
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS

@@ -18,7 +18,7 @@ from drive_faults import run as run
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.notebook import (
     drive_copy,
 )

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, hub, model_card, pipeline_folder
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook import preflight

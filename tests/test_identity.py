@@ -10,8 +10,8 @@ import torch
 from conftest import drawings, save_photos
 from PIL import Image
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all
 from dreambooth_lib.evaluation.masks import cut_out, find_mask

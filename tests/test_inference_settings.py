@@ -14,7 +14,8 @@ import pytest
 import torch
 from fake_hub import FakeHub, Repo
 
-from dreambooth_lib.core.config import Subject, TrainConfig, base_defaults
+from dreambooth_lib.core.config import TrainConfig, base_defaults
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation import dreambench, sweep
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family

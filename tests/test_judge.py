@@ -22,7 +22,7 @@ from PIL import Image
 from stand_in_judge import StandIn, by_content, images_in, save_tiny_vlm, says
 
 from dreambooth_lib.__main__ import main
-from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation import judge_models, rubric
 from dreambooth_lib.evaluation.judge import SIDE, TRIES, RubricJudge
 from dreambooth_lib.evaluation.judge_models import MOST_BYTES, Endpoint, JudgeError, LocalModel
@@ -335,7 +335,7 @@ JUDGE_ALL = """
 import sys
 from pathlib import Path
 from dreambooth_lib.__main__ import main
-from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.judge import RubricJudge
 from dreambooth_lib.evaluation.judge_models import Endpoint
 from dreambooth_lib.evaluation.measures import ImageFiles

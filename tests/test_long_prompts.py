@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import dreambooth_lib as db
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError

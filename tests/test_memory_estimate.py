@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import base, loading
 from dreambooth_lib.training import fused_optimizer, runs
 from dreambooth_lib.training.allocation_counter import (

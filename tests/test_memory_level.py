@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.gpu_memory import GIB
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation import dreambench
 from dreambooth_lib.evaluation.sweep import grid, sweep
 from dreambooth_lib.training import memory_level, runs, trainable

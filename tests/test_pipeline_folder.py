@@ -17,8 +17,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from dreambooth_lib.core import files
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.disk import DiskError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder, zip_download
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import loop, runs, trainable

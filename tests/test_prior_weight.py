@@ -12,9 +12,10 @@ import pytest
 import torch
 from launching import TWO, launched
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.export.model_card import _prior
 from dreambooth_lib.figures import plots

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.prior_prompts import generic_prompts
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.checkpoints import load_state

@@ -25,10 +25,11 @@ from safetensors.torch import load_file
 
 from dreambooth_lib.core import digests, disk
 from dreambooth_lib.core.checked_json import append_row, read_rows
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.locks import LockError, lock
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.training import runs, sampling
 from dreambooth_lib.training.checkpoints import CheckpointError, load_state, save_state

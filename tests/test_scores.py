@@ -11,7 +11,7 @@ import torch
 from conftest import save_photos
 from PIL import Image
 
-from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all
 from dreambooth_lib.evaluation.measures import Embedded, ImageFiles, Values
 from dreambooth_lib.evaluation.scores import Row, means, score, scored_images

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.evaluation.demo import bundled_subjects

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.subject import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.data import captions, preprocessing, quality_checks, subjects
 from dreambooth_lib.data.images import DataError, Photo, read_photos
 from dreambooth_lib.evaluation.dreambench import load_benchmark

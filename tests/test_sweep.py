@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.evaluation import sweep
 from dreambooth_lib.evaluation.sweep import grid

@@ -6,8 +6,9 @@ from itertools import islice
 import pytest
 import torch
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.loop import train

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.training import loop, runs, validation_pace, validation_record
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.loop import train

@@ -27,7 +27,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from tools.gpu_table import cells
 
 STEPS = 15

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import save_png
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui_checkpoint, comfyui_lora, pipeline_folder
 from dreambooth_lib.families import loading, pretrained
 from dreambooth_lib.notebook import drive_backup

@@ -1,25 +1,15 @@
 """Define the settings of a run: frozen, validated dataclasses with defaults for each base."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import config_file
 from dreambooth_lib.core.base_defaults import base_defaults, origin
-from dreambooth_lib.core.config_checks import (
-    LOW_MEMORY,
-    ConfigError,
-    check,
-    check_words,
-    take_types,
-)
+from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError, check, take_types
 from dreambooth_lib.core.prior_prompts import GENERIC, generic_prompts
-from dreambooth_lib.core.user_text import folder_name
-
-#: The default identifier. CLIP's tokenizer and toybox's both make it a single token.
-DEFAULT_IDENTIFIER = "ohwx"
+from dreambooth_lib.core.subject import Subject
 
 VALIDATION_SHARE = 0.15  #: of the training time: the default's limit, see ``validation_share``
 
@@ -30,44 +20,6 @@ _BY_BASE: Any = None
 #: its files when they are needed (see ``families.inference_settings``).
 SAMPLING_FIELDS = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
            "validation_inference_steps")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A subject: its photos, the rare identifier that names it, and its class noun.
-
-    The prompts are the paper's (arXiv 2208.12242, section 3.1): ``a [identifier] [class noun]``
-    for the subject and ``a [class noun]`` for the class.
-    """
-
-    pictures: str  #: a folder or a zip of photos, or one photo
-    class_noun: str  #: what the subject is, in one plain word: "dog", "teapot"
-    identifier: str = DEFAULT_IDENTIFIER  #: a rare word that the tokenizer makes a single token
-    name: str = ""  #: for tables and folders; the name of the photos' folder if left empty
-    kind: str = ""  #: "live" or "object", if a data set says so
-    #: files in ``pictures`` to go on without, such as a damaged photo
-    left_out: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        take_types(self, "subject.")
-        if not self.name:
-            photos = Path(self.pictures)
-            named = photos if photos.stem not in ("", "..") else Path(os.path.realpath(photos))
-            object.__setattr__(self, "name", folder_name(named.stem))
-        check_words(self)
-
-    @property
-    def token(self) -> str:
-        """Return identifier and class noun, which stand for the subject in a prompt."""
-        return f"{self.identifier} {self.class_noun}"
-
-    @property
-    def instance_prompt(self) -> str:
-        return f"a {self.token}"
-
-    @property
-    def class_prompt(self) -> str:
-        return f"a {self.class_noun}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.user_text import problem_with_name, problem_with_path, problem_with_words
 
 if TYPE_CHECKING:
-    from dreambooth_lib.core.config import Subject, TrainConfig
+    from dreambooth_lib.core.config import TrainConfig
+    from dreambooth_lib.core.subject import Subject
 
 #: Memory levels with gradient checkpointing; a whole model's optimizer steps during the backward
 #: pass there.

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.sources import PHOTO_SUFFIXES, TABLES, DataError, SourceFile, list_files
 
 if TYPE_CHECKING:

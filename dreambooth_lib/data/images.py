@@ -14,7 +14,7 @@ from typing import NamedTuple, overload
 
 from PIL import Image
 
-from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import python_string
 from dreambooth_lib.data.captions import find_captions
 from dreambooth_lib.data.crops import CENTERS, read_centers

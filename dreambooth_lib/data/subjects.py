@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
-from dreambooth_lib.core.config import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.errors import printable
+from dreambooth_lib.core.subject import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.data.captions import check_captions
 from dreambooth_lib.data.images import DataError, read_source
 from dreambooth_lib.data.quality_checks import check_photos

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.files import replacing_folder
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import folder_name
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.sources import PHOTO_SUFFIXES

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.core.old_names import locate
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import markdown
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.subjects import load_dataset

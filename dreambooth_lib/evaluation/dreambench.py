@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.checked_json import read_object
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.old_names import current_fields
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
 from dreambooth_lib.training import memory_level, runs
 from dreambooth_lib.training.config_changes import (

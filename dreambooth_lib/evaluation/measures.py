@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.files import open_image
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.metrics import clip_scores, identity, kid_and_lpips
 
 if TYPE_CHECKING:

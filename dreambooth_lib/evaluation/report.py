@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import markdown
 from dreambooth_lib.evaluation import dreambench, scores, tables
 from dreambooth_lib.evaluation.dreambench import Benchmark, Progress, Protocol

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.files import open_image
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Images, read_photos
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.evaluation.dreambench import Benchmark, DrawnImage, Protocol, images_of

@@ -7,12 +7,10 @@ No other code asks which family a base belongs to.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.drawing import draw, fast_scheduler
 from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
 from dreambooth_lib.families.long_prompts import chunks_of, how_to_read_more
@@ -192,31 +190,6 @@ class Family:
         patch = self.pipeline.vae_scale_factor * getattr(self.pipeline, "patch_size", 2)
         patches = (self.resolution // patch) ** 2
         return FlowNoise.of_scheduler(self.pipeline.scheduler, patches, min_snr_gamma)
-
-    @classmethod
-    def check_configs(
-        cls, path: str, schedulers: Iterable[str], scheduler: Config, vae: Config
-    ) -> None:
-        """Check that this family can train a base, by its scheduler and autoencoder.
-
-        ``schedulers`` are its scheduler's class by ``model_index.json`` and by its own config.
-        Raises :class:`BaseError` for another noise process, and for latents of another scale.
-        """
-        import diffusers
-
-        for name in schedulers:
-            known = signature(getattr(diffusers, name, object)).parameters.keys()
-            flow = scheduler.get("use_flow_sigmas") and "shift" not in cls.scheduler_settings
-            if flow or not known >= {*cls.scheduler_settings}:
-                raise BaseError(
-                    f"{path}/scheduler has a {name}, with which the kit cannot train a "
-                    f"{cls.__name__} base; choose a base with the family's own scheduler."
-                )
-        if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-            raise BaseError(
-                f"{path}/vae has latents_mean or latents_std, by which the kit does not scale "
-                "latents; choose a base whose autoencoder has a scaling_factor only."
-            )
 
     def lora_layers(self, feed_forward: bool) -> list[str]:
         """Return how the names of the denoiser's layers end that LoRA adapts."""

@@ -4,7 +4,8 @@ A base may come from anyone, and diffusers imports what these files name: it is 
 the family's pipeline can have.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,34 @@ def _check_folder(part: Path) -> None:
     for config in part.glob("[!.]*.json"):
         if not config.name.endswith((".index.json", "vocab.json")):
             check_config(read_json(config), str(config))
+
+
+def check_training(
+    path: str,
+    family: str,
+    settings: Collection[str],
+    schedulers: Iterable[str],
+    scheduler: Mapping[str, Any],
+    vae: Mapping[str, Any],
+) -> None:
+    """Check that a family can train a base, by the base's scheduler and autoencoder.
+
+    ``settings`` are what the family's schedulers have; ``schedulers`` are the base's by its index
+    and by its own config. Raises :class:`BaseError` for another noise process, and for latents of
+    another scale.
+    """
+    import diffusers
+
+    for name in schedulers:
+        known = signature(getattr(diffusers, name, object)).parameters.keys()
+        flow = scheduler.get("use_flow_sigmas") and "shift" not in settings
+        if flow or not known >= {*settings}:
+            raise BaseError(
+                f"{path}/scheduler has a {name}, with which the kit cannot train a {family} base; "
+                "choose a base with the family's own scheduler."
+            )
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise BaseError(
+            f"{path}/vae has latents_mean or latents_std, by which the kit does not scale latents; "
+            "choose a base whose autoencoder has a scaling_factor only."
+        )

@@ -177,7 +177,10 @@ class ResolvedBase:
                 "copy the base again."
             )
         names = {self.index["scheduler"][1], str(scheduler.get("_class_name") or "")} - {""}
-        family.check_configs(self.path, sorted(names), scheduler, self.read("vae/config.json"))
+        index_checks.check_training(
+            self.path, family.__name__, family.scheduler_settings, sorted(names), scheduler,
+            self.read("vae/config.json"),
+        )  # fmt: skip
 
 
 def resolve(

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.errors import KitError, one_line
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import with_identifier
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.digests import (
     DIGESTS,
     file_digest,
@@ -32,6 +31,7 @@ from dreambooth_lib.core.files import (
     replacing_folder,
     visible_files,
 )
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.crops import write_centers
 from dreambooth_lib.data.images import DataError, Photo, read_photos
 from dreambooth_lib.data.masks import SUFFIX, read_mask

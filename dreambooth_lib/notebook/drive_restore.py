@@ -7,10 +7,10 @@ from itertools import chain, count
 from pathlib import Path
 
 from dreambooth_lib.core import background
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.notebook.drive_copy_back import (
     RestoreError,

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family, vae_scale
 from dreambooth_lib.training import lora

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.device_copies import pick, rows, to_device

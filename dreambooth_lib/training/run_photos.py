@@ -3,7 +3,7 @@
 from pathlib import Path
 from shlex import quote
 
-from dreambooth_lib.core.config import Subject
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo, read_photos
 from dreambooth_lib.training.runs import Run, RunError
 

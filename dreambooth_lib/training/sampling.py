@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import warning_of_length
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.runs import Run, RunError

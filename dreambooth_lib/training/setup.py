@@ -6,15 +6,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import AutocastKwargs
 
 from dreambooth_lib.core.checked_json import write_object
-from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
-from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
@@ -27,6 +22,7 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import save_pipeline
 from dreambooth_lib.training import lora
+from dreambooth_lib.training.accelerator import make_accelerator
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
 from dreambooth_lib.training.class_images import prepare_class_images, prior_prompts
@@ -70,7 +66,7 @@ class Trainer:
         if config.method == "full" and config.memory == "lowest" and self.precision == "no":
             self.precision = "bf16"  # as its weights are
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
-        self.accelerator = accelerator = _make_accelerator(config, self.precision)
+        self.accelerator = accelerator = make_accelerator(config, self.precision)
         subject = config.subject
         photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
         check_masks(photos, config)
@@ -281,25 +277,3 @@ class Trainer:
                 write_digests(partial)
             write_object(self.run.folder / MADE_WITH_FILE, made_with())
         self.accelerator.wait_for_everyone()
-
-
-def _make_accelerator(config: TrainConfig, precision: str) -> Accelerator:
-    """Join the processes that train together. Raises ValueError where they cannot share a batch."""
-    if is_initialized() and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # an earlier run's, in this process
-    # Autocast's cached half-precision weights save time, but take memory.
-    autocast = AutocastKwargs(cache_enabled=config.memory not in LOW_MEMORY)
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
-    processes, micro_batches = accelerator.num_processes, config.gradient_accumulation
-    if config.steps_in_backward and processes > 1:
-        raise InputError(
-            f"memory is '{config.memory}', which updates weights during the backward pass, before "
-            f"{processes} processes could average their gradients; set memory to 'standard'."
-        )
-    if config.batch_size % (processes * micro_batches):
-        raise InputError(
-            f"batch_size {config.batch_size} does not split into {processes * micro_batches} equal "
-            f"parts ({processes} processes x gradient_accumulation {micro_batches}); make it a "
-            "multiple."
-        )
-    return accelerator

@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores

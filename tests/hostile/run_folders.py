@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from conftest import save_base, save_clip, save_photos
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.training import best_checkpoint, runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.loop import train

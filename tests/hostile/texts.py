@@ -5,7 +5,8 @@ from random import Random
 
 from conftest import save_photos
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.dreambench import load_benchmark
 from dreambooth_lib.notebook import drive_restore
 from dreambooth_lib.training import runs

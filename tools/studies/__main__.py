@@ -24,8 +24,9 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.evaluation.sweep import PLAN, grid, sweep
 from dreambooth_lib.evaluation.sweep_table import recommend, table

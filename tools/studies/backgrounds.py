@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.masks import SUFFIX
 from dreambooth_lib.families import loading

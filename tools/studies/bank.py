@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family

@@ -8,8 +8,8 @@ docs/studies/chosen.png    of every subject its photos, the base's images and th
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.tables import to_csv

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.figures.image_grids import HEADING, MARGIN, TEXT, Layout, line_height
 from dreambooth_lib.metrics.encoders import Encoder

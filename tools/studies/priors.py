@@ -1,6 +1,7 @@
 """The configs of a study of priors: what keeps the class, and what keeps the rest."""
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 
 STEPS = 300
 

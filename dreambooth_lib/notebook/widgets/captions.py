@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ipywidgets import HTML, Button, Checkbox, HBox, Layout, Textarea, VBox
 from PIL import Image, ImageOps
 
-from dreambooth_lib.core.config import Subject
 from dreambooth_lib.core.errors import printable
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import count_tokens, lacking_identifier, with_identifier
 from dreambooth_lib.notebook import captioner
 from dreambooth_lib.notebook.widgets import parts

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ipywidgets import HTML, Button, Dropdown, FloatSlider, IntSlider, IntText, Text, VBox
 
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.notebook.widgets.parts import Panel, busy, captioned, control, row, with_hints
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import Sample, fill, inference_settings, load_source, sample

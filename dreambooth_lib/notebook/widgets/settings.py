@@ -9,8 +9,9 @@ import torch
 from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider, SelectionSlider
 
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.config import Subject, TrainConfig, base_defaults
+from dreambooth_lib.core.config import TrainConfig, base_defaults
 from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook.timing import Pace, checkpoints, measure
 from dreambooth_lib.notebook.widgets.parts import Panel, busy, control, short_path, with_hints

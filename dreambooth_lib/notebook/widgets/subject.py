@@ -11,8 +11,9 @@ from IPython.display import display
 from ipywidgets import HTML, Button, Combobox, Layout, Text, VBox
 from PIL import ImageOps
 
-from dreambooth_lib.core.config import Subject, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import printable
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import check_captions, check_lengths, write_captions
 from dreambooth_lib.data.decoding import MAX_BYTES
 from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
