@@ -145,6 +145,7 @@ INTERNAL = {
     "data/decoding.py": "it becomes a DataError that names the photo",
     "evaluation/benchmarks.py": "a BadZipFile becomes a DataError that names the address",
     "evaluation/judge_models.py": "it is tried again, then told in a JudgeError",
+    "evaluation/sweep_table.py": "it becomes a DataError that names the table",
     "export/original_names.py": "a KeyError becomes an ExportError that names the file",
     "families/base.py": "a family of one's own that leaves a method out",
     "families/one_file.py": "it becomes a BaseError that names the part",

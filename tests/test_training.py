@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.families import loading
-from dreambooth_lib.training import latent_cache, loop, runs, sampling, setup
+from dreambooth_lib.training import accelerator, latent_cache, loop, runs, sampling
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.loop import (
@@ -523,7 +523,7 @@ def test_a_batch_that_does_not_split_across_processes_is_rejected(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started("run", tiny_sd1, batch_size=3)
-    monkeypatch.setattr(setup.Accelerator, "num_processes", 2)
+    monkeypatch.setattr(accelerator.Accelerator, "num_processes", 2)
     with pytest.raises(ValueError, match=r"batch_size 3 .*2 processes"):
         next(train(run))
 
