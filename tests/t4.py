@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, is_initialized
 
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.training import sampling, setup
+from dreambooth_lib.training import accelerator, sampling, setup
 
 
 class T4Accelerator(accelerate.Accelerator):
@@ -58,7 +58,7 @@ def t4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
     monkeypatch.setattr(Family, "__init__", recorded)
     monkeypatch.setattr(setup, "native_precision", precision)
-    monkeypatch.setattr(setup, "Accelerator", T4Accelerator)
+    monkeypatch.setattr(accelerator, "Accelerator", T4Accelerator)
     monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.float16)
     yield seen
     if is_initialized():

@@ -135,7 +135,7 @@ def test_make_lab_accepts_photos_of_18_mb(stack: Stack, tmp_path: Path, photos: 
         arguments = [word.replace("--ServerApp", "--NotebookApp") for word in arguments]
     with opened(stack, tmp_path, write_panel(tmp_path), *arguments, **variables) as page:
         page.run(0)
-        assert "at most 210 MB" in page.text(0)
+        page.wait_for(0, "at most 210 MB", 60)  # after what libraries print as they load
         page.upload(0, photos)
         page.wait_for(0, "(uploaded", 60)  # the five bundled ones have no problems either
         page.wait_for(0, "No problems found in 5 photos.")

@@ -155,7 +155,7 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
         run = runs.resume(folder / f"prior_weight={weight}")
         assert [row.step for row in validation_record.history(run)] == [0, 2, 4]
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
-    assert len(outputs(shown, "image/png")) == 7  # curves, front, maps, contact sheets
+    assert len(outputs(shown, "image/png")) == 11  # curves, front, maps and sheets of both studies
     assert "has the highest score of 4 settings" in text_of(shown) and "⚠" not in text_of(shown)
     assert "SETTINGS = {'prior_weight': " in text_of(shown)
 

@@ -24,7 +24,7 @@ from dreambooth_lib.export.comfyui_lora import write_lora
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.families.stable_diffusion import StableDiffusion
-from dreambooth_lib.training import runs, setup, validation
+from dreambooth_lib.training import accelerator, runs, validation
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.loop import NonFiniteLoss, prior_preservation, train, training_steps
 from dreambooth_lib.training.losses import Loss
@@ -175,7 +175,7 @@ def test_an_update_that_overflows_moves_nothing_and_is_not_counted(
     optimizer: str, memory: str, t4: Seen, started: Callable[..., Run], tiny_sd1: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(setup, "Accelerator", HighScale)
+    monkeypatch.setattr(accelerator, "Accelerator", HighScale)
     run = started(tiny_sd1, optimizer=optimizer, memory=memory, prior_weight=0.0, validate_every=0)
     trainer, tries, real = Trainer(run), 0, Optimizer.step
     before = [parameter.detach().clone() for parameter in trainer.optimizer.parameters]

@@ -113,6 +113,8 @@ def test_images_and_prompts_can_be_scored_by_two_encoders(
         "prior_drift": clip_scores.prior_drift(before, classes),
         "pres": clip_scores.subject_fidelity(classes, photos),
     }
+    other = two.config.replace(scorer="x")
+    assert other.image_scorer == "x", "as where a config is made"
     assert {name: getattr(by_dino, name) for name in expected} == pytest.approx(expected, abs=1e-6)
     with pytest.raises(RunError, match="image_scorer"):
         runs.resume(two.folder, image_scorer=str(clip_folder))

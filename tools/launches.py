@@ -31,7 +31,7 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.prompt_cache import PromptCache
-from dreambooth_lib.training import runs, setup
+from dreambooth_lib.training import accelerator, runs, setup
 from dreambooth_lib.training.flat_parameters import Bucket
 from tools import architectures
 from tools.bench_gpu import save_photos
@@ -121,7 +121,7 @@ def fake_gpu(precision: str) -> Iterator[None]:
             AcceleratorState._reset_state()
         for of, name, value in (
             (setup, "native_precision", lambda *_: precision),
-            (setup, "Accelerator", Float16Accelerator),
+            (accelerator, "Accelerator", Float16Accelerator),
             (setup, "Batches", lambda *args: made(*args[:4], None, *args[5:])),
             (loading, "load_model", load_fake),
             (torch.nn.Module, "_apply", _apply),

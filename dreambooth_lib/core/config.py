@@ -229,8 +229,11 @@ class TrainConfig:
     def replace(self, **changes: Any) -> "TrainConfig":
         """Return this config with some fields changed, validated anew.
 
-        A new ``validate_every`` has no ``validation_share`` but one that is given with it.
+        A new ``validate_every`` has no ``validation_share`` but one that is given with it, and a
+        new ``scorer`` compares images, too, unless there is an ``image_scorer`` with it.
         """
+        if "scorer" in changes:
+            changes = {"image_scorer": None} | changes
         if "validate_every" in changes:
             changes = {"validation_share": None} | changes
         return dataclasses.replace(self, **changes)
