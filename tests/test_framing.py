@@ -73,6 +73,14 @@ def test_the_panel_starts_with_the_configs_own_settings(
     assert again.config.replace(subject=config.subject) == config
 
 
+def test_masks_show_the_class_noun_unless_told_otherwise(panel: widgets.SubjectPanel) -> None:
+    panel.class_noun.value = "turtle"
+    assert panel.framing.words.value == "turtle"
+    panel.framing.words.value = "shell"
+    panel.class_noun.value = "tortoise"
+    assert panel.framing.words.value == "shell"
+
+
 def test_buckets_show_each_crop_and_fewer_findings(panel: widgets.SubjectPanel) -> None:
     assert "cropped to 32 × 32 pixels" in texts(panel)
     assert "1.png loses more than a fifth to the crop" in texts(panel)

@@ -62,7 +62,8 @@ class FramingPanel(Panel):
         self.down = control(FloatSlider, "top to bottom", **slider)
         self.weight = control(Dropdown, "train on", options=weights, value=weight)
         self.base = control(Checkbox, "keep backgrounds", value=config.background_prior)
-        self.words = control(Text, "find in the photos", value=config.subject.class_noun)
+        self._noun = config.subject.class_noun
+        self.words = control(Text, "find in the photos", value=self._noun)
         self.threshold = control(FloatSlider, "threshold", **slider | {
             "min": 0.05, "max": 0.95, "value": mask_maker.THRESHOLD})  # fmt: skip
         self.move = Button(description="Move the crop")
@@ -116,8 +117,11 @@ class FramingPanel(Panel):
             shown.append(resized(photo.image, shape, box, size, Image.Resampling.LANCZOS))
         return shown
 
-    def use(self, photos: Sequence[Photo], folder: str | Path) -> None:
-        """Show these photos, which are in a folder or zip."""
+    def use(self, photos: Sequence[Photo], folder: str | Path, noun: str) -> None:
+        """Show these photos, which are in a folder or zip; masks show the noun if nothing else."""
+        if self.words.value == self._noun:
+            self.words.value = noun
+        self._noun = noun
         if photos is self._photos:
             return
         names = [photo.name for photo in photos]

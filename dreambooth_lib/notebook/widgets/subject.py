@@ -252,7 +252,7 @@ class SubjectPanel(Panel):
         identifier = self.identifier.value.strip() or config.subject.identifier
         subject = replace(config.subject, class_noun=noun, identifier=identifier)
         self.captions.show(photos, thumbnails, subject, self._tokenizers)
-        self.framing.use(photos, self._path)
+        self.framing.use(photos, self._path, noun)
 
 
 def _label(photo: Photo) -> str:
