@@ -73,6 +73,10 @@ def test_the_panel_starts_with_the_configs_own_settings(
     assert again.config.replace(subject=config.subject) == config
 
 
+def test_the_first_photos_crop_can_be_moved_at_once(panel: widgets.SubjectPanel) -> None:
+    assert panel.framing.photo.value == panel.framing.photo.options[0]
+
+
 def test_masks_show_the_class_noun_unless_told_otherwise(panel: widgets.SubjectPanel) -> None:
     panel.class_noun.value = "turtle"
     assert panel.framing.words.value == "turtle"

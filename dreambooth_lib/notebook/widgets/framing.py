@@ -129,6 +129,7 @@ class FramingPanel(Panel):
             self._found = {}
             self._photos, self._folder = photos, Path(folder)
             self.photo.options = names
+            self.photo.index = 0 if names else None  # an empty menu stays on None by itself
         self._photos = photos
         self._show_center()
         self._show_masks()
