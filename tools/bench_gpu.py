@@ -237,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES), metavar="NAME")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
     parser.add_argument("--predict", action="store_true", help="only predict; needs no GPU")
+    parser.add_argument("--lines-alone", action="store_true", help="leave out the ways of training")
     parser.add_argument("--keep", action="store_true", help="keep the bases that are done with")
     parser.add_argument("--minutes", type=float, default=9.0, help="all is over after so many")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of one measurement")
@@ -245,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     bench = Bench(
         given.work.resolve(), given.tiny, given.reference and given.reference.resolve(),
-        given.limit, given.only, until=time.monotonic() + 60 * given.minutes,
+        given.limit, given.only, [] if given.lines_alone else list(check_gpu.WAYS),
+        until=time.monotonic() + 60 * given.minutes,
     )  # fmt: skip
     if given.one:
         return bench.one(*given.one)
