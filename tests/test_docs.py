@@ -54,6 +54,7 @@ def test_outputs_are_kept_by_the_source_of_their_cells() -> None:
         {"output_type": "stream", "text": "\x1b[31m1 < 2\x1b[0m\n"},
         {"output_type": "display_data", "data": {"application/javascript": "1", "text/plain": ""}},
         {"output_type": "display_data", "data": {"image/png": png(), "text/plain": "<Figure>"}},
+        {"output_type": "execute_result", "data": {"text/markdown": "*m*", "text/plain": "<M>"}},
         {"output_type": "execute_result", "data": {"text/html": "<i>x</i>", "text/plain": "x"}},
         {"output_type": "execute_result", "data": {"text/plain": "[<1>]"}},
     ]
@@ -66,7 +67,7 @@ def test_outputs_are_kept_by_the_source_of_their_cells() -> None:
     assert shown.keys() == {digest("show()")}
     text = shown[digest("show()")]
     assert text.startswith("<pre>1 &lt; 2\n</pre><img ") and "javascript" not in text
-    assert text.endswith("<div><i>x</i></div><pre>[&lt;1&gt;]</pre>")
+    assert "<em>m</em>" in text and text.endswith("<div><i>x</i></div><pre>[&lt;1&gt;]</pre>")
     cells[1]["outputs"] = [{"output_type": "error", "ename": "KitError", "evalue": "no."}]
     with pytest.raises(RuntimeError, match=r"a cell failed: KitError: no\."):
         outputs_of({"metadata": {}, "cells": cells})
@@ -84,7 +85,7 @@ def test_docstrings_become_markdown() -> None:
     pytest.importorskip("griffe")
     from tools.docs_docstrings import as_markdown
 
-    text = "See :class:`~a.B` and :func:`c`.\n\nRUN/a.png    one\nRUN/b.png    two\n\nThe  end."
+    text = "See :class:`~a.B` and :func:`.c`.\n\nRUN/a.png    one\nRUN/b.png    two\n\nThe  end."
     assert as_markdown(text) == (
         "See `a.B` and `c`.\n\n    RUN/a.png    one\n    RUN/b.png    two\n\n    The  end."
     )
@@ -142,7 +143,7 @@ def test_the_api_has_every_name_and_module(hooks: Any) -> None:
     import dreambooth_lib
 
     pages = dict(hooks.api_pages())
-    assert pages["api/index.md"].count("- [`db.") == len(dreambooth_lib.__all__)
+    assert pages["api/index.md"].count("\n| [`db.") == len(dreambooth_lib.__all__)
     packages = {path.parent.name for path in (ROOT / "dreambooth_lib").glob("*/__init__.py")}
     assert pages.keys() == {"api/index.md", *(f"api/{name}.md" for name in packages)}
     assert "::: dreambooth_lib.core.config\n" in pages["api/core.md"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from griffe import Extension
 
-_ROLE = re.compile(r":\w+:`~?([^`]+)`")
+_ROLE = re.compile(r":\w+:`[~.]?([^`]+)`")
 _COLUMNS = re.compile(r"\S {2,}\S")
 
 
@@ -25,8 +25,11 @@ def as_markdown(text: str) -> str:
 
 
 class Docstrings(Extension):
-    """Change each object's docstring as it is read."""
+    """Change the docstrings of a package once it is read, those of comments (``#:``) too."""
 
-    def on_instance(self, *, obj: Any, **_: Any) -> None:
-        if obj.docstring:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+    def on_package(self, *, pkg: Any, **_: Any) -> None:
+        if pkg.docstring:
+            pkg.docstring.value = as_markdown(pkg.docstring.value)
+        for member in pkg.members.values():
+            if not member.is_alias:
+                self.on_package(pkg=member)

@@ -4,6 +4,7 @@
 notebooks with the outputs that ``tools.notebook_outputs`` kept, and the API by package.
 """
 
+import ast
 import json
 import logging
 import re
@@ -15,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from mkdocs.structure.files import File
 
+from tools.docs_docstrings import as_markdown
 from tools.notebook_outputs import NOTEBOOKS, ROOT, digest, outputs_file
 
 log = logging.getLogger("mkdocs.plugins.kit")
@@ -87,11 +89,14 @@ def notebook_page(name: str, notebook: dict[str, Any], repository: str) -> str:
 def api_pages() -> Iterator[tuple[str, str]]:
     """Yield the pages of the API: the names of ``import dreambooth_lib as db``, then packages."""
     home = re.findall(r'^    "(\w+)": "([\w.]+)",$', (PACKAGE / "__init__.py").read_text(), re.M)
-    names = [f"- [`db.{name}`][dreambooth_lib.{module}.{name}]" for name, module in sorted(home)]
-    first = (
-        "# API\n\n`import dreambooth_lib as db` has these names; the other pages have the rest.\n"
-    )
-    yield "api/index.md", "\n".join([first, *names])
+    rows = ["| name | what it is |", "|---|---|"]
+    for name, module in sorted(home):
+        tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+        (found,) = (node for node in tree.body if getattr(node, "name", "") == name)
+        text = (ast.get_docstring(found) or "").partition("\n\n")[0].replace("\n", " ")
+        rows.append(f"| [`db.{name}`][dreambooth_lib.{module}.{name}] | {as_markdown(text)} |")
+    first = "# API\n\n`import dreambooth_lib as db` has these names; the other pages have the rest."
+    yield "api/index.md", "\n".join([first, "", *rows])
     for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
         modules = sorted(folder.rglob("[!_]*.py"))
         paths = [path.relative_to(ROOT).with_suffix("").parts for path in modules]

@@ -106,6 +106,10 @@ def show_output(output: Mapping[str, Any], widgets: Widgets) -> str:
         return widgets.show(data[_VIEW]["model_id"])
     if "image/png" in data:
         return picture(base64.b64decode(data["image/png"]))
+    if "text/markdown" in data:
+        from nbconvert.filters import markdown2html
+
+        return f"<div>{markdown2html(data['text/markdown'])}</div>"
     if "text/html" in data:
         return f"<div>{data['text/html']}</div>"
     return f"<pre>{html.escape(data.get('text/plain', ''))}</pre>"
