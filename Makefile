@@ -8,17 +8,25 @@ WHEELS := outputs/gpu-wheels
 # Bytes that Jupyter takes in one message; by itself 10 MiB, which three phone photos exceed.
 UPLOAD := 209715200
 
-.PHONY: demo test lab wheel figures bench growth launches t4 gpu gpu-wheels ram base fuzz kill
+.PHONY: demo test test-newest docs docs-outputs lab wheel figures bench growth launches t4 gpu gpu-wheels ram base fuzz kill
 demo: $(VENV)/ready  ## personalise the bundled base for a bundled subject
 	$(RUN) -m dreambooth_lib demo
 
-test: $(VENV)/ready $(COLAB)/ready $(LOWEST)/ready  ## the whole test suite
+test: export DREAMBOOTH_TEST_COLAB_PYTHON = $(abspath $(COLAB))/bin/python
+test: export DREAMBOOTH_TEST_LOWEST_PYTHON = $(abspath $(LOWEST))/bin/python
+test: $(COLAB)/ready $(LOWEST)/ready test-newest  ## the whole test suite
+
+test-newest: $(VENV)/ready  ## the test suite, without Colab's packages and the oldest ones
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 DREAMBOOTH_TEST_COLAB_PYTHON=$(abspath $(COLAB))/bin/python \
-	    DREAMBOOTH_TEST_LOWEST_PYTHON=$(abspath $(LOWEST))/bin/python \
-	    $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+
+docs: $(VENV)/docs  ## the documentation, readable from disk: outputs/site/index.html
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(RUN) -m mkdocs build --strict --quiet --site-dir outputs/site
+
+docs-outputs: $(VENV)/ready  ## what the notebooks show, for the documentation: docs/notebooks
+	OMP_NUM_THREADS=1 $(RUN) -m tools.notebook_outputs $(ARGS)
 
 # Such as ARGS="--only pictures --seed 17 --count 1", to repeat one case.
 fuzz: $(VENV)/ready  ## tens of thousands of damaged files, and a failing disk at each kind of write
@@ -81,6 +89,10 @@ $(VENV)/ready: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet torch -c constraints.txt
 	$(RUN) -m pip install --quiet -e ".[test]" -c constraints.txt
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready constraints-docs.txt
+	$(RUN) -m pip install --quiet -e ".[docs]" -c constraints.txt -c constraints-docs.txt
 	touch $@
 
 # What a notebook on Colab finds, at Colab's versions; the library is read from here.

@@ -21,6 +21,7 @@ from dreambooth_lib.core.errors import KitError, one_line, printable
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.evaluation.arguments import add_evaluate, add_results
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run
 
@@ -80,48 +81,24 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = add("evaluate", help="run the paper's evaluation: the base against tuned runs")
     evaluate.set_defaults(call=run_evaluate)
-    evaluate.add_argument(
-        "dataset", type=Path, nargs="?", help="a folder of subjects (default: the bundled ones)"
-    )
-    evaluate.add_argument(
-        "--download", action="store_true", help="download the DreamBooth data set there first"
-    )
-    evaluate.add_argument("--base", default="toybox")
-    evaluate.add_argument(
-        "--encoders",
-        nargs="+",
-        help="hub ids, folders, 'photos' (DINOv2 and SigLIP 2) or 'paper' "
-        "(DINO and CLIP, beside the paper's rows); default: photos, or the bundled base's scorer",
-    )
-    evaluate.add_argument(
-        "--drift-prompts",
-        nargs="+",
-        default=[],
-        help="prompts whose images should stay the base's; {noun} is the class noun",
-    )
-    evaluate.add_argument("--pictures", type=int, default=4, help="images of each prompt")
-    evaluate.add_argument("--steps", type=int, help="training steps (default: the base's)")
-    evaluate.add_argument("--batch-size", type=int, help="default: the base's")
-    evaluate.add_argument("--class-images", type=int, help="default: the base's")
-    evaluate.add_argument(
-        "--scorer", help="the CLIP that scores validation images (default: the base's)"
-    )
-    evaluate.add_argument(
-        "--vlm",
-        help="a vision-language model that judges, too: a hub id or folder, or its API's name",
-    )
-    evaluate.add_argument("--vlm-url", help="its OpenAI-compatible API: https://api.openai.com/v1")
-    evaluate.add_argument(
-        "--vlm-key", default="OPENAI_API_KEY", help="the environment variable with the API's key"
-    )
-    evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
+    add_evaluate(evaluate)
 
     results = add("results", help="keep results as data, and write their table")
     results.set_defaults(call=run_results)
-    results.add_argument("action", choices=("add", "table"))
-    results.add_argument("places", type=Path, nargs="*", help="folders of runs or evaluations")
-    results.add_argument("--title", default="", help="what to call it (default: from its config)")
-    results.add_argument("--folder", type=Path, default=Path("docs/results"))
+    add_results(results)
+
+    gallery = add("gallery", help="write a study as one HTML page with sliders")
+    gallery.set_defaults(call=run_gallery)
+    gallery.add_argument("folders", type=Path, nargs="+", help="of runs, or of studies")
+    gallery.add_argument("--out", type=Path, default=Path("gallery.html"))
+    gallery.add_argument("--photos", action="store_true", help="show the subjects' photos, too")
+    gallery.add_argument(
+        "--space", type=Path, help="write this folder instead: a Space that also draws, on a CPU"
+    )
+
+    report = add("report", help="describe this machine for an issue, without anything private")
+    report.set_defaults(call=run_report)
+    report.add_argument("--base", default="toybox", help="the base that you train")
     return main
 
 
@@ -263,6 +240,22 @@ def run_results(arguments: argparse.Namespace) -> None:
 
     for file in commands.results_files(arguments):
         show(file)
+
+
+def run_gallery(arguments: argparse.Namespace) -> None:
+    from dreambooth_lib.export import gallery, space
+
+    study, photos = gallery.find_runs(arguments.folders), arguments.photos
+    if arguments.space is not None:
+        show(space.write_space(study, arguments.space, photos))
+    else:
+        show(gallery.write_gallery(study, arguments.out, photos))
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from dreambooth_lib.notebook.report import report
+
+    print(report(arguments.base))
 
 
 def show(line: object) -> None:

@@ -27,16 +27,26 @@ def test_a_notebook_gets_one_badge_and_one_address(name: str) -> None:
     assert "".join(plain["cells"][0]["source"][1:]).strip() in "".join(head)
 
 
-def test_readme_says_the_way_in_in_one_line() -> None:
+def test_links_lead_to_the_new_address_and_others_stay() -> None:
+    before = address.current()
+    for file in address.FILES:
+        plain = (address.ROOT / file).read_text()
+        first = address.with_links(plain, before, "https://github.com/me/old")
+        again = address.with_links(first, "me/old", "https://github.com/you/new/")
+        assert "github.com/you/new" in again
+        assert before not in again and "me/old" not in again
+    text = "https://github.com/me/older https://github.com/not/me/old"
+    assert address.with_links(text, "me/old", "https://github.com/you/new") == text
+
+
+def test_readme_has_a_button_and_a_clone_line_and_says_what_is_so_before() -> None:
     plain = (address.ROOT / "README.md").read_text()
-    first = address.with_badge(plain, "https://github.com/me/old")
-    again = address.with_badge(first, "https://github.com/you/new/")
+    again = address.with_links(plain, address.current(), "https://github.com/you/new")
     (line,) = [line for line in again.splitlines() if "colab-badge.svg" in line]
     assert "/github/you/new/blob/main/notebooks/01_dreambooth.ipynb)" in line
-    assert "`pip install git+https://github.com/you/new`" in line
     assert "git clone https://github.com/you/new.git dreambooth" in again
-    assert "make wheel" not in again and "me/old" not in again
-    heads = [row.removesuffix(", today") for row in plain.splitlines() if row.startswith("## ")]
+    assert "Until the kit is published" in plain and "Until the kit is published" not in again
+    heads = [row for row in plain.splitlines() if row.startswith("## ")]
     assert [row for row in again.splitlines() if row.startswith("## ")] == heads
 
 

@@ -68,6 +68,15 @@ def test_constraints_satisfy_the_requirements() -> None:
     assert (required() | test).keys() <= constraints.keys()
 
 
+def test_the_documentation_needs_nothing_that_a_user_needs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    docs = requirements(project["optional-dependencies"]["docs"])
+    constraints = pins(ROOT / "constraints.txt") | pins(ROOT / "constraints-docs.txt")
+    assert docs.keys() <= constraints.keys() and unmet(docs, constraints) == []
+    assert not pins(ROOT / "constraints.txt").keys() & pins(ROOT / "constraints-docs.txt").keys()
+    assert not required().keys() & docs.keys()
+
+
 def test_unmet_is_found() -> None:
     wanted = requirements(["a_b>=2.0  # why", "", "# c", "d>=1"])
     assert unmet(wanted, {"a-b": Version("2.0+cu128"), "d": Version("1")}) == []
@@ -127,4 +136,5 @@ def test_the_first_cell_installs_the_wheel_beside_it_with_its_data(tmp_path: Pat
     for file in (ROOT / "data").rglob("*"):
         installed = library / "bundled" / file.relative_to(ROOT / "data")
         assert installed.exists(), f"{file.name} is not in the package"
+    assert (library / "export" / "gallery.html").exists()
     assert (library / "py.typed").exists() and not (library / "removed.py").exists()

@@ -1,23 +1,33 @@
-"""Write where the kit is published into the notebooks: ``python -m tools.address ADDRESS``.
+"""Write where the kit is published into its files: ``python -m tools.address ADDRESS``.
 
 ADDRESS is that of a GitHub repository, https://github.com/OWNER/NAME. Each notebook then begins
-with a badge that opens it in Colab, and its first cell installs the kit from there; README gets
-both in one line, in place of the instructions for a wheel.
+with a badge that opens it in Colab, and its first cell installs the kit from there; the links of
+:data:`FILES` lead there.
 """
 
 import argparse
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 COLAB = "https://colab.research.google.com"
+#: Files with links to the repository; pyproject.toml says which one they have now.
+FILES = (
+    "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CITATION.cff",
+    "SECURITY.md",
+    "mkdocs.yml",
+    ".github/ISSUE_TEMPLATE/config.yml",
+)
 _BADGE = re.compile(r"^\[!\[Open in Colab\]")
-_CLONE = re.compile(r"git clone https://github\.com/\S+?\.git")
 _KIT = re.compile(r'^KIT_URL = ".*?"')
-_ON_COLAB = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
+_UNPUBLISHED = re.compile(r"^Until the kit is published.*?\n\n", re.DOTALL | re.MULTILINE)
 
 
 def badge(repository: str, name: str) -> str:
@@ -32,6 +42,12 @@ def repository_of(address: str) -> str:
     if not match:
         raise ValueError(f"'{address}' is not https://github.com/OWNER/NAME.")
     return match[1]
+
+
+def current() -> str:
+    """Return the OWNER/NAME that the kit's files have now."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return repository_of(project["urls"]["Repository"])
 
 
 def with_address(notebook: dict[str, Any], name: str, address: str) -> dict[str, Any]:
@@ -50,26 +66,28 @@ def with_address(notebook: dict[str, Any], name: str, address: str) -> dict[str,
     return notebook
 
 
-def with_badge(readme: str, address: str) -> str:
-    """Return README with the clone line, and the first notebook's badge and installation."""
-    repository = repository_of(address)
-    readme = _CLONE.sub(f"git clone https://github.com/{repository}.git", readme)
-    install = f"`pip install git+https://github.com/{repository}`"
-    line = f"{badge(repository, '01_dreambooth')} or {install}"
-    return _ON_COLAB.sub(f"## On Colab\n\n{line}\n\n", readme)
+def with_links(text: str, before: str, address: str) -> str:
+    """Return a text whose links to the repository ``before`` lead to that of an address.
+
+    What the README says of the time before that goes.
+    """
+    link = rf"(github\.com/|{COLAB}/github/){re.escape(before)}(?=[/.)\s\"'`]|$)"
+    text = re.sub(link, rf"\g<1>{repository_of(address)}", text, flags=re.MULTILINE)
+    return _UNPUBLISHED.sub("", text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("address")
     address = parser.parse_args().address
+    before = current()
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook = with_address(json.loads(path.read_text()), path.stem, address)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         print(path)
-    readme = ROOT / "README.md"
-    readme.write_text(with_badge(readme.read_text(), address))
-    print(readme)
+    for path in (ROOT / name for name in FILES):
+        path.write_text(with_links(path.read_text(), before, address))
+        print(path)
 
 
 if __name__ == "__main__":

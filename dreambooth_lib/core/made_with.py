@@ -11,6 +11,13 @@ from typing import Any
 MADE_WITH_FILE = "made_with.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "numpy")
 
+KIT = __name__.partition(".")[0]
+
+
+def kit_version() -> str:
+    """Return the version of this library."""
+    return sys.modules[KIT].__version__
+
 
 def made_with() -> dict[str, Any]:
     """Return this process's versions and device, its peak memory in MiB, and today's date.
@@ -19,8 +26,7 @@ def made_with() -> dict[str, Any]:
     """
     import torch
 
-    kit = __name__.partition(".")[0]
-    versions = {kit: sys.modules[kit].__version__, "python": platform.python_version()}
+    versions = {KIT: kit_version(), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

@@ -1,8 +1,10 @@
-"""Check what users name things, and quote it for Python and Markdown."""
+"""Check what users name things, quote it for Python and Markdown, and leave out what is private."""
 
+import getpass
 import json
+import os
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 _MOST_BYTES = 200  # of a word in UTF-8; a file's name may have 255, with the kit's own additions
 _MOST_BYTES_OF_PATH = 4000
@@ -18,6 +20,12 @@ _RESERVED = {
 _MARKUP = re.compile(
     r"[\\`*\[\]<>&|~@$=]|^[#+\-]|(?<=:)//|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE
 )
+
+#: What the tokens of some services look like.
+TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[a-z]-)[\w-]{8,}")
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)  # in an environment variable's name
+_HOME = re.compile(r"(/home/|/Users/|[A-Za-z]:[\\/]Users[\\/])[^/\\\s'\"]+")
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def problem_with_words(text: str) -> str | None:
@@ -78,3 +86,21 @@ def markdown(text: object) -> str:
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else "\ufffd" for c in line)
     return _MARKUP.sub(lambda found: "".join(f"\\{c}" for c in found[0]), line)
+
+
+def without_private(text: str) -> str:
+    """Return a text without tokens, logins in addresses, home folders and this user's name."""
+    secrets = [value for name, value in os.environ.items() if _SECRET.search(name)]
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= 8:
+            text = text.replace(secret, "[hidden]")
+    text = _LOGIN.sub("", TOKEN.sub("[hidden]", text))
+    for home in (Path.home(), Path.home().resolve()):
+        if len(home.parts) > 1:  # some containers have "/"
+            text = text.replace(str(home), "~")
+    text = _HOME.sub("~", text)
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # of a process whose number has no user
+        return text
+    return text if user == "root" else re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "[user]", text)

@@ -43,11 +43,11 @@ class ImageFiles:
     method: str
     subject: Subject
     prompts: list[str]  #: without the identifier: "a dog in the jungle"
-    images: list[list[Path]]  #: [prompts][seeds]
+    images: list[list[Path]]  #: ``[prompts][seeds]``
     class_images: list[Path]
     base_class_images: list[Path]
     drift_prompts: list[str] = field(default_factory=list)
-    drift_images: list[list[Path]] = field(default_factory=list)  #: [drift prompts][seeds]
+    drift_images: list[list[Path]] = field(default_factory=list)  #: ``[drift prompts][seeds]``
     base_drift_images: list[list[Path]] = field(default_factory=list)
 
 

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replace_file
-from dreambooth_lib.core.user_text import markdown
+from dreambooth_lib.core.user_text import TOKEN, markdown
 from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import table
 from dreambooth_lib.figures.labels import heading
@@ -58,7 +58,6 @@ SCHEMA: dict[str, Any] = {
     "cost": {"seconds": _NUMBER, "peak_memory_mb": _NUMBER, "weights_mb": _NUMBER},
 }
 _PLACE = re.compile(r"(^|[\s\"'=(])(/|~/|\\\\|[A-Za-z]:[\\/])[^\s/]|file://")
-_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[a-z]-)[\w-]{8,}")
 
 
 class ResultError(KitError, ValueError):
@@ -118,7 +117,7 @@ def _check_scalar(value: Any, types: tuple[type, ...], where: str) -> None:
             raise ResultError(
                 f"{where} names a place on a machine; keep the last part of the path."
             )
-        if _TOKEN.search(value):
+        if TOKEN.search(value):
             raise ResultError(f"{where} looks like a token; remove it, and revoke it.")
 
 

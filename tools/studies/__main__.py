@@ -275,6 +275,7 @@ def main() -> None:
         rows = trust.read_rows(arguments.rows)
         finished.write(arguments.out / "bank", rows, subjects[0])
         finished.write_chosen(arguments.out / "bank", rows)
+        finished.write_readme(arguments.out / "bank", subjects[0])
         return
     with workers(arguments.workers, arguments.dask) as executor:
         if arguments.study == "grid":

@@ -3,10 +3,13 @@
 data/studies/SUBJECT.csv   a row for each λ, seed and step, scored by the exhaustive plan
 data/studies/SUBJECT.png   two images of the subject and one of its class for each λ and step
 docs/studies/chosen.png    of every subject its photos, the base's images and the chosen step's
+docs/readme.png            a subject's photos, the base's images, and those after training
 """
 
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.subject import Subject
@@ -20,6 +23,7 @@ from tools.studies import bank, trust
 
 FOLDER = loading.BUNDLED / "studies"
 CHOSEN = Path("docs/studies/chosen.png")
+README = Path("docs/readme.png")
 
 
 def write(folder: Path, rows: trust.Rows, subject: Subject) -> None:
@@ -54,6 +58,22 @@ def write_chosen(folder: Path, rows: trust.Rows) -> None:
         cells.append([photos[:2], base.subject[::6], chosen.subject[::3], chosen.class_images[:3]])
     columns = ["photos", "the base", "the subject", "its class"]
     save_png(image_grids.matrix(names, columns, cells), CHOSEN)
+
+
+def write_readme(folder: Path, subject: Subject) -> None:
+    """Show what training does to the subject, its class and other things, with no prior too."""
+    places = ["base/{}/000000.npz", "full/{}/seed0/000500.npz", "lambda-0/{}/seed0/000500.npz"]
+    cells = []
+    for place in places:
+        drawn = bank.load(folder / place.format(subject.name), subject)["exhaustive"]
+        cells.append([drawn.subject[:9:3], drawn.class_images[1:4], drawn.unrelated[:12:4]])
+    size = cells[0][0][0].size
+    photos = [photo.image.resize(size) for photo in read_photos(subject)]
+    nothing = [Image.new("RGB", size, "white")]
+    names = ["the photos", "before training", "after training", "... without prior\npreservation"]
+    columns = [f'"a {subject.token}" in three scenes', f'"{subject.class_prompt}"', "other prompts"]
+    rows = [[photos[:3], nothing, nothing], *cells]
+    save_png(image_grids.matrix(names, columns, rows), README)
 
 
 def lambda_table(rows: trust.Rows, subject: str) -> list[dict[str, Any]]:

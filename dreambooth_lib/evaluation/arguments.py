@@ -1,0 +1,49 @@
+"""Define what the commands ``evaluate`` and ``results`` take."""
+
+import argparse
+from pathlib import Path
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dataset", type=Path, nargs="?", help="a folder of subjects (default: the bundled ones)"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="download the DreamBooth data set there first"
+    )
+    parser.add_argument("--base", default="toybox")
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        help="hub ids, folders, 'photos' (DINOv2 and SigLIP 2) or 'paper' "
+        "(DINO and CLIP, beside the paper's rows); default: photos, or the bundled base's scorer",
+    )
+    parser.add_argument(
+        "--drift-prompts",
+        nargs="+",
+        default=[],
+        help="prompts whose images should stay the base's; {noun} is the class noun",
+    )
+    parser.add_argument("--pictures", type=int, default=4, help="images of each prompt")
+    parser.add_argument("--steps", type=int, help="training steps (default: the base's)")
+    parser.add_argument("--batch-size", type=int, help="default: the base's")
+    parser.add_argument("--class-images", type=int, help="default: the base's")
+    parser.add_argument(
+        "--scorer", help="the CLIP that scores validation images (default: the base's)"
+    )
+    parser.add_argument(
+        "--vlm",
+        help="a vision-language model that judges, too: a hub id or folder, or its API's name",
+    )
+    parser.add_argument("--vlm-url", help="its OpenAI-compatible API: https://api.openai.com/v1")
+    parser.add_argument(
+        "--vlm-key", default="OPENAI_API_KEY", help="the environment variable with the API's key"
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("add", "table"))
+    parser.add_argument("places", type=Path, nargs="*", help="folders of runs or evaluations")
+    parser.add_argument("--title", default="", help="what to call it (default: from its config)")
+    parser.add_argument("--folder", type=Path, default=Path("docs/results"))
