@@ -10,7 +10,7 @@ from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.hub_token import HubError, hub_token
 from dreambooth_lib.core.user_text import markdown, python_string
 from dreambooth_lib.data import images
-from dreambooth_lib.families import loading, one_file, textual_inversion
+from dreambooth_lib.families import clip_skip, loading, one_file, textual_inversion
 from dreambooth_lib.families.prediction_type import V_PREDICTION
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.training import best_checkpoint, validation_record
@@ -76,6 +76,7 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
                 pipeline_class, method = first.index["_class_name"], "from_single_file"
                 loaded_first = file.address or loaded_first
             scheduler = _scheduler_lines(first, file is not None)
+            scheduler += clip_skip.usage_lines(first, config.clip_skip)
         inference = inference_settings(run)
         trained = str(run.folder) if run.finished else config.base
         dtype = loading.resolve(trained, config.revision).family.card_dtype

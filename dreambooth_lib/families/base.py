@@ -73,8 +73,9 @@ class Family:
     options: ClassVar[dict[str, Any]] = {}
     #: Tokens of a prompt that the pipeline reads by a tokenizer, if not its model_max_length.
     tokens_read: ClassVar[dict[str, int]] = {}
-    #: The most chunks that a prompt is read in.
+    #: The most chunks that a prompt is read in, and whether by another layer than the last one.
     most_chunks: ClassVar[int] = 1
+    skips_layers: ClassVar[bool] = False
     #: The pipeline call's arguments for the tensors that ``encode_prompts`` returns.
     pipeline_argument_names: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",

@@ -82,6 +82,7 @@ def _without_details(config: TrainConfig) -> TrainConfig:
     fixed: dict[str, Any] = {"steps": 1, "seed": 0, "learning_rate": 1.0, "weight_decay": 0.0}
     fixed |= {name: min(1, getattr(config, name)) for name in ("validate_every", "class_images")}
     fixed |= {"prior_weight": float(config.prior_weight > 0), "warmup_steps": 0}
+    fixed |= {"text_encoder_learning_rate": None, "text_encoder_steps": None}
     fixed |= {"early_stop": False, "keep_class": None, "class_folder": config.class_folder and "."}
     subject = Subject("photos", "dog", config.subject.identifier)
     return config.replace(subject=subject, **fixed)
