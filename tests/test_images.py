@@ -537,7 +537,9 @@ def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     noise(2).save(folder / name)
     source = read_source(folder)
     assert [photo.name for photo in source.photos] == ["p0.png"]
-    assert len(source.notes) == 1 and source.notes[0].startswith(f"{name} is left out, as masks")
+    assert len(source.notes) == 1 and source.notes[0].startswith(
+        f"{name} is not trained on as photos"
+    )
 
 
 def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path) -> None:
@@ -550,7 +552,7 @@ def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path)
     noise(2).save(folder / "carnival_mask.jpg")
     source = read_source(folder)
     assert [p.name for p in source.photos] == ["carnival_mask.jpg", "chess.png", "p0.jpg"]
-    assert source.notes[0].startswith("cat_mask.png and p0.png are left out")
+    assert source.notes[0].startswith("cat_mask.png and p0.png are not trained on as photos")
 
 
 # Colours, and decoders that may be missing

@@ -107,6 +107,16 @@ def list_files(path: Path) -> list[SourceFile]:
     return sorted(files, key=lambda file: file.name)
 
 
+def folders_with_photos(path: Path) -> list[str]:
+    """Return the folders in a folder that have photos, one or two levels below it."""
+    if not path.is_dir():
+        return []
+    files = (file for pattern in ("*/*", "*/*/*") for file in path.glob(pattern))
+    shown = [file.relative_to(path) for file in files if file.suffix.lower() in PHOTO_SUFFIXES]
+    visible = [p.parent for p in shown if not any(map(_is_ignored, p.parts))]
+    return sorted({folder.as_posix() for folder in visible})
+
+
 def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in _IGNORED
 

@@ -13,7 +13,7 @@ from dreambooth_lib.data import images
 from dreambooth_lib.families import clip_skip, loading, one_file, textual_inversion
 from dreambooth_lib.families.prediction_type import V_PREDICTION
 from dreambooth_lib.figures import image_grids, plots
-from dreambooth_lib.training import best_checkpoint, validation_record
+from dreambooth_lib.training import best_checkpoint, image_sizes, validation_record
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import inference_settings
 
@@ -83,6 +83,8 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
         settings = (
             f", num_inference_steps={inference.steps}, guidance_scale={inference.guidance_scale:g}"
         )
+        if size := image_sizes.saved_size(run):
+            settings += ", width={}, height={}".format(*size)
     except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""
     is_toybox = loaded_first == "toybox"

@@ -68,7 +68,7 @@ def load_model(
             f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
             "that has it, such as an L4 or A100, or choose another base."
         )
-    _check_reading(resolved, loading)
+    _check_options(resolved, loading)
     resolved.check()
     _check_unchanged(resolved.path)
     from dreambooth_lib.families.pretrained import load_pretrained
@@ -79,9 +79,19 @@ def load_model(
     return _configured(family, resolved)
 
 
-def _check_reading(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
-    """Raise :class:`BaseError` where a family does not read prompts as the options say."""
-    family, base = resolved.family, resolved.name
+def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
+    """Raise :class:`BaseError` where a family cannot read prompts, or draw, as the options say."""
+    family, base, side = resolved.family, resolved.name, options.get("resolution")
+    if side is not None:
+        denoiser, vae = (resolved.read(f"{n}/config.json") for n in (family.denoiser_name, "vae"))
+        with explain_loading(resolved.path):
+            multiple = family.least_multiple(denoiser, vae)
+        if side % multiple:
+            lower = max(multiple, side // multiple * multiple)
+            raise BaseError(
+                f"resolution is {side}, but '{base}' draws only sides that are multiples of "
+                f"{multiple}; set it to {lower} or {lower + multiple}."
+            )
     if options.get("prompt_chunks", 1) > family.most_chunks:
         raise BaseError(
             f"prompt_chunks is {options['prompt_chunks']}, but the prompts of '{base}' are not "
@@ -200,7 +210,7 @@ def load_meta(
     resolved = resolve(base, revision, None, prediction_type)
     if resolved.loras and loading.get("clip_skip") is None:
         loading["clip_skip"] = resolved.loras[-1].trained_on["clip_skip"]
-    _check_reading(resolved, loading)
+    _check_options(resolved, loading)
     resolved.check(weights=False)
     hub_revision = resolved.hub.get("revision")
     return build_on_meta(

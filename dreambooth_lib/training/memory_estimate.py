@@ -159,7 +159,7 @@ def suggest_savings(config: TrainConfig, precision: str) -> str:
     lora: dict[str, Any] = {"method": "lora"}
     suggestions: list[dict[str, Any]] = [
         {"memory": "low"}, {"memory": "lowest"}, lora, lora | {"memory": "low"},
-        lora | {"quantize": "nf4"}, {"resolution": side // 16 * 8},
+        lora | {"quantize": "nf4"}, {"resolution": side // 32 * 16},
     ]  # fmt: skip
     now, savings = estimate(config, precision).memory, []
     for changes in suggestions:

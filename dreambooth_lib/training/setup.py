@@ -29,7 +29,7 @@ from dreambooth_lib.training.class_images import prepare_class_images, prior_pro
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
-from dreambooth_lib.training.image_sizes import fit_to_photos
+from dreambooth_lib.training.image_sizes import fit_to_photos, size_to_save
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
@@ -240,6 +240,7 @@ class Trainer:
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
             state = self.optimizer.state_dict() | self.prior_weight.state_dict()
+            state |= size_to_save(self.family)
             self.run.save_checkpoint(self.step, state, self._best_step())
             self.saved_step = self.step
         if wait:
@@ -262,7 +263,7 @@ class Trainer:
             load_checkpoint_weights(model, self.run, best)
         else:
             self.optimizer.ema.load_weights()
-        kept = self.prior_weight.kept()
+        kept = self.prior_weight.kept() | size_to_save(self.family)
         if self.accelerator.is_main_process:
             # An earlier, shorter run's pipeline stays until this one is complete.
             with replacing_folder(self.run.pipeline) as partial:

@@ -109,7 +109,7 @@ def load_drawing_family(config: TrainConfig, family: Family, dtype: torch.dtype)
         raise ConfigError(wrong)
     options = training_load_options(own, dtype) | {"resolution": family.resolution}
     drawing = _load(own, **options, **shared)
-    drawing.prompt_cache = family.prompt_cache
+    drawing.prompt_cache, drawing.size = family.prompt_cache, family.size
     drawing.denoiser.add_adapter(family.denoiser.peft_config["default"])
     drawing.denoiser.requires_grad_(False)
     adapters = {n: p for n, p in family.denoiser.named_parameters() if p.requires_grad}
