@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import types
+import unicodedata
 import warnings
 import weakref
 import zipfile
@@ -776,3 +777,28 @@ def test_images_are_embedded_without_holding_them_all(
     embed = encoders.Encoder._embed
     assert embed(None, images.Images(photos), features, "images").shape == (len(photos), 2)  # type: ignore[arg-type]
     assert most <= 2 * encoders.BATCH
+
+
+def test_names_with_accents_belong_together_in_either_spelling(folder: Path) -> None:
+    """As macOS spells them in a folder or zip, and another program in a table."""
+    composed, apart = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
+    assert composed != apart
+    for spelt, other in ((composed, apart), (apart, composed)):
+        place = folder / spelt
+        place.mkdir(exist_ok=True)
+        noise(1).save(place / f"{spelt}.png")
+        (place / f"{other}.txt").write_text("a {} dog")
+        (photo,) = read_photos(place)
+        assert photo.caption == "a {} dog"
+        captions.write_captions(place, {photo.name: "a new one"})
+        assert len([*place.iterdir()]) == 2 and read_photos(place)[0].caption == "a new one"
+        (place / f"{other}.txt").unlink()
+        (place / "metadata.csv").write_text(f"file_name,text\n{other}.png,of a table\n")
+        assert read_photos(place)[0].caption == "of a table"
+        (place / "metadata.csv").unlink()
+        (place / "metadata.json").write_text(json.dumps({other: {"caption": "of kohya's"}}))
+        assert read_photos(place)[0].caption == "of kohya's"
+        (place / "metadata.json").unlink()
+        noise(2).save(place / f"{other}-masklabel.png")
+        (photo,) = read_photos(place)
+        assert photo.mask is not None and photo.mask.name == f"{other}-masklabel.png"

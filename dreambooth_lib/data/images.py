@@ -27,6 +27,7 @@ from dreambooth_lib.data.sources import (
     TEXT_SUFFIXES,
     DataError,
     SourceFile,
+    folded,
     folders_with_photos,
     list_files,
 )
@@ -279,7 +280,7 @@ def _read_all(path: Path, files: list[SourceFile]) -> list[Photo]:
 
 def _masks(photos: list[Photo]) -> list[str]:
     """Return the names of pictures that are masks, maps or thumbnails of other photos."""
-    stems = {photo.name: PurePosixPath(photo.name).stem.lower() for photo in photos}
+    stems = {photo.name: folded(PurePosixPath(photo.name).stem) for photo in photos}
     drawn = {photo.name for photo in photos if photo.traits.is_black_and_white}
     photographed = {stems[photo.name] for photo in photos if photo.name not in drawn}
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import stat
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -105,6 +106,14 @@ def list_files(path: Path) -> list[SourceFile]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); check its permissions.") from error
     return sorted(files, key=lambda file: file.name)
+
+
+def folded(name: str) -> str:
+    """Return a file's name as it is compared: in lower case, letters with accents composed.
+
+    macOS takes them apart, so that one name has two spellings in a zip and in a table.
+    """
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def folders_with_photos(path: Path) -> list[str]:

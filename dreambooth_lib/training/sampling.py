@@ -75,7 +75,7 @@ def sample(
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or family.default_batch_size
     filled = [fill(prompt, subject) for prompt in prompts]
-    for prompt in filled:
+    for prompt in (*filled, negative_prompt):
         if message := warning_of_length(prompt, family.tokenizers, family.how_to_read_more):
             warnings.warn(message, stacklevel=2)
     pairs = [(prompt, seed) for prompt in filled for seed in seeds]
