@@ -39,6 +39,9 @@ class TrainConfig:
     #: what a Stable Diffusion base predicts, where its files say otherwise or nothing: "epsilon",
     #: "v_prediction", or "v_prediction_ztsnr" with a zero terminal SNR (arXiv 2305.08891)
     prediction_type: str | None = None
+    #: the text encoder's layer that reads prompts, counted from the last one, 1, as A1111 counts
+    #: its "Clip skip"; Stable Diffusion 1.x and 2.x only. None is as the base has it.
+    clip_skip: int | None = None
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda, the weight of the prior preservation loss; 0 turns it off
@@ -91,6 +94,10 @@ class TrainConfig:
     #: put on it, with its own steps and guidance; class images are the base's. None is the base.
     draw_base: str | None = None
     train_text_encoder: bool = False
+    #: of what is trained of the text encoders; None is learning_rate
+    text_encoder_learning_rate: float | None = None
+    #: optimizer steps after which the text encoders stop training; None: they train to the end
+    text_encoder_steps: int | None = None
     #: also learn a new token embedding for the identifier (pivotal tuning); LoRA only
     train_token: bool = False
 
