@@ -20,6 +20,11 @@ LOW_MEMORY = ("low", "lowest")
 #: Bounds of a λ that sets itself: a class that it cannot keep must not drown the subject.
 PRIOR_WEIGHTS = (0.05, 8.0)
 
+#: Adapters of peft beside LoRA that can be trained, by their names there. All of them can be merged
+#: into the base, and their weights are all that must be saved.
+ADAPTERS = ("lokr", "loha", "oft", "hra", "delora", "gralora", "miss", "hira", "deft", "glora",
+            "peanut", "c3a", "road", "ia3")  # fmt: skip
+
 #: Fields with a few allowed values. Add a name here to add an optimizer (docs/architecture.md).
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
@@ -28,6 +33,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "crop": ("center", "random", "subject", "buckets"),
     "prior": ("generated", "distilled", "distilled_images", "none"),
     "method": ("full", "lora"),
+    "adapter": (None, *ADAPTERS),
     "lora_layers": ("attention", "all"),
     "memory": ("auto", "standard", *LOW_MEMORY),
     "quantize": (None, "nf4", "int8"),
@@ -64,6 +70,13 @@ _MOST_PROMPTS = 1000
 _PATHS = ("pictures", "base", "draw_base", "class_folder", "scorer", "image_scorer")
 
 
+class Settings(dict[str, float]):
+    """Hold numbers by name in a frozen config, which can be a key of a cache."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 class ConfigError(KitError, ValueError):
     """A field has an impossible value; the message names it and says what to write instead."""
 
@@ -82,6 +95,9 @@ def take_types(fields: Any, prefix: str = "") -> None:
         if wanted == tuple[str, ...] | None:
             take = _file_names if field.name == "left_out" else _prompts
             object.__setattr__(fields, field.name, take(name, value))
+            continue
+        if wanted == dict[str, float] | None:
+            object.__setattr__(fields, field.name, _numbers(name, value))
             continue
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if is_number and abs(value) > _MOST["seed"]:
@@ -112,6 +128,21 @@ def _prompts(name: str, value: Any) -> tuple[str, ...] | None:
         if text and (problem := problem_with_words(text)):
             raise ConfigError(f"a prompt of {name} {problem}")
     return tuple(value) or None
+
+
+def _numbers(name: str, value: Any) -> Settings | None:
+    """Return numbers by name, None for none; raise :class:`ConfigError` for anything else.
+
+    No text: peft imports what some of its settings name.
+    """
+    if not isinstance(value, dict) or not all(
+        isinstance(key, str) and isinstance(number, int | float) and math.isfinite(number)
+        for key, number in value.items()
+    ):
+        raise ConfigError(
+            f"{name} is {shown(value)}; write numbers by name, such as {{'decompose_factor': 8}}."
+        )
+    return Settings(value) or None
 
 
 def _file_names(name: str, value: Any) -> tuple[str, ...] | None:
@@ -199,6 +230,7 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         f"draw_base is set but method is '{config.method}', and only a LoRA can be put on another "
         "base; set method to 'lora', or leave draw_base out.",
     )
+    yield from _of_adapter(config)
     yield (
         full and config.train_token,
         f"train_token is set but method is '{config.method}'; set method to 'lora', or leave "
@@ -239,3 +271,30 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         side is not None and (side < 8 or side % 8 > 0),
         f"resolution is {side}; it must be a multiple of 8, and 8 or more.",
     )
+
+
+def _of_adapter(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
+    """Yield what contradicts an adapter that is not LoRA."""
+    name = config.adapter
+    yield (
+        config.adapter_settings is not None and name is None,
+        "adapter_settings is set but adapter is not; set it, or leave adapter_settings out.",
+    )
+    if name is None:
+        return
+    yield (
+        config.method == "full",
+        f"adapter is '{name}' but method is 'full'; set method to 'lora', or leave adapter out.",
+    )
+    yield (
+        config.quantize is not None,
+        f"adapter is '{name}' but quantize is '{config.quantize}', and only a LoRA trains on "
+        "quantized weights here; leave one out.",
+    )
+    of_lora = {"dora": config.dora, "lora_dropout": config.lora_dropout,
+               "lora_min_rank": config.lora_min_rank}  # fmt: skip
+    for field, value in of_lora.items():
+        yield (
+            bool(value),
+            f"{field} is set but adapter is '{name}', and {field} is of LoRA alone; leave one out.",
+        )
