@@ -19,6 +19,7 @@ from dreambooth_lib.export import comfyui, model_card, pipeline_folder
 from dreambooth_lib.export.comfyui_lora import ExportError
 from dreambooth_lib.families import loading, peft_adapters
 from dreambooth_lib.families.loading import BaseError
+from dreambooth_lib.notebook import will_it_fit
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.loop import train
@@ -138,6 +139,11 @@ def test_settings_reach_peft_and_stay_in_the_runs_config(start: Start) -> None:
     assert hash(run.config) == hash(runs.resume(run.folder).config)
     with pytest.raises(runs.RunError, match="adapter is 'lokr', not 'loha'"):
         runs.resume(run.folder, adapter="loha")
+
+
+def test_only_lora_methods_are_recommended_for_an_adapter() -> None:
+    needs = will_it_fit.needs_on_gpu("black-forest-labs/FLUX.1-dev", "bf16", {"adapter": "oft"})
+    assert {need.method for need in needs} == {"LoRA"}
 
 
 @pytest.mark.parametrize(
