@@ -122,6 +122,24 @@ def test_adapters_and_loras_are_composed_with_their_weights(start: Start) -> Non
     assert not are_close(both, own)
 
 
+def test_a_sibling_draws_with_the_adapter(
+    start: Start, tmp_path: Path, tiny_bases: Callable[[str], str], clip_folder: Path
+) -> None:
+    family = loading.load_model(tiny_bases("sd1"))
+    with torch.no_grad():
+        family.denoiser.conv_in.weight.mul_(1.1)
+    family.pipeline.save_pretrained(tmp_path / "sibling")
+    sibling, scored = str(tmp_path / "sibling"), {"validate_every": 2, "scorer": str(clip_folder)}
+    run = finished(start("run", "oft", draw_base=sibling, **scored))
+    at, drawn = load_at_checkpoint(run, 2), load_source(run)
+    assert are_close(tensors(at), tensors(drawn))
+    expected = loading.load_model(sibling).denoiser.conv_in.weight
+    assert torch.equal(drawn.denoiser.conv_in.weight, expected)
+    own = tensors(loading.load_model(str(run.folder)))
+    changed = {name for name, value in tensors(drawn).items() if not torch.equal(own[name], value)}
+    assert changed == {"conv_in.weight"}, "the adapter is the same on both"
+
+
 def test_a_run_of_an_adapter_is_a_base(start: Start, start_run: Start) -> None:
     first = finished(start("first", "lokr"))
     config = first.config.replace(base=str(first.folder), adapter=None, method="full", steps=1)
