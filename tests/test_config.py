@@ -77,8 +77,8 @@ ALL_FIELDS: dict[str, Any] = {
     "draw_base": "owner/few-steps",
     "train_token": True,
 }
-#: Refused beside others of these; tests/test_methods.py has it.
-ALONE = {"memory"}
+#: Refused beside others of these; tests/test_methods.py and tests/test_adapters.py have them.
+ALONE = {"memory", "adapter", "adapter_settings"}
 
 
 def full() -> TrainConfig:

@@ -14,10 +14,13 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.evaluation.demo import bundled_subjects
+from dreambooth_lib.families import loading
 from dreambooth_lib.training import validation_record
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.trainable import wrap_trained_parts
 from dreambooth_lib.training.validation import ValidationPlan
 from tools.studies import __main__ as studies
-from tools.studies import backgrounds, bank, pairs, trust
+from tools.studies import adapters, backgrounds, bank, pairs, trust
 
 
 class Here(Executor):
@@ -123,6 +126,24 @@ def test_memory_levels_differ_in_nothing_else(subject: Subject) -> None:
     levels = studies.memory_levels(subject)
     assert [config.memory for config in levels.values()] == ["standard", "low", "lowest"]
     assert len({repr(config.replace(memory="auto")) for config in levels.values()}) == 1
+
+
+def test_adapters_are_of_equal_size(
+    start_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {}
+    for name, config in adapters.adapters(bundled_subjects()[0]).items():
+        family = loading.load_meta("toybox")
+        family.denoiser.requires_grad_(False)
+        weights = wrap_trained_parts(family, config).trained_weights()
+        sizes[name] = sum(weight.numel() for weight in weights.values())
+    assert all(abs(size / sizes["LoRA"] - 1) < 0.17 for size in sizes.values()), sizes
+    run = start_run("run", "sd1", method="lora", adapter="lokr")
+    list(train(run))
+    lines = adapters.sizes({"LoKr": run.folder}, tmp_path / "sizes.md")
+    (file,) = run.pipeline.rglob("*.safetensors")
+    assert lines[2].endswith(f" | {file.stat().st_size:,} |")
+    assert (tmp_path / "sizes.md").read_text().splitlines() == lines
 
 
 def test_photos_in_one_scene_have_exact_masks(

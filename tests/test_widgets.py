@@ -977,6 +977,22 @@ def test_a_method_brings_its_own_learning_rate(photos: str, make_config: Make) -
     assert settings.config == config.replace(learning_rate=1e-4)
 
 
+def test_an_adapter_is_chosen_beside_lora_alone(photos: str, make_config: Make) -> None:
+    from dreambooth_lib.notebook import widgets
+
+    config = TrainConfig(make_config("toybox", photos).subject)
+    settings = widgets.SettingsPanel(config)
+    assert settings.controls["adapter"].disabled
+    settings.controls["method"].value = "lora"
+    settings.controls["adapter"].value = "lokr"
+    assert settings.config.adapter == "lokr" and not settings.controls["adapter"].disabled
+    assert "adapter=&#x27;lokr&#x27;" in settings.python.value
+    settings.controls["method"].value = "qlora"
+    assert settings.config.adapter is None and settings.controls["adapter"].disabled
+    own = config.replace(method="lora", adapter="lokr", adapter_settings={"decompose_factor": 2})
+    assert widgets.SettingsPanel(own).config == own
+
+
 def test_gpu_memory_is_shown_with_its_level(
     tiny_sd1: str, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

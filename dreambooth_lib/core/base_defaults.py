@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import config_file
-from dreambooth_lib.core.config_checks import ConfigError, shown
+from dreambooth_lib.core.config_types import ConfigError, shown
 
 #: Defaults that depend on the base: first toybox's, then every other base's, which are the paper's
 #: for Stable Diffusion. None means what the base's own model card says.

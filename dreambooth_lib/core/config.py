@@ -7,7 +7,8 @@ from typing import Any
 
 from dreambooth_lib.core import config_file
 from dreambooth_lib.core.base_defaults import base_defaults, origin
-from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError, check, take_types
+from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError, check
+from dreambooth_lib.core.config_types import take_types
 from dreambooth_lib.core.prior_prompts import GENERIC, generic_prompts
 from dreambooth_lib.core.subject import Subject
 
@@ -79,6 +80,12 @@ class TrainConfig:
 
     # What is trained
     method: str = "full"  #: "full": all weights; "lora": low-rank adapters (arXiv 2106.09685)
+    #: another adapter of peft instead of LoRA, by its name there, such as "lokr", "loha" or "oft";
+    #: with method "lora"
+    adapter: str | None = None
+    #: more of peft's own settings of that adapter, numbers only: {"decompose_factor": 8} for "lokr"
+    adapter_settings: dict[str, float] | None = None
+    #: also the size of another adapter: its rank, or the size of its blocks ("oft", "c3a", "road")
     lora_rank: int = 16
     lora_alpha: int | None = None  #: adapters are scaled by alpha / rank; None is the rank
     lora_dropout: float = 0.0

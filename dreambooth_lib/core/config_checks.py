@@ -1,13 +1,12 @@
-"""Check a config: each field's type and values, and fields that contradict each other."""
+"""Check a config: each field's values, and fields that contradict each other."""
 
-import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.user_text import problem_with_name, problem_with_path, problem_with_words
+from dreambooth_lib.core.config_types import MOST_DIGITS, shown
+from dreambooth_lib.core.config_types import ConfigError as ConfigError
+from dreambooth_lib.core.user_text import problem_with_name, problem_with_words
 
 if TYPE_CHECKING:
     from dreambooth_lib.core.config import TrainConfig
@@ -20,6 +19,11 @@ LOW_MEMORY = ("low", "lowest")
 #: Bounds of a λ that sets itself: a class that it cannot keep must not drown the subject.
 PRIOR_WEIGHTS = (0.05, 8.0)
 
+#: Adapters of peft beside LoRA that can be trained, by their names there. All of them can be merged
+#: into the base, and their weights are all that must be saved.
+ADAPTERS = ("lokr", "loha", "oft", "hra", "delora", "gralora", "miss", "hira", "deft", "glora",
+            "peanut", "c3a", "road", "ia3")  # fmt: skip
+
 #: Fields with a few allowed values. Add a name here to add an optimizer (docs/architecture.md).
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
@@ -28,6 +32,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "crop": ("center", "random", "subject", "buckets"),
     "prior": ("generated", "distilled", "distilled_images", "none"),
     "method": ("full", "lora"),
+    "adapter": (None, *ADAPTERS),
     "lora_layers": ("attention", "all"),
     "memory": ("auto", "standard", *LOW_MEMORY),
     "quantize": (None, "nf4", "int8"),
@@ -59,76 +64,8 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 
 
 #: Above these, a number is a slip of the pen; the seed leaves room for those that are made from it.
-_MOST = {"seed": 2**62, "resolution": 2**14}
+_MOST = {"seed": MOST_DIGITS, "resolution": 2**14}
 _MOST_OF_OTHERS = 10**9
-_MOST_PROMPTS = 1000
-_PATHS = ("pictures", "base", "draw_base", "class_folder", "scorer", "image_scorer")
-
-
-class ConfigError(KitError, ValueError):
-    """A field has an impossible value; the message names it and says what to write instead."""
-
-
-def take_types(fields: Any, prefix: str = "") -> None:
-    """Give the fields of a frozen dataclass their types: whole numbers as floats, paths as text.
-
-    None is allowed where it is the default. In paths, ``~`` is expanded. Raises
-    :class:`ConfigError` for another type and for a path that no disk can have.
-    """
-    for field in dataclasses.fields(fields):
-        value, wanted = getattr(fields, field.name), field.type
-        name = f"{prefix}{field.name}"
-        if value is None and field.default is None:
-            continue
-        if wanted == tuple[str, ...] | None:
-            take = _file_names if field.name == "left_out" else _prompts
-            object.__setattr__(fields, field.name, take(name, value))
-            continue
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if is_number and abs(value) > _MOST["seed"]:
-            raise ConfigError(f"{name} has more than 18 digits; write a smaller number.")
-        if is_number and wanted in (float, float | None):
-            value = float(value)
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):  # type: ignore[arg-type]
-            wanted_name = getattr(wanted, "__name__", str(wanted))
-            raise ConfigError(f"{name} is {shown(value)}; it must be of type {wanted_name}.")
-        if isinstance(value, str) and (problem := problem_with_path(value)):
-            raise ConfigError(f"{name} {problem}")
-        if field.name in _PATHS and isinstance(value, str):
-            if not value.strip():
-                raise ConfigError(f"{name} is empty; give a path, or leave it out.")
-            value = os.path.expanduser(value)
-        object.__setattr__(fields, field.name, value)
-
-
-def _prompts(name: str, value: Any) -> tuple[str, ...] | None:
-    """Return prompts as a tuple, None for none; raise :class:`ConfigError` for anything else."""
-    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise ConfigError(f"{name} is {shown(value)}; write a list of prompts, or 'generic'.")
-    if len(value) > _MOST_PROMPTS:
-        raise ConfigError(f"{name} has {len(value)} prompts; give at most {_MOST_PROMPTS}.")
-    for text in value:
-        if text and (problem := problem_with_words(text)):
-            raise ConfigError(f"a prompt of {name} {problem}")
-    return tuple(value) or None
-
-
-def _file_names(name: str, value: Any) -> tuple[str, ...] | None:
-    """Return names of files as a tuple, None for none; raise :class:`ConfigError` for others."""
-    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise ConfigError(f"{name} is {shown(value)}; write a list of files, such as ['b.jpg'].")
-    for text in value:
-        if problem := problem_with_path(text):
-            raise ConfigError(f"a file of {name} {problem}")
-    return tuple(value) or None
-
-
-def shown(value: Any) -> str:
-    """Return a value as Python would show it, cut short where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_words(subject: "Subject") -> None:
@@ -200,6 +137,7 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         f"draw_base is set but method is '{config.method}', and only a LoRA can be put on another "
         "base; set method to 'lora', or leave draw_base out.",
     )
+    yield from _of_adapter(config)
     yield (
         full and config.train_token,
         f"train_token is set but method is '{config.method}'; set method to 'lora', or leave "
@@ -246,3 +184,30 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         side is not None and (side < 8 or side % 8 > 0),
         f"resolution is {side}; it must be a multiple of 8, and 8 or more.",
     )
+
+
+def _of_adapter(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
+    """Yield what contradicts an adapter that is not LoRA."""
+    name = config.adapter
+    yield (
+        config.adapter_settings is not None and name is None,
+        "adapter_settings is set but adapter is not; set it, or leave adapter_settings out.",
+    )
+    if name is None:
+        return
+    yield (
+        config.method == "full",
+        f"adapter is '{name}' but method is 'full'; set method to 'lora', or leave adapter out.",
+    )
+    yield (
+        config.quantize is not None,
+        f"adapter is '{name}' but quantize is '{config.quantize}', and only a LoRA trains on "
+        "quantized weights here; leave one out.",
+    )
+    of_lora = {"dora": config.dora, "lora_dropout": config.lora_dropout,
+               "lora_min_rank": config.lora_min_rank}  # fmt: skip
+    for field, value in of_lora.items():
+        yield (
+            bool(value),
+            f"{field} is set but adapter is '{name}', and {field} is of LoRA alone; leave one out.",
+        )

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib.core.config_checks import ConfigError, shown
+from dreambooth_lib.core.config_types import ConfigError, shown
 from dreambooth_lib.core.old_names import FIELDS, current_fields
 from dreambooth_lib.core.user_text import problem_with_path
 

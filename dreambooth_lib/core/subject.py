@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_lib.core.config_checks import check_words, take_types
+from dreambooth_lib.core.config_checks import check_words
+from dreambooth_lib.core.config_types import take_types
 from dreambooth_lib.core.user_text import folder_name
 
 #: The default identifier. CLIP's tokenizer and toybox's both make it a single token.

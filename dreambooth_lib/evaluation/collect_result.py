@@ -83,7 +83,8 @@ def _result(
     made = [_made_with(run) for run in tuned]
     fields = [_shared_fields(run) for run in tuned]
     config = {k: v for k, v in fields[0].items() if all(f.get(k) == v for f in fields)}
-    method = config["method"] if config["method"] == "full" else f"LoRA {config['lora_rank']}"
+    adapter = config.get("adapter") or "LoRA"
+    method = "full" if config["method"] == "full" else f"{adapter} {config['lora_rank']}"
     words = f"{benchmark}, {method}, λ {config['prior_weight']:g}, {config['steps']} steps"
     versions = {
         package: " and ".join(

@@ -21,6 +21,11 @@ def check_exportable(run: Run) -> None:
             "single-file format here; train it with method 'lora', whose file ComfyUI loads, or "
             "use the model with diffusers."
         )
+    if config.adapter is not None:
+        raise ExportError(
+            f"the run's adapter is '{config.adapter}', for which the kit writes no file for A1111 "
+            "or ComfyUI; train a LoRA, or use the model with diffusers and peft."
+        )
 
 
 def export(run: Run, model: str | Path, path: str | Path) -> str:

@@ -10,7 +10,7 @@ from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.hub_token import HubError, hub_token
 from dreambooth_lib.core.user_text import markdown, python_string
 from dreambooth_lib.data import images
-from dreambooth_lib.families import clip_skip, loading, one_file, textual_inversion
+from dreambooth_lib.families import clip_skip, loading, one_file, peft_adapters, textual_inversion
 from dreambooth_lib.families.prediction_type import V_PREDICTION
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.training import best_checkpoint, image_sizes, validation_record
@@ -22,6 +22,9 @@ _MOST_PHOTOS = 60  #: that a card shows
 _LOAD_LORA = """\
 # If this raises an ImportError about torchao (as on Colab), run: pip uninstall -y torchao
 pipeline.load_lora_weights({}, weight_name="{}")"""
+_LOAD_ADAPTER = """\
+adapter = PeftModel.from_pretrained(pipeline.{part}, {model}, subfolder="{part}")
+pipeline.{part} = adapter.merge_and_unload()"""
 
 
 def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
@@ -52,12 +55,12 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     It computes in half precision on a GPU and in float32 elsewhere, with the base's own inference
     steps and guidance scale. ``model`` is a folder or, if there is none of that name, a name on
     the Hub; ``base`` says where a LoRA's base is if not where the run had it. Raises ``BaseError``
-    if the run trained a token and its base is missing.
+    if the run trained a token, or an adapter other than LoRA, and its base is missing.
     """
     config = run.config
     lora = config.method == "lora"
     loaded_first = (base or config.base) if lora else str(model)
-    load = [_LOAD_LORA.format(python_string(model), loading.LORA_FILE)] if lora else []
+    load = _load_lines(_adapted(config), model) if lora else []
     if lora and (below := _loras_below(config)):
         elsewhere = bool(base) and not Path(base).exists()
         loaded_first = loading.resolve(config.base, config.revision).name
@@ -107,6 +110,26 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     ])  # fmt: skip
 
 
+def _adapted(config: TrainConfig) -> list[str]:
+    """Return the parts of a pipeline that have an adapter of peft; none for a LoRA.
+
+    Raises ``BaseError`` for an adapter whose base is missing.
+    """
+    if config.adapter is None:
+        return []
+    base = loading.resolve(config.base, config.revision)
+    encoders = base.family.encoder_names if config.train_text_encoder else ()
+    return [base.family.denoiser_name, *(name for name in encoders if name in base.index)]
+
+
+def _load_lines(parts: list[str], model: str | Path) -> list[str]:
+    """Return Python lines that load a LoRA, or other adapters of ``parts``, into a ``pipeline``."""
+    if not parts:
+        return [_LOAD_LORA.format(python_string(model), loading.LORA_FILE)]
+    lines = [_LOAD_ADAPTER.format(part=part, model=python_string(model)) for part in parts]
+    return ["from peft import PeftModel", *lines]
+
+
 def _one_file(base: str) -> one_file.OneFile | None:
     """Return the file that a base is, which may be gone; None for any other base."""
     try:
@@ -152,8 +175,10 @@ def _lines_below(loras: tuple[loading.Lora, ...], shown: list[str]) -> list[str]
         if lora.token is not None:
             family = loading.resolve(lora.path).family
             lines += textual_inversion.usage_lines(family, model, lora.token)
-        lines += [_LOAD_LORA.format(python_string(model), loading.LORA_FILE)]
-        lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
+        parts = peft_adapters.parts(lora.path)
+        lines += _load_lines(parts, model)
+        if not parts:
+            lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
     return lines
 
 
@@ -198,12 +223,13 @@ def _card(run: Run, step: int, photos: bool) -> str:
     # A local path would reveal the machine's folders and mean nothing elsewhere.
     base = "/".join(part for part in (repository, file and file.file) if part) or name
     code = usage(run, "this model's name", base)
+    kinds = [config.adapter or "lora"] if lora else []
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     header = ModelCardData(
         base_model=repository or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["dreambooth", "text-to-image", "diffusers", *(["lora"] if lora else [])],
+        tags=["dreambooth", "text-to-image", "diffusers", *kinds],
         **(licence_of(repository) if repository else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
@@ -212,7 +238,9 @@ def _card(run: Run, step: int, photos: bool) -> str:
     merged = " and ".join(map(_code_span, _names_of(below)))
     on_loras = f" with {merged}, which this folder does not hold" if lora and below else ""
     shown = _code_span(base)
-    what = f"A LoRA for {shown}{on_loras}, trained" if lora else f"{shown}, fine-tuned"
+    kind = "LoRA" if config.adapter is None else f"{config.adapter} adapter of peft"
+    size = "rank" if config.adapter is None else "size"
+    what = f"A {kind} for {shown}{on_loras}, trained" if lora else f"{shown}, fine-tuned"
     where = "its name on the Hub" + ("" if config.train_token else " or the path of its folder")
     return f"""---
 {header.to_yaml()}
@@ -239,7 +267,7 @@ Replace “this model's name” with {where}.
 
 - Checkpoint: step {step} of {config.steps}.
 - Measured on validation images: {scores}.
-- Trained weights: {trained}{f", as a LoRA of rank {config.lora_rank}" if lora else ""}.
+- Trained weights: {trained}{f", as a {kind} of {size} {config.lora_rank}" if lora else ""}.
 - Settings: learning rate {config.learning_rate:g}, batch size {config.batch_size},
   {_prior(config)}.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib.core.digests import DIGESTS, changed_file
 from dreambooth_lib.core.files import fingerprint
-from dreambooth_lib.families import base_files, one_file, quantizers
+from dreambooth_lib.families import base_files, one_file, peft_adapters, quantizers
 from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.inference_settings import (
     Inference,
@@ -20,13 +20,7 @@ from dreambooth_lib.families.inference_settings import (
 )
 from dreambooth_lib.families.resolving import BUNDLED as BUNDLED
 from dreambooth_lib.families.resolving import FAMILIES as FAMILIES
-from dreambooth_lib.families.resolving import (
-    LORA_BASE_FILE,
-    LORA_FILE,
-    Lora,
-    ResolvedBase,
-    resolve,
-)
+from dreambooth_lib.families.resolving import LORA_BASE_FILE, LORA_FILE, Lora, ResolvedBase, resolve
 from dreambooth_lib.families.resolving import locate as locate
 
 if TYPE_CHECKING:
@@ -146,8 +140,9 @@ def compose(loras: Mapping[str, float], on: str | None = None, **loading: Any) -
     """Load the base of several LoRA runs or folders, and add each LoRA at its weight.
 
     ``on`` is another base to load instead, such as one that was distilled from theirs. They are
-    merged as in :func:`load_model`. Raises :class:`BaseError` for LoRAs of several bases,
-    and for one that does not fit its base.
+    merged as in :func:`load_model`; other adapters of peft, which are not sums, come first, in
+    their order. Raises :class:`BaseError` for LoRAs of several bases, and for one that does not
+    fit its base.
     """
     from dreambooth_lib.families.textual_inversion import load_token
 
@@ -158,15 +153,29 @@ def compose(loras: Mapping[str, float], on: str | None = None, **loading: Any) -
         raise BaseError(
             f"only LoRAs of the same base can be composed, and these are {names or 'none'}."
         )
+    others = [lora for lora in parts if peft_adapters.parts(lora.path)]
+    if others and bases[0].get("quantize"):
+        raise BaseError(
+            f"the adapter in {others[0].path} names a quantized base, and only a LoRA is trained "
+            "on one here; train it again."
+        )
     quantizers.ignore_unusable()
     other = {} if on is None else {"base": on, "revision": None, "variant": None}
     asked = ("prediction_type", "clip_skip")  # or as in the LoRAs' own training
     own = {name: loading.get(name) or bases[0][name] for name in asked}
     family = load_model(**(loading | bases[0] | own | other))
-    adapters = [f"lora{number}" for number in range(len(parts))]
+    weights = {lora.path: weight for lora, weight in zip(parts, loras.values(), strict=True)}
     for lora in parts:
-        base_files.check_lora(Path(lora.path) / LORA_FILE)
+        if lora not in others:
+            base_files.check_lora(Path(lora.path) / LORA_FILE)
         _check_unchanged(lora.path)
+    for lora in others:
+        with explain_loading(lora.path, "adapter"):
+            if lora.token is not None:
+                load_token(family, lora.path, lora.token)
+            peft_adapters.load(family, lora.path, weights[lora.path])
+    parts = [lora for lora in parts if lora not in others]
+    adapters = [f"lora{number}" for number in range(len(parts))]
     for number, lora in enumerate(parts):
         with explain_loading(lora.path, "LoRA"):
             if lora.token is not None:
@@ -177,7 +186,9 @@ def compose(loras: Mapping[str, float], on: str | None = None, **loading: Any) -
             )  # fmt: skip
             # After each, as diffusers skips a LoRA that has no layer of this base without an error.
             loaded = number + 1
-            family.pipeline.set_adapters(adapters[:loaded], [*loras.values()][:loaded])
+            family.pipeline.set_adapters(
+                adapters[:loaded], [weights[lora.path] for lora in parts[:loaded]]
+            )
     return family if bases[0].get("quantize") else merge_loras(family)
 
 
@@ -192,8 +203,13 @@ def _read_lora(name: str) -> Lora:
 
 
 def merge_loras(family: "Family") -> "Family":
-    """Merge the LoRA weights into the family's own and return it with plain models."""
-    family.pipeline.fuse_lora()
+    """Merge the adapters' weights into the family's own and return it with plain models."""
+    modules = (family.denoiser, *family.text_encoders)
+    if others := [module for module in modules if peft_adapters.has_other(module)]:
+        for module in others:
+            peft_adapters.merge(module)
+    else:
+        family.pipeline.fuse_lora()
     family.pipeline.unload_lora_weights()
     return family
 

@@ -170,6 +170,7 @@ def _agrees(method: str, level: str, asked: Mapping[str, Any]) -> bool:
     memory = asked.get("memory", "auto")
     return (
         asked.get("method") in (None, fields["method"])
+        and (asked.get("adapter") is None or method == "LoRA")
         and bool(asked.get("quantize", "quantize" in fields)) == ("quantize" in fields)
         and (memory in ("auto", level) or (memory == "lowest" and level == levels[-1]))
     )

@@ -1,7 +1,8 @@
-"""LoRA for a family's denoiser and text encoders, through peft.
+"""LoRA, or another adapter of peft, for a family's denoiser and text encoders.
 
 W x becomes W x + (alpha / rank) B A x with the base's W frozen (arXiv 2106.09685); B starts at 0,
-so that training starts from the base. A finished run saves A and B only, in diffusers' format.
+so that training starts from the base. A finished run saves A and B only, in diffusers' format; of
+another adapter its weights, in peft's format (``families.peft_adapters``).
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.families import quantizers, textual_inversion
+from dreambooth_lib.families import peft_adapters, quantizers, textual_inversion
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.loading import LORA_BASE_FILE
 from dreambooth_lib.families.precision import without_paths
@@ -23,9 +24,10 @@ _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
 
 
 def add_lora(family: Family, config: TrainConfig) -> None:
-    """Add the config's adapters, the same for the same seed, and freeze everything else."""
-    from peft import LoraConfig
+    """Add the config's adapters, the same for the same seed, and freeze everything else.
 
+    Raises :class:`ConfigError` for an adapter that this peft lacks, or that does not fit the base.
+    """
     quantizers.ignore_unusable()
     with_feed_forward = config.lora_layers == "all"
     layers = {family.denoiser: family.lora_layers(with_feed_forward)}
@@ -39,20 +41,30 @@ def add_lora(family: Family, config: TrainConfig) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         for module, names in layers.items():
-            adapter = LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=names,
-                use_dora=config.dora,
-            )
-            module.add_adapter(adapter)
+            peft_adapters.add(module, _adapter(config, names))
             for parameter in trained_parameters(module):
                 parameter.data = parameter.data.float()
         if config.train_token:
             textual_inversion.add_token(
                 family, config.subject.identifier, config.subject.class_noun
             )
+
+
+def _adapter(config: TrainConfig, layers: list[str]) -> Any:
+    """Return peft's config of the adapter for the layers whose names end so."""
+    from peft import LoraConfig
+
+    rank, alpha = config.lora_rank, config.lora_alpha
+    if config.adapter is not None:
+        settings = config.adapter_settings
+        return peft_adapters.make_config(config.adapter, layers, rank, alpha, settings)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=layers,
+        use_dora=config.dora,
+    )
 
 
 def trained_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -101,23 +113,18 @@ def disabled_lora(family: Family) -> Iterator[None]:
 
 
 def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
-    """Save the adapters for diffusers' ``load_lora_weights``, with a file that names their base.
+    """Save the adapters, with a file that names their base.
 
-    A new token's embeddings are saved for its ``load_textual_inversion``.
+    A LoRA is saved for diffusers' ``load_lora_weights``, another adapter for peft's ``PeftModel``,
+    and a new token's embeddings for ``load_textual_inversion``.
     """
-    from peft import get_peft_model_state_dict
-
     names = {id(part): name for name, part in family.pipeline.components.items()}
     modules = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
     adapted = {names[id(module)]: module for module in modules}
-    saved: dict[str, Any] = {}
-    for name, module in adapted.items():
-        weights = get_peft_model_state_dict(module, save_embedding_layers=False)
-        # On a base without its weights, layers that no conditioning uses have no adapter to save.
-        saved[f"{name}_lora_layers"] = {key: w for key, w in weights.items() if not w.is_meta}
-        adapter = without_paths(module.peft_config["default"].to_dict())
-        saved[f"{name}_lora_adapter_metadata"] = adapter
-    family.pipeline.save_lora_weights(folder, **saved)
+    if config.adapter is None:
+        _save_for_diffusers(family, adapted, folder)
+    for name, module in adapted.items() if config.adapter is not None else ():
+        peft_adapters.save(module, folder / name)
     if config.train_token:
         textual_inversion.save_token(family, folder)
     base = {name: getattr(config, name) for name in ("base", "revision", "variant", "quantize")}
@@ -126,3 +133,16 @@ def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
             base[name] = getattr(config, name)
     base["word"] = config.subject.identifier if config.train_token else None
     (folder / LORA_BASE_FILE).write_text(json.dumps(base, indent=2))
+
+
+def _save_for_diffusers(family: Family, adapted: dict[str, torch.nn.Module], folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    saved: dict[str, Any] = {}
+    for name, module in adapted.items():
+        weights = get_peft_model_state_dict(module, save_embedding_layers=False)
+        # On a base without its weights, layers that no conditioning uses have no adapter to save.
+        saved[f"{name}_lora_layers"] = {key: w for key, w in weights.items() if not w.is_meta}
+        adapter = without_paths(module.peft_config["default"].to_dict())  # type: ignore[index, union-attr]
+        saved[f"{name}_lora_adapter_metadata"] = adapter
+    family.pipeline.save_lora_weights(folder, **saved)

@@ -16,7 +16,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.subject import Subject
-from dreambooth_lib.families import loading
+from dreambooth_lib.families import loading, peft_adapters
 from dreambooth_lib.families.base import Family, vae_scale
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.allocation_counter import (
@@ -93,6 +93,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     half = _HALVES.get(precision, torch.float32)
     family = loading.load_meta(config.base, config.revision, **training_load_options(config, half))
     trainable = make_trainable(family, config)
+    if config.adapter is not None:
+        peft_adapters.without_dice(trainable)
     numbers = sum(parameter.numel() for parameter in lora.trained_parameters(trainable))
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
     packed_bytes = _QUANTIZED.get(config.quantize or "")

@@ -5,6 +5,7 @@
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
     finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
+    adapters   peft's adapters at equal parameter counts, five seeds
     backgrounds  masks against leaking backgrounds, and buckets for portraits, five seeds
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
     memory     what a memory level costs in quality, five seeds
@@ -35,6 +36,7 @@ from dreambooth_lib.figures.labels import heading
 from dreambooth_lib.training import runs, validation
 from dreambooth_lib.training.validation_record import load_images
 from tools.studies import backgrounds, bank, finished, pairs, trust
+from tools.studies.adapters import adapters, sizes
 from tools.studies.intervals import half_width, interval
 from tools.studies.priors import priors
 
@@ -252,14 +254,15 @@ def draw_means(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     studies = (
-        "grid", "bank", "trust", "finished", "priors", "backgrounds", "ablations", "memory",
+        "grid", "bank", "trust", "finished", "priors", "adapters", "backgrounds", "ablations",
+        "memory",
     )  # fmt: skip
     parser.add_argument("study", choices=studies)
     parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
     parser.add_argument(
-        "--kinds", nargs="+", help="of bank (default: full), of priors and backgrounds (all)"
+        "--kinds", nargs="+", help="of bank (default: full), of priors, adapters and backgrounds"
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="of bank, priors and backgrounds")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="not of ablations and memory")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust and finished")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
@@ -284,11 +287,16 @@ def main() -> None:
         elif arguments.study == "bank":
             every = [s for s in bank.subjects().values() if not asked or s.name in asked]
             fill_bank(every, out, arguments.kinds or ["full"], executor, arguments.seeds)
-        elif arguments.study == "priors":
+        elif arguments.study in ("priors", "adapters"):
+            made = {"priors": priors, "adapters": adapters}[arguments.study]
             for subject in subjects:
-                kinds = {name: config for name, config in priors(subject).items()
+                place = out / subject.name
+                kinds = {name: config for name, config in made(subject).items()
                          if name in (arguments.kinds or [name])}  # fmt: skip
-                over_seeds(subject, kinds, out / subject.name, executor, arguments.seeds)
+                over_seeds(subject, kinds, place, executor, arguments.seeds)
+                if arguments.study == "adapters":
+                    own = {name: place / cell(name, 0) for name in kinds}
+                    print("\n".join(sizes(own, place / "sizes.md")))
         elif arguments.study == "backgrounds":
             for subject in subjects:
                 place = out / subject.name

@@ -10,7 +10,7 @@ from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider,
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig, base_defaults
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_checks import ADAPTERS, ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook.timing import Pace, checkpoints, measure
@@ -29,6 +29,7 @@ _AS_WEIGHTED = 0.0  # on the slider only, which cannot show None: λ does not se
 _DEFAULT_RATE, _DEFAULT_PRIOR = 0.0, ""
 HINTS = {
     "method": "a LoRA takes less memory and saves a small file; QLoRA fits large bases on a GPU",
+    "adapter": "LoRA suits most, and other programs load it; the others load with peft alone",
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most; "
     "0 turns prior preservation off",
     "keep_class": "how much of the class must stay: λ then sets itself; lower it for more likeness",
@@ -86,6 +87,10 @@ class SettingsPanel(Panel):
         values["quantize"] = None
         if values["method"] == _QLORA:
             values |= {"method": "lora", "quantize": config.quantize or "nf4"}
+        if values["method"] == "full" or values["quantize"]:
+            values["adapter"] = None
+        if values["adapter"] != config.adapter:
+            values["adapter_settings"] = None
         return config.replace(**values)
 
     def check(self, subject: SubjectPanel | None = None) -> None:
@@ -105,6 +110,7 @@ class SettingsPanel(Panel):
         return self._source.config if isinstance(self._source, SubjectPanel) else self._source
 
     def _show(self) -> None:
+        self.controls["adapter"].disabled = self.controls["method"].value != "lora"
         self.controls["prior_weight"].disabled = self.controls["keep_class"].value != _AS_WEIGHTED
         config = self.config
         shown = HINTS.keys() - ({"prior_weight"} if config.keep_class else set())
@@ -189,6 +195,9 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
 
     return {
         "method": menu("method", methods, method),
+        "adapter": menu(
+            "adapter", {"LoRA": None} | {name: name for name in ADAPTERS}, config.adapter
+        ),
         "prior_weight": slider(FloatSlider, "λ, prior weight", config.prior_weight, 0, 3),
         "keep_class": control(
             SelectionSlider,

@@ -1,0 +1,222 @@
+"""Adapters of peft beside LoRA: trained, resumed, saved in peft's format, loaded and refused."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from PIL import ImageChops
+
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config_checks import ADAPTERS, ConfigError
+from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.export import comfyui, model_card, pipeline_folder
+from dreambooth_lib.export.comfyui_lora import ExportError
+from dreambooth_lib.families import loading, peft_adapters
+from dreambooth_lib.families.loading import BaseError
+from dreambooth_lib.notebook import will_it_fit
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.checkpoints import load_state
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.memory_estimate import estimate
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.sampling import compose, load_source, sample
+from dreambooth_lib.training.setup import Trainer
+from dreambooth_lib.training.trainable import load_at_checkpoint, load_to_export
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(start_run: Start) -> Start:
+    def start(name: str, adapter: str, family: str = "sd1", **more: Any) -> Run:
+        size = 4 if adapter == "c3a" else 2  # 2 does not suit all of the tiny bases' layers
+        fields = {"method": "lora", "learning_rate": 0.1, "adapter": adapter, "lora_rank": size}
+        return start_run(name, family, **(fields | more))
+
+    return start
+
+
+def finished(run: Run) -> Run:
+    list(train(run))
+    return run
+
+
+def tensors(family: Any) -> dict[str, torch.Tensor]:
+    return family.denoiser.state_dict()
+
+
+def are_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.allclose(first[name], value, atol=1e-5) for name, value in second.items())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_resumes_bit_for_bit_and_peft_loads_it(
+    adapter: str, start: Start, tmp_path: Path
+) -> None:
+    run, cut = start("whole", adapter), start("cut", adapter)
+    base, trainer = loading.load_model(run.config.base), Trainer(run)
+    x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
+    with torch.no_grad():
+        cond = base.encode_prompts(["a dog"])
+        expected = base.predict(x_t, t, cond)
+        assert torch.allclose(trainer.family.predict(x_t, t, cond), expected, atol=1e-4)
+    moments = 8 * sum(parameter.numel() for parameter in trainer.optimizer.parameters)
+    counted = estimate(run.config.replace(optimizer="adamw"), "fp16")
+    assert counted.moments == moments and counted.working > 0
+    finished(run)
+    list(islice(train(cut), 1))
+    finished(runs.resume(cut.folder))
+    first, second = (load_state(r.checkpoints()[2])["model"] for r in (run, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    loaded = tensors(load_source(run))
+    assert are_close(tensors(load_at_checkpoint(run, 2)), loaded)
+    assert any(not torch.equal(value, loaded[name]) for name, value in tensors(base).items())
+    peft_adapters.save(load_to_export(run, 2).denoiser, tmp_path / "exported")
+    for folder in (run.pipeline / "unet", tmp_path / "exported"):
+        plain = PeftModel.from_pretrained(loading.load_model(run.config.base).denoiser, folder)
+        assert are_close(plain.merge_and_unload().state_dict(), loaded)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_other_families_and_text_encoders_have_adapters(family: str, start: Start) -> None:
+    with_text = family == "sdxl"
+    run = finished(start("run", "lokr", family, train_text_encoder=with_text, prior="distilled"))
+    names = ["text_encoder", "text_encoder_2", "unet"] if with_text else ["transformer"]
+    assert peft_adapters.parts(run.pipeline) == names
+    at, last = (sample(run, ["a {} dog"], [0], steps=2, at=at)[0].image for at in (2, None))
+    assert max(high for _, high in ImageChops.difference(at, last).getextrema()) <= 1
+
+
+def test_the_cards_code_draws_as_the_run_does(
+    start: Start, tmp_path: Path, clip_folder: Path
+) -> None:
+    scored = {"validate_every": 2, "scorer": str(clip_folder)}
+    run = finished(start("run", "loha", train_text_encoder=True, **scored))
+    model = tmp_path / "model"
+    pipeline_folder.write_model(run, 2, model)
+    code = model_card.usage(run, model)
+    assert "A loha adapter of peft for" in (model / "README.md").read_text()
+    *load, _ = code.splitlines()
+    made: dict[str, Any] = {}
+    exec("\n".join(load), made)
+    assert are_close(made["pipeline"].unet.state_dict(), tensors(load_source(run)))
+    assert isinstance(made["pipeline"], DiffusionPipeline)
+    with pytest.raises(ExportError, match="'loha', for which the kit writes no file"):
+        comfyui.check_exportable(run)
+
+
+def test_adapters_and_loras_are_composed_with_their_weights(start: Start) -> None:
+    oft, plain = finished(start("oft", "oft")), finished(start("plain", None))  # type: ignore[arg-type]
+    base, own, lora = (tensors(loading.load_model(str(s))) for s in
+                       (oft.config.base, oft.folder, plain.folder))  # fmt: skip
+    both = tensors(compose({oft: 0.5, plain: 1.0}))
+    expected = {n: value.lerp(own[n], 0.5) + lora[n] - value for n, value in base.items()}
+    assert are_close(both, expected)
+    assert not are_close(both, own)
+
+
+def test_a_sibling_draws_with_the_adapter(
+    start: Start, tmp_path: Path, tiny_bases: Callable[[str], str], clip_folder: Path
+) -> None:
+    family = loading.load_model(tiny_bases("sd1"))
+    with torch.no_grad():
+        family.denoiser.conv_in.weight.mul_(1.1)
+    family.pipeline.save_pretrained(tmp_path / "sibling")
+    sibling, scored = str(tmp_path / "sibling"), {"validate_every": 2, "scorer": str(clip_folder)}
+    run = finished(start("run", "oft", draw_base=sibling, **scored))
+    at, drawn = load_at_checkpoint(run, 2), load_source(run)
+    assert are_close(tensors(at), tensors(drawn))
+    expected = loading.load_model(sibling).denoiser.conv_in.weight
+    assert torch.equal(drawn.denoiser.conv_in.weight, expected)
+    own = tensors(loading.load_model(str(run.folder)))
+    changed = {name for name, value in tensors(drawn).items() if not torch.equal(own[name], value)}
+    assert changed == {"conv_in.weight"}, "the adapter is the same on both"
+
+
+def test_a_run_of_an_adapter_is_a_base(start: Start, start_run: Start) -> None:
+    first = finished(start("first", "lokr"))
+    config = first.config.replace(base=str(first.folder), adapter=None, method="full", steps=1)
+    second = finished(runs.start(config, first.folder.parent / "second"))
+    assert sample(second, ["a {} dog"], [0], steps=1)
+
+
+def test_settings_reach_peft_and_stay_in_the_runs_config(start: Start) -> None:
+    run = start("run", "lokr", adapter_settings={"decompose_factor": 2, "decompose_both": True})
+    finished(run)
+    saved = json.loads((run.pipeline / "unet" / peft_adapters.CONFIG_FILE).read_text())
+    assert saved["decompose_factor"] == 2 and saved["decompose_both"] is True
+    assert saved["peft_type"] == "LOKR" and saved["alpha"] == 2
+    assert runs.resume(run.folder).config == run.config
+    assert hash(run.config) == hash(runs.resume(run.folder).config)
+    with pytest.raises(runs.RunError, match="adapter is 'lokr', not 'loha'"):
+        runs.resume(run.folder, adapter="loha")
+
+
+def test_only_lora_methods_are_recommended_for_an_adapter() -> None:
+    needs = will_it_fit.needs_on_gpu("black-forest-labs/FLUX.1-dev", "bf16", {"adapter": "oft"})
+    assert {need.method for need in needs} == {"LoRA"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"adapter": "lora"}, "adapter is 'lora'; it can be left out, 'lokr'"),
+        ({"adapter": "oft", "method": "full"}, "adapter is 'oft' but method is 'full'"),
+        ({"adapter": "oft", "quantize": "nf4"}, "only a LoRA trains on quantized weights"),
+        ({"adapter": "oft", "dora": True}, "dora is of LoRA alone"),
+        ({"adapter": "oft", "lora_min_rank": 1}, "lora_min_rank is of LoRA alone"),
+        ({"adapter_settings": {"r": 1}}, "adapter_settings is set but adapter is not"),
+        ({"adapter": "oft", "adapter_settings": {"target_modules": "a"}}, "write numbers by name"),
+    ],
+)
+def test_what_contradicts_an_adapter_is_one_sentence(
+    changes: dict[str, Any], sentence: str, photos: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        TrainConfig(Subject(photos, "dog"), **{"method": "lora", **changes})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes", "sentence"),
+    [
+        (
+            "oft",
+            {"adapter_settings": {"rank": 4}},
+            "'oft' does not know; it knows .*oft_block_size",
+        ),
+        ("oft", {"lora_alpha": 4}, "'oft' has no alpha"),
+        ("c3a", {"lora_rank": 7}, "'c3a' cannot be added to this base's layers"),
+    ],
+)
+def test_what_peft_cannot_make_is_one_sentence(
+    adapter: str, changes: dict[str, Any], sentence: str, start: Start
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Trainer(start("run", adapter, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"peft_type": "XLORA"}, "names no adapter that the kit trains"),
+        ({"init_weights": "os.system"}, "sets 'init_weights', which the kit never does"),
+        ({"megatron_core": "os"}, "sets 'megatron_core', which the kit never does"),
+        ({"target_modules": ["nothing"]}, "cannot be"),
+    ],
+)
+def test_a_strangers_settings_are_data(
+    changes: dict[str, Any], sentence: str, start: Start
+) -> None:
+    run = finished(start("run", "lokr"))
+    file = run.pipeline / "unet" / peft_adapters.CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (run.pipeline / "digests.json").unlink()
+    with pytest.raises((BaseError, ConfigError), match=sentence):
+        load_source(run)
