@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dreambooth_lib.core.config import TrainConfig
-    from dreambooth_lib.core.config_checks import ConfigError
+    from dreambooth_lib.core.config_types import ConfigError
     from dreambooth_lib.core.subject import Subject
     from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
     from dreambooth_lib.data.images import read_photos
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Selection": "training.best_checkpoint",
     "best_checkpoint": "training.best_checkpoint",
-    "ConfigError": "core.config_checks",
+    "ConfigError": "core.config_types",
     "Subject": "core.subject",
     "TrainConfig": "core.config",
     "check_photos": "data.quality_checks",

@@ -13,7 +13,8 @@ from peft import PeftModel
 from PIL import ImageChops
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ADAPTERS, ConfigError
+from dreambooth_lib.core.config_checks import ADAPTERS
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder
 from dreambooth_lib.export.comfyui_lora import ExportError

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder
 from dreambooth_lib.families import loading

@@ -16,7 +16,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo, captioned
 from dreambooth_lib.families import loading

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from fake_colab import FakeColab
 
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import read_csv

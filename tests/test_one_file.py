@@ -17,7 +17,7 @@ from test_comfyui import save_pipeline
 
 from dreambooth_lib.core import download
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.digests import file_digest
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.export import model_card

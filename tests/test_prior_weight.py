@@ -13,7 +13,7 @@ import torch
 from launching import TWO, launched
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.demo import bundled_subjects

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.prior_prompts import generic_prompts
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading

@@ -13,7 +13,7 @@ from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from PIL import ImageChops
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.training import runs

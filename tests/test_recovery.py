@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from dreambooth_lib.core import digests, disk
 from dreambooth_lib.core.checked_json import append_row, read_rows
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.locks import LockError, lock
 from dreambooth_lib.core.subject import Subject

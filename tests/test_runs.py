@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.training import config_changes, runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.runs import Run, RunError

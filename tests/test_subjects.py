@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.data import captions, preprocessing, quality_checks, subjects
 from dreambooth_lib.data.images import DataError, Photo, read_photos

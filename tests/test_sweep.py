@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.evaluation import sweep

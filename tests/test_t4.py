@@ -16,7 +16,7 @@ from test_quantize import without_gpu as without_gpu
 
 from dreambooth_lib import sample
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import pipeline_folder
 from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.checkpoints import load_state

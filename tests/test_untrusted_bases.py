@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from dreambooth_lib.core.config import origin
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.training.memory_level import native_precision

@@ -16,7 +16,7 @@ from PIL import Image
 from test_config import full
 
 from dreambooth_lib.core.config import TrainConfig, origin
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.subjects import load_subject

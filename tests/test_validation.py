@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreambooth_lib import best_checkpoint
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.data.images import Photo, captioned, read_photos
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import hold_out, near_duplicate_groups

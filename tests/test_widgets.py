@@ -23,7 +23,7 @@ from PIL import Image as PIL_Image
 import dreambooth_lib
 from dreambooth_lib import TrainConfig
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.quality_checks import hold_out

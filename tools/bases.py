@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading

@@ -7,8 +7,8 @@ from typing import Any
 
 from dreambooth_lib.core import config_file
 from dreambooth_lib.core.base_defaults import base_defaults, origin
-from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError, check
-from dreambooth_lib.core.config_types import take_types
+from dreambooth_lib.core.config_checks import LOW_MEMORY, check
+from dreambooth_lib.core.config_types import ConfigError, take_types
 from dreambooth_lib.core.prior_prompts import GENERIC, generic_prompts
 from dreambooth_lib.core.subject import Subject
 

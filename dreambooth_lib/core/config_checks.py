@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from dreambooth_lib.core.config_types import MOST_DIGITS, shown
-from dreambooth_lib.core.config_types import ConfigError as ConfigError
+from dreambooth_lib.core.config_types import LARGEST, ConfigError, shown
 from dreambooth_lib.core.user_text import problem_with_name, problem_with_words
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 
 
 #: Above these, a number is a slip of the pen; the seed leaves room for those that are made from it.
-_MOST = {"seed": MOST_DIGITS, "resolution": 2**14}
+_MOST = {"seed": LARGEST, "resolution": 2**14}
 _MOST_OF_OTHERS = 10**9
 
 

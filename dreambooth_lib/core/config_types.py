@@ -8,7 +8,7 @@ from typing import Any
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.user_text import problem_with_path, problem_with_words
 
-MOST_DIGITS = 2**62  #: Whole numbers above it are a slip of the pen.
+LARGEST = 2**62  #: Whole numbers above it are a slip of the pen.
 _MOST_PROMPTS = 1000
 _PATHS = ("pictures", "base", "draw_base", "class_folder", "scorer", "image_scorer")
 
@@ -43,7 +43,7 @@ def take_types(fields: Any, prefix: str = "") -> None:
             object.__setattr__(fields, field.name, _numbers(name, value))
             continue
         is_number = isinstance(value, int) and not isinstance(value, bool)
-        if is_number and abs(value) > MOST_DIGITS:
+        if is_number and abs(value) > LARGEST:
             raise ConfigError(f"{name} has more than 18 digits; write a smaller number.")
         if is_number and wanted in (float, float | None):
             value = float(value)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.subject import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.data.captions import check_captions

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.subject import Subject

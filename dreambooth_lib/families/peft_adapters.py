@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dreambooth_lib.core.config_checks import ADAPTERS, ConfigError
+from dreambooth_lib.core.config_checks import ADAPTERS
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import one_line
 from dreambooth_lib.families import quantizers
 from dreambooth_lib.families.base_files import BaseError, check_weights, read_json

@@ -13,7 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
+from dreambooth_lib.core.config_checks import LOW_MEMORY
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading, peft_adapters

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
+from dreambooth_lib.core.config_checks import LOW_MEMORY
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.runs import LEVEL_FILE, Run, read_level

@@ -17,7 +17,7 @@ from typing import Any
 
 from dreambooth_lib.core.checked_json import append_row, read_object, read_rows, write_rows
 from dreambooth_lib.core.config import SAMPLING_FIELDS, VALIDATION_SHARE, TrainConfig
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import explain_disk_errors
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import recover_folder, replace_file

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.config_checks import LOW_MEMORY, ConfigError
+from dreambooth_lib.core.config_checks import LOW_MEMORY
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.families import loading, textual_inversion
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.training import lora

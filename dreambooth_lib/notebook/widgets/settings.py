@@ -10,7 +10,8 @@ from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider,
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig, base_defaults
-from dreambooth_lib.core.config_checks import ADAPTERS, ConfigError
+from dreambooth_lib.core.config_checks import ADAPTERS
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook.timing import Pace, checkpoints, measure

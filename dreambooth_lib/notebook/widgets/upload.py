@@ -13,7 +13,7 @@ from typing import Any
 from IPython.display import Javascript
 from ipywidgets import HTML, FileUpload, HBox, Layout
 
-from dreambooth_lib.core.config_checks import ConfigError
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import format_bytes
 from dreambooth_lib.data.images import DataError
 
