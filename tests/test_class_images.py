@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import save_photos
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +25,8 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import class_images, runs
 from dreambooth_lib.training.class_images import class_images_folder, draw_class_images
 from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.setup import Trainer
 
 Make = Callable[..., TrainConfig]
 
@@ -403,3 +407,20 @@ def test_a_set_of_an_earlier_version_is_used_and_never_mixed_with_a_new_one(
     # A run that has begun on a set of its own keeps it.
     shutil.copytree(own, tmp_path / "other" / own.name)
     assert draw(config, family, tmp_path / "other") == fast
+
+
+def test_own_class_images_whose_captions_name_the_subject_are_told(
+    start_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    place = Path(save_photos(tmp_path / "own"))
+    texts = ["a {} dog", "a dog", "the OHWX dog", "an ohwxian dog"]
+    for number, text in enumerate(texts):
+        (place / f"{number}.txt").write_text(text)
+    run = start_run("run", "sd1", class_folder=str(place))
+    with pytest.warns(UserWarning, match=r"2 captions .* such as that of 0.png, name the subject"):
+        Trainer(run)
+    for number in (0, 2):
+        (place / f"{number}.txt").write_text("a dog")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*name the subject")
+        Trainer(start_run("other", "sd1", class_folder=str(place)))

@@ -1,5 +1,6 @@
 """Test what of photos of any shape is trained on: buckets, and crops around the subject."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,15 @@ from drive_faults import Make
 from PIL import Image
 from test_masks import picture
 
+from dreambooth_lib.core.checked_json import read_object, write_object
+from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.data.crops import bucket_of, buckets, crop_box, cut_away, write_centers
 from dreambooth_lib.data.images import DataError, read_photos, read_source
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import check_photos
+from dreambooth_lib.export import model_card
 from dreambooth_lib.families import loading
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import image_sizes, runs, sampling
 from dreambooth_lib.training.latent_cache import LatentCache
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run
@@ -238,3 +242,41 @@ def test_every_family_trains_and_draws_in_buckets(
     assert {*trainer.batches.shapes} == {(8, 24), (24, 8), (16, 16)}
     losses = [step.loss for step in train(start_run("other", name, **every))]
     assert all(0 < loss < 100 for loss in losses)
+
+
+def test_samples_are_drawn_in_the_bucket_of_most_photos(
+    start_run: Start, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end, at a checkpoint, by the base beside it; whether the photos are there or not."""
+    run = start_run("run", "sd1", **fields)
+    list(train(run))
+
+    def size(source: Any, at: int | None = None) -> tuple[int, int]:
+        return sampling.sample(source, ["a {} dog"] if source is run else ["a dog"], [0], at=at,
+                               steps=1)[0].image.size  # fmt: skip
+
+    assert size(run) == size(run, 2) == size(sampling.load_source(run.config)) == PORTRAIT
+    assert "width={}, height={}".format(*PORTRAIT) in model_card.usage(run, run.pipeline)
+    plain = start_run("plain", "sd1", **fields | {"crop": "center"})
+    list(train(plain))
+    assert image_sizes.saved_size(plain) is None is image_sizes.saved_size(plain, 2)
+    assert "width" not in model_card.usage(plain, plain.pipeline)
+    shutil.rmtree(fields["subject"].pictures)
+    assert size(run) == size(run, 2) == PORTRAIT
+    goal = run.pipeline / runs.GOAL_FILE
+    for odd in (None, 3, ["a", "b"], [0, 8], [8, 2**20], [8]):  # as earlier versions, or anyone
+        write_object(goal, (read_object(goal) or {}) | {"size": odd})
+        write_digests(run.pipeline)
+        with pytest.warns(UserWarning, match="drawn as squares, as .*there is no folder"):
+            assert size(run) == SQUARE
+
+
+def test_a_sibling_that_draws_draws_in_that_bucket(
+    start_run: Start, fields: dict[str, Any], tiny_bases: Any, clip_folder: Path
+) -> None:
+    own = {"method": "lora", "draw_base": tiny_bases("sd1"), "prior": "none"}
+    validated = {"validate_every": 2, "scorer": str(clip_folder)}
+    run = start_run("run", "sd1", **fields | own | validated)
+    list(train(run))
+    assert {image.size for image in load_images(run, 2).subject} == {PORTRAIT}
+    assert sampling.sample(run, ["a {} dog"], [0], steps=1)[0].image.size == PORTRAIT

@@ -70,6 +70,12 @@ def test_a_photo_that_was_left_out_stays_out_of_the_backup(
     shutil.rmtree(run.folder)
     found, _ = find_interrupted(True, [drive], photos, "dog", "toybox", ["0.png"])
     assert found is not None, "the backup has the photos that were used"
+    found, _ = find_interrupted(True, [drive], photos, "dog", "toybox")
+    assert found is not None, "its damaged photo need not be named again"
+    (photos / "1.png").rename(tmp_path / "another.png")
+    found, message = find_interrupted(True, [drive], photos, "dog", "toybox")
+    assert found is None and "its photos are not those in" in message
+    (tmp_path / "another.png").rename(photos / "1.png")
     lose(run)
     back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
     assert [photo.traits.digest for photo in read_subject_photos(back)] == used

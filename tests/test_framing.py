@@ -159,3 +159,26 @@ def test_photos_in_a_zip_are_told_to_be_unpacked(tmp_path: Path) -> None:
     masks: dict[str, Any] = {"a.png": Image.new("L", (4, 4))}
     with pytest.raises(ValueError, match="unpack it"):
         mask_maker.save_masks(tmp_path / "p.zip", masks)
+
+
+def test_crops_and_masks_are_closed_until_they_are_opened_or_set(
+    folder: Path, make_config: Make
+) -> None:
+    def shown(framing: Any) -> bool:
+        body = framing.children[-1]
+        assert framing.crop in widgets_in(body) and framing.opened not in widgets_in(body)
+        return body.layout.display != "none"
+
+    config = make_config("toybox", str(folder))
+    framing = widgets.SubjectPanel(config).framing
+    assert not shown(framing)
+    framing.opened.value = True
+    assert shown(framing)
+    framing.opened.value = False
+    assert not shown(framing) and framing.changes["crop"] == "center"
+    for own in ({"crop": "buckets"}, {"background_weight": 0.1}):
+        assert shown(widgets.SubjectPanel(config.replace(**own)).framing)
+
+
+def widgets_in(widget: Any) -> list[Any]:
+    return [widget, *(w for child in getattr(widget, "children", ()) for w in widgets_in(child))]

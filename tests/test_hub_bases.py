@@ -84,7 +84,7 @@ def test_a_refusal_of_the_hub_is_told_by_its_cause_wherever_it_comes(
         fake_hub.call(load, name)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3", "flux", "flux_2_klein", "z_image"])
 def test_a_base_that_is_in_the_cache_loads_offline_and_preflight_says_so(
     kind: str, tiny_bases: Callable[[str], str], fake_hub: FakeHub
 ) -> None:

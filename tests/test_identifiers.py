@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import save_photos
 
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
+from dreambooth_lib.data.images import DataError
+from dreambooth_lib.data.subjects import check_subject, load_subject
 from tools.toybox.tokenizer import IDENTIFIERS, save_tokenizer
 
 
@@ -63,3 +67,37 @@ def test_all_identifiers_of_toybox_are_suggested(tmp_path: Path) -> None:
     assert set(words) == set(IDENTIFIERS) - {"sks"}
     for word in words:
         assert check_identifier(word, toybox) == []
+
+
+def test_a_folder_named_for_kohya_is_told_unless_the_words_are_its_own(tmp_path: Path) -> None:
+    for name, told in (
+        ("10_ohwx dog", False), ("3_zwx dog", True), ("40_ohwx stuffed toy", True),
+        ("2024_summer trip", False), ("3_dog", False), ("dog", False),
+        ("ohwx dog", False), ("x10_ohwx cat", False),
+    ):  # fmt: skip
+        folder = Path(save_photos(tmp_path / name))
+        messages = [m for m in check_subject(Subject(str(folder), "dog")) if "kohya" in m]
+        assert len(messages) == told, name
+    assert "set the identifier to 'ohwx' and the class noun to 'stuffed toy'" in check_subject(
+        Subject(str(tmp_path / "40_ohwx stuffed toy"), "dog")
+    ).pop()  # fmt: skip
+
+
+def test_photos_in_folders_below_are_named(tmp_path: Path) -> None:
+    """As kohya's trainers and others want them."""
+    for below, where in (
+        ("10_ohwx dog", "give its folder '10_ohwx dog', or put"),
+        ("img/10_ohwx dog", "give its folder 'img/10_ohwx dog', or put"),
+    ):
+        place = tmp_path / below.replace("/", "-")
+        save_photos(place / below)
+        (place / ".cache").mkdir()
+        (place / ".cache" / "a.png").touch()
+        with pytest.raises(DataError, match=where):
+            load_subject(place, "dog")
+    save_photos(place / "reg" / "1_dog")
+    with pytest.raises(DataError, match="folder 'img/10_ohwx dog', or one of 1 others, or put"):
+        load_subject(place, "dog")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no photos; put JPEG"):
+        load_subject(tmp_path / "empty", "dog")

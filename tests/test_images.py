@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import types
+import unicodedata
 import warnings
 import weakref
 import zipfile
@@ -537,7 +538,9 @@ def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     noise(2).save(folder / name)
     source = read_source(folder)
     assert [photo.name for photo in source.photos] == ["p0.png"]
-    assert len(source.notes) == 1 and source.notes[0].startswith(f"{name} is left out, as masks")
+    assert len(source.notes) == 1 and source.notes[0].startswith(
+        f"{name} is not trained on as photos"
+    )
 
 
 def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path) -> None:
@@ -550,7 +553,7 @@ def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path)
     noise(2).save(folder / "carnival_mask.jpg")
     source = read_source(folder)
     assert [p.name for p in source.photos] == ["carnival_mask.jpg", "chess.png", "p0.jpg"]
-    assert source.notes[0].startswith("cat_mask.png and p0.png are left out")
+    assert source.notes[0].startswith("cat_mask.png and p0.png are not trained on as photos")
 
 
 # Colours, and decoders that may be missing
@@ -774,3 +777,28 @@ def test_images_are_embedded_without_holding_them_all(
     embed = encoders.Encoder._embed
     assert embed(None, images.Images(photos), features, "images").shape == (len(photos), 2)  # type: ignore[arg-type]
     assert most <= 2 * encoders.BATCH
+
+
+def test_names_with_accents_belong_together_in_either_spelling(folder: Path) -> None:
+    """As macOS spells them in a folder or zip, and another program in a table."""
+    composed, apart = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
+    assert composed != apart
+    for spelt, other in ((composed, apart), (apart, composed)):
+        place = folder / spelt
+        place.mkdir(exist_ok=True)
+        noise(1).save(place / f"{spelt}.png")
+        (place / f"{other}.txt").write_text("a {} dog")
+        (photo,) = read_photos(place)
+        assert photo.caption == "a {} dog"
+        captions.write_captions(place, {photo.name: "a new one"})
+        assert len([*place.iterdir()]) == 2 and read_photos(place)[0].caption == "a new one"
+        (place / f"{other}.txt").unlink()
+        (place / "metadata.csv").write_text(f"file_name,text\n{other}.png,of a table\n")
+        assert read_photos(place)[0].caption == "of a table"
+        (place / "metadata.csv").unlink()
+        (place / "metadata.json").write_text(json.dumps({other: {"caption": "of kohya's"}}))
+        assert read_photos(place)[0].caption == "of kohya's"
+        (place / "metadata.json").unlink()
+        noise(2).save(place / f"{other}-masklabel.png")
+        (photo,) = read_photos(place)
+        assert photo.mask is not None and photo.mask.name == f"{other}-masklabel.png"

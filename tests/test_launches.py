@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tools import launches
+from tools.bench_gpu import save_photos
 from tools.launch_counter import CHUNK, DEVICE, MAX_BLOCKS, counting, multi_tensor_launches
 from tools.launches import LINES
 
@@ -122,6 +124,37 @@ def test_a_step_is_counted_by_phase(name: str) -> None:
     assert "elsewhere" not in lines  # each wait is told with the library's line
     waits = [where for of in found.values() for _, where in of.waits.elements()]
     assert len(waits) == 1 and waits[0].endswith("read")  # of the losses
+
+
+MASKED = {"background_weight": 0.1, "background_prior": True}
+TOGETHER = {
+    "LoRA": MASKED | {
+        "method": "lora", "prior": "distilled", "prior_prompts": ("a cat", ""),
+        "anchor_weight": 0.1, "class_folder": None, "lora_min_rank": 2,
+        "train_text_encoder": True, "crop": "buckets",
+        "resolution": 32, "batch_size": 2, "gradient_accumulation": 2,
+    },
+    "all weights": MASKED | {
+        "prior": "distilled_images", "crop": "subject", "timestep_bias": 0.5, "prompt_chunks": 2,
+        "ema_decay": 0.9, "anchor_weight": 0.1, "min_snr_gamma": 5.0, "prompt_dropout": 0.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_what_a_step_may_use_lies_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor left behind on the host would end the step, as it would with a GPU."""
+
+    def with_masks(work: Path, side: int) -> None:
+        save_photos(work, side)
+        for photo in (work / "instance").iterdir():
+            mask = Image.new("L", (side, side))
+            mask.paste(255, (side // 4, side // 4, side // 2, side // 2))
+            mask.save(photo.with_name(f"{photo.stem}-masklabel.png"))
+
+    monkeypatch.setattr(launches, "save_photos", with_masks)
+    found = launches.count({"memory": "standard"} | TOGETHER[name], tiny=True).counts
+    assert found["forward"].launches > 0
 
 
 def test_the_command_makes_a_table(

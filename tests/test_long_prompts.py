@@ -151,3 +151,15 @@ def test_a_run_with_long_captions_trains_validates_and_draws(
     plain = db.start(config.replace(prompt_chunks=1), tmp_path / "plain")
     with pytest.warns(UserWarning, match=r"of its \d+ tokens it reads \d+.*set prompt_chunks to 3"):
         list(db.train(plain))
+
+
+def test_long_prompts_of_the_prior_and_negative_ones_are_told(
+    tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    long = words(20)
+    config = make_config(tiny_sd1, photos, prior_prompts=("a cat", long), steps=1)
+    run = db.start(config, tmp_path / "run")
+    with pytest.warns(UserWarning, match=f"the prompt '{long}' is longer than the base reads"):
+        list(db.train(run))
+    with pytest.warns(UserWarning, match=f"the prompt '{long}' is longer than the base reads"):
+        db.sample(run, ["a {} dog"], [0], steps=1, negative_prompt=long)

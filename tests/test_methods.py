@@ -1,5 +1,7 @@
 """Every family with every method and prior: trained, interrupted, resumed, saved and loaded."""
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from itertools import islice
@@ -20,7 +22,7 @@ from dreambooth_lib.data.images import Photo, captioned
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
 from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
-from dreambooth_lib.training import fused_optimizer, lora, optimizer_step, runs
+from dreambooth_lib.training import fused_optimizer, lora, memory_estimate, optimizer_step, runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.loop import train, training_steps
 from dreambooth_lib.training.prior_distillation import with_class_captions
@@ -425,3 +427,50 @@ def test_loras_of_two_bases_cannot_be_composed(start_run: Callable[..., Run]) ->
         compose({one: 1.0, other: 1.0})
     with pytest.raises(BaseError, match="is not a LoRA that this kit trained"):
         compose({one.config.base: 1.0})
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux_2_klein", "z_image"])
+def test_a_side_that_a_base_cannot_draw_is_refused_before_it_is_loaded(
+    name: str, tiny_bases: Callable[[str], str], tmp_path: Path, start_run: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As with the real autoencoders, whose latents are 8 pixels a side, in patches of 2 x 2."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bases(name), base)
+    config = base / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"block_out_channels": [8] * 4}))
+    for weights in base.glob("*/*.safetensors"):
+        weights.write_bytes(b"not read")
+    run = start_run("run", "sd1")
+    for side, others in ((24, "16 or 32"), (8, "16 or 32"), (1000, "992 or 1008")):
+        sentence = f"resolution is {side}, but .* multiples of 16; set it to {others}"
+        own = run.config.replace(base=str(base), resolution=side, method="lora", prior="none")
+        with pytest.raises(BaseError, match=sentence):
+            list(train(runs.start(own, tmp_path / "own")))
+        with pytest.raises(BaseError, match=sentence):
+            memory_estimate.estimate(own, "bf16")
+        with pytest.raises(BaseError, match=sentence):
+            loading.load_model(str(base), resolution=side)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_u_net_draws_any_multiple_of_its_latents(
+    name: str, start_run: Callable[..., Run]
+) -> None:
+    run = start_run("run", name, resolution=24, prior="none")  # an odd number of them, halved
+    list(train(run))
+    assert sample(run, ["a {} dog"], [0], steps=1)[0].image.size == (24, 24)
+
+
+def test_composed_loras_draw_as_their_runs_do(start_run: Callable[..., Run]) -> None:
+    fields: dict[str, Any] = {"method": "lora", "prior": "none", "steps": 1}
+    run = start_run("run", "sd1", prompt_chunks=3, resolution=24, **fields)
+    same = start_run("same", "sd1", resolution=24, **fields)
+    other = start_run("other", "sd1", prompt_chunks=2, resolution=32, **fields)
+    for one in (run, same, other):
+        list(train(one))
+    family = compose({run: 1.0, str(same.folder): 1.0})
+    assert (family.prompt_chunks, family.size) == (3, (24, 24))
+    mixed = compose({str(other.folder): 1.0, str(same.folder / "pipeline"): 0.5, run: 0.5})
+    assert (mixed.prompt_chunks, mixed.size) == (3, (16, 16))  # the base's own
+    assert compose({str(same.folder / "pipeline"): 1.0}).size == (16, 16)  # its run is unknown

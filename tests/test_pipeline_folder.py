@@ -22,7 +22,7 @@ from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder, zip_download
 from dreambooth_lib.families import loading
-from dreambooth_lib.training import loop, runs, trainable
+from dreambooth_lib.training import loop, runs, sampling, trainable
 from dreambooth_lib.training.runs import Run
 
 Make = Callable[..., TrainConfig]
@@ -329,3 +329,26 @@ def test_a_link_shows_any_name_as_text(
         link.encode()
         (address,) = re.findall(r'^<a href="([^"<>]*)" download>[^<>\n]*</a> \(', link)
         assert unquote_to_bytes(address) == os.fsencode(path)
+
+
+def test_the_code_of_a_lora_on_a_finished_run_runs_as_printed(
+    start_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    whole = start_run("whole", "sd1", prior="none", steps=1)
+    list(loop.train(whole))
+    lora = whole.config.replace(method="lora", lora_rank=2)
+    below = runs.start(lora.replace(base=str(whole.folder)), tmp_path / "below")
+    list(loop.train(below))
+    on_top = runs.start(lora.replace(base=str(below.folder)), tmp_path / "top")
+    list(loop.train(on_top))
+    for run in (below, on_top):
+        scope: dict[str, Any] = {}
+        exec("\n".join(model_card.usage(run, run.pipeline).split("\n")[:-1]), scope)
+        scope["pipeline"].fuse_lora()
+        drawn = scope["pipeline"].unet.state_dict()
+        expected = sampling.load_source(run).denoiser.state_dict()
+        for name, value in expected.items():
+            own = drawn.get(name, drawn.get(name.replace(".weight", ".base_layer.weight")))
+            if own is None:
+                own = drawn[name.replace(".bias", ".base_layer.bias")]
+            assert torch.allclose(own, value, atol=1e-6), name

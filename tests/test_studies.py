@@ -132,7 +132,8 @@ def test_photos_in_one_scene_have_exact_masks(
     kinds = backgrounds.configs(bundled, tmp_path / "photos")
     (square,) = {c.subject.pictures for name, c in kinds.items() if "portraits" not in name}
     photos = read_photos(square)
-    assert backgrounds.leaks([photo.image for photo in photos]) > 0.99
+    assert backgrounds.shares([photo.image for photo in photos]).min() > 0.9
+    assert backgrounds.shares([photo.image for photo in photos], "beach").max() < 0.1
     for photo, (original, mask) in zip(photos, backgrounds.cut_outs(bundled), strict=True):
         own = read_mask(photo)
         assert own is not None and ImageChops.difference(own, mask).getbbox() is None
@@ -146,13 +147,14 @@ def test_a_study_of_backgrounds_measures_every_cell(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backgrounds, "STEPS", 2)
+    monkeypatch.setattr(backgrounds, "ANYWHERE", 2)
     plain = studies.plain(subject).replace(hold_out=False, steps=2)
     kinds = {"plain": plain, "tall": plain.replace(crop="buckets")}
     studies.over_seeds(subject, kinds, tmp_path, Here(), 2)
     cells = {kind: [tmp_path / studies.cell(kind, seed) for seed in range(2)] for kind in kinds}
     lines = backgrounds.measure(subject, kinds, cells, tmp_path / "leaks.md")
     names = [line.split(" | ")[0] for line in lines[2:]]
-    assert names == ["| plain (2)", "| tall (2)", "| tall, drawn as squares (2)"]
-    assert all(line.count("±") == 3 for line in lines[2:])
-    assert lines[3].split(" | ")[1:] == lines[4].split(" | ")[1:]  # these photos are squares
+    assert names == ["| the base (1)", "| plain (2)", "| tall (2)", "| tall, drawn as squares (2)"]
+    assert all(line.count("±") == 4 for line in lines[3:])
+    assert lines[4].split(" | ")[1:] == lines[5].split(" | ")[1:]  # these photos are squares
     assert (tmp_path / "leaks.md").read_text().splitlines() == lines

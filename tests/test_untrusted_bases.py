@@ -477,8 +477,13 @@ def test_a_scheduler_of_another_process_is_refused(
     assert "scheduler" in text
 
 
-def test_an_autoencoder_with_a_mean_of_its_latents_is_refused(base: Path) -> None:
-    edit(base / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+@pytest.mark.parametrize(
+    "values", [{"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, {"latents_std": [0.5] * 4}]
+)
+def test_an_autoencoder_with_a_mean_of_its_latents_is_refused(
+    values: dict[str, list[float]], base: Path
+) -> None:
+    edit(base / "vae" / "config.json", **values)
     refused(base, str(base / "vae"), "latents_mean")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -157,6 +158,8 @@ def counting() -> Iterator[LaunchCounter]:
         with (
             patch.object(FakeTensor, "tolist", tolist),
             patch.object(torch.Tensor, "backward", _backward),
+            # PyTorch computes with constants of one element, and forgets their device.
+            patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0),
             FakeTensorMode(allow_non_fake_inputs=True), CudaAutocast(), counter,
         ):  # fmt: skip
             yield counter

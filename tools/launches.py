@@ -33,6 +33,7 @@ from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.prompt_cache import PromptCache
 from dreambooth_lib.training import accelerator, runs, setup
 from dreambooth_lib.training.flat_parameters import Bucket
+from dreambooth_lib.training.latent_cache import LatentCache
 from tools import architectures
 from tools.bench_gpu import save_photos
 from tools.gpu_table import cells
@@ -125,6 +126,7 @@ def fake_gpu(precision: str) -> Iterator[None]:
             (setup, "Batches", lambda *args: made(*args[:4], None, *args[5:])),
             (loading, "load_model", load_fake),
             (torch.nn.Module, "_apply", _apply),
+            (LatentCache, "_check_masks", lambda _: None),  # reads values
             (Bucket, "keep_gradients", lambda _: None),  # as on a GPU
         ):
             stack.enter_context(patch.object(of, name, value))

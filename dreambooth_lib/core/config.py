@@ -39,6 +39,9 @@ class TrainConfig:
     #: what a Stable Diffusion base predicts, where its files say otherwise or nothing: "epsilon",
     #: "v_prediction", or "v_prediction_ztsnr" with a zero terminal SNR (arXiv 2305.08891)
     prediction_type: str | None = None
+    #: the text encoder's layer that reads prompts, counted from the last one, 1, as A1111 counts
+    #: its "Clip skip"; Stable Diffusion 1.x and 2.x only. None is as the base has it.
+    clip_skip: int | None = None
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda, the weight of the prior preservation loss; 0 turns it off
@@ -56,8 +59,9 @@ class TrainConfig:
     #: "generated": train on class images that the base drew (the paper's way); "distilled": on the
     #: subject's noised images with the class prompt, match the frozen base's prediction, without
     #: class images; "distilled_images": match it on class images; "none": no prior preservation,
-    #: prior_weight becomes 0
-    prior: str = "generated"
+    #: prior_weight becomes 0. None is "generated" with all weights; by LoRA "distilled_images" with
+    #: prior_prompts "generic", which keeps other prompts, too
+    prior: str = _BY_BASE
     #: more prompts whose images are to stay as the base draws them, which take half of the prior's
     #: rows and of its class images; "" is allowed, and "generic" stands for prompts of this base
     prior_prompts: tuple[str, ...] | None = None
@@ -90,6 +94,10 @@ class TrainConfig:
     #: put on it, with its own steps and guidance; class images are the base's. None is the base.
     draw_base: str | None = None
     train_text_encoder: bool = False
+    #: of what is trained of the text encoders; None is learning_rate
+    text_encoder_learning_rate: float | None = None
+    #: optimizer steps after which the text encoders stop training; None: they train to the end
+    text_encoder_steps: int | None = None
     #: also learn a new token embedding for the identifier (pivotal tuning); LoRA only
     train_token: bool = False
 
@@ -167,6 +175,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
+        by_lora = self.method == "lora" and self.prior is None and self.prior_weight
+        if by_lora and self.prior_prompts is None and self.class_folder is None:
+            object.__setattr__(self, "prior_prompts", GENERIC)
         if self.prior_prompts == GENERIC:
             prompts = generic_prompts(origin(self.base), self.subject.class_noun)
             object.__setattr__(self, "prior_prompts", prompts)

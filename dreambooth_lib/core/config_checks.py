@@ -38,7 +38,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "1 or more": (lambda value: value >= 1, (
         "steps", "batch_size", "gradient_accumulation", "checkpoint_every", "checkpoints_kept",
         "prior_inference_steps", "validation_inference_steps", "lora_rank", "lora_alpha",
-        "lora_min_rank",
+        "lora_min_rank", "text_encoder_steps", "clip_skip",
     )),
     "0 or more": (lambda value: value >= 0, (
         "prior_weight", "class_images", "warmup_steps", "weight_decay", "seed",
@@ -52,7 +52,8 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "from 0 to 1": (lambda value: 0 <= value <= 1, ("background_weight",)),
     "above 0 and below 1": (lambda value: 0 < value < 1, ("keep_class",)),
     "above 0": (lambda value: value > 0, (
-        "learning_rate", "max_grad_norm", "min_snr_gamma", "validation_share", "anchor_weight",
+        "learning_rate", "text_encoder_learning_rate", "max_grad_norm", "min_snr_gamma",
+        "validation_share", "anchor_weight",
     )),
 }  # fmt: skip
 
@@ -204,6 +205,12 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         f"train_token is set but method is '{config.method}'; set method to 'lora', or leave "
         "train_token out.",
     )
+    for name in ("text_encoder_learning_rate", "text_encoder_steps"):
+        yield (
+            getattr(config, name) is not None and not config.trains_text,
+            f"{name} is set, but no text encoder is trained; set train_text_encoder to true, or "
+            f"leave {name} out.",
+        )
     yield (
         full and config.memory == "lowest" and config.mixed_precision == "no",
         "memory is 'lowest', which keeps weights in bfloat16, but mixed_precision is 'no'; set "

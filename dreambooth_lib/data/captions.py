@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.subject import Subject
-from dreambooth_lib.data.sources import PHOTO_SUFFIXES, TABLES, DataError, SourceFile, list_files
+from dreambooth_lib.data.sources import (
+    PHOTO_SUFFIXES,
+    TABLES,
+    DataError,
+    SourceFile,
+    folded,
+    list_files,
+)
 
 if TYPE_CHECKING:
     from dreambooth_lib.data.images import Photo
@@ -33,7 +40,7 @@ def find_captions(
     text that is not UTF-8 or too large, and for tables that are broken or name a photo that is
     missing. Other JSON files are no captions.
     """
-    by_name = _lower_case(texts)
+    by_name = _by_folded_name(texts)
     captions: dict[str, str | None] = {}
     used = set()
     for file in texts.values():
@@ -52,8 +59,8 @@ def find_captions(
     return found, [name for name in texts if name not in used]
 
 
-def _lower_case(texts: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
-    return {name.lower(): file for name, file in reversed([*texts.items()])}
+def _by_folded_name(texts: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
+    return {folded(name): file for name, file in reversed([*texts.items()])}
 
 
 def _beside(
@@ -61,7 +68,7 @@ def _beside(
 ) -> SourceFile | None:
     """Return the file beside a photo that has its caption; the same case goes first."""
     names = [f"{n}{suffix}" for suffix in _BESIDE for n in (photo, PurePosixPath(photo).stem)]
-    files = [texts.get(name) for name in names] + [by_name.get(name.lower()) for name in names]
+    files = [texts.get(name) for name in names] + [by_name.get(folded(name)) for name in names]
     return next((file for file in files if file), None)
 
 
@@ -73,14 +80,14 @@ def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
     """
     files = {file.name: file for file in list_files(folder)}
     texts = {name: file for name, file in files.items() if file.suffix in _BESIDE}
-    by_name = _lower_case(texts)
-    stems = Counter(PurePosixPath(n).stem.lower() for n, f in files.items() if _is_photo(f))
+    by_name = _by_folded_name(texts)
+    stems = Counter(folded(PurePosixPath(n).stem) for n, f in files.items() if _is_photo(f))
     for name, caption in captions.items():
         stem = PurePosixPath(name).stem
-        shares = stems[stem.lower()] > 1  # as a.jpg beside a.png does
+        shares = stems[folded(stem)] > 1  # as a.jpg beside a.png does
         place = f"{name}.txt" if shares else f"{stem}.txt"
         old = _beside(name, texts, by_name)
-        if old and (not shares or old.name.lower().startswith(f"{name.lower()}.")):
+        if old and (not shares or folded(old.name).startswith(f"{folded(name)}.")):
             place = old.name
         replace_file(folder / place, caption.encode())
 
@@ -106,7 +113,7 @@ def _text(file: SourceFile, limit: int, what: str) -> str:
 
 def _table(file: SourceFile, names: Sequence[str]) -> dict[str, str]:
     rows = _csv_rows if file.suffix == ".csv" else _json_rows
-    known = {name.lower(): name for name in names} | {name: name for name in names}
+    known = {folded(name): name for name in names} | {name: name for name in names}
     captions = {}
     for where, row in rows(file, _text(file, MAX_TABLE, "a table of captions")):
         match row:
@@ -116,7 +123,7 @@ def _table(file: SourceFile, names: Sequence[str]) -> dict[str, str]:
                 pass
             case _:
                 raise DataError(f"{where} lacks the strings 'file_name' and 'text'; add them.")
-        photo = known.get(name) or known.get(name.lower())
+        photo = known.get(name) or known.get(folded(name))
         if photo is None:
             raise DataError(f"{where} names '{name}', which is missing; correct that line.")
         captions[photo] = caption.strip()
@@ -153,12 +160,12 @@ def _json_captions(file: SourceFile, names: Sequence[str]) -> dict[str, str]:
         return {}
     stems: dict[str, list[str]] = {}
     for name in names:
-        for key in {name.lower(), PurePosixPath(name).stem.lower()}:
+        for key in {folded(name), folded(PurePosixPath(name).stem)}:
             stems.setdefault(key, []).append(name)
-    own = stems.get(PurePosixPath(file.name).stem.lower(), [])
+    own = stems.get(folded(PurePosixPath(file.name).stem), [])
     entries = [(name, read) for name in own]
     if isinstance(read, dict) and not own:
-        keys = {key: PurePosixPath(key.replace("\\", "/")).name.lower() for key in read}
+        keys = {key: folded(PurePosixPath(key.replace("\\", "/")).name) for key in read}
         entries = [(name, read[key]) for key in read for name in stems.get(keys[key], [])]
     captions = {}
     for name, entry in entries:
@@ -189,6 +196,18 @@ def check_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
         f"{' and others' if len(lacking) > 1 else ''}, {verb} the identifier "
         f"'{subject.identifier}', so that training cannot bind it to these photos; write '{{}}' "
         f"where a caption names the subject, as in 'a {{}} {subject.class_noun} on the grass'."
+    ]
+
+
+def check_class_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
+    """Return a sentence on the user's own class images whose captions name the subject."""
+    captioned = [photo for photo in photos if photo.caption]
+    lacking = {*lacking_identifier(captioned, subject)}
+    if not (named := [photo.name for photo in captioned if photo.name not in lacking]):
+        return []
+    return [
+        f"{len(named)} captions of your class images, such as that of {named[0]}, name the subject "
+        f"by '{{}}' or '{subject.identifier}', which then means the class again; take it out."
     ]
 
 

@@ -2,12 +2,18 @@
 
 import re
 from itertools import islice
+from pathlib import Path
 from typing import Any
+
+from dreambooth_lib.core.subject import Subject
 
 _COMMON_FRACTION = 0.85  # of the merged tokens, by frequency; in CLIP "teapot" is at 0.82
 _KNOWN_BAD = {"sks": "a rifle, and guns appear in the images"}
 _AVOID = {*_KNOWN_BAD, "kkk", "kkkk", "xxx", "nsfw", "nra", "fck", "sht", "dbz", "lgbt", "bdsm",
           "lsd", "hpv", "pkk", "dprk", "jap", "nips"}  # fmt: skip
+
+#: A folder for kohya's trainers: how often an epoch repeats its photos, and their caption.
+_KOHYA = re.compile(r"(\d{1,3})_(?P<words>(?P<identifier>\S+) (?P<noun>\S.*?))\s*")
 
 
 def _merged_tokens(tokenizer: Any) -> list[str]:
@@ -55,3 +61,17 @@ def check_identifier(identifier: str, tokenizer: Any) -> list[str]:
             f"to the base, identifier '{identifier}' means {meaning}; choose another one."
         )
     return messages
+
+
+def check_folder_name(subject: Subject) -> list[str]:
+    """Return a sentence if the photos' folder names other words, as in kohya's "10_ohwx dog"."""
+    name = Path(subject.pictures).name
+    match = _KOHYA.fullmatch(name)
+    if match is None or match["words"] == subject.token:
+        return []
+    repeats, identifier, noun = match.groups()[0], match["identifier"], match["noun"]
+    return [
+        f"the folder's name '{name}' is not read, as kohya's trainers would read it: to train "
+        f"'{match['words']}', set the identifier to '{identifier}' and the class noun to '{noun}'; "
+        f"each photo is used equally often, whatever the {repeats} says."
+    ]

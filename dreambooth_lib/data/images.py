@@ -27,6 +27,8 @@ from dreambooth_lib.data.sources import (
     TEXT_SUFFIXES,
     DataError,
     SourceFile,
+    folded,
+    folders_with_photos,
     list_files,
 )
 from dreambooth_lib.data.traits import Traits, measure
@@ -196,15 +198,18 @@ def read_source(source: str | Path | Subject) -> Source:
     if not photos:
         if raw:
             raise DataError(f"{path} has raw photos only, as {raw[0]}; save them as JPEG first.")
-        raise DataError(f"{path} has no photos; put JPEG or PNG files directly into it.")
+        where = "put JPEG or PNG files directly into it"
+        if inside := folders_with_photos(path):
+            also = f", or one of {len(inside) - 1} others" if inside[1:] else ""
+            where = f"give its folder '{inside[0]}'{also}, or {where}"
+        raise DataError(f"{path} has no photos; {where}.")
     notes = []
     if left_out:
         notes.append(f"{listed(left_out)} {_are(left_out)} left out, as you chose.")
     if masks:
         notes.append(
-            f"{listed(masks)} {_are(masks)} left out, as masks or maps of other photos; to train "
-            "on the subject in the masks set background_weight, and if they are photos, give them "
-            "other names."
+            f"{listed(masks)} {_are(masks)} not trained on as photos, but taken for masks or maps; "
+            "background_weight trains by masks, and if they are photos, give them other names."
         )
     if unused:
         holds = "it holds" if len(unused) == 1 else "they hold"
@@ -275,7 +280,7 @@ def _read_all(path: Path, files: list[SourceFile]) -> list[Photo]:
 
 def _masks(photos: list[Photo]) -> list[str]:
     """Return the names of pictures that are masks, maps or thumbnails of other photos."""
-    stems = {photo.name: PurePosixPath(photo.name).stem.lower() for photo in photos}
+    stems = {photo.name: folded(PurePosixPath(photo.name).stem) for photo in photos}
     drawn = {photo.name for photo in photos if photo.traits.is_black_and_white}
     photographed = {stems[photo.name] for photo in photos if photo.name not in drawn}
 

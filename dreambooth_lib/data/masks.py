@@ -14,7 +14,7 @@ from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.decoding import MAX_BYTES, decode, decode_alpha
-from dreambooth_lib.data.sources import DataError, SourceFile, list_files
+from dreambooth_lib.data.sources import DataError, SourceFile, folded, list_files
 
 if TYPE_CHECKING:
     from dreambooth_lib.data.images import Photo
@@ -36,9 +36,9 @@ def pair_masks(
     pairs: dict[str, SourceFile] = {}
     folder = path / FOLDER
     inside = list_files(folder) if path.is_dir() and folder.is_dir() else []
-    stems = {name: PurePosixPath(name).stem.lower() for name in photos}
+    stems = {name: folded(PurePosixPath(name).stem) for name in photos}
     for file in [*others.values(), *inside]:
-        stem = PurePosixPath(file.name).stem.lower()
+        stem = folded(PurePosixPath(file.name).stem)
         matches = [match["photo"] for name in _NAMES if (match := re.fullmatch(name, stem))]
         for photo in [name for name, own in stems.items() if own in matches]:
             if photo in pairs:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import stat
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -105,6 +106,24 @@ def list_files(path: Path) -> list[SourceFile]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); check its permissions.") from error
     return sorted(files, key=lambda file: file.name)
+
+
+def folded(name: str) -> str:
+    """Return a file's name as it is compared: in lower case, letters with accents composed.
+
+    macOS takes them apart, so that one name has two spellings in a zip and in a table.
+    """
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def folders_with_photos(path: Path) -> list[str]:
+    """Return the folders in a folder that have photos, one or two levels below it."""
+    if not path.is_dir():
+        return []
+    files = (file for pattern in ("*/*", "*/*/*") for file in path.glob(pattern))
+    shown = [file.relative_to(path) for file in files if file.suffix.lower() in PHOTO_SUFFIXES]
+    visible = [p.parent for p in shown if not any(map(_is_ignored, p.parts))]
+    return sorted({folder.as_posix() for folder in visible})
 
 
 def _is_ignored(name: str) -> bool:

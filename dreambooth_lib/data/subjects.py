@@ -10,6 +10,7 @@ from dreambooth_lib.core.config_checks import ConfigError
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.subject import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.data.captions import check_captions
+from dreambooth_lib.data.identifiers import check_folder_name
 from dreambooth_lib.data.images import DataError, read_source
 from dreambooth_lib.data.quality_checks import check_photos
 
@@ -40,7 +41,8 @@ def check_subject(subject: Subject) -> list[str]:
     """Return a sentence on each problem that :func:`load_subject` warns of."""
     photos, messages = read_source(subject)
     messages += [f.message for f in check_photos(photos) if f.kind != "tiny"]
-    return [printable(message) for message in messages + check_captions(photos, subject)]
+    messages += check_captions(photos, subject) + check_folder_name(subject)
+    return [printable(message) for message in messages]
 
 
 def load_dataset(folder: str | Path) -> list[Subject]:

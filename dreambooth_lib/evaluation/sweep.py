@@ -193,6 +193,11 @@ def _reached(run: Run) -> int:
     return rows[-1]["step"] if rows else max(run.checkpoints(), default=0)
 
 
+#: What a base is loaded by, for its class images.
+_OF_BASE = ("base", "revision", "variant", "prediction_type", "clip_skip", "prompt_chunks",
+            "resolution", "quantize")  # fmt: skip
+
+
 def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
     """Draw all cells' class images before they run, so that no two workers draw the same ones.
 
@@ -203,8 +208,7 @@ def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
     by_base: dict[tuple[Any, ...], list[TrainConfig]] = {}
     for config in configs:
         if config.draws_class_images:
-            key = (config.base, config.revision, config.variant, config.resolution, config.quantize)
-            by_base.setdefault(key, []).append(config)
+            by_base.setdefault(tuple(getattr(config, n) for n in _OF_BASE), []).append(config)
     for alike in by_base.values():
         family = sampling.load_source(alike[0])
         for config in alike:

@@ -7,6 +7,7 @@ from dreambooth_lib.core.disk import format_bytes
 from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
 from dreambooth_lib.export.comfyui_lora import ExportError, write_lora
 from dreambooth_lib.families import loading
+from dreambooth_lib.families.clip_skip import clip_skip_of
 from dreambooth_lib.training.runs import Run
 
 
@@ -46,7 +47,13 @@ def export(run: Run, model: str | Path, path: str | Path) -> str:
             " Neither program can run it: they only know the sizes of the released Stable "
             "Diffusion models, and the bundled base is smaller."
         )
-    below = loading.resolve(config.base, config.revision).loras
+    base = loading.resolve(config.base, config.revision)
+    below, clip_skip = base.loras, clip_skip_of(base, config.clip_skip)
+    if clip_skip > 1:
+        message += (
+            f" Set 'Clip skip' to {clip_skip} in A1111, or 'CLIP Set Last Layer' to -{clip_skip} "
+            "in ComfyUI, as in training."
+        )
     if config.method == "lora" and below:
         names = ", ".join(f"'{lora.path}'" for lora in below)
         message += f" It was trained on {names}, which it does not hold: load these LoRAs with it."

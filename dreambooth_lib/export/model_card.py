@@ -10,10 +10,10 @@ from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.hub_token import HubError, hub_token
 from dreambooth_lib.core.user_text import markdown, python_string
 from dreambooth_lib.data import images
-from dreambooth_lib.families import loading, one_file, textual_inversion
+from dreambooth_lib.families import clip_skip, loading, one_file, textual_inversion
 from dreambooth_lib.families.prediction_type import V_PREDICTION
 from dreambooth_lib.figures import image_grids, plots
-from dreambooth_lib.training import best_checkpoint, validation_record
+from dreambooth_lib.training import best_checkpoint, image_sizes, validation_record
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import inference_settings
 
@@ -75,13 +75,18 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
             if file := _one_file(first.name):
                 pipeline_class, method = first.index["_class_name"], "from_single_file"
                 loaded_first = file.address or loaded_first
+            elif loaded_first != "toybox" and (not base or Path(base).exists()):
+                loaded_first = loading.locate(loaded_first)  # of a run, its pipeline
             scheduler = _scheduler_lines(first, file is not None)
+            scheduler += clip_skip.usage_lines(first, config.clip_skip)
         inference = inference_settings(run)
         trained = str(run.folder) if run.finished else config.base
         dtype = loading.resolve(trained, config.revision).family.card_dtype
         settings = (
             f", num_inference_steps={inference.steps}, guidance_scale={inference.guidance_scale:g}"
         )
+        if size := image_sizes.saved_size(run):
+            settings += ", width={}, height={}".format(*size)
     except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""
     is_toybox = loaded_first == "toybox"

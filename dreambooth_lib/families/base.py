@@ -63,8 +63,7 @@ class Family:
     default_inference: ClassVar[Inference] = Inference(
         steps=50, guidance_scale=5.0, fewest_steps=28, validation_steps=28
     )
-    #: The base to train instead of a distilled one.
-    undistilled_base: ClassVar[str] = ""
+    undistilled_base: ClassVar[str] = ""  #: the base to train instead of a distilled one
     #: The dtype in which its bases' model cards draw on a GPU, by torch's name.
     card_dtype: ClassVar[str] = "bfloat16"
     #: What a base's scheduler must have for :meth:`forward_process`.
@@ -73,8 +72,8 @@ class Family:
     options: ClassVar[dict[str, Any]] = {}
     #: Tokens of a prompt that the pipeline reads by a tokenizer, if not its model_max_length.
     tokens_read: ClassVar[dict[str, int]] = {}
-    #: The most chunks that a prompt is read in.
-    most_chunks: ClassVar[int] = 1
+    most_chunks: ClassVar[int] = 1  #: the most chunks that a prompt is read in
+    skips_layers: ClassVar[bool] = False  #: whether ``clip_skip`` can be set
     #: The pipeline call's arguments for the tensors that ``encode_prompts`` returns.
     pipeline_argument_names: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",
@@ -166,13 +165,17 @@ class Family:
 
     @staticmethod
     def size_multiple(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
-        """Return what sides of images must be a multiple of, by a base's configs.
+        """Return what sides of buckets are a multiple of, by a base's configs: 8, 16, 32 or 64.
 
-        A U-Net halves the latents between its levels; others take patches of 2 x 2. It is a power
-        of 2, and 8 or more as pipelines want it.
+        A U-Net halves the latents between its levels; others take patches of 2 x 2.
         """
         levels = len(denoiser.get("down_block_types", (None, None)))
         return max(8, vae_scale(vae) * 2 ** (levels - 1))
+
+    @staticmethod
+    def least_multiple(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
+        """Return what sides must be a multiple of at least; a U-Net pads its levels itself."""
+        return vae_scale(vae) * (1 if "down_block_types" in denoiser else 2)
 
     def framing_cond(self, framings: torch.Tensor, shape: tuple[int, int]) -> Cond:
         """Return conditioning on how images were cropped; of most bases there is none.

@@ -14,7 +14,9 @@ from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.families.prediction_type import TYPES
 
 #: The keys of a LoRA folder's ``base.json``, and the values that are allowed for ``quantize``.
-_TRAINED_ON = ("base", "revision", "variant", "quantize", "word", "prediction_type")
+_TRAINED_ON = (
+    "base", "revision", "variant", "quantize", "word", "prediction_type", "clip_skip",
+)  # fmt: skip
 _QUANTIZED = (None, "nf4", "int8")
 #: What a LoRA's metadata may set: numbers, and names of layers. peft imports what others name.
 _ADAPTER_SETTINGS = {
@@ -75,8 +77,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_trained_on(file: Path) -> dict[str, str | None]:
-    """Read a LoRA folder's ``base.json``: exactly its six keys, each a string or None.
+def read_trained_on(file: Path) -> dict[str, Any]:
+    """Read a LoRA folder's ``base.json``: exactly its keys, each a string, a number or None.
 
     Keys that earlier versions did not write are None. Raises :class:`BaseError` for anything else.
     """
@@ -87,7 +89,9 @@ def read_trained_on(file: Path) -> dict[str, str | None]:
             f"source that you trust, or keep only {', '.join(_TRAINED_ON)} in it."
         )
     values = {name: found.get(name) for name in _TRAINED_ON}
-    wrong = [name for name, v in values.items() if not isinstance(v, str | None)]
+    skip = values["clip_skip"]
+    wrong = [] if skip is None or (type(skip) is int and skip > 0) else ["clip_skip"]
+    wrong += [n for n, v in values.items() if n != "clip_skip" and not isinstance(v, str | None)]
     wrong += [] if values["base"] else ["base"]
     wrong += [] if values["quantize"] in _QUANTIZED else ["quantize"]
     wrong += [] if values["prediction_type"] in (None, *TYPES) else ["prediction_type"]

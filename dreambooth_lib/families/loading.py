@@ -68,12 +68,7 @@ def load_model(
             f"the base '{base}' produces NaN in float16, and this GPU has no bfloat16; use one "
             "that has it, such as an L4 or A100, or choose another base."
         )
-    most = resolved.family.most_chunks
-    if loading.get("prompt_chunks", 1) > most:
-        raise BaseError(
-            f"prompt_chunks is {loading['prompt_chunks']}, but the prompts of '{base}' are not "
-            "read in chunks; leave prompt_chunks out, or choose a Stable Diffusion 1.x, 2.x or XL."
-        )
+    _check_options(resolved, loading)
     resolved.check()
     _check_unchanged(resolved.path)
     from dreambooth_lib.families.pretrained import load_pretrained
@@ -82,6 +77,31 @@ def load_model(
         resolved.family, resolved.path, resolved.index, **(loading | resolved.hub)
     )
     return _configured(family, resolved)
+
+
+def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
+    """Raise :class:`BaseError` where a family cannot read prompts, or draw, as the options say."""
+    family, base, side = resolved.family, resolved.name, options.get("resolution")
+    if side is not None:
+        denoiser, vae = (resolved.read(f"{n}/config.json") for n in (family.denoiser_name, "vae"))
+        with explain_loading(resolved.path):
+            multiple = family.least_multiple(denoiser, vae)
+        if side % multiple:
+            lower = max(multiple, side // multiple * multiple)
+            raise BaseError(
+                f"resolution is {side}, but '{base}' draws only sides that are multiples of "
+                f"{multiple}; set it to {lower} or {lower + multiple}."
+            )
+    if options.get("prompt_chunks", 1) > family.most_chunks:
+        raise BaseError(
+            f"prompt_chunks is {options['prompt_chunks']}, but the prompts of '{base}' are not "
+            "read in chunks; leave prompt_chunks out, or choose a Stable Diffusion 1.x, 2.x or XL."
+        )
+    if options.get("clip_skip") is not None and not family.skips_layers:
+        raise BaseError(
+            f"clip_skip is {options['clip_skip']}, but '{base}' is no Stable Diffusion 1.x or "
+            "2.x, which alone can skip layers; leave clip_skip out."
+        )
 
 
 def _configured(family: "Family", resolved: ResolvedBase) -> "Family":
@@ -140,8 +160,9 @@ def compose(loras: Mapping[str, float], on: str | None = None, **loading: Any) -
         )
     quantizers.ignore_unusable()
     other = {} if on is None else {"base": on, "revision": None, "variant": None}
-    predicts = {"prediction_type": loading.get("prediction_type") or bases[0]["prediction_type"]}
-    family = load_model(**(loading | bases[0] | predicts | other))
+    asked = ("prediction_type", "clip_skip")  # or as in the LoRAs' own training
+    own = {name: loading.get(name) or bases[0][name] for name in asked}
+    family = load_model(**(loading | bases[0] | own | other))
     adapters = [f"lora{number}" for number in range(len(parts))]
     for lora in parts:
         base_files.check_lora(Path(lora.path) / LORA_FILE)
@@ -187,6 +208,9 @@ def load_meta(
     from dreambooth_lib.families.pretrained import build_on_meta
 
     resolved = resolve(base, revision, None, prediction_type)
+    if resolved.loras and loading.get("clip_skip") is None:
+        loading["clip_skip"] = resolved.loras[-1].trained_on["clip_skip"]
+    _check_options(resolved, loading)
     resolved.check(weights=False)
     hub_revision = resolved.hub.get("revision")
     return build_on_meta(

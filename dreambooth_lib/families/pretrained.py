@@ -20,6 +20,7 @@ from dreambooth_lib.core import gpu_memory, notices
 from dreambooth_lib.families import base_files, hub_files, index_checks
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError, explain_loading
+from dreambooth_lib.families.clip_skip import skip_layers
 from dreambooth_lib.families.precision import autoencoder_dtype
 from dreambooth_lib.families.prompt_cache import PromptCache
 
@@ -41,6 +42,7 @@ def load_pretrained(
     trained_dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
     prompt_chunks: int = 1,
+    clip_skip: int | None = None,
     prompts: Collection[str] | None = None,
     device: str | torch.device = "cpu",
     **hub: Any,
@@ -59,6 +61,7 @@ def load_pretrained(
         encoders_only = options | dict.fromkeys((family_class.denoiser_name, "vae"))
         encoders_only |= _quantization(family_class, index, encoders_only, quantize, dtype)
         encoding = _load(family_class, path, index, encoders_only, resolution=1)
+        _skip_layers(encoding, clip_skip, path)
         encoding.pipeline.to(device)
         encoding.prompt_chunks = prompt_chunks
         prompt_cache = PromptCache(encoding, {*prompts, ""})
@@ -68,6 +71,7 @@ def load_pretrained(
         options |= {name: None for name in encoders if name in index}
     options |= _quantization(family_class, index, options, quantize, dtype)
     family = _load(family_class, path, index, options, resolution)
+    _skip_layers(family, clip_skip, path)
     family.prompt_cache, family.prompt_chunks = prompt_cache, prompt_chunks
     return family
 
@@ -83,6 +87,7 @@ def build_on_meta(
     trained_dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
     prompt_chunks: int = 1,
+    clip_skip: int | None = None,
     revision: str | None = None,
 ) -> Family:
     """Build a pipeline as :func:`load_pretrained` does, from its configs alone, on the meta device.
@@ -107,7 +112,15 @@ def build_on_meta(
     with explain_loading(path):
         family = family_class(getattr(diffusers, index["_class_name"])(**parts), resolution)
     family.prompt_chunks = prompt_chunks
+    _skip_layers(family, clip_skip, path)
     return family
+
+
+def _skip_layers(family: Family, clip_skip: int | None, path: str) -> None:
+    """Take the text encoders' last layers out; a pipeline may have been loaded without any."""
+    if clip_skip is not None:
+        for encoder in family.text_encoders:
+            skip_layers(encoder, clip_skip, path)
 
 
 def _part_on_meta(part_class: Any, path: str, source: dict[str, Any], dtype: torch.dtype) -> Any:

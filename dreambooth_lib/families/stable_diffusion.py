@@ -41,6 +41,7 @@ class StableDiffusion(Family):
     card_dtype = "float16"
     scheduler_settings = ("beta_start",)
     most_chunks = 3
+    skips_layers = True
     options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,

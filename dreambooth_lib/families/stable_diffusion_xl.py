@@ -22,6 +22,7 @@ class StableDiffusionXL(StableDiffusion):
         fast_steps=15, fast_validation_steps=12,
     )  # fmt: skip
     undistilled_base = "stabilityai/stable-diffusion-xl-base-1.0"
+    skips_layers = False  # it reads by the last layer but one as it is
     options: ClassVar[dict[str, Any]] = {}
     pipeline_argument_names: ClassVar[dict[str, str]] = {
         "hidden": "prompt_embeds",

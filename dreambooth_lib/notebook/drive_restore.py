@@ -11,7 +11,7 @@ from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.subject import Subject
-from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.data.images import BadPhotosError, read_photos
 from dreambooth_lib.notebook.drive_copy_back import (
     RestoreError,
     backed_up,
@@ -214,17 +214,30 @@ def _difference(
     place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
     own = _hashes(replace(subject, pictures=place))
     all_left_out = (*left_out, *(subject.left_out or ()))
-    given = _hashes(replace(subject, pictures=str(pictures), left_out=all_left_out))
+    given = _hashes(
+        replace(subject, pictures=str(pictures), left_out=all_left_out), sound_only=True
+    )
     if own is None or given is None:
         return f"its photos could not be compared with those in {pictures}"
     return "" if own == given else f"its photos are not those in {pictures}"
 
 
-def _hashes(subject: Subject) -> list[str] | None:
-    """Return the hashes of photos, whatever their names; None if they cannot be read."""
+def _hashes(subject: Subject, sound_only: bool = False) -> list[str] | None:
+    """Return the hashes of photos, whatever their names; None if they cannot be read.
+
+    With ``sound_only`` damaged ones are passed over: a run may have gone on without them, and its
+    backup names none.
+    """
 
     def read() -> list[str]:
-        photos = read_photos(subject)
+        try:
+            photos = read_photos(subject)
+        except BadPhotosError as error:
+            if not sound_only:
+                raise
+            photos = read_photos(
+                replace(subject, left_out=(*(subject.left_out or ()), *error.names))
+            )
         return sorted(photo.traits.digest.hex() for photo in photos)
 
     try:

@@ -187,6 +187,8 @@ def _manifest(
         more["prior_prompts"] = config.prior_prompts
     if config.prompt_chunks > 1:
         more["prompt_chunks"] = config.prompt_chunks
+    if config.clip_skip is not None:
+        more["clip_skip"] = config.clip_skip
     content = more | {
         "base": config.base,
         "weights": _weights_digest(config),

@@ -5,7 +5,7 @@ An optimizer that steps each weight by itself spends a step on launching kernels
 beside the others' when they are needed together.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +76,13 @@ class Bucket:
         return self._joined(gradients).float()
 
     def clear_gradients(self) -> None:
-        """Make room for the next step's gradients, once the taken ones are used."""
+        """Make room for the next step's gradients, whether these were taken or not."""
         self.stepped.grad = None
         if self._gradients is not None:
             self._gradients.zero_()
+            return
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Return the parts of a tensor [N] as views, in the parameters' order and shapes."""
@@ -134,15 +137,20 @@ class Bucket:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def make_buckets(parameters: Iterable[torch.nn.Parameter], largest: int) -> list[Bucket]:
+def make_buckets(
+    parameters: Iterable[torch.nn.Parameter],
+    largest: int,
+    apart: Collection[torch.nn.Parameter] = (),
+) -> list[Bucket]:
     """Lay parameters out in buckets of at most ``largest`` numbers, or of a single larger one.
 
-    The last parameters come first, as their gradients do.
+    The last parameters come first, as their gradients do. Those in ``apart`` share no bucket with
+    others.
     """
     buckets: list[list[torch.nn.Parameter]] = []
-    open_buckets: dict[tuple[torch.dtype, bool], list[torch.nn.Parameter]] = {}
+    open_buckets: dict[tuple[torch.dtype, bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in reversed(list(parameters)):
-        kind = (parameter.dtype, parameter.numel() >= LEAST_8BIT)
+        kind = (parameter.dtype, parameter.numel() >= LEAST_8BIT, parameter in apart)
         bucket = open_buckets.get(kind)
         if bucket is None or sum(p.numel() for p in bucket) + parameter.numel() > largest:
             bucket = open_buckets[kind] = []

@@ -121,7 +121,8 @@ def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
     if config.train_token:
         textual_inversion.save_token(family, folder)
     base = {name: getattr(config, name) for name in ("base", "revision", "variant", "quantize")}
-    if config.prediction_type is not None:  # which earlier versions do not know
-        base["prediction_type"] = config.prediction_type
+    for name in ("prediction_type", "clip_skip"):  # which earlier versions do not know
+        if getattr(config, name) is not None:
+            base[name] = getattr(config, name)
     base["word"] = config.subject.identifier if config.train_token else None
     (folder / LORA_BASE_FILE).write_text(json.dumps(base, indent=2))

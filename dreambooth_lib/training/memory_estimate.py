@@ -82,6 +82,7 @@ def _without_details(config: TrainConfig) -> TrainConfig:
     fixed: dict[str, Any] = {"steps": 1, "seed": 0, "learning_rate": 1.0, "weight_decay": 0.0}
     fixed |= {name: min(1, getattr(config, name)) for name in ("validate_every", "class_images")}
     fixed |= {"prior_weight": float(config.prior_weight > 0), "warmup_steps": 0}
+    fixed |= {"text_encoder_learning_rate": None, "text_encoder_steps": None}
     fixed |= {"early_stop": False, "keep_class": None, "class_folder": config.class_folder and "."}
     subject = Subject("photos", "dog", config.subject.identifier)
     return config.replace(subject=subject, **fixed)
@@ -158,7 +159,7 @@ def suggest_savings(config: TrainConfig, precision: str) -> str:
     lora: dict[str, Any] = {"method": "lora"}
     suggestions: list[dict[str, Any]] = [
         {"memory": "low"}, {"memory": "lowest"}, lora, lora | {"memory": "low"},
-        lora | {"quantize": "nf4"}, {"resolution": side // 16 * 8},
+        lora | {"quantize": "nf4"}, {"resolution": side // 32 * 16},
     ]  # fmt: skip
     now, savings = estimate(config, precision).memory, []
     for changes in suggestions:

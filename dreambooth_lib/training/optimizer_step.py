@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.ema import EMA
-from dreambooth_lib.training.flat_parameters import make_buckets
+from dreambooth_lib.training.flat_parameters import Bucket, make_buckets
 from dreambooth_lib.training.optimizers import make_optimizer, make_schedule
 from dreambooth_lib.training.trainable import Trainable
 
@@ -47,7 +47,12 @@ class Optimizer:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, trainable: Trainable):
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.parameters = lora.trained_parameters(trainable)
-        self.buckets = make_buckets(self.parameters, self.LARGEST_BUCKET)
+        has_own = config.text_encoder_learning_rate is not None
+        has_own |= config.text_encoder_steps is not None
+        of_text = set(trainable.text_parameters() if has_own else ())
+        self.buckets = make_buckets(self.parameters, self.LARGEST_BUCKET, of_text)
+        #: Of each bucket, whether it holds text encoders' weights, with settings of their own.
+        self._is_text = [bucket.parameters[0] in of_text for bucket in self.buckets]
         if accelerator.device.type == "cpu" and not config.steps_in_backward:
             for bucket in self.buckets:
                 bucket.keep_gradients()
@@ -57,8 +62,9 @@ class Optimizer:
         self.completed_steps = 0
         self.skipped_steps = 0  #: since the last completed one
         groups = [
-            {"params": [bucket.stepped]} | ({} if bucket.has_8bit_moments else {"optim_bits": 32})
-            for bucket in self.buckets
+            {"params": [bucket.stepped], "lr": rate}
+            | ({} if bucket.has_8bit_moments else {"optim_bits": 32})
+            for bucket, rate in zip(self.buckets, self._learning_rates(), strict=True)
         ]
         self.adam = make_optimizer(config, groups, accelerator.device.type)
         self.schedule = make_schedule(config, self.adam)
@@ -73,8 +79,30 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Return the learning rate of the next step."""
-        return self.schedule.get_last_lr()[0]
+        """Return the next step's learning rate, of the denoiser."""
+        return self.schedule.get_last_lr()[self._is_text.index(False)]
+
+    def _learning_rates(self) -> list[float]:
+        """Return each bucket's learning rate, before warm-up and schedule."""
+        own, of_text = self.config.learning_rate, self.config.text_encoder_learning_rate
+        of_text = own if of_text is None else of_text
+        return [of_text if is_text else own for is_text in self._is_text]
+
+    def _is_stopped(self, number: int) -> bool:
+        """Return whether a bucket's weights stay as they are from now on."""
+        last = self.config.text_encoder_steps
+        return self._is_text[number] and last is not None and self.completed_steps >= last
+
+    def _stepped_buckets(self) -> list[Bucket]:
+        return [b for number, b in enumerate(self.buckets) if not self._is_stopped(number)]
+
+    def _free_stopped_text(self) -> None:
+        """Compute no gradients of text encoders that have stopped.
+
+        Several processes compute them all the same: each waits for the others' of every weight.
+        """
+        stopped = any(map(self._is_stopped, range(len(self.buckets))))
+        self.trainable.text_is_frozen = stopped and self.accelerator.num_processes == 1
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss."""
@@ -112,6 +140,7 @@ class Optimizer:
         self.completed_steps, self.skipped_steps = self.completed_steps + 1, 0
         self.schedule.step()
         self.ema.update()
+        self._free_stopped_text()
         return True
 
     def check_gradients(self) -> None:
@@ -145,8 +174,9 @@ class Optimizer:
                 f"The checkpoint of step {self.completed_steps} has no state of this optimizer for "
                 "these weights, so the optimizer starts afresh."
             )
-        for group in self.adam.param_groups:
-            group["initial_lr"] = group["lr"] = self.config.learning_rate
+        for group, rate in zip(self.adam.param_groups, self._learning_rates(), strict=True):
+            group["initial_lr"] = group["lr"] = rate
+        self._free_stopped_text()
         self.schedule = make_schedule(self.config, self.adam, self.completed_steps)
         self.ema.load_state_dict(saved, names)
         if self.scale is not None:
@@ -186,7 +216,7 @@ class Optimizer:
 
     def _take_gradients(self) -> torch.Tensor:
         """Copy the gradients side by side; return their norm as a tensor [1]."""
-        self._gradients = [bucket.take_gradients() for bucket in self.buckets]
+        self._gradients = [bucket.take_gradients() for bucket in self._stepped_buckets()]
         norms = [torch.linalg.vector_norm(gradient) for gradient in self._gradients]
         return torch.linalg.vector_norm(torch.stack(norms)).reshape(1)
 
@@ -197,7 +227,7 @@ class Optimizer:
             limit = 1.0 if self.config.max_grad_norm is None else self.config.max_grad_norm
             factor = min(1.0, limit / (self._norm / scale + 1e-6)) / scale
             self._scale_gradients(factor, *self._gradients)
-            for bucket, gradient in zip(self.buckets, self._gradients, strict=True):
+            for bucket, gradient in zip(self._stepped_buckets(), self._gradients, strict=True):
                 bucket.stepped.grad = gradient
             self.adam.step()
             for number in range(len(self.anchors)):
@@ -216,8 +246,11 @@ class Optimizer:
         towards 0: the gradient step of ||theta - theta_0||^2 (arXiv 2505.19519), without Adam.
         With LoRA it acts on the factors: B returns to 0, and their product with it.
         """
+        if self._is_stopped(number):
+            return
         assert self.config.anchor_weight is not None
-        weights, share = self.buckets[number].stepped.data, self.lr * self.config.anchor_weight
+        rate = self.schedule.get_last_lr()[number]
+        weights, share = self.buckets[number].stepped.data, rate * self.config.anchor_weight
         weights.lerp_(self.anchors[number].to(weights.dtype), min(share, 1.0))
 
     def _scale_gradients(self, factor: float, *gradients: torch.Tensor) -> None:

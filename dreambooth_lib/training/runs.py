@@ -30,9 +30,9 @@ from dreambooth_lib.training.config_changes import (
 )
 
 #: Fields that a run cannot change: its checkpoints would no longer fit, or mean something else.
-_FIXED = ("subject", "base", "revision", "variant", "prediction_type", "quantize", "method",
-          "train_text_encoder", "train_token", "lora_rank", "lora_alpha", "lora_layers", "dora"
-)  # fmt: skip
+_FIXED = ("subject", "base", "revision", "variant", "prediction_type", "clip_skip", "quantize",
+          "method", "train_text_encoder", "train_token", "lora_rank", "lora_alpha", "lora_layers",
+          "dora")  # fmt: skip
 #: Fields that a run cannot change once it has validated: later scores would not compare.
 _FIXED_BY_VALIDATION = ("scorer", "image_scorer", "validation_inference_steps")
 

@@ -1,8 +1,9 @@
 """Draw images from a base or a run by seed, through its own diffusers pipeline."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import gpu_memory
@@ -12,7 +13,8 @@ from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import warning_of_length
 from dreambooth_lib.families import loading
-from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.image_sizes import fit_to_run
+from dreambooth_lib.training.runs import Run, RunError, resume
 from dreambooth_lib.training.trainable import drawing_config, load_at_checkpoint, load_base
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ def sample(
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or family.default_batch_size
     filled = [fill(prompt, subject) for prompt in prompts]
-    for prompt in filled:
+    for prompt in (*filled, negative_prompt):
         if message := warning_of_length(prompt, family.tokenizers, family.how_to_read_more):
             warnings.warn(message, stacklevel=2)
     pairs = [(prompt, seed) for prompt in filled for seed in seeds]
@@ -117,23 +119,36 @@ def load_source(source: "Run | Family | TrainConfig | str", at: int | None = Non
     if not isinstance(source, Run | TrainConfig | str):
         return source
     dtype = sampling_dtype()
-    if isinstance(source, TrainConfig):
-        return _place(load_base(source, dtype))
     if isinstance(source, str):
         return _place(loading.load_model(source, dtype=dtype, trained=()))
-    if at is not None:
-        return _place(load_at_checkpoint(source, at, dtype))
-    _check_pipeline(source)
-    options: dict[str, Any] = {
-        "resolution": source.config.resolution,
-        "prompt_chunks": source.config.prompt_chunks,
-        "dtype": dtype,
+    if isinstance(source, TrainConfig):
+        family = load_base(source, dtype)
+    elif at is not None:
+        family = load_at_checkpoint(source, at, dtype)
+    else:
+        _check_pipeline(source)
+        options = _options([source.config]) | {"dtype": dtype}
+        draw_base, folder = source.config.draw_base, str(source.folder)
+        if draw_base is not None:
+            family = loading.compose({folder: 1.0}, on=draw_base, **options)
+        else:
+            family = loading.load_model(folder, **options)
+    fit_to_run(family, source, at)
+    return _place(family)
+
+
+def _options(configs: Sequence[TrainConfig]) -> dict[str, Any]:
+    """Return the options to load what runs trained, to draw as they did.
+
+    Of several runs the longest prompts are read, and images are of the base's own size where
+    theirs differ.
+    """
+    sides = {config.resolution for config in configs}
+    return {
+        "resolution": sides.pop() if len(sides) == 1 else None,
+        "prompt_chunks": max((config.prompt_chunks for config in configs), default=1),
         "trained": (),
     }
-    draw_base, folder = source.config.draw_base, str(source.folder)
-    if draw_base is not None:
-        return _place(loading.compose({folder: 1.0}, on=draw_base, **options))
-    return _place(loading.load_model(folder, **options))
 
 
 def _check_pipeline(run: Run) -> None:
@@ -156,7 +171,11 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
     a LoRA as it was trained. Raises ``BaseError`` if they were not all trained on one base.
     """
     folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
-    return _place(loading.compose(folders, dtype=sampling_dtype(), trained=()))
+    configs = [
+        resume(folder).config for folder in folders if (Path(folder) / "config.toml").exists()
+    ]
+    options = _options(configs) | {"dtype": sampling_dtype()}
+    return _place(loading.compose(folders, **options))
 
 
 def sampling_dtype() -> "torch.dtype":

@@ -13,7 +13,7 @@ from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
-from dreambooth_lib.data.captions import check_lengths
+from dreambooth_lib.data.captions import check_class_captions, check_lengths, warning_of_length
 from dreambooth_lib.data.images import Images, Photo, captioned
 from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
@@ -29,7 +29,7 @@ from dreambooth_lib.training.class_images import prepare_class_images, prior_pro
 from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
-from dreambooth_lib.training.image_sizes import fit_to_photos
+from dreambooth_lib.training.image_sizes import fit_to_photos, size_to_save
 from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
@@ -73,7 +73,10 @@ class Trainer:
         self.family = self._load_base(photos)
         fit_to_photos(self.family, config)
         family = self.family
-        for message in check_lengths(photos, subject, family.tokenizers, family.how_to_read_more):
+        reads, more = family.tokenizers, family.how_to_read_more
+        messages = check_lengths(photos, subject, reads, more)
+        messages += [warning_of_length(text, reads, more) for text in config.prior_prompts or ()]
+        for message in filter(None, messages):
             warnings.warn(message, stacklevel=2)
         scorers = self._load_scorers()  # if one is missing, before class images take their time
         self._class_folder = locate(run.folder.parent, "class_images")
@@ -139,7 +142,10 @@ class Trainer:
         if not config.uses_class_images:
             return []
         if config.class_folder:
-            return captioned(read_own_class_images(self.run), config.subject.class_prompt)
+            own, subject = read_own_class_images(self.run), config.subject
+            for message in check_class_captions(own, subject):
+                warnings.warn(message, stacklevel=2)
+            return captioned(own, subject.class_prompt)
         return prepare_class_images(config, self.family, self.accelerator, self._class_folder)
 
     def _load_scorers(self) -> Scorers | None:
@@ -240,6 +246,7 @@ class Trainer:
         accelerator = self.accelerator
         if accelerator.is_main_process and self.step not in self.run.checkpoints() and self.step:
             state = self.optimizer.state_dict() | self.prior_weight.state_dict()
+            state |= size_to_save(self.family)
             self.run.save_checkpoint(self.step, state, self._best_step())
             self.saved_step = self.step
         if wait:
@@ -262,7 +269,7 @@ class Trainer:
             load_checkpoint_weights(model, self.run, best)
         else:
             self.optimizer.ema.load_weights()
-        kept = self.prior_weight.kept()
+        kept = self.prior_weight.kept() | size_to_save(self.family)
         if self.accelerator.is_main_process:
             # An earlier, shorter run's pipeline stays until this one is complete.
             with replacing_folder(self.run.pipeline) as partial:

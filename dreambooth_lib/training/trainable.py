@@ -23,6 +23,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32) -> Family
         trained=(),
         quantize=config.quantize,
         prompt_chunks=config.prompt_chunks,
+        clip_skip=config.clip_skip,
     )
 
 
@@ -59,6 +60,7 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
         "trained_dtype": torch.bfloat16 if config.memory == "lowest" else torch.float32,
         "quantize": config.quantize,
         "prompt_chunks": config.prompt_chunks,
+        "clip_skip": config.clip_skip,
     }
 
 
@@ -107,7 +109,7 @@ def load_drawing_family(config: TrainConfig, family: Family, dtype: torch.dtype)
         raise ConfigError(wrong)
     options = training_load_options(own, dtype) | {"resolution": family.resolution}
     drawing = _load(own, **options, **shared)
-    drawing.prompt_cache = family.prompt_cache
+    drawing.prompt_cache, drawing.size = family.prompt_cache, family.size
     drawing.denoiser.add_adapter(family.denoiser.peft_config["default"])
     drawing.denoiser.requires_grad_(False)
     adapters = {n: p for n, p in family.denoiser.named_parameters() if p.requires_grad}
@@ -143,18 +145,24 @@ class Trainable(torch.nn.Module):
         self.denoiser = family.denoiser
         self.text_encoders = torch.nn.ModuleList(family.text_encoders if with_text else [])
         self._family = [family]  # in a list, so that its modules are not registered twice
+        self.text_is_frozen = False  #: whether trained text encoders get no gradients any more
 
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None, prompts: list[str]
     ) -> torch.Tensor:
         (family,) = self._family
         if cond is None or self.text_encoders:  # trained ones encode the prompts at each step
-            cond = (cond or {}) | family.conditioning(prompts)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.text_is_frozen):
+                cond = (cond or {}) | family.conditioning(prompts)
         return family.predict(x_t, t, cond)
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """Return the trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def text_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the trained parameters of the text encoders, and of a token in them."""
+        return lora.trained_parameters(self.text_encoders)
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:

@@ -2,13 +2,16 @@
 
 Photos of a bundled subject are taken apart, since their scenes can be drawn again: what differs is
 the subject. All photos of a set then show it in one scene, on the grass. How far that scene leaks
-into "a {} dog on the beach", in the snow, in the forest and in space is the classifier's share of
-it among the scenes; likeness is the mean cosine with the bundled photos, whose scenes are others.
+into "a {} dog" is the classifier's share of it among the scenes; and into "a {} dog on the beach",
+in the snow, in the forest and in space its log odds, as its share there is always next to none.
+Likeness is the mean cosine of those with the bundled photos, whose scenes are others.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +23,17 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.masks import SUFFIX
 from dreambooth_lib.families import loading
+from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.training import runs
-from dreambooth_lib.training.trainable import load_at_checkpoint
-from dreambooth_lib.training.validation import ValidationImages, draw_images, load_scorers
+from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.trainable import load_at_checkpoint, load_base
+from dreambooth_lib.training.validation import (
+    ValidationImages,
+    ValidationPlan,
+    draw_images,
+    load_scorers,
+)
 from dreambooth_lib.training.validation_record import load_images, plan_of
 from tools.studies.intervals import interval
 from tools.toybox.scenes import draw_scene
@@ -31,6 +41,8 @@ from tools.toybox.subjects import SCENES, SIDE, SUBJECTS
 
 STEPS = 300
 SCENE = "grass"  # none of the validation prompts has it
+ANYWHERE = 16  # images without a scene in their prompt
+_FIRST_SEED = 20_000  # of these
 _TALL = SIDE * 3 // 2  # of a portrait
 
 
@@ -76,32 +88,44 @@ def configs(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     }
 
 
-def leaks(images: Sequence[Image.Image], scene: str = SCENE) -> float:
-    """Return the mean share that the embedded base's classifier gives a scene, of all scenes."""
+@cache
+def _classifier() -> tuple[Any, dict[str, int]]:
+    """Return the embedded base's classifier, and its number of each scene."""
     from transformers import AutoModelForImageClassification
 
     model = AutoModelForImageClassification.from_pretrained(
         loading.BUNDLED / "toybox" / "classifier", dtype=torch.float32
     )
-    labels = model.config.id2label
-    scenes = [number for number, label in labels.items() if label.startswith("scene: ")]
+    labels = {label: number for number, label in model.config.id2label.items()}
+    prefix = "scene: "
+    return model, {n.removeprefix(prefix): i for n, i in labels.items() if n.startswith(prefix)}
+
+
+@torch.no_grad()
+def shares(images: Sequence[Image.Image], scene: str = SCENE) -> torch.Tensor:
+    """Return the share [B] that the classifier gives a scene in each image, of all scenes."""
+    model, scenes = _classifier()
     squares = [image.resize((64, 64), Image.Resampling.LANCZOS) for image in images]
     pixels = torch.stack([torch.from_numpy(np.array(image)).float() for image in squares])
-    with torch.no_grad():
-        logits = model(pixels.permute(0, 3, 1, 2) / 127.5 - 1).logits[:, scenes]
-    asked = [labels[number] for number in scenes].index(f"scene: {scene}")
-    return logits.softmax(1)[:, asked].mean().item()
+    logits = model(pixels.permute(0, 3, 1, 2) / 127.5 - 1).logits[:, [*scenes.values()]]
+    return logits.double().softmax(1)[:, [*scenes].index(scene)]
 
 
-def drawn_by(folder: Path) -> dict[str, ValidationImages]:
+def leaks(family: Family, config: TrainConfig, plan: ValidationPlan) -> float:
+    """Return the mean share of the photos' scene in images whose prompt asks for no scene."""
+    pairs = [(config.subject.instance_prompt, _FIRST_SEED + number) for number in range(ANYWHERE)]
+    steps, scale = plan.inference_steps, plan.guidance_scale
+    assert steps is not None and scale is not None
+    return shares(family.generate(pairs, steps, scale, fast=plan.fast)).mean().item()
+
+
+def drawn_by(run: Run, family: Family) -> dict[str, ValidationImages]:
     """Return a cell's images by how they were drawn; those of a bucket again as squares.
 
     The base has only ever seen squares, so that only they compare with other cells' images.
     """
-    run = runs.resume(folder)
     drawn = {"": load_images(run, STEPS)}
     if run.config.crop == "buckets":
-        family = load_at_checkpoint(run, STEPS)
         drawn[", drawn as squares"] = draw_images(family, run.config.subject, plan_of(run), 18)
     return drawn
 
@@ -110,22 +134,35 @@ def measure(
     subject: Subject, kinds: Mapping[str, TrainConfig], cells: Mapping[str, Sequence[Path]],
     file: Path,
 ) -> list[str]:  # fmt: skip
-    """Return and write a table of each kind's likeness, leak and adherence, over its cells."""
+    """Return and write a table of each kind's likeness, leaks and adherence, over its cells."""
     encoder = load_scorers(TrainConfig(subject)).images
     photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
     rows: dict[str, list[dict[str, float]]] = {}
+
+    def add(name: str, drawn: ValidationImages, anywhere: float) -> None:
+        embedded, elsewhere = encoder.embed_images(drawn.subject), shares(drawn.subject)
+        texts = [clip_scores.strip_identifier(p, subject.identifier) for p in drawn.prompts]
+        read = clip_scores.row_cosines(embedded, encoder.embed_texts(texts))
+        rows.setdefault(name, []).append({
+            "likeness": (embedded @ photos.T).mean().item(),
+            "grass where no scene is asked": anywhere,
+            "log odds of grass in other scenes": elsewhere.logit().mean().item(),
+            "prompt adherence": read.mean().item(),
+        })  # fmt: skip
+
     for name in kinds:
         for folder in cells[name]:
-            for how, drawn in drawn_by(folder).items():
-                embedded = encoder.embed_images(drawn.subject)
-                texts = [clip_scores.strip_identifier(p, subject.identifier) for p in drawn.prompts]
-                read = clip_scores.row_cosines(embedded, encoder.embed_texts(texts))
-                rows.setdefault(name + how, []).append({
-                    "likeness": (embedded @ photos.T).mean().item(),
-                    "grass elsewhere": leaks(drawn.subject),
-                    "prompt adherence": read.mean().item(),
-                })  # fmt: skip
-    lines = ["| | likeness | grass elsewhere | prompt adherence |", "|---|---|---|---|"]
+            run = runs.resume(folder)
+            plan, config = plan_of(run), run.config
+            if not rows:
+                base = load_base(config)
+                add("the base", load_images(run, 0), leaks(base, config, plan))
+            family = load_at_checkpoint(run, STEPS)
+            anywhere = leaks(family, config, plan)
+            for how, drawn in drawn_by(run, family).items():
+                add(name + how, drawn, anywhere)
+    (first, *_) = rows.values()
+    lines = [f"| | {' | '.join(first[0])} |", "|---|" + "---|" * len(first[0])]
     for name, own in rows.items():
         shown = [interval([row[key] for row in own]) for key in own[0]]
         lines.append(f"| {name} ({len(own)}) | {' | '.join(shown)} |")

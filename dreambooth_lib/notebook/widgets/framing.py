@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, Text
+from ipywidgets import Button, Checkbox, Dropdown, FloatSlider, Text, VBox
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
@@ -35,7 +35,7 @@ _WEIGHTS = {"all of each photo": _WHOLE, "the subject alone": 0.0,
 
 
 class FramingPanel(Panel):
-    """Choose how photos are cropped, move crops, and make masks.
+    """Choose how photos are cropped, move crops, and make masks; closed until it is opened or used.
 
     ``changed`` is called where the photos are to be shown again, and ``reload`` where their files
     have changed. ``changes`` are fields of a config.
@@ -82,13 +82,21 @@ class FramingPanel(Panel):
             self.threshold: "lower it where parts of the subject are missing",
             self.save: "beside the photos as NAME-masklabel.png, where you may edit them",
         }  # fmt: skip
-        super().__init__(HTML("<b>Crops and masks</b>"), with_hints(hints), self.masks)
+        is_set = self.crop.value != "center" or self.weight.value != _WHOLE
+        self.opened = Checkbox(description="Change crops and masks", indent=False, value=is_set)
+        self._body = VBox([with_hints(hints), self.masks])
+        super().__init__(self.opened, self._body)
+        self.on_change(self._open, self.opened)
+        self._open()
         self.on_change(changed, self.crop)
         self.on_change(self._show_center, self.photo)
         self.on_change(self._show_masks, self.threshold)
         for button, action in ((self.move, self._move), (self.make, self._make),
                                (self.save, self._save)):  # fmt: skip
             button.on_click(self.callback(action))
+
+    def _open(self) -> None:
+        self._body.layout.display = "" if self.opened.value else "none"
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import check_captions, check_lengths, write_captions
 from dreambooth_lib.data.decoding import MAX_BYTES
-from dreambooth_lib.data.identifiers import check_identifier, rare_identifiers
+from dreambooth_lib.data.identifiers import check_folder_name, check_identifier, rare_identifiers
 from dreambooth_lib.data.images import BadPhotosError, DataError, Images, Photo, listed, read_source
 from dreambooth_lib.data.quality_checks import check_photos, hold_out
 from dreambooth_lib.data.sources import PHOTO_SUFFIXES, list_files
@@ -211,7 +211,7 @@ class SubjectPanel(Panel):
         problems += _unknown_noun(self.initial_config.base, noun)
         if identifier and noun:  # config says which of them is empty
             subject = Subject(self._path, noun, identifier)
-            problems += check_captions(self.photos, subject)
+            problems += check_captions(self.photos, subject) + check_folder_name(subject)
             problems += check_lengths(
                 self.photos, subject, self._tokenizers, self._how_to_read_more
             )
