@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dreambooth_lib.core.config_checks import ADAPTERS
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import one_line
@@ -20,6 +18,8 @@ from dreambooth_lib.families import quantizers
 from dreambooth_lib.families.base_files import BaseError, check_weights, read_json
 
 if TYPE_CHECKING:
+    import torch
+
     from dreambooth_lib.families.base import Family
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -68,7 +68,7 @@ def make_config(
         raise _unusable(name, error) from error
 
 
-def add(module: torch.nn.Module, config: Any) -> None:
+def add(module: "torch.nn.Module", config: Any) -> None:
     """Add an adapter to a denoiser or a text encoder.
 
     Raises :class:`ConfigError` where its size does not fit the layers.
@@ -99,7 +99,7 @@ def _config_class(name: str) -> Any:
     return kinds[name]
 
 
-def save(module: torch.nn.Module, folder: Path) -> None:
+def save(module: "torch.nn.Module", folder: Path) -> None:
     """Save the adapter of a denoiser or a text encoder into a folder of its own."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -125,6 +125,7 @@ def load(family: "Family", folder: str, weight: float) -> None:
 
     Raises :class:`BaseError` for files that are damaged, that name code, or that do not fit.
     """
+    import torch
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -177,7 +178,7 @@ def _is_harmless(key: str, value: Any, field: dataclasses.Field[Any]) -> bool:
     return bool(value == (field.default if made is dataclasses.MISSING else made()))
 
 
-def without_dice(module: torch.nn.Module) -> None:
+def without_dice(module: "torch.nn.Module") -> None:
     """Leave out the dropout of LoKr and LoHa, whose dice fake tensors cannot throw."""
     from peft.tuners.lycoris_utils import LycorisLayer
 
@@ -186,26 +187,27 @@ def without_dice(module: torch.nn.Module) -> None:
             layer.training = False
 
 
-def has_other(module: torch.nn.Module) -> bool:
+def has_other(module: "torch.nn.Module") -> bool:
     """Return whether a module has an adapter, and it is no LoRA."""
     configs = getattr(module, "peft_config", {}).values()
     return any(config.peft_type.value.lower() in ADAPTERS for config in configs)
 
 
-@torch.no_grad()
-def merge(module: torch.nn.Module, weight: float = 1.0) -> None:
+def merge(module: "torch.nn.Module", weight: float = 1.0) -> None:
     """Work a module's adapter into its own weights, ``weight`` of the way; it remains to unload.
 
     In float32, one layer at a time: some adapters cannot be merged in half precision.
     """
+    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in [m for m in module.modules() if isinstance(m, BaseTunerLayer)]:
         base: Any = layer.get_base_layer()
         dtype = base.weight.dtype
         layer.float()  # type: ignore[attr-defined]
-        before = {name: parameter.clone() for name, parameter in base.named_parameters()}
-        layer.merge()
+        before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+        with torch.no_grad():
+            layer.merge()
         for name, parameter in base.named_parameters() if weight != 1 else ():
             parameter.data = before[name].lerp(parameter.data, weight)
         base.to(dtype)
