@@ -197,7 +197,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         heads = ("base", "BASE =", "pixels", "method and GPU memory it needs", "licence", "remark")
-        return labels.html_table(heads, self._cells())
+        # Nothing is to be mended where a base does not fit.
+        return labels.html_table(heads, self._cells(), bad=labels.NEUTRAL)
 
 
 def _methods(rows: Sequence[Row]) -> str:
