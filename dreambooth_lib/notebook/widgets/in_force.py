@@ -4,13 +4,20 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training.config_changes import flat_fields
 from dreambooth_lib.training.runs import Run
 
-_METHODS = {"full": "full model", "lora": "LoRA"}
+_WORDS = {
+    "full": "full model",
+    "lora": "LoRA",
+    "generated": "class images",
+    "distilled": "distillation from the base",
+    "distilled_images": "distillation on class images",
+    "none": "no prior preservation",
+}
 #: What is told of fields, by their names in a config; ``{}`` is a value.
 _SHOWN = {
     "method": "{}",
     "lora_rank": "rank {}",
     "quantize": "base in {}",
-    "prior": "prior {}",
+    "prior": "{}",
     "prior_weight": "λ {}",
     "keep_class": "{} of the class kept",
     "learning_rate": "learning rate {}",
@@ -49,8 +56,8 @@ def _matters(name: str, config: TrainConfig) -> bool:
 
 
 def _value(name: str, value: object) -> str:
-    if name == "method":
-        return _METHODS.get(str(value), str(value))
+    if name in ("method", "prior"):
+        return _WORDS.get(str(value), str(value))
     if name == "keep_class" and isinstance(value, float):
         return f"{value:.0%}"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

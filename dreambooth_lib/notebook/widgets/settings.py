@@ -69,6 +69,7 @@ class SettingsPanel(Panel):
         self.predict = Button(description="Predict the time")
         self.reset = Button(description="Reset", tooltip="Set all of them as they were at first")
         self.all = Checkbox(description="Show all settings", indent=False, value=False)
+        self.all.layout.width = "auto"
         self.time, self.python = HTML(), HTML()
         self._more = with_hints({c: HINTS[n] for n, c in self.controls.items() if n not in _MAIN})
         super().__init__(
