@@ -210,7 +210,7 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 11  # curves, front, maps and sheets of both studies
     assert "has the highest score of 4 settings" in text_of(shown) and "⚠" not in text_of(shown)
-    assert "SETTINGS = {'prior_weight': " in text_of(shown)
+    assert "SETTINGS |= {'prior_weight': " in text_of(shown)
 
 
 @pytest.mark.slow
@@ -330,6 +330,9 @@ def test_a_new_run_gets_a_free_name(
     assert run_cells(dict(scope), "RESUME = False", *marks)["name"] == "patch_dog-2"
     assert run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks)["name"] == "rex"
     assert run_cells(dict(scope), "CLASS_NOUN = 'fox'", *marks)["name"] == "patch_dog-3"
+    first.pipeline.mkdir()
+    (first.pipeline / "model_index.json").write_text("{}")
+    assert run_cells(dict(scope), "RESUME = 'patch_dog'", *marks)["run"].folder == first.folder
     changed = run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks[:3])
     changed["name"] = "rex"  # as if this cell had run before, up to the first checkpoint
     runs.resume("runs/rex").save_checkpoint(1, {"step": 1})

@@ -1,8 +1,9 @@
 """Write where the kit is published into the notebooks: ``python -m tools.address ADDRESS``.
 
 ADDRESS is that of a GitHub repository, https://github.com/OWNER/NAME. Each notebook then begins
-with a badge that opens it in Colab, and its first cell installs the kit from there; README gets
-both in one line, in place of the instructions for a wheel.
+with a badge that opens it in Colab, and its first cell installs the kit from there, in place of
+looking for a clone or a wheel; README gets both in one line, in place of the instructions for a
+wheel.
 """
 
 import argparse
@@ -16,8 +17,17 @@ NOTEBOOKS = ROOT / "notebooks"
 COLAB = "https://colab.research.google.com"
 _BADGE = re.compile(r"^\[!\[Open in Colab\]")
 _CLONE = re.compile(r"git clone https://github\.com/\S+?\.git")
-_KIT = re.compile(r'^KIT_URL = ".*?"')
 _ON_COLAB = re.compile(r"^## On Colab.*?(?=^## )", re.DOTALL | re.MULTILINE)
+
+_SETUP = """\
+# @title Install the kit
+KIT_URL = "git+https://github.com/{}"  # @param {{"type":"string"}}
+try:
+    from dreambooth_lib.notebook import install
+except ImportError:
+    %pip install --quiet --no-deps "{{KIT_URL}}"
+    from dreambooth_lib.notebook import install
+print(install.install_missing())"""
 
 
 def badge(repository: str, name: str) -> str:
@@ -45,8 +55,7 @@ def with_address(notebook: dict[str, Any], name: str, address: str) -> dict[str,
         del rest[0]
     notebook["cells"][0]["source"] = [title, "\n", f"{badge(repository, name)}\n", "\n", *rest]
     setup = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-    kit = f'KIT_URL = "git+https://github.com/{repository}"'
-    setup["source"] = [_KIT.sub(kit, line) for line in setup["source"]]
+    setup["source"] = _SETUP.format(repository).splitlines(keepends=True)
     return notebook
 
 

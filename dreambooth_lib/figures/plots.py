@@ -157,6 +157,8 @@ def heat_map(
     axes.set_xticks(range(len(across)), map(_short, across))
     axes.set_yticks(range(len(down)), map(_short, down))
     axes.set(xlabel=_plain(name(x)), ylabel=_plain(name(y)))
+    if len(name(y)) == 1:  # a letter need not lie on its side
+        axes.yaxis.label.set_rotation(0)
     figure.colorbar(image, label=_plain(name(value)))
     return _save(figure, path)
 
@@ -220,7 +222,7 @@ def _label_steps(axes: "Axes", last: int) -> None:
     """Show steps from 0 to at least 10, with ticks at whole steps."""
     span = max(10, last)
     axes.set(xlabel=NAMES["step"], xlim=(-0.02 * span, 1.02 * span))
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, nbins=6)  # alike in figures side by side
 
 
 def _save(figure: "Figure", path: str | Path | None) -> "Figure":

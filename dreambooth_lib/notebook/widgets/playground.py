@@ -133,7 +133,7 @@ class Playground(Panel):
         self.prompt = control(Text, "prompt", value=prompt or f"a {{}} {subject.class_noun}")
         self.negative_prompt = control(Text, "negative prompt", value="")
         for wide in (self.prompt, self.negative_prompt):
-            wide.layout.width = "54em"
+            wide.layout.width = "46em"
         self.seed = control(IntText, "seed", value=0)
         self.count = control(IntSlider, "images", value=1, min=1, max=8)
         self.guidance = control(FloatSlider, "guidance scale", value=scale, min=0, max=15,
