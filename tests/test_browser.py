@@ -260,9 +260,12 @@ def test_from_photos_to_an_image_of_your_own_prompt(page: Page, tmp_path: Path) 
 
     page.run(PLAY)
     page.type(PLAY, "prompt", "a {} turtle in the snow")
-    page.cell(PLAY).locator("button", has_text="Draw").click()
+    page.cell(PLAY).get_by_role("button", name="Draw", exact=True).click()
     page.wait_for(PLAY, "“a ohwx turtle in the snow”")
     assert page.cell(PLAY).locator("img").count() == 4, "base and tuned, twice"
+    page.cell(PLAY).get_by_role("button", name="Save these images").first.click()
+    page.wait_for(PLAY, "Saved in images")
+    assert len([*(tmp_path / "images").glob("*/0001-*.png")]) == 2
     page.shoot(PLAY, "8-playground")
 
     page.run(KEEP)

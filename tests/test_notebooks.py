@@ -362,10 +362,10 @@ def test_running_the_subjects_cell_again_keeps_its_panel(
     exec(choose, scope)
     exec(training, scope)
     shown = scope["subject"].config.subject.pictures
-    assert trained == [shown] == [turtle], "training uses the photos of step 2"
+    assert trained == [shown] == [turtle], "training uses the photos of section 2"
     scope["config"] = scope["config"].replace(steps=7)  # as after running another cell above
     exec(choose, scope)
-    with pytest.raises(ConfigError, match="run the cell of step 3 again"):
+    with pytest.raises(ConfigError, match="run the cell of section 3 again"):
         exec(training, scope)
     assert trained == [turtle]
 

@@ -419,7 +419,7 @@ def test_settings_of_another_panel_are_rejected(
     panel = widgets.SettingsPanel(subject)
     panel.check(subject)
     again = widgets.SubjectPanel(make_config(tiny_sd2, photos))
-    with pytest.raises(ConfigError, match="run the cell of step 3 again"):
+    with pytest.raises(ConfigError, match="run the cell of section 3 again"):
         panel.check(again)
 
 

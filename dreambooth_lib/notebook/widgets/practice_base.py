@@ -17,7 +17,7 @@ def findings(base: str, noun: str, photos: str | Path) -> list[str]:
     if not Path(photos).resolve().is_relative_to(loading.BUNDLED.resolve()):
         messages.append(
             "the practice base learns emoji-like drawings only; if these are photos, it will not "
-            "learn them: choose another base in step 1."
+            "learn them: choose another base in section 1."
         )
     classifier = loading.BUNDLED / "toybox" / "classifier" / "config.json"
     labels = json.loads(classifier.read_text())["id2label"].values()

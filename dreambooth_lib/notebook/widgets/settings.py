@@ -114,7 +114,7 @@ class SettingsPanel(Panel):
         super().check()
         if subject is not None and subject is not self._source:
             raise ConfigError(
-                "the settings of step 3 are not for the photos of step 2; run the cell of step 3 "
+                "the settings of section 3 are not for the photos of section 2; run the cell of section 3 "
                 "again."
             )
 

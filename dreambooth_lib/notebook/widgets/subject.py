@@ -169,7 +169,7 @@ class SubjectPanel(Panel):
         """Return the run's config with this subject. Raises the error that the panel shows."""
         self.check()
         if not self.photos:  # reading them was interrupted
-            raise DataError("no photos are chosen; run the cell of step 2 again.")
+            raise DataError("no photos are chosen; run the cell of section 2 again.")
         subject, noun = self.initial_config.subject, self.class_noun.value.strip()
         path, name = Path(self._path).resolve(), subject.name
         if str(path) != subject.pictures:
