@@ -72,6 +72,27 @@ def test_clip_embeddings_are_those_of_the_whole_model(clip: Encoder, clip_folder
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["clip", "dino"])
+def test_embeddings_are_float32_under_a_trainings_autocast(
+    kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    """Else those of a GPU under autocast would be halves, which no float32 can be multiplied by."""
+    encoder = request.getfixturevalue(kind)
+    images = drawings(3)
+    expected = encoder.embed_images(images)
+    with torch.autocast("cpu", dtype):
+        embedded = [encoder.embed_images(images)]
+        if encoder.reads_texts:
+            embedded.append(encoder.embed_texts(["a dog", "a cat"]))
+    assert [rows.dtype for rows in embedded] == [torch.float32] * len(embedded)
+    torch.testing.assert_close(embedded[0], expected, atol=1e-6, rtol=0)
+    if encoder.reads_texts:
+        encoder._texts.clear()
+        texts = encoder.embed_texts(["a dog", "a cat"])
+        torch.testing.assert_close(embedded[1], texts, atol=1e-6, rtol=0)
+
+
 def test_half_precision_weights_are_used_in_float32(clip_folder: Path, tmp_path: Path) -> None:
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

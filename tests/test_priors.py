@@ -47,6 +47,26 @@ def test_a_run_resumes_bit_for_bit(changes: dict[str, Any], start_run: Start) ->
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_lora_keeps_other_prompts_by_default() -> None:
+    def prior(**fields: Any) -> tuple[str, tuple[str, ...] | None]:
+        config = TrainConfig(Subject("p", "dog"), **fields)
+        again = TrainConfig.from_dict(config.to_dict())
+        assert (again.prior, again.prior_prompts) == (config.prior, config.prior_prompts)
+        return config.prior, config.prior_prompts
+
+    generic = generic_prompts("toybox", "dog")
+    assert prior() == ("generated", None)
+    assert prior(method="lora") == ("distilled_images", generic)
+    assert prior(method="lora", quantize="nf4", train_token=True) == ("distilled_images", generic)
+    assert prior(method="lora", prior_prompts=OTHERS) == ("distilled_images", OTHERS)
+    assert prior(method="lora", prior="generated") == ("generated", None)
+    assert prior(method="lora", prior="none") == ("none", None)
+    assert prior(method="lora", prior_weight=0.0) == ("distilled_images", None)
+    assert prior(method="lora", class_folder="mine") == ("distilled_images", None)
+    full = TrainConfig(Subject("p", "dog"))
+    assert full.replace(method="lora", prior=None).prior_prompts == generic
+
+
 @pytest.mark.parametrize("prior", ["generated", "distilled_images", "distilled"])
 def test_half_of_the_priors_rows_are_of_other_prompts(prior: str, start_run: Start) -> None:
     run = start_run("run", "sd1", prior=prior, prior_prompts=OTHERS, class_images=8)

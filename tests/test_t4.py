@@ -102,6 +102,7 @@ def test_the_whole_path_computes_in_float16_and_stays_finite(
     assert saved["scale"][0] != 2.0**16  # where it begins
     assert t4.denoiser == {torch.float16}
     assert t4.encoder == {torch.float32} and t4.decoder == {torch.float16}
+    assert t4.scorer == {torch.float32}  # on a GPU halves would meet the photos' floats on the CPU
     for at in (None, 2):
         (picture,) = sample(run, ["a {} dog"], [0], at=at, steps=2)
         assert picture.image.getbbox() is not None

@@ -69,7 +69,8 @@ def check(name: str, folder: Path, tiny: bool) -> str:
     if tiny:  # a CPU computes in float32, and quantizing needs a GPU
         fields |= {"base": _tiny(folder / "base"), "resolution": 16, "scorer": "toybox",
                    "mixed_precision": "no", "quantize": None, "learning_rate": 3e-3}  # fmt: skip
-    subject = db.load_subject(str(BUNDLED / "subjects" / "patch_dog"), "dog")
+    identifier = "<patch-dog>" if fields.get("train_token") else "ohwx"  # new to the base, or rare
+    subject = db.load_subject(str(BUNDLED / "subjects" / "patch_dog"), "dog", identifier)
     made = []
     run = db.start(db.TrainConfig(subject=subject, **fields), folder / "run")
     for step in db.train(run):

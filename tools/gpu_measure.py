@@ -105,7 +105,9 @@ def busy(work: Callable[[], Any]) -> dict[str, float]:
     spent = {"busy": 0.0, "launches": 0.0, "waits": -1.0}  # its own wait is none of the work's
     for event in seen.events() or ():
         if event.device_type is DeviceType.CUDA:
-            spent["busy"] += 0 if event.is_user_annotation else event.self_device_time_total / 1e6
+            # Not its device_time_total, which is 0 for what it takes as asynchronous.
+            busy = 0 if event.is_user_annotation else event.time_range.elapsed_us()
+            spent["busy"] += busy / 1e6
         elif event.name.startswith(LAUNCHES):
             spent["launches"] += 1
         elif event.name.startswith(WAITS):

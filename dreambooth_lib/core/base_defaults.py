@@ -12,6 +12,8 @@ from dreambooth_lib.core.config_checks import ConfigError, shown
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "learning_rate": (3e-4, 5e-6),
     "lora_learning_rate": (4e-3, 1e-4),
+    "prior": ("generated", "generated"),
+    "lora_prior": ("distilled_images", "distilled_images"),
     "steps": (500, 1000),
     "batch_size": (2, 1),
     "class_images": (48, 200),
@@ -34,7 +36,8 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
     """
     column = 0 if origin(base) == "toybox" else 1
     defaults = {name: values[column] for name, values in _DEFAULTS.items()}
-    of_lora = {name: defaults.pop(f"lora_{name}") for name in ("learning_rate", "validate_every")}
+    by_method = ("learning_rate", "prior", "validate_every")
+    of_lora = {name: defaults.pop(f"lora_{name}") for name in by_method}
     return defaults | (of_lora if method == "lora" else {})
 
 

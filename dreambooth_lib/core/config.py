@@ -56,8 +56,9 @@ class TrainConfig:
     #: "generated": train on class images that the base drew (the paper's way); "distilled": on the
     #: subject's noised images with the class prompt, match the frozen base's prediction, without
     #: class images; "distilled_images": match it on class images; "none": no prior preservation,
-    #: prior_weight becomes 0
-    prior: str = "generated"
+    #: prior_weight becomes 0. None is "generated" with all weights; by LoRA "distilled_images" with
+    #: prior_prompts "generic", which keeps other prompts, too
+    prior: str = _BY_BASE
     #: more prompts whose images are to stay as the base draws them, which take half of the prior's
     #: rows and of its class images; "" is allowed, and "generic" stands for prompts of this base
     prior_prompts: tuple[str, ...] | None = None
@@ -167,6 +168,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.subject, Subject):
             raise ConfigError("subject is missing; make one with load_subject(folder, class_noun).")
+        by_lora = self.method == "lora" and self.prior is None and self.prior_weight
+        if by_lora and self.prior_prompts is None and self.class_folder is None:
+            object.__setattr__(self, "prior_prompts", GENERIC)
         if self.prior_prompts == GENERIC:
             prompts = generic_prompts(origin(self.base), self.subject.class_noun)
             object.__setattr__(self, "prior_prompts", prompts)

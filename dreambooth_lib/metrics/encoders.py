@@ -207,7 +207,8 @@ class Encoder:
 
         if not items:
             raise InputError(f"there are no {name} to embed; give one or more.")
-        with torch.inference_mode():
+        exact = torch.autocast(torch.device(self.device).type, enabled=False)  # under a training's
+        with torch.inference_mode(), exact:
             # One at a time: items may be images that are decoded when they are asked for.
             batches = (items[start : start + BATCH] for start in range(0, len(items), BATCH))
             rows = torch.cat([features(batch).cpu() for batch in batches])

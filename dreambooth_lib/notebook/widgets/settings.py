@@ -36,13 +36,14 @@ _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3
 _QLORA = "qlora"  # in the menu only: a LoRA with quantize
 _MAIN = ("method", "prior_weight", "steps")  #: shown at first; the others by a switch
 _AS_WEIGHTED = 0.0  # on the slider only, which cannot show None: λ does not set itself
-_DEFAULT_RATE = 0.0  # in the menu only, which cannot show None: the method's own learning rate
+# In the menus only, which cannot show None: the method's own learning rate, and its own prior.
+_DEFAULT_RATE, _DEFAULT_PRIOR = 0.0, ""
 HINTS = {
     "method": "a LoRA takes less memory and saves a small file; QLoRA fits large bases on a GPU",
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most; "
     "0 turns prior preservation off",
     "keep_class": "how much of the class must stay: λ then sets itself; lower it for more likeness",
-    "prior": "training starts sooner without class images; distilled ones keep the class best",
+    "prior": "what keeps the class; a LoRA's default keeps other prompts, too",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
     "train_text_encoder": "training the text encoder too improves likeness, but takes more memory "
@@ -98,6 +99,8 @@ class SettingsPanel(Panel):
         if values["resolution"] == self._native:
             values["resolution"] = None
         values["learning_rate"] = values["learning_rate"] or None
+        if values["prior"] == _DEFAULT_PRIOR:
+            values |= {"prior": None, "prior_prompts": None}
         values["keep_class"] = values["keep_class"] or None
         if values["keep_class"]:
             del values["prior_weight"]  # λ then sets itself
@@ -114,8 +117,8 @@ class SettingsPanel(Panel):
         super().check()
         if subject is not None and subject is not self._source:
             raise ConfigError(
-                "the settings of section 3 are not for the photos of section 2; run the cell of section 3 "
-                "again."
+                "the settings of section 3 are not for the photos of section 2; run the cell of "
+                "section 3 again."
             )
 
     @property
@@ -160,7 +163,10 @@ def python_of(config: TrainConfig, always: Collection[str] = ()) -> str:
 
     Leaves out fields at their default, except those in ``always``.
     """
-    subject, default = config.subject, TrainConfig(config.subject, config.base)
+    subject, default = (
+        config.subject,
+        TrainConfig(config.subject, config.base, method=config.method),
+    )
     if config.validation_share is None:  # as an interval that is set has none
         default = default.replace(validate_every=default.validate_every)
         always = {*always, "validate_every"}
@@ -185,11 +191,14 @@ def _keywords(config: Any, default: Any, always: Collection[str]) -> list[str]:
 def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     own_rate = base_defaults(config.base, config.method)["learning_rate"]
     method = config.method if config.quantize is None else _QLORA
-    prior = "generated" if config.prior == "none" else config.prior
+    own = TrainConfig(config.subject, config.base, method=config.method)
+    is_own = (config.prior, config.prior_prompts) == (own.prior, own.prior_prompts)
+    prior = _DEFAULT_PRIOR if is_own or config.prior == "none" else config.prior
     rate = _DEFAULT_RATE if config.learning_rate == own_rate else config.learning_rate
     side = config.resolution or native
     methods = {"full model": "full", "LoRA": "lora", "QLoRA (4-bit base)": _QLORA}
-    priors = {"class images": "generated", "distillation from the base": "distilled",
+    priors = {"the method's default": _DEFAULT_PRIOR, "class images": "generated",
+              "distillation from the base": "distilled",
               "distillation on class images": "distilled_images"}  # fmt: skip
     rates = {f"{rate:g}": rate for rate in sorted({*_RATES, config.learning_rate})}
     rates = {"the method's default": _DEFAULT_RATE} | rates
