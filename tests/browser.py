@@ -129,6 +129,8 @@ class Page:
 
     def start(self, number: int) -> None:
         """Run the code cell of this number as a person does: click, Shift and Enter."""
+        if (folded := self.cell(number).locator(".jp-Placeholder-content")).count():
+            folded.first.click()  # which unfolds it
         self.cell(number).locator(self.stack.editor).first.click()
         self.tab.keyboard.press("Shift+Enter")
 

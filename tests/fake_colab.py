@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from dreambooth_lib.core import hub_token
 from dreambooth_lib.notebook import colab
 
 
@@ -50,6 +51,9 @@ class FakeColab:
     def download(self, file: str) -> None:
         self.asked.append(f"download {file}")
 
+    def unassign(self) -> None:
+        self.asked.append("unassign")
+
     def mount(self, mount_point: str, force_remount: bool = False) -> None:
         self.asked.append(f"mount {mount_point}")
         if self.drive == "refused":
@@ -67,6 +71,7 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeColab:
                      "TimeoutException": TimeoutException},
         "files": {"upload": fake.upload, "download": fake.download},
         "drive": {"mount": fake.mount},
+        "runtime": {"unassign": fake.unassign},
         "errors": {"Error": Error},
     }  # fmt: skip
     package = ModuleType("google.colab")
@@ -80,4 +85,5 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeColab:
     monkeypatch.setitem(sys.modules, "google", google)
     monkeypatch.setitem(sys.modules, "google.colab", package)
     monkeypatch.setattr(colab, "MOUNT", fake.mount_point)
+    monkeypatch.setattr(hub_token, "_unanswered", False)
     return fake

@@ -21,7 +21,8 @@ def test_a_notebook_gets_one_badge_and_one_address(name: str) -> None:
     )
     badges = [line for line in head if "colab-badge.svg" in line]
     assert len(badges) == 1 and f"/github/you/new/blob/main/notebooks/{name}.ipynb)" in badges[0]
-    assert setup[0].startswith('KIT_URL = "git+https://github.com/you/new"')
+    assert len(setup) == 8 and "glob" not in "".join(setup), "nothing is looked for"
+    assert setup[1].startswith('KIT_URL = "git+https://github.com/you/new"')
     assert "me/old" not in json.dumps(again)
 
     assert "".join(plain["cells"][0]["source"][1:]).strip() in "".join(head)

@@ -8,6 +8,7 @@ import torch
 
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.families import loading
+from dreambooth_lib.figures import labels
 from dreambooth_lib.notebook import base_models, preflight
 from dreambooth_lib.notebook.base_models import (
     KNOWN,
@@ -90,6 +91,10 @@ def test_the_table_says_what_fits_in_words_and_signs() -> None:
     assert "full fine-tuning (" not in by_name["Flux.1 dev"]
     text = repr(Table(methods_for_all(1.0 * GIB)))
     assert "✗ too large" in text and " needs " in text and "✓ fits" in text
+    (sd,) = [line for line in text.splitlines() if "Stable Diffusion 1.5" in line]
+    assert all(f"{method} (" in sd for method in METHODS), "all are named where none fits"
+    shown = Table(methods_for_all(0), gpu=False)._repr_html_()
+    assert labels.NEUTRAL in shown and labels.BAD not in shown, "nothing is to be mended"
     shown = Table(methods_for_all(24 * GIB))._repr_html_()
     assert shown.count("<tr>") == 1 + len(KNOWN) and "</b> fits</td>" in shown
     assert shown.count("accept its terms on the Hub") == sum(one.gated for one in KNOWN)

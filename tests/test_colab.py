@@ -67,7 +67,27 @@ def test_without_a_secret_the_environment_counts_or_it_is_anonymous(
     assert hub_token() is None
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     assert hub_token() == TOKEN
-    assert fake_colab.asked == ["secret HF_TOKEN"] * 2
+    once = isinstance(secret, TimeoutException)
+    assert fake_colab.asked == ["secret HF_TOKEN"] * (1 if once else 2)
+
+
+def test_an_unanswered_question_for_the_secret_is_asked_again_only_for_an_upload(
+    fake_colab: FakeColab,
+) -> None:
+    fake_colab.secrets["HF_TOKEN"] = TimeoutException()
+    assert [hub_token(), hub_token()] == [None, None]
+    assert len(fake_colab.asked) == 1, "each question takes half a minute"
+    fake_colab.secrets["HF_TOKEN"] = TOKEN
+    assert hub_token(ask_again=True) == TOKEN == hub_token()
+
+
+def test_the_session_ends_on_colab_alone(fake_colab: FakeColab) -> None:
+    colab.end_session()
+    assert fake_colab.asked == ["unassign"]
+
+
+def test_elsewhere_no_session_ends() -> None:
+    colab.end_session()
 
 
 def test_an_unknown_fault_of_the_secrets_is_not_hidden(fake_colab: FakeColab) -> None:

@@ -73,7 +73,8 @@ def test_a_notebook_shows_the_sentence_alone(monkeypatch: pytest.MonkeyPatch) ->
     for error in ("KitError('the disk is full.')", "Interrupted('interrupted at step 3')"):
         notebook.user_ns |= {"KitError": KitError, "Interrupted": Interrupted}
         notebook.run_cell(f"raise {error}")
-    assert shown == [["the disk is full."], ["interrupted at step 3"]]
+    red = "\x1b[31m{}\x1b[0m"
+    assert shown == [[red.format("the disk is full.")], [red.format("interrupted at step 3")]]
     assert not issubclass(Interrupted, Exception), "what catches errors catches no interrupt"
     monkeypatch.setenv(DEBUG, "1")
     notebook.run_cell("raise KitError('no.') from OSError('the cause')")

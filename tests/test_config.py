@@ -221,6 +221,11 @@ def test_a_subject_without_words_is_refused(field: str) -> None:
         Subject(**({"pictures": "p", "class_noun": "dog"} | {field: "  "}))
 
 
+def test_an_identifier_that_stands_for_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"subject\.identifier has \{\}"):
+        Subject("p", "dog", identifier="{}")
+
+
 def test_a_config_without_a_subject_is_refused() -> None:
     with pytest.raises(ConfigError, match="subject is missing"):
         TrainConfig(subject="photos")  # type: ignore[arg-type]

@@ -130,9 +130,11 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
         assert "set RESUME = 'my-dog' to resume it.\nStarting a new run." in message
         assert interrupted(run, drive, resume="my-dog", **{field: value})[0] == run.folder
     assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
-    assert "no unfinished run named 'max'" in interrupted(run, drive, resume="max")[1]
+    assert "no run named 'max'" in interrupted(run, drive, resume="max")[1]
     finish(run)
     assert interrupted(run, drive) == (None, "Starting a new run.")
+    folder, message = interrupted(run, drive, resume="my-dog")
+    assert folder == run.folder and message.startswith(f"Opening finished {run.folder}: step ")
 
 
 @pytest.mark.parametrize("damaged", ["both", "own", "given"])

@@ -408,6 +408,19 @@ def test_without_a_token_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, folder
         hub.push(folder, NAME)
 
 
+def test_without_a_token_the_hubs_own_login_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[bool] = []
+    monkeypatch.setattr("huggingface_hub.notebook_login", lambda: shown.append(True))
+    monkeypatch.setattr(hub, "hub_token", lambda ask_again: None)
+    assert not hub.login() and shown
+    assert "Log in below" in capsys.readouterr().out
+    monkeypatch.setattr(hub, "hub_token", lambda ask_again: TOKEN)
+    assert hub.login() and len(shown) == 1
+    assert TOKEN not in "".join(capsys.readouterr())
+
+
 def test_a_base_on_the_hub_is_checked_before_it_is_loaded(
     fake_hub: FakeHub, tmp_path: Path
 ) -> None:

@@ -175,10 +175,20 @@ def test_grid_names_wrong_input() -> None:
             call()
 
 
-def test_extremes_are_the_best_the_middle_and_the_worst() -> None:
+def test_extremes_are_the_best_the_middle_and_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, grid = list[str](), image_grids.grid
+
+    def noted(images: Any, columns: int, named: Any) -> Image.Image:
+        labels[:] = named
+        return grid(images, columns, named)
+
+    monkeypatch.setattr(image_grids, "grid", noted)
     scored = [(index / 10, f"n{index}", image) for index, image in enumerate(solids(9))]
     page = image_grids.extremes([scored[i] for i in (3, 8, 0, 5, 1, 7, 2, 6, 4)], columns=2)
     boxes = {index: box(page, index) for index in (8, 7, 4, 5, 1, 0)}
+    assert [label.partition(":")[0] for label in labels] == [
+        "best", "best", "middle", "middle", "worst", "worst"
+    ]  # fmt: skip
     shown = sorted(boxes, key=lambda index: (boxes[index][1], boxes[index][0]))
     assert shown == [8, 7, 5, 4, 1, 0]
     with pytest.raises(ValueError, match="2 scored images; give three or more"):

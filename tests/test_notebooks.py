@@ -1,11 +1,12 @@
 """Run the notebooks from top to bottom on the bundled base, and check that they have no outputs.
 
-An error in a widget does not stop its cell, so each notebook ends with assertions, and these tests
-read what the widgets show from the executed notebook.
+An error in a widget does not stop its cell, so each notebook gets a last cell with assertions here,
+and these tests read what the widgets show from the executed notebook.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,14 @@ from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import read_csv
 from dreambooth_lib.families import loading
-from dreambooth_lib.notebook import colab, drive_backup, preflight, widgets
+from dreambooth_lib.notebook import (
+    base_models,
+    colab,
+    drive_backup,
+    order,
+    preflight,
+    widgets,
+)
 from dreambooth_lib.training import runs, validation_record
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +42,49 @@ SHORT = {
     "03_evaluation": 'SETTINGS = {"steps": 2, "class_images": 4, "validate_every": 0}\n'
     "PROTOCOL = dreambench.Protocol(pictures=1, class_images=2, steps=2)",
     "04_your_own": "STEPS, CLASS_IMAGES = 4, 4",
+}
+
+#: Run as the last cell of each notebook.
+CHECKS = {
+    "01_dreambooth": """
+play.check()
+last, validated = run.log()[-1]["step"], {row.step for row in db.history(run)}
+assert last == max(run.checkpoints()) <= run.config.steps, "the last step has no checkpoint"
+assert {0, slider.best.step} <= validated, "the base or the best step was not validated"
+assert (chosen / "README.md").exists(), "the saved model has no card"
+assert (chosen / "samples.png").exists(), "the model card has no images"
+assert loading.locate(str(run.folder)) == str(run.pipeline), "the run has no model"
+assert archive.stat().st_size > 1e5, "the zip is too small to hold a model"
+assert {"base", f"tuned, step {slider.step}"} == set(play.gallery[0].images), "it drew not both"
+""",
+    "02_lambda_study": """
+play.check()
+assert len(rows) == len(LAMBDAS) * len(STEPS), "a row is missing: a training failed"
+assert (FOLDER / "table.csv").exists(), "the table was not written"
+assert (FOLDER / "failures.json").read_text() == "{}", "a training failed, see failures.json"
+assert play.gallery, "the playground drew nothing"
+""",
+    "03_evaluation": """
+prompts = sum(len(bench.prompts_for(subject)) for subject in bench.subjects)
+fidelity = {mean.method: mean.value for mean in means if mean.measure == "subject_fidelity"}
+assert len(bench.subjects) == (1 if PHOTOS else len(SUBJECTS)), "a subject is missing"
+assert (OUT / "scores.csv").exists(), "the scores were not written"
+assert len(scored) == prompts * PROTOCOL.pictures, "an image has no score"
+assert set(fidelity) == {scores.REAL, *methods}, "a method has no row in the table"
+""",
+    "04_your_own": """
+from safetensors.torch import load_file
+
+assert max(distilled.checkpoints()) == STEPS, "the distilled run did not finish"
+assert (distilled.pipeline / "model_index.json").exists(), "it saved no pipeline"
+first = {name: tuned.log()[0]["prior_loss"] for name, tuned in (("own", distilled), ("paper", run))}
+assert first["own"] < 1e-4 < first["paper"], "distillation does not start at the base"
+measured = {row.method for row in rows if row.measure == "sameness"}
+assert measured == set(methods), "a method has no row of the new metric"
+lora = load_file(aura.pipeline / "pytorch_lora_weights.safetensors")
+trained = [bool(weight.abs().max() > 0) for name, weight in lora.items() if "lora_B" in name]
+assert trained and all(trained), "the new family saved no LoRA, or one that did not train"
+""",
 }
 
 
@@ -58,9 +109,11 @@ def python(request: pytest.FixtureRequest) -> str:
 
 
 def write(name: str, folder: Path, parameters: str) -> Path:
-    """Write a notebook to a folder, with more lines in its parameters cell."""
+    """Write a notebook to a folder, with more lines in its parameters cell and a cell of checks."""
     notebook = json.loads(NOTEBOOKS[name].read_text())
     codes(notebook)[1]["source"] += ["\n", parameters]
+    notebook["cells"].append({"cell_type": "code", "id": "checks", "metadata": {}, "outputs": [],
+                              "execution_count": None, "source": CHECKS[name]})  # fmt: skip
     file = folder / f"{name}.ipynb"
     file.write_text(json.dumps(notebook))
     return file
@@ -157,7 +210,7 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
     assert len((folder / "table.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len(outputs(shown, "image/png")) == 11  # curves, front, maps and sheets of both studies
     assert "has the highest score of 4 settings" in text_of(shown) and "⚠" not in text_of(shown)
-    assert "SETTINGS = {'prior_weight': " in text_of(shown)
+    assert "SETTINGS |= {'prior_weight': " in text_of(shown)
 
 
 @pytest.mark.slow
@@ -277,6 +330,9 @@ def test_a_new_run_gets_a_free_name(
     assert run_cells(dict(scope), "RESUME = False", *marks)["name"] == "patch_dog-2"
     assert run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks)["name"] == "rex"
     assert run_cells(dict(scope), "CLASS_NOUN = 'fox'", *marks)["name"] == "patch_dog-3"
+    first.pipeline.mkdir()
+    (first.pipeline / "model_index.json").write_text("{}")
+    assert run_cells(dict(scope), "RESUME = 'patch_dog'", *marks)["run"].folder == first.folder
     changed = run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks[:3])
     changed["name"] = "rex"  # as if this cell had run before, up to the first checkpoint
     runs.resume("runs/rex").save_checkpoint(1, {"step": 1})
@@ -306,10 +362,10 @@ def test_running_the_subjects_cell_again_keeps_its_panel(
     exec(choose, scope)
     exec(training, scope)
     shown = scope["subject"].config.subject.pictures
-    assert trained == [shown] == [turtle], "training uses the photos of step 2"
+    assert trained == [shown] == [turtle], "training uses the photos of section 2"
     scope["config"] = scope["config"].replace(steps=7)  # as after running another cell above
     exec(choose, scope)
-    with pytest.raises(ConfigError, match="run the cell of step 3 again"):
+    with pytest.raises(ConfigError, match="run the cell of section 3 again"):
         exec(training, scope)
     assert trained == [turtle]
 
@@ -320,7 +376,38 @@ def test_the_first_cell_is_the_same_in_all_notebooks() -> None:
 
 
 def test_every_notebook_is_run() -> None:
-    assert SHORT.keys() == NOTEBOOKS.keys()
+    assert SHORT.keys() == CHECKS.keys() == NOTEBOOKS.keys()
+
+
+def test_what_a_person_changes_is_a_form_on_colab() -> None:
+    notebook = json.loads(NOTEBOOKS["01_dreambooth"].read_text())
+    cells = codes(notebook)
+    for cell in cells:
+        assert cell["metadata"]["cellView"] == "form" and source(cell).startswith("# @title ")
+    forms = re.findall(r"^(\w+) = .*  # @param (.*)$", source(cells[1]), re.MULTILINE)
+    assert [name for name, _ in forms] == ["BASE", "PHOTOS", "CLASS_NOUN", "UPLOAD", "DRIVE"]
+    menu, options = re.fullmatch(r"(\[.*\]) (\{.*\})", forms[0][1]).groups()
+    assert json.loads(options) == {"allow-input": True}, "a base of one's own is typed"
+    assert {*json.loads(menu)} <= {base.base for base in base_models.KNOWN if not base.gated}
+    fields = [form for cell in cells for form in re.findall("# @param ({.*})", source(cell))]
+    assert {json.loads(field)["type"] for field in fields} == {"string", "boolean"}
+    (text,) = [source(c) for c in notebook["cells"] if "| `BASE` |" in source(c)]
+    assert all(f"| `{name}` |" in text for name, _ in forms)
+
+
+def test_a_cell_run_before_its_time_names_the_one_to_run_first() -> None:
+    _, _, *cells = map(source, codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text())))
+    for cell in cells[:-1]:  # the last one needs nothing
+        with pytest.raises(
+            order.OutOfOrder, match=r'"[1-8]\. [^"]*" set; run those first. After a'
+        ):
+            exec(cell, {})
+    (training,) = [cell for cell in cells if "widgets.monitor" in cell]
+    with pytest.raises(order.OutOfOrder, match=r'"3\. Settings"'):
+        exec(training, {"config": None, "subject": None})
+    sections = {title for cell in cells for title in re.findall(r'="(\d. [^"]*)"', cell)}
+    text = "\n".join(map(source, json.loads(NOTEBOOKS["01_dreambooth"].read_text())["cells"]))
+    assert sections and all(f"\n## {section}" in text for section in sections)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)
@@ -333,7 +420,7 @@ def test_a_notebook_is_kept_short_and_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)
-def test_a_notebook_begins_with_its_parts_and_its_parameters_and_ends_with_assertions(
+def test_a_notebook_begins_with_its_parts_and_its_parameters_and_ends_with_what_next(
     path: Path,
 ) -> None:
     cells = json.loads(path.read_text())["cells"]
@@ -343,9 +430,10 @@ def test_a_notebook_begins_with_its_parts_and_its_parameters_and_ends_with_asser
         if "](#" in line:
             anchor = line.partition("](#")[2].rstrip(")")
             assert sum(f'id="{anchor}"' in text for text in rest) == 1
-    setup, parameters, *_, last = [cell for cell in cells if cell["cell_type"] == "code"]
+    setup, parameters, *_ = [cell for cell in cells if cell["cell_type"] == "code"]
     assert "install_missing" in source(setup)
     assert parameters["metadata"]["tags"] == ["parameters"]
-    assert source(last).count("assert ") >= 3
-    # A cell holds one idea and fits on a screen.
-    assert all(len(cell["source"]) <= 28 for cell in cells)
+    assert source(cells[-1]).startswith("**What next?**")
+    assert not any("assert " in source(cell) for cell in codes(json.loads(path.read_text())))
+    # A cell holds one idea and fits on a screen; the first one's code is folded on Colab.
+    assert all(len(cell["source"]) <= 28 + (cell is setup) for cell in cells)

@@ -134,6 +134,15 @@ def test_steps_are_drawn_from_zero_and_in_whole_numbers() -> None:
         assert low <= 0 and high >= 10 and all(tick == int(tick) for tick in ticks)
 
 
+def test_figures_of_a_run_that_goes_on_have_the_same_axis_to_its_last_step() -> None:
+    figures = (
+        plots.losses(log(5), last=300),
+        plots.validation_curves([result(0, 0.3, 0.0), result(5, 0.4, 0.1)], last=300),
+    )
+    shown = [[axes.get_xlim() for axes in figure.axes] for figure in figures]
+    assert shown == [[(-6.0, 306.0)] * 2] * 2
+
+
 def test_the_front_holds_the_points_that_no_other_beats_in_fidelity_and_drift() -> None:
     (axes,) = plots.front(CELLS, by="prior_weight").axes
     line = next(line for line in axes.get_lines() if line.get_label() == "front")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import save_photos
-from ipywidgets import HTML, Image, Widget
+from ipywidgets import HTML, Button, HBox, Image, Widget
 from PIL import Image as PIL_Image
 
 import dreambooth_lib
@@ -27,7 +27,8 @@ from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.quality_checks import hold_out
-from dreambooth_lib.figures import image_grids
+from dreambooth_lib.families import loading
+from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook import captioner, timing, widgets
 from dreambooth_lib.notebook.widgets import playground, upload
 from dreambooth_lib.notebook.widgets.settings import python_of
@@ -76,6 +77,12 @@ def started(
         return run
 
     return start
+
+
+def buttons(widget: Any) -> list[Button]:
+    """Return all buttons in a widget."""
+    own = [widget] if isinstance(widget, Button) else []
+    return own + [found for child in getattr(widget, "children", ()) for found in buttons(child)]
 
 
 def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -392,6 +399,9 @@ def test_the_panel_shows_only_the_first_of_many_photos(
     (folder / "00\n\x1b.txt").write_text("odd")
     panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
     assert "the first 60 of 70 photos" in texts(panel)
+    found = panel.findings.value
+    assert found.index("<details>") > [at.start() for at in re.finditer("<li>", found)][4]
+    assert "more</summary>" in found, "five show at once"
     assert panel.findings.value.count("<li>") <= 61 and "\x1b" not in panel.findings.value
 
 
@@ -409,7 +419,7 @@ def test_settings_of_another_panel_are_rejected(
     panel = widgets.SettingsPanel(subject)
     panel.check(subject)
     again = widgets.SubjectPanel(make_config(tiny_sd2, photos))
-    with pytest.raises(ConfigError, match="run the cell of step 3 again"):
+    with pytest.raises(ConfigError, match="run the cell of section 3 again"):
         panel.check(again)
 
 
@@ -417,16 +427,28 @@ def test_the_bundled_base_says_what_it_cannot_draw(
     photos: str, make_config: Make, tiny_sd2: str
 ) -> None:
     known = widgets.SubjectPanel(make_config("toybox", photos))
-    assert "can draw neither" not in texts(known)
+    assert "cannot draw" not in texts(known)
     known.class_noun.value = "Dog"
-    assert "can draw neither" not in texts(known)
+    assert "cannot draw" not in texts(known)
+    assert "if these are photos, it will not learn them" in texts(known)
     known.class_noun.value = "dachshund"
     text = texts(known)
-    assert "can draw neither &#x27;dachshund&#x27; nor photos" in text
+    assert "cannot draw &#x27;dachshund&#x27;" in text
     assert "drawings of 48 things (dog, cat" in text
+    known.source.value = str(loading.BUNDLED / "subjects" / "patch_dog")
+    assert "if these are photos" not in texts(known), "the bundled ones are drawings"
     pretrained = widgets.SubjectPanel(make_config(tiny_sd2, photos))
     pretrained.class_noun.value = "dachshund"
-    assert "can draw neither" not in texts(pretrained)
+    assert "cannot draw" not in texts(pretrained) and "if these" not in texts(pretrained)
+
+
+def test_no_photo_is_held_out_where_that_is_switched_off(
+    photos: str, make_config: Make, tiny_sd2: str, labels: list[Any]
+) -> None:
+    subject = widgets.SubjectPanel(make_config(tiny_sd2, photos, validate_every=2))
+    assert "held out" in labels[-1] and subject.config.hold_out
+    subject.hold_out.value = False
+    assert labels[-1] is None and not subject.config.hold_out
 
 
 def test_the_crops_follow_the_resolution_and_mark_the_held_out_photo(
@@ -546,6 +568,50 @@ def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) 
     assert panel.config == subject.config and not panel.note.value
     python = html.unescape(panel.python.value)
     assert "class_noun='cat'" in python and "uploads" in python
+
+
+def test_all_settings_are_shown_by_a_switch_and_reset_at_once(
+    settings: widgets.SettingsPanel,
+) -> None:
+    assert settings._more.layout.display == "none"
+    settings.all.value = True
+    assert not settings._more.layout.display
+    first = settings.config
+    settings.controls["steps"].value, settings.controls["prior"].value = 5000, "distilled"
+    assert settings.config.steps == 5000
+    settings.reset.click()
+    assert settings.config == first
+    settings.controls["steps"].value = 0
+    with pytest.raises(ConfigError, match="steps"):
+        settings.check()
+
+
+def test_the_training_view_tells_the_time_left_and_the_settings_with_what_changed(
+    started: Callable[..., Run], shown: list[Widget], photos: str
+) -> None:
+    run = started(steps=2, prior_weight=0.5)
+    seen = [texts(shown[0]) for _ in widgets.monitor(run)]
+    assert "Step 1 of 2, less than a minute left." in seen[0] and "λ 0.5, " in seen[0]
+    assert "since" not in seen[0]
+    unfinished = started("second", steps=4, prior_weight=0.5)
+    for step in widgets.monitor(unfinished):
+        if step.step == 2:
+            break
+    resumed = runs.start_or_resume(unfinished.config.replace(prior_weight=1.5), unfinished.folder)
+    list(widgets.monitor(resumed))
+    assert "λ 1.5 since step 2 (before: 0.5), " in texts(shown[-1])
+    assert runs.resume(resumed.folder).rows("changes") == [
+        {"step": 2, "fields": {"prior_weight": [0.5, 1.5]}}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(20, "less than a minute"), (70, "about 1 min"), (3500, "about 58 min"),
+     (4800, "about 1 h 20 min"), (7190, "about 2 h 0 min")],
+)  # fmt: skip
+def test_times_are_told_in_words(seconds: float, words: str) -> None:
+    assert timing.in_words(seconds) == words
 
 
 def test_contradicting_settings_are_an_error_for_the_panel_and_its_config(
@@ -706,10 +772,19 @@ def test_an_interrupt_ends_the_cell_and_says_how_to_resume(
         return at(batches, step)
 
     monkeypatch.setattr(Batches, "at", interrupted)
+    drawn_at, losses = list[int](), plots.losses
+
+    def noted(log: list[dict[str, Any]], **options: Any) -> Any:
+        drawn_at[:] = [row["step"] for row in log]
+        return losses(log, **options)
+
+    monkeypatch.setattr(plots, "losses", noted)
+    monkeypatch.setattr("dreambooth_lib.notebook.widgets.training._PLOT_TIME", 1e-9)
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; run this cell again"):
         for _ in widgets.monitor(run):
             pass
-    assert "Interrupted at step 3; run this cell again to resume." in texts(shown[0])
+    assert "Interrupted at step 3." in texts(shown[0])
+    assert drawn_at == [1, 2, 3], "the curves of the step that the run goes on from"
     monkeypatch.setattr(Batches, "at", at)
     again = [(step.step, step.loss) for step in widgets.monitor(runs.resume(run.folder))]
     assert again == [(4, uninterrupted[3])]
@@ -829,15 +904,68 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     play.negative_prompt.value = "snow <b>"
     last = play.draw()
     assert play.gallery[-1] is last and len(play.gallery) == 2
-    assert last.prompt == "a ohwx dog on the beach" and list(last.images) == ["base", "tuned"]
+    assert last.prompt == "a ohwx dog on the beach"
+    assert list(last.images) == ["base", tuned := "tuned, step 4"]
     assert [made.seed for made in last.images["base"]] == [7, 8]
     newest, first = play.entries.children
     assert "without “snow &lt;b&gt;”" in texts(newest) and "without" not in texts(first)
-    assert [text in texts(first) for text in ("base, seed 7", "tuned, seed 8")] == [True, True]
+    assert [text in texts(first) for text in ("base, seed 7", f"{tuned}, seed 8")] == [True, True]
     drawn = [picture.tobytes() for picture in images(newest)]
     asked = {name: [made.image.tobytes() for made in row] for name, row in last.images.items()}
-    assert drawn == [asked["base"][0], asked["tuned"][0], asked["base"][1], asked["tuned"][1]]
-    assert asked["base"] != asked["tuned"]
+    assert drawn == [asked["base"][0], asked[tuned][0], asked["base"][1], asked[tuned][1]]
+    assert asked["base"] != asked[tuned]
+    rows = [child for child in newest.children if isinstance(child, HBox) and images(child)]
+    assert [len(images(row)) for row in rows] == [2, 2], "a row for each seed"
+
+
+def test_a_playground_goes_on_with_the_gallery_of_an_earlier_one(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(validate_every=0, checkpoint_every=2)
+    list(loop.train(run))
+    first = widgets.compare_with_base(run, 2)
+    first.steps.value, first.prompt.value, first.seed.value = 5, "a {} dog in space", 3
+    monkeypatch.setattr(playground.secrets, "randbelow", lambda limit: limit - 1)
+    first.new_seed.click()
+    first.check()
+    assert first.seed.value == 2**31 - 1 == first.gallery[0].images["base"][0].seed
+    assert first._drawing.layout.display == "none" and first.progress.value == 2
+    second = widgets.compare_with_base(run, 4, earlier=first)
+    assert second.gallery == first.gallery and second.prompt.value == "a {} dog in space"
+    second.draw()
+    assert "tuned, step 2, seed" in texts(second.entries.children[1])
+    assert "tuned, step 4, seed" in texts(second.entries.children[0])
+
+
+def test_images_are_saved_with_the_settings_that_a1111_reads(
+    started: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = started(validate_every=0)
+    list(loop.train(run))
+    play = widgets.compare_with_base(run)
+    play.steps.value, play.guidance.value, play.seed.value = 5, 4.5, 7
+    play.negative_prompt.value = "snow, fog"
+    play.draw()
+    for _ in range(2):
+        (save,) = [b for b in buttons(play.entries) if b.description == "Save these images"]
+        save.click()
+    play.check()
+    files = sorted(path.name for path in Path("images/run").iterdir())
+    assert files == [
+        f"{n}-{name}-seed7.png" for n in ("0001", "0002") for name in ("base", "tuned-step-4")
+    ]
+    with PIL_Image.open(Path("images/run", files[0])) as image:
+        saved, pixels = image.info["parameters"], image.tobytes()
+    assert pixels == play.gallery[0].images["base"][0].image.tobytes()
+    prompt, negative, settings = saved.splitlines()
+    assert (prompt, negative) == ("a ohwx dog on the beach", "Negative prompt: snow, fog")
+    pairs = dict(part.split(": ") for part in settings.split(", "))
+    size = pairs.pop("Size")
+    assert size == "16x16" and pairs == {
+        "Steps": "5", "Sampler": "DDIM", "CFG scale": "4.5", "Seed": "7", "Model": "base"
+    }  # fmt: skip
+    assert {image.info["parameters"] for image in images(play)} > {saved}, "on the page as well"
 
 
 def test_any_two_sources_can_be_compared(started: Callable[..., Run]) -> None:

@@ -1,8 +1,8 @@
 """Write where the kit is published into its files: ``python -m tools.address ADDRESS``.
 
 ADDRESS is that of a GitHub repository, https://github.com/OWNER/NAME. Each notebook then begins
-with a badge that opens it in Colab, and its first cell installs the kit from there; the links of
-:data:`FILES` lead there.
+with a badge that opens it in Colab, and its first cell installs the kit from there, in place of
+looking for a clone or a wheel; the links of :data:`FILES` lead there.
 """
 
 import argparse
@@ -26,8 +26,17 @@ FILES = (
     ".github/ISSUE_TEMPLATE/config.yml",
 )
 _BADGE = re.compile(r"^\[!\[Open in Colab\]")
-_KIT = re.compile(r'^KIT_URL = ".*?"')
 _UNPUBLISHED = re.compile(r"^Until the kit is published.*?\n\n", re.DOTALL | re.MULTILINE)
+
+_SETUP = """\
+# @title Install the kit
+KIT_URL = "git+https://github.com/{}"  # @param {{"type":"string"}}
+try:
+    from dreambooth_lib.notebook import install
+except ImportError:
+    %pip install --quiet --no-deps "{{KIT_URL}}"
+    from dreambooth_lib.notebook import install
+print(install.install_missing())"""
 
 
 def badge(repository: str, name: str) -> str:
@@ -61,8 +70,7 @@ def with_address(notebook: dict[str, Any], name: str, address: str) -> dict[str,
         del rest[0]
     notebook["cells"][0]["source"] = [title, "\n", f"{badge(repository, name)}\n", "\n", *rest]
     setup = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-    kit = f'KIT_URL = "git+https://github.com/{repository}"'
-    setup["source"] = [_KIT.sub(kit, line) for line in setup["source"]]
+    setup["source"] = _SETUP.format(repository).splitlines(keepends=True)
     return notebook
 
 

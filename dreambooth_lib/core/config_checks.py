@@ -74,6 +74,10 @@ def check_words(subject: "Subject") -> None:
         text = getattr(subject, field)
         if (text or field != "kind") and (problem := check(text)):
             raise ConfigError(f"subject.{field} {problem}")
+    if "{}" in subject.identifier:
+        raise ConfigError(
+            "subject.identifier has {}, which stands for the identifier itself; give a rare word."
+        )
 
 
 def check(config: "TrainConfig") -> None:

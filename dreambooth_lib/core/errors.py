@@ -12,7 +12,9 @@ class OneSentence(BaseException):
     """An exception that a notebook shows as its sentence alone, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:  # IPython asks an exception for this
-        return traceback.format_exception(self) if os.environ.get(DEBUG) else [str(self)]
+        if os.environ.get(DEBUG):
+            return traceback.format_exception(self)
+        return [f"\x1b[31m{self}\x1b[0m"]  # in red, as a notebook shows a terminal's colours
 
 
 class KitError(OneSentence, Exception):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.hub_token import HubError, hub_token, place_of_token
+from dreambooth_lib.core.hub_token import HubError, hub_token, in_colab, place_of_token
 from dreambooth_lib.families.hub_files import status_of
 
 #: What the Hub's answers mean, and what to do.
@@ -14,6 +14,21 @@ _ANSWERS = {
     "https://huggingface.co/settings/tokens and put it into {place}.",
     429: "the Hub limits your requests, so '{name}' was not taken; try again in a few minutes.",
 }
+
+
+def login() -> bool:
+    """Return whether there is a token for the Hub; if not, show the Hub's own login below the cell.
+
+    The login keeps the token on this machine, where :func:`hub_token` finds it.
+    """
+    if hub_token(ask_again=True) is not None:
+        return True
+    from huggingface_hub import notebook_login
+
+    secret = f", or add {place_of_token()}" if in_colab() else ""
+    print(f"Log in below with a token that may write{secret}; then run this cell again.")
+    notebook_login()
+    return False
 
 
 def push(folder: str | Path, name: str, private: bool = True) -> str:
@@ -28,7 +43,7 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
 
     if not Path(folder).is_dir():
         raise HubError(f"{folder} is not a folder; give the folder of a model.")
-    token, place = hub_token(), place_of_token()
+    token, place = hub_token(ask_again=True), place_of_token()
     if token is None:
         raise HubError(
             "the Hub needs a token with write access; create one at "

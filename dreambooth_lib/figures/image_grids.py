@@ -48,7 +48,9 @@ def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4)
     columns = min(columns, len(ordered) // 3)
     middle = (len(ordered) - columns) // 2
     rows = [*ordered[:columns], *ordered[middle : middle + columns], *ordered[-columns:]]
-    labels = [f"{score:.3f} {label}" for score, label, _ in rows]
+    kinds = [kind for kind in ("best", "middle", "worst") for _ in range(columns)]
+    pairs = zip(kinds, rows, strict=True)
+    labels = [f"{kind}: {score:.3f} {label}" for kind, (score, label, _) in pairs]
     return grid([image for *_, image in rows], columns, labels)
 
 

@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 #: Colours of words that judge; they show on white and on black.
-GOOD, FAIR, BAD = "#1a9850", "#c97b12", "#e0533d"
+GOOD, FAIR, BAD, NEUTRAL = "#1a9850", "#c97b12", "#e0533d", "#888888"
 
 NAMES = {
     "prior_weight": "λ",
@@ -87,15 +87,17 @@ def sign(ok: bool) -> str:
     return "✓" if ok else "✗"
 
 
-def html_table(heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]]) -> str:
+def html_table(
+    heads: Sequence[str], rows: Iterable[tuple[bool, str, Sequence[str]]], bad: str = BAD
+) -> str:
     """Return an HTML table of rows (ok, word, cells).
 
-    The first column shows :func:`sign` and the word, in green or red.
+    The first column shows :func:`sign` and the word, in green or in the colour ``bad``.
     """
     left = 'style="text-align: left"'
     body = []
     for ok, word, cells in rows:
-        colour = GOOD if ok else BAD
+        colour = GOOD if ok else bad
         mark = f'<b style="color: {colour}">{sign(ok)}</b> {html.escape(word)}'
         tags = [f"<td {left}>{cell}</td>" for cell in (mark, *map(html.escape, cells))]
         body.append(f"<tr>{''.join(tags)}</tr>")

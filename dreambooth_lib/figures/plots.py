@@ -24,13 +24,17 @@ _BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend to the 
 
 
 def losses(
-    log: list[dict[str, Any]], path: str | Path | None = None, keep_class: float | None = None
+    log: list[dict[str, Any]],
+    path: str | Path | None = None,
+    keep_class: float | None = None,
+    last: int | None = None,
 ) -> "Figure":
     """Plot instance and prior loss over the training steps, with their running means.
 
     ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors). Without
     any prior loss there is one panel. The running mean spans a twentieth of the rows, at least 5.
     Where λ has set itself, a panel has it and the class kept, with ``keep_class`` that was asked.
+    The axis of steps ends at ``last``, by default at the log's own last step.
     Raises ``InputError`` for an empty log or a row without a step or an instance loss.
     """
     if not log:
@@ -57,7 +61,7 @@ def losses(
         _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     if moves:
         _plot_prior_weight(panels[-1], moves, keep_class)
-    _label_steps(panels[-1], log[-1]["step"])
+    _label_steps(panels[-1], last or log[-1]["step"])
     return _save(figure, path)
 
 
@@ -82,13 +86,14 @@ def _plot_prior_weight(axes: "Axes", rows: list[dict[str, Any]], keep_class: flo
 
 
 def validation_curves(
-    rows: "Sequence[ValidationResult]", path: str | Path | None = None
+    rows: "Sequence[ValidationResult]", path: str | Path | None = None, last: int | None = None
 ) -> "Figure":
     """Plot the ratios behind the score and the held-out losses over a run's validations.
 
     The ratios are those of :class:`best_checkpoint.Ratios`, each in [0, 1]. Losses are means over
     the timestep bins, relative to the frozen base's: above 1 is worse than before training. The
-    best step is marked, if the model learnt anything. Raises ``InputError`` without a validation.
+    best step is marked, if the model learnt anything. The axis of steps ends at ``last``, by
+    default at the last validation. Raises ``InputError`` without a validation.
     """
     from dreambooth_lib.training.best_checkpoint import ratios_of, select_best
 
@@ -115,7 +120,7 @@ def validation_curves(
     for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize=10)
         _style(axes, **_BESIDE)
-    _label_steps(lower, steps[-1])
+    _label_steps(lower, last or steps[-1])
     return _save(figure, path)
 
 
@@ -152,6 +157,8 @@ def heat_map(
     axes.set_xticks(range(len(across)), map(_short, across))
     axes.set_yticks(range(len(down)), map(_short, down))
     axes.set(xlabel=_plain(name(x)), ylabel=_plain(name(y)))
+    if len(name(y)) == 1:  # a letter need not lie on its side
+        axes.yaxis.label.set_rotation(0)
     figure.colorbar(image, label=_plain(name(value)))
     return _save(figure, path)
 
@@ -212,9 +219,10 @@ def _style(axes: "Axes", **legend: Any) -> None:
 
 
 def _label_steps(axes: "Axes", last: int) -> None:
-    """Show steps from 0 to at least 10, since fewer would get fractional ticks."""
+    """Show steps from 0 to at least 10, with ticks at whole steps."""
     span = max(10, last)
     axes.set(xlabel=NAMES["step"], xlim=(-0.02 * span, 1.02 * span))
+    axes.locator_params(axis="x", integer=True, nbins=6)  # alike in figures side by side
 
 
 def _save(figure: "Figure", path: str | Path | None) -> "Figure":

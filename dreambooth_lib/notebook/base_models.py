@@ -197,11 +197,12 @@ class Table:
 
     def _repr_html_(self) -> str:
         heads = ("base", "BASE =", "pixels", "method and GPU memory it needs", "licence", "remark")
-        return labels.html_table(heads, self._cells())
+        # Nothing is to be mended where a base does not fit.
+        return labels.html_table(heads, self._cells(), bad=labels.NEUTRAL)
 
 
 def _methods(rows: Sequence[Row]) -> str:
-    """Name a base's methods that fit or, if there are none, the one that needs the least memory."""
+    """Name a base's methods that fit or, if none does, all with the least they need."""
     if not rows:
         return "only on a GPU with bfloat16; it does not work in float16"
 
@@ -209,9 +210,8 @@ def _methods(rows: Sequence[Row]) -> str:
         level = "" if row.level == "standard" else f", memory '{row.level}'"
         return f"{row.gib:g} GiB{level}"
 
-    smallest = min(rows, key=lambda row: row.gib)
-    fitting = "; ".join(f"{row.method} ({memory(row)})" for row in rows if row.fits)
-    return fitting or f"{smallest.method} needs {memory(smallest)}"
+    fitting = [row for row in rows if row.fits]
+    return "; ".join(f"{row.method} ({memory(row)})" for row in fitting or rows)
 
 
 def table() -> Table:

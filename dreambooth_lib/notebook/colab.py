@@ -72,6 +72,17 @@ def download(file: str | Path) -> None:
     files.download(str(file))
 
 
+def end_session() -> None:
+    """Give Colab's machine back, so that it costs no more; whatever is not on Drive is lost.
+
+    Does nothing outside Colab.
+    """
+    if in_colab():
+        from google.colab import runtime
+
+        runtime.unassign()
+
+
 def mount_drive(folder: str = "dreambooth") -> Path | None:
     """Mount the user's Drive and return a folder on it, made if missing; None outside Colab.
 

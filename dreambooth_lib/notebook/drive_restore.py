@@ -75,10 +75,10 @@ def find_interrupted(
 
     If there is none, or ``resume`` is False, the run is None and the sentence says which run is
     not resumed, and why. If ``resume`` is a run's name, it is that run, whatever it was trained
-    on. Of a run and its backups it is the one that is furthest, or else the one in the earlier
-    folder. Folders that are None or missing, as Drive may be, are skipped, and so is the
-    comparison of photos that are None, or missing as after a disconnect. Those that are named in
-    ``left_out``, and those that a run has left out, are not compared.
+    on, and finished or not. Of a run and its backups it is the one that is furthest, or else the
+    one in the earlier folder. Folders that are None or missing, as Drive may be, are skipped, and
+    so is the comparison of photos that are None, or missing as after a disconnect. Those that are
+    named in ``left_out``, and those that a run has left out, are not compared.
     """
     named = isinstance(resume, str)
     found, silent = _all_runs(folders)
@@ -87,13 +87,13 @@ def find_interrupted(
         "skipped; check that its drive is mounted, and run this again.\n"
         for folder in silent
     )
-    skipped = f"There is no unfinished run named {resume!r}.\n" if named else ""
-    unfinished = [run for run in found if resume and not run.finished]
-    for run in sorted(unfinished, key=lambda run: run.last_saved, reverse=True):
+    skipped = f"There is no run named {resume!r}.\n" if named else ""
+    wanted = [run for run in found if resume and (named or not run.finished)]
+    for run in sorted(wanted, key=lambda run: run.last_saved, reverse=True):
         name = run.run.folder.name
         difference = "" if named else _difference(run.run, pictures, class_noun, base, left_out)
         if name == resume or not (named or difference):
-            return run, f"{message}Resuming {run}"
+            return run, f"{message}{'Opening finished' if run.finished else 'Resuming'} {run}"
         hint = f"set RESUME = {name!r} to resume it."
         skipped = skipped or f"Not resumed: {run}; {difference}; {hint}\n"
     return None, f"{message}{skipped}Starting a new run."

@@ -35,6 +35,17 @@ class Pace:
         return config.steps * self.step + validations * self.validation + saving
 
 
+def in_words(seconds: float) -> str:
+    """Return a time in words, such as "about 5 min" or "about 1 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 50:
+        return "less than a minute"
+    if minutes < 60:
+        return f"about {max(1, minutes)} min"
+    minutes = 5 * round(minutes / 5)
+    return f"about {minutes // 60} h {minutes % 60} min"
+
+
 def checkpoints(config: TrainConfig) -> int:
     """Count a run's checkpoints: after each validation, every ``checkpoint_every``, at its end."""
     own = config.checkpoint_every or (0 if config.validate_every else _RARELY)

@@ -41,6 +41,12 @@ def flat_fields(config: TrainConfig) -> dict[str, Any]:
     return subject | values | {"others": []}  # which studies of earlier versions wrote
 
 
+def identifying_fields(config: TrainConfig) -> dict[str, Any]:
+    """Return a config's fields; of the subject only its words, as its photos may be moved."""
+    subject = config.subject
+    return vars(config) | {"subject": (subject.identifier, subject.class_noun)}
+
+
 def describe(config: TrainConfig) -> str:
     """Describe a config in a sentence's words: "patch_dog on toybox"."""
     return f"{config.subject.name} on {config.base}"
@@ -56,6 +62,12 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         old, new = ("left out" if v is None else repr(v) for v in (self.old, self.new))
         return f"{self.name} is {old}, not {new}"
+
+
+def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
+    """Return the fields that differ, by name as :func:`flat_fields` has them: old and new value."""
+    before, after = flat_fields(old), flat_fields(new)
+    return {n: [before.get(n), v] for n, v in after.items() if before.get(n) != v}
 
 
 def first_difference(

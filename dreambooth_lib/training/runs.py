@@ -2,6 +2,7 @@
 
 RUN/config.toml, memory.json        and what memory "auto" was resolved to (see memory_level.py)
 RUN/log.jsonl               one row per training step
+RUN/changes.jsonl           the settings that changed when it was resumed, and at which step
 RUN/validation.jsonl, validation/   scores and validation images (see validation_record.py)
 RUN/checkpoints/000100/     weights; the newest also has the optimizer's state (see checkpoints.py)
 RUN/pipeline/, made_with.json   the tuned pipeline in diffusers' layout, or its LoRA weights
@@ -24,8 +25,10 @@ from dreambooth_lib.core.files import recover_folder, replace_file
 from dreambooth_lib.core.locks import lock
 from dreambooth_lib.core.old_names import PLACES, locate
 from dreambooth_lib.training.config_changes import (
+    changed_fields,
     first_difference,
     flat_fields,
+    identifying_fields,
     with_absolute_paths,
 )
 
@@ -272,19 +275,16 @@ def resume(folder: str | Path, **changes: Any) -> Run:
     if not changes:
         return run
     changed = Run(folder, run.config.replace(**changes))
-    old, new = (_identifying(config) for config in (run.config, changed.config))
+    old, new = (identifying_fields(config) for config in (run.config, changed.config))
     difference = first_difference(old, new, old.keys() - {*_fixed_fields(run)})
     if difference and has_begun(folder):
         raise RunError(f"{folder} holds a run whose {difference}; start a new run for that.")
     with lock(folder):
         _write_config(folder, changed.config)
+        if has_begun(folder) and (fields := changed_fields(run.config, changed.config)):
+            step = max(run.checkpoints(), default=0)
+            changed.append("changes", {"step": step, "fields": fields})
     return changed
-
-
-def _identifying(config: TrainConfig) -> dict[str, Any]:
-    """Return a config's fields; of the subject only its words, as its photos may be moved."""
-    subject = config.subject
-    return vars(config) | {"subject": (subject.identifier, subject.class_noun)}
 
 
 def _write_config(folder: Path, config: TrainConfig) -> None:

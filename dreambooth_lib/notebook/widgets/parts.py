@@ -99,15 +99,16 @@ def short_path(path: str | Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _png(save: Callable[..., Any]) -> bytes:
+def _png(save: Callable[..., Any], **options: Any) -> bytes:
     buffer = io.BytesIO()
-    save(buffer, format="png")
+    save(buffer, format="png", **options)
     return buffer.getvalue()
 
 
 def empty_image() -> Image:
     """Make an image widget that stays hidden until :func:`show_image` fills it."""
-    layout = Layout(max_width="100%", align_self="flex-start", display="none")
+    # A margin, beside the full width, would give every page a scroll bar.
+    layout = Layout(max_width="100%", margin="0", align_self="flex-start", display="none")
     return Image(format="png", layout=layout)
 
 
@@ -117,10 +118,10 @@ def show_image(widget: Image, save: Callable[..., Any]) -> None:
     widget.layout.display = ""
 
 
-def captioned(image: Any, caption: str, min_width: int, max_width: int) -> VBox:
+def captioned(image: Any, caption: str, min_width: int, max_width: int, **png_options: Any) -> VBox:
     """Lay out a PIL image above its caption, as wide as it is within these pixels."""
     width = max(min_width, min(max_width, image.width))
-    shown = Image(value=_png(image.save), format="png", width=width)
+    shown = Image(value=_png(image.save, **png_options), format="png", width=width)
     shown.layout.margin = "0"
     text = HTML(f'<div style="line-height: 1.3"><small>{html.escape(caption)}</small></div>')
     return VBox([shown, text], layout=Layout(width=f"{width}px", margin="0 8px 8px 0"))

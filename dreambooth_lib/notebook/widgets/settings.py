@@ -6,7 +6,17 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, IntSlider, SelectionSlider
+from ipywidgets import (
+    HTML,
+    Button,
+    Checkbox,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    IntSlider,
+    IntText,
+    SelectionSlider,
+)
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig, base_defaults
@@ -25,6 +35,7 @@ from dreambooth_lib.training.validation_pace import count_validations
 _PATIENCE = {5: "five"}.get(early_stopping.PATIENCE, early_stopping.PATIENCE)
 _RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 _QLORA = "qlora"  # in the menu only: a LoRA with quantize
+_MAIN = ("method", "prior_weight", "steps")  #: shown at first; the others by a switch
 _AS_WEIGHTED = 0.0  # on the slider only, which cannot show None: λ does not set itself
 # In the menus only, which cannot show None: the method's own learning rate, and its own prior.
 _DEFAULT_RATE, _DEFAULT_PRIOR = 0.0, ""
@@ -59,18 +70,28 @@ class SettingsPanel(Panel):
         self._native = loading.inspect_base(config.base, config.revision).resolution
         self.controls = _controls(config, self._native)
         self.predict = Button(description="Predict the time")
+        self.reset = Button(description="Reset", tooltip="Set all of them as they were at first")
+        self.all = Checkbox(description="Show all settings", indent=False, value=False)
+        self.all.layout.width = "auto"
         self.time, self.python = HTML(), HTML()
+        self._more = with_hints({c: HINTS[n] for n, c in self.controls.items() if n not in _MAIN})
         super().__init__(
-            with_hints({self.controls[name]: hint for name, hint in HINTS.items()}),
+            with_hints({self.controls[name]: HINTS[name] for name in _MAIN}),
+            HBox([self.all, self.reset]),
+            self._more,
             with_hints({self.predict: "train for a few steps to measure how long a run takes"}),
             self.time,
             self.python,
         )
+        self._first = {name: c.value for name, c in self.controls.items()}
+        self._show_more()
         self._measured: tuple[TrainConfig, Pace, str] | None = None
         self.on_change(self._show, *self.controls.values())
         if isinstance(source, SubjectPanel):
             self.on_change(self._show, source.source, source.class_noun, source.identifier)
         self.predict.on_click(self.callback(self._measure))
+        self.reset.on_click(self.callback(self._reset))
+        self.on_change(self._show_more, self.all)
         self._show()
 
     @property
@@ -102,13 +123,20 @@ class SettingsPanel(Panel):
         super().check()
         if subject is not None and subject is not self._source:
             raise ConfigError(
-                "the settings of step 3 are not for the photos of step 2; run the cell of step 3 "
-                "again."
+                "the settings of section 3 are not for the photos of section 2; run the cell of "
+                "section 3 again."
             )
 
     @property
     def _source_config(self) -> TrainConfig:
         return self._source.config if isinstance(self._source, SubjectPanel) else self._source
+
+    def _show_more(self) -> None:
+        self._more.layout.display = "" if self.all.value else "none"
+
+    def _reset(self) -> None:
+        for name, value in self._first.items():
+            self.controls[name].value = value
 
     def _show(self) -> None:
         self.controls["adapter"].disabled = self.controls["method"].value != "lora"
@@ -207,7 +235,7 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
             value=config.keep_class or _AS_WEIGHTED,
         ),
         "prior": menu("prior preservation", priors, prior),
-        "steps": slider(IntSlider, "training steps", config.steps, 1, 2000),
+        "steps": control(IntText, "training steps", value=config.steps, step=50),
         "learning_rate": menu("learning rate", rates, rate),
         "train_text_encoder": menu("trained parts", trained, config.train_text_encoder),
         "resolution": menu("resolution", sizes, side),

@@ -1,14 +1,13 @@
 """Choose the subject: its photos, its class noun and its identifier."""
 
 import html
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from IPython.display import display
-from ipywidgets import HTML, Button, Combobox, Layout, Text, VBox
+from ipywidgets import HTML, Button, Checkbox, Combobox, Layout, Text, VBox
 from PIL import ImageOps
 
 from dreambooth_lib.core.config import TrainConfig
@@ -23,7 +22,7 @@ from dreambooth_lib.data.sources import PHOTO_SUFFIXES, list_files
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.notebook import colab
-from dreambooth_lib.notebook.widgets import upload
+from dreambooth_lib.notebook.widgets import practice_base, upload
 from dreambooth_lib.notebook.widgets.captions import CaptionEditor
 from dreambooth_lib.notebook.widgets.framing import FramingPanel
 from dreambooth_lib.notebook.widgets.parts import (
@@ -36,12 +35,13 @@ from dreambooth_lib.notebook.widgets.parts import (
 )
 
 _SHOWN = 60  # photos, and messages on them
+_AT_FIRST = 5  # messages that show at once; the others unfold
 _THUMBNAIL = 320  # pixels a side, twice what the grid shows
 _LONGEST_LABEL = 120  # characters of a photo's name and caption
 
 _ON_COLAB = (
     "To upload photos, set UPLOAD = True in the settings cell and run the notebook from there; or "
-    "type the path of a folder or a zip."
+    f"type the path of a folder or a zip. {upload.CONSENT}"
 )
 
 
@@ -65,6 +65,7 @@ class SubjectPanel(Panel):
         self.source = control(Text, "folder or zip", value=subject.pictures)
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
         self.identifier = control(Combobox, "identifier", value=subject.identifier, options=rare)
+        self.hold_out = control(Checkbox, "hold out a photo", value=config.hold_out)
         self.photos: list[Photo] = []
         self._notes: list[str] = []
         self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
@@ -76,6 +77,7 @@ class SubjectPanel(Panel):
             self.source: "three to six photos of the subject in different surroundings",
             self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
             self.identifier: "a rare word that will stand for your subject; keep it if in doubt",
+            self.hold_out: "of four or more, one is never trained on: its loss shows overfitting",
         }
         super().__init__(
             HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),
@@ -86,7 +88,7 @@ class SubjectPanel(Panel):
         self.go_on.on_click(self.callback(self._go_on))
         self.on_change(self._read_uploaded, self.upload)
         self.on_change(self._read_typed, self.source)
-        self.on_change(self._show, self.class_noun, self.identifier)
+        self.on_change(self._show, self.class_noun, self.identifier, self.hold_out)
         self.use(subject.pictures)
 
     def use(self, source: str | Path | Mapping[str, bytes]) -> None:
@@ -167,7 +169,7 @@ class SubjectPanel(Panel):
         """Return the run's config with this subject. Raises the error that the panel shows."""
         self.check()
         if not self.photos:  # reading them was interrupted
-            raise DataError("no photos are chosen; run the cell of step 2 again.")
+            raise DataError("no photos are chosen; run the cell of section 2 again.")
         subject, noun = self.initial_config.subject, self.class_noun.value.strip()
         path, name = Path(self._path).resolve(), subject.name
         if str(path) != subject.pictures:
@@ -182,7 +184,9 @@ class SubjectPanel(Panel):
             name=name,
         )
         self.framing.check()
-        return self.initial_config.replace(subject=subject, **self.framing.changes)
+        return self.initial_config.replace(
+            subject=subject, hold_out=self.hold_out.value, **self.framing.changes
+        )
 
     def _read_uploaded(self) -> None:
         try:
@@ -208,7 +212,7 @@ class SubjectPanel(Panel):
         """
         identifier, noun = self.identifier.value.strip(), self.class_noun.value.strip()
         problems = check_identifier(identifier, self._tokenizers[0][0])
-        problems += _unknown_noun(self.initial_config.base, noun)
+        problems += practice_base.findings(self.initial_config.base, noun, self._path)
         if identifier and noun:  # config says which of them is empty
             subject = Subject(self._path, noun, identifier)
             problems += check_captions(self.photos, subject) + check_folder_name(subject)
@@ -224,9 +228,12 @@ class SubjectPanel(Panel):
         shapes = self.framing.shapes(photos, side)
         problems = self._notes + [f.message for f in check_photos(photos, side, shapes)]
         problems += self._check_words()
-        items = "".join(f"<li>{html.escape(printable(text))}</li>" for text in problems[:_SHOWN])
-        if len(problems) > _SHOWN:
-            items += f"<li>and {len(problems) - _SHOWN} more</li>"
+        items = [f"<li>{html.escape(printable(text))}</li>" for text in problems[:_SHOWN]]
+        told = f"<ul>{''.join(items[:_AT_FIRST])}</ul>"
+        if more := items[_AT_FIRST:]:
+            rest = len(problems) - _AT_FIRST
+            told += f"<details><summary>and {rest} more</summary><ul>{''.join(more)}</ul>"
+            told += "</details>"
         count = f"{len(photos)} photo{'s' * (len(photos) > 1)}"
         shown = photos[:_SHOWN]
         first = f"the first {_SHOWN} of " if len(photos) > _SHOWN else ""
@@ -235,7 +242,7 @@ class SubjectPanel(Panel):
             large = max(image.size) > _THUMBNAIL
             thumbnails.append(ImageOps.contain(image, (_THUMBNAIL,) * 2) if large else image)
         grid = image_grids.grid(thumbnails, 6, [_label(photo) for photo in shown])
-        held_out = hold_out(photos)[1] if config.validate_every and config.hold_out else []
+        held_out = hold_out(photos)[1] if config.validate_every and self.hold_out.value else []
         labels = ["held out" if p in held_out else "" for p in shown] if held_out else None
         cropped = image_grids.grid(crops, 6, labels)
         # Change everything at once, so that all of it shows the same photos.
@@ -244,7 +251,7 @@ class SubjectPanel(Panel):
         show_image(self.thumbnails, grid.save)
         self.findings.value = f"<b>No problems found in {count}.</b>"
         if problems:
-            self.findings.value = f"<b>Check these before you train:</b><ul>{items}</ul>"
+            self.findings.value = f"<b>Check these before you train:</b>{told}"
         sizes = ", ".join(f"{width} × {height}" for width, height in dict.fromkeys(shapes))
         self._crops_title.value = f"<b>What training sees</b>: cropped to {sizes} pixels"
         show_image(self.crops, cropped.save)
@@ -259,19 +266,3 @@ def _label(photo: Photo) -> str:
     """Return a photo's name, and its caption if it has one."""
     text = printable(f"{photo.name}: {photo.caption}" if photo.caption else photo.name)
     return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
-
-
-def _unknown_noun(base: str, noun: str) -> list[str]:
-    """Warn of a class that the bundled base does not know; other bases know most."""
-    if base != "toybox":
-        return []
-    classifier = loading.BUNDLED / "toybox" / "classifier" / "config.json"
-    labels = json.loads(classifier.read_text())["id2label"].values()
-    nouns = [label.removeprefix("class: ") for label in labels if label.startswith("class: ")]
-    if noun.lower() in nouns:
-        return []
-    return [
-        f"the bundled base can draw neither '{noun}' nor photos: it knows emoji-like drawings of "
-        f"{len(nouns)} things ({', '.join(nouns)}); choose one of them, or another base for your "
-        "own photos."
-    ]

@@ -1,8 +1,11 @@
 """Train in a notebook cell: progress, curves, and the validation images step by step."""
 
+import html
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from statistics import median
 from typing import TYPE_CHECKING
 
 from IPython.display import display
@@ -12,19 +15,24 @@ from PIL import Image as PIL_Image
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.errors import OneSentence
 from dreambooth_lib.figures import image_grids, plots
+from dreambooth_lib.notebook.timing import in_words
 from dreambooth_lib.notebook.widgets.checkpoint_slider import verdict_html
+from dreambooth_lib.notebook.widgets.in_force import settings_in_force
 from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_image
 from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.training.best_checkpoint import best_checkpoint
 from dreambooth_lib.training.loop import Objective, Step, prior_preservation, train
 from dreambooth_lib.training.prior_weight import broken_promise
 from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.validation_pace import count_validations, due_steps
 from dreambooth_lib.training.validation_record import history, load_all_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PLOT_TIME = 0.05  # of the training time, at most, goes into drawing curves
+_RECENT = 50  # steps whose time tells that of those to come
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} steps, {elapsed} in this cell"
 
 
 class Interrupted(OneSentence, KeyboardInterrupt):
@@ -46,7 +54,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         # Colab does not show updates of tqdm's own thread; with miniters 1 it has nothing to do.
         with (
             closing(train(run, objective)) as steps,
-            tqdm(total=run.config.steps, initial=reached, unit="step", miniters=1) as bar,
+            tqdm(total=run.config.steps, initial=reached, bar_format=_BAR, miniters=1) as bar,
         ):
             display(panel)
             for step in steps:
@@ -55,10 +63,13 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
                 yield step
     except (KeyboardInterrupt, GeneratorExit) as stop:
         gpu_memory.clear_frames(stop)
-        text = f"interrupted at step {_last_step(run)}; run this cell again to resume"
+        text = f"interrupted at step {_last_step(run)}"
+        with suppress(KeyboardInterrupt):  # interrupted again, in a hurry
+            panel.draw()
         panel.status.value = f"{text.capitalize()}."
         if isinstance(stop, GeneratorExit):
             raise
+        text += "; run this cell again to resume"
         raise Interrupted(text) from None
     except Exception as error:
         panel.report(error)
@@ -78,10 +89,14 @@ class _TrainingPanel(Panel):
 
     def __init__(self, run: Run):
         self.run, self._drawn_at, self._seconds, self._validations = run, 0.0, 0.0, 0
+        self._results = history(run)
         self._kept = ""  # the newest λ and class kept, where λ sets itself
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self.status = HTML("Loading the base; class images and validation come before step 1.")
+        self.settings = HTML(f"<small>Settings: {html.escape(settings_in_force(run))}</small>")
         self.losses, self.curves, self.images = empty_image(), empty_image(), empty_image()
-        super().__init__(self.status, row([self.losses, self.curves]), self.images)
+        curves = row([self.losses, self.curves])
+        super().__init__(self.status, self.settings, curves, self.images)
         for figure in (self.losses, self.curves):
             figure.layout.width, figure.layout.min_width = "49%", "400px"
 
@@ -91,19 +106,34 @@ class _TrainingPanel(Panel):
         if step.class_kept is not None:
             self._kept = f", λ {step.prior_weight:.2g}, class kept {step.class_kept:.0%}"
         self.status.value = (
-            f"Step {step.step}: instance loss {step.instance_loss:.3f}{prior}{self._kept}."
+            f"<b>Step {step.step} of {self.run.config.steps}, {self._time_left(step)} left.</b> "
+            f"Instance loss {step.instance_loss:.3f}{prior}{self._kept}."
         )
         if step.validation or (time.monotonic() - self._drawn_at) * _PLOT_TIME > self._seconds:
             self.draw()
 
+    def _time_left(self, step: Step) -> str:
+        """Return the time of the steps to come, and of their validations, in words."""
+        self._recent.append(step.seconds)
+        config, one = self.run.config, median(self._recent)
+        seconds = (config.steps - step.step) * one
+        if self._results:
+            validation = self._results[-1].seconds
+            wanted = count_validations(config, one, validation) - len(self._results)
+            due = due_steps(config, step.step, config.steps) if config.validate_every else 0
+            seconds += max(0, min(due, wanted)) * validation
+        return in_words(seconds)
+
     def draw(self) -> None:
         """Draw curves and validation images from what is on disk."""
         start = time.monotonic()
-        log, results = self.run.log(), history(self.run)
+        log, results, config = self.run.log(), history(self.run), self.run.config
+        self._results = results
         if log:
-            _show_figure(self.losses, plots.losses(log, keep_class=self.run.config.keep_class))
+            figure = plots.losses(log, keep_class=config.keep_class, last=config.steps)
+            _show_figure(self.losses, figure)
         if len(results) != self._validations:
-            _show_figure(self.curves, plots.validation_curves(results))
+            _show_figure(self.curves, plots.validation_curves(results, last=config.steps))
             show_image(self.images, validation_sheet(self.run).save)
         self._validations, self._drawn_at = len(results), time.monotonic()
         self._seconds = self._drawn_at - start

@@ -26,6 +26,9 @@ _CLASS = "dreambooth-upload"
 #: Some browsers take neither HEIC for an image nor any caption.
 _ACCEPTED = "image/*,.heic,.heif,.avif,.zip,.txt,.caption,.json,.jsonl,.csv"
 
+#: Shown where photos are uploaded.
+CONSENT = "Use photos of people only if they agree."
+
 _OTHER_WAY = (
     "drag them into a folder in Jupyter's file browser (on the left in JupyterLab) and type the "
     "folder's name below"
@@ -80,7 +83,7 @@ def upload_row(button: FileUpload) -> HBox:
     line = HTML(
         '<div style="line-height: 1.4">Three to six photos, with their captions if they have any, '
         "or one zip, at most "
-        f"<b>{format_bytes(size_limit())}</b> in all. For more, {_OTHER_WAY}.</div>"
+        f"<b>{format_bytes(size_limit())}</b> in all. For more, {_OTHER_WAY}. {CONSENT}</div>"
     )
     return HBox([button, line], layout=Layout(flex_flow="row wrap", align_items="center"))
 

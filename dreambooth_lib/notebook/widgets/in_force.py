@@ -1,0 +1,63 @@
+"""Tell which settings a run trains with, and since which step."""
+
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.training.config_changes import flat_fields
+from dreambooth_lib.training.runs import Run
+
+_WORDS = {
+    "full": "full model",
+    "lora": "LoRA",
+    "generated": "class images",
+    "distilled": "distillation from the base",
+    "distilled_images": "distillation on class images",
+    "none": "no prior preservation",
+}
+#: What is told of fields, by their names in a config; ``{}`` is a value.
+_SHOWN = {
+    "method": "{}",
+    "lora_rank": "rank {}",
+    "quantize": "base in {}",
+    "prior": "{}",
+    "prior_weight": "λ {}",
+    "keep_class": "{} of the class kept",
+    "learning_rate": "learning rate {}",
+    "batch_size": "batch size {}",
+    "steps": "{} steps",
+}
+
+
+def settings_in_force(run: Run) -> str:
+    """Return the settings in a line, with the former value of each that was changed in between."""
+    changes: dict[str, tuple[int, object]] = {}
+    for row in run.rows("changes"):
+        fields = row.get("fields")
+        for name, values in fields.items() if isinstance(fields, dict) else ():
+            if isinstance(values, list) and len(values) == 2:
+                changes[name] = (row["step"], values[0])
+    parts, values = [], flat_fields(run.config)
+    for name, words in _SHOWN.items():
+        if not _matters(name, run.config):
+            continue
+        text = words.format(_value(name, values[name]))
+        if name in changes:
+            step, old = changes[name]
+            text += f" since step {step} (before: {_value(name, old)})"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def _matters(name: str, config: TrainConfig) -> bool:
+    """Return whether a field has a part in this run."""
+    if name == "lora_rank":
+        return config.method == "lora"
+    if name == "prior_weight":
+        return config.keep_class is None
+    return getattr(config, name) is not None
+
+
+def _value(name: str, value: object) -> str:
+    if name in ("method", "prior"):
+        return _WORDS.get(str(value), str(value))
+    if name == "keep_class" and isinstance(value, float):
+        return f"{value:.0%}"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,0 +1,32 @@
+"""Say what the bundled base, which is for practice, cannot learn."""
+
+import json
+from pathlib import Path
+
+from dreambooth_lib.families import loading
+
+
+def findings(base: str, noun: str, photos: str | Path) -> list[str]:
+    """Return messages on photos, a path, and a class noun that the bundled base cannot draw.
+
+    Other bases draw photos and know most nouns: there are none for them.
+    """
+    if base != "toybox":
+        return []
+    messages = []
+    if not Path(photos).resolve().is_relative_to(loading.BUNDLED.resolve()):
+        messages.append(
+            "the practice base learns emoji-like drawings only; if these are photos, it will not "
+            "learn them: choose another base in section 1."
+        )
+    classifier = loading.BUNDLED / "toybox" / "classifier" / "config.json"
+    labels = json.loads(classifier.read_text())["id2label"].values()
+    nouns = [label.removeprefix("class: ") for label in labels if label.startswith("class: ")]
+    if noun.lower() not in nouns:
+        messages.append(
+            f"the practice base cannot draw '{noun}': it knows emoji-like drawings of "
+            f"{len(nouns)} things ({', '.join(nouns)}); choose one of them, or another base."
+            if noun
+            else "the class noun is empty; write in one word what your subject is."
+        )
+    return messages
