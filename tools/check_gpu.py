@@ -50,6 +50,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "QLoRA nf4, bf16": _LORA | _BF16 | {"quantize": "nf4"},
     "QLoRA int8, bf16": _LORA | _BF16 | {"quantize": "int8"},
     "LoRA, distilled prior, bf16": _LORA | _BF16 | {"prior": "distilled"},
+    "LoKr, fp16": _LORA | _FP16 | {"adapter": "lokr"},
+    "OFT, bf16": _LORA | _BF16 | {"adapter": "oft"},
     "float32, torch's AdamW": {"mixed_precision": "no", "optimizer": "adamw"},
 }
 
