@@ -25,10 +25,11 @@ from tools.toybox.world import World
 
 #: Training -> its share of the time. The rest goes to the start, the bank and the figures.
 SHARES = {
-    "autoencoder": 0.24,
+    "autoencoder": 0.22,
     "classifier": 0.06,
     "diffusion": 0.42,
     "judge": 0.09,
+    "steady": 0.04,
     "captions": 0.04,
 }
 FIGURES_SEED = 2027
@@ -51,7 +52,7 @@ def ways(minutes: float, device: str) -> dict[str, Way]:
             sys.maxsize,
             60 * minutes * share,
             device,
-            torch.float32 if name in ("judge", "captions") else dtype,
+            torch.float32 if name in ("judge", "steady", "captions") else dtype,
             save_every_s=min(60.0, 10 * minutes),
         )
         for name, share in SHARES.items()
@@ -124,7 +125,13 @@ def train(plain: Pool, pairs: Pool, out: Path, way: dict[str, Way], recipe: Reci
         if not (work / "seeing").exists():
             model = judge.train(pairs.chunk, tokenizer, work / "judge", way["judge"], recipe)
             _place(work / "seeing", model)
-        model = CLIPModel.from_pretrained(work / "seeing")
+        if not (work / "steadied").exists():
+            vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(device)
+            moved = judge.seen_through(vae, pairs.chunk)
+            model = CLIPModel.from_pretrained(work / "seeing")
+            model = judge.train(moved, tokenizer, work / "steady", way["steady"], recipe, model)
+            _place(work / "steadied", model)
+        model = CLIPModel.from_pretrained(work / "steadied")
         drawn = report.drawn_by(base, work / "drawn.npy", rounds_of(recipe, report.ROUNDS), device)
         model = judge.even_out(
             model, pairs.chunk, tokenizer, work / "captions", way["captions"], drawn, recipe

@@ -172,29 +172,29 @@ def seen_through(vae: AutoencoderKL, draw: Draw) -> Draw:
 
     def moved(rng: np.random.Generator) -> tuple[list[Picture], Callable[[], Pixels]]:
         shown, pixels = draw(rng)
-        return shown, lambda: as_drawn(vae, np.asarray(pixels()), rng)
+        return shown, lambda: as_drawn(vae, pixels(), rng)
 
     return moved
 
 
 @torch.no_grad()
-def as_drawn(vae: AutoencoderKL, pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Move and scale pictures, uint8 [B, 64, 64, 3]; decode two of three from noised latents."""
-    count = len(pictures)
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def as_drawn(vae: AutoencoderKL, pictures: Pixels, rng: np.random.Generator) -> torch.Tensor:
+    """Move and scale pictures, uint8 [B, H, W, 3]; decode two of three from noised latents."""
+    count, device = len(pictures), vae.device
+    pixels = torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     scale, shift = rng.uniform(0.9, 1.12, (count, 1)), rng.uniform(-0.16, 0.16, (count, 2))
     zeros = np.zeros_like(scale)
     rows = [np.hstack([scale, zeros, shift[:, :1]]), np.hstack([zeros, scale, shift[:, 1:]])]
-    matrices = torch.tensor(np.stack(rows, 1)).float()
+    matrices = torch.tensor(np.stack(rows, 1)).float().to(device)
     grid = functional.affine_grid(matrices, list(pixels.shape), False)
     pixels = functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    decoded = rng.permutation(count)[: 2 * count // 3]
+    decoded = torch.from_numpy(rng.permutation(count)[: 2 * count // 3]).to(device)
     latents = vae.encode(pixels[decoded]).latent_dist.mean
-    noise = torch.from_numpy(rng.normal(size=tuple(latents.shape))).float()
-    amount = torch.from_numpy(rng.uniform(0, 0.4, (len(decoded), 1, 1, 1))).float()
+    noise = torch.from_numpy(rng.normal(size=tuple(latents.shape))).float().to(device)
+    amount = torch.from_numpy(rng.uniform(0, 0.4, (len(decoded), 1, 1, 1))).float().to(device)
     pixels[decoded] = vae.decode(latents + amount * latents.std() * noise).sample
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round()
-    return levels.permute(0, 2, 3, 1).byte().numpy()
+    return levels.permute(0, 2, 3, 1).byte()
 
 
 def even_out(
