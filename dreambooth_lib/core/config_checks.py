@@ -212,5 +212,5 @@ def _of_adapter(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
     for field, value in of_lora.items():
         yield (
             bool(value),
-            f"{field} is set but adapter is '{name}', and {field} is of LoRA alone; leave one out.",
+            f"{field} is set but adapter is '{name}', and only a LoRA has {field}; leave one out.",
         )
