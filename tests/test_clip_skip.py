@@ -87,7 +87,7 @@ def test_a_second_load_skips_no_more_layers(tiny_sd1: str, tmp_path: Path) -> No
     for skip in (None, 2):
         again = loading.load_model(str(tmp_path / "saved"), clip_skip=skip)
         assert torch.equal(again.encode_prompts(PROMPTS)[KEY], expected)
-    with pytest.raises(BaseError, match=r"of .*saved' it can be from 2 to 2, by the layers"):
+    with pytest.raises(BaseError, match=r"saved' allows 2 to 2, by the layers"):
         loading.load_model(str(tmp_path / "saved"), clip_skip=1)
     config = tmp_path / "saved" / "text_encoder" / "config.json"
     for odd in ("x", -1, 1.5, [1], None):  # anyone may have written it

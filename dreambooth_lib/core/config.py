@@ -40,8 +40,8 @@ class TrainConfig:
     #: what a Stable Diffusion base predicts, where its files say otherwise or nothing: "epsilon",
     #: "v_prediction", or "v_prediction_ztsnr" with a zero terminal SNR (arXiv 2305.08891)
     prediction_type: str | None = None
-    #: the text encoder's layer that reads prompts, counted from the last one, 1, as A1111 counts
-    #: its "Clip skip"; Stable Diffusion 1.x and 2.x only. None is as the base has it.
+    #: the text encoder's layer that encodes prompts, counted from the last as 1, like A1111's "Clip
+    #: skip"; Stable Diffusion 1.x and 2.x only. None keeps the base's.
     clip_skip: int | None = None
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
@@ -60,8 +60,8 @@ class TrainConfig:
     #: "generated": train on class images that the base drew (the paper's way); "distilled": on the
     #: subject's noised images with the class prompt, match the frozen base's prediction, without
     #: class images; "distilled_images": match it on class images; "none": no prior preservation,
-    #: prior_weight becomes 0. None is "generated" with all weights; by LoRA "distilled_images" with
-    #: prior_prompts "generic", which keeps other prompts, too
+    #: prior_weight becomes 0. None is "generated" for method "full"; for a LoRA, "distilled_images"
+    #: with prior_prompts "generic", which also preserves other prompts
     prior: str = _BY_BASE
     #: more prompts whose images are to stay as the base draws them, which take half of the prior's
     #: rows and of its class images; "" is allowed, and "generic" stands for prompts of this base
@@ -80,10 +80,10 @@ class TrainConfig:
 
     # What is trained
     method: str = "full"  #: "full": all weights; "lora": low-rank adapters (arXiv 2106.09685)
-    #: another adapter of peft instead of LoRA, by its name there, such as "lokr", "loha" or "oft";
-    #: with method "lora"
+    #: another of peft's adapters instead of LoRA, by peft's name for it, such as "lokr", "loha" or
+    #: "oft"; with method "lora"
     adapter: str | None = None
-    #: more of peft's own settings of that adapter, numbers only: {"decompose_factor": 8} for "lokr"
+    #: further settings of that adapter in peft, numbers only: {"decompose_factor": 8} for "lokr"
     adapter_settings: dict[str, float] | None = None
     #: also the size of another adapter: its rank, or the size of its blocks ("oft", "c3a", "road")
     lora_rank: int = 16
@@ -101,7 +101,7 @@ class TrainConfig:
     #: put on it, with its own steps and guidance; class images are the base's. None is the base.
     draw_base: str | None = None
     train_text_encoder: bool = False
-    #: of what is trained of the text encoders; None is learning_rate
+    #: learning rate of all that is trained in the text encoders; None is learning_rate
     text_encoder_learning_rate: float | None = None
     #: optimizer steps after which the text encoders stop training; None: they train to the end
     text_encoder_steps: int | None = None

@@ -62,7 +62,7 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-#: Above these, a number is a slip of the pen; the seed leaves room for those that are made from it.
+#: Above these, a number is a typing error; the seed leaves room for seeds derived from it.
 _MOST = {"seed": LARGEST, "resolution": 2**14}
 _MOST_OF_OTHERS = 10**9
 
@@ -212,5 +212,5 @@ def _of_adapter(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
     for field, value in of_lora.items():
         yield (
             bool(value),
-            f"{field} is set but adapter is '{name}', and {field} is of LoRA alone; leave one out.",
+            f"{field} is set but adapter is '{name}', and only a LoRA has {field}; leave one out.",
         )

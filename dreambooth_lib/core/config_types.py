@@ -8,7 +8,7 @@ from typing import Any
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.user_text import problem_with_path, problem_with_words
 
-LARGEST = 2**62  #: Whole numbers above it are a slip of the pen.
+LARGEST = 2**62  #: Whole numbers above it are typing errors.
 _MOST_PROMPTS = 1000
 _PATHS = ("pictures", "base", "draw_base", "class_folder", "scorer", "image_scorer")
 
@@ -28,7 +28,7 @@ def take_types(fields: Any, prefix: str = "") -> None:
     """Give the fields of a frozen dataclass their types: whole numbers as floats, paths as text.
 
     None is allowed where it is the default. In paths, ``~`` is expanded. Raises
-    :class:`ConfigError` for another type and for a path that no disk can have.
+    :class:`ConfigError` for another type and for a path that no file system allows.
     """
     for field in dataclasses.fields(fields):
         value, wanted = getattr(fields, field.name), field.type
@@ -76,7 +76,7 @@ def _prompts(name: str, value: Any) -> tuple[str, ...] | None:
 def _numbers(name: str, value: Any) -> Settings | None:
     """Return numbers by name, None for none; raise :class:`ConfigError` for anything else.
 
-    No text: peft imports what some of its settings name.
+    Text is refused: peft imports what some of its settings name.
     """
     if not isinstance(value, dict) or not all(
         isinstance(key, str) and isinstance(number, int | float) and math.isfinite(number)

@@ -71,7 +71,7 @@ def check_folder_name(subject: Subject) -> list[str]:
         return []
     repeats, identifier, noun = match.groups()[0], match["identifier"], match["noun"]
     return [
-        f"the folder's name '{name}' is not read, as kohya's trainers would read it: to train "
+        f"the kit does not read the folder's name '{name}' as kohya's trainers do: to train "
         f"'{match['words']}', set the identifier to '{identifier}' and the class noun to '{noun}'; "
-        f"each photo is used equally often, whatever the {repeats} says."
+        f"it uses each photo equally often, whatever the {repeats} says."
     ]

@@ -209,7 +209,7 @@ def read_source(source: str | Path | Subject) -> Source:
     if masks:
         notes.append(
             f"{listed(masks)} {_are(masks)} not trained on as photos, but taken for masks or maps; "
-            "background_weight trains by masks, and if they are photos, give them other names."
+            "background_weight uses masks; if these are photos, give them other names."
         )
     if unused:
         holds = "it holds" if len(unused) == 1 else "they hold"

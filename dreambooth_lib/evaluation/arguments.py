@@ -16,15 +16,15 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--encoders",
         nargs="+",
         help="hub ids, folders, 'photos' (DINOv2 and SigLIP 2) or 'paper' "
-        "(DINO and CLIP, beside the paper's rows); default: photos, or the bundled base's scorer",
+        "(DINO and CLIP, with the paper's rows); default: photos, or the bundled base's scorer",
     )
     parser.add_argument(
         "--drift-prompts",
         nargs="+",
         default=[],
-        help="prompts whose images should stay the base's; {noun} is the class noun",
+        help="prompts whose images should stay as the base draws them; {noun} is the class noun",
     )
-    parser.add_argument("--pictures", type=int, default=4, help="images of each prompt")
+    parser.add_argument("--pictures", type=int, default=4, help="images per prompt")
     parser.add_argument("--steps", type=int, help="training steps (default: the base's)")
     parser.add_argument("--batch-size", type=int, help="default: the base's")
     parser.add_argument("--class-images", type=int, help="default: the base's")
@@ -33,7 +33,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vlm",
-        help="a vision-language model that judges, too: a hub id or folder, or its API's name",
+        help="a vision-language model as another judge: a hub id, a folder, or a name in the API",
     )
     parser.add_argument("--vlm-url", help="its OpenAI-compatible API: https://api.openai.com/v1")
     parser.add_argument(

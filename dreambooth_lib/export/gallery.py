@@ -1,6 +1,6 @@
 """Write a study as one HTML page: a slider over its runs, one over their steps, and the images.
 
-The page needs no server and no other file. It can be opened from disk, or embedded by an iframe.
+The page needs no server and no other file. You can open it from disk, or embed it with an iframe.
 """
 
 import base64
@@ -26,9 +26,9 @@ _LONGEST = 256  # pixels of an image's longer side; a study of large images stay
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Run]:
-    """Return the validated runs of some folders, each of which is a run or holds several.
+    """Return the validated runs of some folders; each folder is a run or holds several.
 
-    Raises ``InputError`` for a folder without one.
+    Raises ``InputError`` for a folder without a validated run.
     """
     found = []
     for folder in map(Path, folders):
@@ -48,8 +48,8 @@ def write_gallery(
 ) -> Path:
     """Write the page of some runs and return its path.
 
-    ``photos`` shows the subjects' photos, too. ``draw`` is the first prompt of a field that asks
-    the server of the page for images (:mod:`.space`). Raises a ``KitError`` if an image is damaged.
+    ``photos`` also shows the subjects' photos. ``draw`` is the first prompt of a field that asks
+    the page's server for images (:mod:`.space`). Raises a ``KitError`` if an image is damaged.
     """
     by_name: dict[str, list[Run]] = {}
     for run in study:
@@ -81,7 +81,7 @@ def _subject(name: str, study: Sequence[Run], photos: bool) -> dict[str, Any]:
 
 
 def _labels(study: Sequence[Run]) -> list[str]:
-    """Name runs by λ if it is all that they differ in, else by their folders."""
+    """Name runs by λ if they differ in nothing else, or by their folders."""
     weights = [run.config.prior_weight for run in study]
     fields = [flat_fields(run.config) for run in study]
     others = [first_difference(fields[0], own, ("prior_weight", "prior")) for own in fields]
@@ -111,7 +111,7 @@ def _steps(run: Run) -> list[dict[str, Any]]:
 
 
 def _address(image: Image.Image) -> str:
-    """Return an image as a data address."""
+    """Return an image as a data URL."""
     shown, buffer = image.convert("RGB"), io.BytesIO()
     shown.thumbnail((_LONGEST, _LONGEST))
     shown.save(buffer, "webp", quality=85, method=6)

@@ -26,7 +26,7 @@ def login() -> bool:
     from huggingface_hub import notebook_login
 
     secret = f", or add {place_of_token()}" if in_colab() else ""
-    print(f"Log in below with a token that may write{secret}; then run this cell again.")
+    print(f"Log in below with a token with write access{secret}; then run this cell again.")
     notebook_login()
     return False
 

@@ -1,6 +1,6 @@
 """Write a study as the folder of a Space on the Hugging Face Hub, which shows it and draws.
 
-It draws on a CPU with the whole model of one run, by a server of Python's own (:mod:`.space_app`).
+It draws on a CPU with the full model of one run, by Python's own HTTP server (:mod:`.space_app`).
 """
 
 import json
@@ -33,23 +33,23 @@ sdk: docker
 app_port: 7860
 ---
 
-What a text-to-image model learnt of one subject, by the weight of prior preservation and by
-training step, and a field that draws with the trained model. `python app.py` shows the same on your
-machine.
+This page shows what a text-to-image model has learnt of one subject, by the weight of prior
+preservation and by training step. A prompt field draws with the trained model. `python app.py`
+shows the same page on your machine.
 
 The licence and terms of the base model apply here too.
 """
 
 
 def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) -> Path:
-    """Write the Space of some runs, of which the one with the highest score draws; return its path.
+    """Write the Space of some runs, which draws with the highest-scoring one, and return its path.
 
-    The folder appears when it is complete. Raises ``InputError`` if that run is a LoRA.
+    The folder appears only when it is complete. Raises ``InputError`` if that run is a LoRA.
     """
     run = gallery.best_run(study)
     if run.config.method == "lora":
         raise InputError(
-            f"{run.folder} is a LoRA, and a Space draws with a whole model; train it with "
+            f"{run.folder} is a LoRA, and a Space draws with a full model; train it with "
             "method 'full', or write the gallery alone."
         )
     chosen, kept = best_checkpoint(run).step, run.checkpoints()

@@ -1,6 +1,6 @@
 """Serve a gallery and draw with the model beside it, on a CPU: ``python app.py``.
 
-:mod:`.space` copies this file into a Space, where it needs torch, diffusers and transformers alone.
+:mod:`.space` copies this file into a Space, where it needs only torch, diffusers and transformers.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def model() -> Any:
 
 
 def draw(prompt: str, seed: int) -> bytes:
-    """Return a PNG of a prompt; one seed gives one image."""
+    """Return a PNG of a prompt; the same seed gives the same image."""
     import torch
 
     settings = json.loads((HERE / "settings.json").read_text())
@@ -53,7 +53,9 @@ class Handler(BaseHTTPRequestHandler):
         fields = {name: values[0] for name, values in parse_qs(address.query).items()}
         prompt, seed = fields.get("prompt", ""), fields.get("seed", "0")
         if not 0 < len(prompt) <= LONGEST_PROMPT or not (seed.isdecimal() and len(seed) < 7):
-            sentence = f"Give a prompt of up to {LONGEST_PROMPT} characters and a seed to 999999."
+            sentence = (
+                f"Give a prompt of up to {LONGEST_PROMPT} characters, and a seed of at most 999999."
+            )
             return self.answer(400, "text/plain", sentence.encode())
         return self.answer(200, "image/png", draw(prompt, int(seed)))
 

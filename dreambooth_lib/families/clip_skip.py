@@ -1,7 +1,7 @@
-"""Read prompts by an earlier layer of a CLIP text encoder than its last one ("clip skip").
+"""Encode prompts with an earlier layer of a CLIP text encoder than its last one ("clip skip").
 
-The layers behind it are taken out, so that whatever loads the saved pipeline reads prompts as the
-training did. Stable Diffusion 2.x was published so: its text encoder has 23 of 24 layers.
+The layers after it are removed, so that every program that loads the saved pipeline encodes prompts
+as training did. Stable Diffusion 2.x was published this way: its text encoder has 23 of 24 layers.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from dreambooth_lib.families.base_files import BaseError
 if TYPE_CHECKING:
     from dreambooth_lib.families.resolving import ResolvedBase
 
-#: In the text encoder's config: how many layers were taken out.
+#: In the text encoder's config: how many layers have been taken out.
 _TAKEN_OUT = "layers_taken_out"
 
 
@@ -26,8 +26,8 @@ def skip_layers(encoder: Any, clip_skip: int, base: str) -> None:
     surplus = clip_skip - 1 - lacks
     if not 0 <= surplus < len(layers):
         raise BaseError(
-            f"clip_skip is {clip_skip}, but of '{base}' it can be from {lacks + 1} to "
-            f"{lacks + len(layers)}, by the layers of its text encoder; change it, or leave it out."
+            f"clip_skip is {clip_skip}, but '{base}' allows {lacks + 1} to {lacks + len(layers)}, "
+            "by the layers of its text encoder; change clip_skip, or leave it out."
         )
     if surplus:
         del layers[-surplus:]
@@ -36,7 +36,7 @@ def skip_layers(encoder: Any, clip_skip: int, base: str) -> None:
 
 
 def clip_skip_of(base: "ResolvedBase", own: int | None = None) -> int:
-    """Return the clip skip that is set, or else that of a base's LoRAs or files; 1 is none."""
+    """Return the clip skip that is set, or else that of a base's LoRAs or files; 1 means none."""
     of_loras = [lora.trained_on["clip_skip"] for lora in base.loras]
     set_values = (skip for skip in (own, *reversed(of_loras)) if skip is not None)
     return next(set_values, 1 + _taken_out(base))
@@ -45,7 +45,7 @@ def clip_skip_of(base: "ResolvedBase", own: int | None = None) -> int:
 def usage_lines(base: "ResolvedBase", own: int | None) -> tuple[str, ...]:
     """Return Python that takes the same layers out of a diffusers ``pipeline`` of the base.
 
-    Its own argument ``clip_skip`` fails beside transformers 5.
+    The pipeline's own argument ``clip_skip`` fails with transformers 5.
     """
     skip = clip_skip_of(base, own)
     surplus = skip - 1 - _taken_out(base)
@@ -62,5 +62,5 @@ def _taken_out(base: "ResolvedBase") -> int:
 
 
 def _count(value: Any) -> int:
-    """Return a number of layers as a config has it; 0 for what is none."""
+    """Return a config's number of layers; 0 if it is not a positive number."""
     return value if type(value) is int and value > 0 else 0

@@ -94,7 +94,7 @@ def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
     if options.get("clip_skip") is not None and not family.skips_layers:
         raise BaseError(
             f"clip_skip is {options['clip_skip']}, but '{base}' is no Stable Diffusion 1.x or "
-            "2.x, which alone can skip layers; leave clip_skip out."
+            "2.x, and only those can skip layers; leave clip_skip out."
         )
 
 
@@ -156,8 +156,8 @@ def compose(loras: Mapping[str, float], on: str | None = None, **loading: Any) -
     others = [lora for lora in parts if peft_adapters.parts(lora.path)]
     if others and bases[0].get("quantize"):
         raise BaseError(
-            f"the adapter in {others[0].path} names a quantized base, and only a LoRA is trained "
-            "on one here; train it again."
+            f"the adapter in {others[0].path} names a quantized base, but the kit trains only "
+            "LoRAs on such a base; train it again."
         )
     quantizers.ignore_unusable()
     other = {} if on is None else {"base": on, "revision": None, "variant": None}

@@ -1,9 +1,9 @@
-"""Adapters of peft other than LoRA: made, saved in peft's own format, loaded, merged.
+"""Make, save, load and merge peft's adapters other than LoRA, in peft's own format.
 
 FOLDER/unet/adapter_config.json          peft's settings of the denoiser's adapter
 FOLDER/unet/adapter_model.safetensors    its weights, by peft's names
 
-peft's ``PeftModel.from_pretrained`` reads such a folder. A text encoder's has its own name.
+peft's ``PeftModel.from_pretrained`` reads such a folder. A text encoder has a folder of its own.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def make_config(
     alpha: int | None,
     settings: Mapping[str, float] | None,
 ) -> Any:
-    """Return peft's config of an adapter for the layers whose names end so.
+    """Return peft's config of an adapter for the layers whose names end in one of ``layers``.
 
     Raises :class:`ConfigError` where this peft lacks the adapter or a setting of ``settings``.
     """
@@ -100,7 +100,7 @@ def _config_class(name: str) -> Any:
 
 
 def save(module: "torch.nn.Module", folder: Path) -> None:
-    """Save the adapter of a denoiser or a text encoder into a folder of its own."""
+    """Save the adapter of a denoiser or a text encoder into a new folder."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -116,7 +116,7 @@ def save(module: "torch.nn.Module", folder: Path) -> None:
 
 
 def parts(folder: str | Path) -> list[str]:
-    """Return the parts of a pipeline that a model's folder holds such adapters of."""
+    """Return the parts of a pipeline for which a model's folder holds such adapters."""
     return sorted(file.parent.name for file in Path(folder).glob(f"[!.]*/{CONFIG_FILE}"))
 
 
@@ -150,7 +150,7 @@ def load(family: "Family", folder: str, weight: float) -> None:
 
 
 def _read_config(file: Path) -> Any:
-    """Read an adapter's settings: numbers, names of layers, and for the rest peft's defaults."""
+    """Read an adapter's settings: numbers, layer names, and peft's defaults for the rest."""
     found = read_json(file)
     name = str(found.pop("peft_type", "")).lower()
     if name not in ADAPTERS:
@@ -169,7 +169,7 @@ def _read_config(file: Path) -> Any:
 
 
 def _is_harmless(key: str, value: Any, field: dataclasses.Field[Any]) -> bool:
-    """Return whether a setting is a number, names of layers, or peft's default."""
+    """Return whether a setting is a number, a list of layer names, or peft's default."""
     if key in ("target_modules", "feedforward_modules"):
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
     if isinstance(value, int | float | None):
@@ -179,7 +179,7 @@ def _is_harmless(key: str, value: Any, field: dataclasses.Field[Any]) -> bool:
 
 
 def without_dice(module: "torch.nn.Module") -> None:
-    """Leave out the dropout of LoKr and LoHa, whose dice fake tensors cannot throw."""
+    """Turn off the dropout of LoKr and LoHa: fake tensors cannot draw random numbers."""
     from peft.tuners.lycoris_utils import LycorisLayer
 
     for layer in module.modules():
@@ -188,15 +188,15 @@ def without_dice(module: "torch.nn.Module") -> None:
 
 
 def has_other(module: "torch.nn.Module") -> bool:
-    """Return whether a module has an adapter, and it is no LoRA."""
+    """Return whether a module has an adapter that is not a LoRA."""
     configs = getattr(module, "peft_config", {}).values()
     return any(config.peft_type.value.lower() in ADAPTERS for config in configs)
 
 
 def merge(module: "torch.nn.Module", weight: float = 1.0) -> None:
-    """Work a module's adapter into its own weights, ``weight`` of the way; it remains to unload.
+    """Merge a module's adapter into its weights, ``weight`` of the way; the caller unloads it.
 
-    In float32, one layer at a time: some adapters cannot be merged in half precision.
+    It merges in float32, one layer at a time: some adapters cannot be merged in half precision.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,4 +1,4 @@
-"""Write how an image was generated into its PNG, as A1111 and programs like it read it back."""
+"""Write how an image was generated into its PNG, in the form that A1111 and others read."""
 
 from PIL.PngImagePlugin import PngInfo
 
@@ -17,7 +17,7 @@ _SAMPLERS = {
 
 
 def sampler_name(scheduler: object) -> str:
-    """Return A1111's name of a diffusers scheduler, or its class's where A1111 has none."""
+    """Return A1111's name for a diffusers scheduler, or its class name if A1111 has none."""
     name = type(scheduler).__name__
     return _SAMPLERS.get(name, name)
 
@@ -54,7 +54,7 @@ def generation_text(
 
 
 def png_info(text: str) -> PngInfo:
-    """Return this text as a PNG's chunk "parameters", for ``pnginfo`` of Pillow's ``save``."""
+    """Return this text as a PNG chunk named "parameters", for ``pnginfo`` of Pillow's ``save``."""
     info = PngInfo()
     info.add_text("parameters", text)
     return info

@@ -9,14 +9,14 @@ from dreambooth_lib.core.made_with import KIT, kit_version
 from dreambooth_lib.core.user_text import without_private
 from dreambooth_lib.notebook import install, preflight
 
-#: What decides most faults besides what is required.
+#: Optional packages that often cause faults.
 _ALSO = ("peft", "torchao", "torchvision", "jupyterlab", "notebook", "pillow-heif")
 
 
 def report(base: str = "toybox") -> str:
     """Return Markdown that an issue can hold: versions, and the checks of a run on ``base``.
 
-    It has no token, no path of a home folder and no user's name.
+    It contains no token, no path of a home folder and no user name.
     """
     found = install.installed()
     needed = [Requirement(line) for line in install.required()]

@@ -20,7 +20,7 @@ _ROW = {"flex_flow": "row wrap", "align_items": "center"}
 _SIDE = 96  # pixels of the photo beside its caption
 
 _HINT = (
-    "A caption says what else is in a photo, so that the subject alone is learned. Without "
+    "A caption says what else is in a photo, so that the model learns the subject alone. Without "
     "captions, all photos are trained with the same prompt, which suits a few photos."
 )
 
@@ -41,7 +41,7 @@ class CaptionEditor(VBox):
         self._subject: Subject | None = None
         self.fields: dict[str, Textarea] = {}  #: by the photos' names
         self.opened = Checkbox(description="Show and edit the captions", indent=False)
-        self.write = _button("Save the captions", "save", "They are written beside the photos")
+        self.write = _button("Save the captions", "save", "Write them beside the photos")
         self.insert = _button("Add the identifier", "plus", "Put {} before the class noun")
         self.describe = _button("Describe the photos", "magic", "Fill in captions to edit")
         self._rows, self._note = VBox(), HTML()

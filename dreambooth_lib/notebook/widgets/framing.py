@@ -27,18 +27,18 @@ from dreambooth_lib.notebook.widgets.parts import (
 
 _THUMBNAIL = 192  # pixels a side of a mask that is shown
 _CROPS = {"a square in the middle": "center", "a square around the subject": "subject",
-          "sizes of equal area, as the photos are": "buckets",
+          "sizes of equal area, shaped like the photos": "buckets",
           "squares at random": "random"}  # fmt: skip
 _WHOLE = -1.0  # in the menu only, which cannot show None: no masks are used
 _WEIGHTS = {"all of each photo": _WHOLE, "the subject alone": 0.0,
-            "the subject, and the rest by a tenth": 0.1}  # fmt: skip
+            "the subject, and the rest at a tenth": 0.1}  # fmt: skip
 
 
 class FramingPanel(Panel):
     """Choose how photos are cropped, move crops, and make masks; closed until it is opened or used.
 
-    ``changed`` is called where the photos are to be shown again, and ``reload`` where their files
-    have changed. ``changes`` are fields of a config.
+    It calls ``changed`` to have the photos shown again, and ``reload`` when their files have
+    changed. ``changes`` are fields of a config.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FramingPanel(Panel):
         weight = _WHOLE if config.background_weight is None else config.background_weight
         weights = _WEIGHTS
         if weight not in weights.values():
-            weights = weights | {f"the subject, and the rest by {weight:g}": weight}
+            weights = weights | {f"the subject, and the rest at {weight:g}": weight}
         self.crop = control(Dropdown, "crop", options=_CROPS, value=config.crop)
         self.photo = control(Dropdown, "move the crop of", options=[])
         slider: dict[str, Any] = {"min": 0.0, "max": 1.0, "step": 0.05, "value": 0.5}
@@ -72,15 +72,15 @@ class FramingPanel(Panel):
         self.masks = empty_image()
         hints = {
             self.crop: "nothing important should be cut off; sizes of equal area keep most",
-            self.photo: "where the crop lies, unless it is a square in the middle",
-            self.across: "the middle of the crop", self.down: "the middle of the crop",
-            self.move: "is kept in crops.json beside the photos",
-            self.weight: "with masks, less is learnt of what is around the subject",
-            self.base: "outside the masks, learn what the base draws there instead of the photo",
-            self.words: "what the masks show, in a word or two",
+            self.photo: "the photo to move the crop of; a square in the middle cannot be moved",
+            self.across: "the centre of the crop", self.down: "the centre of the crop",
+            self.move: "saves the centre in crops.json beside the photos",
+            self.weight: "with masks, the model learns less of what is around the subject",
+            self.base: "outside the masks, learn what the base predicts instead of the photo",
+            self.words: "what the masks should show, in a word or two",
             self.make: f"downloads {mask_maker.MODEL} once ({mask_maker.DOWNLOAD})",
-            self.threshold: "lower it where parts of the subject are missing",
-            self.save: "beside the photos as NAME-masklabel.png, where you may edit them",
+            self.threshold: "lower it if parts of the subject are missing",
+            self.save: "saves NAME-masklabel.png beside the photos; you can edit the files there",
         }  # fmt: skip
         is_set = self.crop.value != "center" or self.weight.value != _WHOLE
         self.opened = Checkbox(description="Change crops and masks", indent=False, value=is_set)
@@ -116,7 +116,7 @@ class FramingPanel(Panel):
         return [bucket_of(photo.traits.size, sizes) for photo in photos]
 
     def cropped(self, photos: Sequence[Photo], shapes: Sequence[Size]) -> list[Image.Image]:
-        """Return the crops of photos; of crops at random those in the middle."""
+        """Return the crops of photos, in the middle where training crops at random."""
         crop = "center" if self.crop.value == "random" else self.crop.value
         shown = []
         for photo, shape in zip(photos, shapes, strict=True):
@@ -151,7 +151,7 @@ class FramingPanel(Panel):
 
     def _move(self) -> None:
         if not self._folder.is_dir():
-            raise DataError(f"{self._folder} is no folder to keep crops in; unpack it first.")
+            raise DataError(f"{self._folder} is no folder to save crops in; unpack it first.")
         if self.crop.value not in FOLLOWING:
             raise DataError("a crop in the middle cannot be moved; choose another crop above.")
         moved, center = self._chosen().name, (self.across.value, self.down.value)
@@ -174,7 +174,7 @@ class FramingPanel(Panel):
         return {n: mask_maker.at_threshold(found, threshold) for n, found in self._found.items()}
 
     def _show_masks(self) -> None:
-        """Show masks just made, or else those that the photos have, over the photos."""
+        """Show the masks just made over the photos, or else the photos' own masks."""
         masks: dict[str, Image.Image | None] = {**self._masks()}
         self.save.disabled = not masks
         masks = masks or {photo.name: read_mask(photo) for photo in self._photos}

@@ -12,7 +12,7 @@ _WORDS = {
     "distilled_images": "distillation on class images",
     "none": "no prior preservation",
 }
-#: What is told of fields, by their names in a config; ``{}`` is a value.
+#: What is shown of each field of a config; ``{}`` is its value.
 _SHOWN = {
     "method": "{}",
     "lora_rank": "rank {}",
@@ -27,7 +27,7 @@ _SHOWN = {
 
 
 def settings_in_force(run: Run) -> str:
-    """Return the settings in a line, with the former value of each that was changed in between."""
+    """Return the settings on one line, with the previous value of each that has changed."""
     changes: dict[str, tuple[int, object]] = {}
     for row in run.rows("changes"):
         fields = row.get("fields")
@@ -47,7 +47,7 @@ def settings_in_force(run: Run) -> str:
 
 
 def _matters(name: str, config: TrainConfig) -> bool:
-    """Return whether a field has a part in this run."""
+    """Return whether a field matters in this run."""
     if name == "lora_rank":
         return config.method == "lora"
     if name == "prior_weight":

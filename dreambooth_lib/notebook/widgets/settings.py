@@ -40,18 +40,18 @@ _AS_WEIGHTED = 0.0  # on the slider only, which cannot show None: λ does not se
 # In the menus only, which cannot show None: the method's own learning rate, and its own prior.
 _DEFAULT_RATE, _DEFAULT_PRIOR = 0.0, ""
 HINTS = {
-    "method": "a LoRA takes less memory and saves a small file; QLoRA fits large bases on a GPU",
-    "adapter": "LoRA suits most, and other programs load it; the others load with peft alone",
-    "prior_weight": "raise it if class images start to look like your subject; 1 suits most; "
-    "0 turns prior preservation off",
-    "keep_class": "how much of the class must stay: λ then sets itself; lower it for more likeness",
-    "prior": "what keeps the class; a LoRA's default keeps other prompts, too",
+    "method": "a LoRA needs less memory and saves a small file; QLoRA fits large bases on a GPU",
+    "adapter": "LoRA suits most subjects, and other programs load it; only peft loads the others",
+    "prior_weight": "raise it if class images start to look like your subject; 1 suits most "
+    "subjects; 0 turns prior preservation off",
+    "keep_class": "how much of the class to keep: λ adjusts itself; lower it for more likeness",
+    "prior": "what preserves the class; a LoRA's default also preserves other prompts",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
     "train_text_encoder": "training the text encoder too improves likeness, but takes more memory "
     "and time; not on a T4; text_encoder_steps (in Python) stops it early",
-    "resolution": "lower it if memory runs out; the base draws best at its own resolution",
-    "class_images": "more of them keep the class more varied, but take time to draw",
+    "resolution": "lower it if memory runs out; the base draws best at its native resolution",
+    "class_images": "with more of them the class stays more varied, but drawing them takes time",
     "early_stop": f"keep the best step's weights, and stop after {_PATIENCE} validations without "
     "improvement",
 }
@@ -70,7 +70,7 @@ class SettingsPanel(Panel):
         self._native = loading.inspect_base(config.base, config.revision).resolution
         self.controls = _controls(config, self._native)
         self.predict = Button(description="Predict the time")
-        self.reset = Button(description="Reset", tooltip="Set all of them as they were at first")
+        self.reset = Button(description="Reset", tooltip="Restore the first values of all settings")
         self.all = Checkbox(description="Show all settings", indent=False, value=False)
         self.all.layout.width = "auto"
         self.time, self.python = HTML(), HTML()
@@ -213,7 +213,7 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     sizes = {f"{side}, the base's own" if side == native else str(side): side
              for side in sides if side % 8 == 0}  # fmt: skip
     shares = sorted({0.8, 0.85, 0.9, 0.95, 0.98, config.keep_class or 0.95})
-    kept = {"as λ does": _AS_WEIGHTED} | {f"{100 * share:g}%": share for share in shares}
+    kept = {"with the λ above": _AS_WEIGHTED} | {f"{100 * share:g}%": share for share in shares}
     trained = {"denoiser": False, "denoiser and text encoder": True}
 
     def menu(label: str, options: dict[str, Any], value: Any) -> Any:

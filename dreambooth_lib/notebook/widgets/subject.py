@@ -77,7 +77,7 @@ class SubjectPanel(Panel):
             self.source: "three to six photos of the subject in different surroundings",
             self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
             self.identifier: "a rare word that will stand for your subject; keep it if in doubt",
-            self.hold_out: "of four or more, one is never trained on: its loss shows overfitting",
+            self.hold_out: "with four or more, one is never trained on: its loss shows overfitting",
         }
         super().__init__(
             HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),

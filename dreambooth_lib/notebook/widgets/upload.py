@@ -27,7 +27,7 @@ _CLASS = "dreambooth-upload"
 _ACCEPTED = "image/*,.heic,.heif,.avif,.zip,.txt,.caption,.json,.jsonl,.csv"
 
 #: Shown where photos are uploaded.
-CONSENT = "Use photos of people only if they agree."
+CONSENT = "Use photos of people only with their consent."
 
 _OTHER_WAY = (
     "drag them into a folder in Jupyter's file browser (on the left in JupyterLab) and type the "
