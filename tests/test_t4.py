@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -97,6 +98,8 @@ def test_the_whole_path_computes_in_float16_and_stays_finite(
     steps = list(train(run))
     assert [step.step for step in steps] == [1, 2] and steps[-1].validation is not None
     assert [row.step for row in history(run)] == [0, 2]
+    for row in history(run):
+        assert fmean(row.by_image["subject_fidelity"]) == pytest.approx(row.subject_fidelity, 1e-6)
     saved = run.load_checkpoint()
     assert saved is not None
     assert saved["scale"][0] != 2.0**16  # where it begins

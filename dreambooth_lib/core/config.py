@@ -201,6 +201,13 @@ class TrainConfig:
         check(self)
 
     @property
+    def has_lora_prior(self) -> bool:
+        """Tell whether prior and prior_prompts are those that a LoRA has by default."""
+        own = base_defaults(self.base, "lora")["prior"]
+        generic = generic_prompts(origin(self.base), self.subject.class_noun)
+        return self.method == "lora" and (self.prior, self.prior_prompts) == (own, generic)
+
+    @property
     def trains_text(self) -> bool:
         """Tell whether training changes the text encoders or adds a token to them."""
         return self.train_text_encoder or self.train_token
@@ -248,8 +255,13 @@ class TrainConfig:
         """Return this config with some fields changed, validated anew.
 
         A new ``validate_every`` has no ``validation_share`` but one that is given with it, and a
-        new ``scorer`` compares images, too, unless there is an ``image_scorer`` with it.
+        new ``scorer`` compares images, too, unless there is an ``image_scorer`` with it. The
+        generic prompts of a LoRA's default prior go with it, and follow a new subject or base.
         """
+        if self.has_lora_prior and "prior_prompts" not in changes:
+            new_method = changes.get("method", self.method) != self.method
+            other = "prior" in changes or changes.get("class_folder") or new_method
+            changes = {"prior_prompts": None if other else GENERIC} | changes
         if "scorer" in changes:
             changes = {"image_scorer": None} | changes
         if "validate_every" in changes:

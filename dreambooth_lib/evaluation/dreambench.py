@@ -31,6 +31,7 @@ from dreambooth_lib.training.config_changes import (
     describe,
     first_difference,
     flat_fields,
+    with_settings_of,
 )
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
@@ -124,7 +125,7 @@ def start_or_resume(
     if not (place / "config.toml").exists():
         return runs.start(fresh, place)
     run = runs.resume(place)
-    fresh = runs.with_settings_of(run, fresh)
+    fresh = with_settings_of(run.config, fresh)
     if difference := first_difference(flat_fields(run.config), flat_fields(fresh)):
         raise RunError(
             f"{place} holds a run of {describe(run.config)} whose {difference}; choose another "

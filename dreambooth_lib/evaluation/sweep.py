@@ -26,7 +26,12 @@ from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.training import class_images, early_stopping, memory_level, runs, sampling
-from dreambooth_lib.training.config_changes import describe, first_difference, flat_fields
+from dreambooth_lib.training.config_changes import (
+    describe,
+    first_difference,
+    flat_fields,
+    with_settings_of,
+)
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation import ValidationPlan
@@ -169,7 +174,7 @@ def _check_same(
     # A schedule spans the run: in a longer one, the earlier steps would have been different.
     free = _LENGTH if config.lr_schedule == "constant" else _LENGTH[1:]
     difference = first_difference(
-        flat_fields(run.config), flat_fields(runs.with_settings_of(run, config)), free
+        flat_fields(run.config), flat_fields(with_settings_of(run.config, config)), free
     )
     if difference is None and place.exists():
         difference = first_difference(asdict(read_plan(place)), asdict(plan))

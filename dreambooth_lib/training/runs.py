@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core.checked_json import append_row, read_object, read_rows, write_rows
-from dreambooth_lib.core.config import SAMPLING_FIELDS, VALIDATION_SHARE, TrainConfig
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import explain_disk_errors
 from dreambooth_lib.core.errors import KitError
@@ -30,6 +30,7 @@ from dreambooth_lib.training.config_changes import (
     flat_fields,
     identifying_fields,
     with_absolute_paths,
+    with_settings_of,
 )
 
 #: Fields that a run cannot change: its checkpoints would no longer fit, or mean something else.
@@ -213,7 +214,7 @@ def start_or_resume(config: TrainConfig, folder: str | Path) -> Run:
         return start(config, folder)
     if why := why_not_resumable(config, folder):
         raise RunError(why)
-    settings = vars(with_settings_of(resume(folder), with_absolute_paths(config)))
+    settings = vars(with_settings_of(resume(folder).config, with_absolute_paths(config)))
     return resume(folder, **{field.name: settings[field.name] for field in fields(config)})
 
 
@@ -222,7 +223,7 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
     if not has_begun(Path(folder)):
         return None
     run = resume(folder)
-    old, new = vars(run.config), vars(with_settings_of(run, with_absolute_paths(config)))
+    old, new = vars(run.config), vars(with_settings_of(run.config, with_absolute_paths(config)))
     fixed = _fixed_fields(run)
     changeable = {"steps", "early_stop"} if run.finished else old.keys()
     difference = first_difference(old, new, changeable - {*fixed})
@@ -245,19 +246,6 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
 def _fixed_fields(run: Run) -> tuple[str, ...]:
     """Return the fields that a run that has begun cannot change."""
     return _FIXED + (_FIXED_BY_VALIDATION if run.rows("validation") else ())
-
-
-def with_settings_of(run: Run, config: TrainConfig) -> TrainConfig:
-    """Return the config with the run's own settings where it leaves them to the defaults.
-
-    Runs of earlier versions have numbers there, and validate at every interval.
-    """
-    settings = (*SAMPLING_FIELDS, "checkpoint_every")
-    names = [name for name in settings if getattr(config, name) is None]
-    same_interval = config.validate_every == run.config.validate_every
-    if same_interval and config.validation_share == VALIDATION_SHARE:
-        names.append("validation_share")
-    return config.replace(**{name: getattr(run.config, name) for name in names})
 
 
 def resume(folder: str | Path, **changes: Any) -> Run:

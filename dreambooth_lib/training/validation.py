@@ -169,6 +169,8 @@ def score_images(
     base's images. ``by_image`` has the values that four of the scores are the means of: those of
     each image of the subject, of the class or of an unrelated prompt.
     """
+    import torch
+
     encoder, reader = scorers.images, scorers.prompts
     photos = encoder.as_embeddings(photos)
     base = BaseEmbeddings(encoder, base) if isinstance(base, ValidationImages) else base
@@ -181,8 +183,10 @@ def score_images(
     scores["pres"] = clip_scores.subject_fidelity(class_images, photos)
     texts = [clip_scores.strip_identifier(p, subject.identifier) for p in images.prompts]
     read = of_subject if reader is encoder else reader.embed_images(images.subject)
+    with torch.autocast("cpu", enabled=False):  # of a training in bfloat16 on a CPU
+        cosines = of_subject @ photos.T
     by_image = {
-        "subject_fidelity": (of_subject @ photos.T).mean(1),
+        "subject_fidelity": cosines.mean(1),
         "prompt_adherence": clip_scores.row_cosines(read, reader.embed_texts(texts)),
         "prior_drift": 1 - clip_scores.row_cosines(base.class_images, class_images),
     }
