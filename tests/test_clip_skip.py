@@ -102,7 +102,7 @@ def test_what_cannot_be_skipped_is_refused(
 ) -> None:  # fmt: skip
     with pytest.raises(ConfigError, match="clip_skip is 0; it must be 1 or more"):
         TrainConfig(Subject("photos", "dog"), clip_skip=0)
-    with pytest.raises(BaseError, match=r"clip_skip is 3, but of .* from 1 to 2, by the layers"):
+    with pytest.raises(BaseError, match=r"clip_skip is 3, but .* allows 1 to 2, by the layers"):
         loading.load_model(tiny_sd1, clip_skip=3)
     for family in ("sdxl", "sd3", "flux", "flux_2_klein", "z_image"):
         sentence = f"clip_skip is 2, but '{tiny_bases(family)}' is no Stable Diffusion 1.x or 2.x"

@@ -504,7 +504,7 @@ def test_the_settings_begin_with_the_config_and_follow_their_controls(
     moved = {"prior_weight": 0.5, "steps": 9, "learning_rate": 1e-4, "train_text_encoder": True,
              "resolution": 8, "class_images": 7, "early_stop": True, "method": "lora",
              "prior": "distilled"}  # fmt: skip
-    assert {*moved, "keep_class"} == settings.controls.keys()
+    assert {*moved, "keep_class", "adapter"} == settings.controls.keys()
     for name, value in moved.items():
         settings.controls[name].value = value
     assert settings.config == config.replace(**moved)
