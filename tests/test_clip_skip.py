@@ -1,6 +1,7 @@
 """Read prompts by an earlier layer of the text encoder, alike wherever prompts are read."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,17 @@ def test_what_cannot_be_skipped_is_refused(
         TrainConfig(Subject("photos", "dog"), clip_skip=0)
     with pytest.raises(BaseError, match=r"clip_skip is 3, but .* allows 1 to 2, by the layers"):
         loading.load_model(tiny_sd1, clip_skip=3)
-    for family in ("sdxl", "sd3", "flux", "flux_2_klein", "z_image"):
-        sentence = f"clip_skip is 2, but '{tiny_bases(family)}' is no Stable Diffusion 1.x or 2.x"
+    version_2 = shutil.copytree(tiny_sd1, tmp_path / "version 2")
+    config = version_2 / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
+    others = [tiny_bases(name) for name in ("sdxl", "sd3", "flux", "flux_2_klein", "z_image")]
+    for base in (str(version_2), *others):
+        sentence = f"clip_skip is 2, but '{base}' is no Stable Diffusion 1.x; leave clip_skip out."
         with pytest.raises(BaseError, match=sentence):
-            loading.load_model(tiny_bases(family), clip_skip=2)
+            loading.load_model(base, clip_skip=2)
         with pytest.raises(BaseError, match=sentence):
-            estimate(make_config(tiny_bases(family), photos, clip_skip=2), "bf16")
+            estimate(make_config(base, photos, clip_skip=2), "bf16")
+    assert len(loading.load_model(str(version_2)).encode_prompts(["a dog"])[KEY]) == 1
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -132,6 +132,10 @@ def test_a_space_shows_the_study_and_draws(study: Path, tmp_path: Path) -> None:
                      "requirements.txt"}  # fmt: skip
     text = "".join(p.read_text() for p in folder.iterdir() if p.suffix in (".json", ".md", ".txt"))
     assert str(study) not in text and "\nsdk: docker\n" in text and "torch==" in text
+    lines = (folder / "Dockerfile").read_text().splitlines()
+    own, all_others = [line for line in lines if line.startswith("RUN pip install")]
+    assert "torch==" in own and own.endswith("--index-url https://download.pytorch.org/whl/cpu")
+    assert all_others.endswith("-r requirements.txt")  # which torch's CPU build then fulfils
     assert data_of(folder / "index.html")["draw"].startswith("a ")
     with serving(folder) as address:
         with urlopen(f"{address}/") as answer:

@@ -13,6 +13,8 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.long_prompts import chunk_ids, chunks_of, encode_in_chunks
+from tools.launch_counter import DEVICE, counting
+from tools.launches import _apply
 
 WORDS = ["a", "red", "dog", "on", "the", "beach", "in", "snow", "photo", "of", "cat"]
 
@@ -121,6 +123,25 @@ def test_the_order_of_prompts_stays(tiny_sd1: str) -> None:
         alone = family.encode_prompts([prompt])["encoder_hidden_states"]
         row = rows["encoder_hidden_states"][place]
         assert torch.allclose(row[: alone.shape[1]], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_an_offloaded_pipeline_reads_long_and_short_prompts_on_its_gpu(
+    name: str, tiny_bases: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By diffusers' own hooks; tensors without values stand in for those of a GPU."""
+    family = loading.load_meta(tiny_bases(name), prompt_chunks=2)
+    prompts = [prompt_of(family, 2), "a dog", ""]
+    monkeypatch.setattr(torch.nn.Module, "_apply", _apply)
+    with counting(), torch.no_grad():
+        modules = [m for m in family.pipeline.components.values() if isinstance(m, torch.nn.Module)]
+        for module in modules:
+            module._apply(lambda weight: torch.empty_like(weight, device="cpu"))
+        family.pipeline.enable_model_cpu_offload(device=DEVICE)
+        for _ in range(2):  # at first the text encoders are on the CPU
+            found = family.encode_prompts(prompts)
+            assert {value.device for value in found.values()} == {DEVICE}
+        assert {len(value) for value in found.values()} == {3}
 
 
 def test_other_families_refuse_chunks(tiny_bases: Callable[[str], str]) -> None:

@@ -2,7 +2,7 @@
 
 import getpass
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
@@ -68,3 +68,44 @@ def test_a_users_name_is_no_part_of_a_word(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(getpass, "getuser", nobody)
     assert without_private("cannot ask ann") == "cannot ask ann"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("C:/Users/John Smith/kit", "~/kit"),
+        (r"C:\Users\John Smith\kit", r"~\kit"),
+        (repr(r"c:\users\john smith\kit"), r"'~\\kit'"),
+        ("/mnt/c/Users/John Smith/kit", "/mnt~/kit"),
+        ("in C:/Users/peter or in D:/data", "in ~ or in D:/data"),
+        ("in /home/peter or in data/kit", "in ~ or in data/kit"),
+        ("D:/People/Ann Lee/kit and D:/People/Ann Leeds/kit", "~/kit and D:/People/Ann Leeds/kit"),
+        (r"d:\people\ann lee", "~"),
+    ],
+)
+def test_homes_are_left_out_by_any_writing(
+    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Windows(PureWindowsPath):
+        def resolve(self) -> PureWindowsPath:
+            return self
+
+    home = Windows(r"D:\People\Ann Lee")
+    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setattr(getpass, "getuser", lambda: "root")
+    assert without_private(text) == shown
+
+
+def test_a_users_name_is_found_beside_an_underscore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "alice")
+    text = "/data/alice_runs my_alice alice2 malice"
+    assert without_private(text) == "/data/[user]_runs my_[user] alice2 malice"
+
+
+@pytest.mark.parametrize(
+    "name", ["DB_PASS", "PGPASSWORD", "MYSQL_PWD", "AZURE_CREDENTIAL", "db_credentials"]
+)
+def test_values_of_secret_variables_are_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "open-sesame")
+    monkeypatch.setenv("PWD", "/data/project")  # the working folder
+    assert without_private("open-sesame in /data/project") == "[hidden] in /data/project"

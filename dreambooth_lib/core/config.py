@@ -41,7 +41,7 @@ class TrainConfig:
     #: "v_prediction", or "v_prediction_ztsnr" with a zero terminal SNR (arXiv 2305.08891)
     prediction_type: str | None = None
     #: the text encoder's layer that encodes prompts, counted from the last as 1, like A1111's "Clip
-    #: skip"; Stable Diffusion 1.x and 2.x only. None keeps the base's.
+    #: skip"; Stable Diffusion 1.x only. None keeps the base's.
     clip_skip: int | None = None
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)

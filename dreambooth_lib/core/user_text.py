@@ -23,8 +23,13 @@ _MARKUP = re.compile(
 
 #: What the tokens of some services look like.
 TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[a-z]-)[\w-]{8,}")
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)  # in an environment variable's name
-_HOME = re.compile(r"(/home/|/Users/|[A-Za-z]:[\\/]Users[\\/])[^/\\\s'\"]+")
+#: In an environment variable's name; "PWD" by itself is the working folder.
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|_PWD|CREDENTIAL", re.IGNORECASE)
+#: On Windows a user's name may have spaces; it then ends at the next separator.
+_HOME = re.compile(
+    r"(?i:[a-z]:|/[a-z])(?P<sep>[\\/]+)(?i:Users)(?P=sep)[^\\/:'\"\n]*[^\\/:'\"\s](?=(?P=sep))"
+    r"|(?:/home/|/Users/|(?i:[a-z]:[\\/]+Users[\\/]+))[^\\/\s'\"]+"
+)
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 
 
@@ -97,10 +102,13 @@ def without_private(text: str) -> str:
     text = _LOGIN.sub("", TOKEN.sub("[hidden]", text))
     for home in (Path.home(), Path.home().resolve()):
         if len(home.parts) > 1:  # some containers have "/"
-            text = text.replace(str(home), "~")
+            parts = [re.escape(part.strip("\\/")) for part in home.parts]
+            written = r"[\\/]+".join(parts) + r"(?!\w)"  # with either slash, or Python's two
+            text = re.sub(written, "~", text, flags=re.IGNORECASE)
     text = _HOME.sub("~", text)
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # of a process whose number has no user
         return text
-    return text if user == "root" else re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "[user]", text)
+    alone = rf"(?<![^\W_]){re.escape(user)}(?![^\W_])"
+    return text if user == "root" else re.sub(alone, "[user]", text)

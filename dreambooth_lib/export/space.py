@@ -21,6 +21,8 @@ FROM python:3.12-slim
 RUN useradd --create-home --uid 1000 user
 WORKDIR /home/user/app
 COPY requirements.txt .
+RUN pip install --no-cache-dir $(grep ^torch== requirements.txt) \
+--index-url https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir -r requirements.txt
 COPY --chown=user . .
 USER user

@@ -73,7 +73,7 @@ class Family:
     #: Tokens of a prompt that the pipeline reads by a tokenizer, if not its model_max_length.
     tokens_read: ClassVar[dict[str, int]] = {}
     most_chunks: ClassVar[int] = 1  #: the most chunks that a prompt is read in
-    skips_layers: ClassVar[bool] = False  #: whether ``clip_skip`` can be set
+    skips_layers: ClassVar[bool] = False  #: whether ``clip_skip`` can be set for some
     #: The pipeline call's arguments for the tensors that ``encode_prompts`` returns.
     pipeline_argument_names: ClassVar[dict[str, str]] = {
         "encoder_hidden_states": "prompt_embeds",

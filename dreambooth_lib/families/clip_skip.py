@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 _TAKEN_OUT = "layers_taken_out"
 
 
+def skips_layers(base: "ResolvedBase") -> bool:
+    """Return whether ``clip_skip`` can be set for a base: for Stable Diffusion 1.x.
+
+    2.x, whose text encoder is OpenCLIP's, lacks a layer as it is, and A1111 has no clip skip there.
+    """
+    if not base.family.skips_layers:
+        return False
+    return base.read("text_encoder/config.json").get("hidden_act", "quick_gelu") == "quick_gelu"
+
+
 def skip_layers(encoder: Any, clip_skip: int, base: str) -> None:
     """Take the last ``clip_skip`` - 1 layers out of a text encoder, fewer if it lacks some already.
 

@@ -17,6 +17,12 @@ def to_device(values: Any, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def runs_on(module: torch.nn.Module) -> torch.device:
+    """Return the device that a model computes on; an offloaded one waits on another."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
 def pick(tensor: torch.Tensor, index: list[int]) -> torch.Tensor:
     """Return rows of a tensor in the order of ``index``, with gradients."""
     return tensor.index_select(0, to_device(index, tensor.device))

@@ -13,6 +13,7 @@ from dreambooth_lib.core.digests import DIGESTS, changed_file
 from dreambooth_lib.core.files import fingerprint
 from dreambooth_lib.families import base_files, one_file, peft_adapters, quantizers
 from dreambooth_lib.families.base_files import BaseError, explain_loading
+from dreambooth_lib.families.clip_skip import skips_layers
 from dreambooth_lib.families.inference_settings import (
     Inference,
     distillation_warning,
@@ -91,10 +92,10 @@ def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
             f"prompt_chunks is {options['prompt_chunks']}, but the prompts of '{base}' are not "
             "read in chunks; leave prompt_chunks out, or choose a Stable Diffusion 1.x, 2.x or XL."
         )
-    if options.get("clip_skip") is not None and not family.skips_layers:
+    if options.get("clip_skip") is not None and not skips_layers(resolved):
         raise BaseError(
-            f"clip_skip is {options['clip_skip']}, but '{base}' is no Stable Diffusion 1.x or "
-            "2.x, and only those can skip layers; leave clip_skip out."
+            f"clip_skip is {options['clip_skip']}, but '{base}' is no Stable Diffusion 1.x; leave "
+            "clip_skip out."
         )
 
 

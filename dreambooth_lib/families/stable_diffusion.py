@@ -7,6 +7,7 @@ import torch
 
 from dreambooth_lib.core.config import base_defaults
 from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.families.device_copies import runs_on
 from dreambooth_lib.families.inference_settings import (
     Config,
     Inference,
@@ -69,7 +70,7 @@ class StableDiffusion(Family):
 
     def encode_short(self, prompts: list[str]) -> Cond:
         """Encode prompts as the pipeline does, which cuts them at the text encoder's length."""
-        device = self.pipeline.text_encoder.device
+        device = runs_on(self.pipeline.text_encoder)
         hidden, _ = self.pipeline.encode_prompt(prompts, device, 1, False)
         return {"encoder_hidden_states": hidden}
 

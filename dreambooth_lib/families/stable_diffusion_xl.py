@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from dreambooth_lib.families.base import Cond
-from dreambooth_lib.families.device_copies import to_device
+from dreambooth_lib.families.device_copies import runs_on, to_device
 from dreambooth_lib.families.inference_settings import Inference
 from dreambooth_lib.families.stable_diffusion import StableDiffusion
 
@@ -31,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def encode_short(self, prompts: list[str]) -> Cond:
         pipeline = self.pipeline
-        device = pipeline.text_encoder_2.device
+        device = runs_on(pipeline.text_encoder_2)
         hidden, _, pooled, _ = pipeline.encode_prompt(
             prompts, device=device, do_classifier_free_guidance=False
         )
