@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import ImageChops
 
 from dreambooth_lib.core.config import TrainConfig
@@ -29,6 +30,7 @@ from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import compose, load_source, sample
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import load_at_checkpoint, load_to_export
+from dreambooth_lib.training.validation_record import load_images
 
 Start = Callable[..., Run]
 
@@ -160,6 +162,72 @@ def test_settings_reach_peft_and_stay_in_the_runs_config(start: Start) -> None:
         runs.resume(run.folder, adapter="loha")
 
 
+@pytest.mark.parametrize(
+    ("adapter", "settings"),
+    [("lokr", {"rank_dropout": 0.5}), ("miss", {"miss_dropout": 0.3})],
+)
+def test_dropout_in_an_adapter_is_drawn_by_the_runs_seed(
+    adapter: str, settings: dict[str, float], start: Start
+) -> None:
+    first, second, cut = (
+        start(name, adapter, adapter_settings=settings, steps=4, checkpoint_every=2)
+        for name in ("first", "second", "cut")
+    )
+    finished(first)
+    torch.rand(7)  # what else a process may have drawn
+    finished(second)
+    list(islice(train(cut), 2))
+    torch.rand(7)
+    finished(runs.resume(cut.folder))
+    own, again, resumed = (load_state(r.checkpoints()[4])["model"] for r in (first, second, cut))
+    assert all(torch.equal(own[name], value) for name, value in again.items())
+    assert all(torch.equal(own[name], value) for name, value in resumed.items())
+
+
+def test_an_adapters_dropout_is_not_left_out(start: Start) -> None:
+    whole = finished(start("whole", "lokr"))
+    dropped = finished(start("dropped", "lokr", adapter_settings={"rank_dropout": 0.5}))
+    assert not are_close(*(load_state(r.checkpoints()[2])["model"] for r in (whole, dropped)))
+
+
+@pytest.mark.parametrize("adapter", ["hira", "peanut", "deft"])
+def test_a_merge_keeps_no_weight_to_undo_it(adapter: str, start: Start) -> None:
+    denoiser = Trainer(start("run", adapter)).family.denoiser.half()
+    layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    before = sum(value.numel() for value in tensors_of(layers))
+    peft_adapters.merge(denoiser)
+    assert layers and all(layer.merged for layer in layers)
+    assert sum(value.numel() for value in tensors_of(layers)) == before
+    assert {layer.get_base_layer().weight.dtype for layer in layers} == {torch.float16}
+
+
+def tensors_of(layers: list[Any]) -> list[torch.Tensor]:
+    parts = [part for layer in layers for part in layer.modules()]
+    held = [value for part in parts for value in vars(part).values()]
+    held += [value for part in parts for value in [*part._parameters.values(),
+                                                   *part._buffers.values()]]  # fmt: skip
+    return [value for value in held if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("adapter", ["hra", "deft"])
+def test_the_base_is_measured_without_the_adapter_in_half_precision(
+    adapter: str, start: Start, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = {"validate_every": 2, "scorer": str(clip_folder), "mixed_precision": "bf16"}
+    scored |= {"prior": "generated", "class_images": 8}
+    runs_of = [start(name, own, keep_class=0.9, **scored)
+               for name, own in (("plain", None), ("own", adapter))]  # fmt: skip
+    plain, own = map(Trainer, runs_of)
+    first, second = (load_images(run, 0) for run in runs_of)
+    pairs = zip(first.subject, second.subject, strict=True)
+    assert all(ImageChops.difference(*pair).getbbox() is None for pair in pairs)
+    assert torch.equal(*(t.prior_weight.measure.func.base for t in (plain, own)))  # type: ignore[union-attr]
+    assert own.model.training and own.family.denoiser.training
+    assert all(p.requires_grad for p in own.optimizer.parameters)
+    layers = [m for m in own.family.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers and not any(layer.disable_adapters for layer in layers)
+
+
 def test_only_lora_methods_are_recommended_for_an_adapter() -> None:
     needs = will_it_fit.needs_on_gpu("black-forest-labs/FLUX.1-dev", "bf16", {"adapter": "oft"})
     assert {need.method for need in needs} == {"LoRA"}
@@ -190,8 +258,10 @@ def test_what_contradicts_an_adapter_is_one_sentence(
         (
             "oft",
             {"adapter_settings": {"rank": 4}},
-            "'oft' does not know; it knows .*oft_block_size",
+            "'rank', which is none of the numbers of peft's 'oft' .r, oft_block_size",
         ),
+        ("lokr", {"adapter_settings": {"inference_mode": 1}}, "'inference_mode', which is none of"),
+        ("lokr", {"adapter_settings": {"revision": 1}}, "of peft's 'lokr' .r, alpha, rank_dropout"),
         ("oft", {"lora_alpha": 4}, "'oft' has no alpha"),
         ("c3a", {"lora_rank": 7}, "'c3a' cannot be added to this base's layers"),
     ],
@@ -209,6 +279,10 @@ def test_what_peft_cannot_make_is_one_sentence(
         ({"peft_type": "XLORA"}, "names no adapter that the kit trains"),
         ({"init_weights": "os.system"}, "sets 'init_weights', which the kit never does"),
         ({"megatron_core": "os"}, "sets 'megatron_core', which the kit never does"),
+        ({"twist": 2, "peft_version": "99.0.1"}, "was saved by a newer peft, which has 'twist'"),
+        ({"twist": 2, "peft_version": "0.1.dev0@a1"}, "sets 'twist', which the kit never does"),
+        ({"init_weights": "os", "peft_version": "99.0.1"}, "sets 'init_weights', which the kit"),
+        ({"layers_pattern": 1}, "peft refuses the settings in .*layers_pattern"),
         ({"target_modules": ["nothing"]}, "cannot be"),
     ],
 )
@@ -221,3 +295,14 @@ def test_a_strangers_settings_are_data(
     (run.pipeline / "digests.json").unlink()
     with pytest.raises((BaseError, ConfigError), match=sentence):
         load_source(run)
+
+
+def test_what_a_newer_peft_leaves_off_is_skipped(start: Start) -> None:
+    run = finished(start("run", "lokr"))
+    expected = tensors(load_source(run))
+    file = run.pipeline / "unet" / peft_adapters.CONFIG_FILE
+    newer = {"twist": False, "turn": None, "by_layer": {}, "peft_version": "99.0.1"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | newer))
+    (run.pipeline / "digests.json").unlink()
+    loaded = tensors(load_source(run))
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())

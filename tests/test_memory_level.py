@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,17 +15,20 @@ import torch
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation import dreambench
 from dreambooth_lib.evaluation.sweep import grid, sweep
-from dreambooth_lib.training import memory_level, runs, trainable
+from dreambooth_lib.families import loading
+from dreambooth_lib.training import memory_level, runs, setup, trainable
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.memory_level import (
     USABLE_SHARE,
     choose_level,
     decide_level,
+    native_precision,
     resolve_memory,
     share_level,
 )
@@ -71,6 +75,28 @@ def test_auto_takes_the_first_level_that_fits(tiny_config: Make) -> None:
         assert choose_level([config], need) == {"memory": level}
     assert choose_level([config], 1) == {"memory": "lowest"}
     assert choose_level([tiny_config(max_grad_norm=1.0)], 1) == {"memory": "standard"}
+
+
+@pytest.mark.parametrize("memory", ["auto", "standard"])
+def test_an_adapter_that_overflows_in_float16_is_refused_before_anything_is_loaded(
+    memory: str, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    for module in (memory_level, setup):
+        monkeypatch.setattr(module, "join_group", lambda: SimpleNamespace(
+            device=CUDA, is_main_process=True, num_processes=1))  # fmt: skip
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    fields: dict[str, Any] = {"method": "lora", "adapter": "delora", "memory": memory}
+    config = TrainConfig(Subject(photos, "dog"), **fields)
+    run = runs.start(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="adapter is 'delora', which produces NaN in float16"):
+        setup.Trainer(run)
+    if memory == "auto":
+        with pytest.raises(ConfigError, match="'delora', which produces NaN"):
+            share_level(tmp_path, [config])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    memory_level.check_adapter("delora", native_precision("auto", CUDA))
 
 
 def test_memory_that_the_allocator_keeps_of_an_earlier_run_counts_as_free(

@@ -314,6 +314,23 @@ def test_what_settings_rule_out_is_not_told_of_the_gpu(
     asked = {"method": "full", "quantize": "nf4"}
     (check,) = [c for c in preflight.preflight(SD, tmp_path, None, asked) if c.name == "method"]
     assert not check.ok and check.result == "no training method agrees with SETTINGS"
+    assert check.fix == "Leave method, quantize and memory out of SETTINGS."
+
+
+def test_an_adapter_that_overflows_on_a_t4_is_refused_there(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
+) -> None:
+    def checked(**asked: object) -> Check:
+        asked = {"method": "lora", "adapter": "delora"} | asked
+        return next(c for c in preflight.preflight(SD, tmp_path, None, asked) if c.name == "method")
+
+    machine(gpu="Tesla T4")
+    check = checked()
+    assert not check.ok and "adapter is 'delora', which produces NaN in float16" in check.result
+    assert check.fix.startswith("Use a GPU with bfloat16") and "choose another" in check.fix
+    assert checked(adapter="lokr").ok and checked(mixed_precision="no").ok
+    machine(gpu="NVIDIA A100", bf16=True)
+    assert checked().ok and not checked(mixed_precision="fp16").ok
 
 
 def test_a_finished_run_on_drive_takes_its_room(tmp_path: Path) -> None:

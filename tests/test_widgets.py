@@ -1121,6 +1121,24 @@ def test_an_adapter_is_chosen_beside_lora_alone(photos: str, make_config: Make) 
     assert widgets.SettingsPanel(own).config == own
 
 
+def test_an_adapter_that_this_gpu_cannot_train_is_an_error_at_once(
+    photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from dreambooth_lib.notebook import widgets
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    config = TrainConfig(make_config("toybox", photos).subject, method="lora")
+    settings = widgets.SettingsPanel(config)
+    settings.controls["adapter"].value = "delora"
+    with pytest.raises(ConfigError, match="'delora', which produces NaN in float16"):
+        settings.check()
+    settings.controls["adapter"].value = "lokr"
+    settings.check()
+
+
 def test_gpu_memory_is_shown_with_its_level(
     tiny_sd1: str, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

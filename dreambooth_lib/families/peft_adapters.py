@@ -7,6 +7,7 @@ peft's ``PeftModel.from_pretrained`` reads such a folder. A text encoder has a f
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,10 @@ _PREFIX = "base_model.model."
 #: What peft calls an adapter's size and its alpha; the first that it has.
 _SIZES = ("oft_block_size", "block_size", "group_size", "r")
 _ALPHAS = ("alpha", "lora_alpha")
+#: What peft writes into its configs that says nothing of an adapter.
+_NOT_READ = ("peft_version", "auto_mapping", "base_model_name_or_path")
+#: What peft keeps of each layer, to undo a merge: for some adapters the whole weight, in float32.
+_UNDOING = ("_base_weight_before_merge", "_cached_merge_factor")
 
 
 def make_config(
@@ -55,17 +60,28 @@ def make_config(
     chosen |= dict.fromkeys(scaled, size if alpha is None else alpha)
     if alpha is not None and not scaled:
         raise ConfigError(f"lora_alpha is set, but '{name}' has no alpha; leave lora_alpha out.")
+    own = [
+        field.name
+        for field in fields.values()
+        if isinstance(field.default, int | float) and field.name not in _of_all_adapters()
+    ]
     for field in settings or {}:
-        if field not in fields:
-            known = ", ".join(f for f in fields if isinstance(fields[f].default, int | float))
+        if field not in own:
             raise ConfigError(
-                f"adapter_settings has '{field}', which peft's '{name}' does not know; it knows "
-                f"{known}."
+                f"adapter_settings has '{field}', which is none of the numbers of peft's '{name}' "
+                f"({', '.join(own)}); leave it out."
             )
     try:
         return kind(**chosen | dict(settings or {}))
     except (TypeError, ValueError) as error:
         raise _unusable(name, error) from error
+
+
+def _of_all_adapters() -> set[str]:
+    """Return the fields that all of peft's configs have, which say how an adapter is used."""
+    from peft import PeftConfig
+
+    return {field.name for field in dataclasses.fields(PeftConfig)}
 
 
 def add(module: "torch.nn.Module", config: Any) -> None:
@@ -150,22 +166,43 @@ def load(family: "Family", folder: str, weight: float) -> None:
 
 
 def _read_config(file: Path) -> Any:
-    """Read an adapter's settings: numbers, layer names, and peft's defaults for the rest."""
+    """Read an adapter's settings: numbers, layer names, and peft's defaults for the rest.
+
+    A newer peft writes fields that this one does not know; those that are off are skipped.
+    """
     found = read_json(file)
     name = str(found.pop("peft_type", "")).lower()
     if name not in ADAPTERS:
         raise BaseError(f"{file} names no adapter that the kit trains; train it again.")
     kind = _config_class(name)
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    by_newer = _is_newer(found.get("peft_version"))
     for key, value in [*found.items()]:
-        if key in ("peft_version", "auto_mapping", "base_model_name_or_path"):
+        unknown = key not in fields
+        if key in _NOT_READ or (unknown and not value):
             del found[key]
-        elif key not in fields or not _is_harmless(key, value, fields[key]):
+        elif unknown and by_newer:
+            raise BaseError(f"{file} was saved by a newer peft, which has '{key}'; update peft.")
+        elif unknown or not _is_harmless(key, value, fields[key]):
             raise BaseError(
                 f"{file} sets '{key}', which the kit never does; use an adapter from a source that "
                 "you trust."
             )
-    return kind(**found)
+    try:
+        return kind(**found)
+    except (TypeError, ValueError) as error:
+        raise BaseError(
+            f"peft refuses the settings in {file} ({one_line(error)[:200]}); copy or train the "
+            "adapter again."
+        ) from error
+
+
+def _is_newer(version: Any) -> bool:
+    """Return whether a version of peft, such as "0.21.2", is newer than the one here."""
+    import peft
+
+    found, own = (re.findall(r"\d{1,9}", str(text))[:3] for text in (version, peft.__version__))
+    return [*map(int, found)] > [*map(int, own)]
 
 
 def _is_harmless(key: str, value: Any, field: dataclasses.Field[Any]) -> bool:
@@ -208,6 +245,9 @@ def merge(module: "torch.nn.Module", weight: float = 1.0) -> None:
         before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
         with torch.no_grad():
             layer.merge()
+        for name in _UNDOING:
+            if hasattr(layer, name):
+                setattr(layer, name, None)
         for name, parameter in base.named_parameters() if weight != 1 else ():
             parameter.data = before[name].lerp(parameter.data, weight)
         base.to(dtype)

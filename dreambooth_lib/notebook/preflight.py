@@ -142,7 +142,7 @@ def _method(base: str, best: Recommendation) -> Check:
         result = f"'{base}' does not work in float16, and this GPU has no bfloat16"
         fix = "Use a GPU with bfloat16 (L4, A100 or newer), or choose another base."
         if best.reason:
-            result, fix = best.reason, "Leave method, quantize and memory out of SETTINGS."
+            return _refused("method", best.reason)
         return Check("method", False, result, fix)
     similar = describe(base)
     result = f"{best.needs.method}, memory '{best.needs.level}'"
@@ -216,7 +216,7 @@ def _one_file(base: str, file: one_file.OneFile, advice: str) -> Check:
     return Check("base", True, f"'{file.name}' will be downloaded by its link{advice}")
 
 
-def _refused(name: str, error: KitError) -> Check:
+def _refused(name: str, error: KitError | str) -> Check:
     """Return a failed check of an error's sentence: what is wrong, and what to do."""
     result, _, fix = str(error).partition("; ")
     return Check(name, False, result, f"{fix[:1].upper()}{fix[1:]}")

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import background, gpu_memory
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.families import one_file
 from dreambooth_lib.notebook import drive_copy, drive_restore
 from dreambooth_lib.notebook.base_models import METHODS, BaseModel, describe
-from dreambooth_lib.training.memory_level import USABLE_SHARE, first, native_precision
+from dreambooth_lib.training.memory_level import (
+    USABLE_SHARE,
+    check_adapter,
+    first,
+    native_precision,
+)
 
 #: What a run needs some of, by the fields of :class:`Resources` and :class:`Needs`.
 KINDS = {"gpu": "GPU memory", "memory": "memory", "disk": "disk", "drive": "Drive"}
@@ -108,11 +114,20 @@ def recommend(
         return Recommendation(needs_on_cpu(base), free, total, large)
     gpu = torch.device("cuda")
     precision = "bf16" if free.gpu is None else native_precision("auto", gpu)
+    asked = settings or {}
+    own = asked.get("mixed_precision")
+    try:
+        check_adapter(asked.get("adapter"), precision if own in (None, "auto") else own)
+    except ConfigError as error:
+        return Recommendation(None, free, total, large, str(error))
     options = needs_on_gpu(base, precision, settings)
     if not options:
         contradiction = bool(needs_on_gpu(base, precision))
-        reason = "no training method agrees with SETTINGS" if contradiction else ""
-        return Recommendation(None, free, total, large, reason)
+        reason = (
+            "no training method agrees with SETTINGS; leave method, quantize and memory out of "
+            "SETTINGS."
+        )
+        return Recommendation(None, free, total, large, reason if contradiction else "")
     best = first_fitting(options, free)
     # The last level of each method before it, which needs the least memory.
     tried = {need.method: need for need in options[: options.index(best)]}

@@ -61,6 +61,20 @@ def native_precision(mixed_precision: str, device: "torch.device") -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def check_adapter(adapter: str | None, precision: str) -> None:
+    """Raise :class:`ConfigError` for an adapter that cannot train in what the GPU computes in.
+
+    DeLoRA multiplies A x by λ / (rank |A| |B|). B starts at 0, so that peft takes 1e-4 for |B|, and
+    the product overflows float16.
+    """
+    if adapter == "delora" and precision == "fp16":
+        raise ConfigError(
+            "adapter is 'delora', which produces NaN in float16, which this GPU computes in; use a "
+            "GPU with bfloat16, such as an L4 or A100, set mixed_precision to 'no' if memory "
+            "allows, or choose another adapter."
+        )
+
+
 def is_gpu(device: "torch.device") -> bool:
     """Return whether a device needs a memory level; without a GPU "auto" is "standard"."""
     return device.type == "cuda"
@@ -175,7 +189,9 @@ def _gib(count: float) -> str:
 
 
 def _with_precision(config: TrainConfig, device: "torch.device") -> TrainConfig:
-    return config.replace(mixed_precision=native_precision(config.mixed_precision, device))
+    precision = native_precision(config.mixed_precision, device)
+    check_adapter(config.adapter, precision)
+    return config.replace(mixed_precision=precision)
 
 
 def _on_main_process(decide: Callable[[], Level]) -> Level:

@@ -27,6 +27,7 @@ from dreambooth_lib.core.config_checks import PRIOR_WEIGHTS
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.training import lora
 from dreambooth_lib.training.class_images import prepare_class_images
 from dreambooth_lib.training.held_out_loss import BINS, HeldOutLoss
 from dreambooth_lib.training.optimizer_step import Optimizer, check_finite
@@ -155,7 +156,7 @@ class ClassLoss:
     ):
         self.accelerator = accelerator
         self.held_out = HeldOutLoss(config, family, {"class": images}, IMAGES)
-        with accelerator.autocast():
+        with accelerator.autocast(), lora.exact_base(family, config):
             self.base = self._errors(model, _POOL)
 
     def __call__(self, model: Trainable, rows: Sequence[int]) -> tuple[float, float]:

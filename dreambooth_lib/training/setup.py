@@ -30,7 +30,12 @@ from dreambooth_lib.training.early_stopping import should_stop_early
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.held_out_loss import ROWS, HeldOutLoss
 from dreambooth_lib.training.image_sizes import fit_to_photos, size_to_save
-from dreambooth_lib.training.memory_level import decide_level, is_gpu, native_precision
+from dreambooth_lib.training.memory_level import (
+    check_adapter,
+    decide_level,
+    is_gpu,
+    native_precision,
+)
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
 from dreambooth_lib.training.prior_weight import hold_out_class_images, make_prior_weight
@@ -63,6 +68,7 @@ class Trainer:
         self.run, self.config = run, decide_level(run, device)
         config = self.config
         self.precision = native_precision(config.mixed_precision, device)
+        check_adapter(config.adapter, self.precision)
         if config.method == "full" and config.memory == "lowest" and self.precision == "no":
             self.precision = "bf16"  # as its weights are
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
@@ -179,14 +185,15 @@ class Trainer:
         It must happen before a checkpoint's weights are loaded.
         """
         if self.validator is not None and not self.validator.has_base():
-            with self.accelerator.autocast():
+            as_base = [lora.exact_base(part, self.config) for part in (self.family, self.drawing)]
+            with self.accelerator.autocast(), as_base[0], as_base[1]:
                 self.validator.validate(0, self.trainable, self.drawing)
         self.accelerator.wait_for_everyone()
 
     def micro_batches(self) -> Iterator[Batch]:
         """Yield this process's micro-batches of the next step."""
         config, accelerator = self.config, self.accelerator
-        if config.dropout > 0 or config.lora_dropout > 0:
+        if config.dropout > 0 or config.lora_dropout > 0 or config.adapter_settings:
             torch.manual_seed(seeded_generator(config.seed, self.step, 3).initial_seed())
         batch, count = self.batches.at(self.step), config.gradient_accumulation
         first, parts = accelerator.process_index * count, accelerator.num_processes * count

@@ -96,7 +96,10 @@ class SettingsPanel(Panel):
 
     @property
     def config(self) -> TrainConfig:
-        """Return the config of the controls. Raises ``ConfigError`` if they contradict."""
+        """Return the config of the controls.
+
+        Raises ``ConfigError`` if they contradict, or if this GPU cannot train the adapter.
+        """
         config, values = self._source_config, {n: c.value for n, c in self.controls.items()}
         if values["resolution"] == self._native:
             values["resolution"] = None
@@ -113,7 +116,10 @@ class SettingsPanel(Panel):
             values["adapter"] = None
         if values["adapter"] != config.adapter:
             values["adapter_settings"] = None
-        return config.replace(**values)
+        config = config.replace(**values)
+        if torch.cuda.is_available():
+            memory_level.check_adapter(config.adapter, _precision(config))
+        return config
 
     def check(self, subject: SubjectPanel | None = None) -> None:
         """Raise the first error shown, if any.
@@ -244,13 +250,18 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     }
 
 
+def _precision(config: TrainConfig) -> str:
+    """Return what the GPU computes in, or would for this config."""
+    return memory_level.native_precision(config.mixed_precision, torch.device("cuda"))
+
+
 def _memory(config: TrainConfig) -> str:
     """Return a sentence on the GPU memory of a new run; empty without a GPU."""
     if not torch.cuda.is_available():
         return ""
     device = torch.device("cuda")
     config = memory_level.resolve_memory(config, device)
-    need = estimate(config, memory_level.native_precision(config.mixed_precision, device)).memory
+    need = estimate(config, _precision(config)).memory
     _, total = gpu_memory.gpu_bytes(device)
     return (
         f" It needs about <b>{need / GIB:.1f} GiB</b> of the GPU's {total / GIB:.1f}, at memory "
