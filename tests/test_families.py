@@ -34,7 +34,8 @@ def test_the_base_of_stacked_loras_is_what_the_first_was_trained_on(tmp_path: Pa
     assert not resolved.is_local and resolved.hub == {"revision": "main", "variant": None}
     first, second = resolved.loras
     assert (first.token, second.token) == ("<rex>", None)
-    assert second.trained_on == trained_on | {"base": first.path, "prediction_type": None}
+    own = {"base": first.path, "prediction_type": None, "clip_skip": None}
+    assert second.trained_on == trained_on | own
 
 
 def test_toybox_is_the_embedded_base() -> None:

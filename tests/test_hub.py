@@ -104,7 +104,7 @@ def code_of(card: str) -> tuple[str, str]:
     return fence, code
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("word", [word for word in WORDS if word != "{}"])  # no identifier has it
 def test_a_card_shows_words_as_text_and_quotes_them_in_code(
     word: str, run: Run, tmp_path: Path
 ) -> None:

@@ -775,7 +775,8 @@ def test_images_are_embedded_without_holding_them_all(
         return torch.zeros(len(batch), 2)
 
     embed = encoders.Encoder._embed
-    assert embed(None, images.Images(photos), features, "images").shape == (len(photos), 2)  # type: ignore[arg-type]
+    encoder = types.SimpleNamespace(device="cpu")
+    assert embed(encoder, images.Images(photos), features, "images").shape == (len(photos), 2)  # type: ignore[arg-type]
     assert most <= 2 * encoders.BATCH
 
 

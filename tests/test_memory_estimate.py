@@ -338,6 +338,8 @@ def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, tiny_co
 
 
 def test_savings_are_suggested_with_the_memory_they_take(tiny_config: Make) -> None:
-    text = suggest_savings(tiny_config("sd1", memory="standard", batch_size=4, lora_rank=1), "fp16")
-    assert "memory 'low' (" in text and "method 'lora' (" in text and "resolution 8 (" in text
+    config = tiny_config("sd1", memory="standard", batch_size=4, lora_rank=1)
+    text = suggest_savings(config, "fp16")
+    assert "memory 'low' (" in text and "method 'lora' (" in text and "resolution" not in text
+    assert "resolution 32 (" in suggest_savings(config.replace(resolution=64), "fp16")
     assert "GiB as it is" in text

@@ -400,9 +400,11 @@ def test_a_finished_run_whose_extension_fails_keeps_its_pipeline(
 ) -> None:
     run = trained(start_run("run", "sd1"))
     before = (run.pipeline / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    monkeypatch.setattr(Run, "append", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        list(train(runs.resume(run.folder, steps=4)))
+    extended = runs.resume(run.folder, steps=4)
+    with monkeypatch.context() as broken:
+        broken.setattr(Run, "append", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(train(extended))
     run = runs.resume(run.folder)
     assert run.has_pipeline and not run.finished
     assert (run.pipeline / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before

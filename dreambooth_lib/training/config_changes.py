@@ -81,8 +81,13 @@ class Difference(NamedTuple):
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
-    """Return the fields that differ, by name as :func:`flat_fields` has them: old and new value."""
+    """Return the settings that differ, by name as in :func:`flat_fields`: old and new value.
+
+    A new place of the photos or of other folders is no such setting.
+    """
     before, after = flat_fields(old), flat_fields(new)
+    for name in ("subject.pictures", "subject.left_out", "class_folder", "base", "draw_base"):
+        after[name] = before[name]
     return {n: [before.get(n), v] for n, v in after.items() if before.get(n) != v}
 
 

@@ -81,7 +81,10 @@ class Trainer:
         family = self.family
         reads, more = family.tokenizers, family.how_to_read_more
         messages = check_lengths(photos, subject, reads, more)
-        messages += [warning_of_length(text, reads, more) for text in config.prior_prompts or ()]
+        if not config.has_lora_prior:  # whose prompts nobody wrote
+            messages += [
+                warning_of_length(text, reads, more) for text in config.prior_prompts or ()
+            ]
         for message in filter(None, messages):
             warnings.warn(message, stacklevel=2)
         scorers = self._load_scorers()  # if one is missing, before class images take their time
