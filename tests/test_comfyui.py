@@ -626,13 +626,13 @@ def test_an_export_that_is_killed_leaves_nothing_that_a_backup_copies(
 ) -> None:
     run, seen = trained("sd1"), []
 
-    def look(_run: runs.Run, _step: int, place: Path) -> None:
+    def killed(_run: runs.Run, _step: int, place: Path) -> None:
         (place / "model_index.json").write_text("{}")
         seen.extend(visible_files(run.folder))
         raise SystemExit
 
     before = visible_files(run.folder)
-    monkeypatch.setattr(pipeline_folder, "write_pipeline", look)
+    monkeypatch.setattr(pipeline_folder, "write_pipeline", killed)
     with pytest.raises(SystemExit):
         shell("export", run.folder)
     assert seen == before

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from tools import notebook_outputs
 from tools.notebook_outputs import NOTEBOOKS, ROOT, Widgets, digest, outputs_of
 
 REPOSITORY = "https://github.com/you/kit"
+
+ABSOLUTE_PATH = re.compile(r"""(?:^|[\s"'(=>;])/[A-Za-z][\w.-]*/""", re.MULTILINE)
 
 
 def png() -> str:
@@ -77,8 +80,16 @@ def test_kept_outputs_say_nothing_of_the_machine_that_made_them() -> None:
     for name in NOTEBOOKS:
         text = notebook_outputs.outputs_file(name).read_text()
         assert json.loads(text), name
-        for place in ("/home/", "/root/", "/tmp/", "/work/", str(ROOT)):
+        for place in ("/home/", "/root/", "/tmp/", str(ROOT)):
             assert place not in text, name
+        assert not ABSOLUTE_PATH.search(re.sub("base64,[A-Za-z0-9+/=]+", "", text)), name
+
+
+@pytest.mark.parametrize("text", ["/srv/a/b.py", "in '/data/x'", "<pre>/opt/kit/", "(/mnt/c/kit)"])
+def test_absolute_paths_are_seen(text: str) -> None:
+    assert ABSOLUTE_PATH.search(text) and not ABSOLUTE_PATH.search(
+        "<b>a</b> runs/a/b https://x.y/z/"
+    )
 
 
 def test_docstrings_become_markdown() -> None:
