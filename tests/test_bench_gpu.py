@@ -221,7 +221,7 @@ def test_without_a_gpu_it_says_what_needs_none(
 def test_every_way_is_a_run_of_its_own() -> None:
     subject = Subject("photos", "dog")
     configs = {name: TrainConfig(subject, **fields) for name, fields in check_gpu.WAYS.items()}
-    assert len(set(configs.values())) == len(configs) == 20
+    assert len(set(configs.values())) == len(configs)
 
 
 def test_a_way_is_trained_interrupted_resumed_and_drawn(
