@@ -167,15 +167,19 @@ def test_photos_in_one_scene_have_exact_masks(
 def test_a_study_of_backgrounds_measures_every_cell(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backgrounds, "STEPS", 2)
+    monkeypatch.setattr(backgrounds, "STEPS", (1, 2))
     monkeypatch.setattr(backgrounds, "ANYWHERE", 2)
     plain = studies.plain(subject).replace(hold_out=False, steps=2)
     kinds = {"plain": plain, "tall": plain.replace(crop="buckets")}
-    studies.over_seeds(subject, kinds, tmp_path, Here(), 2)
+    studies.over_seeds(subject, kinds, tmp_path, Here(), 2, backgrounds.STEPS)
     cells = {kind: [tmp_path / studies.cell(kind, seed) for seed in range(2)] for kind in kinds}
     lines = backgrounds.measure(subject, kinds, cells, tmp_path / "leaks.md")
-    names = [line.split(" | ")[0] for line in lines[2:]]
-    assert names == ["| the base (1)", "| plain (2)", "| tall (2)", "| tall, drawn as squares (2)"]
+    names = [line.split(" | ")[:2] for line in lines[2:]]
+    trained = ["| plain (2)", "| tall (2)", "| tall, drawn as squares (2)"]
+    assert names == [["| the base (1)", "0"]] + [[n, step] for n in trained for step in "12"]
     assert all(line.count("±") == 4 for line in lines[3:])
-    assert lines[4].split(" | ")[1:] == lines[5].split(" | ")[1:]  # these photos are squares
+    assert lines[5].split(" | ")[1:] == lines[7].split(" | ")[1:]  # these photos are squares
+    assert lines[6].split(" | ")[1:] == lines[8].split(" | ")[1:]
+    assert lines[3].split(" | ")[2:] != lines[4].split(" | ")[2:]
+    assert (tmp_path / "leaks.png").stat().st_size > 1000
     assert (tmp_path / "leaks.md").read_text().splitlines() == lines

@@ -187,8 +187,11 @@ def over_seeds(
     out: Path,
     executor: Executor,
     seeds: int | None = None,
+    steps: Sequence[int] = (),
 ) -> None:
     """Train each kind with ``seeds`` seeds and average the scores of the last step.
+
+    Each is validated at ``steps`` (default: the last one).
 
     ``means.md`` and ``means.png`` have the means, ``sheet.png`` the images of the first seed.
     """
@@ -197,8 +200,8 @@ def over_seeds(
         for seed in range(seeds or SEEDS)
         for name, config in kinds.items()
     }
-    (steps,) = {config.steps for config in kinds.values()}
-    rows = run(configs, out, [steps], executor)
+    (last,) = {config.steps for config in kinds.values()}
+    rows = [row for row in run(configs, out, steps or [last], executor) if row["step"] == last]
     base = {name: rows[0][column] for name, column in MEASURES.items() if column}
     own = {name: [row for row in rows if row["cell"].rpartition("-")[0] == cell(name)]
            for name in kinds}  # fmt: skip
@@ -214,9 +217,9 @@ def over_seeds(
     print("\n".join(lines))
     draw_means({name: members for name, members in own.items() if members}, base, out / "means.png")
     done = [name for name in kinds if (out / cell(name, 0) / "pipeline").exists()]
-    drawn = [load_images(runs.resume(out / cell(name, 0)), steps) for name in done]
+    drawn = [load_images(runs.resume(out / cell(name, 0)), last) for name in done]
     cells = [[images.subject[:: PLAN.seeds], images.class_images[:4]] for images in drawn]
-    title = f"{subject.name} after {steps} steps, training seed 0"
+    title = f"{subject.name} after {last} steps, training seed 0"
     page = image_grids.matrix(done, ["the subject in four scenes", "its class"], cells, title)
     save_png(page, out / "sheet.png")
 
@@ -303,7 +306,7 @@ def main() -> None:
                 kinds = {name: config
                          for name, config in backgrounds.configs(subject, place / "photos").items()
                          if name in (arguments.kinds or [name])}  # fmt: skip
-                over_seeds(subject, kinds, place, executor, arguments.seeds)
+                over_seeds(subject, kinds, place, executor, arguments.seeds, backgrounds.STEPS)
                 cells = {
                     name: [
                         p for s in range(arguments.seeds) if (p := place / cell(name, s)).exists()

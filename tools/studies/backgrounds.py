@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,12 @@ from tools.studies.intervals import interval
 from tools.toybox.scenes import draw_scene
 from tools.toybox.subjects import SCENES, SIDE, SUBJECTS
 
-STEPS = 300
+STEPS = (100, 200, 300)
 SCENE = "grass"  # none of the validation prompts has it
 ANYWHERE = 16  # images without a scene in their prompt
 _FIRST_SEED = 20_000  # of these
 _TALL = SIDE * 3 // 2  # of a portrait
+LIKENESS, LEAK = "likeness", "grass where no scene is asked"
 
 
 def cut_outs(subject: Subject) -> list[tuple[Image.Image, Image.Image]]:
@@ -75,7 +77,7 @@ def write_photos(subject: Subject, folder: Path, height: int = SIDE) -> Subject:
 
 def configs(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     """Return a config for each way to train on photos in one scene, and on portraits."""
-    square = TrainConfig(write_photos(subject, folder / "square"), hold_out=False, steps=STEPS)
+    square = TrainConfig(write_photos(subject, folder / "square"), hold_out=False, steps=max(STEPS))
     tall = square.replace(subject=write_photos(subject, folder / "portraits", _TALL))
     return {
         "whole photos": square,
@@ -119,12 +121,12 @@ def leaks(family: Family, config: TrainConfig, plan: ValidationPlan) -> float:
     return shares(family.generate(pairs, steps, scale, fast=plan.fast)).mean().item()
 
 
-def drawn_by(run: Run, family: Family) -> dict[str, ValidationImages]:
+def drawn_by(run: Run, family: Family, step: int) -> dict[str, ValidationImages]:
     """Return a cell's images by how they were drawn; those of a bucket again as squares.
 
     The base has only ever seen squares, so that only they compare with other cells' images.
     """
-    drawn = {"": load_images(run, STEPS)}
+    drawn = {"": load_images(run, step)}
     if run.config.crop == "buckets":
         drawn[", drawn as squares"] = draw_images(family, run.config.subject, plan_of(run), 18)
     return drawn
@@ -134,18 +136,21 @@ def measure(
     subject: Subject, kinds: Mapping[str, TrainConfig], cells: Mapping[str, Sequence[Path]],
     file: Path,
 ) -> list[str]:  # fmt: skip
-    """Return and write a table of each kind's likeness, leaks and adherence, over its cells."""
+    """Return and write a table of each kind's likeness, leaks and adherence, step by step.
+
+    Beside it ``leaks.png`` draws the leaks by likeness.
+    """
     encoder = load_scorers(TrainConfig(subject)).images
     photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: dict[str, dict[int, list[dict[str, float]]]] = {}
 
-    def add(name: str, drawn: ValidationImages, anywhere: float) -> None:
+    def add(name: str, step: int, drawn: ValidationImages, anywhere: float) -> None:
         embedded, elsewhere = encoder.embed_images(drawn.subject), shares(drawn.subject)
         texts = [clip_scores.strip_identifier(p, subject.identifier) for p in drawn.prompts]
         read = clip_scores.row_cosines(embedded, encoder.embed_texts(texts))
-        rows.setdefault(name, []).append({
-            "likeness": (embedded @ photos.T).mean().item(),
-            "grass where no scene is asked": anywhere,
+        rows.setdefault(name, {}).setdefault(step, []).append({
+            LIKENESS: (embedded @ photos.T).mean().item(),
+            LEAK: anywhere,
             "log odds of grass in other scenes": elsewhere.logit().mean().item(),
             "prompt adherence": read.mean().item(),
         })  # fmt: skip
@@ -156,15 +161,37 @@ def measure(
             plan, config = plan_of(run), run.config
             if not rows:
                 base = load_base(config)
-                add("the base", load_images(run, 0), leaks(base, config, plan))
-            family = load_at_checkpoint(run, STEPS)
-            anywhere = leaks(family, config, plan)
-            for how, drawn in drawn_by(run, family).items():
-                add(name + how, drawn, anywhere)
-    (first, *_) = rows.values()
-    lines = [f"| | {' | '.join(first[0])} |", "|---|" + "---|" * len(first[0])]
-    for name, own in rows.items():
-        shown = [interval([row[key] for row in own]) for key in own[0]]
-        lines.append(f"| {name} ({len(own)}) | {' | '.join(shown)} |")
+                add("the base", 0, load_images(run, 0), leaks(base, config, plan))
+            for step in STEPS:
+                family = load_at_checkpoint(run, step)
+                anywhere = leaks(family, config, plan)
+                for how, drawn in drawn_by(run, family, step).items():
+                    add(name + how, step, drawn, anywhere)
+    ((first, *_),) = rows["the base"].values()
+    lines = [f"| | step | {' | '.join(first)} |", "|---|---|" + "---|" * len(first)]
+    for name, steps in rows.items():
+        for step, own in steps.items():
+            shown = [interval([row[key] for row in own]) for key in first]
+            lines.append(f"| {name} ({len(own)}) | {step} | {' | '.join(shown)} |")
     replace_file(file, ("\n".join(lines) + "\n").encode())
+    draw_leaks(rows, file.with_suffix(".png"))
     return lines
+
+
+def draw_leaks(rows: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]], path: Path) -> None:
+    """Draw the means of each kind's leaks by its likeness, a point for each step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, steps in rows.items():
+        x, y = (
+            [fmean(row[key] for row in own) for own in steps.values()] for key in (LIKENESS, LEAK)
+        )
+        axes.plot(x, y, "o-", label=name)
+    axes.set_xlabel(f"{LIKENESS} →")
+    axes.set_ylabel(f"{LEAK} →")
+    axes.set_title(f"Steps {', '.join(map(str, STEPS))}, from left to right")
+    axes.legend(fontsize="small")
+    axes.grid(color="#e4e4e4")
+    figure.savefig(path)
