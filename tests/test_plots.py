@@ -145,12 +145,13 @@ def test_figures_of_a_run_that_goes_on_have_the_same_axis_to_its_last_step() -> 
 
 def test_the_front_holds_the_points_that_no_other_beats_in_fidelity_and_drift() -> None:
     (axes,) = plots.front(CELLS, by="prior_weight").axes
-    line = next(line for line in axes.get_lines() if line.get_label() == "front")
+    line = next(line for line in axes.get_lines() if line.get_label().startswith("front"))
     points = [*line.get_xdata(), *line.get_ydata()]
     assert points == pytest.approx([0.2, 0.8]), "weight 1 at step 200, both seeds alike"
     names = [line.get_label() for line in axes.get_lines()]
-    assert names == ["front", "λ 0", "λ 1"] and "class drift" in axes.get_xlabel()
+    assert names == ["front (training steps)", "λ 0", "λ 1"] and "class drift" in axes.get_xlabel()
     assert "likeness to the photos" in axes.get_ylabel()
+    assert [text.get_text() for text in axes.texts] == ["200"], "the step of the front's point"
 
 
 def test_heat_maps_and_fronts_are_saved(tmp_path: Path) -> None:

@@ -1086,7 +1086,7 @@ def test_controls_have_labels_and_hints_and_html_has_no_colours(
 ) -> None:
     for panel in (settings, subject):
         assert "color" not in texts(panel) and "background" not in texts(panel)
-    assert texts(settings).count("<small>") == len(settings.controls) + 1
+    assert texts(settings).count("font-size: 12px") == len(settings.controls) + 1
     assert all(control.description for control in settings.controls.values())
 
 

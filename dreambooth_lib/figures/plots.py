@@ -166,7 +166,8 @@ def heat_map(
 def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = None) -> "Figure":
     """Plot likeness to the photos against class drift, coloured by ``by``, with the Pareto front.
 
-    ``rows`` are those of :func:`sweep_table.table`. Raises ``InputError`` for none.
+    The front's points have their training step beside them. ``rows`` are those of
+    :func:`sweep_table.table`. Raises ``InputError`` for none.
     """
     kinds = _distinct(rows, by)
     figure, (axes,) = _figure(7, 4.6)
@@ -176,7 +177,17 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
         for drift, fidelity in sorted(set(points))
         if not any(a <= drift and b >= fidelity and (a, b) != (drift, fidelity) for a, b in points)
     ]
-    axes.plot(*zip(*best, strict=True), color="black", linewidth=1, label="front", zorder=0)
+    axes.plot(
+        *zip(*best, strict=True),
+        color="black",
+        linewidth=1,
+        label="front (training steps)",
+        zorder=0,
+    )
+    for point in best:
+        steps = sorted({row["step"] for at, row in zip(points, rows, strict=True) if at == point})
+        text = ", ".join(f"{step}" for step in steps)
+        axes.annotate(text, point, (-4, 3), textcoords="offset points", ha="right", fontsize=8)
     for kind in kinds:
         own = [point for point, row in zip(points, rows, strict=True) if row[by] == kind]
         axes.plot(

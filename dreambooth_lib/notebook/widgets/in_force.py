@@ -4,14 +4,13 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training.config_changes import flat_fields
 from dreambooth_lib.training.runs import Run
 
-_WORDS = {
-    "full": "full model",
-    "lora": "LoRA",
+#: What a config's ``prior`` is called in the panels.
+PRIORS = {
     "generated": "class images",
     "distilled": "distillation from the base",
     "distilled_images": "distillation on class images",
-    "none": "no prior preservation",
 }
+_WORDS = {"full": "full model", "lora": "LoRA", "none": "no prior preservation"} | PRIORS
 #: What is shown of each field of a config; ``{}`` is its value.
 _SHOWN = {
     "method": "{}",

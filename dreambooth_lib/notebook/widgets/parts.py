@@ -79,7 +79,8 @@ def control(kind: type, description: str, **traits: Any) -> Any:
 def with_hints(controls: Mapping[Any, str]) -> VBox:
     """Stack controls, each beside a line that says when to change it."""
     layout = Layout(flex_flow="row wrap", align_items="center")
-    hints = [HTML(f"<small>{html.escape(hint)}</small>") for hint in controls.values()]
+    hints = [HTML(f'<span style="font-size: 12px">{html.escape(hint)}</span>')
+             for hint in controls.values()]  # fmt: skip
     return VBox([HBox(pair, layout=layout) for pair in zip(controls, hints, strict=True)])
 
 

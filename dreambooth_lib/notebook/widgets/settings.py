@@ -25,6 +25,7 @@ from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook.timing import Pace, checkpoints, measure
+from dreambooth_lib.notebook.widgets.in_force import PRIORS
 from dreambooth_lib.notebook.widgets.parts import Panel, busy, control, short_path, with_hints
 from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.notebook.widgets.subject import SubjectPanel
@@ -210,9 +211,8 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     rate = _DEFAULT_RATE if config.learning_rate == own_rate else config.learning_rate
     side = config.resolution or native
     methods = {"full model": "full", "LoRA": "lora", "QLoRA (4-bit base)": _QLORA}
-    priors = {"the method's default": _DEFAULT_PRIOR, "class images": "generated",
-              "distillation from the base": "distilled",
-              "distillation on class images": "distilled_images"}  # fmt: skip
+    priors = {"the method's default": _DEFAULT_PRIOR}
+    priors |= {words: value for value, words in PRIORS.items()}
     rates = {f"{rate:g}": rate for rate in sorted({*_RATES, config.learning_rate})}
     rates = {"the method's default": _DEFAULT_RATE} | rates
     sides = sorted({native // 2, native * 3 // 4, native, native * 3 // 2, side})
