@@ -23,7 +23,8 @@ from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import table
 from dreambooth_lib.figures.labels import heading
 
-UNTRAINED = ("base", REAL)  #: methods that have no step and cost nothing
+#: Methods that have no step and cost nothing, and what the table calls them.
+UNTRAINED = {"base": "the base", REAL: "the photos"}
 FORMAT = 1  #: of the files, to change with the schema
 MOST_BYTES = 2**18  #: of a file; others are refused unread
 _MOST_CHARACTERS = 300  # of a text
@@ -178,17 +179,18 @@ def write_table(folder: Path) -> Path:
 def render(results: dict[str, dict[str, Any]]) -> str:
     """Return results, by their files' names, as Markdown: a table for each base and encoder."""
     parts = [
-        "# Results\n\nEach file here is one run's or evaluation's, and this page is made of them. "
-        "`python -m dreambooth_lib results add RUN` adds one, and `results table` makes the page "
-        "anew. Compare scores within a table only: each is of one base and one encoder or judge. "
-        "Intervals are of 95%. Seconds are those of the training steps and validations of a run.\n"
+        "# Results\n\nEach file in this folder holds the scores of one run or evaluation. "
+        "`python -m dreambooth_lib results add RUN` adds a file, and `results table` writes this "
+        "page from all of them. Compare scores only within one table, which has one base and one "
+        "encoder or judge. Intervals are at 95%. Seconds count a run's training steps and "
+        "validations.\n"
     ]
     bases = dict.fromkeys(result["config"]["base"] for result in results.values())
     for base in bases:
         of_base = {n: r for n, r in results.items() if r["config"]["base"] == base}
-        parts.append(f"\n## {markdown(base)}\n")
+        parts.append(f"\n## Base: {markdown(base)}\n")
         for encoder in sorted({s["encoder"] for r in of_base.values() for s in r["scores"]}):
-            parts.append(f"\n### {markdown(encoder)}\n\n{_table_of(of_base, encoder)}")
+            parts.append(f"\n### Scored by {markdown(encoder)}\n\n{_table_of(of_base, encoder)}")
     return "".join(parts)
 
 
@@ -213,7 +215,8 @@ def _rows(
             if method in UNTRAINED:
                 step, *cost = [""] * (1 + len(cost))
             yield [
-                f"[{markdown(result['title'])}]({quote(name)})", markdown(method),
+                f"[{markdown(result['title'])}]({quote(name)})",
+                markdown(UNTRAINED.get(method, method)),
                 step, *cells, *cost, markdown(result["device"]),
             ]  # fmt: skip
 
