@@ -242,7 +242,7 @@ def test_ways_that_fail_are_told_and_tried_again_and_those_that_are_ok_are_not(
     )
     fails.chmod(0o755)
     monkeypatch.setattr(check_gpu.sys, "executable", str(fails))
-    names, work = ["whole, fp16", "LoRA, fp16", "DoRA, bf16"], tmp_path / "checks"
+    names, work = ["full model, fp16", "LoRA, fp16", "DoRA, bf16"], tmp_path / "checks"
     work.mkdir()
     check_gpu.note(work, "LoRA, fp16", True, "loss 1 to 0.5, 3 ms a step")
     check_gpu.run(work, names)
@@ -250,9 +250,9 @@ def test_ways_that_fail_are_told_and_tried_again_and_those_that_are_ok_are_not(
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
     assert capsys.readouterr().out.count("failed: ") == 2
     told = check_gpu.markdown(work)
-    assert "- failed: whole, fp16: no such thing" in told
+    assert "- failed: full model, fp16: no such thing" in told
     assert "- ok: LoRA, fp16: loss 1 to 0.5, 3 ms a step" in told
-    assert "- not checked yet: whole, as it comes;" in told
+    assert "- not checked yet: full model, default settings;" in told
 
 
 def test_the_command_predicts_without_a_gpu(tmp_path: Path) -> None:

@@ -29,20 +29,20 @@ _BF16, _FP16 = {"mixed_precision": "bf16"}, {"mixed_precision": "fp16"}
 
 #: What the GPUs that people have compute in comes first.
 WAYS: dict[str, dict[str, Any]] = {
-    "whole, as it comes": {},
-    "whole, fp16": _FP16,
+    "full model, default settings": {},
+    "full model, fp16": _FP16,
     "LoRA, fp16": _LORA | _FP16,
     "LoRA low, fp16": _LORA | _FP16 | {"memory": "low"},
-    "whole low, fp16": _FP16 | {"memory": "low"},
+    "full model low, fp16": _FP16 | {"memory": "low"},
     "QLoRA nf4, fp16": _LORA | _FP16 | {"quantize": "nf4"},
     "with text encoder, fp16": _FP16 | {"train_text_encoder": True},
-    "LoRA with a new word, fp16": _LORA | _FP16 | {"train_token": True},
+    "LoRA with a new token, fp16": _LORA | _FP16 | {"train_token": True},
     "distilled prior, fp16": _FP16 | {"prior": "distilled"},
     "accumulated gradients, fp16": _FP16 | {"gradient_accumulation": 2},
-    "whole, bf16": _BF16,
-    "whole low, bf16": _BF16 | {"memory": "low"},
-    "whole lowest, bf16": _BF16 | {"memory": "lowest"},
-    "whole lowest, fp16": _FP16 | {"memory": "lowest"},
+    "full model, bf16": _BF16,
+    "full model low, bf16": _BF16 | {"memory": "low"},
+    "full model lowest, bf16": _BF16 | {"memory": "lowest"},
+    "full model lowest, fp16": _FP16 | {"memory": "lowest"},
     "DoRA, bf16": _LORA | _BF16 | {"dora": True},
     "LoRA low with text encoder, bf16": _LORA
     | _BF16

@@ -21,8 +21,9 @@ class Line:
     base: str
     title: str
     settings: dict[str, Any]
-    #: ("GiB", peak memory at most), ("share", of the reference's seconds a step at most), ("floor",
-    #: times the floor's seconds at most) or ("times", the reference's pictures a second at least)
+    #: ("GiB", peak memory at most), ("share", of the reference's seconds per step at most),
+    #: ("floor", times the floor's seconds at most) or ("times", the reference's images per second
+    #: at least)
     targets: tuple[tuple[str, float], ...]
     script: str | None = None  #: diffusers' of the same
     flags: tuple[str, ...] = ()
@@ -59,7 +60,7 @@ LINES = {
         (("times", 1.3),), "train_dreambooth.py", draws=True,
     ),
     "sd15-class-images-default": Line(
-        "sd15", "SD 1.5, class images, the kit's own steps against 50",
+        "sd15", "SD 1.5, class images, the default steps against 50",
         {"resolution": 512, "mixed_precision": "fp16", "class_images": CLASS_PICTURES,
          "class_folder": None},
         (("times", 3.0),), "train_dreambooth.py", draws=True,
@@ -152,9 +153,9 @@ def row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _target(kind: str, bound: float) -> str:
     return {
         "GiB": f"at most {bound:g} GiB",
-        "share": f"at most {bound:.0%} of the reference's seconds a step",
+        "share": f"at most {bound:.0%} of the reference's seconds per step",
         "floor": f"at most {bound:g} times the floor",
-        "times": f"at least {bound:g} times the reference's pictures a second",
+        "times": f"at least {bound:g} times the reference's images per second",
     }[kind]
 
 
@@ -165,10 +166,10 @@ def _met(kind: str, bound: float, measured: float | None) -> bool | None:
     return measured >= bound if kind == "times" else measured <= bound
 
 
-_HEAD = ("line", "target", "met", "peak GiB", "of it before training", "predicted GiB",
-         "measured / predicted", "pace", "of it the GPU is busy", "floor", "of it busy",
-         "pace / floor", "launches a step", "waits a step",
-         "reference's pace", "pace / reference's", "reference's peak GiB", "RAM GiB")  # fmt: skip
+_HEAD = ("line", "target", "met", "peak GiB", "peak before training, GiB", "predicted GiB",
+         "measured / predicted", "speed", "GPU busy", "floor", "GPU busy in the floor",
+         "speed / floor", "launches per step", "waits per step", "reference's speed",
+         "speed / reference's", "reference's peak GiB", "RAM GiB")  # fmt: skip
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -182,7 +183,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(one: dict[str, Any]) -> list[str]:
-    unit = "{:.2f} pictures/s" if one["draws"] else "{:.3f} s/step"
+    unit = "{:.2f} images/s" if one["draws"] else "{:.3f} s/step"
 
     def cell(value: Any, form: str, side: str, there: bool = True) -> str:
         if value is not None:

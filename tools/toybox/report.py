@@ -78,7 +78,7 @@ def report(
         **of_two,
         "judge_retrieval_of_64": judge.retrieval(encoder, tokenizer, world, of, seed),
         "judge_triplets": judge.triplets(encoder, world, of, seed),
-        "pictures_per_second": rate,
+        "images_per_second": rate,
         "seconds_to_load": loaded,
         "megabytes": sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 1e6,
     }
@@ -162,27 +162,26 @@ def write_readme(
         )
     text = f"""# The bundled base
 
-A small Stable Diffusion pipeline, its judge (a CLIPModel) and the classifier that examines it (a
-ResNet), trained by `tools/toybox` on emoji drawings set on drawn scenes at {recipe.size}x{recipe.size} pixels:
-{len(CLASSES)} classes, {len(SCENES)} scenes, {len(COLOURS)} colours. float16 safetensors, which
-plain diffusers takes in float32, the default, or float16 alike.
+A small Stable Diffusion pipeline; its judge, the CLIP model (a CLIPModel) that scores its images; and a
+classifier (a ResNet) that checks what it draws. `tools/toybox` trained all three on emoji drawings placed
+on drawn scenes, at {recipe.size} × {recipe.size} pixels: {len(CLASSES)} classes, {len(SCENES)} scenes and {len(COLOURS)} colours. The weights are
+float16 safetensors. Plain diffusers loads them in float32, its default, or in float16.
 
 - Captions: `a dog on the beach`, `a purple teapot in space`, `a photo of a fox at sunset`{of_two}
 - Classes: {", ".join(CLASSES)}
 - Scenes: {", ".join(SCENES.values())}
 - Colours: {", ".join(COLOURS)}
-- Identifiers, single tokens that no caption had: {", ".join(IDENTIFIERS)}
+- Identifiers (single tokens that occur in no caption): {", ".join(IDENTIFIERS)}
 
-`python -m tools.toybox report` measures it, `python -m tools.toybox {command}` makes it anew.
+`python -m tools.toybox report` measures the base; `python -m tools.toybox {command}` trains it again.
 {table(figures, seed, machine) if figures else ""}
 ## Drawings, their authors and licences
 
 {drawings.credits()}
 
-The bundled subjects come from {", ".join(drawings.HELD_OUT_SETS)}; of the models here only the
-judge has seen it. The drawings were recoloured, scaled and set on scenes. The weights are offered
-under Apache-2.0; the drawings keep their licences (CC BY 4.0:
-https://creativecommons.org/licenses/by/4.0/).
+The bundled subjects come from {", ".join(drawings.HELD_OUT_SETS)}; of these models, only the judge has seen that set.
+The drawings were recoloured, scaled and placed on scenes. The weights are offered under Apache-2.0;
+the drawings keep their licences (CC BY 4.0: https://creativecommons.org/licenses/by/4.0/).
 """  # noqa: E501
     (target / "README.md").write_text(text)
 
