@@ -125,6 +125,9 @@ def test_uploads_become_the_subject_in_both_versions(
     assert [photo.name for photo in subject.photos] == ["a.png", "b.png"]
     assert (uploaded.class_noun, uploaded.name) == ("dog", "my_dog"), "not a digest of the photos"
     assert "blurred" in texts(subject)
+    assert "the class noun is 'dog', as before the upload" in html.unescape(texts(subject))
+    subject.class_noun.value = "cat"
+    assert "as before the upload" not in texts(subject)
 
 
 def press(button: Any, files: dict[str, bytes]) -> None:
@@ -207,6 +210,8 @@ def test_after_a_bad_input_no_photos_are_left_to_train_on(
     subject.class_noun.value = "cat"
     subject.crop_to(8)
     assert images(subject) == [] and not subject.findings.value
+    assert subject.source.placeholder == f"before: {photos}", "the way back"
+    assert (subject.go_on.layout.display == "") == (bad == "upload")
     panel_fails = [lambda: subject.config, subject.check, lambda: widgets.SettingsPanel(subject)]
     for fails in panel_fails:
         with pytest.raises(DataError):
@@ -413,6 +418,23 @@ def test_a_file_with_the_name_of_the_pages_note_is_an_upload(
         assert "has no photos" in html.unescape(subject.note.value)
 
 
+def test_photos_that_were_uploaded_with_a_bad_one_are_used_at_a_click(
+    subject: widgets.SubjectPanel,
+) -> None:
+    press(subject.upload, {"a.png": png("blue"), "b.png": png("red")[:60], "c.png": png("red")})
+    note = html.unescape(subject.note.value)
+    assert "'b.png'" in note and note.count("⚠") == 1 and "left_out" not in note
+    assert "or press the button below." in note
+    click(subject.go_on)
+    assert [photo.name for photo in subject.photos] == ["a.png", "c.png"]
+    assert subject.config.subject.left_out == ("b.png",) and not subject.note.value
+
+
+def test_an_upload_without_photos_is_named(subject: widgets.SubjectPanel) -> None:
+    press(subject.upload, {"notes.txt": b"about my dog"})
+    assert "has no photos, only notes.txt; put" in subject.note.value
+
+
 def test_settings_of_another_panel_are_rejected(
     subject: widgets.SubjectPanel, tiny_sd2: str, photos: str, make_config: Make
 ) -> None:
@@ -479,13 +501,20 @@ def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
 def test_on_colab_the_panel_points_to_colabs_upload(
     fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path
 ) -> None:
-    from dreambooth_lib.notebook import colab
-
     panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
     assert "UPLOAD = True" in texts(panel) and "10 MB" not in texts(panel)
     fake_colab.uploads = {"d.png": png("red")}
-    panel.use(colab.upload(tmp_path / "uploads"))
+    panel.upload_on_colab()
     assert [photo.name for photo in panel.photos] == ["d.png"]
+    fake_colab.uploads = {"d.png": png("red"), "e.png": b"no image"}
+    panel.upload_on_colab()  # shows what is wrong, with the button to go on
+    assert "'e.png'" in html.unescape(panel.note.value) and not panel.go_on.layout.display
+    click(panel.go_on)
+    panel.check()
+    fake_colab.uploads = {}
+    panel.upload_on_colab()
+    with pytest.raises(DataError, match="nothing was uploaded"):
+        panel.check()
 
 
 # The settings
@@ -783,7 +812,7 @@ def test_an_interrupt_ends_the_cell_and_says_how_to_resume(
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; run this cell again"):
         for _ in widgets.monitor(run):
             pass
-    assert "Interrupted at step 3." in texts(shown[0])
+    assert "The run is saved: interrupted at step 3; run this cell again" in texts(shown[0])
     assert drawn_at == [1, 2, 3], "the curves of the step that the run goes on from"
     monkeypatch.setattr(Batches, "at", at)
     again = [(step.step, step.loss) for step in widgets.monitor(runs.resume(run.folder))]
@@ -809,7 +838,7 @@ def test_leaving_the_loop_saves(started: Callable[..., Run], shown: list[Widget]
     for step in widgets.monitor(run):
         if step.step == 3:
             break
-    assert 3 in run.checkpoints() and "Interrupted at step 3" in texts(shown[0])
+    assert 3 in run.checkpoints() and "interrupted at step 3" in texts(shown[0])
 
 
 def test_an_error_in_training_is_shown_and_raised(
@@ -841,11 +870,17 @@ def test_the_slider_steps_through_validations_and_marks_the_best(
     seen = {}
     for step in (0, 2, 4):
         slider.slider.value = step
-        seen[step] = [picture.tobytes() for picture in images(slider)]
+        seen[step] = [picture.tobytes() for picture in images(slider.images)]
         assert seen[step][0] == load_images(run, step).subject[0].tobytes()
         assert len(seen[step]) == 4 + 2 + 10
     assert seen[0] != seen[4]
     assert slider.step == 4 and "The cells below use this step." in texts(slider)
+    assert f"Step 4 of {run.folder.name}<" in texts(slider)
+    assert texts(slider).count("your photo") == len(images(slider)) - len(seen[4]) == 4
+    here = Path(run.config.subject.pictures)
+    there = here.rename(here.with_name("moved"))
+    assert len(images(widgets.CheckpointSlider(run))) == len(seen[4]), "the photos may be gone"
+    there.rename(here)
 
 
 def test_a_step_without_weights_is_view_only(started: Callable[..., Run]) -> None:
@@ -859,7 +894,7 @@ def test_a_step_without_weights_is_view_only(started: Callable[..., Run]) -> Non
         slider.slider.value = step
         assert slider.step == slider.best.step
         assert f"the cells below use step {slider.best.step}." in texts(slider)
-        assert len(images(slider)) == 4 + 2 + 10
+        assert len(images(slider.images)) == 4 + 2 + 10
 
 
 def test_class_images_are_drawn_where_the_run_expects_them(

@@ -118,8 +118,9 @@ class BadPhotosError(DataError):
     def __init__(self, errors: dict[str, DataError]):
         first, *others = errors.values()
         also = f"; {listed([*errors][1:])} cannot be used either" if others else ""
+        self.problem = f"{str(first).removesuffix('.')}{also}"  #: without what to do else
         super().__init__(
-            f"{str(first).removesuffix('.')}{also}; or go on without: left_out = "
+            f"{self.problem}; or go on without: left_out = "
             f"[{', '.join(map(python_string, errors))}]."
         )
         self.names = tuple(errors)  #: of their files
@@ -202,7 +203,8 @@ def read_source(source: str | Path | Subject) -> Source:
         if inside := folders_with_photos(path):
             also = f", or one of {len(inside) - 1} others" if inside[1:] else ""
             where = f"give its folder '{inside[0]}'{also}, or {where}"
-        raise DataError(f"{path} has no photos; {where}.")
+        only = f", only {listed(found)}" if (found := [*texts, *others]) else ""
+        raise DataError(f"{path} has no photos{only}; {where}.")
     notes = []
     if left_out:
         notes.append(f"{listed(left_out)} {_are(left_out)} left out, as you chose.")

@@ -46,12 +46,15 @@ def export(run: Run, model: str | Path, path: str | Path) -> str:
     else:
         write_checkpoint(model, path)
         folders = "models/Stable-diffusion (A1111) or models/checkpoints (ComfyUI)"
-    message = f"Wrote {path} ({format_bytes(path.stat().st_size)}). Copy it to {folders}."
+    message = f"Wrote {path} ({format_bytes(path.stat().st_size)})."
     if origin(config.base) == "toybox":
         message += (
-            " Neither program can run it: they only know the sizes of the released Stable "
-            "Diffusion models, and the bundled base is smaller."
+            " Neither program can run this one: they only know the sizes of the released Stable "
+            "Diffusion models, and the bundled base is smaller. For other bases, the file goes to "
+            f"{folders}."
         )
+    else:
+        message += f" Copy it to {folders}."
     base = loading.resolve(config.base, config.revision)
     below, clip_skip = base.loras, clip_skip_of(base, config.clip_skip)
     if clip_skip > 1:

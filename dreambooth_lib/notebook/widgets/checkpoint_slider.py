@@ -3,7 +3,9 @@
 import html
 
 from ipywidgets import HTML, SelectionSlider, VBox
+from PIL import ImageOps
 
+from dreambooth_lib.data.images import DataError, Images, read_photos
 from dreambooth_lib.figures.labels import BAD, FAIR, GOOD, RATIOS
 from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
 from dreambooth_lib.training import best_checkpoint
@@ -14,6 +16,7 @@ from dreambooth_lib.training.validation_record import history, load_images, plan
 _HINT = "early steps lack the subject, late ones ignore the prompt: choose one that shows both"
 #: Smallest and largest width on the page, in pixels: of the subject, its class, other prompts.
 _WIDTHS = (200, 256), (200, 256), (128, 160)
+_PHOTOS, _PHOTO_WIDTH = 6, 128  # how many of the photos are shown to compare with; pixels
 
 
 def verdict_html(selection: Selection) -> str:
@@ -42,7 +45,8 @@ class CheckpointSlider(Panel):
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
         self.scores, self.images = HTML(), VBox()
         judged = HTML(verdict_html(self.best))
-        super().__init__(judged, with_hints({self.slider: _HINT}), self.scores, self.images)
+        photos = row(_photos(run))
+        super().__init__(judged, with_hints({self.slider: _HINT}), self.scores, photos, self.images)
         self.on_change(self._show, self.slider)
         self._show()
 
@@ -66,7 +70,8 @@ class CheckpointSlider(Panel):
         if step != self.step:
             used = f"<i>View only</i>: the cells below use step {self.step}."
         shown = ", ".join(f"{name} {getattr(ratios, field):.0%}" for field, name in RATIOS.items())
-        self.scores.value = f"<b>{f'Step {step}' if step else 'The base'}</b>: {shown}. {used}"
+        name = f"Step {step} of {html.escape(self.run.folder.name)}" if step else "The base"
+        self.scores.value = f"<b>{name}</b>: {shown}. {used}"
         validation = load_images(self.run, step)
         kinds = (validation.subject, validation.class_images, validation.unrelated)
         asked = plan_of(self.run).prompts_and_seeds(self.run.config.subject)
@@ -75,3 +80,13 @@ class CheckpointSlider(Panel):
                  for image, (prompt, _) in zip(images, pairs, strict=True)])
             for images, pairs, widths in zip(kinds, asked, _WIDTHS, strict=True)
         ]  # fmt: skip
+
+
+def _photos(run: Run) -> list[VBox]:
+    """Return the run's photos, to compare with; none if they are gone by now."""
+    try:
+        photos = read_photos(run.config.subject)[:_PHOTOS]
+        small = [ImageOps.contain(image, (2 * _PHOTO_WIDTH,) * 2) for image in Images(photos)]
+    except DataError:  # a finished run needs them no more
+        return []
+    return [captioned(image, "your photo", _PHOTO_WIDTH, _PHOTO_WIDTH) for image in small]

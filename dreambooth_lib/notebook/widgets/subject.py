@@ -67,6 +67,7 @@ class SubjectPanel(Panel):
         self.identifier = control(Combobox, "identifier", value=subject.identifier, options=rare)
         self.hold_out = control(Checkbox, "hold out a photo", value=config.hold_out)
         self.photos: list[Photo] = []
+        self._path = ""
         self._notes: list[str] = []
         self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
         self._title, self._crops_title = HTML(), HTML()
@@ -106,14 +107,25 @@ class SubjectPanel(Panel):
             self.photos, self._notes = read_source(self._subject_of(source))
             self._path = self.source.value = str(source)
             self._show()
+        except BadPhotosError as error:
+            self._clear()
+            self._bad = (str(source), error.names)
+            self.go_on.description = f"Go on without {listed(error.names)}"
+            self.go_on.layout.display = ""
+            told = DataError(f"{error.problem}, or press the button below.")
+            self.report(told, self.use)
+            raise told from error
         except Exception as error:
             self._clear()
-            if isinstance(error, BadPhotosError):
-                self._bad = (str(source), error.names)
-                self.go_on.description = f"Go on without {listed(error.names)}"
-                self.go_on.layout.display = ""
             self.report(error, self.use)
             raise
+
+    def upload_on_colab(self) -> None:
+        """Show Colab's upload button, and use what comes; the panel shows what is wrong with it."""
+        self.callback(self._upload_on_colab)(None)
+
+    def _upload_on_colab(self) -> None:
+        self.use(colab.upload(self.uploads))
 
     def _subject_of(self, source: str | Path) -> Subject:
         """Return the config's subject with the photos at a path, but for those left out there."""
@@ -146,6 +158,8 @@ class SubjectPanel(Panel):
     def _clear(self) -> None:
         """Show no photos, and no messages on earlier ones."""
         self.clear_errors()
+        if self._path:
+            self.source.placeholder = f"before: {self._path}"
         self.photos, self._notes, self._path = [], [], ""
         for text in (self._title, self.findings, self._crops_title):
             text.value = ""
@@ -190,11 +204,11 @@ class SubjectPanel(Panel):
 
     def _read_uploaded(self) -> None:
         try:
-            files = upload.take_files(self.upload)
-            if files:
+            if files := upload.take_files(self.upload):
                 self.use(files)
         except DataError:
-            self._clear()
+            if self.use not in self.errors:  # nothing has arrived
+                self._clear()
             self.source.value = ""  # its path is not that of the upload
             raise
 
@@ -213,6 +227,13 @@ class SubjectPanel(Panel):
         identifier, noun = self.identifier.value.strip(), self.class_noun.value.strip()
         problems = check_identifier(identifier, self._tokenizers[0][0])
         problems += practice_base.findings(self.initial_config.base, noun, self._path)
+        first, path = self.initial_config.subject, Path(self._path).resolve()
+        is_new = str(path) != first.pictures and path.is_relative_to(self.uploads.resolve())
+        if is_new and noun == first.class_noun:
+            problems.append(
+                f"the class noun is '{noun}', as before the upload: change it if these photos show "
+                "something else."
+            )
         if identifier and noun:  # config says which of them is empty
             subject = Subject(self._path, noun, identifier)
             problems += check_captions(self.photos, subject) + check_folder_name(subject)

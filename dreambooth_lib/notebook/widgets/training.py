@@ -63,13 +63,12 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
                 yield step
     except (KeyboardInterrupt, GeneratorExit) as stop:
         gpu_memory.clear_frames(stop)
-        text = f"interrupted at step {_last_step(run)}"
+        text = f"interrupted at step {_last_step(run)}; run this cell again to resume"
         with suppress(KeyboardInterrupt):  # interrupted again, in a hurry
             panel.draw()
-        panel.status.value = f"{text.capitalize()}."
+        panel.status.value = f"The run is saved: {text}."
         if isinstance(stop, GeneratorExit):
             raise
-        text += "; run this cell again to resume"
         raise Interrupted(text) from None
     except Exception as error:
         panel.report(error)
@@ -132,11 +131,11 @@ class _TrainingPanel(Panel):
         if log:
             figure = plots.losses(log, keep_class=config.keep_class, last=config.steps)
             _show_figure(self.losses, figure)
+        self._seconds = time.monotonic() - start  # validations draw the rest
         if len(results) != self._validations:
             _show_figure(self.curves, plots.validation_curves(results, last=config.steps))
             show_image(self.images, validation_sheet(self.run).save)
         self._validations, self._drawn_at = len(results), time.monotonic()
-        self._seconds = self._drawn_at - start
 
 
 def _show_figure(widget: Image, figure: "Figure") -> None:
