@@ -277,6 +277,11 @@ def main() -> None:
             state.destroy_process_group()  # torch asks for this at a clean exit
         else:
             arguments.call(arguments)
+    except KeyboardInterrupt:
+        if hasattr(arguments, "debug"):
+            raise
+        print("interrupted.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if hasattr(arguments, "debug"):
             raise

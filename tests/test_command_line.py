@@ -52,6 +52,20 @@ def test_an_error_of_the_kit_is_its_sentence_and_another_has_its_type(
     assert one_line(ValueError()) == "ValueError" and one_line(KitError("so.")) == "so."
 
 
+def test_an_interrupted_command_ends_without_a_traceback(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_demo", stop)
+    with pytest.raises(SystemExit) as caught:
+        shell("demo")
+    assert caught.value.code == 130 and capsys.readouterr().err == "interrupted.\n"
+    with pytest.raises(KeyboardInterrupt):
+        shell("demo", "--debug")
+
+
 @pytest.mark.parametrize("words", [("--debug", "resume", "run"), ("resume", "run", "--debug")])
 def test_debug_shows_the_chain_of_errors(
     words: tuple[str, ...], shell: Shell, monkeypatch: pytest.MonkeyPatch
