@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageCms, ImageFile
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data import captions, decoding, images, sources
 from dreambooth_lib.data.images import (
     BadPhotosError,
@@ -364,6 +365,7 @@ def test_importing_does_not_import_torch(module: str) -> None:
         ("P0.txt", "a {} dog"),
         ("p0.caption", "a {} dog"),
         ("metadata.csv", 'file_name,text\np0.png,"a {} dog"\n'),
+        ("metadata.csv", 'file_name,text\n./p0.png,"a {} dog"\n'),
         ("metadata.csv", '\ufefftags,caption,file_name\nx,"a {} dog",P0.png\n'),
         ("metadata.jsonl", '{"file_name": "p0.png", "caption": "a {} dog", "tags": [1]}'),
         ("p0.json", '{"caption": "a {} dog", "width": 4}'),
@@ -531,7 +533,10 @@ def test_large_files_are_never_read(
 @pytest.mark.parametrize(
     "name",
     ["p0-masklabel.png", "p1-condlabel.jpg", "p0_mask.png", "mask_p0.png", "p0-depth.png",
-     "p0.mask.webp", "p0_thumb.jpg", "p0_normal.png", "p0-control.jpg"],
+     "p0.mask.webp", "p0_thumb.jpg", "p0_normal.png", "p0-control.jpg", "p0mask.png",
+     "p0_mask0.png", "p0_mask_0.png", "p0 (mask).png", "p0_depthmap.png", "p0_depth_map.png",
+     "p0_pose.png", "p0_lineart_anime.png", "p0_masked.png", "p0_normalmap.png",
+     "depth_map_p0.png", "P0_softedge_hed.png"],
 )  # fmt: skip
 def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     noise(1).save(folder / "p0.png")
@@ -541,6 +546,33 @@ def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     assert len(source.notes) == 1 and source.notes[0].startswith(
         f"{name} is not trained on as photos"
     )
+
+
+def test_photos_that_are_called_like_masks_stay_photos(folder: Path) -> None:
+    for name in ("face.jpg", "facemask.jpg", "mask.jpg", "mask_1.jpg", "poses.jpg", "p0.jpg"):
+        noise(1).save(folder / name)
+    for name in ("p0_masks on.jpg", "p0_normally.jpg", "dog_mask.jpg", "depth.jpg"):
+        noise(2).save(folder / name)
+    assert len(read_photos(folder)) == 10
+    Image.new("1", (64, 48)).save(folder / "facemask.png")
+    assert len(read_photos(folder)) == 10, "beside face.jpg, a black and white picture is a mask"
+
+
+@pytest.mark.parametrize("gone", ["p0.jpg", "IMG_9.CR2"])
+def test_masks_and_maps_of_a_photo_that_is_not_used_stay_out(folder: Path, gone: str) -> None:
+    (folder / gone).write_bytes(b"damaged")
+    noise(1).save(folder / "q.png")
+    stem = Path(gone).stem
+    for name in (f"{stem}_depth.png", f"{stem}_mask.png"):
+        noise(2).save(folder / name)
+    (folder / f"{stem}.txt").write_text("a caption")
+    (folder / "metadata.csv").write_text(f"file_name,text\n{gone},a cat\n./q.png,a {{}} dog\n")
+    subject = Subject(str(folder), "dog", left_out=(gone,) if gone == "p0.jpg" else ())
+    photos, notes = read_source(subject)
+    assert [(photo.name, photo.caption) for photo in photos] == [("q.png", "a {} dog")]
+    (about_masks,) = [note for note in notes if "masks or maps" in note]
+    assert about_masks.startswith(f"{stem}_depth.png and {stem}_mask.png are not trained on")
+    assert not [note for note in notes if "no caption" in note]
 
 
 def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path) -> None:

@@ -36,11 +36,15 @@ def read_table(file: SourceFile, names: Sequence[str]) -> dict[str, str]:
                 pass
             case _:
                 raise DataError(f"{where} lacks the strings 'file_name' and 'text'; add them.")
-        photo = known.get(name) or known.get(folded(name))
+        photo = known.get(name) or known.get(folded(_plain(name)))
         if photo is None:
             raise DataError(f"{where} names '{name}', which is missing; correct that line.")
         captions[photo] = caption.strip()
     return captions
+
+
+def _plain(name: str) -> str:
+    return str(PurePosixPath(name.replace("\\", "/")))  # without "./"
 
 
 def _json_rows(file: SourceFile, text: str) -> Iterator[tuple[str, Any]]:
