@@ -247,16 +247,22 @@ def test_bad_files_are_named(
     refused(packed, f"'{name}'", "bad.zip", word)
 
 
-@pytest.mark.parametrize("name", ["x.heic", "x.jpg"])
+@pytest.mark.parametrize(
+    ("name", "brand"),
+    [("x.heic", b"heic"), ("x.jpg", b"heic"), ("x.HIF", b""), *(
+        ("x.jpg", brand) for brand in (b"hevc", b"heim", b"heis", b"msf1", b"mif1")
+    )],
+)  # fmt: skip
 def test_heic_without_a_decoder_is_refused_with_what_to_do(
-    folder: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+    folder: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str,
+    brand: bytes,
+) -> None:  # fmt: skip
     readable = {kind: how for kind, how in Image.OPEN.items() if kind != "HEIF"}
     monkeypatch.setattr(Image, "OPEN", readable)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     decoding.formats.cache_clear()
     noise(1).save(folder / "a.png")
-    (folder / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    (folder / name).write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0")
     try:
         refused(folder, f"'{name}'", "run 'pip install pillow-heif', or convert it to JPEG")
     finally:
@@ -473,6 +479,15 @@ def test_odd_captions_are_refused(
     noise(1).save(folder / "p0.png")
     (folder / name).write_text(content)
     refused(folder, name, word)
+
+
+@pytest.mark.parametrize("suffix", [".nrw", ".3FR", ".sr2", ".kdc", ".iiq", ".x3f", ".RWL"])
+def test_raw_photos_of_any_camera_are_told_as_such(folder: Path, suffix: str) -> None:
+    Image.new("RGB", (16, 12)).save(folder / f"IMG_1{suffix}", "TIFF")
+    noise(1).save(folder / "IMG_2.jpg")
+    source = read_source(folder)
+    assert [photo.name for photo in source.photos] == ["IMG_2.jpg"]
+    assert "raw photos are not read" in source.notes[0]
 
 
 def test_raw_photos_are_not_read_as_their_previews(folder: Path) -> None:

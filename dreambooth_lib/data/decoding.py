@@ -6,6 +6,7 @@ of bytes when its time is over.
 """
 
 import io
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ MAX_SECONDS = 10.0  #: of CPU time to decode one photo
 #: Pillow's formats to read; it runs other programs to decode some of the rest, such as EPS.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000",
             "PPM", "QOI")  # fmt: skip
-_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
+_HEIC = re.compile(rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 _BLOCK = 2**10  # bytes that a decoder gets at once: it is timed between them
 
 
@@ -116,7 +117,7 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _why_unidentified(suffix: str, data: bytes) -> str:
-    is_heic = suffix in (".heic", ".heif") or data[4:12] in _HEIC
+    is_heic = suffix in (".heic", ".heif", ".hif") or _HEIC.match(data)
     if is_heic and "HEIF" not in formats():
         return "cannot be decoded here; run 'pip install pillow-heif', or convert it to JPEG or PNG"
     if suffix == ".jxl" or (suffix in (".avif", ".avifs") and "AVIF" not in formats()):

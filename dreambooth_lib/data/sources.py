@@ -17,10 +17,12 @@ MAX_ZIP_RATIO = 100  #: unpacked bytes per byte of the zip, for zips above 100 M
 
 #: What photos may be called.
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp",
-                  ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".avifs", ".jxl", ".jp2",
+                  ".gif", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif", ".avifs", ".jxl", ".jp2",
                   ".j2k", ".qoi"}  # fmt: skip
 #: Of cameras' raw photos: many begin as a TIFF does, which has a small preview only.
-RAW_SUFFIXES = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}
+RAW_SUFFIXES = {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".orf",
+                ".rw2", ".rwl", ".raw", ".raf", ".pef", ".srw", ".3fr", ".fff", ".iiq", ".kdc",
+                ".dcr", ".mrw", ".mef", ".mos", ".erf", ".x3f", ".gpr"}  # fmt: skip
 #: Of captions, and of other texts, which are never opened.
 CAPTION_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv"}
 TEXT_SUFFIXES = CAPTION_SUFFIXES | {".md", ".xml", ".url", ".ini"}
