@@ -170,6 +170,26 @@ def check_lengths(
                 "that nothing would be learned of it; put it first."
             )
         messages.append(f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}.")
+    return _shortened(messages, more)
+
+
+def check_class_lengths(
+    photos: "Sequence[Photo]", tokenizers: Sequence[tuple[Any, int]], more: str = ""
+) -> list[str]:
+    """Return a sentence on each caption of class images that the base does not read to its end."""
+    texts = {f"the caption of the class image {p.name}": p.caption for p in photos if p.caption}
+    return _shortened(
+        [
+            f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}."
+            for name, text in texts.items()
+            if (cut := cut_words(text, tokenizers))
+        ],
+        more,
+    )
+
+
+def _shortened(messages: list[str], more: str) -> list[str]:
+    """Return at most five sentences, the last of them with what makes the base read more."""
     if len(messages) > 5:
         messages[4:] = [f"{len(messages) - 4} more captions are longer than the base reads."]
     if messages and more:
