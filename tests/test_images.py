@@ -606,22 +606,8 @@ def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path)
 # Colours, and decoders that may be missing
 
 
-def display_p3() -> bytes:
-    """Return an ICC profile with the primaries of Display P3, and sRGB's curve and white."""
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    primaries = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
-                 b"bXYZ": (0.15710, 0.06657, 0.78407)}  # fmt: skip
-    data = bytearray(srgb.replace("sRGB".encode("utf-16-be"), "P3  ".encode("utf-16-be")))
-    for number in range(struct.unpack(">I", srgb[128:132])[0]):
-        tag, offset, _ = struct.unpack(">4sII", srgb[132 + 12 * number :][:12])
-        if tag in primaries:
-            fixed = [round(value * 65536) for value in primaries[tag]]
-            data[offset + 8 : offset + 20] = struct.pack(">3i", *fixed)
-    return bytes(data)
-
-
 def test_wide_gamut_colours_become_srgb(folder: Path) -> None:
-    profile = display_p3()
+    profile = decoding._display_p3()
     shown = Image.new("RGB", (8, 8), (200, 60, 60))
     srgb = ImageCms.createProfile("sRGB")
     wide = ImageCms.profileToProfile(shown, srgb, io.BytesIO(profile))
@@ -635,7 +621,7 @@ def test_wide_gamut_colours_become_srgb(folder: Path) -> None:
     assert np.allclose(one_pixel(folder), [200, 60, 60], atol=2)
 
 
-@pytest.mark.parametrize("profile", [b"broken", display_p3()[:200], display_p3()])
+@pytest.mark.parametrize("profile", [b"broken", decoding._display_p3()[:200], decoding._display_p3()])
 def test_a_profile_that_does_not_fit_is_passed_over(folder: Path, profile: bytes) -> None:
     Image.new("L", (8, 8), 90).save(folder / "a.png", icc_profile=profile)
     assert one_pixel(folder) == [90, 90, 90]
@@ -678,6 +664,18 @@ def test_heic_is_read_where_pillow_heif_is_installed(
         decoding.formats.cache_clear()
 
 
+def test_heic_without_a_profile_is_in_the_colours_that_it_names(folder: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    decoding.formats.cache_clear()
+    decoding.formats()
+    wide, kept = Image.new("RGB", (64, 64), (184, 67, 64)), {"transfer_characteristics": 13}
+    options = kept | {"matrix_coefficients": 6, "full_range_flag": 1, "quality": 95}
+    wide.save(folder / "a.heic", "HEIF", color_primaries=12, **options)  # Display P3
+    assert np.abs(np.subtract(one_pixel(folder), (200, 60, 60))).max() <= 4
+    wide.save(folder / "a.heic", "HEIF", color_primaries=1, **options)  # sRGB
+    assert np.abs(np.subtract(one_pixel(folder), (184, 67, 64))).max() <= 2
+
+
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
 def test_phone_photos_are_read_as_a_viewer_shows_them(folder: Path, kind: str) -> None:
     decoding.formats.cache_clear()
@@ -687,13 +685,13 @@ def test_phone_photos_are_read_as_a_viewer_shows_them(folder: Path, kind: str) -
         pytest.skip(f"no decoder for {kind}")
     srgb = Image.new("RGB", (96, 64), (200, 60, 60))
     srgb.paste((0, 0, 255), (0, 0, 48, 64))
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(display_p3()))
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(decoding._display_p3()))
     wide = ImageCms.profileToProfile(srgb, ImageCms.createProfile("sRGB"), profile)
     assert wide is not None
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     wide.save(
-        folder / f"IMG_1.{kind}", kind, quality=95, icc_profile=display_p3(), exif=exif.tobytes()
+        folder / f"IMG_1.{kind}", kind, quality=95, icc_profile=decoding._display_p3(), exif=exif.tobytes()
     )
     (photo,) = read_photos(folder)
     image = photo.image
