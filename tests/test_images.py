@@ -32,6 +32,7 @@ from dreambooth_lib.data.images import (
     read_source,
 )
 from dreambooth_lib.data.subjects import load_subject
+from dreambooth_lib.families.resolving import resolve
 from dreambooth_lib.metrics import encoders
 
 GPS, ORIENTATION, MAKE = 0x8825, 0x0112, 0x010F
@@ -339,6 +340,17 @@ def test_one_photo_is_read_by_its_own_path_and_nothing_beside_it(tmp_path: Path)
     (photo,) = read_photos(tmp_path / "a.png")
     assert (photo.name, photo.caption) == ("a.png", None)
     assert photo.image.tobytes() == Image.open(tmp_path / "b.png").convert("RGB").tobytes()
+
+
+def test_the_home_folder_is_found_by_its_sign(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_sd1: str
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    noise(1).save(folder / "a.png")
+    assert [photo.name for photo in read_photos("~/photos")] == ["a.png"]
+    (folder.parent / "base").symlink_to(tiny_sd1)
+    found = resolve("~/base")
+    assert (found.name, found.path) == (str(folder.parent / "base"),) * 2
 
 
 def test_ambiguous_zips(tmp_path: Path, refused: Callable[..., None]) -> None:
