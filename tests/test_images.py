@@ -633,7 +633,9 @@ def test_wide_gamut_colours_become_srgb(folder: Path) -> None:
     assert np.allclose(one_pixel(folder), [200, 60, 60], atol=2)
 
 
-@pytest.mark.parametrize("profile", [b"broken", decoding._display_p3()[:200], decoding._display_p3()])
+@pytest.mark.parametrize(
+    "profile", [b"broken", decoding._display_p3()[:200], decoding._display_p3()]
+)
 def test_a_profile_that_does_not_fit_is_passed_over(folder: Path, profile: bytes) -> None:
     Image.new("L", (8, 8), 90).save(folder / "a.png", icc_profile=profile)
     assert one_pixel(folder) == [90, 90, 90]
@@ -703,7 +705,11 @@ def test_phone_photos_are_read_as_a_viewer_shows_them(folder: Path, kind: str) -
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     wide.save(
-        folder / f"IMG_1.{kind}", kind, quality=95, icc_profile=decoding._display_p3(), exif=exif.tobytes()
+        folder / f"IMG_1.{kind}",
+        kind,
+        quality=95,
+        icc_profile=decoding._display_p3(),
+        exif=exif.tobytes(),
     )
     (photo,) = read_photos(folder)
     image = photo.image

@@ -179,7 +179,7 @@ def signs(text: str, **_: bool) -> SimpleNamespace:
     [
         ("ohwx,dog,grass,tree,sky", "tree,sky"),
         ("OHWX, dog, grass, tree", "tree"),
-        ("ohwx，一只狗在草地上跑", "草地上跑"),  # noqa: RUF001
+        ("ohwx，一只狗在草地上跑", "草地上跑"),
         ("ohwx dog on the grass it basks", "basks"),
         ("a ohwx dog on grass by ohwx", "ohwx"),
     ],

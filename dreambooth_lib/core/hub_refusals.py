@@ -49,7 +49,7 @@ def what_to_do(
 
 
 def hub_error(error: BaseException | None) -> BaseException | None:
-    """Return the error of huggingface_hub's that an error is or came from; None if there is none."""
+    """Return the error of huggingface_hub that an error is or came from; None if there is none."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     while error is not None and not isinstance(error, HfHubHTTPError | LocalEntryNotFoundError):

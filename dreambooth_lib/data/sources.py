@@ -17,8 +17,8 @@ MAX_ZIP_RATIO = 100  #: unpacked bytes per byte of the zip, for zips above 100 M
 
 #: What photos may be called.
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp",
-                  ".gif", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif", ".avifs", ".jxl", ".jp2",
-                  ".j2k", ".qoi"}  # fmt: skip
+                  ".gif", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif", ".avifs", ".jxl",
+                  ".jp2", ".j2k", ".qoi"}  # fmt: skip
 #: Of cameras' raw photos: many begin as a TIFF does, which has a small preview only.
 RAW_SUFFIXES = {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".orf",
                 ".rw2", ".rwl", ".raw", ".raf", ".pef", ".srw", ".3fr", ".fff", ".iiq", ".kdc",

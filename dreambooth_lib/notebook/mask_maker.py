@@ -9,8 +9,8 @@ from PIL import Image
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import KitError, one_line
-from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 from dreambooth_lib.core.files import save_png
+from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.masks import SUFFIX
 
