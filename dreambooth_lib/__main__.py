@@ -136,13 +136,15 @@ def run_figures(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     from dreambooth_lib.data.subjects import check_subject
+    from dreambooth_lib.training.image_sizes import bucket_sizes
 
     state, config = join_group(), TrainConfig.from_toml(arguments.config)
     folder = arguments.out or Path("runs") / arguments.config.stem
     if state.is_main_process:
         run = runs.start_or_resume(config, folder)
-        for message in [] if run.checkpoints() else check_subject(run.config.subject):
-            print(message)
+        if not run.checkpoints():
+            for message in check_subject(run.config.subject, bucket_sizes(run.config)):
+                print(message)
     state.wait_for_everyone()
     run_training(runs.resume(folder))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import dreambooth_lib
 from dreambooth_lib import __main__ as command
@@ -131,6 +132,21 @@ def test_a_run_that_was_moved_with_its_photos_is_resumed(
     assert "step 1/1" in said
     moved = runs.resume(tmp_path / "new" / "run")
     assert moved.config.subject.pictures == str(tmp_path / "new" / "rex")
+
+
+@pytest.mark.parametrize("crop", ["random", "buckets"])
+def test_what_the_crop_cuts_is_told_of_the_configs_own_crop(
+    crop: str, shell: Shell, tiny_sd1: str, make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    place = tmp_path / "rex"
+    place.mkdir()
+    for name in "abc":
+        Image.effect_noise((96, 64), 90).convert("RGB").save(place / f"{name}.png")
+    config = make_config(tiny_sd1, str(place), prior="none", steps=1, crop=crop, resolution=128)
+    (tmp_path / "dog.toml").write_text(config.to_toml())
+    said = shell("train", tmp_path / "dog.toml", "--out", tmp_path / "run")
+    assert "step 1/1" in said
+    assert ("more than a fifth to the crop" in said) == (crop == "random")
 
 
 def test_samples_of_a_checkpoint_go_where_they_can_be_written(

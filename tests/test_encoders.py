@@ -2,19 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import drawings
+from fake_hub import FakeHub, Repo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPModel, ViTModel
 
-from dreambooth_lib.core.errors import InputError
+from dreambooth_lib.core.errors import InputError, KitError
 from dreambooth_lib.metrics import encoders
 from dreambooth_lib.metrics.encoders import Encoder, EncoderError, embed_files
+from dreambooth_lib.notebook import captioner, mask_maker
 
 CLIP_MEAN, CLIP_STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -125,6 +128,34 @@ def test_encoders_that_cannot_be_used_are_named(clip: Encoder, tmp_path: Path) -
         clip.embed_images([])
     with pytest.raises(ValueError, match="no prompts"):
         clip.embed_texts([])
+
+
+def _load_each(model: str) -> list[str]:
+    """Return what the scorer, the captioner and the maker of masks say of a model of the Hub."""
+    loads: list[Callable[[], object]] = [
+        lambda: Encoder(model),
+        lambda: captioner._load(model, torch.float32),
+        lambda: mask_maker._load(model),
+    ]
+    said = []
+    for load in loads:
+        with pytest.raises(KitError) as caught:
+            load()
+        said.append(str(caught.value))
+    return said
+
+
+def test_what_the_hub_refuses_of_a_scorer_is_told_by_its_cause(fake_hub: FakeHub) -> None:
+    fake_hub.refusals |= {"/me/401": 401, "/me/403": 403, "/me/429": 429}
+    fake_hub.repos["me/gated"] = Repo(files={"config.json": b"{}"})
+    fake_hub.gated.add("me/gated")
+    words = {"me/401": "rejects your token", "me/403": "accept the terms", "me/429": "limit of",
+             "me/gated": "accept the terms",
+             "me/none": "check its name; if it is private"}  # fmt: skip
+    for model, word in words.items():
+        for said in fake_hub.call(_load_each, model):
+            advice = said.rpartition("); ")[2]
+            assert word in advice and "network" not in advice and said.endswith("."), said
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageCms, ImageFile
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data import captions, decoding, images, sources
 from dreambooth_lib.data.images import (
     BadPhotosError,
@@ -31,6 +32,7 @@ from dreambooth_lib.data.images import (
     read_source,
 )
 from dreambooth_lib.data.subjects import load_subject
+from dreambooth_lib.families.resolving import resolve
 from dreambooth_lib.metrics import encoders
 
 GPS, ORIENTATION, MAKE = 0x8825, 0x0112, 0x010F
@@ -246,16 +248,22 @@ def test_bad_files_are_named(
     refused(packed, f"'{name}'", "bad.zip", word)
 
 
-@pytest.mark.parametrize("name", ["x.heic", "x.jpg"])
+@pytest.mark.parametrize(
+    ("name", "brand"),
+    [("x.heic", b"heic"), ("x.jpg", b"heic"), ("x.HIF", b""), *(
+        ("x.jpg", brand) for brand in (b"hevc", b"heim", b"heis", b"msf1", b"mif1")
+    )],
+)  # fmt: skip
 def test_heic_without_a_decoder_is_refused_with_what_to_do(
-    folder: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+    folder: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str,
+    brand: bytes,
+) -> None:  # fmt: skip
     readable = {kind: how for kind, how in Image.OPEN.items() if kind != "HEIF"}
     monkeypatch.setattr(Image, "OPEN", readable)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     decoding.formats.cache_clear()
     noise(1).save(folder / "a.png")
-    (folder / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    (folder / name).write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0")
     try:
         refused(folder, f"'{name}'", "run 'pip install pillow-heif', or convert it to JPEG")
     finally:
@@ -334,6 +342,17 @@ def test_one_photo_is_read_by_its_own_path_and_nothing_beside_it(tmp_path: Path)
     assert photo.image.tobytes() == Image.open(tmp_path / "b.png").convert("RGB").tobytes()
 
 
+def test_the_home_folder_is_found_by_its_sign(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_sd1: str
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    noise(1).save(folder / "a.png")
+    assert [photo.name for photo in read_photos("~/photos")] == ["a.png"]
+    (folder.parent / "base").symlink_to(tiny_sd1)
+    found = resolve("~/base")
+    assert (found.name, found.path) == (str(folder.parent / "base"),) * 2
+
+
 def test_ambiguous_zips(tmp_path: Path, refused: Callable[..., None]) -> None:
     refused(make_zip(tmp_path / "two.zip", {"a/1.png": PNG, "b/1.png": PNG}), "two.zip", "a, b")
     path = tmp_path / "twice.zip"
@@ -364,6 +383,7 @@ def test_importing_does_not_import_torch(module: str) -> None:
         ("P0.txt", "a {} dog"),
         ("p0.caption", "a {} dog"),
         ("metadata.csv", 'file_name,text\np0.png,"a {} dog"\n'),
+        ("metadata.csv", 'file_name,text\n./p0.png,"a {} dog"\n'),
         ("metadata.csv", '\ufefftags,caption,file_name\nx,"a {} dog",P0.png\n'),
         ("metadata.jsonl", '{"file_name": "p0.png", "caption": "a {} dog", "tags": [1]}'),
         ("p0.json", '{"caption": "a {} dog", "width": 4}'),
@@ -473,6 +493,15 @@ def test_odd_captions_are_refused(
     refused(folder, name, word)
 
 
+@pytest.mark.parametrize("suffix", [".nrw", ".3FR", ".sr2", ".kdc", ".iiq", ".x3f", ".RWL"])
+def test_raw_photos_of_any_camera_are_told_as_such(folder: Path, suffix: str) -> None:
+    Image.new("RGB", (16, 12)).save(folder / f"IMG_1{suffix}", "TIFF")
+    noise(1).save(folder / "IMG_2.jpg")
+    source = read_source(folder)
+    assert [photo.name for photo in source.photos] == ["IMG_2.jpg"]
+    assert "raw photos are not read" in source.notes[0]
+
+
 def test_raw_photos_are_not_read_as_their_previews(folder: Path) -> None:
     Image.new("RGB", (16, 12)).save(folder / "IMG_1.DNG", "TIFF")
     with pytest.raises(DataError, match=r"raw photos only, as IMG_1\.DNG; save them as JPEG"):
@@ -531,7 +560,10 @@ def test_large_files_are_never_read(
 @pytest.mark.parametrize(
     "name",
     ["p0-masklabel.png", "p1-condlabel.jpg", "p0_mask.png", "mask_p0.png", "p0-depth.png",
-     "p0.mask.webp", "p0_thumb.jpg", "p0_normal.png", "p0-control.jpg"],
+     "p0.mask.webp", "p0_thumb.jpg", "p0_normal.png", "p0-control.jpg", "p0mask.png",
+     "p0_mask0.png", "p0_mask_0.png", "p0 (mask).png", "p0_depthmap.png", "p0_depth_map.png",
+     "p0_pose.png", "p0_lineart_anime.png", "p0_masked.png", "p0_normalmap.png",
+     "depth_map_p0.png", "P0_softedge_hed.png"],
 )  # fmt: skip
 def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     noise(1).save(folder / "p0.png")
@@ -541,6 +573,33 @@ def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     assert len(source.notes) == 1 and source.notes[0].startswith(
         f"{name} is not trained on as photos"
     )
+
+
+def test_photos_that_are_called_like_masks_stay_photos(folder: Path) -> None:
+    for name in ("face.jpg", "facemask.jpg", "mask.jpg", "mask_1.jpg", "poses.jpg", "p0.jpg"):
+        noise(1).save(folder / name)
+    for name in ("p0_masks on.jpg", "p0_normally.jpg", "dog_mask.jpg", "depth.jpg"):
+        noise(2).save(folder / name)
+    assert len(read_photos(folder)) == 10
+    Image.new("1", (64, 48)).save(folder / "facemask.png")
+    assert len(read_photos(folder)) == 10, "beside face.jpg, a black and white picture is a mask"
+
+
+@pytest.mark.parametrize("gone", ["p0.jpg", "IMG_9.CR2"])
+def test_masks_and_maps_of_a_photo_that_is_not_used_stay_out(folder: Path, gone: str) -> None:
+    (folder / gone).write_bytes(b"damaged")
+    noise(1).save(folder / "q.png")
+    stem = Path(gone).stem
+    for name in (f"{stem}_depth.png", f"{stem}_mask.png"):
+        noise(2).save(folder / name)
+    (folder / f"{stem}.txt").write_text("a caption")
+    (folder / "metadata.csv").write_text(f"file_name,text\n{gone},a cat\n./q.png,a {{}} dog\n")
+    subject = Subject(str(folder), "dog", left_out=(gone,) if gone == "p0.jpg" else ())
+    photos, notes = read_source(subject)
+    assert [(photo.name, photo.caption) for photo in photos] == [("q.png", "a {} dog")]
+    (about_masks,) = [note for note in notes if "masks or maps" in note]
+    assert about_masks.startswith(f"{stem}_depth.png and {stem}_mask.png are not trained on")
+    assert not [note for note in notes if "no caption" in note]
 
 
 def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path) -> None:
@@ -559,22 +618,8 @@ def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path)
 # Colours, and decoders that may be missing
 
 
-def display_p3() -> bytes:
-    """Return an ICC profile with the primaries of Display P3, and sRGB's curve and white."""
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    primaries = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
-                 b"bXYZ": (0.15710, 0.06657, 0.78407)}  # fmt: skip
-    data = bytearray(srgb.replace("sRGB".encode("utf-16-be"), "P3  ".encode("utf-16-be")))
-    for number in range(struct.unpack(">I", srgb[128:132])[0]):
-        tag, offset, _ = struct.unpack(">4sII", srgb[132 + 12 * number :][:12])
-        if tag in primaries:
-            fixed = [round(value * 65536) for value in primaries[tag]]
-            data[offset + 8 : offset + 20] = struct.pack(">3i", *fixed)
-    return bytes(data)
-
-
 def test_wide_gamut_colours_become_srgb(folder: Path) -> None:
-    profile = display_p3()
+    profile = decoding._display_p3()
     shown = Image.new("RGB", (8, 8), (200, 60, 60))
     srgb = ImageCms.createProfile("sRGB")
     wide = ImageCms.profileToProfile(shown, srgb, io.BytesIO(profile))
@@ -588,7 +633,9 @@ def test_wide_gamut_colours_become_srgb(folder: Path) -> None:
     assert np.allclose(one_pixel(folder), [200, 60, 60], atol=2)
 
 
-@pytest.mark.parametrize("profile", [b"broken", display_p3()[:200], display_p3()])
+@pytest.mark.parametrize(
+    "profile", [b"broken", decoding._display_p3()[:200], decoding._display_p3()]
+)
 def test_a_profile_that_does_not_fit_is_passed_over(folder: Path, profile: bytes) -> None:
     Image.new("L", (8, 8), 90).save(folder / "a.png", icc_profile=profile)
     assert one_pixel(folder) == [90, 90, 90]
@@ -631,6 +678,18 @@ def test_heic_is_read_where_pillow_heif_is_installed(
         decoding.formats.cache_clear()
 
 
+def test_heic_without_a_profile_is_in_the_colours_that_it_names(folder: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    decoding.formats.cache_clear()
+    decoding.formats()
+    wide, kept = Image.new("RGB", (64, 64), (185, 71, 66)), {"transfer_characteristics": 13}
+    options = kept | {"matrix_coefficients": 6, "full_range_flag": 1, "quality": 95}
+    wide.save(folder / "a.heic", "HEIF", color_primaries=12, **options)  # Display P3
+    assert np.abs(np.subtract(one_pixel(folder), (200, 60, 60))).max() <= 4
+    wide.save(folder / "a.heic", "HEIF", color_primaries=1, **options)  # sRGB
+    assert np.abs(np.subtract(one_pixel(folder), (185, 71, 66))).max() <= 2
+
+
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
 def test_phone_photos_are_read_as_a_viewer_shows_them(folder: Path, kind: str) -> None:
     decoding.formats.cache_clear()
@@ -640,13 +699,17 @@ def test_phone_photos_are_read_as_a_viewer_shows_them(folder: Path, kind: str) -
         pytest.skip(f"no decoder for {kind}")
     srgb = Image.new("RGB", (96, 64), (200, 60, 60))
     srgb.paste((0, 0, 255), (0, 0, 48, 64))
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(display_p3()))
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(decoding._display_p3()))
     wide = ImageCms.profileToProfile(srgb, ImageCms.createProfile("sRGB"), profile)
     assert wide is not None
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     wide.save(
-        folder / f"IMG_1.{kind}", kind, quality=95, icc_profile=display_p3(), exif=exif.tobytes()
+        folder / f"IMG_1.{kind}",
+        kind,
+        quality=95,
+        icc_profile=decoding._display_p3(),
+        exif=exif.tobytes(),
     )
     (photo,) = read_photos(folder)
     image = photo.image

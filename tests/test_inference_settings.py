@@ -19,6 +19,7 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation import dreambench, sweep
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
+from dreambooth_lib.families.inference_settings import distilled_by_name
 from dreambooth_lib.notebook import preflight
 from dreambooth_lib.notebook.widgets import compare_with_base
 from dreambooth_lib.training import class_images, runs, sampling, validation
@@ -101,6 +102,28 @@ def test_a_bases_files_and_name_tell_its_steps_and_guidance(name: str, tmp_path:
         assert ": train '" in warning
     else:
         assert warning is None
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("dreamshaperXL_v21TurboDPMSDE", 8), ("realvisxlV50_v50LightningBakedvae", 8),
+     ("juggernautXL_juggXILightningByRD", 8), ("mineXL_v10HyperVAE", 8), ("LastfameDMD2", 8),
+     ("LCMDreamshaper", 8), ("SDXLTurbo", 8), ("epicrealismXL_v8Lightning4StepsVAE", 4),
+     ("Hyper-SDXL-8steps", 8), ("sd_xl_hyper_1step", 1), ("hypersd15", 8), ("some_hyper", 8),
+     ("model-TCD", 8), ("dmd2_sdxl_4step", 4)],
+)  # fmt: skip
+def test_a_distilled_base_is_told_by_a_word_of_its_name(name: str, steps: int) -> None:
+    found = distilled_by_name([name])
+    assert found is not None and found.steps == steps
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["perturbo", "hyperrealism", "HyperRealisticXL", "hyper-realistic-xl", "Hyper3D", "HyperXL",
+     "De-Turbo", "ZImageDeTurbo", "lightnings", "turbocharged", "Schnellzug", "malcmax"],
+)  # fmt: skip
+def test_no_other_word_is_a_distilled_bases(name: str) -> None:
+    assert distilled_by_name([name]) is None
 
 
 def test_toybox_has_the_settings_of_its_figures(tmp_path: Path) -> None:

@@ -56,12 +56,14 @@ def subject_of(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["p-masklabel.png", "p_mask.png", "mask_p.png", "P.matte.webp",
-                                  "p.png", "masks/p.png"])  # fmt: skip
+                                  "p.png", "masks/p.png", "Masks/p_mask.png", "p_mask_0.png",
+                                  "p (mask).png", "pmask.png"])  # fmt: skip
 def test_a_mask_is_found_beside_its_photo(name: str, tmp_path: Path) -> None:
     picture(0).save(tmp_path / "p.jpg")
     picture(1).save(tmp_path / "q.jpg")
-    (tmp_path / "masks").mkdir()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     left_half().save(tmp_path / name)
+    (tmp_path / name).with_suffix(".json").write_text("{}")  # of a program that draws masks
     first, second = read_photos(tmp_path)
     mask = read_mask(first)
     assert mask is not None and mask.getbbox() == (0, 0, 16, 32)
@@ -98,6 +100,20 @@ def test_a_map_is_no_mask_and_a_zip_has_masks_too(tmp_path: Path) -> None:
             archive.write(tmp_path / name, name)
     first, second = read_photos(tmp_path / "photos.zip")
     assert read_mask(first) is None and read_mask(second) is not None
+
+
+@pytest.mark.parametrize("place", ["", "dog/"])
+def test_a_zip_has_a_folder_of_masks_as_a_folder_does(place: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name, image in {"p.png": picture(0), "Masks/p.png": left_half()}.items():
+            image.save(tmp_path / "image.png")
+            archive.write(tmp_path / "image.png", place + name)
+    (photo,) = read_photos(tmp_path / "photos.zip")
+    mask = read_mask(photo)
+    assert mask is not None and mask.getbbox() == (0, 0, 16, 32)
+    with zipfile.ZipFile(tmp_path / "masks.zip", "w") as archive:
+        archive.write(tmp_path / "image.png", "masks/p.png")
+    assert len(read_photos(tmp_path / "masks.zip")) == 1, "whose photos are of masks"
 
 
 def test_an_alpha_channel_is_the_mask_upright(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Compare the forward processes with diffusers' schedulers and the papers' formulas."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from dreambooth_lib.families.drawing import fast_scheduler
 from dreambooth_lib.families.noise_schedule import DiscreteNoise, min_snr_weights
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -44,6 +46,17 @@ def test_any_scheduler_of_a_base_gives_the_same_process():
     dpm_solver = DPMSolverMultistepScheduler.from_config(ddpm.config)
     process = DiscreteNoise.of_scheduler(dpm_solver)
     torch.testing.assert_close(process.alphas_cumprod, ddpm.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    "name", ["HeunDiscreteScheduler", "LCMScheduler", "KDPM2DiscreteScheduler", "TCDScheduler",
+             "DDPMScheduler"]
+)  # fmt: skip
+@pytest.mark.parametrize("given", [{}, {"beta_end": 0.01}])
+def test_what_a_schedulers_config_lacks_is_its_own_classs_default(name, given):
+    scheduler = getattr(diffusers, name).from_config(given)
+    for process in (DiscreteNoise.of_scheduler(scheduler), fast_scheduler(scheduler)):
+        torch.testing.assert_close(process.alphas_cumprod, scheduler.alphas_cumprod)
 
 
 def test_zero_terminal_snr_of_the_base_is_preserved():

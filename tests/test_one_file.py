@@ -125,6 +125,16 @@ def test_a_lora_on_one_file_draws_again(
         runs.start_or_resume(config.replace(prediction_type="epsilon"), run.folder)
 
 
+def test_a_file_whose_suffix_is_in_upper_case_is_a_base(
+    exported: Path, folder: Path, tmp_path: Path
+) -> None:
+    renamed = exported.rename(tmp_path / "ONE.SAFETENSORS")
+    assert equal(str(renamed), str(folder))
+    assert one_file.parse("me/one/M.SafeTensors") == one_file.OneFile(
+        repository="me/one", file="M.SafeTensors"
+    )
+
+
 def test_a_file_is_unpacked_once_and_known_by_its_content(
     exported: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder, zip_download
 from dreambooth_lib.families import loading
+from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.training import loop, runs, sampling, trainable
 from dreambooth_lib.training.runs import Run
 
@@ -352,3 +353,11 @@ def test_the_code_of_a_lora_on_a_finished_run_runs_as_printed(
             if own is None:
                 own = drawn[name.replace(".bias", ".base_layer.bias")]
             assert torch.allclose(own, value, atol=1e-6), name
+
+
+def test_an_empty_tokenizer_is_told_as_such(tiny_sd1: str, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_sd1, tmp_path / "base"))
+    shutil.rmtree(base / "tokenizer")
+    (base / "tokenizer").mkdir()
+    with pytest.raises(BaseError, match="tokenizer is empty; download or copy the base again"):
+        loading.load_model(str(base))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import time
 import warnings
 from itertools import combinations
@@ -165,6 +166,41 @@ def test_captions_longer_than_the_base_reads_are_named() -> None:
         captions.check_lengths(late, dog, [(words, 7)])
     with pytest.raises(DataError, match="the instance prompt has the identifier"):
         captions.check_lengths([], Subject("photos", "dog", "ohwxohwxohwx"), [(words, 4)])
+
+
+def signs(text: str, **_: bool) -> SimpleNamespace:
+    """Make a token of each word, sign and Chinese character, as CLIP's tokenizer about does."""
+    parts = re.findall(r"[\u4e00-\u9fff]|[a-z]+|[^\w\s]", text.lower())
+    return SimpleNamespace(input_ids=["start", *parts, "end"])
+
+
+@pytest.mark.parametrize(
+    ("caption", "cut"),
+    [
+        ("ohwx,dog,grass,tree,sky", "tree,sky"),
+        ("OHWX, dog, grass, tree", "tree"),
+        ("ohwx，一只狗在草地上跑", "草地上跑"),
+        ("ohwx dog on the grass it basks", "basks"),
+        ("a ohwx dog on grass by ohwx", "ohwx"),
+    ],
+)
+def test_a_long_caption_is_cut_by_tokens_whatever_separates_its_words(
+    caption: str, cut: str
+) -> None:
+    photos = [Photo("a.png", noise(1), caption)]
+    (message,) = captions.check_lengths(photos, Subject("photos", "dog"), [(signs, 8)])
+    assert message.endswith(f"that it is cut before '{cut}'.")
+
+
+def test_an_identifier_beyond_what_is_read_is_one_in_any_case_and_a_whole_word() -> None:
+    late, limits = [Photo("b.png", noise(1), "on,the,far,beach,an,OHWX,dog")], [(signs, 8)]
+    with pytest.raises(DataError, match="identifier 'ohwx' beyond"):
+        captions.check_lengths(late, Subject("photos", "dog"), limits)
+    basks = [Photo("b.png", noise(1), "a dog, a cat, it basks")]
+    assert captions.check_lengths(basks, Subject("photos", "dog", "sks"), limits)
+    sks = [Photo("b.png", noise(1), "it basks, a dog, a sks")]
+    with pytest.raises(DataError, match="identifier 'sks' beyond"):
+        captions.check_lengths(sks, Subject("photos", "dog", "sks"), limits)
 
 
 def test_one_sentence_tells_that_the_crop_cuts_photos() -> None:

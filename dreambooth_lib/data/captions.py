@@ -1,16 +1,14 @@
 """Find the photos' captions, and check that a base can learn the identifier from them."""
 
-import csv
-import io
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.data.caption_tables import read_json, read_table, read_text
 from dreambooth_lib.data.sources import (
     PHOTO_SUFFIXES,
     TABLES,
@@ -24,8 +22,10 @@ if TYPE_CHECKING:
     from dreambooth_lib.data.images import Photo
 
 MAX_CAPTION = 2**16  #: bytes of a caption's file
-MAX_TABLE = 2**26  #: bytes of a table of captions
 _BESIDE = (".txt", ".caption")
+# Where a text may be cut: before words, signs, and each character of scripts without spaces.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\uffff\U00010000-\U0010ffff"
+_WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 
 
 def find_captions(
@@ -44,17 +44,17 @@ def find_captions(
     captions: dict[str, str | None] = {}
     used = set()
     for file in texts.values():
-        if file.suffix == ".json" and (of_file := _json_captions(file, names)):
+        if file.suffix == ".json" and (of_file := read_json(file, names)):
             used.add(file.name)
             captions |= of_file
     for table in reversed(TABLES):
         if table in by_name:
             used.add(by_name[table].name)
-            captions |= _table(by_name[table], names)
+            captions |= read_table(by_name[table], names)
     for name in names:
         if beside := _beside(name, texts, by_name):
             used.add(beside.name)
-            captions[name] = _text(beside, MAX_CAPTION, "a caption").strip()
+            captions[name] = read_text(beside, MAX_CAPTION, "a caption").strip()
     found = {name: caption or None for name, caption in captions.items()}
     return found, [name for name in texts if name not in used]
 
@@ -98,81 +98,10 @@ def _is_photo(file: SourceFile) -> bool:
 
 def with_identifier(caption: str, subject: Subject) -> str:
     """Return a caption with ``{}`` before its first class noun, or else with the subject first."""
-    noun = re.compile(rf"(?<!\w){re.escape(subject.class_noun)}(?!\w)", re.IGNORECASE)
+    noun = _whole_word(subject.class_noun)
     if noun.search(caption):
         return noun.sub(lambda found: f"{{}} {found[0]}", caption, count=1)
     return f"a {{}} {subject.class_noun}, {caption}".removesuffix(", ")
-
-
-def _text(file: SourceFile, limit: int, what: str) -> str:
-    try:
-        return file.read(limit, what).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8; save it as UTF-8 text.") from error
-
-
-def _table(file: SourceFile, names: Sequence[str]) -> dict[str, str]:
-    rows = _csv_rows if file.suffix == ".csv" else _json_rows
-    known = {folded(name): name for name in names} | {name: name for name in names}
-    captions = {}
-    for where, row in rows(file, _text(file, MAX_TABLE, "a table of captions")):
-        match row:
-            case {"file_name": str(name), "text": str(caption)}:
-                pass
-            case {"file_name": str(name), "caption": str(caption)}:
-                pass
-            case _:
-                raise DataError(f"{where} lacks the strings 'file_name' and 'text'; add them.")
-        photo = known.get(name) or known.get(folded(name))
-        if photo is None:
-            raise DataError(f"{where} names '{name}', which is missing; correct that line.")
-        captions[photo] = caption.strip()
-    return captions
-
-
-def _json_rows(file: SourceFile, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        where = f"line {number} of {file}"
-        try:
-            if line.strip():
-                yield where, json.loads(line)
-        except RecursionError as error:
-            raise DataError(f"{where} is nested too deeply; correct that line.") from error
-        except ValueError as error:
-            raise DataError(f"{where} is not valid JSON ({error}); correct that line.") from error
-
-
-def _csv_rows(file: SourceFile, text: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        for row in reader:
-            yield f"line {reader.line_num} of {file}", row
-    except csv.Error as error:
-        where = f"line {reader.line_num} of {file}"
-        raise DataError(f"{where} is not valid CSV ({error}); correct that line.") from error
-
-
-def _json_captions(file: SourceFile, names: Sequence[str]) -> dict[str, str]:
-    """Return the captions of a JSON file beside a photo, or as kohya's; none of any other."""
-    try:
-        read = json.loads(_text(file, MAX_TABLE, "a table of captions"))
-    except (DataError, ValueError, RecursionError):
-        return {}
-    stems: dict[str, list[str]] = {}
-    for name in names:
-        for key in {folded(name), folded(PurePosixPath(name).stem)}:
-            stems.setdefault(key, []).append(name)
-    own = stems.get(folded(PurePosixPath(file.name).stem), [])
-    entries = [(name, read) for name in own]
-    if isinstance(read, dict) and not own:
-        keys = {key: folded(PurePosixPath(key.replace("\\", "/")).name) for key in read}
-        entries = [(name, read[key]) for key in read for name in stems.get(keys[key], [])]
-    captions = {}
-    for name, entry in entries:
-        texts = [entry.get(key) for key in ("caption", "tags")] if isinstance(entry, dict) else []
-        if text := ", ".join(text.strip() for text in texts if isinstance(text, str)):
-            captions[name] = text
-    return captions
 
 
 def lacking_identifier(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
@@ -180,9 +109,13 @@ def lacking_identifier(photos: "Sequence[Photo]", subject: Subject) -> list[str]
 
     ``{}`` in a caption stands for the identifier.
     """
-    word = rf"(?<!\w){re.escape(subject.identifier)}(?!\w)"
+    word = _whole_word(subject.identifier)
     captions = {p.name: p.caption.replace("{}", subject.identifier) for p in photos if p.caption}
-    return [n for n, text in captions.items() if not re.search(word, text, re.IGNORECASE)]
+    return [name for name, text in captions.items() if not word.search(text)]
+
+
+def _whole_word(word: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)  # as CLIP lowers text
 
 
 def check_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
@@ -227,16 +160,36 @@ def check_lengths(
     texts["the instance prompt"] = subject.instance_prompt
     messages = []
     for name, raw in texts.items():
-        text = raw.replace("{}", subject.identifier)
+        text = raw.replace("{}", subject.identifier).strip()
         if not (cut := cut_words(text, tokenizers)):
             continue
-        read = text.strip().removesuffix(cut)
-        if subject.identifier in text and subject.identifier not in read:
+        first = _whole_word(subject.identifier).search(text)
+        if first and first.end() > len(text) - len(cut):
             raise DataError(
                 f"{name} has the identifier '{subject.identifier}' beyond what the base reads, so "
                 "that nothing would be learned of it; put it first."
             )
         messages.append(f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}.")
+    return _shortened(messages, more)
+
+
+def check_class_lengths(
+    photos: "Sequence[Photo]", tokenizers: Sequence[tuple[Any, int]], more: str = ""
+) -> list[str]:
+    """Return a sentence on each caption of class images that the base does not read to its end."""
+    texts = {f"the caption of the class image {p.name}": p.caption for p in photos if p.caption}
+    return _shortened(
+        [
+            f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}."
+            for name, text in texts.items()
+            if (cut := cut_words(text, tokenizers))
+        ],
+        more,
+    )
+
+
+def _shortened(messages: list[str], more: str) -> list[str]:
+    """Return at most five sentences, the last of them with what makes the base read more."""
     if len(messages) > 5:
         messages[4:] = [f"{len(messages) - 4} more captions are longer than the base reads."]
     if messages and more:
@@ -275,7 +228,7 @@ def count_tokens(text: str, tokenizers: Sequence[tuple[Any, int]]) -> tuple[int,
 
 
 def cut_words(text: str, tokenizers: Sequence[tuple[Any, int]]) -> str:
-    """Return the words at the end of a prompt that the text encoders do not read, "" if none.
+    """Return the end of a prompt that the text encoders do not read, from a word on; "" if none.
 
     ``tokenizers`` are those of all encoders, and the tokens that each reads; what one of them
     reads is not cut.
@@ -285,13 +238,13 @@ def cut_words(text: str, tokenizers: Sequence[tuple[Any, int]]) -> str:
 
 def _beyond(text: str, tokenizer: Any, limit: int) -> str:
     def fits(end: int) -> bool:
-        ids = tokenizer(text[:end], truncation=False, verbose=False).input_ids
+        ids = tokenizer(text[:end].rstrip(), truncation=False, verbose=False).input_ids
         return len(ids) <= limit
 
     text = text.strip()
     if fits(len(text)):
         return ""
-    starts = [word.start() for word in re.finditer(r"\S+", text)]
+    starts = [word.start() for word in _WORDS.finditer(text)]
     low, high = 0, len(starts) - 1  # the text fits up to word ``low``, but not with ``high``
     while low < high:
         middle = (low + high + 1) // 2

@@ -6,6 +6,8 @@ of bytes when its time is over.
 """
 
 import io
+import re
+import struct
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +27,8 @@ MAX_SECONDS = 10.0  #: of CPU time to decode one photo
 #: Pillow's formats to read; it runs other programs to decode some of the rest, such as EPS.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000",
             "PPM", "QOI")  # fmt: skip
-_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
+_HEIC = re.compile(rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
+_P3_PRIMARIES = 12  # of Display P3, by ITU-T H.273
 _BLOCK = 2**10  # bytes that a decoder gets at once: it is timed between them
 
 
@@ -116,7 +119,7 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _why_unidentified(suffix: str, data: bytes) -> str:
-    is_heic = suffix in (".heic", ".heif") or data[4:12] in _HEIC
+    is_heic = suffix in (".heic", ".heif", ".hif") or _HEIC.match(data)
     if is_heic and "HEIF" not in formats():
         return "cannot be decoded here; run 'pip install pillow-heif', or convert it to JPEG or PNG"
     if suffix == ".jxl" or (suffix in (".avif", ".avifs") and "AVIF" not in formats()):
@@ -126,9 +129,27 @@ def _why_unidentified(suffix: str, data: bytes) -> str:
     return "is not an image; remove it"
 
 
+@cache
+def _display_p3() -> bytes:
+    """Return an ICC profile of Display P3: its primaries (SMPTE EG 432-1), with sRGB's curve."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = bytearray(srgb.replace("sRGB".encode("utf-16-be"), "P3  ".encode("utf-16-be")))
+    primaries = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
+                 b"bXYZ": (0.15710, 0.06657, 0.78407)}  # fmt: skip
+    for number in range(struct.unpack(">I", srgb[128:132])[0]):
+        tag, offset, _ = struct.unpack(">4sII", srgb[132 + 12 * number :][:12])
+        if tag in primaries:
+            fixed = [round(value * 65536) for value in primaries[tag]]
+            data[offset + 8 : offset + 20] = struct.pack(">3i", *fixed)
+    return bytes(data)
+
+
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Return the image as a viewer shows it, by its ICC profile; a broken one is passed over."""
     data = image.info.get("icc_profile")
+    nclx = image.info.get("nclx_profile")  # of a HEIC; Pillow does not tell an AVIF's
+    if not data and nclx and nclx.get("color_primaries") == _P3_PRIMARIES:
+        data = _display_p3()
     if not data or image.mode not in ("RGB", "RGBA", "L", "LA", "P", "PA", "CMYK"):
         return image
     try:

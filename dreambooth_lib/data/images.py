@@ -5,11 +5,10 @@ needed, if their files are still the same.
 """
 
 import hashlib
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, overload
 
 from PIL import Image
@@ -17,6 +16,7 @@ from PIL import Image
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import python_string
 from dreambooth_lib.data.captions import find_captions
+from dreambooth_lib.data.companions import find_companions
 from dreambooth_lib.data.crops import CENTERS, read_centers
 from dreambooth_lib.data.decoding import MAX_BYTES, decode, is_photo
 from dreambooth_lib.data.masks import pair_masks
@@ -27,7 +27,6 @@ from dreambooth_lib.data.sources import (
     TEXT_SUFFIXES,
     DataError,
     SourceFile,
-    folded,
     folders_with_photos,
     list_files,
 )
@@ -40,13 +39,6 @@ KEPT_PIXELS = 64_000_000  #: of a source's photos, in all, that stay decoded; 19
 MAX_FLAT_PIXELS = 500_000_000
 _PIXELS_PER_BYTE = 1000
 _KNOWN_FILES = 20_000
-
-_MAP = (
-    "(masks?|matte|alpha|depth|canny|edges|seg|segmentation|openpose|lineart|scribble|softedge|"
-    "hed|normals?|control|conditioning|thumb|thumbnail)"
-)
-_NEVER_PHOTOS = re.compile(r".*[-_ .](masklabel|condlabel)")
-_BESIDE_PHOTOS = re.compile(rf"(?P<photo>.+)[-_ .]{_MAP}|{_MAP}[-_ .](?P<of>.+)")
 
 # By the sha256 of a file, so that no start measures photos again that this process has read.
 _traits: dict[bytes, Traits] = {}
@@ -169,7 +161,7 @@ def read_photos(source: str | Path | Subject) -> list[Photo]:
 def read_source(source: str | Path | Subject) -> Source:
     """Read photos as :func:`read_photos` does, with a sentence on each kind of file left out."""
     subject = source if isinstance(source, Subject) else None
-    path = Path(subject.pictures if subject else source)  # type: ignore[arg-type]
+    path = Path(subject.pictures if subject else source).expanduser()  # type: ignore[arg-type]
     left_out = subject.left_out or () if subject else ()
     files, texts, raw, others = [], {}, [], []
     for file in list_files(path):
@@ -186,8 +178,9 @@ def read_source(source: str | Path | Subject) -> Source:
             others.append(file.name)
     read = _read_all(path, files)
     centers = read_centers(texts.pop(CENTERS, None))
-    captions, unused = find_captions([photo.name for photo in read], texts)
-    masks = _masks(read)
+    passed_over = [*left_out, *raw]
+    captions, unused = find_captions([*(photo.name for photo in read), *passed_over], texts)
+    masks = find_companions(read, passed_over)
     names = [photo.name for photo in read if photo.name not in masks]
     mask_of = pair_masks(path, names, {f.name: f for f in files if f.name in masks})
     photos = [
@@ -278,22 +271,3 @@ def _read_all(path: Path, files: list[SourceFile]) -> list[Photo]:
     for first in errors.values():
         raise first
     return photos
-
-
-def _masks(photos: list[Photo]) -> list[str]:
-    """Return the names of pictures that are masks, maps or thumbnails of other photos."""
-    stems = {photo.name: folded(PurePosixPath(photo.name).stem) for photo in photos}
-    drawn = {photo.name for photo in photos if photo.traits.is_black_and_white}
-    photographed = {stems[photo.name] for photo in photos if photo.name not in drawn}
-
-    def is_mask(name: str) -> bool:
-        stem = stems[name]
-        if _NEVER_PHOTOS.fullmatch(stem) or (name in drawn and stem in photographed):
-            return True
-        beside = _BESIDE_PHOTOS.fullmatch(stem)
-        if beside is None:
-            return False
-        has_photo = (beside["photo"] or beside["of"]) in stems.values()
-        return has_photo or (name in drawn and bool(photographed))
-
-    return [photo.name for photo in photos if is_mask(photo.name)]

@@ -1,10 +1,10 @@
 """Find and read the photos' masks: white on the subject, from a file beside or the alpha channel.
 
 The mask of ``NAME.jpg`` is ``NAME-masklabel.png``, ``NAME_mask.png``, ``mask_NAME.png`` or a black
-and white ``NAME.png`` beside it, or ``masks/NAME.png``, or else what its alpha channel shows.
+and white ``NAME.png`` beside it, or ``masks/NAME.png``, or else what its alpha channel shows. See
+``data.companions`` for more forms of these names.
 """
 
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -13,33 +13,36 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.data.decoding import MAX_BYTES, decode, decode_alpha
-from dreambooth_lib.data.sources import DataError, SourceFile, folded, list_files
+from dreambooth_lib.data.companions import MASKS, photos_of
+from dreambooth_lib.data.decoding import MAX_BYTES, decode, decode_alpha, is_photo
+from dreambooth_lib.data.sources import (
+    PHOTO_SUFFIXES,
+    DataError,
+    SourceFile,
+    folded,
+    list_masks,
+)
 
 if TYPE_CHECKING:
     from dreambooth_lib.data.images import Photo
 
-FOLDER = "masks"  #: of masks, in the photos' folder
 SUFFIX = "-masklabel.png"  #: of a mask beside its photo, as the kit writes it
-_NAMES = (r"(?P<photo>.+?)[-_ .](masklabel|masks?|matte|alpha)", r"masks?[-_ .](?P<photo>.+)",
-          r"(?P<photo>.+)")  # fmt: skip
 _SHAPE = 0.02  # by which a mask's shape may differ from its photo's, as one is rounded
 
 
 def pair_masks(
     path: Path, photos: Collection[str], others: Mapping[str, SourceFile]
 ) -> dict[str, SourceFile]:
-    """Return the masks by their photos' names, of files beside them and in ``masks``.
+    """Return the masks by their photos' names, of files beside them and in a folder ``masks``.
 
     Raises :class:`DataError` for a photo with two masks.
     """
     pairs: dict[str, SourceFile] = {}
-    folder = path / FOLDER
-    inside = list_files(folder) if path.is_dir() and folder.is_dir() else []
     stems = {name: folded(PurePosixPath(name).stem) for name in photos}
+    inside = [f for f in list_masks(path) if f.suffix in PHOTO_SUFFIXES or is_photo(f.head())]
     for file in [*others.values(), *inside]:
         stem = folded(PurePosixPath(file.name).stem)
-        matches = [match["photo"] for name in _NAMES if (match := re.fullmatch(name, stem))]
+        matches = [stem, *photos_of(stem, MASKS, glued=True)]
         for photo in [name for name, own in stems.items() if own in matches]:
             if photo in pairs:
                 raise DataError(f"{file} and {pairs[photo]} are both masks of '{photo}'; keep one.")

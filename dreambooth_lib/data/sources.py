@@ -17,14 +17,18 @@ MAX_ZIP_RATIO = 100  #: unpacked bytes per byte of the zip, for zips above 100 M
 
 #: What photos may be called.
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp",
-                  ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".avifs", ".jxl", ".jp2",
-                  ".j2k", ".qoi"}  # fmt: skip
+                  ".gif", ".tif", ".tiff", ".heic", ".heif", ".hif", ".avif", ".avifs", ".jxl",
+                  ".jp2", ".j2k", ".qoi"}  # fmt: skip
 #: Of cameras' raw photos: many begin as a TIFF does, which has a small preview only.
-RAW_SUFFIXES = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}
+RAW_SUFFIXES = {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".orf",
+                ".rw2", ".rwl", ".raw", ".raf", ".pef", ".srw", ".3fr", ".fff", ".iiq", ".kdc",
+                ".dcr", ".mrw", ".mef", ".mos", ".erf", ".x3f", ".gpr"}  # fmt: skip
 #: Of captions, and of other texts, which are never opened.
 CAPTION_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".csv"}
 TEXT_SUFFIXES = CAPTION_SUFFIXES | {".md", ".xml", ".url", ".ini"}
 TABLES = ("metadata.jsonl", "metadata.csv")  #: of captions, as ``datasets`` reads them
+
+MASK_FOLDER = "masks"  #: in the photos' folder
 
 _IGNORED = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
@@ -108,6 +112,14 @@ def list_files(path: Path) -> list[SourceFile]:
     return sorted(files, key=lambda file: file.name)
 
 
+def list_masks(path: Path) -> list[SourceFile]:
+    """List what is in the folder ``masks``, of any case, beside a folder's or zip's photos."""
+    if path.is_dir():
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name.lower() == MASK_FOLDER)
+        return [file for folder in folders for file in list_files(folder)]
+    return [] if path.suffix.lower() in PHOTO_SUFFIXES else _zip_members(path, masks=True)
+
+
 def folded(name: str) -> str:
     """Return a file's name as it is compared: in lower case, letters with accents composed.
 
@@ -138,7 +150,7 @@ def _is_wanted(path: Path) -> bool:
     return True
 
 
-def _zip_members(path: Path) -> list[SourceFile]:
+def _zip_members(path: Path, masks: bool = False) -> list[SourceFile]:
     try:
         archive = zipfile.ZipFile(path)
     except OSError:
@@ -156,8 +168,10 @@ def _zip_members(path: Path) -> list[SourceFile]:
         )
     photos = [m for m in members if m.suffix.lower() in PHOTO_SUFFIXES or m.name in TABLES]
     others = [m for m in members if m.suffix.lower() not in TEXT_SUFFIXES]
-    folders = sorted({str(m.parent) for m in photos or others})
-    if len(folders) > 1:
+    found = {m.parent for m in photos or others}
+    inside = {f for f in found if f.name.lower() == MASK_FOLDER and {*f.parents} & found}
+    folders = sorted(str(f) for f in (inside if masks else found - inside))
+    if len(folders) > 1 and not masks:
         raise DataError(f"{path} has files in several folders ({', '.join(folders)}); use one.")
     return [
         SourceFile(member.name, path, info.file_size, archive, info)

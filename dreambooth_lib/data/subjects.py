@@ -3,13 +3,14 @@
 import os
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.subject import DEFAULT_IDENTIFIER, Subject
 from dreambooth_lib.data.captions import check_captions
+from dreambooth_lib.data.crops import Size, bucket_of
 from dreambooth_lib.data.identifiers import check_folder_name
 from dreambooth_lib.data.images import DataError, read_source
 from dreambooth_lib.data.quality_checks import check_photos
@@ -37,10 +38,15 @@ def load_subject(
     return subject
 
 
-def check_subject(subject: Subject) -> list[str]:
-    """Return a sentence on each problem that :func:`load_subject` warns of."""
+def check_subject(subject: Subject, sizes: Sequence[Size] = ()) -> list[str]:
+    """Return a sentence on each problem that :func:`load_subject` warns of.
+
+    ``sizes`` are those of the buckets that the photos are cropped to, if not to squares.
+    """
     photos, messages = read_source(subject)
-    messages += [f.message for f in check_photos(photos) if f.kind != "tiny"]
+    shapes = [bucket_of(photo.traits.size, sizes) for photo in photos] if sizes else None
+    findings = check_photos(photos, shapes=shapes)
+    messages += [finding.message for finding in findings if finding.kind != "tiny"]
     messages += check_captions(photos, subject) + check_folder_name(subject)
     return [printable(message) for message in messages]
 

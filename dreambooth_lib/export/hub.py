@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.hub_refusals import status_of
 from dreambooth_lib.core.hub_token import HubError, hub_token, in_colab, place_of_token
-from dreambooth_lib.families.hub_files import status_of
 
 #: What the Hub's answers mean, and what to do.
 _ANSWERS = {

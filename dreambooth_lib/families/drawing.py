@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dreambooth_lib.families.base_files import explain_loading
+from dreambooth_lib.families.noise_schedule import process_settings
 from dreambooth_lib.families.precision import NonFinite, computed_in
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def fast_scheduler(own: Any) -> Any:
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    return DPMSolverMultistepScheduler.from_config(own.config, **_FAST)
+    settings = process_settings(own.config) | _FAST
+    return DPMSolverMultistepScheduler.from_config(own.config, **settings)
 
 
 def draw(

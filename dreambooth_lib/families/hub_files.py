@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.hub_token import hub_token, place_of_token
+from dreambooth_lib.core.hub_refusals import status_of, what_to_do
+from dreambooth_lib.core.hub_token import hub_token
 from dreambooth_lib.families import base_files
 from dreambooth_lib.families.base_files import BaseError
 
@@ -74,50 +75,3 @@ def _unreachable(repository: str, error: BaseException) -> BaseError:
         f"the base '{repository}' could not be reached on the hub ({type(error).__name__}); "
         f"{what_to_do(error, repository)}."
     )
-
-
-def what_to_do(error: BaseException, repository: str) -> str:
-    """Return what to do about an error of huggingface_hub's, as the end of a sentence."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    place, status = place_of_token(), status_of(error)
-    if isinstance(error, GatedRepoError):
-        return (
-            f"accept the terms on the Hub's page of {repository}, and put your token into {place}"
-        )
-    if status == 401 and hub_token():
-        return f"the Hub rejects your token; replace or remove it in {place}"
-    folder = Path(repository)
-    if folder.parent.is_dir():  # as in runs/my-dog, mistyped
-        return f"check its name: the folder '{folder.parent}' here has no '{folder.name}'"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"check its name; if it is private, put a token with read access into {place}"
-    if constants.HF_HUB_OFFLINE:
-        return "check its name, or unset HF_HUB_OFFLINE once: it is set, and the cache lacks a file"
-    if isinstance(error, RevisionNotFoundError):
-        return "check its revision"
-    if status in (401, 403):
-        return (
-            f"your access is refused: accept the terms on the Hub's page of {repository}, and put "
-            f"a token with read access into {place}"
-        )
-    if status == 429:
-        return "the Hub's limit of requests is reached: wait a few minutes and try again"
-    if status is not None and status >= 500:
-        return "the Hub is having problems: wait a few minutes and try again"
-    return "check its name and the network, or train the bundled base 'toybox'"
-
-
-def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status that an error, or what caused it, came from."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-        error = error.__cause__ or error.__context__
-    return None

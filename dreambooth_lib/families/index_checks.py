@@ -144,6 +144,8 @@ def _check_folder(part: Path) -> None:
     """Check a part's folder: it is there, without Python modules, and with sound JSON files."""
     if not part.is_dir():
         raise BaseError(f"the base's part {part} is missing; download or copy the base again.")
+    if not any(part.glob("[!.]*")):
+        raise BaseError(f"the base's part {part} is empty; download or copy the base again.")
     if code := sorted(part.glob("*.py")):
         raise BaseError(
             f"the base holds code, {code[0]}, and the kit runs none; choose a base from a source "

@@ -8,11 +8,15 @@ from typing import Any
 Names = Collection[str]  #: of a base
 Config = Mapping[str, Any]  #: of one of the pipeline's parts
 
-#: Words in the names of distilled bases; "de-turbo" means the opposite.
+#: Words in the names of distilled bases. "de-turbo" means the opposite, and many others are called
+#: hyper: only before these words, or a number of steps, or as the last word does it count.
 _DISTILLED = re.compile(
-    r"(?<![a-z])(?<!de-)(turbo|lightning|schnell|lcm|dmd2?|tcd|hyper(-?(sd|sdxl|flux)|$))(?![a-z])"
+    r"(?<!\S)(?<!de )(turbo|lightning|schnell|lcm|dmd|tcd|hyper(sd|sdxl|flux)|"
+    r"hyper( (sd|sdxl|flux|lora|vae|baked|bakedvae|\d+ steps?)|$))(?!\S)"
 )
-_STEPS = re.compile(r"(?<!\d)(\d\d?)-?steps?(?![a-z])")
+_STEPS = re.compile(r"(?<!\S)(\d\d?) steps?(?!\S)")
+#: A word of a name, apart or in camel case, or a number.
+_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z]{2})|[A-Z]?[a-z]+|[A-Z]+|\d+")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def distilled_by_name(
 
     ``steps`` applies where the name gives no number of steps.
     """
-    names = [name.lower().replace("_", "-") for name in names]
+    names = [" ".join(_WORD.findall(name)).lower() for name in names]
     if not any(_DISTILLED.search(name) for name in names):
         return None
     named = [int(match[1]) for name in names if (match := _STEPS.search(name))]

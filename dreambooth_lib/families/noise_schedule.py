@@ -5,6 +5,7 @@ Flow: x_t = (1 - sigma) x_0 + sigma eps, with sigma shifted as in the base's sch
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import torch
 
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.families.device_copies import to_device
+
+_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+            "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
 
 
 class Noised(NamedTuple):
@@ -47,7 +51,7 @@ class DiscreteNoise:
         """Return the process that any diffusers scheduler's config describes."""
         from diffusers import DDPMScheduler
 
-        schedule = DDPMScheduler.from_config(scheduler.config)
+        schedule = DDPMScheduler.from_config(scheduler.config, **process_settings(scheduler.config))
         prediction_type = schedule.config.prediction_type
         return cls(schedule.alphas_cumprod.float(), prediction_type, min_snr_gamma)
 
@@ -71,6 +75,15 @@ class DiscreteNoise:
         else:
             weight = min_snr_weights(snr, self.min_snr_gamma, self.prediction_type)
         return Noised(x_t, t, target, weight)
+
+
+def process_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the noise process in a loaded scheduler's config.
+
+    Pass them on to another class of scheduler: of those that the base's file does not give,
+    diffusers would take the other class's defaults instead.
+    """
+    return {name: config[name] for name in _PROCESS if name in config}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -97,7 +98,7 @@ def parse(base: str, revision: str | None = None) -> OneFile | None:
 def _checked(one: OneFile) -> OneFile:
     """Return a file that diffusers will read as safetensors, by its name; refuse any other."""
     check_not_pickled(one.name)
-    if not one.name.endswith(".safetensors"):
+    if not one.name.lower().endswith(".safetensors"):
         raise BaseError(
             f"the base '{one.name}' is a file, and only .safetensors files of Stable Diffusion are "
             "bases; give one, or a folder in diffusers' layout."
@@ -149,13 +150,25 @@ def unpack(one: OneFile) -> Path:
         folder = place / file_digest(file)[:32]
         if not (folder / "model_index.json").exists():
             require_room(place, file.stat().st_size)
-            with replacing_folder(folder) as partial:
-                _convert(file, header, partial, one.name)
+            with replacing_folder(folder) as partial, _with_suffix(file) as named:
+                _convert(named, header, partial, one.name)
         for key in _keys(one):
             replace_file(_reference(key), folder.name.encode())
         if one.link:
             file.unlink()
     return folder
+
+
+@contextmanager
+def _with_suffix(file: Path) -> Iterator[Path]:
+    """Yield a path of the file with the suffix in lower case, by which diffusers tells the kind."""
+    if file.suffix == ".safetensors":
+        yield file
+        return
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / "model.safetensors"
+        link.symlink_to(file.resolve())
+        yield link
 
 
 def _fetch(one: OneFile) -> Path:

@@ -1,5 +1,6 @@
 """Find a base by its name, and tell its family and its LoRAs, by reading small files only."""
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,6 +198,7 @@ def resolve(
     itself.
     """
     loras: list[Lora] = []
+    base = os.path.expanduser(base)
     while (file := Path(path := locate(base, revision)) / LORA_BASE_FILE).exists():
         if len(loras) == MOST_LORAS:
             raise BaseError(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import InputError, KitError, one_line
+from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +101,14 @@ class Encoder:
                 "google/siglip2-base-patch16-224."
             ) from error
         except Exception as error:  # of any kind: configs are used without a look at their shape
-            raise EncoderError(
-                f"the encoder '{self.model_id}' cannot be read ({one_line(error)[:200]}); "
+            advice = (
                 "give a hub id, or a folder with a model in safetensors, its "
-                "preprocessor_config.json and its tokenizer."
+                "preprocessor_config.json and its tokenizer"
+            )
+            if hub_error(error):
+                advice = what_to_do(error, self.model_id, "give a model's folder")
+            raise EncoderError(
+                f"the encoder '{self.model_id}' cannot be read ({one_line(error)[:200]}); {advice}."
             ) from error
         if kind is None:
             raise EncoderError(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.errors import KitError, one_line
+from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import with_identifier
 
@@ -72,9 +73,11 @@ def _load(model: str, dtype: Any) -> tuple[Any, Any, Any]:
     except MemoryError:
         raise
     except Exception as error:  # of any kind: the files are a stranger's
+        advice = "check the network, or write the captions yourself"
+        if hub_error(error):
+            advice = what_to_do(error, model, "write the captions yourself")
         raise CaptionerError(
-            f"the captioner '{model}' cannot be loaded ({one_line(error)[:200]}); check the "
-            "network, or write the captions yourself."
+            f"the captioner '{model}' cannot be loaded ({one_line(error)[:200]}); {advice}."
         ) from error
     raise CaptionerError(
         f"the captioner '{model}' is of type '{config.model_type}'; give a BLIP such as {MODEL}."

@@ -10,6 +10,7 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.core.files import save_png
+from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.masks import SUFFIX
 
@@ -66,9 +67,12 @@ def _load(model: str) -> tuple[Any, Any]:
         )
         return network, CLIPSegProcessor.from_pretrained(model, **options)
     except Exception as error:  # of a download or a folder, nearly any kind
+        instead = "put masks of your own beside the photos"
+        advice = f"check your network, or {instead}"
+        if hub_error(error):
+            advice = what_to_do(error, model, instead)
         raise MaskMakerError(
-            f"the segmentation model {model} cannot be loaded ({one_line(error)}); check your "
-            "network, or put masks of your own beside the photos."
+            f"the segmentation model {model} cannot be loaded ({one_line(error)}); {advice}."
         ) from error
 
 

@@ -8,6 +8,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.crops import Size, bucket_of, buckets, most_common
 from dreambooth_lib.data.images import Photo, read_photos
 from dreambooth_lib.data.sources import DataError
+from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 
@@ -21,6 +22,17 @@ def shapes_of(photos: list[Photo], family: Family, config: TrainConfig) -> list[
     multiple = family.size_multiple(dict(family.denoiser.config), dict(family.pipeline.vae.config))
     sizes = buckets(family.resolution, multiple)
     return [bucket_of(photo.traits.size, sizes) for photo in photos]
+
+
+def bucket_sizes(config: TrainConfig) -> list[Size]:
+    """Return the sizes of a config's buckets by its base's small files; none if it crops squares.
+
+    Raises as ``load_model`` does.
+    """
+    if config.crop != "buckets":
+        return []
+    base = loading.inspect_base(config.base, config.revision)
+    return buckets(config.resolution or base.resolution, base.size_multiple)
 
 
 def fit_to_photos(family: Family, config: TrainConfig) -> None:

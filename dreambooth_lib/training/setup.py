@@ -13,7 +13,7 @@ from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
-from dreambooth_lib.data.captions import check_class_captions, check_lengths, warning_of_length
+from dreambooth_lib.data import captions
 from dreambooth_lib.data.images import Images, Photo, captioned
 from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
@@ -80,10 +80,10 @@ class Trainer:
         fit_to_photos(self.family, config)
         family = self.family
         reads, more = family.tokenizers, family.how_to_read_more
-        messages = check_lengths(photos, subject, reads, more)
+        messages = captions.check_lengths(photos, subject, reads, more)
         if not config.has_lora_prior:  # whose prompts nobody wrote
             messages += [
-                warning_of_length(text, reads, more) for text in config.prior_prompts or ()
+                captions.warning_of_length(text, reads, more) for text in config.prior_prompts or ()
             ]
         for message in filter(None, messages):
             warnings.warn(message, stacklevel=2)
@@ -152,7 +152,10 @@ class Trainer:
             return []
         if config.class_folder:
             own, subject = read_own_class_images(self.run), config.subject
-            for message in check_class_captions(own, subject):
+            reads, more = self.family.tokenizers, self.family.how_to_read_more
+            messages = captions.check_class_captions(own, subject)
+            messages += captions.check_class_lengths(own, reads, more)
+            for message in messages:
                 warnings.warn(message, stacklevel=2)
             return captioned(own, subject.class_prompt)
         return prepare_class_images(config, self.family, self.accelerator, self._class_folder)
