@@ -70,9 +70,9 @@ def test_the_best_step_has_the_highest_score_and_the_reason_says_why() -> None:
     assert best.score == scores[300] and best.better_than_base
     assert best.reason == (
         "Step 300: likeness to the photos 90% (0% is the base's, 100% that of the photos to each "
-        "other), follows the prompts 94% as well as the base, class kept 90%, other prompts kept "
-        "90%. Step 500 gains 3% in likeness but loses 22% in following the prompts, 30% of the "
-        "class and 30% of other prompts."
+        "other), prompts followed 94% (100% is the base's), class kept 90%, other prompts kept "
+        "90%. By step 500: likeness +3%, prompts followed -22%, class kept -30%, other prompts "
+        "kept -30%."
     )
 
 
@@ -164,8 +164,8 @@ def test_a_row_of_an_earlier_version_has_no_noise() -> None:
         (Ratios(0.95, 0.9, 0.9, 0.3), -0.2, True,
          "Subject learnt: yes. Class: kept. Other prompts: forgotten.", "Lower the learning rate"),
         (Ratios(0.95, 0.5, 0.9, 0.9), 0.0, False,
-         "Subject learnt: yes. Class: kept. Other prompts: kept.", "compare an earlier checkpoint"),
-        (Ratios(0.95, 0.95, 0.79, 0.9), 0.0, True,
+         "Subject learnt: yes. Class: kept. Other prompts: kept.", "choose an earlier checkpoint"),
+        (Ratios(0.95, 0.95, 0.6, 0.9), 0.0, True,
          "Subject learnt: yes. Class: partly kept. Other prompts: kept.", "λ if too little"),
     ],
 )  # fmt: skip

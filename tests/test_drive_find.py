@@ -132,7 +132,9 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
     assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
     assert "no run named 'max'" in interrupted(run, drive, resume="max")[1]
     finish(run)
-    assert interrupted(run, drive) == (None, "Starting a new run.")
+    told = "Finished runs here: my-dog; set RESUME = 'my-dog' to open it.\nStarting a new run."
+    assert interrupted(run, drive) == (None, told)
+    assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
     folder, message = interrupted(run, drive, resume="my-dog")
     assert folder == run.folder and message.startswith(f"Opening finished {run.folder}: step ")
 

@@ -249,7 +249,7 @@ def test_the_same_files_can_be_uploaded_again(subject: widgets.SubjectPanel, pho
         assert re.search(r"Showing 1 photo from .*</b> \(uploaded \d\d:\d\d\)", texts(subject))
         assert "c.png alone is too little" in texts(subject)
         subject.source.value = photos
-        assert "uploaded" not in subject._title.value
+        assert "uploaded" not in subject.title.value
 
 
 def test_photos_added_to_the_folder_are_read_on_reload(
@@ -432,7 +432,15 @@ def test_photos_that_were_uploaded_with_a_bad_one_are_used_at_a_click(
 
 def test_an_upload_without_photos_is_named(subject: widgets.SubjectPanel) -> None:
     press(subject.upload, {"notes.txt": b"about my dog"})
-    assert "has no photos, only notes.txt; put" in subject.note.value
+    assert "the upload has no photos, only notes.txt; choose JPEG" in subject.note.value
+    settings = widgets.SettingsPanel(widgets.SubjectPanel(subject.initial_config, subject.uploads))
+    press(settings._source.upload, {"notes.txt": b"about my dog"})
+    assert "only notes.txt" in settings.note.value
+    press(settings._source.upload, {"a.png": png("blue"), "b.png": png("red")[:60]})
+    assert "'b.png'" in html.unescape(settings.note.value), "not what was wrong before"
+    assert "notes" not in settings.note.value
+    click(settings._source.go_on)
+    settings.check()
 
 
 def test_settings_of_another_panel_are_rejected(
@@ -452,7 +460,7 @@ def test_the_bundled_base_says_what_it_cannot_draw(
     assert "cannot draw" not in texts(known)
     known.class_noun.value = "Dog"
     assert "cannot draw" not in texts(known)
-    assert "if these are photos, it will not learn them" in texts(known)
+    assert "drawings, not photos: if these are photos, choose another base" in texts(known)
     known.class_noun.value = "dachshund"
     text = texts(known)
     assert "cannot draw &#x27;dachshund&#x27;" in text

@@ -6,13 +6,14 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from unicodedata import category
 
 from dreambooth_lib.core import background
 from dreambooth_lib.core.hub_token import in_colab
 from dreambooth_lib.core.user_text import problem_with_name
-from dreambooth_lib.data.images import DataError
+from dreambooth_lib.data.images import DataError, listed
+from dreambooth_lib.data.sources import TEXT_SUFFIXES
 
 MOUNT = Path("/content/drive")  #: where Colab mounts Drive
 
@@ -57,6 +58,10 @@ def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:
     zips = [name for name in files if name.lower().endswith(".zip")]
     if zips and len(files) > 1:
         raise DataError(f"'{zips[0]}' was uploaded with other files; upload one zip, or photos.")
+    if all(PurePath(name).suffix.lower() in TEXT_SUFFIXES for name in files):
+        raise DataError(
+            f"the upload has no photos, only {listed(files)}; choose JPEG or PNG files."
+        )
     place = Path(folder) / digest.hexdigest()[:12]
     if not place.exists():
         with replacing_folder(place) as partial:

@@ -11,7 +11,7 @@ from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.subject import Subject
-from dreambooth_lib.data.images import BadPhotosError, read_photos
+from dreambooth_lib.data.images import BadPhotosError, listed, read_photos
 from dreambooth_lib.notebook.drive_copy_back import (
     RestoreError,
     backed_up,
@@ -96,6 +96,14 @@ def find_interrupted(
             return run, f"{message}{'Opening finished' if run.finished else 'Resuming'} {run}"
         hint = f"set RESUME = {name!r} to resume it."
         skipped = skipped or f"Not resumed: {run}; {difference}; {hint}\n"
+    names = sorted({found_run.run.folder.name for found_run in found if found_run.finished})
+    if names and resume is True:
+        opened = (
+            f"set RESUME = {names[0]!r} to open it"
+            if len(names) == 1
+            else ("set RESUME to one of these names to open it")
+        )
+        skipped += f"Finished runs here: {listed(names)}; {opened}.\n"
     return None, f"{message}{skipped}Starting a new run."
 
 

@@ -20,5 +20,6 @@ def check(names: Mapping[str, Any], **sections: str) -> None:
         if variable not in names:
             raise OutOfOrder(
                 f'this cell needs what the cells of "{section}" set; run those first. After a '
-                "restart, run all cells above this one."
+                "restart, run all cells above this one; to open a finished run, first set RESUME "
+                "to its name."
             )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from statistics import stdev
 
 from dreambooth_lib.core.errors import InputError
-from dreambooth_lib.data.images import listed
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation_record import ValidationResult, history
 from dreambooth_lib.training.verdict import Verdict, verdict
@@ -158,7 +157,7 @@ def describe_ratios(own: Ratios) -> str:
     """Write the ratios as the second half of a sentence, without a full stop."""
     return (
         f"likeness to the photos {own.likeness:.0%} (0% is the base's, 100% that of the photos to "
-        f"each other), follows the prompts {own.adherence:.0%} as well as the base, class kept "
+        f"each other), prompts followed {own.adherence:.0%} (100% is the base's), class kept "
         f"{own.class_kept:.0%}, other prompts kept {own.others_kept:.0%}"
     )
 
@@ -173,19 +172,16 @@ def leakage(row: ValidationResult, base: ValidationResult) -> float:
 
 
 def _comparison(last: ValidationResult, best: ValidationResult, base: ValidationResult) -> str:
-    """Say what the last step does better than the best one, and worse, in a sentence."""
+    """Say how the last step's ratios differ from the best one's, in a sentence."""
     after, before = ratios_of(last, base), ratios_of(best, base)
     changes = {
-        "in likeness": after.likeness - before.likeness,
-        "in following the prompts": after.adherence - before.adherence,
-        "of the class": after.class_kept - before.class_kept,
-        "of other prompts": after.others_kept - before.others_kept,
+        "likeness": after.likeness - before.likeness,
+        "prompts followed": after.adherence - before.adherence,
+        "class kept": after.class_kept - before.class_kept,
+        "other prompts kept": after.others_kept - before.others_kept,
     }
-    gains = [f"{gain:.0%} {name}" for name, gain in changes.items() if gain >= 0.005]
-    losses = [f"{-gain:.0%} {name}" for name, gain in changes.items() if gain <= -0.005]
-    parts = [f"gains {listed(gains)}"] if gains else []
-    parts += [f"loses {listed(losses)}"] if losses else []
-    return f"Step {last.step} {' but '.join(parts) or 'hardly differs'}."
+    parts = [f"{name} {gain:+.0%}" for name, gain in changes.items() if abs(gain) >= 0.005]
+    return f"By step {last.step}: {', '.join(parts) or 'hardly a change'}."
 
 
 def _is_lower(row: ValidationResult, other: ValidationResult, base: ValidationResult) -> bool:

@@ -22,13 +22,11 @@ _PHOTOS, _PHOTO_WIDTH = 6, 128  # how many of the photos are shown to compare wi
 def verdict_html(selection: Selection) -> str:
     """Write a selection's verdict in words, coloured, above its numbers."""
     judged = selection.verdict
-    bad = "no" in (judged.learnt, judged.class_kept, judged.others_kept)
-    colour = GOOD if judged.good else BAD if bad else FAIR
-    words = (
-        f'<b style="color: {colour}">{html.escape(judged.text)}</b> {html.escape(judged.advice)}'
-    )
+    words = (judged.learnt, judged.class_kept, judged.others_kept)
+    colour = BAD if "no" in words else FAIR if "partly" in words else GOOD
+    told = f'<b style="color: {colour}">{html.escape(judged.text)}</b> {html.escape(judged.advice)}'
     chosen = "<b>Chosen ★:</b> " if selection.better_than_base else ""
-    return f"{words}<br>{chosen}{html.escape(selection.reason)}"
+    return f"{told}<br>{chosen}{html.escape(selection.reason)}"
 
 
 class CheckpointSlider(Panel):

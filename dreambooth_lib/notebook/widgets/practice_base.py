@@ -6,19 +6,24 @@ from pathlib import Path
 from dreambooth_lib.families import loading
 
 
-def findings(base: str, noun: str, photos: str | Path) -> list[str]:
-    """Return messages on photos, a path, and a class noun that the bundled base cannot draw.
+def remark(base: str, photos: str | Path) -> str:
+    """Return a sentence for photos, a path, that the bundled base may be unable to learn, or ""."""
+    if base != "toybox" or Path(photos).resolve().is_relative_to(loading.BUNDLED.resolve()):
+        return ""
+    return (
+        "The practice base learns emoji-like drawings, not photos: if these are photos, choose "
+        "another base in section 1."
+    )
 
-    Other bases draw photos and know most nouns: there are none for them.
+
+def findings(base: str, noun: str) -> list[str]:
+    """Return messages on a class noun that the bundled base cannot draw.
+
+    Other bases know most nouns: there are none for them.
     """
     if base != "toybox":
         return []
     messages = []
-    if not Path(photos).resolve().is_relative_to(loading.BUNDLED.resolve()):
-        messages.append(
-            "the practice base learns emoji-like drawings only; if these are photos, it will not "
-            "learn them: choose another base in section 1."
-        )
     classifier = loading.BUNDLED / "toybox" / "classifier" / "config.json"
     labels = json.loads(classifier.read_text())["id2label"].values()
     nouns = [label.removeprefix("class: ") for label in labels if label.startswith("class: ")]

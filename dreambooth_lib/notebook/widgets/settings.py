@@ -89,7 +89,8 @@ class SettingsPanel(Panel):
         self._measured: tuple[TrainConfig, Pace, str] | None = None
         self.on_change(self._show, *self.controls.values())
         if isinstance(source, SubjectPanel):
-            self.on_change(self._show, source.source, source.class_noun, source.identifier)
+            shown = (source.source, source.class_noun, source.identifier, source.title, source.note)
+            self.on_change(self._show, *shown)
         self.predict.on_click(self.callback(self._measure))
         self.reset.on_click(self.callback(self._reset))
         self.on_change(self._show_more, self.all)

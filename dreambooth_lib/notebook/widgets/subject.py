@@ -70,7 +70,7 @@ class SubjectPanel(Panel):
         self._path = ""
         self._notes: list[str] = []
         self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
-        self._title, self._crops_title = HTML(), HTML()
+        self.title, self._crops_title = HTML(), HTML()
         self.captions = CaptionEditor(self._save_captions, self.callback)
         self.go_on = Button(layout=Layout(width="auto", display="none"))
         self.framing = FramingPanel(config, base.size_multiple, self._show, self.reload)
@@ -83,7 +83,7 @@ class SubjectPanel(Panel):
         super().__init__(
             HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),
             with_hints(hints),
-            self.go_on, self._title, self.thumbnails, self.findings, self.captions,
+            self.go_on, self.title, self.thumbnails, self.findings, self.captions,
             self._crops_title, self.crops, self.framing,
         )  # fmt: skip
         self.go_on.on_click(self.callback(self._go_on))
@@ -161,7 +161,7 @@ class SubjectPanel(Panel):
         if self._path:
             self.source.placeholder = f"before: {self._path}"
         self.photos, self._notes, self._path = [], [], ""
-        for text in (self._title, self.findings, self._crops_title):
+        for text in (self.title, self.findings, self._crops_title):
             text.value = ""
         self.captions.clear()
         for shown in (self.thumbnails, self.crops, self.go_on):
@@ -226,7 +226,7 @@ class SubjectPanel(Panel):
         """
         identifier, noun = self.identifier.value.strip(), self.class_noun.value.strip()
         problems = check_identifier(identifier, self._tokenizers[0][0])
-        problems += practice_base.findings(self.initial_config.base, noun, self._path)
+        problems += practice_base.findings(self.initial_config.base, noun)
         first, path = self.initial_config.subject, Path(self._path).resolve()
         is_new = str(path) != first.pictures and path.is_relative_to(self.uploads.resolve())
         if is_new and noun == first.class_noun:
@@ -268,11 +268,13 @@ class SubjectPanel(Panel):
         cropped = image_grids.grid(crops, 6, labels)
         # Change everything at once, so that all of it shows the same photos.
         path = html.escape(short_path(self._path))
-        self._title.value = f"<b>Showing {first}{count} from {path}</b>{self._uploaded_at}"
+        self.title.value = f"<b>Showing {first}{count} from {path}</b>{self._uploaded_at}"
         show_image(self.thumbnails, grid.save)
         self.findings.value = f"<b>No problems found in {count}.</b>"
         if problems:
             self.findings.value = f"<b>Check these before you train:</b>{told}"
+        if remark := practice_base.remark(config.base, self._path):
+            self.findings.value += f"<div>{html.escape(remark)}</div>"
         sizes = ", ".join(f"{width} × {height}" for width, height in dict.fromkeys(shapes))
         self._crops_title.value = f"<b>What training sees</b>: cropped to {sizes} pixels"
         show_image(self.crops, cropped.save)
