@@ -281,6 +281,14 @@ def test_the_practice_settings_are_for_the_bundled_base_only() -> None:
     assert scopes[0]["SETTINGS"]["steps"] == 300 and scopes[1]["SETTINGS"] == {}
 
 
+def test_the_things_that_the_practice_base_draws_are_listed() -> None:
+    cells = json.loads(NOTEBOOKS["01_dreambooth"].read_text())["cells"]
+    (listed,) = re.findall(r"The 48 things: ([^.]*)\.", "\n".join(map(source, cells)))
+    labels = json.loads((loading.BUNDLED / "toybox/classifier/config.json").read_text())["id2label"]
+    classes = [name.removeprefix("class: ") for name in labels.values() if "class: " in name]
+    assert listed.replace("\n", " ").split(", ") == sorted(classes) and len(classes) == 48
+
+
 def test_after_a_disconnect_photos_need_no_second_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_colab: FakeColab
 ) -> None:
