@@ -84,7 +84,7 @@ def _photos(run: Run) -> list[VBox]:
     """Return the run's photos, to compare with; none if they are gone by now."""
     try:
         photos = read_photos(run.config.subject)[:_PHOTOS]
-        small = [ImageOps.contain(image, (2 * _PHOTO_WIDTH,) * 2) for image in Images(photos)]
+        small = [ImageOps.contain(image, (_PHOTO_WIDTH,) * 2) for image in Images(photos)]
     except DataError:  # a finished run needs them no more
         return []
     return [captioned(image, "your photo", _PHOTO_WIDTH, _PHOTO_WIDTH) for image in small]
