@@ -367,8 +367,16 @@ def test_running_the_subjects_cell_again_keeps_its_panel(
     cells = [source(c) for c in codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text()))]
     (choose,), (training,) = ([c for c in cells if mark in c]
                               for mark in ("SubjectPanel", "widgets.monitor"))  # fmt: skip
+    (setting,) = (c for c in cells if "widgets.SettingsPanel(" in c)
+    scope["settings"].controls["steps"].value = 40
     exec(choose, scope)
+    exec(setting, scope)
+    assert scope["settings"].config.steps == 40, "run again, the cell keeps the settings"
+    scope |= {"slider": "of an earlier training", "archive": "of its checkpoint"}
     exec(training, scope)
+    for later in cells[cells.index(training) + 2 : -1]:
+        with pytest.raises(order.OutOfOrder, match=r'"[68]\. '):  # not the former checkpoint
+            exec(later, scope)
     shown = scope["subject"].config.subject.pictures
     assert trained == [shown] == [turtle], "training uses the photos of section 2"
     scope["config"] = scope["config"].replace(steps=7)  # as after running another cell above

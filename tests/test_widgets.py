@@ -424,7 +424,7 @@ def test_photos_that_were_uploaded_with_a_bad_one_are_used_at_a_click(
     press(subject.upload, {"a.png": png("blue"), "b.png": png("red")[:60], "c.png": png("red")})
     note = html.unescape(subject.note.value)
     assert "'b.png'" in note and note.count("⚠") == 1 and "left_out" not in note
-    assert "or press the button below." in note
+    assert "or press 'Go on without b.png' in the photos' panel." in note
     click(subject.go_on)
     assert [photo.name for photo in subject.photos] == ["a.png", "c.png"]
     assert subject.config.subject.left_out == ("b.png",) and not subject.note.value
@@ -461,6 +461,8 @@ def test_the_bundled_base_says_what_it_cannot_draw(
     known.class_noun.value = "Dog"
     assert "cannot draw" not in texts(known)
     assert "drawings, not photos: if these are photos, choose another base" in texts(known)
+    known.class_noun.value = "a dog"
+    assert "without its article: &#x27;dog&#x27;" in texts(known)
     known.class_noun.value = "dachshund"
     text = texts(known)
     assert "cannot draw &#x27;dachshund&#x27;" in text

@@ -63,7 +63,7 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
         return "Lower the learning rate, or preserve other prompts too (prior_prompts)."
     if learnt != "yes":
         if still_learning:
-            return "Train for more steps: it was still learning."
+            return "Train for more steps: its best step is among the last ones."
         return (
             "Train for more steps or with a higher learning rate; photos that show the subject "
             "more alike help, too."

@@ -27,7 +27,10 @@ def findings(base: str, noun: str) -> list[str]:
     classifier = loading.BUNDLED / "toybox" / "classifier" / "config.json"
     labels = json.loads(classifier.read_text())["id2label"].values()
     nouns = [label.removeprefix("class: ") for label in labels if label.startswith("class: ")]
-    if noun.lower() not in nouns:
+    bare = noun.lower().removeprefix("a ").removeprefix("an ")
+    if bare != noun.lower() and bare in nouns:
+        messages.append(f"write the class noun without its article: '{bare}'.")
+    elif noun.lower() not in nouns:
         messages.append(
             f"the practice base cannot draw '{noun}': it knows emoji-like drawings of "
             f"{len(nouns)} things ({', '.join(nouns)}); choose one of them, or another base."

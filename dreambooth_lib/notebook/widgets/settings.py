@@ -123,13 +123,17 @@ class SettingsPanel(Panel):
             memory_level.check_adapter(config.adapter, _precision(config))
         return config
 
+    def is_for(self, subject: SubjectPanel) -> bool:
+        """Return whether these are the settings of the subject that a panel shows."""
+        return self._source is subject
+
     def check(self, subject: SubjectPanel | None = None) -> None:
         """Raise the first error shown, if any.
 
         Raises ``ConfigError`` if these are the settings of another panel than ``subject``.
         """
         super().check()
-        if subject is not None and subject is not self._source:
+        if subject is not None and not self.is_for(subject):
             raise ConfigError(
                 "the settings of section 3 are not for the photos of section 2; run the cell of "
                 "section 3 again."

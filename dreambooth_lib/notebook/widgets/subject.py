@@ -112,7 +112,9 @@ class SubjectPanel(Panel):
             self._bad = (str(source), error.names)
             self.go_on.description = f"Go on without {listed(error.names)}"
             self.go_on.layout.display = ""
-            told = DataError(f"{error.problem}, or press the button below.")
+            told = DataError(
+                f"{error.problem}, or press '{self.go_on.description}' in the photos' panel."
+            )
             self.report(told, self.use)
             raise told from error
         except Exception as error:
