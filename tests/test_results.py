@@ -153,7 +153,8 @@ def test_the_table_has_a_section_for_each_base_and_encoder(tmp_path: Path) -> No
     results.write_table(tmp_path)
     page = (tmp_path / "README.md").read_text()
     sections = re.split(r"^##+ ", page, flags=re.M)[1:]
-    assert [s.partition("\n")[0] for s in sections] == ["sd15", "dino", "toybox", "clip", judge]
+    heads = ["Base: sd15", "Scored by dino", "Base: toybox", "Scored by clip", f"Scored by {judge}"]
+    assert [s.partition("\n")[0] for s in sections] == heads
     dino, clip, by_judge = sections[1], sections[3], sections[4]
     assert "0.125" in dino and "0.250" not in dino and "class drift" not in page
     assert "0.250" in clip and "0.500" in clip and "0.750" not in clip

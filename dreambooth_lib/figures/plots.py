@@ -185,7 +185,8 @@ def front(rows: Sequence[Mapping[str, Any]], by: str, path: str | Path | None = 
         zorder=0,
     )
     for point in best:
-        steps = sorted({row["step"] for at, row in zip(points, rows, strict=True) if at == point})
+        at_point = [row for at, row in zip(points, rows, strict=True) if at == point]
+        steps = sorted({row["step"] for row in at_point if "step" in row})
         text = ", ".join(f"{step}" for step in steps)
         axes.annotate(text, point, (-4, 3), textcoords="offset points", ha="right", fontsize=8)
     for kind in kinds:
