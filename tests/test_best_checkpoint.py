@@ -70,8 +70,8 @@ def test_the_best_step_has_the_highest_score_and_the_reason_says_why() -> None:
     assert best.score == scores[300] and best.better_than_base
     assert best.reason == (
         "Step 300: likeness to the photos 90% (0% is the base's, 100% that of the photos to each "
-        "other), prompts followed 94% (100% is the base's), class kept 90%, other prompts kept "
-        "90%. By step 500: likeness +3%, prompts followed -22%, class kept -30%, other prompts "
+        "other), follows the prompts 94% (100% is the base's), class kept 90%, other prompts kept "
+        "90%. By step 500: likeness +3%, follows the prompts -22%, class kept -30%, other prompts "
         "kept -30%."
     )
 

@@ -709,6 +709,6 @@ def test_of_a_dora_and_of_the_embedded_base_it_is_said_what_the_tools_do_not_kno
     lora = pair("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
     save_file(lora, tmp_path / "pytorch_lora_weights.safetensors")
     message = comfyui.export(run, tmp_path, tmp_path / "dog.safetensors")
-    assert "Neither program can run this one" in message and "Copy it" not in message
+    assert "Neither program can run it" in message and "Copy it" not in message
     assert message.endswith("Both programs reproduce a DoRA only approximately.")
     assert "Neither program can run it" in message and "token" not in message

@@ -49,7 +49,7 @@ def export(run: Run, model: str | Path, path: str | Path) -> str:
     message = f"Wrote {path} ({format_bytes(path.stat().st_size)})."
     if origin(config.base) == "toybox":
         message += (
-            " Neither program can run this one: they only know the sizes of the released Stable "
+            " Neither program can run it: they only know the sizes of the released Stable "
             "Diffusion models, and the bundled base is smaller. For other bases, the file goes to "
             f"{folders}."
         )

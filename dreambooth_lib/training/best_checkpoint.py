@@ -157,7 +157,7 @@ def describe_ratios(own: Ratios) -> str:
     """Write the ratios as the second half of a sentence, without a full stop."""
     return (
         f"likeness to the photos {own.likeness:.0%} (0% is the base's, 100% that of the photos to "
-        f"each other), prompts followed {own.adherence:.0%} (100% is the base's), class kept "
+        f"each other), follows the prompts {own.adherence:.0%} (100% is the base's), class kept "
         f"{own.class_kept:.0%}, other prompts kept {own.others_kept:.0%}"
     )
 
@@ -176,7 +176,7 @@ def _comparison(last: ValidationResult, best: ValidationResult, base: Validation
     after, before = ratios_of(last, base), ratios_of(best, base)
     changes = {
         "likeness": after.likeness - before.likeness,
-        "prompts followed": after.adherence - before.adherence,
+        "follows the prompts": after.adherence - before.adherence,
         "class kept": after.class_kept - before.class_kept,
         "other prompts kept": after.others_kept - before.others_kept,
     }
