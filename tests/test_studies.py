@@ -151,6 +151,7 @@ def test_photos_in_one_scene_have_exact_masks(
 ) -> None:
     (bundled, *_) = bundled_subjects()
     kinds = backgrounds.configs(bundled, tmp_path / "photos")
+    assert all(config.checkpoints_kept >= len(backgrounds.STEPS) for config in kinds.values())
     (square,) = {c.subject.pictures for name, c in kinds.items() if "portraits" not in name}
     photos = read_photos(square)
     assert backgrounds.shares([photo.image for photo in photos]).min() > 0.9

@@ -77,7 +77,8 @@ def write_photos(subject: Subject, folder: Path, height: int = SIDE) -> Subject:
 
 def configs(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     """Return a config for each way to train on photos in one scene, and on portraits."""
-    square = TrainConfig(write_photos(subject, folder / "square"), hold_out=False, steps=max(STEPS))
+    kept = {"steps": max(STEPS), "checkpoints_kept": len(STEPS)}  # leaks are drawn at each
+    square = TrainConfig(write_photos(subject, folder / "square"), hold_out=False, **kept)
     tall = square.replace(subject=write_photos(subject, folder / "portraits", _TALL))
     return {
         "whole photos": square,
