@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dreambooth_lib.core.encoder_revisions import revision_of
-from dreambooth_lib.core.errors import InputError, KitError, one_line
+from dreambooth_lib.core.errors import InputError, KitError, one_line, printable
 from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 
 if TYPE_CHECKING:
@@ -26,7 +26,14 @@ BATCH = 64
 
 
 class EncoderError(KitError, ValueError):
-    """An encoder that cannot be read, or of a type that is not known."""
+    """An encoder that cannot be read, or of a type that is not known: what is wrong; what to do."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(problem, advice)
+        self.problem, self.advice = problem, advice
+
+    def __str__(self) -> str:
+        return printable(f"{self.problem}; {self.advice}.")
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,8 @@ class Encoder:
         except ImportError as error:
             raise EncoderError(
                 f"the encoder '{self.model_id}' needs a package that is not installed "
-                f"({one_line(error)[:80]}...); install it, or give another encoder such as "
-                "google/siglip2-base-patch16-224."
+                f"({one_line(error)[:80]}...)",
+                "install it, or give another encoder such as google/siglip2-base-patch16-224",
             ) from error
         except Exception as error:  # of any kind: configs are used without a look at their shape
             advice = (
@@ -108,13 +115,13 @@ class Encoder:
             if hub_error(error):
                 advice = what_to_do(error, self.model_id, "give a model's folder")
             raise EncoderError(
-                f"the encoder '{self.model_id}' cannot be read ({one_line(error)[:200]}); {advice}."
+                f"the encoder '{self.model_id}' cannot be read ({one_line(error)[:200]})", advice
             ) from error
         if kind is None:
             raise EncoderError(
-                f"the encoder '{self.model_id}' is of type '{config.model_type}'; give a CLIP such "
-                "as openai/clip-vit-base-patch32, a SigLIP such as google/siglip2-base-patch16-224 "
-                "or a DINO such as facebook/dinov2-base."
+                f"the encoder '{self.model_id}' is of type '{config.model_type}'",
+                "give a CLIP such as openai/clip-vit-base-patch32, a SigLIP such as "
+                "google/siglip2-base-patch16-224 or a DINO such as facebook/dinov2-base",
             )
 
     def _load(self, config: Any, kind: Kind) -> None:

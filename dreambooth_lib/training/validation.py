@@ -138,10 +138,9 @@ def load_scorers(config: TrainConfig, device: "str | torch.device" = "cpu") -> S
         if config.image_scorer != config.scorer:
             images = Encoder(scorer_source(config.image_scorer), device)
     except EncoderError as error:
-        problem = str(error).rpartition("; give")[0]
         raise ConfigError(
-            f"the scorer cannot be used, as {problem}; give a CLIP by hub id or folder, or set "
-            "validate_every to 0 to train without validation."
+            f"the scorer cannot be used, as {error.problem}; {error.advice}, or set validate_every "
+            "to 0 to train without validation."
         ) from error
     if not prompts.reads_texts:
         raise ConfigError(
