@@ -150,9 +150,14 @@ def test_photos_in_one_scene_have_exact_masks(
     tmp_path: Path, clip_folder: Path, make_config: Callable[..., TrainConfig], tiny_sd2: str
 ) -> None:
     (bundled, *_) = bundled_subjects()
-    kinds = backgrounds.configs(bundled, tmp_path / "photos")
-    assert all(config.checkpoints_kept >= len(backgrounds.STEPS) for config in kinds.values())
-    (square,) = {c.subject.pictures for name, c in kinds.items() if "portraits" not in name}
+    kinds = backgrounds.masks(bundled, tmp_path / "photos")
+    upright = backgrounds.portraits(bundled, tmp_path / "photos")
+    for ways, steps in (
+        (kinds, backgrounds.MASK_STEPS),
+        (upright, backgrounds.PORTRAIT_STEPS),
+    ):
+        assert all(config.checkpoints_kept >= len(steps) for config in ways.values())
+    (square,) = {config.subject.pictures for config in kinds.values()}
     photos = read_photos(square)
     assert backgrounds.shares([photo.image for photo in photos]).min() > 0.9
     assert backgrounds.shares([photo.image for photo in photos], "beach").max() < 0.1
@@ -161,20 +166,19 @@ def test_photos_in_one_scene_have_exact_masks(
         assert own is not None and ImageChops.difference(own, mask).getbbox() is None
         same = ImageChops.difference(photo.image, original)
         assert Image.composite(same, Image.new("RGB", same.size), mask).getbbox() is None
-    tall = read_photos(kinds["portraits in buckets"].subject.pictures)
+    tall = read_photos(upright["in buckets"].subject.pictures)
     assert {photo.traits.size for photo in tall} == {(256, 384)}
 
 
 def test_a_study_of_backgrounds_measures_every_cell(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backgrounds, "STEPS", (1, 2))
     monkeypatch.setattr(backgrounds, "ANYWHERE", 2)
     plain = studies.plain(subject).replace(hold_out=False, steps=2)
     kinds = {"plain": plain, "tall": plain.replace(crop="buckets")}
-    studies.over_seeds(subject, kinds, tmp_path, Here(), 2, backgrounds.STEPS)
+    studies.over_seeds(subject, kinds, tmp_path, Here(), 2, (1, 2))
     cells = {kind: [tmp_path / studies.cell(kind, seed) for seed in range(2)] for kind in kinds}
-    lines = backgrounds.measure(subject, kinds, cells, tmp_path / "leaks.md")
+    lines = backgrounds.measure(subject, cells, (1, 2), tmp_path / "leaks.md")
     names = [line.split(" | ")[:2] for line in lines[2:]]
     trained = ["| plain (2)", "| tall (2)", "| tall, drawn as squares (2)"]
     assert names == [["| the base (1)", "0"]] + [[n, step] for n in trained for step in "12"]

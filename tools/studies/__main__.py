@@ -6,7 +6,8 @@
     finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
     adapters   peft's adapters at equal parameter counts, five seeds
-    backgrounds  masks against leaking backgrounds, and buckets for portraits, five seeds
+    backgrounds  masks against backgrounds that leak, five seeds
+    portraits  portraits in buckets and cropped to squares, five seeds
     ablations  the paper's ablations in miniature, and this kit's methods, five seeds
     memory     what a memory level costs in quality, five seeds
 
@@ -257,13 +258,15 @@ def draw_means(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     studies = (
-        "grid", "bank", "trust", "finished", "priors", "adapters", "backgrounds", "ablations",
-        "memory",
+        "grid", "bank", "trust", "finished", "priors", "adapters", "backgrounds", "portraits",
+        "ablations", "memory",
     )  # fmt: skip
     parser.add_argument("study", choices=studies)
     parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
     parser.add_argument(
-        "--kinds", nargs="+", help="of bank (default: full), of priors, adapters and backgrounds"
+        "--kinds",
+        nargs="+",
+        help="of bank (default: full), priors, adapters, backgrounds and portraits",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="not of ablations and memory")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust and finished")
@@ -300,20 +303,20 @@ def main() -> None:
                 if arguments.study == "adapters":
                     own = {name: place / cell(name, 0) for name in kinds}
                     print("\n".join(sizes(own, place / "sizes.md")))
-        elif arguments.study == "backgrounds":
+        elif arguments.study in ("backgrounds", "portraits"):
+            ways, steps = {
+                "backgrounds": (backgrounds.masks, backgrounds.MASK_STEPS),
+                "portraits": (backgrounds.portraits, backgrounds.PORTRAIT_STEPS),
+            }[arguments.study]
             for subject in subjects:
                 place = out / subject.name
-                kinds = {name: config
-                         for name, config in backgrounds.configs(subject, place / "photos").items()
+                kinds = {name: config for name, config in ways(subject, place / "photos").items()
                          if name in (arguments.kinds or [name])}  # fmt: skip
-                over_seeds(subject, kinds, place, executor, arguments.seeds, backgrounds.STEPS)
-                cells = {
-                    name: [
-                        p for s in range(arguments.seeds) if (p := place / cell(name, s)).exists()
-                    ]
-                    for name in kinds
-                }
-                print("\n".join(backgrounds.measure(subject, kinds, cells, place / "leaks.md")))
+                over_seeds(subject, kinds, place, executor, arguments.seeds, steps)
+                own = {name: [place / cell(name, seed) for seed in range(arguments.seeds)]
+                       for name in kinds}  # fmt: skip
+                lines = backgrounds.measure(subject, own, steps, place / "leaks.md")
+                print("\n".join(lines))
         elif arguments.study == "ablations":
             kinds = ablations(subjects[0], out / "photos")
             over_seeds(subjects[0], kinds, out, executor)

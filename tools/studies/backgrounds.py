@@ -1,4 +1,4 @@
-"""Study what masks do to backgrounds, and buckets to portraits, on the embedded base.
+"""Study what masks do to backgrounds, and buckets for portraits, on the embedded base.
 
 Photos of a bundled subject are taken apart, since their scenes can be drawn again: what differs is
 the subject. All photos of a set then show it in one scene, on the grass. How far that scene leaks
@@ -40,7 +40,8 @@ from tools.studies.intervals import interval
 from tools.toybox.scenes import draw_scene
 from tools.toybox.subjects import SCENES, SIDE, SUBJECTS
 
-STEPS = (100, 200, 300)
+MASK_STEPS = (100, 200, 300)
+PORTRAIT_STEPS = (200, 300, 400, 500)
 SCENE = "grass"  # none of the validation prompts has it
 ANYWHERE = 16  # images without a scene in their prompt
 _FIRST_SEED = 20_000  # of these
@@ -75,20 +76,30 @@ def write_photos(subject: Subject, folder: Path, height: int = SIDE) -> Subject:
     return replace(subject, pictures=str(folder.resolve()))
 
 
-def configs(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
-    """Return a config for each way to train on photos in one scene, and on portraits."""
-    kept = {"steps": max(STEPS), "checkpoints_kept": len(STEPS)}  # leaks are drawn at each
-    square = TrainConfig(write_photos(subject, folder / "square"), hold_out=False, **kept)
-    tall = square.replace(subject=write_photos(subject, folder / "portraits", _TALL))
+def masks(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
+    """Return a config for each way to train on photos that show a subject in one scene."""
+    square = _config(write_photos(subject, folder / "square"), MASK_STEPS)
     return {
         "whole photos": square,
         "background 0.1": square.replace(background_weight=0.1),
         "subject alone": square.replace(background_weight=0.0),
         "base outside": square.replace(background_weight=1.0, background_prior=True),
-        "portraits in the middle": tall,
-        "portraits around the subject": tall.replace(crop="subject"),
-        "portraits in buckets": tall.replace(crop="buckets"),
     }
+
+
+def portraits(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
+    """Return a config for each way to train on photos of 2:3."""
+    tall = _config(write_photos(subject, folder / "portraits", _TALL), PORTRAIT_STEPS)
+    return {
+        "cropped in the middle": tall,
+        "cropped around the subject": tall.replace(crop="subject"),
+        "in buckets": tall.replace(crop="buckets"),
+    }
+
+
+def _config(subject: Subject, steps: Sequence[int]) -> TrainConfig:
+    # Leaks are drawn at each of the steps.
+    return TrainConfig(subject, hold_out=False, steps=max(steps), checkpoints_kept=len(steps))
 
 
 @cache
@@ -134,9 +145,8 @@ def drawn_by(run: Run, family: Family, step: int) -> dict[str, ValidationImages]
 
 
 def measure(
-    subject: Subject, kinds: Mapping[str, TrainConfig], cells: Mapping[str, Sequence[Path]],
-    file: Path,
-) -> list[str]:  # fmt: skip
+    subject: Subject, cells: Mapping[str, Sequence[Path]], steps: Sequence[int], file: Path
+) -> list[str]:
     """Return and write a table of each kind's likeness, leaks and adherence, step by step.
 
     Beside it ``leaks.png`` draws the leaks by likeness.
@@ -156,43 +166,46 @@ def measure(
             "prompt adherence": read.mean().item(),
         })  # fmt: skip
 
-    for name in kinds:
-        for folder in cells[name]:
+    for name, folders in cells.items():
+        for folder in folders:
             run = runs.resume(folder)
             plan, config = plan_of(run), run.config
             if not rows:
                 base = load_base(config)
                 add("the base", 0, load_images(run, 0), leaks(base, config, plan))
-            for step in STEPS:
+            for step in steps:
                 family = load_at_checkpoint(run, step)
                 anywhere = leaks(family, config, plan)
                 for how, drawn in drawn_by(run, family, step).items():
                     add(name + how, step, drawn, anywhere)
     ((first, *_),) = rows["the base"].values()
     lines = [f"| | step | {' | '.join(first)} |", "|---|---|" + "---|" * len(first)]
-    for name, steps in rows.items():
-        for step, own in steps.items():
+    for name, by_step in rows.items():
+        for step, own in by_step.items():
             shown = [interval([row[key] for row in own]) for key in first]
             lines.append(f"| {name} ({len(own)}) | {step} | {' | '.join(shown)} |")
     replace_file(file, ("\n".join(lines) + "\n").encode())
-    draw_leaks(rows, file.with_suffix(".png"))
+    draw_leaks(rows, steps, file.with_suffix(".png"))
     return lines
 
 
-def draw_leaks(rows: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]], path: Path) -> None:
+def draw_leaks(
+    rows: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]], steps: Sequence[int],
+    path: Path,
+) -> None:  # fmt: skip
     """Draw the means of each kind's leaks by its likeness, a point for each step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for name, steps in rows.items():
+    for name, by_step in rows.items():
         x, y = (
-            [fmean(row[key] for row in own) for own in steps.values()] for key in (LIKENESS, LEAK)
+            [fmean(row[key] for row in own) for own in by_step.values()] for key in (LIKENESS, LEAK)
         )
         axes.plot(x, y, "o-", label=name)
     axes.set_xlabel(f"{LIKENESS} →")
     axes.set_ylabel(f"{LEAK} →")
-    axes.set_title(f"Steps {', '.join(map(str, STEPS))}, from left to right")
+    axes.set_title(f"Steps {', '.join(map(str, steps))}, from left to right")
     axes.legend(fontsize="small")
     axes.grid(color="#e4e4e4")
     figure.savefig(path)
