@@ -108,9 +108,10 @@ def test_a_bases_files_and_name_tell_its_steps_and_guidance(name: str, tmp_path:
     ("name", "steps"),
     [("dreamshaperXL_v21TurboDPMSDE", 8), ("realvisxlV50_v50LightningBakedvae", 8),
      ("juggernautXL_juggXILightningByRD", 8), ("mineXL_v10HyperVAE", 8), ("LastfameDMD2", 8),
-     ("LCMDreamshaper", 8), ("SDXLTurbo", 8), ("epicrealismXL_v8Lightning4StepsVAE", 4),
+     ("LCMDreamshaper", 8), ("SDXLTurbo", 8), ("dreamshaperxlturbo", 8),
+     ("epicrealismXL_v8Lightning4StepsVAE", 4),
      ("Hyper-SDXL-8steps", 8), ("sd_xl_hyper_1step", 1), ("hypersd15", 8), ("some_hyper", 8),
-     ("model-TCD", 8), ("dmd2_sdxl_4step", 4)],
+     ("model-TCD", 8), ("dmd2_sdxl_4step", 4), ("mysdlightning", 8)],
 )  # fmt: skip
 def test_a_distilled_base_is_told_by_a_word_of_its_name(name: str, steps: int) -> None:
     found = distilled_by_name([name])

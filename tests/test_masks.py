@@ -102,12 +102,17 @@ def test_a_map_is_no_mask_and_a_zip_has_masks_too(tmp_path: Path) -> None:
     assert read_mask(first) is None and read_mask(second) is not None
 
 
-@pytest.mark.parametrize("place", ["", "dog/"])
-def test_a_zip_has_a_folder_of_masks_as_a_folder_does(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("photos", "masks"),
+    [("", "Masks/"), ("dog/", "dog/Masks/"), ("photos/", "masks/"), ("dog/photos/", "dog/masks/")],
+)
+def test_a_zip_has_a_folder_of_masks_as_a_folder_does(
+    photos: str, masks: str, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-        for name, image in {"p.png": picture(0), "Masks/p.png": left_half()}.items():
+        for place, image in {photos: picture(0), masks: left_half()}.items():
             image.save(tmp_path / "image.png")
-            archive.write(tmp_path / "image.png", place + name)
+            archive.write(tmp_path / "image.png", f"{place}p.png")
     (photo,) = read_photos(tmp_path / "photos.zip")
     mask = read_mask(photo)
     assert mask is not None and mask.getbbox() == (0, 0, 16, 32)

@@ -72,7 +72,7 @@ def check_photos(
     ):  # fmt: skip
         loses = "loses" if len(cropped) == 1 else "lose"
         text = f"{listed(cropped)} {loses} more than a fifth to the crop; if that cuts off your "
-        text += "subject, set crop to 'buckets' or 'subject', or crop them yourself."
+        text += "subject, choose another crop, such as 'buckets', or crop them yourself."
         findings.append(Finding("cropped", cropped, text))
     return findings
 

@@ -169,8 +169,10 @@ def _zip_members(path: Path, masks: bool = False) -> list[SourceFile]:
     photos = [m for m in members if m.suffix.lower() in PHOTO_SUFFIXES or m.name in TABLES]
     others = [m for m in members if m.suffix.lower() not in TEXT_SUFFIXES]
     found = {m.parent for m in photos or others}
-    inside = {f for f in found if f.name.lower() == MASK_FOLDER and {*f.parents} & found}
-    folders = sorted(str(f) for f in (inside if masks else found - inside))
+    of_masks = {f for f in found if f.name.lower() == MASK_FOLDER}
+    if of_masks == found:  # whose photos are of masks
+        of_masks = set()
+    folders = sorted(str(f) for f in (of_masks if masks else found - of_masks))
     if len(folders) > 1 and not masks:
         raise DataError(f"{path} has files in several folders ({', '.join(folders)}); use one.")
     return [

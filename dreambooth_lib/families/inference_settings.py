@@ -11,7 +11,7 @@ Config = Mapping[str, Any]  #: of one of the pipeline's parts
 #: Words in the names of distilled bases. "de-turbo" means the opposite, and many others are called
 #: hyper: only before these words, or a number of steps, or as the last word does it count.
 _DISTILLED = re.compile(
-    r"(?<!\S)(?<!de )(turbo|lightning|schnell|lcm|dmd|tcd|hyper(sd|sdxl|flux)|"
+    r"(?<!\S)(?<!de )((\w*(xl|sd))?(turbo|lightning)|schnell|lcm|dmd|tcd|hyper(sd|sdxl|flux)|"
     r"hyper( (sd|sdxl|flux|lora|vae|baked|bakedvae|\d+ steps?)|$))(?!\S)"
 )
 _STEPS = re.compile(r"(?<!\S)(\d\d?) steps?(?!\S)")
