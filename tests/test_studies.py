@@ -1,6 +1,7 @@
 """Check the studies from configs to tables, on a tiny base and in one process."""
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -86,6 +87,11 @@ def test_a_bank_is_filled_scored_and_judged(
     for one, row in zip(own, told, strict=True):
         assert one.subject_fidelity == pytest.approx(row["subject_fidelity"], abs=2e-4)
         assert one.unrelated_drift == pytest.approx(row["unrelated_drift"], abs=2e-4)
+    lines = (tmp_path / "validations.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "full")
+    trust.score_bank(tmp_path, tmp_path / "validations.jsonl")
+    again = (tmp_path / "validations.jsonl").read_text().splitlines()
+    assert sorted(again) == sorted(lines), "rows of runs that are elsewhere stay"
     monkeypatch.setattr(pairs, "DATA", tmp_path / "none")
     studies.print_trust(tmp_path / "validations.jsonl")
     printed = capsys.readouterr().out

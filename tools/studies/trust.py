@@ -41,8 +41,12 @@ Rows = dict[str, dict[Cell, list[ValidationResult]]]
 
 
 def score_bank(folder: Path, file: Path = ROWS) -> None:
-    """Score every image of a bank with the bundled judge, and write a row for each validation."""
-    lines = []
+    """Score every image of a bank with the bundled judge, and write a row for each validation.
+
+    The file's rows of other runs stay, so that a bank can be filled on several machines: all by
+    the same judge, since the rows do not say by which.
+    """
+    lines, scored = [], set()
     for subject in bank.subjects().values():
         base_file = folder / "base" / subject.name / "000000.npz"
         if not base_file.exists():
@@ -51,20 +55,28 @@ def score_bank(folder: Path, file: Path = ROWS) -> None:
         encoder = scorers.images
         photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
         ceiling = clip_scores.reference_fidelity(photos)
-        before = bank.load(base_file, subject)
-        base = {name: validation.BaseEmbeddings(encoder, own) for name, own in before.items()}
+        of_base = bank.load(base_file, subject)
+        base = {name: validation.BaseEmbeddings(encoder, own) for name, own in of_base.items()}
         files = sorted(folder.glob(f"*/{subject.name}/seed*/*.npz"))
         for file_of in [base_file, *files]:
             kind, seed = ("base", -1)
             if file_of != base_file:
                 kind, seed = file_of.parts[-4], int(file_of.parts[-2].removeprefix("seed"))
+            scored.add((kind, subject.name, seed))
             for plan, images in bank.load(file_of, subject).items():
                 scores = validation.score_images(scorers, photos, subject, images, base[plan])
                 row = ValidationResult(int(file_of.stem), reference_fidelity=ceiling, held_out={},
                                        seconds=0.0, **scores)  # fmt: skip
                 where = {"kind": kind, "subject": subject.name, "seed": seed, "plan": plan}
                 lines.append(json.dumps(where | _rounded(asdict(row))))
-    replace_file(file, ("\n".join(lines) + "\n").encode())
+    before = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in before if _run_of(line) not in scored]
+    replace_file(file, ("\n".join(kept + lines) + "\n").encode())
+
+
+def _run_of(line: str) -> tuple[str, str, int]:
+    fields = json.loads(line)
+    return fields["kind"], fields["subject"], fields["seed"]
 
 
 def _rounded(value: object) -> object:
