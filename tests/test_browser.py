@@ -251,7 +251,7 @@ def test_from_photos_to_an_image_of_your_own_prompt(page: Page, tmp_path: Path) 
     assert [row["step"] for row in run.log()] == list(range(1, steps + 1))
 
     page.run(CHECKPOINT)
-    page.wait_for(CHECKPOINT, "Subject learnt: ")
+    page.wait_for(CHECKPOINT, "By the scores: ")
     page.drag(CHECKPOINT, "checkpoint", -400)
     page.wait_for(CHECKPOINT, "The base")
     page.drag(CHECKPOINT, "checkpoint", 800)

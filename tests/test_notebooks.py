@@ -55,7 +55,7 @@ assert (chosen / "README.md").exists(), "the saved model has no card"
 assert (chosen / "samples.png").exists(), "the model card has no images"
 assert loading.locate(str(run.folder)) == str(run.pipeline), "the run has no model"
 assert archive.stat().st_size > 1e5, "the zip is too small to hold a model"
-assert {"base", f"tuned, step {slider.step}"} == set(play.gallery[0].images), "it drew not both"
+assert {"base", f"{name}, step {slider.step}"} == set(play.gallery[0].images), "it drew not both"
 """,
     "02_lambda_study": """
 play.check()
@@ -158,9 +158,9 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
     assert "⚠" not in text_of(shown) and "Starting a new run." in text_of(shown)
-    assert "Finished at step 4." in text_of(shown) and "Subject learnt: " in text_of(shown)
-    assert (tmp_path / "models" / "patch_dog.safetensors").stat().st_size > 1e6
-    assert "Neither program can run it" in text_of(shown), "the bundled base has no released size"
+    assert "Finished at step 4." in text_of(shown) and "By the scores: " in text_of(shown)
+    assert not (tmp_path / "models" / "patch_dog.safetensors").exists()
+    assert "Neither program can run a model of the bundled base" in text_of(shown)
     # The subject, the settings, the training with its bar, the slider and the playground.
     assert len(outputs(shown, "application/vnd.jupyter.widget-view+json")) >= 6
 
@@ -176,7 +176,6 @@ def test_the_main_notebook_trains_and_keeps_a_lora(tmp_path: Path) -> None:
     (weights,) = (tmp_path / "models" / "patch_dog").glob("*.safetensors")
     assert not (tmp_path / "runs" / "class_images").exists(), "none are needed"
     assert 1e5 < weights.stat().st_size < 1e7
-    assert 1e5 < (tmp_path / "models" / "patch_dog.safetensors").stat().st_size < 1e7
 
 
 @pytest.mark.slow

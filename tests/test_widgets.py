@@ -424,7 +424,7 @@ def test_photos_that_were_uploaded_with_a_bad_one_are_used_at_a_click(
     press(subject.upload, {"a.png": png("blue"), "b.png": png("red")[:60], "c.png": png("red")})
     note = html.unescape(subject.note.value)
     assert "'b.png'" in note and note.count("⚠") == 1 and "left_out" not in note
-    assert "or press 'Go on without b.png' in the photos' panel." in note
+    assert "or press 'Go on without b.png' in section 2." in note
     click(subject.go_on)
     assert [photo.name for photo in subject.photos] == ["a.png", "c.png"]
     assert subject.config.subject.left_out == ("b.png",) and not subject.note.value
@@ -466,7 +466,10 @@ def test_the_bundled_base_says_what_it_cannot_draw(
     known.class_noun.value = "dachshund"
     text = texts(known)
     assert "cannot draw &#x27;dachshund&#x27;" in text
-    assert "drawings of 48 things (dog, cat" in text
+    assert "drawings of 48 things (backpack, balloon" in text
+    known.class_noun.value = "polka dot teapot"
+    assert "write the class noun &#x27;teapot&#x27;" in texts(known)
+    assert "48 things" not in texts(known)
     known.source.value = str(loading.BUNDLED / "subjects" / "patch_dog")
     assert "if these are photos" not in texts(known), "the bundled ones are drawings"
     pretrained = widgets.SubjectPanel(make_config(tiny_sd2, photos))
@@ -504,7 +507,7 @@ def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
     assert subject.config.subject.token == "sks cat"
     assert "a rifle, and guns appear" in texts(subject)
     subject.class_noun.value = " "
-    with pytest.raises(ConfigError, match="class_noun is empty"):
+    with pytest.raises(ConfigError, match="class noun of section 2 is empty"):
         _ = subject.config
 
 
@@ -600,6 +603,7 @@ def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) 
     panel = widgets.SettingsPanel(subject)
     subject.source.value = "/no/such"
     assert "check the path" in panel.note.value
+    assert not panel.python.value, "the code of what was there before would mislead"
     with pytest.raises(DataError):
         _ = panel.config
     subject.use({"a.png": png("red"), "b.png": png("blue")})
@@ -932,8 +936,15 @@ def test_a_run_reuses_class_images_of_a_base_with_a_relative_path(
 
 
 def test_a_run_without_validation_has_no_slider(started: Callable[..., Run]) -> None:
-    with pytest.raises(RunError, match="has no validated step to choose from"):
+    with pytest.raises(RunError, match=r"no validated step .*train a run with validate_every"):
         widgets.CheckpointSlider(started(validate_every=0))
+
+
+def test_a_run_before_its_first_validation_is_told_when_that_comes(
+    started: Callable[..., Run],
+) -> None:
+    with pytest.raises(RunError, match=r"train it further, .*first validation comes at step 3\."):
+        widgets.CheckpointSlider(started(validate_every=3))
 
 
 def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
@@ -950,7 +961,7 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     last = play.draw()
     assert play.gallery[-1] is last and len(play.gallery) == 2
     assert last.prompt == "a ohwx dog on the beach"
-    assert list(last.images) == ["base", tuned := "tuned, step 4"]
+    assert list(last.images) == ["base", tuned := "run, step 4"]
     assert [made.seed for made in last.images["base"]] == [7, 8]
     newest, first = play.entries.children
     assert "without “snow &lt;b&gt;”" in texts(newest) and "without" not in texts(first)
@@ -978,8 +989,8 @@ def test_a_playground_goes_on_with_the_gallery_of_an_earlier_one(
     second = widgets.compare_with_base(run, 4, earlier=first)
     assert second.gallery == first.gallery and second.prompt.value == "a {} dog in space"
     second.draw()
-    assert "tuned, step 2, seed" in texts(second.entries.children[1])
-    assert "tuned, step 4, seed" in texts(second.entries.children[0])
+    assert "run, step 2, seed" in texts(second.entries.children[1])
+    assert "run, step 4, seed" in texts(second.entries.children[0])
 
 
 def test_images_are_saved_with_the_settings_that_a1111_reads(
@@ -998,7 +1009,7 @@ def test_images_are_saved_with_the_settings_that_a1111_reads(
     play.check()
     files = sorted(path.name for path in Path("images/run").iterdir())
     assert files == [
-        f"{n}-{name}-seed7.png" for n in ("0001", "0002") for name in ("base", "tuned-step-4")
+        f"{n}-{name}-seed7.png" for n in ("0001", "0002") for name in ("base", "run-step-4")
     ]
     with PIL_Image.open(Path("images/run", files[0])) as image:
         saved, pixels = image.info["parameters"], image.tobytes()

@@ -12,6 +12,7 @@ from dreambooth_lib.core.user_text import markdown, python_string
 from dreambooth_lib.data import images
 from dreambooth_lib.families import clip_skip, loading, one_file, peft_adapters, textual_inversion
 from dreambooth_lib.families.prediction_type import V_PREDICTION
+from dreambooth_lib.families.pretrained import DTYPE
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.training import best_checkpoint, image_sizes, validation_record
 from dreambooth_lib.training.runs import Run
@@ -49,13 +50,14 @@ def write_card(run: Run, step: int, folder: str | Path, photos: bool = False) ->
     return folder / "README.md"
 
 
-def usage(run: Run, model: str | Path, base: str = "") -> str:
+def usage(run: Run, model: str | Path, base: str = "", dtype_name: str = DTYPE) -> str:
     """Return Python that generates an image of a run's subject with plain diffusers.
 
     It computes in half precision on a GPU and in float32 elsewhere, with the base's own inference
     steps and guidance scale. ``model`` is a folder or, if there is none of that name, a name on
     the Hub; ``base`` says where a LoRA's base is if not where the run had it. Raises ``BaseError``
     if the run trained a token, or an adapter other than LoRA, and its base is missing.
+    ``dtype_name`` is what a pipeline's loader calls the dtype, by default in this diffusers.
     """
     config = run.config
     lora = config.method == "lora"
@@ -95,14 +97,13 @@ def usage(run: Run, model: str | Path, base: str = "") -> str:
     is_toybox = loaded_first == "toybox"
     place = 'loading.locate("toybox")' if is_toybox else python_string(loaded_first)
     prompt = python_string(f"{config.subject.instance_prompt} on the beach")
-    # diffusers calls it dtype since 0.40, and takes this name from 0.36 to 0.42 at least.
-    torch_dtype = f"torch_dtype=torch.{dtype} if gpu else torch.float32"
+    given = f"{dtype_name}=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
         "import torch",
         f"from diffusers import {pipeline_class}",
         *(["from dreambooth_lib.families import loading"] if is_toybox else []),
         "gpu = torch.cuda.is_available()",
-        f"pipeline = {pipeline_class}.{method}({place}, {torch_dtype})",
+        f"pipeline = {pipeline_class}.{method}({place}, {given})",
         *scheduler,
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
@@ -222,7 +223,8 @@ def _card(run: Run, step: int, photos: bool) -> str:
         repository, name = "" if local else origin, Path(origin).name
     # A local path would reveal the machine's folders and mean nothing elsewhere.
     base = "/".join(part for part in (repository, file and file.file) if part) or name
-    code = usage(run, "this model's name", base)
+    # All of diffusers' versions so far take this name, and those of its readers are not known.
+    code = usage(run, "this model's name", base, "torch_dtype")
     kinds = [config.adapter or "lora"] if lora else []
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     header = ModelCardData(

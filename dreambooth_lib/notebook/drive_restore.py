@@ -73,12 +73,13 @@ def find_interrupted(
 ) -> tuple[FoundRun | None, str]:
     """Return the newest unfinished run of these photos, noun and base, and a sentence on it.
 
-    If there is none, or ``resume`` is False, the run is None and the sentence says which run is
+    If there is none, or ``resume`` is False, the run is None and the sentence says which runs are
     not resumed, and why. If ``resume`` is a run's name, it is that run, whatever it was trained
-    on, and finished or not. Of a run and its backups it is the one that is furthest, or else the
-    one in the earlier folder. Folders that are None or missing, as Drive may be, are skipped, and
-    so is the comparison of photos that are None, or missing as after a disconnect. Those that are
-    named in ``left_out``, and those that a run has left out, are not compared.
+    on, and finished or not; raises ``RunError`` if there is none of that name. Of a run and its
+    backups it is the one that is furthest, or else the one in the earlier folder. Folders that are
+    None or missing, as Drive may be, are skipped, and so is the comparison of photos that are None,
+    or missing as after a disconnect. Those that are named in ``left_out``, and those that a run has
+    left out, are not compared.
     """
     named = isinstance(resume, str)
     found, silent = _all_runs(folders)
@@ -87,7 +88,11 @@ def find_interrupted(
         "skipped; check that its drive is mounted, and run this again.\n"
         for folder in silent
     )
-    skipped = f"There is no run named {resume!r}.\n" if named else ""
+    known = sorted({found_run.run.folder.name for found_run in found})
+    if named and resume not in known:
+        others = f"one of {listed(known)}, or to True" if known else "True"
+        raise RunError(f"{message}there is no run named {resume!r}; set RESUME to {others}.")
+    skipped = ""
     wanted = [run for run in found if resume and (named or not run.finished)]
     for run in sorted(wanted, key=lambda run: run.last_saved, reverse=True):
         name = run.run.folder.name
@@ -95,7 +100,7 @@ def find_interrupted(
         if name == resume or not (named or difference):
             return run, f"{message}{'Opening finished' if run.finished else 'Resuming'} {run}"
         hint = f"set RESUME = {name!r} to resume it."
-        skipped = skipped or f"Not resumed: {run}; {difference}; {hint}\n"
+        skipped += f"Not resumed: {run}; {difference}; {hint}\n"
     names = sorted({found_run.run.folder.name for found_run in found if found_run.finished})
     if names and resume is True:
         opened = (

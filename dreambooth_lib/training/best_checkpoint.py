@@ -135,10 +135,13 @@ def best_checkpoint(run: Run) -> Selection:
     """
     rows = history(run)
     if len(rows) < 2:
-        raise RunError(
-            f"{run.folder} has no validated step to choose from; train it with validate_every "
-            "above 0, up to the first validation."
+        every = run.config.validate_every
+        fix = (
+            f"train it further, as its first validation comes at step {every}."
+            if every
+            else "train a run with validate_every above 0."
         )
+        raise RunError(f"{run.folder} has no validated step to choose from yet; {fix}")
     return select_best(rows)
 
 
@@ -180,8 +183,9 @@ def _comparison(last: ValidationResult, best: ValidationResult, base: Validation
         "class kept": after.class_kept - before.class_kept,
         "other prompts kept": after.others_kept - before.others_kept,
     }
-    parts = [f"{name} {gain:+.0%}" for name, gain in changes.items() if abs(gain) >= 0.005]
-    return f"By step {last.step}: {', '.join(parts) or 'hardly a change'}."
+    parts = [f"{name} {gain:+.0f}" for name, share in changes.items() if round(gain := 100 * share)]
+    told = f"{', '.join(parts)} percentage points" if parts else "hardly a change"
+    return f"From there to step {last.step}: {told}."
 
 
 def _is_lower(row: ValidationResult, other: ValidationResult, base: ValidationResult) -> bool:

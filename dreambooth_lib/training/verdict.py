@@ -46,10 +46,21 @@ def verdict(ratios: "Ratios", leakage: float, still_learning: bool) -> Verdict:
     kept = _word(min(ratios.class_kept, 1 - leakage), CLASS_KEPT, CLASS_PARTLY_KEPT)
     others = _word(ratios.others_kept, OTHERS_KEPT, OTHERS_PARTLY_KEPT)
     words = {"yes": "kept", "partly": "partly kept", "no": "forgotten"}
-    text = f"Subject learnt: {learnt}. Class: {words[kept]}. Other prompts: {words[others]}."
+    share = f"{ratios.class_kept:.0%}"
+    if 1 - leakage < ratios.class_kept and kept != "yes":
+        share = "it came to look like your subject"
+    text = (
+        f"By the scores: subject {_LEARNT[learnt]} ({ratios.likeness:.0%}), class {words[kept]} "
+        f"({share}), other prompts {words[others]} ({ratios.others_kept:.0%})."
+    )
     return Verdict(
         learnt, kept, others, text, _advice(learnt, kept, others, ratios, still_learning)
     )
+
+
+_LEARNT = {"yes": "learnt", "partly": "partly learnt", "no": "not learnt"}
+#: What the scores were seen to miss: at 94% likeness an image may lack a pattern.
+_COMPARE = "Scores miss small parts, such as a pattern: compare the images with your photos."
 
 
 def _word(value: float, yes: float, partly: float) -> str:
@@ -63,19 +74,23 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
         return "Lower the learning rate, or preserve other prompts too (prior_prompts)."
     if learnt != "yes":
         if still_learning:
-            return "Train for more steps: its best step is among the last ones."
+            return (
+                "Train for more steps: scores rise and fall early on, and its best step so far is "
+                "among the last ones."
+            )
         return (
             "Train for more steps or with a higher learning rate; photos that show the subject "
             "more alike help, too."
         )
     if ratios.adherence < FOLLOWED:
         return (
-            "It scores lower than the base at following prompts: if the images miss the scenes of "
-            "their prompts, choose an earlier checkpoint."
+            f"{_COMPARE} Its score for following prompts is below the base's, and falls, too, as "
+            "your subject looks less like a plain one of its class: choose an earlier checkpoint "
+            "only if the images miss the scenes of their prompts."
         )
     if "partly" in (kept, others):
         return (
-            "Compare the validation images of the class and of other prompts with the base's: "
-            "raise λ if too little is kept."
+            f"{_COMPARE} Compare those of the class and of other prompts with the base's: raise λ "
+            "if too little is kept."
         )
-    return "Nothing needs to change."
+    return _COMPARE

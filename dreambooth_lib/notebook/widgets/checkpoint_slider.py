@@ -6,7 +6,7 @@ from ipywidgets import HTML, SelectionSlider, VBox
 from PIL import ImageOps
 
 from dreambooth_lib.data.images import DataError, Images, read_photos
-from dreambooth_lib.figures.labels import BAD, FAIR, GOOD, RATIOS
+from dreambooth_lib.figures.labels import BAD, FAIR, RATIOS
 from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
 from dreambooth_lib.training import best_checkpoint
 from dreambooth_lib.training.best_checkpoint import Selection
@@ -20,11 +20,12 @@ _PHOTOS, _PHOTO_WIDTH = 6, 128  # how many of the photos are shown to compare wi
 
 
 def verdict_html(selection: Selection) -> str:
-    """Write a selection's verdict in words, coloured, above its numbers."""
+    """Write a selection's verdict in words above its numbers, coloured if something is amiss."""
     judged = selection.verdict
     words = (judged.learnt, judged.class_kept, judged.others_kept)
-    colour = BAD if "no" in words else FAIR if "partly" in words else GOOD
-    told = f'<b style="color: {colour}">{html.escape(judged.text)}</b> {html.escape(judged.advice)}'
+    # No green: a person may see faults that the scores miss.
+    colour = f' style="color: {BAD if "no" in words else FAIR}"' if {*words} != {"yes"} else ""
+    told = f"<b{colour}>{html.escape(judged.text)}</b> {html.escape(judged.advice)}"
     chosen = "<b>Chosen ★:</b> " if selection.better_than_base else ""
     return f"{told}<br>{chosen}{html.escape(selection.reason)}"
 

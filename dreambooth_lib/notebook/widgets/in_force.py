@@ -21,7 +21,7 @@ _SHOWN = {
     "keep_class": "{} of the class kept",
     "learning_rate": "learning rate {}",
     "batch_size": "batch size {}",
-    "steps": "{} steps in all",
+    "steps": "{} steps",
 }
 
 

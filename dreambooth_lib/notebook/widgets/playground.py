@@ -254,7 +254,8 @@ def compare_with_base(
     runs of a study, make a :class:`Playground`.
     """
     at = step or max(run.checkpoints(), default=None)
-    tuned = "tuned" if at is None else f"tuned, step {at}"
+    name = run.folder.name
+    tuned = name if at is None else f"{name}, step {at}"
     sources: dict[str, Source] = {"base": run.config, tuned: run if step is None else (run, step)}
     subject = run.config.subject
     folder = Path("images") / run.folder.name

@@ -31,9 +31,14 @@ def findings(base: str, noun: str) -> list[str]:
     if bare != noun.lower() and bare in nouns:
         messages.append(f"write the class noun without its article: '{bare}'.")
     elif noun.lower() not in nouns:
+        if known := [word for word in noun.lower().split() if word in nouns]:
+            return [
+                f"the practice base does not know '{noun}': write the class noun '{known[-1]}'."
+            ]
         messages.append(
             f"the practice base cannot draw '{noun}': it knows emoji-like drawings of "
-            f"{len(nouns)} things ({', '.join(nouns)}); choose one of them, or another base."
+            f"{len(nouns)} things ({', '.join(sorted(nouns))}); choose one of them, or another "
+            "base."
             if noun
             else "the class noun is empty; write in one word what your subject is."
         )

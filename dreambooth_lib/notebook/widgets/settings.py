@@ -71,7 +71,8 @@ class SettingsPanel(Panel):
         self._native = loading.inspect_base(config.base, config.revision).resolution
         self.controls = _controls(config, self._native)
         self.predict = Button(description="Predict the time")
-        self.reset = Button(description="Reset", tooltip="Restore the first values of all settings")
+        self.reset = Button(description="Restore the first settings")
+        self.reset.layout.width = "auto"
         self.all = Checkbox(description="Show all settings", indent=False, value=False)
         self.all.layout.width = "auto"
         self.time, self.python = HTML(), HTML()
@@ -153,6 +154,7 @@ class SettingsPanel(Panel):
     def _show(self) -> None:
         self.controls["adapter"].disabled = self.controls["method"].value != "lora"
         self.controls["prior_weight"].disabled = self.controls["keep_class"].value != _AS_WEIGHTED
+        self.python.value = self.time.value = ""  # nothing stale beside an error
         config = self.config
         shown = HINTS.keys() - ({"prior_weight"} if config.keep_class else set())
         code = html.escape(python_of(config, shown))
@@ -162,12 +164,14 @@ class SettingsPanel(Panel):
         self.clear_errors(self._measure)  # other settings may work
         if self._measured and self._measured[0] != _without_length(config):
             self._measured = None
-        self.time.value = _time(config, *self._measured[1:]) if self._measured else ""
+        if self._measured:
+            self.time.value = _time(config, *self._measured[1:])
 
     def _measure(self) -> None:
         with busy(self.predict):
             release_models()
             config = self.config
+            self.time.value = "Training for a few steps to measure their time…"
             self._measured = (_without_length(config), measure(config), _memory(config))
         self._show()
 

@@ -11,6 +11,7 @@ from ipywidgets import HTML, Button, Checkbox, Combobox, Layout, Text, VBox
 from PIL import ImageOps
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import check_captions, check_lengths, write_captions
@@ -112,9 +113,7 @@ class SubjectPanel(Panel):
             self._bad = (str(source), error.names)
             self.go_on.description = f"Go on without {listed(error.names)}"
             self.go_on.layout.display = ""
-            told = DataError(
-                f"{error.problem}, or press '{self.go_on.description}' in the photos' panel."
-            )
+            told = DataError(f"{error.problem}, or press '{self.go_on.description}' in section 2.")
             self.report(told, self.use)
             raise told from error
         except Exception as error:
@@ -187,6 +186,11 @@ class SubjectPanel(Panel):
         if not self.photos:  # reading them was interrupted
             raise DataError("no photos are chosen; run the cell of section 2 again.")
         subject, noun = self.initial_config.subject, self.class_noun.value.strip()
+        if not noun:
+            raise ConfigError(
+                "the class noun of section 2 is empty; write there what your subject is, such as "
+                "'dog'."
+            )
         path, name = Path(self._path).resolve(), subject.name
         if str(path) != subject.pictures:
             uploaded = path.is_relative_to(self.uploads.resolve())
@@ -249,8 +253,8 @@ class SubjectPanel(Panel):
         if not photos:
             return
         shapes = self.framing.shapes(photos, side)
-        problems = self._notes + [f.message for f in check_photos(photos, side, shapes)]
-        problems += self._check_words()
+        problems = self._check_words() + self._notes
+        problems += [finding.message for finding in check_photos(photos, side, shapes)]
         items = [f"<li>{html.escape(printable(text))}</li>" for text in problems[:_SHOWN]]
         told = f"<ul>{''.join(items[:_AT_FIRST])}</ul>"
         if more := items[_AT_FIRST:]:

@@ -108,6 +108,9 @@ class _TrainingPanel(Panel):
             f"<b>Step {step.step} of {self.run.config.steps}, {self._time_left(step)} left.</b> "
             f"Instance loss {step.instance_loss:.3f}{prior}{self._kept}."
         )
+        config = self.run.config
+        if config.validate_every and due_steps(config, step.step, step.step + 1):
+            self.status.value += " The next step may also draw validation images."
         if step.validation or (time.monotonic() - self._drawn_at) * _PLOT_TIME > self._seconds:
             self.draw()
 
