@@ -205,7 +205,7 @@ def draw_leaks(
         axes.plot(x, y, "o-", label=name)
     axes.set_xlabel(f"{LIKENESS} →")
     axes.set_ylabel(f"{LEAK} →")
-    axes.set_title(f"Steps {', '.join(map(str, steps))}, from left to right")
+    axes.set_title(f"Steps {', '.join(map(str, steps))} along each line")
     axes.legend(fontsize="small")
     axes.grid(color="#e4e4e4")
     figure.savefig(path)
