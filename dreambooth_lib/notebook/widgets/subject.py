@@ -73,7 +73,8 @@ class SubjectPanel(Panel):
         self.findings, self.thumbnails, self.crops = HTML(), empty_image(), empty_image()
         self.title, self._crops_title = HTML(), HTML()
         self.captions = CaptionEditor(self._save_captions, self.callback)
-        self.go_on = Button(layout=Layout(width="auto", display="none"))
+        go_on_layout = Layout(width="auto", display="none", align_self="flex-start")
+        self.go_on = Button(button_style="primary", layout=go_on_layout)
         self.framing = FramingPanel(config, base.size_multiple, self._show, self.reload)
         hints = {
             self.source: "three to six photos of the subject in different surroundings",
@@ -82,9 +83,10 @@ class SubjectPanel(Panel):
             self.hold_out: "with four or more, one is never trained on: its loss shows overfitting",
         }
         super().__init__(
+            self.go_on,  # below the error
             HTML(_ON_COLAB) if colab.in_colab() else upload.upload_row(self.upload),
             with_hints(hints),
-            self.go_on, self.title, self.thumbnails, self.findings, self.captions,
+            self.title, self.thumbnails, self.findings, self.captions,
             self._crops_title, self.crops, self.framing,
         )  # fmt: skip
         self.go_on.on_click(self.callback(self._go_on))
