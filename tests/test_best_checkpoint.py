@@ -154,7 +154,7 @@ def test_a_row_of_an_earlier_version_has_no_noise() -> None:
     ("own", "leaks", "last", "text", "advice"),
     [
         (Ratios(0.9, 0.95, 0.85, 0.9), 0.0, True,
-         "learnt (90%), class kept (85%), other prompts kept (90%).", "Scores miss small parts"),
+         "learnt (90%), class kept (85%), other prompts kept (90%).", "Scores can miss shapes"),
         (Ratios(0.1, 1, 0.9, 0.95), 0.0, True,
          "not learnt (10%), class kept (90%), other prompts kept (95%).", "Train for more steps"),
         (Ratios(0.5, 1, 0.9, 0.95), 0.0, False,

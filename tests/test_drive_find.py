@@ -130,10 +130,10 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
         assert "set RESUME = 'my-dog' to resume it.\nStarting a new run." in message
         assert interrupted(run, drive, resume="my-dog", **{field: value})[0] == run.folder
     assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
-    with pytest.raises(RunError, match=r"no run named 'max'; set RESUME to .*my-dog, or to True"):
+    with pytest.raises(RunError, match=r"no run named 'max'; set RESUME to 'my-dog', or to True"):
         interrupted(run, drive, resume="max")
     finish(run)
-    told = "Finished runs here: my-dog; set RESUME = 'my-dog' to open it.\nStarting a new run."
+    told = "Finished runs here: 'my-dog'; set RESUME = 'my-dog' to open it.\nStarting a new run."
     assert interrupted(run, drive) == (None, told)
     assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
     folder, message = interrupted(run, drive, resume="my-dog")

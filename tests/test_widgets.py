@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook import captioner, timing, widgets
-from dreambooth_lib.notebook.widgets import playground, upload
+from dreambooth_lib.notebook.widgets import parts, playground, upload
 from dreambooth_lib.notebook.widgets.settings import python_of
 from dreambooth_lib.training import loop, runs, validation
 from dreambooth_lib.training.batches import Batch, Batches
@@ -426,6 +427,7 @@ def test_photos_that_were_uploaded_with_a_bad_one_are_used_at_a_click(
     assert "'b.png'" in note and note.count("⚠") == 1 and "left_out" not in note
     assert "or press 'Go on without b.png' in section 2." in note
     click(subject.go_on)
+    click(subject.go_on)  # a double click
     assert [photo.name for photo in subject.photos] == ["a.png", "c.png"]
     assert subject.config.subject.left_out == ("b.png",) and not subject.note.value
 
@@ -640,12 +642,16 @@ def test_the_training_view_tells_the_time_left_and_the_settings_with_what_change
     for step in widgets.monitor(unfinished):
         if step.step == 2:
             break
-    resumed = runs.start_or_resume(unfinished.config.replace(prior_weight=1.5), unfinished.folder)
+    for weight in (0.7, 1.5):  # a training that fails at once leaves its change in the config
+        changed = unfinished.config.replace(prior_weight=weight, steps=6)
+        resumed = runs.start_or_resume(changed, unfinished.folder)
     list(widgets.monitor(resumed))
-    assert "λ 1.5 since step 2 (before: 0.5), " in texts(shown[-1])
-    assert runs.resume(resumed.folder).rows("changes") == [
-        {"step": 2, "fields": {"prior_weight": [0.5, 1.5]}}
-    ]
+    told = texts(shown[-1])
+    assert "λ 1.5 since step 2 (before: 0.5), " in told, "no step was trained with 0.7"
+    assert "6 steps (before: 4)" in told
+    assert [row["fields"]["prior_weight"] for row in resumed.rows("changes")] == [
+        [0.5, 0.7], [0.7, 1.5]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -911,6 +917,28 @@ def test_a_step_without_weights_is_view_only(started: Callable[..., Run]) -> Non
         assert len(images(slider.images)) == 4 + 2 + 10
 
 
+def test_a_chosen_step_is_kept_until_the_run_is_trained_further(
+    started: Callable[..., Run],
+) -> None:
+    run = started(validate_every=1, checkpoints_kept=9)
+    list(loop.train(run))
+    slider = widgets.CheckpointSlider(run)
+    other = next(step for step in (1, 2, 3, 4) if step != slider.best.step)
+    slider.slider.value = other
+    again = widgets.CheckpointSlider(run)
+    assert again.step == again.slider.value == other
+    assert f"Step {other} of" in texts(again), "a saved model would be replaced by another step's"
+    shutil.rmtree(run.checkpoints()[other])
+    assert widgets.CheckpointSlider(run).step == slider.best.step
+    again.slider.value = slider.best.step
+    longer = runs.start_or_resume(run.config.replace(steps=5), run.folder)
+    list(loop.train(longer))
+    slider = widgets.CheckpointSlider(longer)
+    assert slider.slider.value == slider.best.step
+    (run.folder / "chosen_checkpoint.json").write_text('{"step": [], "last": 5}')
+    assert widgets.CheckpointSlider(longer).step == slider.best.step
+
+
 def test_class_images_are_drawn_where_the_run_expects_them(
     started: Callable[..., Run],
 ) -> None:
@@ -1112,7 +1140,9 @@ def test_the_playground_warns_of_a_prompt_without_the_subject(started: Callable[
     play = widgets.compare_with_base(started())
     assert not play.advice.value
     play.prompt.value = "a dog in the snow"
-    assert "does not name your subject: write <code>a {} dog ...</code>" in play.advice.value
+    assert (
+        "does not name your subject: write <code>a {} dog in the snow</code>" in play.advice.value
+    )
     play.prompt.value = "a ohwx dog in the snow"
     assert not play.advice.value
     play.check()
@@ -1234,3 +1264,33 @@ def test_other_libraries_print_nothing_into_the_notebook(tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
+
+
+def test_actions_in_threads_wait_for_each_other_and_a_busy_button_is_not_pressed_again() -> None:
+    """As in a kernel that answers widgets in threads of their own."""
+    button, other = Button(), Button()
+    started, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def work() -> None:
+        with parts.busy(button):
+            started.set()
+            assert go_on.wait(30)
+            done.append("worked")
+
+    panel = parts.Panel(button, other)
+    button.on_click(panel.callback(work))
+    other.on_click(panel.callback(lambda: done.append("other")))
+    first = threading.Thread(target=button.click)
+    first.start()
+    assert started.wait(30)
+    button.click()  # returns at once
+    second = threading.Thread(target=other.click)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and not done
+    go_on.set()
+    first.join(30)
+    second.join(30)
+    assert done == ["worked", "other"]
+    panel.check()

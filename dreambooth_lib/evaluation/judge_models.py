@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from dreambooth_lib.core.digests import file_digest
 from dreambooth_lib.core.errors import KitError, one_line
+from dreambooth_lib.core.threads import one_at_a_time
 from dreambooth_lib.evaluation.rubric import Chat
 from dreambooth_lib.training.sampling import sampling_dtype
 
@@ -51,6 +52,7 @@ class LocalModel:
 
     parallel = 1
 
+    @one_at_a_time
     def __init__(self, model_id: str | Path, device: "torch.device | str" = "cpu") -> None:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_lib.core.digests import DIGESTS, changed_file
 from dreambooth_lib.core.files import fingerprint
+from dreambooth_lib.core.threads import one_at_a_time
 from dreambooth_lib.families import base_files, one_file, peft_adapters, quantizers
 from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.clip_skip import skips_layers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
 
 
+@one_at_a_time
 def load_model(
     base: str,
     revision: str | None = None,
@@ -137,6 +139,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@one_at_a_time
 def compose(loras: Mapping[str, float], on: str | None = None, **loading: Any) -> "Family":
     """Load the base of several LoRA runs or folders, and add each LoRA at its weight.
 
@@ -245,6 +248,7 @@ class BaseInfo(NamedTuple):
     how_to_read_more: str  #: of a prompt, "" if nothing can be done
 
 
+@one_at_a_time
 def inspect_base(base: str, revision: str | None = None, prompt_chunks: int = 1) -> BaseInfo:
     """Return a base's resolution and tokenizers; from the hub, that is a small download.
 

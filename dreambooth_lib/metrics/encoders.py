@@ -13,6 +13,7 @@ from PIL import Image
 from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import InputError, KitError, one_line, printable
 from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
+from dreambooth_lib.core.threads import one_at_a_time
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ class Encoder:
     model_id: str  #: to report with every score
     reads_texts: bool  #: whether :meth:`embed_texts` works: False for all DINOs
 
+    @one_at_a_time
     def __init__(self, model_id: str | Path, device: "str | torch.device" = "cpu") -> None:
         import torch
         from transformers import AutoConfig

@@ -7,6 +7,7 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.core.threads import one_at_a_time
 from dreambooth_lib.data.captions import with_identifier
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def describe(photos: "Iterable[Photo]", subject: Subject, model: str = MODEL) ->
     return captions
 
 
+@one_at_a_time
 def _load(model: str, dtype: Any) -> tuple[Any, Any, Any]:
     import transformers
 

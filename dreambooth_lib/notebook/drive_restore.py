@@ -90,7 +90,9 @@ def find_interrupted(
     )
     known = sorted({found_run.run.folder.name for found_run in found})
     if named and resume not in known:
-        others = f"one of {listed(known)}, or to True" if known else "True"
+        quoted = [repr(name) for name in known]
+        one_of = "one of " if len(known) > 1 else ""
+        others = f"{one_of}{listed(quoted)}, or to True" if known else "True"
         raise RunError(f"{message}there is no run named {resume!r}; set RESUME to {others}.")
     skipped = ""
     wanted = [run for run in found if resume and (named or not run.finished)]
@@ -108,7 +110,8 @@ def find_interrupted(
             if len(names) == 1
             else ("set RESUME to one of these names to open it")
         )
-        skipped += f"Finished runs here: {listed(names)}; {opened}.\n"
+        quoted = [repr(name) for name in names]
+        skipped += f"Finished runs here: {listed(quoted)}; {opened}.\n"
     return None, f"{message}{skipped}Starting a new run."
 
 

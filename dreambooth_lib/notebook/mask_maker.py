@@ -11,6 +11,7 @@ from dreambooth_lib.core.encoder_revisions import revision_of
 from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.core.files import save_png
 from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
+from dreambooth_lib.core.threads import one_at_a_time
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.masks import SUFFIX
 
@@ -57,6 +58,7 @@ def find_subject(
     return found
 
 
+@one_at_a_time
 def _load(model: str) -> tuple[Any, Any]:
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 

@@ -18,8 +18,12 @@ def check(names: Mapping[str, Any], **sections: str) -> None:
     """
     for variable, section in sections.items():
         if variable not in names:
+            restarted = (
+                ""
+                if "run" in names
+                else " After a restart, run all cells above this one; to open a finished run, "
+                "first set RESUME to its name in quotes."
+            )
             raise OutOfOrder(
-                f'this cell needs what the cells of "{section}" set; run those first. After a '
-                "restart, run all cells above this one; to open a finished run, first set RESUME "
-                "to its name."
+                f'this cell needs what the cells of "{section}" set; run those first.{restarted}'
             )

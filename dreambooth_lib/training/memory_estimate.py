@@ -17,6 +17,7 @@ from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.core.threads import one_at_a_time
 from dreambooth_lib.families import loading, peft_adapters
 from dreambooth_lib.families.base import Family, vae_scale
 from dreambooth_lib.training import lora
@@ -68,6 +69,7 @@ class Estimate:
         return max(training, self.encoding, self.preparing)
 
 
+@one_at_a_time
 def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     """Estimate the peak memory and the FLOPs of training ``config`` on a GPU.
 

@@ -3,6 +3,7 @@
 RUN/config.toml, memory.json        and what memory "auto" was resolved to (see memory_level.py)
 RUN/log.jsonl               one row per training step
 RUN/changes.jsonl           the settings that changed when it was resumed, and at which step
+RUN/chosen_checkpoint.json  the step that a person chose in a notebook, if one did
 RUN/validation.jsonl, validation/   scores and validation images (see validation_record.py)
 RUN/checkpoints/000100/     weights; the newest also has the optimizer's state (see checkpoints.py)
 RUN/pipeline/, made_with.json   the tuned pipeline in diffusers' layout, or its LoRA weights

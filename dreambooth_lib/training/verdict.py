@@ -59,8 +59,11 @@ def verdict(ratios: "Ratios", leakage: float, still_learning: bool) -> Verdict:
 
 
 _LEARNT = {"yes": "learnt", "partly": "partly learnt", "no": "not learnt"}
-#: What the scores were seen to miss: at 94% likeness an image may lack a pattern.
-_COMPARE = "Scores miss small parts, such as a pattern: compare the images with your photos."
+#: At 94% likeness an image was seen to lack a pattern, and part of its subject's shape.
+_COMPARE = (
+    "Scores can miss shapes, colours and small parts: compare the images with your photos, and "
+    "train for more steps if they do not show your subject yet."
+)
 
 
 def _word(value: float, yes: float, partly: float) -> str:
@@ -84,9 +87,9 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
         )
     if ratios.adherence < FOLLOWED:
         return (
-            f"{_COMPARE} Its score for following prompts is below the base's, and falls, too, as "
-            "your subject looks less like a plain one of its class: choose an earlier checkpoint "
-            "only if the images miss the scenes of their prompts."
+            f"{_COMPARE} The score for following prompts is lower than the base's, which is normal "
+            "for an unusual subject: choose an earlier checkpoint only if the images miss the "
+            "scenes of their prompts."
         )
     if "partly" in (kept, others):
         return (

@@ -5,6 +5,7 @@ import html
 from ipywidgets import HTML, SelectionSlider, VBox
 from PIL import ImageOps
 
+from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.data.images import DataError, Images, read_photos
 from dreambooth_lib.figures.labels import BAD, FAIR, RATIOS
 from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
@@ -13,6 +14,8 @@ from dreambooth_lib.training.best_checkpoint import Selection
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history, load_images, plan_of
 
+#: In a run's folder: the step that a person chose, and the run's last validated step then.
+CHOSEN_FILE = "chosen_checkpoint.json"
 _HINT = "early steps lack the subject, late ones ignore the prompt: choose one that shows both"
 #: Smallest and largest width on the page, in pixels: of the subject, its class, other prompts.
 _WIDTHS = (200, 256), (200, 256), (128, 160)
@@ -33,26 +36,44 @@ def verdict_html(selection: Selection) -> str:
 class CheckpointSlider(Panel):
     """The validation images of a run, one step at a time, beginning with the best.
 
-    ``step`` is the step shown if its weights are saved, else the best. Raises ``RunError`` if the
-    run has no validation of a trained model.
+    ``step`` is the step shown if its weights are saved, else the best. A step that was chosen
+    before is shown again, until the run is trained further. Raises ``RunError`` if the run has no
+    validation of a trained model.
     """
 
     def __init__(self, run: Run):
         self.run, self.best = run, best_checkpoint.best_checkpoint(run)
         self._results = {result.step: result for result in history(run)}
         labels = [(self._label(step), step) for step in self._results]
-        self.slider = control(SelectionSlider, "checkpoint", options=labels, value=self.best.step)
+        first = self._chosen_before() or self.best.step
+        self.slider = control(SelectionSlider, "checkpoint", options=labels, value=first)
         self.scores, self.images = HTML(), VBox()
         judged = HTML(verdict_html(self.best))
         photos = row(_photos(run))
         super().__init__(judged, with_hints({self.slider: _HINT}), self.scores, photos, self.images)
         self.on_change(self._show, self.slider)
+        self.on_change(self._remember, self.slider)
         self._show()
 
     @property
     def step(self) -> int:
         shown = self.slider.value
         return shown if shown in self.run.checkpoints() else self.best.step
+
+    def _chosen_before(self) -> int | None:
+        """Return the step chosen in an earlier session, if its weights are there and none is newer.
+
+        Otherwise a model that was saved from it would be saved again from the best step.
+        """
+        known = read_object(self.run.folder / CHOSEN_FILE) or {}
+        step = known.get("step")
+        is_current = known.get("last") == max(self._results)
+        is_saved = isinstance(step, int) and step in self.run.checkpoints()
+        return step if is_current and is_saved else None
+
+    def _remember(self) -> None:
+        chosen = {"step": self.step, "last": max(self._results)}
+        write_object(self.run.folder / CHOSEN_FILE, chosen)
 
     def _label(self, step: int) -> str:
         # There is little room beside a slider.

@@ -27,20 +27,26 @@ _SHOWN = {
 
 def settings_in_force(run: Run) -> str:
     """Return the settings on one line, with the previous value of each that has changed."""
-    changes: dict[str, tuple[int, object]] = {}
+    changes: dict[str, list[tuple[int, object]]] = {}  # since which step, and what before
     for row in run.rows("changes"):
         fields = row.get("fields")
         for name, values in fields.items() if isinstance(fields, dict) else ():
             if isinstance(values, list) and len(values) == 2:
-                changes[name] = (row["step"], values[0])
+                known = changes.setdefault(name, [])
+                if not (known and known[-1][0] == row["step"]):  # else no step had that value
+                    known.append((row["step"], values[0]))
     parts, values = [], flat_fields(run.config)
     for name, words in _SHOWN.items():
         if not _matters(name, run.config):
             continue
         text = words.format(_value(name, values[name]))
-        if name in changes:
-            step, old = changes[name]
-            text += f" since step {step} (before: {_value(name, old)})"
+        effective = [(step, old) for step, old in changes.get(name, []) if step]
+        if effective and effective[-1][1] == values[name]:
+            effective.pop()  # changed, and changed back before any step
+        if effective:
+            step, old = effective[-1]
+            since = "" if name == "steps" else f" since step {step}"
+            text += f"{since} (before: {_value(name, old)})"
         parts.append(text)
     return ", ".join(parts)
 

@@ -2,6 +2,7 @@
 
 import html
 import io
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from dreambooth_lib.core.errors import one_line
 
 #: Jupyter's own red, which suits its dark theme too; the classic Notebook has none.
 _RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
+
+
+_ACTING = threading.RLock()  # an action may change a field that has one
 
 
 class Panel(VBox):
@@ -51,14 +55,21 @@ class Panel(VBox):
         self.note.layout.display = "" if lines else "none"
 
     def callback(self, action: Callable[[], Any]) -> Callable[[Any], None]:
-        """Wrap ``action`` for a widget, which would hide its error or show a traceback."""
+        """Wrap ``action`` for a widget, which would hide its error or show a traceback.
 
-        def call(_event: Any) -> None:
-            self.clear_errors(action)
-            try:
-                action()
-            except Exception as error:  # check() raises it
-                self.report(error, action)
+        Actions of all panels wait for each other: a kernel may run them in threads. A button that
+        is pressed again while it is :func:`busy` does nothing.
+        """
+
+        def call(event: Any) -> None:
+            if isinstance(event, Button) and event.disabled:
+                return
+            with _ACTING:
+                self.clear_errors(action)
+                try:
+                    action()
+                except Exception as error:  # check() raises it
+                    self.report(error, action)
 
         return call
 

@@ -181,7 +181,7 @@ class Playground(Panel):
     def _advise(self) -> None:
         prompt, subject = self.prompt.value, self._subject
         named = "{}" in prompt or subject.identifier in prompt.split()
-        example = html.escape(f"a {{}} {subject.class_noun} ...")
+        example = html.escape(f"a {{}} {subject.class_noun} in the snow")
         text = f"This prompt does not name your subject: write <code>{example}</code>."
         self.advice.value = "" if named else text
 

@@ -172,7 +172,10 @@ class SettingsPanel(Panel):
             release_models()
             config = self.config
             self.time.value = "Training for a few steps to measure their time…"
-            self._measured = (_without_length(config), measure(config), _memory(config))
+            try:
+                self._measured = (_without_length(config), measure(config), _memory(config))
+            finally:
+                self.time.value = ""
         self._show()
 
 

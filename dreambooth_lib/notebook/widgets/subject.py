@@ -139,7 +139,7 @@ class SubjectPanel(Panel):
         """Use the good photos, without the bad ones that the panel names."""
         source, names = self._bad
         place = Path(source).resolve()
-        self._left_out[place] = (*self._left_out.get(place, ()), *names)
+        self._left_out[place] = tuple(dict.fromkeys((*self._left_out.get(place, ()), *names)))
         self.use(source)
 
     def _save_captions(self, captions: Mapping[str, str]) -> None:
