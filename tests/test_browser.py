@@ -273,3 +273,15 @@ def test_from_photos_to_an_image_of_your_own_prompt(page: Page, tmp_path: Path) 
     page.run(FILE)
     page.run(END)
     assert not page.tab.get_by_text("⚠").count()
+
+
+def test_a_double_click_in_a_new_kernel_measures_and_breaks_nothing(page: Page) -> None:
+    """Where the server answers widgets in threads, both clicks would load the models at once."""
+    for number in (SETUP, PARAMETERS, PREFLIGHT, BEGIN, SUBJECT, SETTINGS):
+        page.run(number)
+    page.wait_for(SETTINGS, "prior_weight=1.0")
+    page.cell(SETTINGS).get_by_role("button", name="Predict the time").dblclick()
+    page.wait_for(SETTINGS, "Training takes about")
+    assert "⚠" not in page.text(SETTINGS)
+    page.run(TRAIN, 500)
+    page.wait_for(TRAIN, f"Finished at step {STEPS}.")
