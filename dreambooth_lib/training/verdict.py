@@ -19,6 +19,13 @@ OTHERS_KEPT, OTHERS_PARTLY_KEPT = 0.8, 0.6
 #: How well prompts are followed, from which they count as followed.
 FOLLOWED = 0.85
 
+_LEARNT = {"yes": "learnt", "partly": "partly learnt", "no": "not learnt"}
+#: At 94% likeness an image was seen to lack a pattern, and part of its subject's shape.
+_COMPARE = (
+    "Scores can miss shapes, colours and small parts: compare the images with your photos, and "
+    "train for more steps if they do not show your subject yet."
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -56,14 +63,6 @@ def verdict(ratios: "Ratios", leakage: float, still_learning: bool) -> Verdict:
     return Verdict(
         learnt, kept, others, text, _advice(learnt, kept, others, ratios, still_learning)
     )
-
-
-_LEARNT = {"yes": "learnt", "partly": "partly learnt", "no": "not learnt"}
-#: At 94% likeness an image was seen to lack a pattern, and part of its subject's shape.
-_COMPARE = (
-    "Scores can miss shapes, colours and small parts: compare the images with your photos, and "
-    "train for more steps if they do not show your subject yet."
-)
 
 
 def _word(value: float, yes: float, partly: float) -> str:
