@@ -1002,6 +1002,16 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     assert [len(images(row)) for row in rows] == [2, 2], "a row for each seed"
 
 
+def test_a_run_called_base_is_not_taken_for_the_base(
+    started: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = started(validate_every=0)
+    list(loop.train(run))
+    shutil.rmtree(run.folder / "checkpoints")
+    play = widgets.compare_with_base(runs.resume(run.folder.rename(tmp_path / "base")))
+    assert play.left.options == ("base", "base, tuned")
+
+
 def test_a_playground_goes_on_with_the_gallery_of_an_earlier_one(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,8 +254,8 @@ def compare_with_base(
     runs of a study, make a :class:`Playground`.
     """
     at = step or max(run.checkpoints(), default=None)
-    name = run.folder.name
-    tuned = name if at is None else f"{name}, step {at}"
+    # Never "base" alone, which a run may be called.
+    tuned = f"{run.folder.name}, {'tuned' if at is None else f'step {at}'}"
     sources: dict[str, Source] = {"base": run.config, tuned: run if step is None else (run, step)}
     subject = run.config.subject
     folder = Path("images") / run.folder.name
