@@ -224,6 +224,17 @@ def test_a_training_by_the_clock_ends_in_time_and_goes_on_with_what_is_left(tmp_
     assert again == [], "the time is used up"
 
 
+def test_a_training_whose_time_is_up_tells_its_last_step(tmp_path, capsys):
+    model = torch.nn.Linear(20, 20)
+
+    def loss_at(step):
+        time.sleep(0.3 if step else 0.0)  # the second step ends after the time is up
+        return model(torch.ones(4, 20)).square().mean()
+
+    fit(model, loss_at, Way(10**9, seconds=0.2), peak_lr=0.1, folder=tmp_path / "run")
+    assert capsys.readouterr().out.startswith("run: step 2/2 loss ")
+
+
 def test_float16_scales_the_loss_and_skips_what_overflows(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(20, 20)

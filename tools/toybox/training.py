@@ -153,6 +153,16 @@ def fit(
         state |= {"scaler": scaler.state_dict(), "spent": before + time.monotonic() - began}
         save_state(folder, state | {"model": model.state_dict(), "average": average, "step": step})
 
+    def check(losses: list[torch.Tensor]) -> float:
+        mean = torch.stack(losses).mean().item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"{folder.name}: the loss is {mean} at step {step - 1}.")
+        return mean
+
+    def tell(mean: float) -> None:
+        rate = len(recent) / max(time.monotonic() - printed_at, 1e-9)
+        print(f"{folder.name}: step {step}/{steps} loss {mean:.4f} {rate:.2f}/s", flush=True)
+
     model.train()
     recent: list[torch.Tensor] = []
     while step < (steps := way.whole(step, before + time.monotonic() - began)):
@@ -173,19 +183,19 @@ def fit(
             torch._foreach_lerp_(averaged, current, 1 - decay)
         step += 1
         recent.append(loss.detach())
-        if way.device != "cpu" and step % 16 and step < steps:
+        if way.device != "cpu" and step % 16:
             continue  # reading a loss waits for the GPU, which else works while the next is queued
-        mean = torch.stack(recent).mean().item()
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"{folder.name}: the loss is {mean} at step {step - 1}.")
+        mean = check(recent)
         now = time.monotonic()
-        if now - printed_at > 30 or step >= steps:
-            rate = len(recent) / max(now - printed_at, 1e-9)
-            print(f"{folder.name}: step {step}/{steps} loss {mean:.4f} {rate:.2f}/s", flush=True)
+        if now - printed_at > 30:
+            tell(mean)
             recent, printed_at = [], now
         if now - saved_at > way.save_every_s:
             save()
             saved_at = now
+    # The clock may have ended the loop after any step, so the last losses are read here.
+    if recent:
+        tell(check(recent))
     save()
     model.load_state_dict(average, strict=False)  # buffers stay as trained
     return model.eval()
