@@ -90,6 +90,11 @@ def test_a_notebook_shows_the_sentence_alone(monkeypatch: pytest.MonkeyPatch) ->
         notebook.run_cell(f"raise {error}")
     red = "\x1b[31m{}\x1b[0m"
     assert shown == [[red.format("the disk is full.")], [red.format("interrupted at step 3")]]
+    long = "word " * 60 + "/a/path-of-one-piece" + "/and-more" * 12
+    notebook.run_cell(f"raise KitError({long!r})")
+    lines = shown[-1][0][5:-4].splitlines()
+    assert " ".join(lines) == long and lines[-1].startswith("/a/path-of"), "broken at spaces only"
+    assert all(len(line) <= 100 for line in lines[:-1])
     assert not issubclass(Interrupted, Exception), "what catches errors catches no interrupt"
     monkeypatch.setenv(DEBUG, "1")
     notebook.run_cell("raise KitError('no.') from OSError('the cause')")

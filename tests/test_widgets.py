@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import save_photos
-from ipywidgets import HTML, Button, HBox, Image, Widget
+from ipywidgets import HTML, Button, HBox, Image, IntProgress, Widget
 from PIL import Image as PIL_Image
 
 import dreambooth_lib
@@ -387,6 +387,8 @@ def test_a_bad_photo_is_named_and_the_others_are_used_at_a_click(
     assert [photo.name for photo in panel.photos] == ["0.png", "2.png"]
     assert panel.config.subject.left_out == ("1.png",) and panel.go_on.layout.display == "none"
     assert "1.png is left out, as you chose." in texts(panel)
+    told = panel.findings.value.split("About these files:")
+    assert "as you chose" in told[1] and "as you chose" not in told[0], "nothing to check there"
     assert widgets.SubjectPanel(panel.config, tmp_path / "uploads").photos[0].name == "0.png"
     panel.captions.fields["0.png"].value = "a {} dog"
     click(panel.captions.write)
@@ -601,6 +603,16 @@ def test_photos_in_the_working_directory_have_a_relative_path(
     assert f"db.Subject({Path(photos).name!r}, class_noun='dog')" in shown
 
 
+def test_the_panel_shows_a_photo_folder_as_the_page_does(
+    subject: widgets.SubjectPanel, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(photos).parent)
+    subject.use(photos)
+    assert subject.source.value == Path(photos).name
+    assert f"from {subject.source.value}</b>" in subject.title.value
+    assert subject.config.subject.pictures == photos
+
+
 def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) -> None:
     panel = widgets.SettingsPanel(subject)
     subject.source.value = "/no/such"
@@ -656,7 +668,8 @@ def test_the_training_view_tells_the_time_left_and_the_settings_with_what_change
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(20, "less than a minute"), (70, "about 1 min"), (3500, "about 58 min"),
+    [(20, "less than a minute"), (70, "about 1 min"), (81, "about 1.5 min"),
+     (164, "about 2.5 min"), (165, "about 3 min"), (3500, "about 58 min"),
      (4800, "about 1 h 20 min"), (7190, "about 2 h 0 min")],
 )  # fmt: skip
 def test_times_are_told_in_words(seconds: float, words: str) -> None:
@@ -685,9 +698,9 @@ def test_minutes_are_shown_only_after_measuring(
     settings.predict.click()
     # Four steps, and validations before the first and after the second and the fourth.
     assert measured.seconds(settings.config) == 4 * 30 + 3 * 15
-    assert "<b>3 min</b>" in settings.time.value
+    assert "<b>about 3 min</b>" in settings.time.value
     settings.controls["steps"].value = 9
-    assert "<b>6 min</b>" in settings.time.value
+    assert "<b>about 6 min</b>" in settings.time.value
     settings.controls["resolution"].value = 8
     assert not settings.time.value, "that was of another resolution"
 
@@ -833,6 +846,8 @@ def test_an_interrupt_ends_the_cell_and_says_how_to_resume(
         for _ in widgets.monitor(run):
             pass
     assert "The run is saved: interrupted at step 3; run this cell again" in texts(shown[0])
+    bar = next(child for child in shown[0].children if isinstance(child, IntProgress))
+    assert bar.value == 3 and bar.bar_style == "info", "red would say that something failed"
     assert drawn_at == [1, 2, 3], "the curves of the step that the run goes on from"
     monkeypatch.setattr(Batches, "at", at)
     again = [(step.step, step.loss) for step in widgets.monitor(runs.resume(run.folder))]

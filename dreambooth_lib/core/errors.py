@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 import traceback
 
 #: An environment variable: set to 1, a notebook shows the kit's errors with their tracebacks.
@@ -14,7 +15,9 @@ class OneSentence(BaseException):
     def _render_traceback_(self) -> list[str]:  # IPython asks an exception for this
         if os.environ.get(DEBUG):
             return traceback.format_exception(self)
-        return [f"\x1b[31m{self}\x1b[0m"]  # in red, as a notebook shows a terminal's colours
+        # A notebook would break long lines within words.
+        lines = textwrap.fill(str(self), 100, break_long_words=False, break_on_hyphens=False)
+        return [f"\x1b[31m{lines}\x1b[0m"]  # in red, as a notebook shows a terminal's colours
 
 
 class KitError(OneSentence, Exception):

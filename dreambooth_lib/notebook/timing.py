@@ -40,8 +40,10 @@ def in_words(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 50:
         return "less than a minute"
+    if seconds < 165:
+        return f"about {round(seconds / 30) / 2:g} min"
     if minutes < 60:
-        return f"about {max(1, minutes)} min"
+        return f"about {minutes} min"
     minutes = 5 * round(minutes / 5)
     return f"about {minutes // 60} h {minutes % 60} min"
 

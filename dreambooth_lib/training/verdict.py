@@ -23,7 +23,8 @@ _LEARNT = {"yes": "learnt", "partly": "partly learnt", "no": "not learnt"}
 #: At 94% likeness an image was seen to lack a pattern, and part of its subject's shape.
 _COMPARE = (
     "Scores can miss shapes, colours and small parts: compare the images with your photos, and "
-    "train for more steps if they do not show your subject yet."
+    "train for more steps if they do not show your subject yet. Class images should still vary as "
+    "much as the base's."
 )
 
 
@@ -77,8 +78,8 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
     if learnt != "yes":
         if still_learning:
             return (
-                "Train for more steps: scores rise and fall early on, and its best step so far is "
-                "among the last ones."
+                "Train for more steps. Early on scores rise and fall, so a drop after the best "
+                "step says little yet."
             )
         return (
             "Train for more steps or with a higher learning rate; photos that show the subject "
@@ -92,7 +93,7 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
         )
     if "partly" in (kept, others):
         return (
-            f"{_COMPARE} Compare those of the class and of other prompts with the base's: raise λ "
-            "if too little is kept."
+            f"{_COMPARE} Raise λ if those of the class or of other prompts are too different from "
+            "the base's."
         )
     return _COMPARE

@@ -10,6 +10,7 @@ from dreambooth_lib.training import class_images, sampling
 from dreambooth_lib.training.config_changes import with_absolute_paths
 
 _SHOWN = 32  # images on the page
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} images"
 
 
 def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | None:
@@ -25,5 +26,5 @@ def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | 
     config = with_absolute_paths(config)  # as in the run, which then reuses these images
     family = sampling.load_source(config)
     drawn = class_images.draw_class_images(config, family, Path(folder) / "class_images")
-    paths = list(tqdm(drawn, total=config.class_images, unit="image", miniters=1))
+    paths = list(tqdm(drawn, total=config.class_images, bar_format=_BAR, miniters=1))
     return image_grids.grid([Image.open(path) for path in paths[:_SHOWN]], 8)

@@ -3,7 +3,7 @@
 import html
 import io
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from ipywidgets import HTML, Button, HBox, Image, Layout, VBox
 
 from dreambooth_lib.core import gpu_memory
-from dreambooth_lib.core.errors import one_line
+from dreambooth_lib.core.errors import one_line, printable
 
 #: Jupyter's own red, which suits its dark theme too; the classic Notebook has none.
 _RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
@@ -95,6 +95,16 @@ def with_hints(controls: Mapping[Any, str]) -> VBox:
     hints = [HTML(f'<div style="font-size: 12px; line-height: 1.4">{html.escape(hint)}</div>',
                   layout=beside) for hint in controls.values()]  # fmt: skip
     return VBox([HBox(pair, layout=layout) for pair in zip(controls, hints, strict=True)])
+
+
+def bullets(heading: str, texts: Sequence[str], at_first: int) -> str:
+    """Return texts as a list under a heading; those after the first ones unfold, 60 at most."""
+    items = [f"<li>{html.escape(printable(text))}</li>" for text in texts[:60]]
+    told = f"<b>{heading}</b><ul>{''.join(items[:at_first])}</ul>"
+    if more := items[at_first:]:
+        rest = len(texts) - at_first
+        told += f"<details><summary>and {rest} more</summary><ul>{''.join(more)}</ul></details>"
+    return told
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from dreambooth_lib.core.config_checks import ADAPTERS
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
-from dreambooth_lib.notebook.timing import Pace, checkpoints, measure
+from dreambooth_lib.notebook.timing import Pace, checkpoints, in_words, measure
 from dreambooth_lib.notebook.widgets.in_force import PRIORS
 from dreambooth_lib.notebook.widgets.parts import Panel, busy, control, short_path, with_hints
 from dreambooth_lib.notebook.widgets.playground import release_models
@@ -282,13 +282,12 @@ def _memory(config: TrainConfig) -> str:
 
 
 def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
-    minutes = max(1, round(pace.seconds(config) / 60))
     extra = ""
     if pace.validation:
         count = count_validations(config, pace.step, pace.validation)
         extra = f", {count} validations of {pace.validation:.1f} s"
     return (
-        f"Training takes about <b>{minutes} min</b> on this machine, as measured: {config.steps} "
-        f"steps of {pace.step:.2f} s{extra} and {checkpoints(config)} checkpoints of "
-        f"{pace.checkpoint:.1f} s. Drawing class images takes extra time.{memory}"
+        f"Training takes <b>{in_words(pace.seconds(config))}</b> on this machine, as measured: "
+        f"{config.steps} steps of {pace.step:.2f} s{extra} and {checkpoints(config)} checkpoints "
+        f"of {pace.checkpoint:.1f} s. Drawing class images takes extra time.{memory}"
     )

@@ -28,6 +28,7 @@ from dreambooth_lib.notebook.widgets.captions import CaptionEditor
 from dreambooth_lib.notebook.widgets.framing import FramingPanel
 from dreambooth_lib.notebook.widgets.parts import (
     Panel,
+    bullets,
     control,
     empty_image,
     short_path,
@@ -35,7 +36,7 @@ from dreambooth_lib.notebook.widgets.parts import (
     with_hints,
 )
 
-_SHOWN = 60  # photos, and messages on them
+_SHOWN = 60  # photos
 _AT_FIRST = 5  # messages that show at once; the others unfold
 _THUMBNAIL = 320  # pixels a side, twice what the grid shows
 _LONGEST_LABEL = 120  # characters of a photo's name and caption
@@ -63,7 +64,7 @@ class SubjectPanel(Panel):
         self.resolution = config.resolution or base.resolution
         subject, rare = config.subject, rare_identifiers(base.tokenizers[0][0])
         self.upload = upload.upload_button()
-        self.source = control(Text, "folder or zip", value=subject.pictures)
+        self.source = control(Text, "folder or zip", value=short_path(subject.pictures))
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
         self.identifier = control(Combobox, "identifier", value=subject.identifier, options=rare)
         self.hold_out = control(Checkbox, "hold out a photo", value=config.hold_out)
@@ -78,7 +79,7 @@ class SubjectPanel(Panel):
         self.framing = FramingPanel(config, base.size_multiple, self._show, self.reload)
         hints = {
             self.source: "three to six photos of the subject in different surroundings",
-            self.class_noun: "what your subject is, in one plain word: dog, teapot, person",
+            self.class_noun: "what your subject is, in one plain word: dog, teapot, backpack",
             self.identifier: "a rare word that will stand for your subject; keep it if in doubt",
             self.hold_out: "with four or more, one is never trained on: its loss shows overfitting",
         }
@@ -108,7 +109,7 @@ class SubjectPanel(Panel):
                 source = colab.save_uploads(source, self.uploads)
                 self._uploaded_at = f" (uploaded {datetime.now():%H:%M})"
             self.photos, self._notes = read_source(self._subject_of(source))
-            self._path = self.source.value = str(source)
+            self._path = self.source.value = short_path(source)
             self._show()
         except BadPhotosError as error:
             self._clear()
@@ -255,14 +256,8 @@ class SubjectPanel(Panel):
         if not photos:
             return
         shapes = self.framing.shapes(photos, side)
-        problems = self._check_words() + self._notes
+        problems = self._check_words()
         problems += [finding.message for finding in check_photos(photos, side, shapes)]
-        items = [f"<li>{html.escape(printable(text))}</li>" for text in problems[:_SHOWN]]
-        told = f"<ul>{''.join(items[:_AT_FIRST])}</ul>"
-        if more := items[_AT_FIRST:]:
-            rest = len(problems) - _AT_FIRST
-            told += f"<details><summary>and {rest} more</summary><ul>{''.join(more)}</ul>"
-            told += "</details>"
         count = f"{len(photos)} photo{'s' * (len(photos) > 1)}"
         shown = photos[:_SHOWN]
         first = f"the first {_SHOWN} of " if len(photos) > _SHOWN else ""
@@ -275,12 +270,14 @@ class SubjectPanel(Panel):
         labels = ["held out" if p in held_out else "" for p in shown] if held_out else None
         cropped = image_grids.grid(crops, 6, labels)
         # Change everything at once, so that all of it shows the same photos.
-        path = html.escape(short_path(self._path))
+        path = html.escape(self._path)
         self.title.value = f"<b>Showing {first}{count} from {path}</b>{self._uploaded_at}"
         show_image(self.thumbnails, grid.save)
         self.findings.value = f"<b>No problems found in {count}.</b>"
         if problems:
-            self.findings.value = f"<b>Check these before you train:</b>{told}"
+            self.findings.value = bullets("Check these before you train:", problems, _AT_FIRST)
+        if self._notes:
+            self.findings.value += bullets("About these files:", self._notes, _AT_FIRST)
         if remark := practice_base.remark(config.base, self._path):
             self.findings.value += f"<div>{html.escape(remark)}</div>"
         sizes = ", ".join(f"{width} × {height}" for width, height in dict.fromkeys(shapes))

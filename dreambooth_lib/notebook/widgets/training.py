@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from IPython.display import display
-from ipywidgets import HTML, Image
+from ipywidgets import HTML, Image, IntProgress, Layout
 from PIL import Image as PIL_Image
 
 from dreambooth_lib.core import gpu_memory
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _PLOT_TIME = 0.05  # of the training time, at most, goes into drawing curves
 _RECENT = 50  # steps whose time tells that of those to come
-_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} steps, {elapsed} in this cell"
 
 
 class Interrupted(OneSentence, KeyboardInterrupt):
@@ -46,19 +45,12 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
     which step, and ends the cell with :class:`Interrupted`; running the cell again resumes. Raises
     as ``train`` does.
     """
-    from tqdm.auto import tqdm
-
     release_models()
-    panel, reached = _TrainingPanel(run), _last_step(run)
+    panel = _TrainingPanel(run)
     try:
-        # Colab does not show updates of tqdm's own thread; with miniters 1 it has nothing to do.
-        with (
-            closing(train(run, objective)) as steps,
-            tqdm(total=run.config.steps, initial=reached, bar_format=_BAR, miniters=1) as bar,
-        ):
+        with closing(train(run, objective)) as steps:
             display(panel)
             for step in steps:
-                bar.update(step.step - bar.n)
                 panel.show(step)
                 yield step
     except (KeyboardInterrupt, GeneratorExit) as stop:
@@ -91,16 +83,20 @@ class _TrainingPanel(Panel):
         self._results = history(run)
         self._kept = ""  # the newest λ and class kept, where λ sets itself
         self._recent: deque[float] = deque(maxlen=_RECENT)
+        self.bar = IntProgress(
+            _last_step(run), 0, run.config.steps, bar_style="info", layout=Layout(width="100%")
+        )
         self.status = HTML("Loading the base; class images and validation come before step 1.")
         self.settings = HTML(f"<small>Settings: {html.escape(settings_in_force(run))}</small>")
         self.losses, self.curves, self.images = empty_image(), empty_image(), empty_image()
         curves = row([self.losses, self.curves])
-        super().__init__(self.status, self.settings, curves, self.images)
+        super().__init__(self.bar, self.status, self.settings, curves, self.images)
         for figure in (self.losses, self.curves):
             figure.layout.width, figure.layout.min_width = "49%", "400px"
 
     def show(self, step: Step) -> None:
         """Show a step's losses, and draw the curves if there is time for them."""
+        self.bar.value = step.step
         prior = "" if step.prior_loss is None else f", prior loss {step.prior_loss:.3f}"
         if step.class_kept is not None:
             self._kept = f", λ {step.prior_weight:.2g}, class kept {step.class_kept:.0%}"
