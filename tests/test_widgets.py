@@ -845,7 +845,7 @@ def test_an_interrupt_ends_the_cell_and_says_how_to_resume(
     with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; run this cell again"):
         for _ in widgets.monitor(run):
             pass
-    assert "The run is saved: interrupted at step 3; run this cell again" in texts(shown[0])
+    assert "The run is saved at step 3." in texts(shown[0])
     bar = next(child for child in shown[0].children if isinstance(child, IntProgress))
     assert bar.value == 3 and bar.bar_style == "info", "red would say that something failed"
     assert drawn_at == [1, 2, 3], "the curves of the step that the run goes on from"

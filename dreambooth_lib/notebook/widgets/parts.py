@@ -92,7 +92,7 @@ def with_hints(controls: Mapping[Any, str]) -> VBox:
     layout = Layout(flex_flow="row wrap", align_items="center")
     # A hint stays beside its control, on several lines, down to a narrow width.
     beside = Layout(flex="1 1 20em", margin="2px 2px 2px 12px")
-    hints = [HTML(f'<div style="font-size: 12px; line-height: 1.4">{html.escape(hint)}</div>',
+    hints = [HTML(f'<div style="line-height: 1.4">{html.escape(hint)}</div>',
                   layout=beside) for hint in controls.values()]  # fmt: skip
     return VBox([HBox(pair, layout=layout) for pair in zip(controls, hints, strict=True)])
 

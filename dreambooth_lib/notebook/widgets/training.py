@@ -55,13 +55,13 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
                 yield step
     except (KeyboardInterrupt, GeneratorExit) as stop:
         gpu_memory.clear_frames(stop)
-        text = f"interrupted at step {_last_step(run)}; run this cell again to resume"
+        step = _last_step(run)
         with suppress(KeyboardInterrupt):  # interrupted again, in a hurry
             panel.draw()
-        panel.status.value = f"The run is saved: {text}."
+        panel.status.value = f"The run is saved at step {step}."
         if isinstance(stop, GeneratorExit):
             raise
-        raise Interrupted(text) from None
+        raise Interrupted(f"interrupted at step {step}; run this cell again to resume") from None
     except Exception as error:
         panel.report(error)
         raise
