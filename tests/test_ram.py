@@ -1,4 +1,4 @@
-"""What a run takes of a session's memory: that it is seen from outside, and that it is little."""
+"""Check how the RAM of a run is measured, and that it stays low."""
 
 import json
 import subprocess
@@ -121,8 +121,8 @@ def test_a_job_that_takes_too_much_is_told_and_the_table_has_the_others() -> Non
     peaks = {row: {"peak": GB, "bytes": GB, "runs": GB} for row in ram.ROWS}
     table = ram.markdown({"sd15": peaks | {"keep": {"error": "'keep' holds 11.0 GB"}}})
     assert "| load the base to train it | 1.00 |" in table
-    assert "| keep a checkpoint as a model, with its zip | none |" in table
-    assert "- SD 1.5, whole, keep a checkpoint as a model, with its zip: 'keep' holds" in table
+    assert "| save a checkpoint as a model with its zip | none |" in table
+    assert "- SD 1.5, full model, save a checkpoint as a model with its zip: 'keep' holds" in table
 
 
 def test_files_of_zeros_are_read_as_weights_and_take_no_room(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Kind:
 
 
 KINDS = {
-    "sd15": Kind("SD 1.5, whole", "sd15", "float32", {"memory": "standard"}),
+    "sd15": Kind("SD 1.5, full model", "sd15", "float32", {"memory": "standard"}),
     "sdxl": Kind("SDXL, LoRA", "sdxl", "float32", _LORA),
     "flux": Kind("Flux.1, QLoRA", "flux", "bfloat16", _LORA, quantized=True),
 }
@@ -71,7 +71,7 @@ ROWS = {
     "pipeline": "write the pipeline at the end",
     "resume": "resume from the newest checkpoint",
     "drive": "copy the run to Drive",
-    "keep": "keep a checkpoint as a model, with its zip",
+    "keep": "save a checkpoint as a model with its zip",
     "export": "write the file for A1111 and ComfyUI",
 }
 
@@ -211,7 +211,7 @@ def markdown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         "checkpoints, in a run of the default length": ("checkpoint", "runs"),
         "the pipeline": ("pipeline", "bytes"),
         "the run's copy on Drive": ("drive", "bytes"),
-        "a kept model's zip": ("keep", "bytes"),
+        "a saved model's zip": ("keep", "bytes"),
         "the file for A1111 and ComfyUI": ("export", "bytes"),
     }
     lines += [

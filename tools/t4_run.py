@@ -1,4 +1,4 @@
-"""``make t4``: the minutes of a default run of SD 1.5 on a T4, from photos to the kept model.
+"""``make t4``: the minutes of a default run of SD 1.5 on a T4, from photos to the saved model.
 
 Counted, not measured: how many evaluations, decoded images, steps and bytes a run with the
 library's own defaults takes, each at a T4's rate. The evaluations are counted on a tiny model that

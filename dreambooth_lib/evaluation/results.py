@@ -207,6 +207,7 @@ def _rows(
 ) -> Iterable[list[str]]:
     for name, result in results.items():
         own = [score for score in result["scores"] if score["encoder"] == encoder]
+        link = f"[{markdown(result['title'])}]({quote(name)})"  # in a result's first row
         for method in dict.fromkeys(score["method"] for score in own):
             by_measure = {s["measure"]: s for s in own if s["method"] == method}
             cells = [_cell(by_measure[m]) if m in by_measure else "" for m in measures]
@@ -214,11 +215,9 @@ def _rows(
             step = str(result["step"])
             if method in UNTRAINED:
                 step, *cost = [""] * (1 + len(cost))
-            yield [
-                f"[{markdown(result['title'])}]({quote(name)})",
-                markdown(UNTRAINED.get(method, method)),
-                step, *cells, *cost, markdown(result["device"]),
-            ]  # fmt: skip
+            images_of = markdown(UNTRAINED.get(method, method))
+            yield [link, images_of, step, *cells, *cost, markdown(result["device"])]
+            link = ""
 
 
 def _cell(score: dict[str, Any]) -> str:
