@@ -258,7 +258,7 @@ def test_the_full_protocol_killed_and_resumed_scores_the_same(
     assert len(judged) == questions and len({r.value for r in judged}) == 5
     of_images = [r for r in rows if r.measure == "subject_fidelity" and r.seed is not None]
     assert len(of_images) == 8 * 25 * 4 * 2 * 2
-    assert sum(r.method == "real pictures" for r in rows) == 8 * 2
+    assert sum(r.method == "real images" for r in rows) == 8 * 2
 
     with StandIn() as api:
         kill_once("*.png", 8 * 25 * 4)
@@ -385,7 +385,7 @@ def test_the_command_evaluates_and_resumes(
     assert "DreamBooth (Imagen)" not in first, "the paper's rows, beside other encoders"
     assert (tmp_path / "out" / "best_median_worst.png").exists()
     rows = read_csv(tmp_path / "out" / "scores.csv")
-    assert {row.method for row in rows} == {"base", "dreambooth", "real pictures"}
+    assert {row.method for row in rows} == {"base", "dreambooth", "real images"}
     assert {row.encoder for row in rows} == {clip_folder.name, dino_folder.name}
     drifted = {row.prompt for row in rows if row.measure == "prompt_drift"}
     assert drifted == {"a car in a city", "a dog on a bed"}

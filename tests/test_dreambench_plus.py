@@ -107,7 +107,7 @@ def test_the_command_evaluates_it_with_one_photo_a_subject(
     monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *words])
     main()
     said = capsys.readouterr().out
-    assert "| dreambooth |" in said and "real pictures" not in said.partition("arXiv")[0]
+    assert "| dreambooth |" in said and "| real images |" not in said.partition("arXiv")[0]
     rows = read_csv(tmp_path / "out/scores.csv")
     assert {row.kind for row in rows} == {"animal", "human", "object"}
     assert {row.method for row in rows} == {"base", "dreambooth"}, "no pairs among one photo"

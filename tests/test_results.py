@@ -77,7 +77,7 @@ def test_a_runs_result_has_what_it_scored_and_cost_and_no_place(
     for method, step in (("base", 0), ("dreambooth", found["step"])):
         for name in ("subject_fidelity", "prompt_adherence", "prior_drift", "pres"):
             assert kept[method, name]["value"] == getattr(by_step[step], name)
-    own = kept["real pictures", "subject_fidelity"]["value"]
+    own = kept["real images", "subject_fidelity"]["value"]
     assert own == by_step[0].reference_fidelity and ("base", "seconds") not in kept
     steps = sum(row["seconds"] for row in trained.log())
     seconds = steps + sum(r.seconds for r in history(trained))

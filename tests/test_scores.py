@@ -106,7 +106,8 @@ def test_every_image_gets_its_own_score(drawn: tuple, clip: Encoder) -> None:
             row for row in rows
             if row.value == value and (row.method, row.measure) == ("tuned", "subject_fidelity")
         ]  # fmt: skip
-        assert label in {f"rex: {row.prompt}" for row in alike}
+        identifier = benchmark.subjects[0].identifier
+        assert label in {f"rex: {row.prompt.format(identifier)}" for row in alike}
         number = int("red" in label)
         files = [out / f"tuned/rex/p{number:02d}-s{row.seed}.png" for row in alike]
         assert any(np.array_equal(np.asarray(Image.open(f)), np.asarray(image)) for f in files)
@@ -126,7 +127,7 @@ def test_photos_are_not_paired_with_their_near_duplicates(
     unlike = clip.embed_images(three).double().numpy()
     expected = np.mean([unlike[i] @ unlike[j] for i, j in ((0, 1), (0, 2), (1, 2))])
     (row,) = [r for r in score(benchmark, [], out, {"clip": clip}, SHORT)]
-    assert (row.method, row.measure, row.prompt) == ("real pictures", "subject_fidelity", None)
+    assert (row.method, row.measure, row.prompt) == ("real images", "subject_fidelity", None)
     assert row.value == pytest.approx(expected, abs=1e-6)
 
     copies = tmp_path / "rex"

@@ -35,7 +35,7 @@ def test_the_table_has_a_row_per_method_and_leaves_missing_measures_empty() -> N
     beside = markdown(found, published=True)
     assert beside.startswith(markdown(found))
     assert "| DreamBooth (Stable Diffusion) | 0.668 | 0.803 | 0.305 |" in beside
-    assert "| real pictures | 0.774 | 0.885 |  |" in beside
+    assert "| real images | 0.774 | 0.885 |  |" in beside
 
 
 def test_an_unknown_measure_keeps_its_name_and_comes_last() -> None:

@@ -5,7 +5,7 @@ numbers differ by exactly that, and by how the identifier and self-pairs are han
 identifier is stripped from the prompt before the text encoder, and an image is never paired with
 itself. :mod:`.measures` defines the measures.
 
-The method "real pictures" has one row per subject, the subject_fidelity of its photos among
+The method "real images" has one row per subject, the subject_fidelity of its photos among
 themselves; neither a photo with itself nor near-duplicates are paired.
 """
 
@@ -35,13 +35,14 @@ from dreambooth_lib.evaluation.measures import (
 )
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder, embed_files
+from dreambooth_lib.training.sampling import fill
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
 
-REAL = "real pictures"  #: the method of the photos themselves
+REAL = "real images"  #: the method of the photos themselves
 
 
 @dataclass(frozen=True)
@@ -191,17 +192,17 @@ def scored_images(
     measure: str = "subject_fidelity",
 ) -> "list[tuple[float, str, Image.Image]]":
     """Return (score, label, image) of every image of one method, for :func:`extremes`."""
-    prompt_numbers = {
-        (subject.name, prompt): number
+    found = {
+        (subject.name, prompt): (number, fill(prompt, subject))
         for subject in benchmark.subjects
         for number, prompt in enumerate(benchmark.prompts_for(subject))
     }
     scored = []
     for row in rows:
         if (row.method, row.encoder, row.measure) == (method, encoder, measure):
-            prompt = prompt_numbers[row.subject, row.prompt or ""]
-            path = Path(out) / DrawnImage(method, row.subject, prompt, row.seed or 0).path
-            scored.append((row.value, f"{row.subject}: {row.prompt}", open_image(path)))
+            number, prompt = found[row.subject, row.prompt or ""]
+            path = Path(out) / DrawnImage(method, row.subject, number, row.seed or 0).path
+            scored.append((row.value, f"{row.subject}: {prompt}", open_image(path)))
     return scored
 
 

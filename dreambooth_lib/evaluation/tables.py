@@ -16,7 +16,7 @@ from dreambooth_lib.figures.labels import EXPLAINED, heading
 
 #: Table 1 of arXiv 2208.12242, on 30 subjects: DINO, CLIP-I, CLIP-T.
 PUBLISHED: dict[str, tuple[float, float, float | None]] = {
-    "real pictures": (0.774, 0.885, None),
+    "real images": (0.774, 0.885, None),
     "DreamBooth (Imagen)": (0.696, 0.812, 0.306),
     "DreamBooth (Stable Diffusion)": (0.668, 0.803, 0.305),
     "Textual Inversion (Stable Diffusion)": (0.569, 0.780, 0.255),

@@ -53,7 +53,7 @@ _ARROWS = dict.fromkeys(
 #: What a measure of an evaluation says, in a sentence; the order is that of a table's columns.
 EXPLAINED = {
     "subject_fidelity": "how much the images look like the photos, 1 at most; the row of the real "
-    "photos is what can be reached",
+    "images is what can be reached",
     "masked_fidelity": "the same of what the masks show, without the background",
     "concept_preservation": "the same by a vision-language model, 0 to 1",
     "prompt_adherence": "how well the images fit their prompts; the base is what can be reached",

@@ -103,13 +103,13 @@ def validation_curves(
     figure, (upper, lower) = _figure(8, 5.8, 2)
     ratios = [ratios_of(row, rows[0]) for row in rows]
     for number, (field, label) in enumerate(RATIOS.items()):
-        size = 9 - 2 * number  # equal points show below each other
+        size = 7.5 - 1.5 * number  # equal points show below each other
         upper.plot(steps, [getattr(r, field) for r in ratios], "o-", markersize=size, label=label)
     upper.set(ylabel="ratio, 0 to 1", ylim=(0, 1.03))
     for number, kind in enumerate(rows[0].held_out):
         means = [np.mean(row.held_out[kind]) for row in rows]
         relative = [mean / means[0] for mean in means]
-        lower.plot(steps, relative, "o-", markersize=9 - 3 * number, label=kind)
+        lower.plot(steps, relative, "o-", markersize=7.5 - 3 * number, label=kind)
     lower.set(ylabel="relative loss")
     if len(rows) > 1 and (selection := select_best(rows)).better_than_base:
         best = selection.step
