@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument(
         "--kinds",
         nargs="+",
-        help="of bank (default: full), priors, adapters, backgrounds and portraits",
+        help="of bank (default: full), finished, priors, adapters, backgrounds and portraits",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="not of ablations and memory")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust and finished")
@@ -281,10 +281,12 @@ def main() -> None:
     out = arguments.out / arguments.study
     subjects = [s for s in bundled_subjects() if not asked or s.name in asked]
     if arguments.study == "finished":
-        rows = trust.read_rows(arguments.rows)
-        finished.write(arguments.out / "bank", rows, subjects[0])
-        finished.write_chosen(arguments.out / "bank", rows)
-        finished.write_readme(arguments.out / "bank", subjects[0])
+        rows, folder = trust.read_rows(arguments.rows), arguments.out / "bank"
+        for kind in arguments.kinds or ("full", "lora"):
+            finished.write_chosen(folder, rows, kind)
+        if not arguments.kinds:
+            finished.write(folder, rows, subjects[0])
+            finished.write_readme(folder, subjects[0])
         return
     with workers(arguments.workers, arguments.dask) as executor:
         if arguments.study == "grid":

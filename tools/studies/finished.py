@@ -1,9 +1,9 @@
 """Write the finished study of λ that notebook 02 shows, and what was chosen, from a bank of images.
 
-data/studies/SUBJECT.csv   a row for each λ, seed and step, scored by the exhaustive plan
-data/studies/SUBJECT.png   two images of the subject and one of its class for each λ and step
-docs/studies/chosen.png    of every subject its photos, the base's images and the chosen step's
-docs/readme.png            a subject's photos, the base's images, and those after training
+data/studies/SUBJECT.csv      a row for each λ, seed and step, scored by the exhaustive plan
+data/studies/SUBJECT.png      two images of the subject and one of its class for each λ and step
+docs/studies/chosen-KIND.png  of every subject its photos, the base's images and the chosen step's
+docs/readme.png               a subject's photos, the base's images, and those after training
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from dreambooth_lib.training.best_checkpoint import select_best
 from tools.studies import bank, trust
 
 FOLDER = loading.BUNDLED / "studies"
-CHOSEN = Path("docs/studies/chosen.png")
+CHOSEN = Path("docs/studies")
 README = Path("docs/readme.png")
 
 
@@ -42,14 +42,14 @@ def write(folder: Path, rows: trust.Rows, subject: Subject) -> None:
     save_png(image_grids.matrix(*names, cells), FOLDER / f"{subject.name}.png")
 
 
-def write_chosen(folder: Path, rows: trust.Rows) -> None:
-    """Show what each subject's first default run chose, on images that it did not choose by."""
+def write_chosen(folder: Path, rows: trust.Rows, kind: str) -> None:
+    """Show what each subject's first run of a kind chose, on images that it did not choose by."""
     names, cells = [], []
     for name, subject in bank.subjects().items():
-        run = trust.up_to(rows["validation"][trust.Cell("full", name, 0)], trust.LAST_BY_DEFAULT)
+        run = trust.up_to(rows["validation"][trust.Cell(kind, name, 0)], trust.LAST_BY_DEFAULT)
         step = select_best(run).step
         files = [folder / "base" / name / "000000.npz",
-                 folder / "full" / name / "seed0" / f"{step:06d}.npz"]  # fmt: skip
+                 folder / kind / name / "seed0" / f"{step:06d}.npz"]  # fmt: skip
         base, chosen = (bank.load(file, subject)["exhaustive"] for file in files)
         photos = [
             photo.image.resize(base.subject[0].size) for photo in read_photos(subject.pictures)
@@ -57,7 +57,7 @@ def write_chosen(folder: Path, rows: trust.Rows) -> None:
         names.append(f"{name}, step {step}")
         cells.append([photos[:2], base.subject[::6], chosen.subject[::3], chosen.class_images[:3]])
     columns = ["photos", "the base", "the subject", "its class"]
-    save_png(image_grids.matrix(names, columns, cells), CHOSEN)
+    save_png(image_grids.matrix(names, columns, cells), CHOSEN / f"chosen-{kind}.png")
 
 
 def write_readme(folder: Path, subject: Subject) -> None:
