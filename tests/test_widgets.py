@@ -1013,6 +1013,9 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     asked = {name: [made.image.tobytes() for made in row] for name, row in last.images.items()}
     assert drawn == [asked["base"][0], asked[tuned][0], asked["base"][1], asked[tuned][1]]
     assert asked["base"] != asked[tuned]
+    play.prompt.value, play.count.value = "", 1
+    play.draw()
+    assert "No prompt, without “snow" in texts(play.entries.children[0])
     rows = [child for child in newest.children if isinstance(child, HBox) and images(child)]
     assert [len(images(row)) for row in rows] == [2, 2], "a row for each seed"
 

@@ -275,7 +275,7 @@ def _load(sources: list[Source]) -> None:
 
 def _show_entry(entry: GalleryEntry) -> VBox:
     without = f", without “{entry.negative_prompt}”" if entry.negative_prompt else ""
-    prompt = html.escape(f"“{entry.prompt}”{without}")
+    prompt = html.escape((f"“{entry.prompt}”" if entry.prompt else "No prompt") + without)
     settings = f"guidance scale {entry.guidance_scale:g}, {entry.inference_steps} inference steps"
     pairs = []
     for samples in zip(*entry.images.values(), strict=True):  # a row for each seed
