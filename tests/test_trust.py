@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dreambooth_lib.core.checked_json import write_rows
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.demo import bundled_subjects
@@ -19,6 +20,7 @@ from dreambooth_lib.training.validation import ValidationImages
 from dreambooth_lib.training.validation_record import ValidationResult
 from tools.studies import bank, finished, pairs, trust
 from tools.studies.intervals import half_width, interval
+from tools.studies.keep import keep_table
 from tools.studies.pairs import Pair
 from tools.studies.trust import Cell
 
@@ -183,6 +185,30 @@ def test_the_bundled_judge_and_the_verdict_agree_with_the_eye() -> None:
     )
     ranking, verdict, opposite = (float(row.split("|")[-2].strip(" %")) for row in table[2:])
     assert (ranking >= 90, verdict >= 88, opposite >= 98) == (True, True, True), table
+
+
+def test_a_lambda_that_sets_itself_is_compared_where_fixed_ones_keep_as_much(
+    tmp_path: Path,
+) -> None:
+    def cell(kind: str) -> Cell:
+        return Cell(kind, "dog", 1)
+
+    base = result(0, [0.4] * 4)  # and the photos 0.8: a likeness of 0.6 is half
+    rows: trust.Rows = {"exhaustive": {
+        cell("lambda-0.25"): [base, result(500, [0.72] * 4, 0.4)],
+        cell("full"): [base, result(500, [0.64] * 4, 0.2)],
+        cell("keep-0.9"): [base, result(500, [0.72] * 4, 0.3), result(750, [0.8] * 4, 0.9)],
+        Cell("full", "dog", 2): [base, result(500, [0.4] * 4)],  # another seed
+    }}  # fmt: skip
+    place = tmp_path / "keep-0.9" / "dog" / "seed1"
+    place.mkdir(parents=True)
+    log = [{"step": 490, "prior_weight": 1.0, "class_kept": 0.8}, {"step": 495},
+           {"step": 500, "prior_weight": 3.0, "class_kept": 0.91},
+           {"step": 510, "prior_weight": 9.0, "class_kept": 0.5}]  # fmt: skip
+    write_rows(place / "log.jsonl", log)
+    # Fixed ones have 0.8 where 0.6 of the class is kept, and 0.6 where 0.8 is: 0.7 at 0.7.
+    (row,) = keep_table(rows, tmp_path)[2:]
+    assert row == "| 90% | 1 | 0.91 | 2.00 | 0.80 | 0.70 | 0.10 |"
 
 
 def test_the_finished_study_has_a_row_for_each_run_and_step(

@@ -3,6 +3,7 @@
     grid       λ x steps on each bundled subject: table, heat map, front, contact sheet
     bank       train fifteen subjects with five seeds and draw every checkpoint's images
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
+    keep       print how a λ that sets itself compares with fixed ones, from the bank
     finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
     adapters   peft's adapters at equal parameter counts, five seeds
@@ -39,6 +40,7 @@ from dreambooth_lib.training.validation_record import load_images
 from tools.studies import backgrounds, bank, finished, pairs, trust
 from tools.studies.adapters import adapters, sizes
 from tools.studies.intervals import half_width, interval
+from tools.studies.keep import keep_table
 from tools.studies.priors import priors
 
 LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -258,8 +260,8 @@ def draw_means(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     studies = (
-        "grid", "bank", "trust", "finished", "priors", "adapters", "backgrounds", "portraits",
-        "ablations", "memory",
+        "grid", "bank", "trust", "keep", "finished", "priors", "adapters", "backgrounds",
+        "portraits", "ablations", "memory",
     )  # fmt: skip
     parser.add_argument("study", choices=studies)
     parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
@@ -269,7 +271,7 @@ def main() -> None:
         help="of bank (default: full), finished, priors, adapters, backgrounds and portraits",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="not of ablations and memory")
-    parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust and finished")
+    parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust, keep and finished")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--dask", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/studies"))
@@ -280,6 +282,9 @@ def main() -> None:
         return
     out = arguments.out / arguments.study
     subjects = [s for s in bundled_subjects() if not asked or s.name in asked]
+    if arguments.study == "keep":
+        print("\n".join(keep_table(trust.read_rows(arguments.rows), arguments.out / "bank")))
+        return
     if arguments.study == "finished":
         rows, folder = trust.read_rows(arguments.rows), arguments.out / "bank"
         for kind in arguments.kinds or ("full", "lora"):

@@ -31,6 +31,7 @@ from tools.toybox.subjects import STUDY_PHOTOS, STUDY_SUBJECTS
 
 EVERY = 125  #: steps between checkpoints, as by default
 LAMBDAS = (0.0, 0.25, 0.5, 2.0)  #: beside the default's 1
+SHARES = (0.8, 0.9)  #: of the class to keep, by a λ that sets itself
 
 
 def plans(config: TrainConfig) -> dict[str, ValidationPlan]:
@@ -59,6 +60,8 @@ def kinds() -> dict[str, Callable[[TrainConfig], TrainConfig]]:
     }
     for weight in LAMBDAS:
         every[f"lambda-{weight:g}"] = lambda config, w=weight: config.replace(prior_weight=w)
+    for share in SHARES:
+        every[f"keep-{share:g}"] = lambda config, s=share: config.replace(keep_class=s)
     return every
 
 
