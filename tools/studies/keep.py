@@ -20,7 +20,7 @@ def keep_table(rows: trust.Rows, folder: Path, step: int = trust.LAST_BY_DEFAULT
     much of the class (linear between them), paired by subject and seed.
     """
     lines = [
-        "| asked for | runs | kept, of held-out loss | mean λ | likeness | class kept, by the images "
+        "| asked for | runs | kept, of held-out loss | mean λ | likeness | class kept, by images "
         "| likeness above fixed λ |",
         "|---|---|---|---|---|---|---|",
     ]
