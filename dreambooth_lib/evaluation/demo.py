@@ -194,9 +194,11 @@ def figures(
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table, a line per subject and λ: mean over the seeds (least to most)."""
     heads = [
-        "subject", "λ", "seeds", f"{NAMES['subject_fidelity']}, of the photos' own",
-        f"{NAMES['prompt_adherence']}, of the base's", f"{NAMES['class_diversity']}, of the base's",
-        NAMES["prior_drift"],
+        "subject", "λ", "seeds",
+        f"{NAMES['subject_fidelity']} (100%: as similar as the photos are to each other)",
+        f"{NAMES['prompt_adherence']} (100%: like the base)",
+        f"{NAMES['class_diversity']} (100%: like the base)",
+        f"{NAMES['prior_drift']} (0: none)",
     ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, weight in dict.fromkeys((row["name"], row["prior_weight"]) for row in rows):
@@ -228,7 +230,7 @@ def describe(row: dict[str, Any]) -> str:
     return (
         f"{row['name']}, λ {row['prior_weight']:g}, seed {row['training_seed']}: likeness to the "
         f"photos {base['subject_fidelity']:.3f} -> {tuned['subject_fidelity']:.3f} ({fidelity:.0%} "
-        f"of the photos' own {row['reference_fidelity']:.3f}), follows the prompt {adherence:.0%} "
+        f"of {row['reference_fidelity']:.3f} among the photos), follows the prompt {adherence:.0%} "
         f"as well as the base, class diversity {diversity:.0%} of the base's, class drift "
         f"{tuned['prior_drift']:.3f}; {row['seconds']['total']:.0f} s"
     )
