@@ -17,6 +17,7 @@ from dreambooth_lib.core.errors import one_line, printable
 _RED = "color: var(--jp-error-color1, #c62828); line-height: 1.4; white-space: normal"
 
 
+_LISTED = 60  # texts in a list, so that a page stays small
 _ACTING = threading.RLock()  # an action may change a field that has one
 
 
@@ -98,8 +99,8 @@ def with_hints(controls: Mapping[Any, str]) -> VBox:
 
 
 def bullets(heading: str, texts: Sequence[str], at_first: int) -> str:
-    """Return texts as a list under a heading; those after the first ones unfold, 60 at most."""
-    items = [f"<li>{html.escape(printable(text))}</li>" for text in texts[:60]]
+    """Return texts as a list under a heading; those after the first ones unfold, up to 60."""
+    items = [f"<li>{html.escape(printable(text))}</li>" for text in texts[:_LISTED]]
     told = f"<b>{heading}</b><ul>{''.join(items[:at_first])}</ul>"
     if more := items[at_first:]:
         rest = len(texts) - at_first
