@@ -160,7 +160,7 @@ def heat_map(
     axes.set_yticks(range(len(down)), map(_short, down))
     axes.set(xlabel=_plain(name(x)), ylabel=_plain(name(y)))
     if len(name(y)) == 1:  # a letter need not lie on its side
-        axes.yaxis.label.set_rotation(0)
+        axes.set_ylabel(_plain(name(y)), rotation=0, labelpad=12)
     figure.colorbar(image, label=_plain(name(value)))
     return _save(figure, path)
 
