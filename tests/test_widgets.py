@@ -873,7 +873,8 @@ def test_leaving_the_loop_saves(started: Callable[..., Run], shown: list[Widget]
     for step in widgets.monitor(run):
         if step.step == 3:
             break
-    assert 3 in run.checkpoints() and "interrupted at step 3" in texts(shown[0])
+    told = "The run is saved at step 3. Run this cell again to resume."
+    assert 3 in run.checkpoints() and told in texts(shown[0])
 
 
 def test_an_error_in_training_is_shown_and_raised(

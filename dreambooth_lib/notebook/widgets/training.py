@@ -55,13 +55,14 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
                 yield step
     except (KeyboardInterrupt, GeneratorExit) as stop:
         gpu_memory.clear_frames(stop)
-        step = _last_step(run)
+        reached = _last_step(run)
         with suppress(KeyboardInterrupt):  # interrupted again, in a hurry
             panel.draw()
-        panel.status.value = f"The run is saved at step {step}."
+        panel.status.value = f"The run is saved at step {reached}."
         if isinstance(stop, GeneratorExit):
+            panel.status.value += " Run this cell again to resume."
             raise
-        raise Interrupted(f"interrupted at step {step}; run this cell again to resume") from None
+        raise Interrupted(f"interrupted at step {reached}; run this cell again to resume") from None
     except Exception as error:
         panel.report(error)
         raise
