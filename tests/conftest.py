@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny_bases as tiny_bases_of
 import torch
+from accelerate import PartialState
 from fake_colab import fake_colab as fake_colab
 from fake_hub import _served as _served
 from fake_hub import fake_hub as fake_hub
@@ -30,6 +31,8 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run
+
+PartialState()  # of this machine: a test that pretends to have a GPU would make one that stays
 
 WORDS = ("a", "dog", "cat", "ohwx", "on", "the", "beach", "in", "snow", "photo", "of", "red")
 START, END = "<|startoftext|>", "<|endoftext|>"
