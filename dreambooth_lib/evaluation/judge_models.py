@@ -69,7 +69,7 @@ class LocalModel:
             )  # fmt: skip
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of any kind: configs are used without a look at their shape
+        except Exception as error:  # of any kind: configs are used without a check of their shape
             raise self._error(f"cannot be read ({one_line(error)[:200]})") from error
         if missing := sorted(map(str, found["missing_keys"])):
             raise self._error(f"lacks the weight {missing[0]}")

@@ -51,7 +51,7 @@ def explain_loading(
         yield
     except (KitError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except only as error:  # by default of any kind: configs are used without a look at their shape
+    except only as error:  # by default of any kind: configs are used without a check of their shape
         frames = (frame.f_locals for frame, _ in walk_tb(error.__traceback__)
                   if frame.f_code.co_name == "load_sub_model")  # fmt: skip
         part = next((f"/{names.get('name')}" for names in frames), "")

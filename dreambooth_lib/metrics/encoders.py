@@ -109,7 +109,7 @@ class Encoder:
                 f"({one_line(error)[:80]}...)",
                 "install it, or give another encoder such as google/siglip2-base-patch16-224",
             ) from error
-        except Exception as error:  # of any kind: configs are used without a look at their shape
+        except Exception as error:  # of any kind: configs are used without a check of their shape
             advice = (
                 "give a hub id, or a folder with a model in safetensors, its "
                 "preprocessor_config.json and its tokenizer"

@@ -22,7 +22,7 @@ from dreambooth_lib.training.best_checkpoint import select_best
 from tools.studies import bank, trust
 
 FOLDER = loading.BUNDLED / "studies"
-CHOSEN = Path("docs/studies")
+STUDIES = Path("docs/studies")
 README = Path("docs/readme.png")
 
 
@@ -57,7 +57,7 @@ def write_chosen(folder: Path, rows: trust.Rows, kind: str) -> None:
         names.append(f"{name}, step {step}")
         cells.append([photos[:2], base.subject[::6], chosen.subject[::3], chosen.class_images[:3]])
     columns = ["photos", "the base", "the subject", "its class"]
-    save_png(image_grids.matrix(names, columns, cells), CHOSEN / f"chosen-{kind}.png")
+    save_png(image_grids.matrix(names, columns, cells), STUDIES / f"chosen-{kind}.png")
 
 
 def write_readme(folder: Path, subject: Subject) -> None:
