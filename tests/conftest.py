@@ -32,12 +32,19 @@ from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run
 
-PartialState()  # of this machine: a test that pretends to have a GPU would make one that stays
-
 WORDS = ("a", "dog", "cat", "ohwx", "on", "the", "beach", "in", "snow", "photo", "of", "red")
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 12  # tokens, start and end included
 WIDTH = 16  # of the text encoder
+
+
+def pytest_sessionstart() -> None:
+    """Make the process's state while this machine is what it is.
+
+    A test that pretends to have a GPU would make one that stays. Not at the import, which the
+    workers of :mod:`hostile` share: some of them join a group.
+    """
+    PartialState()
 
 
 def save_tokenizer(folder: Path) -> None:
