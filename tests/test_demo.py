@@ -75,7 +75,7 @@ def test_a_summary_has_means_minima_and_maxima():
 
     table = demo.summary([row(0, 0.6, 0.45, 0.4, 0.1), row(1, 0.8, 0.5, 0.3, 0.3)])
     assert table.splitlines()[2] == (
-        "| rex | 1 | 2 | 88% (75% to 100%) | 95% (90% to 100%) | 88% (75% to 100%) "
+        "| rex | 1 | 2 | 83% (67% to 100%) | 95% (90% to 100%) | 88% (75% to 100%) "
         "| 0.200 (0.100 to 0.300) |"
     )
 

@@ -33,7 +33,7 @@ from dreambooth_lib.figures.contact_sheet import contact_sheet
 from dreambooth_lib.figures.labels import NAMES
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder
-from dreambooth_lib.training import class_images, memory_level, runs
+from dreambooth_lib.training import best_checkpoint, class_images, memory_level, runs
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.sampling import inference_settings, load_source
 from dreambooth_lib.training.validation import (
@@ -195,7 +195,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table, a line per subject and λ: mean over the seeds (least to most)."""
     heads = [
         "subject", "λ", "seeds",
-        f"{NAMES['subject_fidelity']} (100%: as similar as the photos are to each other)",
+        f"{NAMES['subject_fidelity']} (0%: the base's, 100%: that of the photos to each other)",
         f"{NAMES['prompt_adherence']} (100%: like the base)",
         f"{NAMES['class_diversity']} (100%: like the base)",
         f"{NAMES['prior_drift']} (0: none)",
@@ -214,23 +214,24 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ratios(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Return tuned fidelity over the photos' own, and adherence and diversity over the base's."""
+    """Return :class:`Ratios`' likeness and adherence, and diversity over the base's."""
     base, tuned = row["base"], row["tuned"]
-    return (
-        tuned["subject_fidelity"] / row["reference_fidelity"],
-        tuned["prompt_adherence"] / base["prompt_adherence"],
-        tuned["class_diversity"] / base["class_diversity"],
-    )
+    own = best_checkpoint.ratios(
+        tuned["subject_fidelity"], base["subject_fidelity"], row["reference_fidelity"],
+        tuned["prompt_adherence"], base["prompt_adherence"], tuned["prior_drift"], 0.0,
+    )  # fmt: skip
+    return own.likeness, own.adherence, tuned["class_diversity"] / base["class_diversity"]
 
 
 def describe(row: dict[str, Any]) -> str:
     """Describe one row in a line: how well the subject was learnt and the class preserved."""
     base, tuned = row["base"], row["tuned"]
-    fidelity, adherence, diversity = ratios(row)
+    likeness, adherence, diversity = ratios(row)
     return (
         f"{row['name']}, λ {row['prior_weight']:g}, seed {row['training_seed']}: likeness to the "
-        f"photos {base['subject_fidelity']:.3f} -> {tuned['subject_fidelity']:.3f} ({fidelity:.0%} "
-        f"of {row['reference_fidelity']:.3f} among the photos), follows the prompt {adherence:.0%} "
-        f"as well as the base, class diversity {diversity:.0%} of the base's, class drift "
+        f"photos {base['subject_fidelity']:.3f} -> {tuned['subject_fidelity']:.3f} ({likeness:.0%} "
+        f"of the way to {row['reference_fidelity']:.3f}, that of the photos to each other), "
+        f"follows the prompt {adherence:.0%} as well as the base, class diversity {diversity:.0%} "
+        f"of the base's, class drift "
         f"{tuned['prior_drift']:.3f}; {row['seconds']['total']:.0f} s"
     )
