@@ -7,8 +7,8 @@ python -m dreambooth_lib sample runs/my-dog "a {} dog on the beach" --seeds 0 1 
 
 import argparse
 import io
+import re
 import shlex
-import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", help="export one file for A1111 and ComfyUI")
     export.set_defaults(call=run_export)
     export.add_argument("run", type=Path, help="the run's folder")
-    export.add_argument("--step", type=int, help="the checkpoint's step (default: the last)")
+    export.add_argument("--step", type=int, help="a checkpoint's step (default: the pipeline's)")
     export.add_argument("--out", type=Path, help="a file or a folder (default: RUN/exports)")
 
     evaluate = add("evaluate", help="run the paper's evaluation: the base against tuned runs")
@@ -111,7 +111,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     name = arguments.subject or next(iter(subjects))
     if name not in subjects:
         raise DataError(f"there is no bundled subject '{name}'; choose {', '.join(subjects)}.")
-    shutil.rmtree(out / "run", ignore_errors=True)
+    demo.delete_earlier(out / "run")
     config = TrainConfig(subject=subjects[name])
     scored_steps = inference_settings(config).validation_steps
     row = demo.personalise(config, out / "run", out, scored_steps=scored_steps)
@@ -124,7 +124,6 @@ def run_figures(arguments: argparse.Namespace) -> None:
     from dreambooth_lib.evaluation import demo
 
     out = arguments.out
-    shutil.rmtree(out / "runs", ignore_errors=True)
     rows = demo.figures(
         out, arguments.seeds, arguments.prior_weights, workers=arguments.workers,
         method=arguments.method, lora_rank=arguments.lora_rank,
@@ -204,12 +203,14 @@ def run_sample(arguments: argparse.Namespace) -> None:
     folder, seeds = arguments.out or arguments.run / "samples", arguments.seeds
     with explain_disk_errors(folder / "00.png"):  # before the images are drawn
         folder.mkdir(parents=True, exist_ok=True)
+    earlier = [re.fullmatch(r"(\d{2,9})-seed\d+\.png", file.name) for file in folder.iterdir()]
     samples = sample(
         runs.resume(arguments.run), arguments.prompts, seeds, at=arguments.at,
         steps=arguments.steps, guidance_scale=arguments.guidance_scale,
     )  # fmt: skip
+    first = 1 + max((int(found[1]) for found in earlier if found), default=-1)
     for number, made in enumerate(samples):
-        path = folder / f"{number // len(seeds):02d}-seed{made.seed}.png"
+        path = folder / f"{first + number // len(seeds):02d}-seed{made.seed}.png"
         save_png(made.image, path)
         show(path)
 
@@ -221,7 +222,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     run = runs.resume(arguments.run)
     comfyui.check_exportable(run)
-    step = max(run.checkpoints(), default=0) if arguments.step is None else arguments.step
+    step = comfyui.step_to_export(run) if arguments.step is None else arguments.step
     with (
         explain_disk_errors(run.folder / "exports"),
         TemporaryDirectory(dir=run.folder, prefix=".export-") as model,  # as large as its pipeline

@@ -54,6 +54,9 @@ class FakeColab:
     def unassign(self) -> None:
         self.asked.append("unassign")
 
+    def flush_and_unmount(self) -> None:
+        self.asked.append("flush and unmount")
+
     def mount(self, mount_point: str, force_remount: bool = False) -> None:
         self.asked.append(f"mount {mount_point}")
         if self.drive == "refused":
@@ -70,7 +73,7 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeColab:
                      "NotebookAccessError": NotebookAccessError,
                      "TimeoutException": TimeoutException},
         "files": {"upload": fake.upload, "download": fake.download},
-        "drive": {"mount": fake.mount},
+        "drive": {"mount": fake.mount, "flush_and_unmount": fake.flush_and_unmount},
         "runtime": {"unassign": fake.unassign},
         "errors": {"Error": Error},
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,19 @@ def test_an_unanswered_question_for_the_secret_is_asked_again_only_for_an_upload
 
 def test_the_session_ends_on_colab_alone(fake_colab: FakeColab) -> None:
     colab.end_session()
-    assert fake_colab.asked == ["unassign"]
+    assert fake_colab.asked == ["flush and unmount", "unassign"]
+
+
+def test_the_session_goes_on_where_drive_was_not_written(
+    fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ValueError("flush failed")
+
+    monkeypatch.setattr(sys.modules["google.colab.drive"], "flush_and_unmount", fail)
+    with pytest.raises(ValueError, match="flush failed"):
+        colab.end_session()
+    assert fake_colab.asked == []
 
 
 def test_elsewhere_no_session_ends() -> None:

@@ -15,8 +15,11 @@ from dreambooth_lib import __main__ as command
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import DEBUG, KitError, one_line
 from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.evaluation import demo
+from dreambooth_lib.export import comfyui
 from dreambooth_lib.notebook.widgets.training import Interrupted
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import runs, setup
+from dreambooth_lib.training.loop import train
 
 Shell = Callable[..., str]
 SOURCES = Path(dreambooth_lib.__file__).parent
@@ -165,10 +168,46 @@ def test_samples_of_a_checkpoint_go_where_they_can_be_written(
     said = shell("sample", run, "a {} dog", "--seeds", 3, "--steps", 1, "--at", 1)
     assert said == f"{tmp_path}/a run/samples/00-seed3.png\n"
     assert [file.name for file in (run / "samples").iterdir()] == ["00-seed3.png"]
+    shell("sample", run, "a {} cat", "--seeds", 3, "--steps", 1, "--at", 1)
+    names = sorted(file.name for file in (run / "samples").iterdir())
+    assert names == ["00-seed3.png", "01-seed3.png"], "earlier samples stay"
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none/below")):
         with pytest.raises(SystemExit, match=r"^error: .* could not be written \("):
             shell("sample", run, "a {} dog", "--seeds", 3, "--steps", 1, "--out", out)
+
+
+@pytest.mark.parametrize("command", ["demo", "figures"])
+def test_other_runs_are_not_deleted(
+    command: str, shell: Shell, photos: str, make_config: Callable[..., TrainConfig],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run of one's own lies in the folder that the command trains in."""
+    monkeypatch.setattr(demo, "personalise", failing(KitError("it trains.")))
+    monkeypatch.setattr(demo, "run_all", lambda *_: iter(()))
+    mine = {"demo": tmp_path / "run", "figures": tmp_path / "runs" / "my-dog"}[command]
+    config = make_config("toybox", photos)
+    runs.start(config, mine)
+    if command == "demo":
+        with pytest.raises(SystemExit, match=r"holds a run of .*, which is no bundled subject"):
+            shell("demo", "--out", tmp_path)
+    else:
+        shell("figures", "--out", tmp_path)
+    assert (mine / "config.toml").exists()
+
+
+def test_a_run_exports_what_its_pipeline_has(
+    tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig], tmp_path: Path,
+    clip_folder: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fields = {"prior": "none", "steps": 3, "checkpoint_every": 1, "early_stop": True,
+              "validate_every": 3, "scorer": str(clip_folder)}  # fmt: skip
+    run = runs.start(make_config(tiny_sd1, photos, **fields), tmp_path / "run")
+    monkeypatch.setattr(setup.Trainer, "_best_step", lambda _: 2)
+    list(train(run))
+    assert comfyui.step_to_export(run) == 2
+    shutil.rmtree(run.checkpoints()[2])
+    assert comfyui.step_to_export(run) == 3, "the newest, where that is gone"
 
 
 def test_a_folder_above_that_cannot_be_made_is_the_disks_error() -> None:

@@ -146,8 +146,11 @@ def test_a_base_folder_beside_the_toml_file_is_found_from_anywhere(tmp_path: Pat
     file = tmp_path / "config.toml"
     table = '[subject]\npictures = "photos"\nclass_noun = "dog"\n'
     for written, read in (("mine", str(tmp_path / "mine")), ("org/name", "org/name")):
-        file.write_text(f'base = "{written}"\n{table}')
-        assert TrainConfig.from_toml(file).base == read
+        names = {"base": "base", "draw_base": "method = 'lora'\ndraw_base", "scorer": "scorer",
+                 "image_scorer": "image_scorer"}  # fmt: skip
+        for name, key in names.items():
+            file.write_text(f'{key} = "{written}"\n{table}')
+            assert getattr(TrainConfig.from_toml(file), name) == read
 
 
 @pytest.mark.parametrize(

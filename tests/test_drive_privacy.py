@@ -133,7 +133,14 @@ def test_no_local_path_is_on_the_drive(
 ) -> None:
     base = shutil.copytree(tiny_sd1, tmp_path / "models" / "my-base")
     pictures = photos_with_metadata(tmp_path / "uploads" / "rex")
-    config = make_config(str(base), str(pictures), class_folder=str(pictures), scorer=str(base))
+    config = make_config(
+        str(base),
+        str(pictures),
+        class_folder=str(pictures),
+        scorer=str(base),
+        method="lora",
+        draw_base=str(base),
+    )
     run = runs.start(config, tmp_path / "machine" / "runs" / "my-dog")
     (made := run.folder.parent / "class_images" / "set").mkdir(parents=True)
     manifest = json.dumps({"base": str(base), "prompt": "a dog"}, indent=2)
@@ -153,7 +160,8 @@ def test_no_local_path_is_on_the_drive(
     found, message = find_interrupted(True, [drive], str(pictures), "dog", str(base))
     assert found is not None, message
     back = restore(drive / "my-dog", run.folder)
-    assert (back.config.base, back.config.scorer) == (before.base, before.scorer)
+    for name in ("base", "draw_base", "scorer"):
+        assert getattr(back.config, name) == getattr(before, name)
     assert back.config.subject.pictures == str(run.folder / "photos")
     assert back.config.class_folder == str(run.folder / "class_photos")
     assert (made / "manifest.json").read_text() == manifest

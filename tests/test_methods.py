@@ -185,6 +185,22 @@ def test_captions_name_the_class_when_the_prior_is_distilled() -> None:
     assert captions == ["a dog", "a dog on the beach"]
 
 
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a ohwx black dog", "a black dog"),
+        ("ohwx, a black dog on grass", "a black dog on grass"),
+        ("photo of Ohwx Dog", "photo of Dog"),
+        ("ohwx on the beach", "dog on the beach"),
+        ("a puppy, ohwx", "a puppy, dog"),
+        ("an ohwxian dog", "an ohwxian dog"),
+    ],
+)
+def test_a_class_caption_never_has_the_identifier(caption: str, expected: str) -> None:
+    photos = [Photo("a", Image.new("RGB", (8, 8)), caption)]
+    assert with_class_captions(photos, Subject("p", "dog"))[0].caption == expected
+
+
 def test_disabling_lora_is_undone(start_run: Callable[..., Run]) -> None:
     trainer = Trainer(start_run("run", "sd1", method="lora", learning_rate=0.1))
     next(training_steps(trainer))
@@ -275,7 +291,7 @@ def test_lowest_keeps_its_ema_and_final_weights_in_float32(start_run: Callable[.
     final = dict(load_source(run).denoiser.named_parameters())
     names = [name.removeprefix("denoiser.") for name in state["model"]]
     for name, value in zip(names, state["ema"]["shadow_params"], strict=True):
-        assert torch.allclose(final[name], value, atol=1e-2)
+        assert torch.equal(final[name], value), "not rounded to bfloat16"
 
 
 def test_at_low_memory_gradients_never_all_exist_at_once(

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from fake_colab import FakeColab
 
 from dreambooth_lib.core.config_types import ConfigError
@@ -260,6 +262,21 @@ def test_the_page_on_families_has_the_notebooks_family_and_every_bundled_one() -
     assert family in page
     for pipeline, (module, _) in loading.FAMILIES.items():
         assert f"| `{pipeline}` | `{module}` |" in page
+
+
+def test_the_notebooks_own_loss_moves_the_mark_of_class_images_to_the_gpu() -> None:
+    """A batch's mark is on the CPU; the meta device stands for another one."""
+    cells = map(source, codes(json.loads(NOTEBOOKS["04_your_own"].read_text())))
+    (cell,) = [cell for cell in cells if "class PriorDistillation" in cell]
+    scope: dict[str, Any] = {}
+    exec(cell, scope)
+    x_t = torch.empty(2, 4, 8, 8, device="meta")
+    base = SimpleNamespace(predict=lambda x_t, t, cond: x_t)
+    noised = SimpleNamespace(x_t=x_t, t=None, target=x_t)
+    batch = SimpleNamespace(noised=noised, cond={}, is_prior=torch.tensor([False, True]))
+    loss = object.__new__(scope["PriorDistillation"])
+    loss.base = base
+    assert loss.target(batch).shape == x_t.shape
 
 
 def run_cells(scope: dict[str, Any], parameters: str, *marks: str) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from torch.optim.optimizer import (
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.families import loading
-from dreambooth_lib.training import accelerator, latent_cache, loop, runs, sampling
+from dreambooth_lib.training import accelerator, latent_cache, loop, runs, sampling, setup
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.loop import (
     NonFiniteLoss,
+    OutOfMemory,
     Step,
     _save_and_explain,
     prior_preservation,
@@ -33,7 +34,7 @@ from dreambooth_lib.training.loop import (
     training_steps,
 )
 from dreambooth_lib.training.losses import Loss
-from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import Trainable
 
@@ -304,6 +305,54 @@ def test_the_ema_weights_are_saved_instead_of_the_last_ones(
     saved = weights(run.pipeline)[name]
     assert torch.allclose(saved, average, atol=1e-6)
     assert not torch.allclose(saved, by_step[-1], atol=1e-5)
+
+
+def test_an_ema_begun_on_resume_begins_with_the_weights_of_then(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, steps=2, ema_decay=None)
+    list(train(run))
+    before = weights(run.pipeline)
+    assert list(train(runs.resume(run.folder, ema_decay=0.5))) == [], "it was at its end"
+    assert same(weights(run.pipeline), before)
+
+
+def test_an_ema_decay_changed_on_resume_is_used(tiny_sd1: str, started: Callable[..., Run]) -> None:
+    run = started("run", tiny_sd1, steps=2, ema_decay=0.5)
+    list(train(run))
+    ema = Trainer(runs.resume(run.folder, steps=3, ema_decay=0.25)).optimizer.ema.ema_model
+    assert ema is not None and (ema.decay, ema.optimization_step) == (0.25, 2)
+
+
+def test_a_class_folder_given_on_resume_is_found_from_anywhere(
+    tiny_sd1: str, started: Callable[..., Run], photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started("run", tiny_sd1, steps=2, checkpoint_every=1)
+    next(train(run))
+    monkeypatch.chdir(Path(photos).parent)
+    runs.resume(run.folder, class_folder=Path(photos).name)
+    assert runs.resume(run.folder).config.class_folder == os.path.realpath(photos)
+
+
+def test_a_run_is_not_resumed_to_a_step_that_it_is_past(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    run = started("run", tiny_sd1, steps=2)
+    list(train(run))
+    with pytest.raises(RunError, match=r"is already at step 2, beyond steps 1; raise steps"):
+        runs.resume(run.folder, steps=1)
+    assert runs.resume(run.folder).config.steps == 2
+
+
+def test_memory_that_runs_out_before_the_first_step_is_told(
+    tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(setup, "fit_to_photos", run_out)
+    with pytest.raises(OutOfMemory, match=r"out of memory before the first step of .*less with"):
+        next(train(started("run", tiny_sd1)))
 
 
 def training_state(run: Run, step: int) -> dict[str, torch.Tensor]:

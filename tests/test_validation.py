@@ -21,9 +21,10 @@ from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import hold_out, near_duplicate_groups
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import MAX_BATCH_SIZE, Family
+from dreambooth_lib.families.precision import NonFinite
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder
-from dreambooth_lib.training import runs, setup, validation, validation_record
+from dreambooth_lib.training import runs, setup, validation, validation_pace, validation_record
 from dreambooth_lib.training.held_out_loss import BINS, ROWS, HeldOutLoss
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
@@ -138,6 +139,44 @@ def test_a_resumed_run_validates_as_an_uninterrupted_one(started: Callable[..., 
     list(train(runs.resume(resumed.folder)))
     for a, b in zip(history(run), history(resumed), strict=True):
         assert {**a.__dict__, "seconds": 0} == {**b.__dict__, "seconds": 0}
+
+
+def test_at_another_resolution_the_base_is_validated_again(started: Callable[..., Run]) -> None:
+    run = started("run", checkpoint_every=2)
+    for step in train(run):
+        if step.step == 2:
+            break
+    before = validation_record.load_images(run, 0).subject[0].size
+    smaller = runs.resume(run.folder, resolution=before[0] // 2)
+    with pytest.warns(UserWarning, match=r"so far have 16 x 16 pixels, and the next ones 8 x 8"):
+        list(train(smaller))
+    assert [row.step for row in history(run)] == [0, 2, 4]
+    assert {validation_record.load_images(run, n).subject[0].size for n in (0, 4)} == {(8, 8)}
+    assert history(run)[0].prior_drift == pytest.approx(0, abs=1e-6)
+
+
+def test_another_base_to_draw_with_would_not_compare(started: Callable[..., Run]) -> None:
+    run = started("run", method="lora", steps=2)
+    list(train(run))
+    with pytest.raises(RunError, match=r"draw_base is left out, not 'owner/few-steps'"):
+        runs.resume(run.folder, draw_base="owner/few-steps")
+
+
+def test_a_black_validation_image_does_not_end_training(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = started("run"), Family.generate
+
+    def black(family: Any, *rest: Any, **how: Any) -> Any:
+        if len(run.log()) == 2:
+            raise NonFinite("the autoencoder gave black images.")
+        return real(family, *rest, **how)
+
+    monkeypatch.setattr(Family, "generate", black)
+    with pytest.warns(UserWarning, match="step 2 is not validated: the autoencoder gave black"):
+        list(train(run))
+    assert [row.step for row in history(run)] == [0, 4] and run.finished
+    assert validation_pace.skipped_steps(run) == [], "it was not for want of time"
 
 
 def test_an_interrupted_validation_is_repeated_on_resuming(

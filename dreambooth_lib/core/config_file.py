@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib.core.config_types import ConfigError, shown
+from dreambooth_lib.core.config_types import MODELS, ConfigError, shown
 from dreambooth_lib.core.old_names import FIELDS, current_fields
 from dreambooth_lib.core.user_text import problem_with_path
 
@@ -40,10 +40,10 @@ def from_toml(path: str | Path) -> dict[str, Any]:
     for table, key in ((fields.get("subject"), "pictures"), (fields, "class_folder")):
         if isinstance(table, dict) and key in table:
             table[key] = _beside(path, table[key])
-    if (base := fields.get("base")) != "toybox":
-        found = _beside(path, base)
+    for name in MODELS:
+        found = None if fields.get(name) == "toybox" else _beside(path, fields.get(name))
         if isinstance(found, str) and os.path.exists(found):
-            fields["base"] = found
+            fields[name] = found
     return fields
 
 

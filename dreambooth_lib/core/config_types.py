@@ -10,7 +10,9 @@ from dreambooth_lib.core.user_text import problem_with_path, problem_with_words
 
 LARGEST = 2**62  #: Whole numbers above it are typing errors.
 _MOST_PROMPTS = 1000
-_PATHS = ("pictures", "base", "draw_base", "class_folder", "scorer", "image_scorer")
+#: Fields that name a model: a local folder, or what it is called elsewhere.
+MODELS = ("base", "draw_base", "scorer", "image_scorer")
+_PATHS = ("pictures", "class_folder", *MODELS)
 
 
 class Settings(dict[str, float]):

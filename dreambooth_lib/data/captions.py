@@ -104,6 +104,17 @@ def with_identifier(caption: str, subject: Subject) -> str:
     return f"a {{}} {subject.class_noun}, {caption}".removesuffix(", ")
 
 
+def class_caption(caption: str, subject: Subject) -> str:
+    """Return a caption of the class: without the identifier, or with the noun in its place.
+
+    The noun takes its place where the caption does not have it elsewhere.
+    """
+    identifier, noun = _whole_word(subject.identifier), _whole_word(subject.class_noun)
+    if noun.search(identifier.sub(" ", caption)):
+        return " ".join(identifier.sub(" ", caption).split()).replace(" ,", ",").lstrip(", ")
+    return identifier.sub(lambda _: subject.class_noun, caption)
+
+
 def lacking_identifier(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
     """Return the names of the photos whose captions lack the identifier.
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -156,6 +157,22 @@ def _draw(
     return shown, replace(shown, class_images=class_images)
 
 
+def delete_earlier(folder: Path) -> None:
+    """Delete a run that an earlier demo left in a folder.
+
+    Raises :class:`RunError` for a run of other photos.
+    """
+    if not (folder / "config.toml").exists():
+        return
+    subject = runs.resume(folder).config.subject
+    if subject.name not in {own.name for own in bundled_subjects()}:
+        raise runs.RunError(
+            f"{folder} holds a run of {subject.name}, which is no bundled subject, and would be "
+            "replaced; choose another folder."
+        )
+    shutil.rmtree(folder)
+
+
 def figures(
     out: Path,
     seeds: Sequence[int] = (0,),
@@ -177,6 +194,8 @@ def figures(
         config = TrainConfig(subject=subject, prior_weight=weight, seed=seed, **settings)
         name = f"{subject.name}-lambda{weight:g}-seed{seed}"
         cells[name] = (config, out / "runs" / name, out / name, plan, threads)
+    for _, folder, *_ in cells.values():
+        delete_earlier(folder)
     memory_level.share_level(out / "runs", [config for config, *_ in cells.values()])
     rows: list[dict[str, Any]] = []
     pool: AbstractContextManager[Executor | None] = nullcontext()

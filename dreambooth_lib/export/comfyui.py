@@ -28,6 +28,16 @@ def check_exportable(run: Run) -> None:
         )
 
 
+def step_to_export(run: Run) -> int:
+    """Return the step of a run's pipeline, or of its newest checkpoint where that is not kept.
+
+    0 if there is none.
+    """
+    checkpoints = run.checkpoints()
+    step = run.trained().get("step") if run.finished else None
+    return step if step in checkpoints else max(checkpoints, default=0)
+
+
 def export(run: Run, model: str | Path, path: str | Path) -> str:
     """Write a run's exported model as the file that A1111 and ComfyUI load.
 

@@ -80,11 +80,12 @@ def download(file: str | Path) -> None:
 def end_session() -> None:
     """Give Colab's machine back, so that it costs no more; whatever is not on Drive is lost.
 
-    Does nothing outside Colab.
+    Colab writes to Drive later than it says: wait for that first. Does nothing outside Colab.
     """
     if in_colab():
-        from google.colab import runtime
+        from google.colab import drive, runtime
 
+        drive.flush_and_unmount()
         runtime.unassign()
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core.config_types import MODELS
 from dreambooth_lib.core.digests import (
     DIGESTS,
     file_digest,
@@ -42,8 +43,6 @@ LARGE = 2**30
 #: Files that may have local paths in them: a run's config, the manifest of a set of class images,
 #: and what a LoRA notes about its base.
 NAMING_PATHS = ("config.toml", "manifest.json", "base.json")
-#: Their fields that may be the path of a folder.
-_BASES = ("base", "scorer", "image_scorer")
 _JSON = json.loads, functools.partial(json.dumps, indent=2)
 
 
@@ -207,7 +206,7 @@ def localize(file: Path, run: Path) -> None:
     """Make paths absolute again in one of :data:`NAMING_PATHS`; they are relative to ``run``."""
 
     def change(fields: dict[str, Any]) -> None:
-        for name in _BASES:
+        for name in MODELS:
             if str(fields.get(name)).startswith("../"):
                 fields[name] = os.path.normpath(run / fields[name])
 
@@ -221,7 +220,7 @@ def _make_portable(fields: dict[str, Any], run: Path) -> None:
         fields["subject"].pop("left_out", None)  # these are not copied, and copies have new names
     if "class_folder" in fields:
         fields["class_folder"] = CLASS_PHOTOS
-    for name in _BASES:
+    for name in MODELS:
         if os.path.isabs(str(fields.get(name, ""))):
             fields[name] = os.path.relpath(fields[name], run.resolve())
 

@@ -12,11 +12,10 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training import memory_level, runs
-from dreambooth_lib.training.validation_pace import count_validations
+from dreambooth_lib.training.validation_pace import checkpoint_intervals, count_validations
 
 _NEVER = 10**6  # steps
 _STEPS = 3
-_RARELY = 250  # steps between checkpoints if a config asks for neither checkpoints nor validation
 _WRITTEN = 2**28  # bytes at most to measure the disk with
 
 
@@ -50,8 +49,7 @@ def in_words(seconds: float) -> str:
 
 def checkpoints(config: TrainConfig) -> int:
     """Count a run's checkpoints: after each validation, every ``checkpoint_every``, at its end."""
-    own = config.checkpoint_every or (0 if config.validate_every else _RARELY)
-    every = filter(None, (config.validate_every, own))
+    every = checkpoint_intervals(config)
     return len({config.steps}.union(*(range(each, config.steps, each) for each in every)))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth_lib.core.config import SAMPLING_FIELDS, VALIDATION_SHARE, TrainConfig
+from dreambooth_lib.core.config_types import MODELS
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -14,13 +15,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return config.replace(
         subject=replace(config.subject, pictures=_absolute(config.subject.pictures)),
         class_folder=config.class_folder and _absolute(config.class_folder),
-        base=absolute_base(config.base),
-        draw_base=config.draw_base and absolute_base(config.draw_base),
+        **{name: absolute_base(value) for name in MODELS if (value := getattr(config, name))},
     )
 
 
 def absolute_base(base: str) -> str:
-    """Return a base with an absolute path if it is a local folder."""
+    """Return a base, or another model, with an absolute path if it is a local folder."""
     return _absolute(base) if base != "toybox" and Path(base).exists() else base
 
 
@@ -60,7 +60,7 @@ def with_settings_of(run: TrainConfig, config: TrainConfig) -> TrainConfig:
 def identifying_fields(config: TrainConfig) -> dict[str, Any]:
     """Return a config's fields; of the subject only its words, as its photos may be moved."""
     subject = config.subject
-    return vars(config) | {"subject": (subject.identifier, subject.class_noun)}
+    return vars(with_absolute_paths(config)) | {"subject": (subject.identifier, subject.class_noun)}
 
 
 def describe(config: TrainConfig) -> str:

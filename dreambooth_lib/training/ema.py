@@ -9,6 +9,9 @@ import torch
 from dreambooth_lib.training.flat_parameters import Bucket
 from dreambooth_lib.training.interrupts import defer_interrupts
 
+#: What a checkpoint has of an EMAModel that is not loaded into it as it is.
+_NOT_LOADED = ("shadow_params", "decay")
+
 
 class EMA:
     """The EMA of ``parameters``, in float32; without a ``decay`` there is none to keep.
@@ -43,10 +46,11 @@ class EMA:
         for average, bucket in zip(self._average, self.buckets, strict=True):
             average.lerp_(bucket.weights.float(), 1 - decay)
 
-    def load_weights(self) -> None:
-        """Overwrite the trained weights with the EMA weights, if there are any."""
-        if self.ema_model is not None:
-            self.ema_model.copy_to(self.parameters)
+    def by_name(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the EMA weights, if there are any, in place of the trained ``weights``."""
+        if self.ema_model is None:
+            return weights
+        return dict(zip(weights, self.ema_model.shadow_params, strict=True))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -56,7 +60,7 @@ class EMA:
             return
         self.ema_model.store(self.parameters)
         try:
-            self.load_weights()
+            self.ema_model.copy_to(self.parameters)
             yield
         finally:
             with defer_interrupts():
@@ -67,14 +71,18 @@ class EMA:
         return {} if self.ema_model is None else {"ema": self.ema_model.state_dict()}
 
     def load_state_dict(self, checkpoint: dict[str, Any], names: Iterable[str]) -> None:
-        """Load the EMA of a checkpoint that has one; ``names`` are those of the parameters."""
-        if self.ema_model is None or "ema" not in checkpoint:
+        """Load the EMA of a checkpoint, or begin one with its weights where it has none.
+
+        ``names`` are those of the parameters. The decay stays the config's.
+        """
+        if self.ema_model is None:
             return
-        own, by_name = self.ema_model.shadow_params, ema_by_name(checkpoint)
+        own = self.ema_model.shadow_params
+        by_name = ema_by_name(checkpoint) if "ema" in checkpoint else checkpoint["model"]
         for average, name in zip(own, names, strict=True):  # a Drive backup may have rounded them
             average.copy_(by_name[name])
-        rest = {k: v for k, v in checkpoint["ema"].items() if k != "shadow_params"}
-        self.ema_model.load_state_dict(rest)
+        kept = {k: v for k, v in checkpoint.get("ema", {}).items() if k not in _NOT_LOADED}
+        self.ema_model.load_state_dict(kept)
 
 
 def ema_by_name(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -3,14 +3,13 @@
 import warnings
 from typing import Any
 
-from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.crops import Size, bucket_of, buckets, most_common
 from dreambooth_lib.data.images import Photo, read_photos
 from dreambooth_lib.data.sources import DataError
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.training.runs import GOAL_FILE, Run
+from dreambooth_lib.training.runs import Run
 
 MOST_PIXELS = 2**14  # of a side
 
@@ -58,7 +57,7 @@ def saved_size(run: Run, step: int | None = None) -> Size | None:
     if step is None and not run.has_pipeline:
         step = max(checkpoints, default=None)
     if step is None:
-        size = (read_object(run.pipeline / GOAL_FILE) or {}).get("size")
+        size = run.trained().get("size")
     else:
         size = load_state(checkpoints[step], ("size",)).get("size") if step in checkpoints else None
     match size:

@@ -21,6 +21,7 @@ from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts, raise_on_termination
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, latent_weights, per_sample_errors
+from dreambooth_lib.training.memory_level import native_precision
 from dreambooth_lib.training.optimizer_step import NonFiniteStep
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer
@@ -88,7 +89,7 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     with raise_on_termination(), lock(run.folder) if is_first else nullcontext():
         for folder in ("class_images", "latents", run.folder.name) if is_first else ():
             remove_partials(run.folder.parent / folder)
-        with explain_disk_errors(run.folder):
+        with explain_disk_errors(run.folder), _explain_out_of_memory(run, "before the first step"):
             trainer = Trainer(run)
         with _save_and_explain(trainer):
             trainer.warn_of_distillation()
@@ -107,19 +108,30 @@ def _save_and_explain(trainer: Trainer) -> Iterator[None]:
         saved = trainer.saved_step
         safe = f"The checkpoint of step {saved} is safe" if saved else "No checkpoint was due yet"
         raise DiskError(f"{error} {safe}; resume the run to continue.") from error
-    except torch.OutOfMemoryError as error:
-        from dreambooth_lib.training.memory_estimate import suggest_savings
-
-        raise OutOfMemory(
-            f"the GPU ran out of memory at step {trainer.step + 1} of {trainer.run.folder}: "
-            f"{suggest_savings(trainer.config, trainer.precision)}; resume the run with another "
-            "memory or resolution, or start a new one with another method."
-        ) from error
+    except torch.OutOfMemoryError:
+        with _explain_out_of_memory(trainer.run, f"at step {trainer.step + 1}"):
+            raise
     except (GeneratorExit, KeyboardInterrupt):
         # A launcher passes the terminal's interrupt on a second time.
         with defer_interrupts(), _explain_non_finite(trainer):
             trainer.save_checkpoint(wait=False)
         raise
+
+
+@contextmanager
+def _explain_out_of_memory(run: Run, when: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        from dreambooth_lib.training.memory_estimate import suggest_savings
+
+        config = run.resolved_config
+        precision = native_precision(config.mixed_precision, join_group().device)
+        raise OutOfMemory(
+            f"the GPU ran out of memory {when} of {run.folder}: "
+            f"{suggest_savings(config, precision)}; resume the run with another memory or "
+            "resolution, or start a new one with another method."
+        ) from error
 
 
 def training_steps(

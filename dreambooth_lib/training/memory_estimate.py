@@ -27,6 +27,7 @@ from dreambooth_lib.training.allocation_counter import (
     count_numbers,
     make_fake,
 )
+from dreambooth_lib.training.memory_level import precision_of_weights
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.trainable import (
@@ -77,7 +78,7 @@ def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
     Raises as ``families.load_model`` and :func:`training_load_options` do.
     """
-    return _estimate(_without_details(config), precision)
+    return _estimate(_without_details(config), precision_of_weights(config, precision))
 
 
 def _without_details(config: TrainConfig) -> TrainConfig:

@@ -118,7 +118,7 @@ class Optimizer:
         scaled, a gradient.
         """
         *values, self._norm = torch.cat([losses, self._take_gradients()]).tolist()
-        check_finite("loss", *values)
+        check_finite("loss", values[0])
         if self.scale is None:
             check_finite("gradient norm", self._norm)
         return values

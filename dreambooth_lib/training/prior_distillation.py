@@ -16,6 +16,7 @@ import torch
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.data.captions import class_caption
 from dreambooth_lib.data.images import Photo
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.device_copies import pick, rows, to_device
@@ -25,9 +26,8 @@ from dreambooth_lib.training.batches import Batch
 
 
 def with_class_captions(photos: list[Photo], subject: Subject) -> list[Photo]:
-    """Return the subject's captioned photos with the class noun in place of the subject."""
-    noun = subject.class_noun
-    return [replace(p, caption=(p.caption or "").replace(subject.token, noun)) for p in photos]
+    """Return the subject's captioned photos with captions of the class: without the identifier."""
+    return [replace(p, caption=class_caption(p.caption or "", subject)) for p in photos]
 
 
 class Teacher:

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_checks import PRIOR_WEIGHTS
 from dreambooth_lib.core.errors import InputError
@@ -31,7 +30,7 @@ from dreambooth_lib.training import lora
 from dreambooth_lib.training.class_images import prepare_class_images
 from dreambooth_lib.training.held_out_loss import BINS, HeldOutLoss
 from dreambooth_lib.training.optimizer_step import Optimizer, check_finite
-from dreambooth_lib.training.runs import GOAL_FILE, Run
+from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.trainable import Trainable
 
 IMAGES = 16  #: held-out class images; each is measured in every timestep bin
@@ -167,9 +166,9 @@ class ClassLoss:
         accelerator = self.accelerator
         own = list(rows)[accelerator.process_index :: accelerator.num_processes]
         with accelerator.autocast():
-            losses = torch.stack([self._errors(model, own).mean(), self.base[own].mean()])
-        trained, base = accelerator.reduce(losses, "mean").tolist()
-        return trained, base
+            sums = torch.stack([self._errors(model, own).sum(), self.base[own].sum()])
+        trained, base = accelerator.reduce(sums, "sum").tolist()
+        return trained / len(rows), base / len(rows)
 
     def _errors(self, model: Trainable, rows: Sequence[int]) -> torch.Tensor:
         was_training = model.training
@@ -233,7 +232,7 @@ def broken_promise(run: Run) -> str | None:
     asked, rows = run.config.keep_class, [row for row in run.log() if "class_kept" in row]
     if asked is None or not rows:
         return None
-    found = (read_object(run.pipeline / GOAL_FILE) or {}) if run.finished else {}
+    found = run.trained() if run.finished else {}
     kept, weight = found.get("class_kept", rows[-1]["class_kept"]), rows[-1]["prior_weight"]
     if not all(isinstance(value, float) for value in (kept, weight)):
         return None

@@ -39,7 +39,7 @@ _FIXED = ("subject", "base", "revision", "variant", "prediction_type", "clip_ski
           "method", "train_text_encoder", "train_token", "lora_rank", "lora_alpha", "lora_layers",
           "dora", "adapter", "adapter_settings")  # fmt: skip
 #: Fields that a run cannot change once it has validated: later scores would not compare.
-_FIXED_BY_VALIDATION = ("scorer", "image_scorer", "validation_inference_steps")
+_FIXED_BY_VALIDATION = ("scorer", "image_scorer", "validation_inference_steps", "draw_base")
 
 
 class RunError(KitError, ValueError):
@@ -48,7 +48,7 @@ class RunError(KitError, ValueError):
 
 #: In the folder of a run or a study: what memory "auto" was resolved to, as fields of the config.
 LEVEL_FILE = "memory.json"
-#: In a run's pipeline: the step that its weights are of, and the goal that the run reached.
+#: In a run's pipeline: what it was trained to.
 GOAL_FILE = "trained.json"
 #: What lies in a run's folder before the first checkpoint.
 _FIRST_FILES = ("config.toml", LEVEL_FILE, "log.jsonl", "validation.jsonl", "validation")
@@ -85,9 +85,12 @@ class Run:
         """Return whether training has reached the config's goal."""
         if not self.has_pipeline:
             return False
-        reached = read_object(self.pipeline / GOAL_FILE)
-        goal = self.goal()  # pipelines of earlier versions do not record theirs
-        return reached is None or goal == {name: reached.get(name) for name in goal}
+        reached, goal = self.trained(), self.goal()
+        return not reached or goal == {name: reached.get(name) for name in goal}
+
+    def trained(self) -> dict[str, Any]:
+        """Return what the pipeline notes of its training; nothing in one of an earlier version."""
+        return read_object(self.pipeline / GOAL_FILE) or {}
 
     def goal(self) -> dict[str, Any]:
         """Return what decides when training is finished."""
@@ -224,7 +227,8 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
     if not has_begun(Path(folder)):
         return None
     run = resume(folder)
-    old, new = vars(run.config), vars(with_settings_of(run.config, with_absolute_paths(config)))
+    old = vars(with_absolute_paths(run.config))
+    new = vars(with_settings_of(run.config, with_absolute_paths(config)))
     fixed = _fixed_fields(run)
     changeable = {"steps", "early_stop"} if run.finished else old.keys()
     difference = first_difference(old, new, changeable - {*fixed})
@@ -235,13 +239,18 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
             f"{folder} holds a run that finished with {difference.name} {difference.old!r}, not "
             f"{difference.new!r}; start a new run, or change only steps to resume this one."
         )
+    return _why_beyond(run, config.steps)
+
+
+def _why_beyond(run: Run, steps: int) -> str | None:
+    """Say in a sentence that a run is past the step that it would now end at, or return None."""
     reached = max(run.checkpoints(), default=0)
-    if config.steps < reached:
-        return (
-            f"{folder} is already at step {reached}, beyond steps {config.steps}; raise steps to "
-            "resume it, or start a new run."
-        )
-    return None
+    if steps >= reached:
+        return None
+    return (
+        f"{run.folder} is already at step {reached}, beyond steps {steps}; raise steps to resume "
+        "it, or start a new run."
+    )
 
 
 def _fixed_fields(run: Run) -> tuple[str, ...]:
@@ -263,11 +272,13 @@ def resume(folder: str | Path, **changes: Any) -> Run:
     _warn_of_edits(folder / "config.toml")
     if not changes:
         return run
-    changed = Run(folder, run.config.replace(**changes))
+    changed = Run(folder, with_absolute_paths(run.config.replace(**changes)))
     old, new = (identifying_fields(config) for config in (run.config, changed.config))
     difference = first_difference(old, new, old.keys() - {*_fixed_fields(run)})
     if difference and has_begun(folder):
         raise RunError(f"{folder} holds a run whose {difference}; start a new run for that.")
+    if "steps" in changes and (why := _why_beyond(run, changed.config.steps)):
+        raise RunError(why)
     with lock(folder):
         _write_config(folder, changed.config)
         if has_begun(folder) and (fields := changed_fields(run.config, changed.config)):

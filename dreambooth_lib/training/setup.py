@@ -20,7 +20,7 @@ from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
-from dreambooth_lib.families.precision import save_pipeline
+from dreambooth_lib.families.precision import NonFinite, save_pipeline
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.accelerator import make_accelerator
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
@@ -35,6 +35,7 @@ from dreambooth_lib.training.memory_level import (
     decide_level,
     is_gpu,
     native_precision,
+    precision_of_weights,
 )
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
@@ -42,19 +43,17 @@ from dreambooth_lib.training.prior_weight import hold_out_class_images, make_pri
 from dreambooth_lib.training.run_photos import read_own_class_images, read_subject_photos
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
+    checkpoint_weights,
     load_base_to_save,
-    load_checkpoint_weights,
     load_drawing_family,
     make_trainable,
     offloads_text_encoders,
     training_load_options,
 )
 from dreambooth_lib.training.validation import Scorers, load_scorers
-from dreambooth_lib.training.validation_pace import is_wanted
+from dreambooth_lib.training.validation_pace import checkpoint_intervals, is_wanted, note_skipped
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
 
-#: Steps between checkpoints where neither validate_every nor checkpoint_every says otherwise.
-CHECKPOINT_INTERVAL = 250
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -67,10 +66,9 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(device)  # an earlier run's
         self.run, self.config = run, decide_level(run, device)
         config = self.config
-        self.precision = native_precision(config.mixed_precision, device)
-        check_adapter(config.adapter, self.precision)
-        if config.method == "full" and config.memory == "lowest" and self.precision == "no":
-            self.precision = "bf16"  # as its weights are
+        precision = native_precision(config.mixed_precision, device)
+        check_adapter(config.adapter, precision)
+        self.precision = precision_of_weights(config, precision)
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = make_accelerator(config, self.precision)
         subject = config.subject
@@ -190,7 +188,7 @@ class Trainer:
 
         It must happen before a checkpoint's weights are loaded.
         """
-        if self.validator is not None and not self.validator.has_base():
+        if self.validator is not None and not self.validator.has_base(self.drawing):
             as_base = [lora.exact_base(part, self.config) for part in (self.family, self.drawing)]
             with self.accelerator.autocast(), as_base[0], as_base[1]:
                 self.validator.validate(0, self.trainable, self.drawing)
@@ -237,16 +235,18 @@ class Trainer:
             return None
         self.optimizer.check_gradients()
         if self.validator is not None and is_wanted(self.run, self.step):
-            with self.optimizer.ema.swapped_in(), self.accelerator.autocast():
-                result = self.validator.validate(self.step, self.trainable, self.drawing)
+            try:
+                with self.optimizer.ema.swapped_in(), self.accelerator.autocast():
+                    result = self.validator.validate(self.step, self.trainable, self.drawing)
+            except NonFinite as error:  # the base's own images were sound: training goes on
+                note_skipped(self.run, self.step, str(error))
+                warnings.warn(f"step {self.step} is not validated: {error}", stacklevel=2)
         self.accelerator.wait_for_everyone()
         return result
 
     def save_checkpoint_if_due(self) -> bool:
         """Save a checkpoint where one or a validation is due, even if skipped; tell if it was."""
-        validate_every, checkpoint_every = self.config.validate_every, self.config.checkpoint_every
-        interval = checkpoint_every or validate_every or CHECKPOINT_INTERVAL
-        due = self._is_due(validate_every) or self._is_due(interval)
+        due = any(map(self._is_due, checkpoint_intervals(self.config)))
         if due:
             self.save_checkpoint()
         return due
@@ -279,9 +279,10 @@ class Trainer:
         model, config, family = self.trainable.eval(), self.config, self.family
         best = (config.early_stop and self._best_step()) or self.step
         if best != self.step:
-            load_checkpoint_weights(model, self.run, best)
+            weights = checkpoint_weights(self.run, best)
         else:
-            self.optimizer.ema.load_weights()
+            weights = self.optimizer.ema.by_name(model.trained_weights())
+        model.load_weights(weights)
         kept = self.prior_weight.kept() | size_to_save(self.family)
         if self.accelerator.is_main_process:
             # An earlier, shorter run's pipeline stays until this one is complete.
@@ -291,9 +292,9 @@ class Trainer:
                 else:
                     # Frozen parts may be rounded or offloaded here: save the base's own.
                     if self.dtype is not torch.float32 or family.prompt_cache is not None:
-                        family = load_base_to_save(config, family, model)
+                        family = load_base_to_save(config, family, model, weights)
                     save_pipeline(family.pipeline, partial)
-                write_object(partial / GOAL_FILE, self.run.goal() | kept | {"step": self.step})
+                write_object(partial / GOAL_FILE, self.run.goal() | kept | {"step": best})
                 write_digests(partial)
             write_object(self.run.folder / MADE_WITH_FILE, made_with())
         self.accelerator.wait_for_everyone()

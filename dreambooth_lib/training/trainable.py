@@ -65,11 +65,14 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def load_base_to_save(config: TrainConfig, family: Family, model: "Trainable") -> Family:
-    """Load a config's base in float32 with the weights of ``model``, which was trained on it.
+def load_base_to_save(
+    config: TrainConfig, family: Family, model: "Trainable", weights: dict[str, torch.Tensor]
+) -> Family:
+    """Load a config's base in float32 with trained ``weights``, which ``model`` has, too.
 
-    These stay in bfloat16 if they were so trained, without EMA. Parts of ``family`` that were
-    trained whole, in the dtype to save, are taken from it: the base's are not read for them.
+    These stay in bfloat16 if they were so trained, without EMA: EMA weights are float32, and a
+    bfloat16 model has them rounded. Parts of ``family`` that were trained whole, in the dtype to
+    save, are taken from it: the base's are not read for them.
     """
     load_options = training_load_options(config, torch.float32)
     if config.ema_decay is not None:
@@ -81,7 +84,7 @@ def load_base_to_save(config: TrainConfig, family: Family, model: "Trainable") -
         return _load(config, **load_options, **parts)
     # LoRAs are merged into what is loaded.
     family = _load(config, **load_options)
-    wrap_trained_parts(family, config).load_weights(model.trained_weights())
+    wrap_trained_parts(family, config).load_weights(weights)
     return family
 
 
@@ -263,7 +266,12 @@ def load_to_export(run: Run, step: int) -> Family:
 
 
 def load_checkpoint_weights(trainable: Trainable, run: Run, step: int) -> None:
-    """Load a checkpoint's weights into ``trainable``: the EMA weights if it has them.
+    """Load a checkpoint's weights into ``trainable``; raise as :func:`checkpoint_weights` does."""
+    trainable.load_weights(checkpoint_weights(run, step))
+
+
+def checkpoint_weights(run: Run, step: int) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's weights by name: the EMA weights if it has them.
 
     Raises :class:`RunError` where the run has no checkpoint of that step.
     """
@@ -277,4 +285,4 @@ def load_checkpoint_weights(trainable: Trainable, run: Run, step: int) -> None:
             "those, or raise checkpoints_kept."
         )
     state = load_state(checkpoints[step], ("model", "ema"))
-    trainable.load_weights(ema_by_name(state) if "ema" in state else state["model"])
+    return ema_by_name(state) if "ema" in state else state["model"]

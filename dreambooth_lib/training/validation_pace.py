@@ -11,6 +11,8 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history
 
+#: Steps between checkpoints where neither validate_every nor checkpoint_every says otherwise.
+CHECKPOINT_INTERVAL = 250
 _SKIPPED = "skipped"  #: the key of such a row in ``validation.jsonl``
 
 
@@ -26,6 +28,12 @@ def due_steps(config: TrainConfig, after: int, until: int) -> int:
     """Count the steps of (after, until] with a validation due: each interval's and the last."""
     every, steps = config.validate_every, config.steps
     return until // every - after // every + (after < steps <= until and steps % every > 0)
+
+
+def checkpoint_intervals(config: TrainConfig) -> list[int]:
+    """Return the intervals of a run's checkpoints: one is due at each of their multiples."""
+    own = 0 if config.validate_every else CHECKPOINT_INTERVAL
+    return [every for every in (config.validate_every, config.checkpoint_every or own) if every]
 
 
 def count_validations(config: TrainConfig, step_seconds: float, seconds: float) -> int:
@@ -51,12 +59,17 @@ def is_wanted(run: Run, step: int) -> bool:
         return False
     if _is_affordable(run, step):
         return True
-    run.append("validation", {"step": step, _SKIPPED: True})
+    note_skipped(run, step)
     return False
 
 
+def note_skipped(run: Run, step: int, why: str | None = None) -> None:
+    """Note in a run's validation rows that the one of a step is skipped: for time, or ``why``."""
+    run.append("validation", {"step": step, _SKIPPED: why or True})
+
+
 def skipped_steps(run: Run) -> list[int]:
-    """Return the steps whose validations were skipped, oldest first."""
+    """Return the steps whose validations were skipped to save time, oldest first."""
     return [row["step"] for row in run.rows("validation") if row.get(_SKIPPED) is True]
 
 

@@ -106,15 +106,24 @@ class Validator:
         self.run.append("validation", asdict(result))
         return result
 
-    def has_base(self) -> bool:
-        """Return whether the frozen base has been validated and its images are not damaged."""
+    def has_base(self, family: Family) -> bool:
+        """Return whether the frozen base has been validated, in the size that ``family`` draws in.
+
+        Warns of images that are damaged or have another size: the same seed has other noise there.
+        """
         if 0 not in {result.step for result in history(self.run)}:
             return False
         try:
-            self._base = BaseEmbeddings(self.scorers.images, load_images(self.run, 0))
+            images = load_images(self.run, 0)
+            if (size := images.subject[0].size) != family.size:
+                raise RunError(
+                    f"the validation images so far have {size[0]} x {size[1]} pixels, and the next "
+                    f"ones {family.size[0]} x {family.size[1]}."
+                )
         except KitError as error:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)
             return False
+        self._base = BaseEmbeddings(self.scorers.images, images)
         return True
 
 
