@@ -27,13 +27,13 @@ from dreambooth_lib.training.allocation_counter import (
     count_numbers,
     make_fake,
 )
-from dreambooth_lib.training.memory_level import precision_of_weights
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.trainable import (
     Trainable,
     make_trainable,
     offloads_text_encoders,
+    precision_of_weights,
     training_load_options,
 )
 from dreambooth_lib.training.validation import scorer_source

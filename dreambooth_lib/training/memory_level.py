@@ -61,12 +61,6 @@ def native_precision(mixed_precision: str, device: "torch.device") -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def precision_of_weights(config: TrainConfig, precision: str) -> str:
-    """Return the ``precision`` that a run computes in: of bfloat16 weights, never "no"."""
-    bf16_weights = config.method == "full" and config.memory == "lowest"
-    return "bf16" if bf16_weights and precision == "no" else precision
-
-
 def check_adapter(adapter: str | None, precision: str) -> None:
     """Raise :class:`ConfigError` for an adapter that cannot train in what the GPU computes in.
 

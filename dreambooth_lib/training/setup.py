@@ -35,7 +35,6 @@ from dreambooth_lib.training.memory_level import (
     decide_level,
     is_gpu,
     native_precision,
-    precision_of_weights,
 )
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
@@ -48,6 +47,7 @@ from dreambooth_lib.training.trainable import (
     load_drawing_family,
     make_trainable,
     offloads_text_encoders,
+    precision_of_weights,
     training_load_options,
 )
 from dreambooth_lib.training.validation import Scorers, load_scorers

@@ -65,6 +65,12 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
     }
 
 
+def precision_of_weights(config: TrainConfig, precision: str) -> str:
+    """Return the ``precision`` that a run computes in: of bfloat16 weights, never "no"."""
+    bf16_weights = config.method == "full" and config.memory == "lowest"
+    return "bf16" if bf16_weights and precision == "no" else precision
+
+
 def load_base_to_save(
     config: TrainConfig, family: Family, model: "Trainable", weights: dict[str, torch.Tensor]
 ) -> Family:
