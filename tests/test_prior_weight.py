@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from dreambooth_lib.training.optimizer_step import NonFiniteStep
 from dreambooth_lib.training.prior_weight import (
     IMAGES,
     INTERVAL,
+    ClassLoss,
     PriorWeight,
     broken_promise,
     rows_at,
@@ -129,6 +132,21 @@ def test_a_measure_that_is_not_finite_never_becomes_lambda() -> None:
     with pytest.raises(NonFiniteStep, match="loss on held-out class images is nan"):
         controller.config_at(INTERVAL)
     assert controller.state_dict()["prior_weight"]["weight"] == 1
+
+
+def test_processes_with_parts_of_different_sizes_measure_the_mean_of_all_rows() -> None:
+    """Three processes: their parts of the 64 rows are of 22, 21 and 21."""
+    pool = torch.arange(float(BINS * IMAGES))
+    found = []
+    for rank in range(3):
+        part = object.__new__(ClassLoss)
+        part.base, part._errors = pool, lambda _, rows: 2 * pool[list(rows)]  # type: ignore
+        part.accelerator = SimpleNamespace(  # type: ignore[assignment]
+            process_index=rank, num_processes=3, autocast=nullcontext, reduce=lambda own, how: own
+        )
+        found.append(part(None, range(len(pool))))  # type: ignore[arg-type]
+    sums = [sum(values) for values in zip(*found, strict=True)]
+    assert sums == pytest.approx([63.0, 31.5])
 
 
 @pytest.mark.parametrize("count", [2, 4, 6, 16])

@@ -462,6 +462,16 @@ def test_a_caption_changes_the_conditioning_and_so_the_loss(
     assert losses[0] != losses[1]
 
 
+def test_only_the_loss_that_is_trained_must_be_finite(
+    tiny_sd1: str, started: Callable[..., Run]
+) -> None:
+    def objective(prediction: torch.Tensor, batch: Batch, config: TrainConfig) -> Loss:
+        return prior_preservation(prediction, batch, config)._replace(prior=torch.tensor(torch.nan))
+
+    steps = list(train(started("run", tiny_sd1, steps=2), objective))
+    assert all(step.loss > 0 for step in steps), "a term for the log alone says nothing of it"
+
+
 def test_a_non_finite_loss_raises_and_keeps_the_last_good_checkpoint(
     tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
