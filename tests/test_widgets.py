@@ -339,6 +339,40 @@ def test_captions_are_edited_in_the_panel_and_lie_beside_the_photos(
     assert (Path(panel.config.subject.pictures) / "1.txt").read_text() == ""
 
 
+def test_captions_that_are_not_saved_stay_while_other_things_are_changed(
+    tiny_sd2: str, make_config: Make, tmp_path: Path
+) -> None:
+    folder = Path(save_photos(tmp_path / "max", 5))
+    (folder / "0.txt").write_text("a dog")
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
+    editor = panel.captions
+
+    def typed() -> list[str]:
+        return [editor.fields[name].value for name in ("0.png", "1.png", "2.png")]
+
+    editor.fields["0.png"].value, editor.fields["1.png"].value = "a {} dog", "a {} dog on a bed"
+    panel.hold_out.value = not panel.hold_out.value
+    panel.framing.crop.value = "subject"
+    panel.class_noun.value = "puppy"
+    panel.crop_to(8)
+    panel.reload()
+    assert typed() == ["a {} dog", "a {} dog on a bed", ""]
+    panel.source.value = "/no/such"
+    panel.source.value = str(folder)
+    assert typed() == ["a {} dog", "a {} dog on a bed", ""], "a wrong path costs nothing"
+    (folder / "0.txt").write_text("a dog on the beach")
+    panel.reload()
+    assert typed() == ["a dog on the beach", "a {} dog on a bed", ""], "by another program"
+    click(editor.write)
+    assert (folder / "1.txt").read_text() == "a {} dog on a bed"
+    editor.fields["1.png"].value = ""
+    click(editor.write)
+    assert typed()[1] == "" and panel.photos[1].caption is None
+    editor.fields["2.png"].value = "a {} dog on a chair"
+    panel.use({f"{number}.png": png("red", (40, 30 + number)) for number in range(3)})
+    assert typed() == ["", "", ""], "other photos of the same names"
+
+
 def test_photos_without_captions_are_described_only_when_asked(
     tiny_sd2: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
