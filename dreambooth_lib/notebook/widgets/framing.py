@@ -80,7 +80,7 @@ class FramingPanel(Panel):
             self.words: "what the masks should show, in a word or two",
             self.make: f"downloads {mask_maker.MODEL} once ({mask_maker.DOWNLOAD})",
             self.threshold: "lower it if parts of the subject are missing",
-            self.save: "saves NAME-masklabel.png beside the photos; you can edit the files there",
+            self.save: "saves NAME-masklabel.png, or replaces the photo's mask; you can edit it",
         }  # fmt: skip
         is_set = self.crop.value != "center" or self.weight.value != _WHOLE
         self.opened = Checkbox(description="Change crops and masks", indent=False, value=is_set)
@@ -184,7 +184,7 @@ class FramingPanel(Panel):
             show_image(self.masks, image_grids.grid(shown, 6).save)
 
     def _save(self) -> None:
-        mask_maker.save_masks(self._folder, self._masks())
+        mask_maker.save_masks(self._folder, self._photos, self._masks())
         self._found = {}
         if self.weight.value == _WHOLE:
             self.weight.value = 0.1
