@@ -659,6 +659,14 @@ def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) 
     assert panel.config == subject.config and not panel.note.value
     python = html.unescape(panel.python.value)
     assert "class_noun='cat'" in python and "uploads" in python
+    framing = subject.framing
+    subject.hold_out.value = not subject.hold_out.value
+    framing.crop.value, framing.weight.value, framing.base.value = "buckets", 0.1, True
+    for words in ("hold_out=", "crop='buckets'", "background_weight=0.1", "background_prior=True"):
+        assert words in html.unescape(panel.python.value)
+    framing.weight.value = 0.0
+    assert "background_weight=0.0" in panel.python.value
+    assert "background_prior" not in panel.python.value
 
 
 def test_all_settings_are_shown_by_a_switch_and_reset_at_once(

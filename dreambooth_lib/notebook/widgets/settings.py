@@ -90,8 +90,9 @@ class SettingsPanel(Panel):
         self._measured: tuple[TrainConfig, Pace, str] | None = None
         self.on_change(self._show, *self.controls.values())
         if isinstance(source, SubjectPanel):
-            shown = (source.source, source.class_noun, source.identifier, source.title, source.note)
-            self.on_change(self._show, *shown)
+            words, framing = (source.source, source.class_noun, source.identifier), source.framing
+            framed = (source.hold_out, framing.crop, framing.weight, framing.base)
+            self.on_change(self._show, *words, *framed, source.title, source.note)
         self.predict.on_click(self.callback(self._measure))
         self.reset.on_click(self.callback(self._reset))
         self.on_change(self._show_more, self.all)
