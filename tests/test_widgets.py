@@ -606,6 +606,10 @@ def test_to_keep_the_class_takes_the_place_of_a_lambda_set_by_hand(
     assert widgets.SettingsPanel(settings.config).controls["keep_class"].label == "90%"
     controls["keep_class"].value = 0.0
     assert not controls["prior_weight"].disabled and "prior_weight=0.0" in settings.python.value
+    for own, start in ((0.0, 1.0), (9.0, 1.0), (0.5, 0.5)):
+        again = widgets.SettingsPanel(settings.config.replace(prior_weight=own))
+        again.controls["keep_class"].value = 0.9
+        assert not again.note.value and again.config.prior_weight == start
 
 
 def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.SettingsPanel) -> None:

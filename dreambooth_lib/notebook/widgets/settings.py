@@ -20,7 +20,7 @@ from ipywidgets import (
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig, base_defaults
-from dreambooth_lib.core.config_checks import ADAPTERS
+from dreambooth_lib.core.config_checks import ADAPTERS, PRIOR_WEIGHTS
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
@@ -45,7 +45,8 @@ HINTS = {
     "adapter": "LoRA suits most subjects, and other programs load it; only peft loads the others",
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most "
     "subjects; 0 turns prior preservation off",
-    "keep_class": "how much of the class to keep: λ adjusts itself; lower it for more likeness",
+    "keep_class": "how much of the class to keep, by held-out loss: λ adjusts itself; lower it for "
+    "more likeness",
     "prior": "what preserves the class; a LoRA's default also preserves other prompts",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
@@ -111,8 +112,9 @@ class SettingsPanel(Panel):
         if values["prior"] == _DEFAULT_PRIOR:
             values |= {"prior": None, "prior_prompts": None}
         values["keep_class"] = values["keep_class"] or None
-        if values["keep_class"]:
-            del values["prior_weight"]  # λ then sets itself
+        if values["keep_class"]:  # λ then sets itself, from the config's or else from 1
+            (low, high), start = PRIOR_WEIGHTS, config.prior_weight
+            values["prior_weight"] = start if low <= start <= high else 1.0
         values["quantize"] = None
         if values["method"] == _QLORA:
             values |= {"method": "lora", "quantize": config.quantize or "nf4"}
