@@ -32,6 +32,7 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook import captioner, timing, widgets
 from dreambooth_lib.notebook.widgets import parts, playground, upload
+from dreambooth_lib.notebook.widgets.in_force import settings_in_force
 from dreambooth_lib.notebook.widgets.settings import HINTS, python_of
 from dreambooth_lib.training import loop, runs, validation
 from dreambooth_lib.training.batches import Batch, Batches
@@ -710,6 +711,8 @@ def test_the_training_view_tells_the_time_left_and_the_settings_with_what_change
     assert [row["fields"]["prior_weight"] for row in resumed.rows("changes")] == [
         [0.5, 0.7], [0.7, 1.5]
     ]  # fmt: skip
+    asked = settings_in_force(started("third", keep_class=0.9))
+    assert "goal: keep 90% of the class, " in asked and "λ" not in asked
 
 
 @pytest.mark.parametrize(
