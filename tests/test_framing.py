@@ -1,5 +1,6 @@
 """Test the panel of crops and masks, and the masks that a segmentation model makes."""
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def test_the_panel_starts_with_the_configs_own_settings(
     config = make_config(tiny_sd2, str(folder), crop="buckets", background_weight=0.3,
                          background_prior=True)  # fmt: skip
     again = widgets.SubjectPanel(config)
+    assert "preserve the base's prediction" in html.unescape(texts(again))
     assert again.config.replace(subject=config.subject) == config
 
 
