@@ -589,6 +589,7 @@ def test_the_settings_begin_with_the_config_and_follow_their_controls(
     for name, value in moved.items():
         settings.controls[name].value = value
     assert settings.config == config.replace(**moved)
+    assert "T4" not in texts(settings), "a text encoder may train on one, and nothing refuses it"
 
 
 def test_to_keep_the_class_takes_the_place_of_a_lambda_set_by_hand(

@@ -51,7 +51,7 @@ HINTS = {
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
     "train_text_encoder": "training the text encoder too improves likeness, but takes more memory "
-    "and time; not on a T4; text_encoder_steps (in Python) stops it early",
+    "and time; text_encoder_steps (in Python) stops it early",
     "resolution": "lower it if memory runs out; the base draws best at its native resolution",
     "class_images": "with more of them the class stays more varied, but drawing them takes time",
     "early_stop": f"keep the best step's weights, and stop after {_PATIENCE} validations without "
