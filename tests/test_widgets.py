@@ -108,6 +108,7 @@ def test_the_subject_panel_begins_with_the_configs_subject(
     thumbnails, crops = images(subject)
     assert thumbnails.width > 4 * 24 and crops.width > 4 * 16
     assert "cropped to 16 × 16" in texts(subject)
+    assert "The page may freeze for a minute while it uploads" in texts(subject)
     assert "below 16" not in texts(subject), "the photos are larger than this base's pictures"
 
 
