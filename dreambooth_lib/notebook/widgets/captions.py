@@ -145,7 +145,8 @@ class CaptionEditor(VBox):
         assert self._subject is not None
         edited = {photo.name: photo for photo in self._edited()}
         lacking = lacking_identifier([*edited.values()], self._subject)
-        self._write({n: with_identifier(edited[n].caption or "", self._subject) for n in lacking})
+        noun = self._subject.class_noun
+        self._write({n: with_identifier(edited[n].caption or "", noun) for n in lacking})
 
     def _describe(self) -> None:
         assert self._subject is not None
