@@ -14,7 +14,6 @@ from dreambooth_lib.notebook.base_models import (
     KNOWN,
     METHODS,
     Table,
-    find_known,
     methods_for,
     methods_for_all,
 )
@@ -38,8 +37,7 @@ XL = "stabilityai/stable-diffusion-xl-base-1.0"
 def test_figures_are_what_is_estimated_of_the_architectures(
     name: str, base: str, method: str, level: str, tmp_path: Path
 ) -> None:
-    path, one = configs(name, tmp_path / name), find_known(base)
-    assert one is not None
+    path, one = configs(name, tmp_path / name), base_models.describe(base)
     assert parameters(path) == (one.parameters, one.denoiser, one.large)
     assert loading.inspect_base(path).resolution == one.resolution
     stored = one.gib["fp16"][list(METHODS).index(method)][METHODS[method].levels.index(level)]
@@ -57,13 +55,12 @@ def test_every_base_has_a_figure_for_every_method_and_each_level_needs_less() ->
                 assert not found or found[0] == needs[0], one.name
         assert all(None not in needs[:2] for needs in one.gib["bf16"]), one.name
     assert len({one.base for one in KNOWN}) == len(KNOWN) == 10
-    assert find_known("Flux.1 dev") is find_known("black-forest-labs/FLUX.1-dev") is not None
-    assert find_known("somebody/model") is None
+    describe = base_models.describe
+    assert describe("Flux.1 dev") is describe("black-forest-labs/FLUX.1-dev") in KNOWN
 
 
 def test_the_first_level_that_fits_is_taken() -> None:
-    sd = find_known(SD)
-    assert sd is not None
+    sd = base_models.describe(SD)
     needs = sd.gib["bf16"][0]
     for level, need in zip(METHODS["full fine-tuning"].levels, needs, strict=True):
         row = methods_for(sd, need * GIB, "bf16")[0]
@@ -112,15 +109,15 @@ def test_a_base_on_the_hub_is_taken_for_the_klein_that_its_name_says(base: str, 
 
 
 def test_qlora_of_klein_is_offered_on_a_t4() -> None:
-    klein = find_known("black-forest-labs/FLUX.2-klein-base-4B")
-    assert klein is not None and not klein.gated and klein.licence == "Apache-2.0"
+    klein = base_models.describe("black-forest-labs/FLUX.2-klein-base-4B")
+    assert not klein.gated and klein.licence == "Apache-2.0"
     fitting = {row.method for row in methods_for(klein, USABLE_SHARE * 14.5 * GIB) if row.fits}
     assert fitting == {"LoRA", "QLoRA"}
 
 
 def test_a_base_that_cannot_compute_in_float16_is_not_offered_where_there_is_no_other() -> None:
-    z_image = find_known("Z-Image")
-    assert z_image is not None and methods_for(z_image, 1 << 50) == []
+    z_image = base_models.describe("Z-Image")
+    assert methods_for(z_image, 1 << 50) == []
     assert methods_for(z_image, 1 << 50, "bf16")
     by_name = {
         re.split(r"\s{2,}", line)[1]: line

@@ -1,5 +1,6 @@
 """Test the panel of crops and masks, and the masks that a segmentation model makes."""
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_masks import left_half, picture
 from test_widgets import images, texts
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.data.images import DataError, Photo, read_photos
 from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.notebook import mask_maker, widgets
 
@@ -70,6 +71,7 @@ def test_the_panel_starts_with_the_configs_own_settings(
     config = make_config(tiny_sd2, str(folder), crop="buckets", background_weight=0.3,
                          background_prior=True)  # fmt: skip
     again = widgets.SubjectPanel(config)
+    assert "preserve the base's prediction" in html.unescape(texts(again))
     assert again.config.replace(subject=config.subject) == config
 
 
@@ -143,6 +145,42 @@ def test_masks_that_are_there_are_shown(
     assert len(images(panel)) == before + 1
 
 
+def test_masks_that_are_made_replace_those_that_are_there(
+    panel: widgets.SubjectPanel, folder: Path, segmenter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "masks").mkdir()
+    left_half((24, 64)).save(folder / "0_mask.png")
+    left_half((40, 24)).save(folder / "masks" / "1.png")
+    panel.reload()
+    before = {path for path in folder.rglob("*.png")}
+    monkeypatch.setattr(mask_maker.find_subject, "__defaults__", (segmenter,))
+    panel.framing.make.click()
+    panel.framing.save.click()
+    panel.framing.check()
+    panel.check()
+    assert {path for path in folder.rglob("*.png")} - before == {folder / "2-masklabel.png"}
+    found = mask_maker.find_subject(panel.photos, "dog", segmenter)
+    for photo in panel.photos:
+        expected = mask_maker.at_threshold(found[photo.name], mask_maker.THRESHOLD)
+        mask = read_mask(photo)
+        assert mask is not None and np.array_equal(np.asarray(mask), np.asarray(expected))
+
+
+@pytest.mark.parametrize("other", ["0.jpg", "0_mask.webp"])
+def test_masks_that_cannot_be_saved_beside_what_is_there_are_refused(
+    other: str, folder: Path
+) -> None:
+    image = picture(3, (24, 64)) if other == "0.jpg" else left_half((24, 64))
+    image.save(folder / other)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    photos = read_photos(folder)
+    masks = {photo.name: left_half(photo.traits.size) for photo in reversed(photos)}
+    why = "'0.jpg' and '0.png' in .* would share the mask 0-masklabel.png; rename"
+    with pytest.raises(DataError, match=why if other == "0.jpg" else "0_mask.webp.* no PNG"):
+        mask_maker.save_masks(folder, photos, masks)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path, folder: Path) -> None:
     place = tmp_path / "empty"
     place.mkdir()
@@ -158,7 +196,7 @@ def test_photos_in_a_zip_are_told_to_be_unpacked(tmp_path: Path) -> None:
         archive.writestr("a.txt", "")
     masks: dict[str, Any] = {"a.png": Image.new("L", (4, 4))}
     with pytest.raises(ValueError, match="unpack it"):
-        mask_maker.save_masks(tmp_path / "p.zip", masks)
+        mask_maker.save_masks(tmp_path / "p.zip", [Photo("a.png", Image.new("RGB", (4, 4)))], masks)
 
 
 def test_crops_and_masks_are_closed_until_they_are_opened_or_set(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,15 +157,20 @@ def alone(file: Path) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 def test_the_subject_alone_is_compared_where_masks_are(
-    drawn: tuple, clip: Encoder, with_masks: None
+    drawn: tuple, clip: Encoder, with_masks: None, packed: bool, tmp_path: Path
 ) -> None:
-    benchmark, out, _ = drawn
-    photos = sorted(Path(benchmark.subjects[0].pictures).glob("*.png"))
+    benchmark, out, methods = drawn
+    rex, tom = benchmark.subjects
+    photos = sorted(Path(rex.pictures).glob("*.png"))
+    if packed:
+        archive = shutil.make_archive(str(tmp_path / "rex"), "zip", rex.pictures)
+        benchmark = replace(benchmark, subjects=[replace(rex, pictures=archive), tom])
     real = clip.embed_images([alone(p) for p in photos]).double().numpy()
     empty = out / "tuned/rex/masks/p01-s1.png"
     Image.new("L", Image.open(empty).size).save(empty)
-    rows = rows_of(drawn, clip, "masked_fidelity")
+    rows = rows_of((benchmark, out, methods), clip, "masked_fidelity")
     assert len(rows) == 4
     for row in rows:
         number = ["a {} dog", "a red {} dog"].index(row.prompt or "")

@@ -30,6 +30,7 @@ LAYERS = {
     "notebook": ("core", "data", "families", "training", "figures"),
 }
 PICKLES = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+POSIX = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 TORCHES = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.package")
 
 
@@ -189,6 +190,23 @@ def test_no_pickle_and_no_remote_code(module: str) -> None:
 )
 def test_forbidden_things_are_found(source: str, expected: set[str]) -> None:
     assert forbidden(source) == expected
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_import_fails_on_windows(module: str) -> None:
+    """Allow ``resource`` in one place only, which knows its unit on each system."""
+    tree = ast.parse(SOURCES[module].read_text())
+    at_once = {name for node in tree.body for name in names_imported(node)}
+    assert at_once.isdisjoint(POSIX)
+    anywhere = {name for node in ast.walk(tree) for name in names_imported(node)}
+    assert "resource" not in anywhere or module == "core.made_with"
+
+
+def names_imported(node: ast.AST) -> list[str]:
+    """Name the modules of an import; none for other nodes."""
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -1,6 +1,7 @@
 """Check what the plots draw."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,23 @@ def test_validation_curves_mark_the_best_step() -> None:
     assert titles[1] == "Loss on held-out photos and images (1 = before training)"
     with pytest.raises(ValueError, match="no validations to plot"):
         plots.validation_curves([])
+
+
+def test_validation_curves_of_a_resumed_run_show_what_each_validation_held_out() -> None:
+    rows = [result(0, 0.3, 0.0), result(100, 0.7, 0.1), result(200, 0.72, 0.4)]
+    ends = replace(rows[2], held_out={"subject": [0.2, 0.5]})  # resumed without class images
+    _, losses = plots.validation_curves([*rows[:2], ends]).axes
+    drawn = {line.get_label(): list(line.get_xdata()) for line in losses.get_lines()}
+    assert (drawn["subject"], drawn["class"]) == ([0, 100, 200], [0, 100])
+    begins = [replace(rows[0], held_out={"class": [0.3, 0.4]}), *rows[1:]]
+    _, losses = plots.validation_curves(begins).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
+    assert drawn["subject (1 = step 100)"] == pytest.approx([1, 0.7 / 0.8])
+    assert drawn["class"] == pytest.approx([1, 1, 1])
+    neither = [replace(row, held_out={}) for row in rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.validation_curves(neither)
 
 
 CELLS = [

@@ -14,6 +14,7 @@ import pytest
 import torch
 from launching import TWO, launched
 
+from dreambooth_lib import __main__ as command
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import InputError
@@ -205,7 +206,9 @@ def same_weights(first: Run, second: Run) -> bool:
     return all(torch.equal(model[name], other[name]) for name in model)
 
 
-def test_a_destroyed_class_raises_lambda_and_an_untouched_one_lowers_it(tmp_path: Path) -> None:
+def test_a_destroyed_class_raises_lambda_and_an_untouched_one_lowers_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     subject = bundled_subjects()[0]
     fields = {"keep_class": 0.95, "steps": 3 * INTERVAL, "class_images": 8, "validate_every": 0}
 
@@ -224,6 +227,11 @@ def test_a_destroyed_class_raises_lambda_and_an_untouched_one_lowers_it(tmp_path
     assert sentence is not None and "only, not 95%: train for fewer steps" in sentence
     goal = json.loads((destroyed.pipeline / "trained.json").read_text())
     assert f"{goal['class_kept']:.0%} only" in sentence and destroyed.finished
+    said = []
+    for run in (destroyed, untouched):
+        command.run_training(run)
+        said.append(sentence in capsys.readouterr().out)
+    assert said == [True, False], "the command line tells it, too"
 
 
 def test_the_loss_of_each_step_has_its_own_lambda(started: Callable[..., Run]) -> None:

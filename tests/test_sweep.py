@@ -17,6 +17,7 @@ from dreambooth_lib.evaluation import sweep
 from dreambooth_lib.evaluation.sweep import grid
 from dreambooth_lib.evaluation.sweep_table import MEASURES, read, recommend, spread, table
 from dreambooth_lib.evaluation.tables import to_csv
+from dreambooth_lib.figures import plots
 from dreambooth_lib.training import best_checkpoint, class_images, sampling
 from dreambooth_lib.training.runs import RunError
 from dreambooth_lib.training.validation import ValidationPlan
@@ -189,6 +190,22 @@ def test_a_recommendation_says_what_chance_leaves_open(tmp_path: Path) -> None:
         (tmp_path / "table.csv").write_text(damaged)
         with pytest.raises(DataError, match=r"table.csv is no table of a sweep"):
             read(tmp_path / "table.csv")
+
+
+def test_a_table_is_read_with_settings_that_are_no_numbers(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [
+        {"prior": "generated", "flip": True, "adapter": None},
+        {"prior": "distilled", "flip": False, "adapter": "dora"},
+    ]
+    rows = [row(1.0, 0, 100, 0.8 + n / 10) | own for n, own in enumerate(settings)]
+    (tmp_path / "table.csv").write_text(to_csv(rows))
+    again = read(tmp_path / "table.csv")
+    assert again == rows
+    assert [again[0][name] for name in ("flip", "adapter")] == [True, None], "and not 1 or ''"
+    best = recommend(again)
+    assert best == recommend(rows) and best.settings.items() >= settings[1].items()
+    assert "prior distilled, flip False, adapter dora has the highest" in best.reason
+    plots.heat_map(again, "prior", "adapter")
 
 
 def test_the_highest_mean_over_seeds_is_recommended() -> None:

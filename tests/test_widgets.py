@@ -32,6 +32,7 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook import captioner, timing, widgets
 from dreambooth_lib.notebook.widgets import parts, playground, upload
+from dreambooth_lib.notebook.widgets.in_force import settings_in_force
 from dreambooth_lib.notebook.widgets.settings import HINTS, python_of
 from dreambooth_lib.training import loop, runs, validation
 from dreambooth_lib.training.batches import Batch, Batches
@@ -107,6 +108,7 @@ def test_the_subject_panel_begins_with_the_configs_subject(
     thumbnails, crops = images(subject)
     assert thumbnails.width > 4 * 24 and crops.width > 4 * 16
     assert "cropped to 16 × 16" in texts(subject)
+    assert "The page may freeze for a minute while it uploads" in texts(subject)
     assert "below 16" not in texts(subject), "the photos are larger than this base's pictures"
 
 
@@ -339,6 +341,40 @@ def test_captions_are_edited_in_the_panel_and_lie_beside_the_photos(
     assert (Path(panel.config.subject.pictures) / "1.txt").read_text() == ""
 
 
+def test_captions_that_are_not_saved_stay_while_other_things_are_changed(
+    tiny_sd2: str, make_config: Make, tmp_path: Path
+) -> None:
+    folder = Path(save_photos(tmp_path / "max", 5))
+    (folder / "0.txt").write_text("a dog")
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
+    editor = panel.captions
+
+    def typed() -> list[str]:
+        return [editor.fields[name].value for name in ("0.png", "1.png", "2.png")]
+
+    editor.fields["0.png"].value, editor.fields["1.png"].value = "a {} dog", "a {} dog on a bed"
+    panel.hold_out.value = not panel.hold_out.value
+    panel.framing.crop.value = "subject"
+    panel.class_noun.value = "puppy"
+    panel.crop_to(8)
+    panel.reload()
+    assert typed() == ["a {} dog", "a {} dog on a bed", ""]
+    panel.source.value = "/no/such"
+    panel.source.value = str(folder)
+    assert typed() == ["a {} dog", "a {} dog on a bed", ""], "a wrong path costs nothing"
+    (folder / "0.txt").write_text("a dog on the beach")
+    panel.reload()
+    assert typed() == ["a dog on the beach", "a {} dog on a bed", ""], "by another program"
+    click(editor.write)
+    assert (folder / "1.txt").read_text() == "a {} dog on a bed"
+    editor.fields["1.png"].value = ""
+    click(editor.write)
+    assert typed()[1] == "" and panel.photos[1].caption is None
+    editor.fields["2.png"].value = "a {} dog on a chair"
+    panel.use({f"{number}.png": png("red", (40, 30 + number)) for number in range(3)})
+    assert typed() == ["", "", ""], "other photos of the same names"
+
+
 def test_photos_without_captions_are_described_only_when_asked(
     tiny_sd2: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -554,6 +590,7 @@ def test_the_settings_begin_with_the_config_and_follow_their_controls(
     for name, value in moved.items():
         settings.controls[name].value = value
     assert settings.config == config.replace(**moved)
+    assert "T4" not in texts(settings), "a text encoder may train on one, and nothing refuses it"
 
 
 def test_to_keep_the_class_takes_the_place_of_a_lambda_set_by_hand(
@@ -572,6 +609,10 @@ def test_to_keep_the_class_takes_the_place_of_a_lambda_set_by_hand(
     assert widgets.SettingsPanel(settings.config).controls["keep_class"].label == "90%"
     controls["keep_class"].value = 0.0
     assert not controls["prior_weight"].disabled and "prior_weight=0.0" in settings.python.value
+    for own, start in ((0.0, 1.0), (9.0, 1.0), (0.5, 0.5)):
+        again = widgets.SettingsPanel(settings.config.replace(prior_weight=own))
+        again.controls["keep_class"].value = 0.9
+        assert not again.note.value and again.config.prior_weight == start
 
 
 def test_the_python_that_is_shown_makes_the_same_config(settings: widgets.SettingsPanel) -> None:
@@ -625,6 +666,14 @@ def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) 
     assert panel.config == subject.config and not panel.note.value
     python = html.unescape(panel.python.value)
     assert "class_noun='cat'" in python and "uploads" in python
+    framing = subject.framing
+    subject.hold_out.value = not subject.hold_out.value
+    framing.crop.value, framing.weight.value, framing.base.value = "buckets", 0.1, True
+    for words in ("hold_out=", "crop='buckets'", "background_weight=0.1", "background_prior=True"):
+        assert words in html.unescape(panel.python.value)
+    framing.weight.value = 0.0
+    assert "background_weight=0.0" in panel.python.value
+    assert "background_prior" not in panel.python.value
 
 
 def test_all_settings_are_shown_by_a_switch_and_reset_at_once(
@@ -664,6 +713,8 @@ def test_the_training_view_tells_the_time_left_and_the_settings_with_what_change
     assert [row["fields"]["prior_weight"] for row in resumed.rows("changes")] == [
         [0.5, 0.7], [0.7, 1.5]
     ]  # fmt: skip
+    asked = settings_in_force(started("third", keep_class=0.9))
+    assert "goal: keep 90% of the class, " in asked and "λ" not in asked
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def made_with() -> dict[str, Any]:
         device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
     else:
         device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-        peak = _peak_memory_mb()
+        peak = peak_memory_mb()
     return {
         "versions": versions,
         "device": device,
@@ -45,7 +45,8 @@ def made_with() -> dict[str, Any]:
     }
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """Return the most memory that this process has had so far, in MiB."""
     if os.name == "nt":
         import psutil
 

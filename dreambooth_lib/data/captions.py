@@ -96,12 +96,15 @@ def _is_photo(file: SourceFile) -> bool:
     return file.suffix in PHOTO_SUFFIXES
 
 
-def with_identifier(caption: str, subject: Subject) -> str:
-    """Return a caption with ``{}`` before its first class noun, or else with the subject first."""
-    noun = _whole_word(subject.class_noun)
-    if noun.search(caption):
-        return noun.sub(lambda found: f"{{}} {found[0]}", caption, count=1)
-    return f"a {{}} {subject.class_noun}, {caption}".removesuffix(", ")
+def with_identifier(caption: str, noun: str, written: str = "") -> str:
+    """Return a caption with ``{}`` before its first class noun, or else with the subject first.
+
+    The noun may be ``written`` otherwise, such as ``{noun}`` in a prompt.
+    """
+    own = _whole_word(noun)
+    if own.search(caption):
+        return own.sub(lambda found: f"{{}} {written or found[0]}", caption, count=1)
+    return f"a {{}} {written or noun}, {caption}".removesuffix(", ")
 
 
 def class_caption(caption: str, subject: Subject) -> str:

@@ -23,6 +23,7 @@ from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import folder_name
+from dreambooth_lib.data.captions import with_identifier
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.sources import PHOTO_SUFFIXES
 from dreambooth_lib.data.subjects import load_dataset, read_table
@@ -151,7 +152,7 @@ def _load_dreambench_plus(folder: Path) -> Benchmark:
         if subject.name in prompts:
             raise DataError(f"{photo} is another photo of {subject.name}; keep one of the two.")
         subjects.append(subject)
-        prompts[subject.name] = [_with_identifier(caption, noun) for caption in captions]
+        prompts[subject.name] = [with_identifier(caption, noun, "{noun}") for caption in captions]
     if not subjects:
         raise DataError(
             f"{folder / 'images'} has no photo of a subject; give the data set's folder."
@@ -171,11 +172,3 @@ def _read_captions(file: Path) -> tuple[str, list[str]]:
     if odd := next((line for line in (noun, *captions) if re.search("[{}]", line)), None):
         raise DataError(f"{file} has a brace in {odd[:80]!r}; write the line without it.")
     return noun, captions
-
-
-def _with_identifier(caption: str, noun: str) -> str:
-    """Put ``{} {noun}`` in place of the noun in a caption, or before a caption without it."""
-    named, count = re.subn(
-        rf"(?<!\w){re.escape(noun)}(?!\w)", "{} {noun}", caption, count=1, flags=re.IGNORECASE
-    )
-    return named if count else f"a {{}} {{noun}}, {caption}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.made_with import peak_memory_mb
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.subject import Subject
@@ -121,7 +121,7 @@ def personalise(
     seconds = [after - before for before, after in pairwise(times)]
     row["seconds"] = dict(zip(("prior", "train", "sample"), seconds, strict=True))
     row["seconds"]["total"] = time.perf_counter() - times[0]
-    row["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    row["peak_memory_mb"] = peak_memory_mb()
     if out is not None:
         seeds, base, tuned = plan.seeds, images["base"], images["tuned"]
         contact_sheet(

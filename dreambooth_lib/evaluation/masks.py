@@ -42,8 +42,7 @@ def embed_masked(
     if masks is None:
         return None
     source = Path(files.subject.pictures)
-    read = read_photos(files.subject) if source.suffix.lower() != ".zip" else []
-    photos = {source / photo.name: photo for photo in read}
+    photos = {source / photo.name: photo for photo in read_photos(files.subject)}
     photo_masks = _of_all({path: read_mask(photo) for path, photo in photos.items()})
     if photo_masks is None:
         return None

@@ -24,6 +24,8 @@ MEASURES = ("score", *RATIOS, "subject_fidelity", "base_fidelity", "reference_fi
             "base_adherence", "class_diversity", "base_diversity", "prior_drift", "pres",
             "base_pres", "unrelated_drift")  # fmt: skip
 
+_NO_NUMBERS = {"": None, "True": True, "False": False}  #: settings by how a CSV has them
+
 
 def table(
     configs: Mapping[str, TrainConfig], folder: str | Path, steps: Sequence[int]
@@ -89,8 +91,18 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _value(name: str, text: str) -> float | str:
-    return text if name == "cell" else int(text) if name == "step" else float(text)
+def _value(name: str, text: str) -> float | str | None:
+    """Return a cell's value as :func:`table` had it, but for whole numbers of settings."""
+    if name in ("cell", "step"):
+        return int(text) if name == "step" else text
+    if name not in MEASURES and text in _NO_NUMBERS:
+        return _NO_NUMBERS[text]
+    try:
+        return float(text)
+    except ValueError:
+        if name in MEASURES:
+            raise
+        return text  # such as a prior's
 
 
 def spread(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -180,6 +192,8 @@ def _listed(numbers: set[float]) -> str:
 
 def _short(value: Any) -> str:
     """Format a number without needless digits, even one read from a CSV as text."""
+    if isinstance(value, bool):  # which float() takes for 1 or 0
+        return str(value)
     try:
         return f"{float(value):g}"
     except (TypeError, ValueError):

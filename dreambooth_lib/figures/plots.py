@@ -91,9 +91,10 @@ def validation_curves(
     """Plot the ratios behind the score and the held-out losses over a run's validations.
 
     The ratios are those of :class:`best_checkpoint.Ratios`, each in [0, 1]. Losses are means over
-    the timestep bins, relative to the frozen base's: above 1 is worse than before training. The
-    best step is marked, if the model learnt anything. The axis of steps ends at ``last``, by
-    default at the last validation. Raises ``InputError`` without a validation.
+    the timestep bins, relative to the frozen base's: above 1 is worse than before training. Of a
+    kind that is held out since a later step only, they are relative to that step's, and the legend
+    says so. The best step is marked, if the model learnt anything. The axis of steps ends at
+    ``last``, by default at the last validation. Raises ``InputError`` without a validation.
     """
     from dreambooth_lib.training.best_checkpoint import ratios_of, select_best
 
@@ -106,10 +107,13 @@ def validation_curves(
         size = 7.5 - 1.5 * number  # equal points show below each other
         upper.plot(steps, [getattr(r, field) for r in ratios], "o-", markersize=size, label=label)
     upper.set(ylabel="ratio, 0 to 1", ylim=(0, 1.03))
-    for number, kind in enumerate(rows[0].held_out):
-        means = [np.mean(row.held_out[kind]) for row in rows]
+    for number, kind in enumerate(dict.fromkeys(kind for row in rows for kind in row.held_out)):
+        own = [row for row in rows if kind in row.held_out]  # not all, where a resumed run changed
+        means = [np.mean(row.held_out[kind]) for row in own]
         relative = [mean / means[0] for mean in means]
-        lower.plot(steps, relative, "o-", markersize=7.5 - 3 * number, label=kind)
+        label = kind if own[0] is rows[0] else f"{kind} (1 = step {own[0].step})"
+        at = [row.step for row in own]
+        lower.plot(at, relative, "o-", markersize=7.5 - 3 * number, label=label)
     lower.set(ylabel="relative loss")
     if len(rows) > 1 and (selection := select_best(rows)).better_than_base:
         best = selection.step

@@ -95,11 +95,6 @@ class Row(NamedTuple):
     fits: bool
 
 
-def find_known(base: str) -> BaseModel | None:
-    """Return the base model with this name, Hub id or "toybox"; None if it is not known."""
-    return _BY_NAME.get(base)
-
-
 def describe(base: str) -> BaseModel:
     """Return the known base model that a base is, or resembles most.
 

@@ -52,7 +52,7 @@ def describe(photos: "Iterable[Photo]", subject: Subject, model: str = MODEL) ->
                 )
             # The first token is the decoder's start, for which the tokenizer may have a word.
             text = tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
-            captions[photo.name] = with_identifier(" ".join(text.split()), subject)
+            captions[photo.name] = with_identifier(" ".join(text.split()), subject.class_noun)
     finally:
         del blip
         gpu_memory.free_memory()

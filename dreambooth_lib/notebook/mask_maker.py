@@ -14,6 +14,7 @@ from dreambooth_lib.core.hub_refusals import hub_error, what_to_do
 from dreambooth_lib.core.threads import one_at_a_time
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.data.masks import SUFFIX
+from dreambooth_lib.data.sources import folded
 
 if TYPE_CHECKING:
     from dreambooth_lib.data.images import Photo
@@ -83,12 +84,34 @@ def at_threshold(found: Image.Image, threshold: float) -> Image.Image:
     return found.point(lambda level: 255 * (level >= max(1, round(255 * threshold))))
 
 
-def save_masks(folder: Path, masks: Mapping[str, Image.Image]) -> None:
-    """Save masks beside their photos as ``NAME-masklabel.png``.
+def save_masks(folder: Path, photos: "Sequence[Photo]", masks: Mapping[str, Image.Image]) -> None:
+    """Save masks, by the names of photos in a folder, where these photos' masks are.
 
-    Raises :class:`DataError` for photos in a zip.
+    Else they go beside their photos as ``NAME-masklabel.png``. Raises :class:`DataError` before
+    anything is written: for photos in a zip, for a mask that is there and no PNG, and for photos
+    that would share a mask, such as ``a.jpg`` beside ``a.png``.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder to save masks in; unpack it, and use the folder.")
-    for name, mask in masks.items():
-        save_png(mask, folder / f"{Path(name).stem}{SUFFIX}")
+    places: dict[Path, Image.Image] = {}
+    owners: dict[str, str] = {}
+    for photo in photos:
+        if photo.name not in masks:
+            continue
+        place, there = folder / f"{Path(photo.name).stem}{SUFFIX}", photo.mask
+        if there is not None:  # with a second mask the photos could not be read
+            if there.suffix != ".png":
+                raise DataError(
+                    f"{there} is the mask of '{photo.name}' and no PNG; remove it, or save it as "
+                    "PNG."
+                )
+            place = there.folder / there.name
+        other = owners.setdefault(folded(str(place)), photo.name)
+        if other != photo.name:
+            raise DataError(
+                f"'{other}' and '{photo.name}' in {folder} would share the mask {place.name}; "
+                "rename one of them."
+            )
+        places[place] = masks[photo.name]
+    for place, mask in places.items():
+        save_png(mask, place)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _ROW = {"flex_flow": "row wrap", "align_items": "center"}
 _SIDE = 96  # pixels of the photo beside its caption
 
+# Of a photo with its saved caption, as another folder may have other photos of the same names.
+_Identity = tuple[str, bytes, str | None]
+
 _HINT = (
     "A caption says what else is in a photo, so that the model learns the subject alone. Without "
     "captions, all photos are trained with the same prompt, which suits a few photos."
@@ -40,6 +43,7 @@ class CaptionEditor(VBox):
         self._photos: Sequence[Photo] = []
         self._subject: Subject | None = None
         self.fields: dict[str, Textarea] = {}  #: by the photos' names
+        self._drafts: dict[_Identity, str] = {}  # texts of fields that were not saved
         self.opened = Checkbox(description="Show and edit the captions", indent=False)
         self.write = _button("Save the captions", "save", "Write them beside the photos")
         self.insert = _button("Add the identifier", "plus", "Put {} before the class noun")
@@ -69,11 +73,15 @@ class CaptionEditor(VBox):
         subject: Subject,
         tokenizers: Sequence[tuple[Any, int]],
     ) -> None:
-        """Show these photos' captions as they are; drop edits of other photos'."""
+        """Show these photos' captions, or in their place what was typed and not saved.
+
+        That is dropped where the photo or its saved caption is another than before.
+        """
+        self._keep_drafts()
         self._photos, self._subject = photos, subject
         self.fields = {
             photo.name: Textarea(
-                photo.caption or "",
+                self._drafts.get(_identity(photo), photo.caption or ""),
                 placeholder=subject.instance_prompt,
                 rows=3,
                 layout=Layout(width="32em"),
@@ -95,8 +103,19 @@ class CaptionEditor(VBox):
 
     def clear(self) -> None:
         """Show nothing, as there are no photos."""
+        self._keep_drafts()
         self._photos, self._shown, self.fields, self._rows.children = [], [], {}, []
         self.layout.display = "none"
+
+    def _keep_drafts(self) -> None:
+        """Remember what is in the fields and not saved, if there are any fields."""
+        if self.fields:  # else they were cleared, and may come again
+            shown = [photo for photo in self._photos if photo.name in self.fields]
+            self._drafts = {
+                _identity(photo): text
+                for photo in shown
+                if (text := self.fields[photo.name].value) != (photo.caption or "")
+            }
 
     def _open(self) -> None:
         self._body.layout.display = "" if self.opened.value else "none"
@@ -126,7 +145,8 @@ class CaptionEditor(VBox):
         assert self._subject is not None
         edited = {photo.name: photo for photo in self._edited()}
         lacking = lacking_identifier([*edited.values()], self._subject)
-        self._write({n: with_identifier(edited[n].caption or "", self._subject) for n in lacking})
+        noun = self._subject.class_noun
+        self._write({n: with_identifier(edited[n].caption or "", noun) for n in lacking})
 
     def _describe(self) -> None:
         assert self._subject is not None
@@ -136,6 +156,10 @@ class CaptionEditor(VBox):
         for name, text in described.items():
             self.fields[name].value = text
         self._note.value = "<small>Read the captions, correct them, and save them.</small>"
+
+
+def _identity(photo: "Photo") -> _Identity:
+    return photo.name, photo.traits.digest, photo.caption
 
 
 def _label(photo: "Photo", subject: Subject, tokenizers: Sequence[tuple[Any, int]]) -> str:

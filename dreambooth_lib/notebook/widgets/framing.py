@@ -61,7 +61,7 @@ class FramingPanel(Panel):
         self.across = control(FloatSlider, "left to right", **slider)
         self.down = control(FloatSlider, "top to bottom", **slider)
         self.weight = control(Dropdown, "train on", options=weights, value=weight)
-        self.base = control(Checkbox, "keep backgrounds", value=config.background_prior)
+        self.base = control(Checkbox, "background prior", value=config.background_prior)
         self._noun = config.subject.class_noun
         self.words = control(Text, "find in the photos", value=self._noun)
         self.threshold = control(FloatSlider, "threshold", **slider | {
@@ -76,11 +76,12 @@ class FramingPanel(Panel):
             self.across: "the centre of the crop", self.down: "the centre of the crop",
             self.move: "saves the centre in crops.json beside the photos",
             self.weight: "with masks, the model learns less of what is around the subject",
-            self.base: "outside the masks, learn what the base predicts instead of the photo",
+            self.base: "outside the masks, preserve the base's prediction instead of learning the "
+            "photo",
             self.words: "what the masks should show, in a word or two",
             self.make: f"downloads {mask_maker.MODEL} once ({mask_maker.DOWNLOAD})",
             self.threshold: "lower it if parts of the subject are missing",
-            self.save: "saves NAME-masklabel.png beside the photos; you can edit the files there",
+            self.save: "saves NAME-masklabel.png, or replaces the photo's mask; you can edit it",
         }  # fmt: skip
         is_set = self.crop.value != "center" or self.weight.value != _WHOLE
         self.opened = Checkbox(description="Change crops and masks", indent=False, value=is_set)
@@ -184,7 +185,7 @@ class FramingPanel(Panel):
             show_image(self.masks, image_grids.grid(shown, 6).save)
 
     def _save(self) -> None:
-        mask_maker.save_masks(self._folder, self._masks())
+        mask_maker.save_masks(self._folder, self._photos, self._masks())
         self._found = {}
         if self.weight.value == _WHOLE:
             self.weight.value = 0.1

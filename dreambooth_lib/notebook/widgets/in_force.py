@@ -18,7 +18,7 @@ _SHOWN = {
     "quantize": "base in {}",
     "prior": "{}",
     "prior_weight": "λ {}",
-    "keep_class": "{} of the class kept",
+    "keep_class": "goal: keep {} of the class",
     "learning_rate": "learning rate {}",
     "batch_size": "batch size {}",
     "steps": "{} steps",

@@ -20,7 +20,7 @@ from ipywidgets import (
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig, base_defaults
-from dreambooth_lib.core.config_checks import ADAPTERS
+from dreambooth_lib.core.config_checks import ADAPTERS, PRIOR_WEIGHTS
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
@@ -45,12 +45,13 @@ HINTS = {
     "adapter": "LoRA suits most subjects, and other programs load it; only peft loads the others",
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most "
     "subjects; 0 turns prior preservation off",
-    "keep_class": "how much of the class to keep: λ adjusts itself; lower it for more likeness",
+    "keep_class": "how much of the class to keep, by held-out loss: λ adjusts itself; lower it for "
+    "more likeness",
     "prior": "what preserves the class; a LoRA's default also preserves other prompts",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
     "train_text_encoder": "training the text encoder too improves likeness, but takes more memory "
-    "and time; not on a T4; text_encoder_steps (in Python) stops it early",
+    "and time; text_encoder_steps (in Python) stops it early",
     "resolution": "lower it if memory runs out; the base draws best at its native resolution",
     "class_images": "with more of them the class stays more varied, but drawing them takes time",
     "early_stop": f"keep the best step's weights, and stop after {_PATIENCE} validations without "
@@ -90,8 +91,9 @@ class SettingsPanel(Panel):
         self._measured: tuple[TrainConfig, Pace, str] | None = None
         self.on_change(self._show, *self.controls.values())
         if isinstance(source, SubjectPanel):
-            shown = (source.source, source.class_noun, source.identifier, source.title, source.note)
-            self.on_change(self._show, *shown)
+            words, framing = (source.source, source.class_noun, source.identifier), source.framing
+            framed = (source.hold_out, framing.crop, framing.weight, framing.base)
+            self.on_change(self._show, *words, *framed, source.title, source.note)
         self.predict.on_click(self.callback(self._measure))
         self.reset.on_click(self.callback(self._reset))
         self.on_change(self._show_more, self.all)
@@ -110,8 +112,9 @@ class SettingsPanel(Panel):
         if values["prior"] == _DEFAULT_PRIOR:
             values |= {"prior": None, "prior_prompts": None}
         values["keep_class"] = values["keep_class"] or None
-        if values["keep_class"]:
-            del values["prior_weight"]  # λ then sets itself
+        if values["keep_class"]:  # λ then sets itself, from the config's or else from 1
+            (low, high), start = PRIOR_WEIGHTS, config.prior_weight
+            values["prior_weight"] = start if low <= start <= high else 1.0
         values["quantize"] = None
         if values["method"] == _QLORA:
             values |= {"method": "lora", "quantize": config.quantize or "nf4"}

@@ -83,8 +83,8 @@ def upload_row(button: FileUpload) -> HBox:
     line = HTML(
         '<div style="line-height: 1.4">Three to six photos, with their captions if they have any, '
         "or one zip, at most "
-        f"<b>{format_bytes(size_limit())}</b> in all. For more, {_OTHER_WAY}. The page may stand "
-        f"still for a minute while it uploads large photos. {CONSENT}</div>"
+        f"<b>{format_bytes(size_limit())}</b> in all. For more, {_OTHER_WAY}. The page may freeze "
+        f"for a minute while it uploads large photos. {CONSENT}</div>"
     )
     return HBox([button, line], layout=Layout(flex_flow="row wrap", align_items="center"))
 
