@@ -14,6 +14,7 @@ from fake_colab import FakeColab, NotebookAccessError, SecretNotFoundError, Time
 from PIL import Image
 
 from dreambooth_lib.core.disk import DiskError
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.hub_token import hub_token
 from dreambooth_lib.data.images import DataError, read_photos
 from dreambooth_lib.data.subjects import load_subject
@@ -94,7 +95,7 @@ def test_the_session_goes_on_where_drive_was_not_written(
         raise ValueError("flush failed")
 
     monkeypatch.setattr(sys.modules["google.colab.drive"], "flush_and_unmount", fail)
-    with pytest.raises(ValueError, match="flush failed"):
+    with pytest.raises(KitError, match=r"not taken all files \(ValueError: flush failed\), and"):
         colab.end_session()
     assert fake_colab.asked == []
 

@@ -10,12 +10,17 @@ from pathlib import Path, PurePath
 from unicodedata import category
 
 from dreambooth_lib.core import background
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.hub_token import in_colab
 from dreambooth_lib.core.user_text import problem_with_name
 from dreambooth_lib.data.images import DataError, listed
 from dreambooth_lib.data.sources import TEXT_SUFFIXES
 
 MOUNT = Path("/content/drive")  #: where Colab mounts Drive
+
+
+class DriveError(KitError, OSError):
+    """Drive did not take what was written to it."""
 
 
 def upload(folder: str | Path) -> Path:
@@ -80,12 +85,19 @@ def download(file: str | Path) -> None:
 def end_session() -> None:
     """Give Colab's machine back, so that it costs no more; whatever is not on Drive is lost.
 
-    Colab writes to Drive later than it says: wait for that first. Does nothing outside Colab.
+    Colab writes to Drive later than it says, so this waits for it first, and raises
+    :class:`DriveError` if that fails. Does nothing outside Colab.
     """
     if in_colab():
         from google.colab import drive, runtime
 
-        drive.flush_and_unmount()
+        try:
+            drive.flush_and_unmount()
+        except Exception as error:  # Colab raises many types
+            raise DriveError(
+                f"Drive has not taken all files ({type(error).__name__}: {error}), and the session "
+                "was not ended; wait a few minutes, and run this cell again."
+            ) from error
         runtime.unassign()
 
 
