@@ -173,7 +173,7 @@ def test_a_row_of_an_earlier_version_has_no_noise() -> None:
          "only if the images miss the scenes"),
         (Ratios(0.95, 0.95, 0.6, 0.9), 0.0, True,
          "learnt (95%), class partly kept (60%), other prompts kept (90%).",
-         "Raise λ if those of the class"),
+         "Raise λ if class images have"),
     ],
 )  # fmt: skip
 def test_the_verdict_says_what_was_learnt_what_was_kept_and_what_to_do(

@@ -172,11 +172,11 @@ def row(weight: float, seed: int, step: int, score: float) -> dict[str, Any]:
 def test_a_recommendation_says_what_chance_leaves_open(tmp_path: Path) -> None:
     one = [row(0, 0, 100, 0.5), row(0.5, 0, 100, 0.79), row(1, 0, 50, 0.7), row(1, 0, 100, 0.8)]
     assert spread(one) is None
-    assert "Another" not in recommend(one).reason, "nothing is known of other seeds"
+    assert "another seed" not in recommend(one).reason, "nothing is known of other seeds"
     told = recommend(one, moved_by_seed=0.02).reason
     assert (
-        " Another training seed moves a score by 0.020: 1 of the others may be as good, with λ 0.5 "
-        "and 1; λ 0 is worse at every step." in told
+        " Training again with another seed changes a score by about 0.020, so 1 other setting may "
+        "be just as good (λ 0.5 or 1); λ 0 is worse at every step." in told
     )
     assert "better than every other setting" in recommend(one, moved_by_seed=0.002).reason
     # Standard deviations of 0.02 and 0.04, of two runs each: errors are sqrt(2) smaller.
@@ -218,7 +218,7 @@ def test_the_highest_mean_over_seeds_is_recommended() -> None:
     assert best.score == pytest.approx(0.8)
     start = "λ 1, step 100 has the highest score of 3 settings (0.800, mean of 2 runs): "
     assert best.reason.startswith(start)
-    assert "class kept 50%, other prompts kept 50%. Another" in best.reason
+    assert "class kept 50%, other prompts kept 50%. Training again" in best.reason
     last = recommend([*rows, row(1, 0, 300, 0.9), row(1, 1, 300, 0.9)]).reason
     assert last.endswith("This is the longest training tried: try more steps before you trust it.")
     with pytest.raises(ValueError, match="no rows"):

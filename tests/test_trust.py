@@ -1,4 +1,4 @@
-"""Test the studies' own computing: noise, choices, intervals, and pairs that people judge."""
+"""Test the studies' own computing: noise, choices, intervals, and pairs that are judged."""
 
 import json
 import math
@@ -178,8 +178,8 @@ def test_agreement_counts_what_both_passes_say(tmp_path: Path) -> None:
     assert table[4].endswith("2 validations | 50.0% |")
 
 
-def test_the_bundled_judge_and_the_verdict_agree_with_the_eye() -> None:
-    """Look at what docs/studies keeps: 330 pairs that were judged blind in two passes."""
+def test_the_bundled_scorer_and_the_verdict_agree_with_the_judges() -> None:
+    """Look at what docs/studies keeps: 330 pairs judged blind by vision-language models."""
     table = pairs.agreement(
         validation.load_scorers(TrainConfig(bundled_subjects()[0])).images, trust.read_rows()
     )

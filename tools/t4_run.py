@@ -39,10 +39,10 @@ PHOTOS = 5
 GB, TERA = 1e9, 1e12
 PARTS = architectures.SD15.models
 
-#: What a step took when RATES was made: 0.7 s, of which its optimizer moved so many bytes.
+#: What a step is assumed to take, and the bytes that its optimizer moved when this was assumed.
 STEP_SECONDS, STEP_OPTIMIZER_BYTES = 0.7, 31.0e9
-#: What a class image took then: 25 guided steps by PNDM, which evaluates once more, in 3 s, and one
-#: decoding in float16.
+#: The same of a class image: 25 guided steps by PNDM, which evaluates once more, and one decoding
+#: in float16. Neither time was measured by this project.
 IMAGE_SECONDS, IMAGE_ROWS = 3.0, 52
 
 
@@ -56,7 +56,7 @@ class Rate:
 
 
 def rates() -> dict[str, Rate]:
-    """Return the rates; those of FLOPs follow from two measured times and the FLOPs counted."""
+    """Return the rates; those of FLOPs follow from two assumed times and the FLOPs counted."""
     memory = 260 * GB
     training = step_flops({}) / (STEP_SECONDS - STEP_OPTIMIZER_BYTES / memory)
     drawing = (IMAGE_ROWS * flops("unet") + flops("decode")) / IMAGE_SECONDS
@@ -65,15 +65,15 @@ def rates() -> dict[str, Rate]:
         "training": Rate(
             training / TERA, "TFLOP/s",
             f"a step of {STEP_SECONDS} s at 1 + 1, 512 pixels, fp16, without its optimizer, which "
-            f"then moved {STEP_OPTIMIZER_BYTES / GB:.0f} GB",
+            f"then moved {STEP_OPTIMIZER_BYTES / GB:.0f} GB; assumed",
         ),
         "drawing": Rate(
             drawing / TERA, "TFLOP/s",
-            f"a class image of {IMAGE_ROWS} rows of the U-Net in {IMAGE_SECONDS:g} s",
+            f"a class image of {IMAGE_ROWS} rows of the U-Net in {IMAGE_SECONDS:g} s, assumed",
         ),
         "float32": Rate(4.0, "TFLOP/s", "half of a T4's 8.1 by its data sheet, estimated"),
         "network": Rate(0.047, "GB/s", "4.27 GB downloaded in 90 s, estimated"),
-        "disk": Rate(0.173, "GB/s", "a checkpoint of 5.19 GB written in 30 s"),
+        "disk": Rate(0.173, "GB/s", "a checkpoint of 5.19 GB written in 30 s, estimated"),
         "reading": Rate(0.5, "GB/s", "files that were just written or downloaded, estimated"),
         "drive": Rate(0.075, "GB/s", "50 to 100 MB/s, estimated"),
     }  # fmt: skip

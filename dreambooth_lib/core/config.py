@@ -128,7 +128,8 @@ class TrainConfig:
     #: toybox, else no EMA; 0.999 suits 1000 steps
     ema_decay: float | None = _BY_BASE
     mixed_precision: str = "auto"  #: "auto": bf16 if the GPU supports it, else fp16; "no" on a CPU
-    gradient_checkpointing: bool = False  #: about 20% slower, but needs much less memory
+    #: a third to a half slower on an H200, but needs much less memory
+    gradient_checkpointing: bool = False
     #: "standard": float32 weights; "low": gradient checkpointing and, for a whole model, optimizer
     #: steps during the backward pass, which free each gradient at once; "lowest": also bfloat16
     #: weights with stochastic rounding; "auto": the first level that fits the GPU

@@ -162,7 +162,7 @@ def recommend(
         errors = {key: deviation * math.sqrt(1 / count + 1 / len(own))
                   for key, own in groups.items()}  # fmt: skip
         alike = [key for key in groups if score - mean(key, "score") <= 2 * errors[key]]
-        reason += f" Another training seed moves a score by {deviation:.3f}"
+        reason += f" Training again with another seed changes a score by about {deviation:.3f}"
         reason += _cannot_tell(alike, list(groups), best)
     if int(settings["step"]) == max(int(row["step"]) for row in rows):
         reason += " This is the longest training tried: try more steps before you trust it."
@@ -172,22 +172,24 @@ def recommend(
 def _cannot_tell(alike: list[Setting], every: list[Setting], best: Setting) -> str:
     """Go on with what differences within chance leave open, and what they do not."""
     if alike == [best]:
-        return ": it is better than every other setting by more than that explains."
+        return "; it is better than every other setting by more than that explains."
     weights, others = (
         {float(dict(key)["prior_weight"]) for key in keys if "prior_weight" in dict(key)}
         for keys in (alike, every)
     )
-    text = f": {len(alike) - 1} of the others may be as good"
+    count = len(alike) - 1
+    text = f", so {count} other setting{'s' * (count > 1)} may be just as good"
     if len(weights) > 1:
-        text += f", with λ {_listed(weights)}"
+        text += f" (λ {_listed(weights, 'or')})"
     if worse := others - weights:
-        text += f"; λ {_listed(worse)} {'is' if len(worse) == 1 else 'are'} worse at every step"
+        verb = "is" if len(worse) == 1 else "are"
+        text += f"; λ {_listed(worse, 'and')} {verb} worse at every step"
     return text + "."
 
 
-def _listed(numbers: set[float]) -> str:
+def _listed(numbers: set[float], word: str) -> str:
     *most, last = map(_short, sorted(numbers))
-    return f"{', '.join(most)} and {last}" if most else last
+    return f"{', '.join(most)} {word} {last}" if most else last
 
 
 def _short(value: Any) -> str:

@@ -52,11 +52,11 @@ _ARROWS = dict.fromkeys(
 
 #: What a measure of an evaluation says, in a sentence; the order is that of a table's columns.
 EXPLAINED = {
-    "subject_fidelity": "how much the images look like the photos, 1 at most; the row of the real "
-    "images is what can be reached",
+    "subject_fidelity": "how much the images look like the photos, 1 at most; the row "
+    "'real images' is the most that can be reached",
     "masked_fidelity": "the same of what the masks show, without the background",
     "concept_preservation": "the same by a vision-language model, 0 to 1",
-    "prompt_adherence": "how well the images fit their prompts; the base is what can be reached",
+    "prompt_adherence": "how well the images fit their prompts; compare it with the base's",
     "prompt_following": "the same by a vision-language model, 0 to 1",
     "pres": "how much images of the class look like the photos; higher than the base's means that "
     "the subject has leaked into its class",

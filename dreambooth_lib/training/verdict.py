@@ -1,7 +1,8 @@
 """Say in words whether a model learnt its subject and kept the rest, and what to do next.
 
-The limits of "learnt" are where the words agree best with images of the bundled base that were
-judged by eye (docs/studies). Nobody has judged photos, or how much of the rest is kept.
+The limits of "learnt" are where the words agree best with what two vision-language models said of
+the bundled base's images (docs/studies). No person has judged them, and nobody has judged photos,
+or how much of the rest is kept.
 """
 
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
             )
         return (
             "Train for more steps or with a higher learning rate; photos that show the subject "
-            "more alike help, too."
+            "more clearly also help."
         )
     if ratios.adherence < FOLLOWED:
         return (
@@ -93,7 +94,7 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
         )
     if "partly" in (kept, others):
         return (
-            f"{_COMPARE} Raise λ if those of the class or of other prompts are too different from "
-            "the base's."
+            f"{_COMPARE} Raise λ if class images have changed too much; set prior_prompts if "
+            "images of other prompts have."
         )
     return _COMPARE

@@ -138,7 +138,7 @@ def print_trust(file: Path) -> None:
     print("\n".join(["\nThe automatic settings", *trust.auto_table(rows)]))
     if (pairs.DATA / "pairs.json").exists():
         scorer = validation.load_scorers(plain(bundled_subjects()[0])).images
-        print("\n".join(["\nAgreement with the eye", *pairs.agreement(scorer, rows)]))
+        print("\n".join(["\nAgreement with the two models", *pairs.agreement(scorer, rows)]))
 
 
 def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:

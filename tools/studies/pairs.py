@@ -1,4 +1,4 @@
-"""Have people judge pairs of a bank's images, and compare the measures with what they say.
+"""Have pairs of a bank's images judged, and compare the measures with the answers.
 
 DATA/pairs.json     what was asked and answered: for each pair the subject, where both images come
                     from, their digests, and both passes' answers
@@ -231,7 +231,7 @@ def agreement(scorer: Encoder, rows: "Rows", folder: Path = DATA) -> list[str]:
                     likeness = ratios_of(result, base).likeness
                     found = 2 if likeness >= LEARNT else 1 if likeness >= PARTLY_LEARNT else 0
                     words[round(fmean(levels)), found] += 1
-    right = sum(count for (eye, found), count in words.items() if eye == found)
+    right = sum(count for (judged, found), count in words.items() if judged == found)
     opposite = words[0, 2] + words[2, 0]
     total = words.total()
     return [
