@@ -11,7 +11,7 @@ def remark(base: str, photos: str | Path) -> str:
     if base != "toybox" or Path(photos).resolve().is_relative_to(loading.BUNDLED.resolve()):
         return ""
     return (
-        "The practice base learns emoji-like drawings, not photos: if these are photos, choose "
+        "The bundled base learns emoji-like drawings, not photos: if these are photos, choose "
         "another base in section 1."
     )
 
@@ -33,10 +33,10 @@ def findings(base: str, noun: str) -> list[str]:
     elif noun.lower() not in nouns:
         if known := [word for word in noun.lower().split() if word in nouns]:
             return [
-                f"the practice base does not know '{noun}': write the class noun '{known[-1]}'."
+                f"the bundled base does not know '{noun}': write the class noun '{known[-1]}'."
             ]
         messages.append(
-            f"the practice base cannot draw '{noun}': it knows emoji-like drawings of "
+            f"the bundled base cannot draw '{noun}': it knows emoji-like drawings of "
             f"{len(nouns)} things ({', '.join(sorted(nouns))}); choose one of them, or another "
             "base."
             if noun
