@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import drawings
 
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.metrics.clip_scores import (
     diversity,
     evaluate,
@@ -65,6 +66,19 @@ def test_values_at_the_ends() -> None:
     assert prior_drift(same, same) == pytest.approx(0, abs=1e-9)
     assert prior_drift(same, -same) == pytest.approx(2)
     assert reference_fidelity(torch.eye(3)) == pytest.approx(0)
+
+
+def test_near_duplicates_count_as_one_photo() -> None:
+    rows = torch.nn.functional.normalize(embeddings(3, 1).double(), dim=-1)
+    twice = torch.cat([rows, rows[2:]])
+    one = reference_fidelity(rows[:2])
+    assert reference_fidelity(rows, [[0], [1], [2]]) == reference_fidelity(rows)
+    assert reference_fidelity(rows, [[0], [1, 2]]) == pytest.approx(
+        float((rows[0] @ rows[1] + rows[0] @ rows[2]) / 2)
+    )
+    assert reference_fidelity(twice[:2], [[0], [1]]) == pytest.approx(one)
+    with pytest.raises(InputError, match="all reference photos are near-duplicates"):
+        reference_fidelity(rows, [[0, 1, 2]])
 
 
 def test_neither_scale_nor_order_matters() -> None:

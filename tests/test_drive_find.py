@@ -1,5 +1,6 @@
 """Test which interrupted run or backup is found and resumed."""
 
+import json
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from drive_faults import drive as drive
 from drive_faults import faults as faults
 from drive_faults import no_waits as no_waits
 from drive_faults import run as run
+from PIL import Image
 
 from dreambooth_lib.core import background
 from dreambooth_lib.data.images import Photo, read_photos
@@ -26,6 +28,7 @@ from dreambooth_lib.notebook.drive_restore import (
     unique_name,
 )
 from dreambooth_lib.training import runs
+from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
 
 # Finding
@@ -83,7 +86,42 @@ def test_a_finished_run_does_not_lose_to_its_own_older_backup(run: Run, drive: P
     assert found is not None and (found.run.folder, found.step) == (run.folder, 400)
 
 
+def test_an_extended_run_does_not_lose_to_its_backup_of_a_shorter_goal(
+    run: Run, drive: Path
+) -> None:
+    save(run, 300)
+    finish(run)
+    (run.pipeline / runs.GOAL_FILE).write_text(json.dumps(run.goal()))
+    backup(run, drive / "my-dog")
+    assert newest(run.folder.parent, drive) is None
+    runs.resume(run.folder, steps=500)
+    for folders in ((run.folder.parent, drive), (drive, run.folder.parent)):
+        found = newest(*folders)
+        assert found is not None and (found.run.folder, found.step) == (run.folder, 300)
+
+
 # Resuming
+
+
+def test_a_run_whose_photos_were_replaced_is_not_resumed(
+    tmp_path: Path, tiny_sd1: str, make_config: Make
+) -> None:
+    place = tmp_path / "rex"
+    save_photos(place)
+    run = runs.start(
+        make_config(tiny_sd1, str(place), steps=4, checkpoint_every=1), tmp_path / "runs" / "rex"
+    )
+    for step in train(run):
+        if step.step == 2:
+            break
+    asked = {"pictures": str(place), "base": tiny_sd1}
+    assert interrupted(run, tmp_path / "no-drive", **asked)[0] == run.folder
+    for number, file in enumerate(sorted(place.glob("*.png"))):
+        Image.effect_noise((64, 64), 60 + 10 * number).convert("RGB").save(file)
+    folder, said = interrupted(run, tmp_path / "no-drive", **asked)
+    assert folder is None and f"its photos are not those in {place}" in said
+    with pytest.warns(UserWarning, match="began with other photos than .*start a new run"):
+        next(train(runs.resume(run.folder)))
 
 
 def interrupted(run: Run, drive: Path, **other: Any) -> tuple[Path | None, str]:

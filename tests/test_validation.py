@@ -1,6 +1,7 @@
 """Test validation: what it draws and writes, that training stays the same, and what is held out."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import islice
@@ -16,6 +17,7 @@ from PIL import Image
 from dreambooth_lib import best_checkpoint
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo, captioned, read_photos
 from dreambooth_lib.data.preprocessing import to_tensor
 from dreambooth_lib.data.quality_checks import hold_out, near_duplicate_groups
@@ -246,6 +248,26 @@ def test_an_unusable_scorer_is_refused_before_training(
 def photo(name: str, seed: int) -> Photo:
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Photo(name, Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST))
+
+
+def test_copies_of_a_photo_do_not_raise_the_ceiling(
+    started: Callable[..., Run], tmp_path: Path, photos: str
+) -> None:
+    copies = shutil.copytree(photos, tmp_path / "copies")
+    for number in range(3):
+        shutil.copy(copies / "0.png", copies / f"copy-{number}.png")
+    ceilings = []
+    for name, pictures in (("once", photos), ("copied", str(copies))):
+        run = started(name, subject=Subject(pictures, "dog"), steps=2)
+        list(train(run))
+        ceilings.append(history(run)[0].reference_fidelity)
+    alone, copied = ceilings
+    count = len(list(Path(photos).glob("*.png")))
+    rows = Encoder(run.config.scorer).embed_images([p.image for p in read_photos(photos)])
+    others = float((rows[1:] @ rows[0]).mean())
+    pairs = count * (count - 1) / 2
+    weighed = (alone * pairs + 3 * others * (count - 1)) / (pairs + 3 * (count - 1))
+    assert copied == pytest.approx(weighed, abs=1e-5), "without the pairs of a photo and its copy"
 
 
 def test_near_duplicates_are_held_out_together_or_not_at_all() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -172,15 +173,8 @@ def embed_photos(encoder: Encoder, subject: Subject) -> "torch.Tensor":
 
 def _among_photos(rows: "torch.Tensor", subject: Subject) -> float | None:
     """Return the mean cosine over pairs of photos that are not near-duplicates; None if none is."""
-    photos = read_photos(subject)
-    group = {
-        i: number for number, members in enumerate(near_duplicate_groups(photos)) for i in members
-    }
-    pairs = [(i, j) for i in group for j in group if i < j and group[i] != group[j]]
-    if not pairs:
-        return None
-    left, right = (rows[list(indices)].double() for indices in zip(*pairs, strict=True))
-    return float((left * right).sum(-1).mean())
+    groups = near_duplicate_groups(read_photos(subject))
+    return clip_scores.reference_fidelity(rows, groups) if len(groups) > 1 else None
 
 
 def scored_images(
@@ -243,7 +237,10 @@ def means(rows: Iterable[Row], samples: int = 1000, seed: int = 0) -> list[Mean]
         count = sum(map(len, cells.values()))
         for values in cells.values():
             picks = rng.integers(len(values), size=(samples, len(values)))
-            resampled += np.asarray(values)[picks].sum(1) / count
+            # A bootstrap of n values has (n - 1) / n of the variance of their mean.
+            wider = (len(values) / max(1, len(values) - 1)) ** 0.5
+            moved = np.asarray(values)[picks].mean(1) - fmean(values)
+            resampled += (fmean(values) + wider * moved) * len(values) / count
         value = sum(sum(values) for values in cells.values()) / count
         low, high = np.percentile(resampled, [2.5, 97.5])
         result.append(Mean(*key, value, float(low), float(high), count, over_seeds))

@@ -11,6 +11,8 @@ mismatched ones raise ``InputError``.
 import math
 import re
 from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from dreambooth_lib.core.errors import InputError
@@ -27,12 +29,21 @@ def subject_fidelity(generated: "torch.Tensor", reference: "torch.Tensor") -> fl
     return float(generated.mean(0) @ reference.mean(0))
 
 
-def reference_fidelity(reference: "torch.Tensor") -> float:
+def reference_fidelity(
+    reference: "torch.Tensor", groups: Sequence[Sequence[int]] | None = None
+) -> float:
     """Return the ceiling of :func:`subject_fidelity`, in [-1, 1]: the photos' own (Table 1).
 
-    Self-pairs are left out, so there must be two rows.
+    Self-pairs are left out, so there must be two rows. ``groups`` are rows of near-duplicates,
+    which count as one photo: their pairs are left out, too, and there must be two groups.
     """
-    return _mean_pair_cosine("reference", reference)
+    if groups is None or len(groups) == len(reference):
+        return _mean_pair_cosine("reference", reference)
+    (rows,) = unit_rows(reference=reference)
+    cosines = [float(rows[i] @ rows[j]) for a, b in combinations(groups, 2) for i in a for j in b]
+    if not cosines:
+        raise InputError("all reference photos are near-duplicates; give two that differ.")
+    return fmean(cosines)
 
 
 def prompt_adherence(images: "torch.Tensor", texts: "torch.Tensor") -> float:

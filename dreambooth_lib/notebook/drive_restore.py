@@ -20,6 +20,7 @@ from dreambooth_lib.notebook.drive_copy_back import (
 )
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import config_changes, runs
+from dreambooth_lib.training.run_photos import digests_of, known_digests
 from dreambooth_lib.training.runs import PHOTOS, Run, RunError
 
 
@@ -155,7 +156,7 @@ def _all_runs(
 ) -> tuple[list[FoundRun], list[Path]]:
     """Return every run in these folders once, and the folders that do not answer.
 
-    Of a run and its backups it is the furthest.
+    Of a run and its backups it is the furthest; of equal ones that with the further goal.
     """
     copies: dict[str, list[FoundRun]] = {}
     silent = []
@@ -167,9 +168,11 @@ def _all_runs(
                 copies.setdefault(run.identity, []).append(run)
         except background.NoAnswerError:
             silent.append(folder)
-    furthest = [max(c, key=lambda run: (run.step, run.finished, run.last_saved))
-                for c in copies.values()]  # fmt: skip
-    return furthest, silent
+    return [max(copied, key=_how_far) for copied in copies.values()], silent
+
+
+def _how_far(found: FoundRun) -> tuple[int, int, bool, datetime]:
+    return found.step, found.run.config.steps, found.finished, found.last_saved
 
 
 def _runs_in(folder: Path) -> list[FoundRun]:
@@ -227,8 +230,10 @@ def _difference(
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""
-    place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
-    own = _hashes(replace(subject, pictures=place))
+    own = known_digests(run)  # photos in their folder may have been replaced since
+    if own is None:
+        place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
+        own = _hashes(replace(subject, pictures=place))
     all_left_out = (*left_out, *(subject.left_out or ()))
     given = _hashes(
         replace(subject, pictures=str(pictures), left_out=all_left_out), sound_only=True
@@ -254,7 +259,7 @@ def _hashes(subject: Subject, sound_only: bool = False) -> list[str] | None:
             photos = read_photos(
                 replace(subject, left_out=(*(subject.left_out or ()), *error.names))
             )
-        return sorted(photo.traits.digest.hex() for photo in photos)
+        return digests_of(photos)
 
     try:
         return background.call(read, place=subject.pictures, limit=background.FILE_LIMIT)

@@ -1,11 +1,13 @@
-"""Read the photos that a run's config names."""
+"""Read the photos that a run's config names, and note which they were."""
 
+import warnings
 from pathlib import Path
 from shlex import quote
 
+from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo, read_photos
-from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.runs import PHOTOS_FILE, Run, RunError, has_begun
 
 
 def read_subject_photos(run: Run) -> list[Photo]:
@@ -24,6 +26,30 @@ def read_own_class_images(run: Run) -> list[Photo]:
     folder = run.config.class_folder
     call = f"call resume('{run.folder}', class_folder=FOLDER)"
     return _read(run, "class_folder", folder, folder, call) if folder else []
+
+
+def digests_of(photos: list[Photo]) -> list[str]:
+    """Return the digests of photos, whatever their names and order."""
+    return sorted(photo.traits.digest.hex() for photo in photos)
+
+
+def known_digests(run: Run) -> list[str] | None:
+    """Return the digests of the photos that a run began with; None if that was not noted."""
+    digests = (read_object(run.folder / PHOTOS_FILE) or {}).get("digests")
+    return digests if isinstance(digests, list) else None
+
+
+def note_photos(run: Run, photos: list[Photo]) -> None:
+    """Note the photos that a run begins with; warn where it goes on with others."""
+    now, known = digests_of(photos), known_digests(run)
+    if known is None or not has_begun(run.folder):
+        write_object(run.folder / PHOTOS_FILE, {"digests": now})
+    elif known != now:
+        warnings.warn(
+            f"{run.folder} began with other photos than {run.config.subject.pictures} has now; "
+            "for these, start a new run.",
+            stacklevel=2,
+        )
 
 
 def _read(run: Run, field: str, source: str, photos: Subject | str, advice: str) -> list[Photo]:

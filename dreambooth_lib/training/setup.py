@@ -10,18 +10,19 @@ import torch
 from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
+from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data import captions
-from dreambooth_lib.data.images import Images, Photo, captioned
+from dreambooth_lib.data.images import Photo, captioned
 from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import NonFinite, save_pipeline
-from dreambooth_lib.training import lora
+from dreambooth_lib.training import lora, run_photos
 from dreambooth_lib.training.accelerator import make_accelerator
 from dreambooth_lib.training.batches import Batch, Batches, seeded_generator
 from dreambooth_lib.training.best_checkpoint import select_best
@@ -39,7 +40,6 @@ from dreambooth_lib.training.memory_level import (
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
 from dreambooth_lib.training.prior_weight import hold_out_class_images, make_prior_weight
-from dreambooth_lib.training.run_photos import read_own_class_images, read_subject_photos
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
     checkpoint_weights,
@@ -72,7 +72,8 @@ class Trainer:
         self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
         self.accelerator = accelerator = make_accelerator(config, self.precision)
         subject = config.subject
-        photos = captioned(read_subject_photos(run), subject.instance_prompt, subject.identifier)
+        photos = run_photos.read_subject_photos(run)
+        photos = captioned(photos, subject.instance_prompt, subject.identifier)
         check_masks(photos, config)
         self.family = self._load_base(photos)
         fit_to_photos(self.family, config)
@@ -118,6 +119,7 @@ class Trainer:
             self.prior_weight.load_state_dict(checkpoint)
         self.saved_step = self.step  #: of the newest checkpoint; 0 if there is none
         if accelerator.is_main_process:
+            run_photos.note_photos(run, photos)
             for name in ("log", "validation"):
                 if damaged := run.truncate(name, self.step):
                     warnings.warn(f"{damaged} damaged rows of {name}.jsonl in {run.folder} were "
@@ -133,7 +135,7 @@ class Trainer:
         config, subject = self.config, self.config.subject
         load_options = training_load_options(config, self.dtype)
         if offloads_text_encoders(config):
-            own = read_own_class_images(self.run)
+            own = run_photos.read_own_class_images(self.run)
             photos = [*own, *instance, *with_class_captions(instance, subject)]
             prompts = {p.caption for p in photos if p.caption} | {*prior_prompts(config)}
             if config.validate_every:
@@ -149,7 +151,7 @@ class Trainer:
         if not config.uses_class_images:
             return []
         if config.class_folder:
-            own, subject = read_own_class_images(self.run), config.subject
+            own, subject = run_photos.read_own_class_images(self.run), config.subject
             reads, more = self.family.tokenizers, self.family.how_to_read_more
             messages = captions.check_class_captions(own, subject)
             messages += captions.check_class_lengths(own, reads, more)
@@ -180,7 +182,7 @@ class Trainer:
         end = len(classes) - min(ROWS, len(classes) // 8)
         if scorers is not None:
             loss = HeldOutLoss(config, self.family, {"subject": held_out, "class": classes[end:]})
-            self.validator = Validator(self.run, Images(photos), loss, scorers)
+            self.validator = Validator(self.run, photos, loss, scorers)
         return instance, classes[:end]
 
     def _validate_base(self) -> None:
@@ -274,8 +276,6 @@ class Trainer:
 
         With early stopping they are the best checkpoint's, else the EMA weights if there are any.
         """
-        from dreambooth_lib.core.files import replacing_folder
-
         model, config, family = self.trainable.eval(), self.config, self.family
         best = (config.early_stop and self._best_step()) or self.step
         if best != self.step:

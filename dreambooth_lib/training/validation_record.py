@@ -8,7 +8,6 @@ RUN/validation/plan.json          what each validation draws
 import re
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from dreambooth_lib.core.digests import changed_file, write_digests
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import open_image, recover_folder, replacing_folder, save_png
 from dreambooth_lib.core.old_names import current_fields, locate
+from dreambooth_lib.data.images import Images, Photo
+from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.training.held_out_loss import HeldOutLoss
@@ -63,16 +64,14 @@ class Validator:
     ``photos`` are all of the subject's, held-out ones too.
     """
 
-    def __init__(
-        self, run: Run, photos: Sequence[Image.Image], held_out: HeldOutLoss, scorers: Scorers
-    ):
+    def __init__(self, run: Run, photos: list[Photo], held_out: HeldOutLoss, scorers: Scorers):
         self.run, self.held_out, self.scorers = run, held_out, scorers
-        self.photos = scorers.images.embed_images(photos)  #: [M, D]
+        self.photos = scorers.images.embed_images(Images(photos))  #: [M, D]
         self.plan = plan_of(run)
         self._base: BaseEmbeddings | None = None
-        self.reference_fidelity = 1.0
-        if len(photos) > 1:
-            self.reference_fidelity = clip_scores.reference_fidelity(self.photos)
+        groups, self.reference_fidelity = near_duplicate_groups(photos), 1.0
+        if len(groups) > 1:
+            self.reference_fidelity = clip_scores.reference_fidelity(self.photos, groups)
 
     def validate(self, step: int, model: Trainable, family: Family) -> ValidationResult:
         """Draw and score the model's validation images; write images and scores to the run."""

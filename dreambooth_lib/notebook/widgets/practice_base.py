@@ -32,9 +32,7 @@ def findings(base: str, noun: str) -> list[str]:
         messages.append(f"write the class noun without its article: '{bare}'.")
     elif noun.lower() not in nouns:
         if known := [word for word in noun.lower().split() if word in nouns]:
-            return [
-                f"the bundled base does not know '{noun}': write the class noun '{known[-1]}'."
-            ]
+            return [f"the bundled base does not know '{noun}': write the class noun '{known[-1]}'."]
         messages.append(
             f"the bundled base cannot draw '{noun}': it knows emoji-like drawings of "
             f"{len(nouns)} things ({', '.join(sorted(nouns))}); choose one of them, or another "
