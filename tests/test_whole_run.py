@@ -157,7 +157,7 @@ def test_early_stopping_reads_no_checkpoint_where_the_last_step_is_the_best(
     changes = {"early_stop": True, "validate_every": 1, "ema_decay": 0.5, "prior_weight": 0.0}
     run = start_run("run", "sd1", scorer=str(clip_folder), **changes)
     monkeypatch.setattr(setup.Trainer, "_best_step", lambda trainer: 2)
-    monkeypatch.setattr(setup, "load_checkpoint_weights", None)
+    monkeypatch.setattr(setup, "checkpoint_weights", None)
     list(train(run))
     at = load_source(run, 2).denoiser.state_dict()
     for name, tensor in load_source(run).denoiser.state_dict().items():
