@@ -225,12 +225,15 @@ def test_the_interval_is_over_seeds_and_not_over_subjects() -> None:
 @pytest.mark.parametrize(("prompts", "seeds"), [(4, 16), (25, 4), (25, 2)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(prompts: int, seeds: int) -> None:
     rng = np.random.default_rng(0)
-    hits = 0
+    hits, width = 0, 0.0
     for trial in range(200):
         values = {("a", f"p{i}"): list(rng.normal(i, 1, size=seeds)) for i in range(prompts)}
         (mean,) = means(rows_of(values), samples=300, seed=trial)
         hits += mean.low <= (prompts - 1) / 2 <= mean.high
-    assert 0.9 <= hits / 200 <= 0.99
+        width += (mean.high - mean.low) / 200
+    assert 0.88 <= hits / 200 <= 0.99
+    # Of independent values with a standard deviation of 1.
+    assert width == pytest.approx(2 * 1.96 / (prompts * seeds) ** 0.5, rel=0.06)
 
 
 def test_one_value_per_subject_is_resampled_over_subjects() -> None:
