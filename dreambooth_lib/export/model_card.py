@@ -179,7 +179,8 @@ def _lines_below(loras: tuple[loading.Lora, ...], shown: list[str]) -> list[str]
         parts = peft_adapters.parts(lora.path)
         lines += _load_lines(parts, model)
         if not parts:
-            lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
+            lines.append("pipeline.fuse_lora(components=pipeline._lora_loadable_modules)")
+            lines.append("pipeline.unload_lora_weights()")
     return lines
 
 

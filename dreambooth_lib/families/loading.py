@@ -208,12 +208,12 @@ def _read_lora(name: str) -> Lora:
 
 def merge_loras(family: "Family") -> "Family":
     """Merge the adapters' weights into the family's own and return it with plain models."""
-    modules = (family.denoiser, *family.text_encoders)
-    if others := [module for module in modules if peft_adapters.has_other(module)]:
+    if others := list(filter(peft_adapters.has_other, (family.denoiser, *family.text_encoders))):
         for module in others:
             peft_adapters.merge(module)
     else:
-        family.pipeline.fuse_lora()
+        # Named, as Flux's pipeline would leave its text encoder out.
+        family.pipeline.fuse_lora(components=family.pipeline._lora_loadable_modules)
     family.pipeline.unload_lora_weights()
     return family
 
