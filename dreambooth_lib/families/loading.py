@@ -20,6 +20,7 @@ from dreambooth_lib.families.inference_settings import (
     distillation_warning,
     distilled_by_name,
 )
+from dreambooth_lib.families.prediction_type import set_scheduler
 from dreambooth_lib.families.resolving import BUNDLED as BUNDLED
 from dreambooth_lib.families.resolving import FAMILIES as FAMILIES
 from dreambooth_lib.families.resolving import LORA_BASE_FILE, LORA_FILE, Lora, ResolvedBase, resolve
@@ -104,13 +105,8 @@ def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
 def _configured(family: "Family", resolved: ResolvedBase) -> "Family":
     """Give a family its inference settings, and a scheduler for its prediction type."""
     family.inference = resolved.inference
-    if resolved.prediction_type is not None:
-        import diffusers
-
-        config = resolved.scheduler
-        family.pipeline.register_modules(
-            scheduler=getattr(diffusers, config["_class_name"]).from_config(config)
-        )
+    other = resolved.scheduler if resolved.prediction_type is not None else None
+    set_scheduler(family.pipeline, other)
     return family
 
 
