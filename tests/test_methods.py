@@ -107,6 +107,25 @@ def test_lora_starts_from_the_base_and_trains_only_its_own_weights(
         assert torch.equal(trainer.model(x_t, t, None, ["a dog"]), expected)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_a_text_encoders_lora_is_merged_too(
+    family: str, start_run: Callable[..., Run], tiny_bases: Callable[[str], str]
+) -> None:
+    config = start_run("run", family, method="lora", train_text_encoder=True).config
+    loaded = loading.load_model(tiny_bases(family), resolution=16)
+    own = loaded.encode_prompts(["a dog"])
+    lora.add_lora(loaded, config)
+    for name, weights in loaded.pipeline.text_encoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights)
+    with torch.no_grad():
+        expected = loaded.encode_prompts(["a dog"])
+        merged = loading.merge_loras(loaded).encode_prompts(["a dog"])
+    assert any(not torch.allclose(expected[name], own[name], atol=1e-3) for name in own)
+    for name, values in expected.items():
+        assert torch.allclose(merged[name], values, atol=1e-4), name
+
+
 def test_a_text_encoders_lora_is_saved_beside_the_denoisers(
     start_run: Callable[..., Run], tiny_bases: Callable[[str], str]
 ) -> None:

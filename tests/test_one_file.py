@@ -331,6 +331,29 @@ def test_what_a_base_predicts_can_be_set(tiny_sd1: str, tiny_bases: Callable[[st
         loading.load_model(tiny_bases("flux"), prediction_type="epsilon")
 
 
+@pytest.mark.parametrize("wanted", [None, "epsilon", "v_prediction_ztsnr"])
+@pytest.mark.parametrize("own", [{}, {"clip_sample": True}])
+@pytest.mark.parametrize("base", ["sd1", "sdxl"])
+def test_no_scheduler_clamps_latents(
+    base: str,
+    own: dict[str, bool],
+    wanted: str | None,
+    tiny_bases: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(tiny_bases(base), tmp_path / "base"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"} | own
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    scheduler = loading.load_model(str(folder), prediction_type=wanted).pipeline.scheduler
+    assert scheduler.config.clip_sample is False
+    scheduler.set_timesteps(2)
+    x_t = torch.full((1, 4, 8, 8), 5.0)
+    assert scheduler.step(x_t * 0, 1, x_t).pred_original_sample.max() > 1
+
+
 def test_a_prediction_type_that_is_none_is_refused(
     tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig]
 ) -> None:

@@ -355,6 +355,22 @@ def test_the_code_of_a_lora_on_a_finished_run_runs_as_printed(
             assert torch.allclose(own, value, atol=1e-6), name
 
 
+def test_the_lines_of_a_lora_below_merge_a_text_encoders_lora_too(
+    start_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    rates = {"lora_rank": 2, "learning_rate": 0.1, "train_text_encoder": True}
+    below = start_run("below", "flux", method="lora", prior="none", steps=1, **rates)
+    list(loop.train(below))
+    lora = below.config.replace(base=str(below.folder), train_text_encoder=False)
+    on_top = runs.start(lora, tmp_path / "top")
+    list(loop.train(on_top))
+    scope: dict[str, Any] = {}
+    exec("\n".join(model_card.usage(on_top, on_top.pipeline).split("\n")[:-1]), scope)
+    drawn = scope["pipeline"].text_encoder.state_dict()
+    for name, value in sampling.load_source(below).text_encoders[0].state_dict().items():
+        assert torch.allclose(drawn[name], value, atol=1e-6), name
+
+
 def test_an_empty_tokenizer_is_told_as_such(tiny_sd1: str, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_sd1, tmp_path / "base"))
     shutil.rmtree(base / "tokenizer")

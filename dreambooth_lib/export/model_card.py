@@ -145,9 +145,8 @@ def _scheduler_lines(base: loading.ResolvedBase, in_one_file: bool) -> tuple[str
         in_one_file and base.scheduler.get("prediction_type") == V_PREDICTION
     ):
         return ()
-    config = base.scheduler
-    kind, names = config["_class_name"], ("rescale_betas_zero_snr", "timestep_spacing")
-    more = {"prediction_type": config.get("prediction_type")}
+    config, names = base.scheduler, ("rescale_betas_zero_snr", "timestep_spacing", "clip_sample")
+    kind, more = config["_class_name"], {"prediction_type": config.get("prediction_type")}
     more |= {name: config[name] for name in names if name in config}
     said = ", ".join(f"{name}={value!r}" for name, value in more.items())
     return (
@@ -179,7 +178,8 @@ def _lines_below(loras: tuple[loading.Lora, ...], shown: list[str]) -> list[str]
         parts = peft_adapters.parts(lora.path)
         lines += _load_lines(parts, model)
         if not parts:
-            lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
+            lines.append("pipeline.fuse_lora(components=pipeline._lora_loadable_modules)")
+            lines.append("pipeline.unload_lora_weights()")
     return lines
 
 

@@ -20,6 +20,7 @@ from dreambooth_lib.families.inference_settings import (
     distillation_warning,
     distilled_by_name,
 )
+from dreambooth_lib.families.prediction_type import set_scheduler
 from dreambooth_lib.families.resolving import BUNDLED as BUNDLED
 from dreambooth_lib.families.resolving import FAMILIES as FAMILIES
 from dreambooth_lib.families.resolving import LORA_BASE_FILE, LORA_FILE, Lora, ResolvedBase, resolve
@@ -104,13 +105,8 @@ def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
 def _configured(family: "Family", resolved: ResolvedBase) -> "Family":
     """Give a family its inference settings, and a scheduler for its prediction type."""
     family.inference = resolved.inference
-    if resolved.prediction_type is not None:
-        import diffusers
-
-        config = resolved.scheduler
-        family.pipeline.register_modules(
-            scheduler=getattr(diffusers, config["_class_name"]).from_config(config)
-        )
+    other = resolved.scheduler if resolved.prediction_type is not None else None
+    set_scheduler(family.pipeline, other)
     return family
 
 
@@ -208,12 +204,12 @@ def _read_lora(name: str) -> Lora:
 
 def merge_loras(family: "Family") -> "Family":
     """Merge the adapters' weights into the family's own and return it with plain models."""
-    modules = (family.denoiser, *family.text_encoders)
-    if others := [module for module in modules if peft_adapters.has_other(module)]:
+    if others := list(filter(peft_adapters.has_other, (family.denoiser, *family.text_encoders))):
         for module in others:
             peft_adapters.merge(module)
     else:
-        family.pipeline.fuse_lora()
+        # Named, as Flux's pipeline would leave its text encoder out.
+        family.pipeline.fuse_lora(components=family.pipeline._lora_loadable_modules)
     family.pipeline.unload_lora_weights()
     return family
 

@@ -27,10 +27,26 @@ def with_prediction_type(scheduler: Mapping[str, Any], prediction_type: str) -> 
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     rescales = kind is not None and "rescale_betas_zero_snr" in signature(kind).parameters
     if ztsnr and not rescales:
-        config["_class_name"] = "DDIMScheduler"
+        config["_class_name"], kind = "DDIMScheduler", diffusers.DDIMScheduler
         config.pop("skip_prk_steps", None)
+    if kind is not None and "clip_sample" in signature(kind).parameters:
+        config["clip_sample"] = False
     if ztsnr or rescales:
         config["rescale_betas_zero_snr"] = ztsnr
     if ztsnr:
         config["timestep_spacing"] = "trailing"
     return config
+
+
+def set_scheduler(pipeline: Any, config: Mapping[str, Any] | None) -> None:
+    """Give a pipeline a scheduler of the config, or keep its own; it clamps no latents.
+
+    Some classes clamp to 1 by default, for images, and latents are larger.
+    """
+    import diffusers
+
+    if config is not None:
+        kind = getattr(diffusers, config["_class_name"])
+        pipeline.register_modules(scheduler=kind.from_config(config))
+    if pipeline.scheduler.config.get("clip_sample"):
+        pipeline.scheduler.register_to_config(clip_sample=False)
