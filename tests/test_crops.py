@@ -14,7 +14,9 @@ from PIL import Image
 from test_masks import picture
 
 from dreambooth_lib.core.checked_json import read_object, write_object
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.digests import write_digests
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.crops import bucket_of, buckets, crop_box, cut_away, write_centers
 from dreambooth_lib.data.images import DataError, read_photos, read_source
 from dreambooth_lib.data.preprocessing import to_tensor
@@ -210,6 +212,17 @@ def test_sdxl_is_told_each_photos_size_and_crop(start_run: Start, fields: dict[s
                     (32, 32, 0, 0, 32, 32)}  # fmt: skip
     plain = Trainer(start_run("plain", "sdxl", **fields | {"crop": "center"}))
     assert "time_ids" not in plain.batches.at(0).cond
+
+
+def test_a_flipped_photos_crop_is_told_flipped(tiny_bases: Any, tmp_path: Path) -> None:
+    """Of a photo 48 wide, cut at its left: flipped, it is cut at its right."""
+    Image.new("RGB", (48, 24)).save(tmp_path / "a.png")
+    family = loading.load_model(tiny_bases("sdxl"), resolution=24)
+    config = TrainConfig(Subject(str(tmp_path), "dog"), tiny_bases("sdxl"), crop="subject")
+    cache = LatentCache(read_photos(tmp_path), family, config)
+    boxes = [(24.0, 0.0, 48.0, 24.0)]
+    told = [cache._framings([0], [flip], boxes).tolist() for flip in (False, True)]
+    assert told == [[[24, 48, 0, 24]], [[24, 48, 0, 0]]]
 
 
 def test_sdxl_takes_the_sizes_as_its_pipeline_does(tiny_bases: Any) -> None:

@@ -26,6 +26,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.evaluation.sweep import grid, sweep
 from dreambooth_lib.export import gallery, space
+from dreambooth_lib.export.comfyui_lora import ExportError
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.validation import ValidationPlan
 
@@ -110,6 +111,19 @@ def test_a_space_of_a_lora_is_refused(study: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a LoRA, and a Space draws with a full model"):
         space.write_space([lora], tmp_path / "space")
     assert not (tmp_path / "space").exists()
+
+
+def test_a_space_deletes_no_other_files(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = tmp_path / "my-space"
+    (clone / ".git").mkdir(parents=True)
+    (clone / "settings.json").write_text("{}")
+    monkeypatch.chdir(clone)
+    for folder in (clone, Path(".")):
+        with pytest.raises(ExportError, match=r"my-space holds other files, which would be"):
+            space.write_space(gallery.find_runs([study]), folder)
+    assert (clone / ".git").is_dir()
 
 
 @contextmanager

@@ -132,6 +132,25 @@ def test_an_alpha_channel_is_the_mask_upright(tmp_path: Path) -> None:
     assert mask is not None and mask.getbbox() == (16, 0, 32, 24)
 
 
+@pytest.mark.parametrize("kind", ["white on transparent", "cut-out"])
+def test_a_transparent_masks_alpha_is_the_mask(kind: str, tmp_path: Path) -> None:
+    picture(0, (32, 24)).save(tmp_path / "p.png")
+    shown = Image.new("RGB", (32, 24), "white") if kind[0] == "w" else picture(0, (32, 24))
+    shown.putalpha(left_half((32, 24)))
+    shown.save(tmp_path / "p-masklabel.png")
+    (photo,) = read_photos(tmp_path)
+    mask = read_mask(photo)
+    assert mask is not None and mask.getbbox() == (0, 0, 16, 24) and mask.getextrema()[1] == 255
+
+
+def test_a_mask_of_zeros_and_ones_is_refused(tmp_path: Path) -> None:
+    picture(0, (32, 24)).save(tmp_path / "p.png")
+    left_half((32, 24)).point(lambda level: level // 255).save(tmp_path / "p-masklabel.png")
+    (photo,) = read_photos(tmp_path)
+    with pytest.raises(DataError, match=r"p-masklabel.png.* has no level above 1, so that"):
+        read_mask(photo)
+
+
 def test_a_mask_is_scaled_to_its_photo_but_never_bent(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "p.jpg")
     left_half((64, 64)).save(tmp_path / "p_mask.png")

@@ -59,7 +59,15 @@ def read_mask(photo: "Photo") -> Image.Image | None:
         file = getattr(photo.pixels, "file", None)  # None of an image that is in memory only
         return None if file is None else alpha_of(file)
     file, size = photo.mask, photo.traits.size
-    mask = decode(str(file), file.suffix, file.read(MAX_BYTES, "a mask")).convert("L")
+    mask = alpha_of(file)  # of a cut-out, or of what is white on transparent
+    if mask is None:
+        mask = decode(str(file), file.suffix, file.read(MAX_BYTES, "a mask")).convert("L")
+    most = max(level for level, count in enumerate(mask.histogram()) if count)
+    if 0 < most < 128:
+        raise DataError(
+            f"{file} has no level above {most}, so that it shows next to nothing; save it with 255 "
+            "on the subject."
+        )
     if abs(mask.width * size[1] / (mask.height * size[0]) - 1) > _SHAPE:
         raise DataError(
             f"{file} has {mask.width} x {mask.height} pixels, and its photo {size[0]} x {size[1]}; "
@@ -69,7 +77,7 @@ def read_mask(photo: "Photo") -> Image.Image | None:
 
 
 def alpha_of(file: SourceFile) -> Image.Image | None:
-    """Return a photo's alpha channel, of mode L and upright; None if it hides nothing."""
+    """Return an image file's alpha channel, of mode L and upright; None if it hides nothing."""
     if file.head(3) == b"\xff\xd8\xff":  # a JPEG has none, and may be large
         return None
     alpha = decode_alpha(str(file), file.suffix, file.read(MAX_BYTES, "a photo"))

@@ -1,14 +1,19 @@
 """Write a checkpoint as a model folder for plain diffusers, with its model card."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.export import model_card
+from dreambooth_lib.export.comfyui_lora import ExportError
 from dreambooth_lib.export.zip_download import zip_folder
 from dreambooth_lib.families.loading import LORA_BASE_FILE
 from dreambooth_lib.families.precision import save_pipeline
+from dreambooth_lib.families.resolving import LORA_FILE
 from dreambooth_lib.training import lora, trainable
 from dreambooth_lib.training.runs import Run
+
+_ADAPTED = ("unet", "transformer")  #: where peft's other adapters are
 
 
 def write_model(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
@@ -16,12 +21,27 @@ def write_model(run: Run, step: int, folder: str | Path, photos: bool = False) -
 
     ``photos`` is as in :func:`model_card.write_card`. The folder and the zip each appear only when
     they are complete; on failure an older one stays as it was. Raises ``RunError`` if the run has
-    no checkpoint or no validation at that step.
+    no checkpoint or no validation at that step, and ``ExportError`` as :func:`check_replaceable`.
     """
+    check_replaceable(folder, ("model_index.json", LORA_FILE, LORA_BASE_FILE, *_ADAPTED))
     with replacing_folder(Path(folder)) as partial:
         write_pipeline(run, step, partial)
         model_card.write_card(run, step, partial, photos)
     return zip_folder(Path(folder))
+
+
+def check_replaceable(folder: str | Path, made: Collection[str]) -> None:
+    """Raise :class:`ExportError` for a folder of other files, which an export would delete.
+
+    An earlier export has one of the files that are ``made``.
+    """
+    folder = Path(folder)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and (".git" in names or names.isdisjoint(made)):
+        raise ExportError(
+            f"{folder} holds other files, which would be deleted; choose a new folder, and copy "
+            "its files where you want them."
+        )
 
 
 def write_pipeline(run: Run, step: int, folder: Path) -> None:

@@ -46,8 +46,11 @@ The licence and terms of the base model apply here too.
 def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) -> Path:
     """Write the Space of some runs, which draws with the highest-scoring one, and return its path.
 
-    The folder appears only when it is complete. Raises ``InputError`` if that run is a LoRA.
+    The folder appears only when it is complete. Raises ``InputError`` if that run is a LoRA, and
+    ``ExportError`` for a folder of other files.
     """
+    folder = Path(folder).resolve()
+    pipeline_folder.check_replaceable(folder, ("settings.json",))
     run = gallery.best_run(study)
     if run.config.method == "lora":
         raise InputError(
@@ -68,7 +71,7 @@ def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) 
         pins = "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in needed)
         (partial / "requirements.txt").write_text(pins)
         shutil.copy(space_app.__file__, partial / "app.py")
-    return Path(folder)
+    return folder
 
 
 def _first_prompt(run: Run) -> str:

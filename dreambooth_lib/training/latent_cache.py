@@ -95,7 +95,7 @@ class LatentCache:
             if self.is_masked:
                 coverage = self._coverage(index, flips, boxes, mean)
         noise = to_device(torch.randn(mean.shape, generator=generator), mean.device)
-        return Drawn(mean + std * noise, coverage, self._framings(index, boxes))
+        return Drawn(mean + std * noise, coverage, self._framings(index, flips, boxes))
 
     def _read_masks(self) -> list[Image.Image | None]:
         side = KEPT_RESOLUTIONS * self.family.resolution
@@ -125,13 +125,16 @@ class LatentCache:
                 parts[row, 0] = part.flip(-1) if flip else part
         return to_device(parts, latents.device)
 
-    def _framings(self, index: list[int], boxes: list[Box]) -> torch.Tensor | None:
+    def _framings(
+        self, index: list[int], flips: list[bool], boxes: list[Box]
+    ) -> torch.Tensor | None:
         """Return where crops lie that the config lets follow the subject; None for squares."""
         if self.config.crop not in FOLLOWING:
             return None
         rows = []
-        for i, (left, top, right, _) in zip(index, boxes, strict=True):
+        for i, flip, (left, top, right, _) in zip(index, flips, boxes, strict=True):
             (width, height), scale = self.photos[i].traits.size, self.shape[0] / (right - left)
+            left = width - right if flip else left  # of the flipped photo
             rows.append([height, width, round(top * scale), round(left * scale)])
         return torch.tensor(rows)
 
