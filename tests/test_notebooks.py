@@ -403,6 +403,25 @@ def test_running_the_subjects_cell_again_keeps_its_panel(
     assert trained == [turtle]
 
 
+def test_another_finished_run_forgets_the_former_ones_step_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open a finished run by its name where a former one has been saved, then run it again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
+    marks = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
+    for name in ("a", "b"):
+        run_cells(scope, f"RESUME, NAME = False, {name!r}", *marks)
+        scope["run"].pipeline.mkdir()
+        (scope["run"].pipeline / "model_index.json").write_text("{}")
+    for name, kept in (("a", False), ("a", True), ("b", False)):
+        scope |= {"slider": "of the former run", "archive": "of its checkpoint"}
+        run_cells(scope, f"RESUME = {name!r}", *marks)
+        assert scope["run"].folder.name == name
+        assert [old in scope for old in ("slider", "archive")] == [kept, kept]
+
+
 @pytest.mark.parametrize("name", [None, "fox"])
 def test_a_model_is_saved_under_its_own_runs_name(
     name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
