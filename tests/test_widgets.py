@@ -1114,6 +1114,20 @@ def test_a_playground_goes_on_with_the_gallery_of_an_earlier_one(
     assert "run, step 4, seed" in texts(second.entries.children[0])
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_steps_and_guidance_go_on_with_the_same_base_only(
+    another: bool, started: Callable[..., Run], tiny_sd1: str
+) -> None:
+    first = widgets.compare_with_base(started())
+    began = first.steps.value, first.guidance.value
+    first.steps.value, first.guidance.value, first.seed.value = 7, 1.5, 3
+    run = started("other")
+    config = run.config.replace(base=tiny_sd1 if another else run.config.base)
+    second = widgets.compare_with_base(Run(run.folder, config), earlier=first)
+    expected = began if another else (7, 1.5)
+    assert (second.steps.value, second.guidance.value) == expected and second.seed.value == 3
+
+
 def test_images_are_saved_with_the_settings_that_a1111_reads(
     started: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
