@@ -174,6 +174,16 @@ def test_a_result_is_of_the_scored_subjects_runs_alone(evaluation: Path, trained
     assert expected["seeds"]["training"] == [7]
 
 
+def test_a_result_has_the_step_that_early_stopping_kept(evaluation: Path) -> None:
+    assert collect(evaluation)["step"] == 2
+    (place,) = (evaluation / "runs").iterdir()
+    run = runs.resume(place)
+    goal = json.dumps(run.trained() | {"step": 1})  # as after a validation that was the best
+    (run.pipeline / runs.GOAL_FILE).write_text(goal)
+    found = collect(evaluation)
+    assert found["step"] == 1 and found["config"]["steps"] == 2
+
+
 def test_runs_with_settings_of_their_own_are_no_result(evaluation: Path, trained: Run) -> None:
     other = another_run(evaluation, steps=3)
     shutil.copytree(trained.pipeline, other.pipeline)

@@ -71,7 +71,9 @@ def _of_evaluation(folder: Path, title: str) -> dict[str, Any]:
         for m in scores.means(rows)
     ]  # fmt: skip
     name = next(iter(subjects)) if len(subjects) == 1 else f"{len(subjects)} subjects"
-    return _result(tuned, title, name, tuned[0].config.steps, pictures, found)
+    # With early stopping the weights are of an earlier step, which may be another in each run.
+    step = max(run.trained().get("step", run.config.steps) for run in tuned)
+    return _result(tuned, title, name, step, pictures, found)
 
 
 def _score(method: str, encoder: str, measure: str, value: float) -> dict[str, Any]:
