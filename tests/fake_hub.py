@@ -191,6 +191,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     brought[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     brought[value["path"]] = hub.stored[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del repo.files[value["path"]]
             repo.files |= brought
             repo.commits.append(sorted(brought))
             return {"commitUrl": f"{hub.url}/{name}/commit/{repo.sha}", "commitOid": repo.sha}

@@ -304,6 +304,26 @@ def test_what_is_there_is_not_sent_twice(fake_hub: FakeHub, folder: Path) -> Non
     assert fake_hub.repos[NAME].commits[1:] == [["model_index.json"]]
 
 
+def test_files_of_an_older_model_go_and_others_stay(
+    run: Run, fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    """Push a LoRA's folder where a full model with photos was, and the owner's own files."""
+    pipeline_folder.write_model(run, 2, tmp_path / "full", photos=True)
+    own = {"notes.txt": b"mine", "unet.json": b"{}", "demo/model.safetensors": b"1"}
+    own |= {"extra.safetensors": b"2", "demo/photos.png": b"3", "unet/notes.md": b"4"}
+    fake_hub.repos[NAME] = Repo(files=dict(own))
+    fake_hub.call(hub.push, tmp_path / "full", NAME)
+    assert {"photos.png", "unet/config.json"} <= fake_hub.repos[NAME].files.keys()
+    (tmp_path / "lora").mkdir()
+    for name in (loading.LORA_FILE, "README.md"):
+        (tmp_path / "lora" / name).write_bytes(b"of the LoRA")
+    fake_hub.call(hub.push, tmp_path / "lora", NAME)
+    assert fake_hub.repos[NAME].files == own | files_of(tmp_path / "lora")
+    assert len(fake_hub.repos[NAME].commits) == 2
+    fake_hub.call(hub.push, tmp_path / "full", NAME)
+    assert fake_hub.repos[NAME].files == own | files_of(tmp_path / "full")
+
+
 def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, folder: Path) -> None:
     fake_hub.repos[NAME] = Repo(private=False, files={"notes.txt": b"mine"})
     fake_hub.call(hub.push, folder, NAME)

@@ -24,6 +24,7 @@ from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import read_csv
+from dreambooth_lib.export import comfyui, model_card, pipeline_folder
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook import (
     base_models,
@@ -400,6 +401,45 @@ def test_running_the_subjects_cell_again_keeps_its_panel(
     with pytest.raises(ConfigError, match="run the cell of section 3 again"):
         exec(training, scope)
     assert trained == [turtle]
+
+
+def test_another_finished_run_forgets_the_former_ones_step_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open a finished run by its name where a former one has been saved, then run it again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
+    marks = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
+    for name in ("a", "b"):
+        run_cells(scope, f"RESUME, NAME = False, {name!r}", *marks)
+        scope["run"].pipeline.mkdir()
+        (scope["run"].pipeline / "model_index.json").write_text("{}")
+    for name, kept in (("a", False), ("a", True), ("b", False)):
+        scope |= {"slider": "of the former run", "archive": "of its checkpoint"}
+        run_cells(scope, f"RESUME = {name!r}", *marks)
+        assert scope["run"].folder.name == name
+        assert [old in scope for old in ("slider", "archive")] == [kept, kept]
+
+
+@pytest.mark.parametrize("name", [None, "fox"])
+def test_a_model_is_saved_under_its_own_runs_name(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Save a run after the cell that finds runs has set another name, or none yet."""
+    monkeypatch.chdir(tmp_path)
+    saved: list[Path] = []
+    for module, writer in ((pipeline_folder, "write_model"), (comfyui, "export")):
+        monkeypatch.setattr(module, writer, lambda *given: saved.append(given[-1]) or "")
+    monkeypatch.setattr(model_card, "usage", lambda *given: "")
+    scope = {
+        "run": SimpleNamespace(folder=Path("runs/dog"), config=SimpleNamespace(base="o/n")),
+        "name": name,
+        "slider": SimpleNamespace(step=4),
+        "colab": SimpleNamespace(in_colab=lambda: True, download=lambda archive: None),
+    }
+    run_cells(scope, "", "# @title Save the model", "# @title Save a file")
+    assert saved == [Path("models/dog"), Path("models/dog.safetensors")]
 
 
 def test_the_first_cell_is_the_same_in_all_notebooks() -> None:

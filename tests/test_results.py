@@ -1,9 +1,11 @@
 """Check results as data: collecting, the schema, hostile files, and the table that never mixes."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +144,59 @@ def test_an_evaluation_becomes_a_result_by_the_command(
     (folder / "x.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"^error: .*x\.json: \w+ is missing; add it\.$"):
         shell("results", "table", "--folder", folder)
+
+
+@pytest.fixture
+def evaluation(trained: Run, tmp_path: Path) -> Path:
+    """Return the folder of an evaluation whose only scored subject is the trained run's."""
+    folder = tmp_path / "evaluation"
+    name = trained.config.subject.name
+    shutil.copytree(trained.folder, folder / "runs" / name)
+    (folder / "protocol.json").write_text('{"pictures": 2}')
+    row = scores.Row("dreambooth", name, "live", "clip", "pres", None, None, 0.5)
+    tables.write_csv([row], folder / "scores.csv")
+    return folder
+
+
+def another_run(evaluation: Path, **changes: Any) -> Run:
+    """Put a second subject's run beside that of an evaluation; return it, unfinished."""
+    (place,) = (evaluation / "runs").iterdir()
+    config = runs.resume(place).config
+    subject = dataclasses.replace(config.subject, name="tom")
+    return runs.start(config.replace(subject=subject, **changes), evaluation / "runs" / "tom")
+
+
+def test_a_result_is_of_the_scored_subjects_runs_alone(evaluation: Path, trained: Run) -> None:
+    expected = collect(evaluation)
+    another_run(evaluation, seed=8, steps=3)
+    assert collect(evaluation) == expected
+    assert expected["subjects"] == [trained.config.subject.name]
+    assert expected["seeds"]["training"] == [7]
+
+
+def test_a_result_has_the_step_that_early_stopping_kept(evaluation: Path) -> None:
+    assert collect(evaluation)["step"] == 2
+    (place,) = (evaluation / "runs").iterdir()
+    run = runs.resume(place)
+    goal = json.dumps(run.trained() | {"step": 1})  # as after a validation that was the best
+    (run.pipeline / runs.GOAL_FILE).write_text(goal)
+    found = collect(evaluation)
+    assert found["step"] == 1 and found["config"]["steps"] == 2
+
+
+def test_runs_with_settings_of_their_own_are_no_result(evaluation: Path, trained: Run) -> None:
+    other = another_run(evaluation, steps=3)
+    shutil.copytree(trained.pipeline, other.pipeline)
+    (other.pipeline / runs.GOAL_FILE).unlink()  # as an earlier version would have finished it
+    shutil.copy(trained.folder / MADE_WITH_FILE, other.folder)
+    row = scores.Row("dreambooth", "tom", "live", "clip", "pres", None, None, 0.5)
+    rows = tables.read_csv(evaluation / "scores.csv")
+    tables.write_csv([*rows, row], evaluation / "scores.csv")
+    with pytest.raises(ResultError, match=r"differ in steps; evaluate each .* its own\.$"):
+        collect(evaluation)
+    tables.write_csv([dataclasses.replace(row, subject="gone")], evaluation / "scores.csv")
+    with pytest.raises(ResultError, match=r"has no run of a subject in its scores\.csv"):
+        collect(evaluation)
 
 
 def test_the_table_has_a_section_for_each_base_and_encoder(tmp_path: Path) -> None:

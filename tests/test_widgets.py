@@ -1019,6 +1019,19 @@ def test_class_images_are_drawn_where_the_run_expects_them(
     assert widgets.show_class_images(run.config.replace(prior_weight=0), run.folder.parent) is None
 
 
+def test_class_images_of_an_earlier_version_are_shown_and_not_drawn_again(
+    started: Callable[..., Run],
+) -> None:
+    run = started(validate_every=0)
+    list(loop.train(run))
+    drawn, old = (run.folder.parent / name for name in ("class_images", "class_pictures"))
+    drawn.rename(old)
+    made = {path: path.stat().st_mtime_ns for path in old.rglob("0000*.png")}
+    assert widgets.show_class_images(run.config, run.folder.parent) is not None
+    assert not drawn.exists() and len(made) == 4
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
 def test_a_run_reuses_class_images_of_a_base_with_a_relative_path(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1099,6 +1112,20 @@ def test_a_playground_goes_on_with_the_gallery_of_an_earlier_one(
     second.draw()
     assert "run, step 2, seed" in texts(second.entries.children[1])
     assert "run, step 4, seed" in texts(second.entries.children[0])
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_steps_and_guidance_go_on_with_the_same_base_only(
+    another: bool, started: Callable[..., Run], tiny_sd1: str
+) -> None:
+    first = widgets.compare_with_base(started())
+    began = first.steps.value, first.guidance.value
+    first.steps.value, first.guidance.value, first.seed.value = 7, 1.5, 3
+    run = started("other")
+    config = run.config.replace(base=tiny_sd1 if another else run.config.base)
+    second = widgets.compare_with_base(Run(run.folder, config), earlier=first)
+    expected = began if another else (7, 1.5)
+    assert (second.steps.value, second.guidance.value) == expected and second.seed.value == 3
 
 
 def test_images_are_saved_with_the_settings_that_a1111_reads(

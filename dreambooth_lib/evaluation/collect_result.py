@@ -19,6 +19,8 @@ from dreambooth_lib.training.validation_record import history, plan_file, read_p
 
 #: Of a validation, what is no score of the images.
 _NO_SCORES = ("step", "seconds", "held_out", "by_image", "reference_fidelity")
+#: Settings that a result has one value of, for all its runs.
+_OF_ALL_RUNS = ("base", "method", "adapter", "lora_rank", "prior_weight", "steps")
 
 
 def collect(place: Path, title: str = "") -> dict[str, Any]:
@@ -52,22 +54,26 @@ def _of_run(run: Run, title: str) -> dict[str, Any]:
 
 def _of_evaluation(folder: Path, title: str) -> dict[str, Any]:
     places = sorted(path.parent for path in (folder / "runs").glob("*/config.toml"))
-    tuned = [runs.resume(place) for place in places]
-    if not tuned:
+    if not places:
         raise ResultError(f"{folder} has no runs; evaluate with 'evaluate' first.")
     pictures = current_fields(read_object(folder / "protocol.json") or {}).get("pictures")
     if not isinstance(pictures, int):
         raise ResultError(f"{folder}/protocol.json is damaged; evaluate again.")
     rows = tables.read_csv(folder / "scores.csv")
+    subjects = {row.subject for row in rows}
+    tuned = [run for run in map(runs.resume, places) if run.config.subject.name in subjects]
+    if not tuned:
+        raise ResultError(f"{folder} has no run of a subject in its scores.csv; evaluate again.")
     found = [
         {"method": m.method, "encoder": m.encoder, "measure": m.measure, "value": m.value,
          "low": m.low if m.over_seeds else None, "high": m.high if m.over_seeds else None,
          "count": m.count}
         for m in scores.means(rows)
     ]  # fmt: skip
-    subjects = {row.subject for row in rows}
     name = next(iter(subjects)) if len(subjects) == 1 else f"{len(subjects)} subjects"
-    return _result(tuned, title, name, tuned[0].config.steps, pictures, found)
+    # With early stopping the weights are of an earlier step, which may be another in each run.
+    step = max(run.trained().get("step", run.config.steps) for run in tuned)
+    return _result(tuned, title, name, step, pictures, found)
 
 
 def _score(method: str, encoder: str, measure: str, value: float) -> dict[str, Any]:
@@ -82,6 +88,12 @@ def _result(
     """Return the result of runs with one config but for their subjects."""
     made = [_made_with(run) for run in tuned]
     fields = [_shared_fields(run) for run in tuned]
+    for name in _OF_ALL_RUNS:
+        if any(f.get(name) != fields[0].get(name) for f in fields):
+            raise ResultError(
+                f"the runs in {tuned[0].folder.parent} differ in {name}; evaluate each "
+                f"{name} in a folder of its own."
+            )
     config = {k: v for k, v in fields[0].items() if all(f.get(k) == v for f in fields)}
     adapter = config.get("adapter") or "LoRA"
     method = "full" if config["method"] == "full" else f"{adapter} {config['lora_rank']}"

@@ -39,7 +39,7 @@ SCHEMA: dict[str, Any] = {
     "date": str,  #: of the end of training: "2026-11-27"
     "benchmark": str,  #: the subject's name, or the data set's
     "subjects": [str],
-    "step": int,  #: the training step that was scored
+    "step": int,  #: the training step that was scored; where those of runs differ, the largest
     "config": {"": (*_SCALAR, list)},  #: fields of TrainConfig, without the subject and places
     "versions": {"": str},
     "device": str,

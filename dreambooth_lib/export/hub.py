@@ -5,6 +5,8 @@ from typing import Any
 
 from dreambooth_lib.core.hub_refusals import status_of
 from dreambooth_lib.core.hub_token import HubError, hub_token, in_colab, place_of_token
+from dreambooth_lib.families.resolving import LORA_BASE_FILE, LORA_FILE
+from dreambooth_lib.families.textual_inversion import TOKEN_FILE
 
 #: What the Hub's answers mean, and what to do.
 _ANSWERS = {
@@ -14,6 +16,19 @@ _ANSWERS = {
     "https://huggingface.co/settings/tokens and put it into {place}.",
     429: "the Hub limits your requests, so '{name}' was not taken; try again in a few minutes.",
 }
+
+#: Files that a model of this kit may have, as patterns: those of an older one must not stay beside
+#: a newer one's, where loaders would take them for its own, and photos would stay public.
+_FILES_OF_A_MODEL = [
+    "samples.png", "curves.png", "photos.png", "model_index.json", LORA_FILE, LORA_BASE_FILE,
+    TOKEN_FILE,
+    *(
+        f"{part}/*{ending}"
+        for part in ("unet", "transformer", "vae", "scheduler", "text_encoder*", "tokenizer*",
+                     "safety_checker", "feature_extractor", "image_encoder")
+        for ending in (".json", ".safetensors", ".txt", ".model", ".jinja")
+    ),
+]  # fmt: skip
 
 
 def login() -> bool:
@@ -34,9 +49,10 @@ def login() -> bool:
 def push(folder: str | Path, name: str, private: bool = True) -> str:
     """Upload a folder as the model ``name`` ("you/my-dog") and return its address.
 
-    The repository is created if it is missing; an existing one stays as public or private as it
-    is. The token is :func:`hub_token`'s. Raises :class:`HubError` without a folder or a token, or
-    if the Hub refuses or cannot be reached.
+    The repository is created if it is missing; an existing one stays as public or private as it is.
+    It loses those files of an older model that this one lacks, which its history keeps; files that
+    are not the kit's stay. The token is :func:`hub_token`'s. Raises :class:`HubError` without a
+    folder or a token, or if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -54,7 +70,10 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
     try:
         repository = hub.create_repo(name, private=private, exist_ok=True)
         hub.upload_folder(
-            repo_id=repository.repo_id, folder_path=folder, commit_message="DreamBooth pipeline"
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message="DreamBooth pipeline",
+            delete_patterns=_FILES_OF_A_MODEL,
         )
     except (RuntimeError, HFValidationError, OSError, *network) as error:
         if answer := _ANSWERS.get(status_of(error) or 0):

@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.training import class_images, sampling
 from dreambooth_lib.training.config_changes import with_absolute_paths
@@ -25,6 +26,6 @@ def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | 
         return None
     config = with_absolute_paths(config)  # as in the run, which then reuses these images
     family = sampling.load_source(config)
-    drawn = class_images.draw_class_images(config, family, Path(folder) / "class_images")
+    drawn = class_images.draw_class_images(config, family, locate(folder, "class_images"))
     paths = list(tqdm(drawn, total=config.class_images, bar_format=_BAR, miniters=1))
     return image_grids.grid([Image.open(path) for path in paths[:_SHOWN]], 8)

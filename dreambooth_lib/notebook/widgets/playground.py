@@ -38,6 +38,7 @@ from dreambooth_lib.notebook.widgets.parts import (
 )
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import Sample, fill, inference_settings, load_source, sample
+from dreambooth_lib.training.trainable import drawing_config
 
 if TYPE_CHECKING:
     from dreambooth_lib.families.base import Family
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 _WIDTHS = 256, 480  # smallest and largest width of an image on the page, in pixels
 _SEEDS = 2**31  # that are drawn at random are below this
 #: Fields that a new playground takes over from the one before it.
-_KEPT = "prompt", "negative_prompt", "seed", "count", "guidance", "steps"
+_KEPT = "prompt", "negative_prompt", "seed", "count"
 
 #: What draws: a run, a base, a config for its base, or a run with the step of a checkpoint.
 Source = Run | TrainConfig | str | tuple[Run, int]
@@ -110,7 +111,8 @@ class Playground(Panel):
 
     Only the two chosen sources are in memory. Inference steps and guidance scale begin at those of
     the first source, as :func:`sampling.inference_settings` returns them. A playground made from an
-    ``earlier`` one goes on with its gallery and its fields. Images are saved in ``folder``.
+    ``earlier`` one goes on with its gallery and fields, but those two only on the same base. Images
+    are saved in ``folder``.
     """
 
     def __init__(
@@ -126,7 +128,8 @@ class Playground(Panel):
         self._sources, self._subject, self._folder = dict(sources), subject, Path(folder)
         self.gallery: list[GalleryEntry] = []
         names, first = list(sources), next(iter(sources.values()))
-        defaults = inference_settings(first[0] if isinstance(first, tuple) else first)
+        drawn = first[0] if isinstance(first, tuple) else first
+        defaults, self._base = inference_settings(drawn), _base_of(drawn)
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         self.left = control(Dropdown, "left", options=names, value=names[0])
         self.right = control(Dropdown, "right", options=names, value=names[-1])
@@ -173,7 +176,8 @@ class Playground(Panel):
         """Take over what an earlier playground of the same subject shows and has drawn."""
         if earlier._subject != self._subject:
             return
-        for name in _KEPT:
+        settings = ("guidance", "steps") if earlier._base == self._base else ()
+        for name in _KEPT + settings:
             getattr(self, name).value = getattr(earlier, name).value
         for entry in earlier.gallery:
             self._keep(entry)
@@ -261,6 +265,12 @@ def compare_with_base(
     folder = Path("images") / run.folder.name
     prompt = f"a {{}} {subject.class_noun} on the beach"
     return Playground(sources, subject, prompt, earlier=earlier, folder=folder)
+
+
+def _base_of(source: Run | TrainConfig | str) -> str:
+    """Return the base that a source draws with."""
+    config = source.config if isinstance(source, Run) else source
+    return config if isinstance(config, str) else drawing_config(config).base
 
 
 def _load(sources: list[Source]) -> None:
