@@ -49,6 +49,19 @@ def test_random_crops_decode_each_photo_once_and_resume_to_the_same_bits(
     assert torch.equal(first, draw(LatentCache(read_photos(tmp_path), family, config), 4))
 
 
+def test_latents_scaled_otherwise_are_no_cached_ones(
+    tmp_path: Path, tiny_sd1: str, make_config: Make
+) -> None:
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "0.png")
+    photos, family = read_photos(tmp_path), loading.load_model(tiny_sd1)
+    config, drawn = make_config(tiny_sd1, str(tmp_path), crop="center"), []
+    for factor in (0.18215, 0.13025):
+        family.pipeline.vae.register_to_config(scaling_factor=factor)
+        cache = LatentCache(photos, family, config, tmp_path / "latents")
+        drawn.append(cache.posteriors[False].mean)
+    assert torch.allclose(drawn[1] / drawn[0], torch.tensor(0.13025 / 0.18215), atol=1e-3)
+
+
 def test_photos_beyond_what_is_kept_are_decoded_when_drawn(
     tmp_path: Path, tiny_sd1: str, make_config: Make, decoded: list[str],
     monkeypatch: pytest.MonkeyPatch,

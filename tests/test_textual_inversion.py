@@ -71,6 +71,21 @@ def test_only_the_tokens_row_trains_resumes_and_is_loaded(
     assert at_end.tobytes() == drawn.tobytes()
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_what_follows_the_word_is_pooled_too(family: str, started: Callable[..., Run]) -> None:
+    """Released encoders have 2 for eos_token_id, and then pool at the highest token."""
+    base = loading.load_model(started("run", family).config.base)
+    for encoder in base.text_encoders:
+        pooling = getattr(encoder, "text_model", encoder)
+        pooling.eos_token_id = encoder.config.eos_token_id = 2
+    with torch.no_grad():
+        textual_inversion.add_token(base, WORD, "dog")
+        prompts = [f"a {WORD} dog on the beach", f"a {WORD} dog in snow"]
+        cond = base.encode_prompts(prompts)
+    (one, other), *_ = (value for name, value in cond.items() if "pooled" in name)
+    assert not torch.allclose(one, other, atol=1e-4)
+
+
 def test_the_token_is_initialized_as_its_class_noun(
     started: Callable[..., Run],
 ) -> None:

@@ -59,12 +59,19 @@ def add_token(family: "Family", word: str, like: str | None = None) -> None:
                 f"choose another identifier, such as '<{word}>'."
             )
         tokenizer.add_tokens([word])
+        # Released encoders have 2 there: they pool at the highest token, which the new one now is.
+        _pooling(encoder).eos_token_id = encoder.config.eos_token_id = tokenizer.eos_token_id
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         embedding = encoder.get_input_embeddings()
         embedding.requires_grad_(False)
         if start:
             embedding.weight[-1] = embedding.weight[start].mean(0)
         encoder.set_input_embeddings(TrainableTokenEmbedding(embedding))
+
+
+def _pooling(encoder: Any) -> Any:
+    """Return what pools a prompt's end: since transformers 5.6 the text encoder itself."""
+    return getattr(encoder, "text_model", encoder)
 
 
 def save_token(family: "Family", folder: Path) -> None:
@@ -119,6 +126,9 @@ def usage_lines(family: "type[Family]", model: str | Path, word: str) -> list[st
                 f"{encoder}.resize_token_embeddings(len({tokenizer}), mean_resizing=False)",
                 f"{encoder}.get_input_embeddings().weight.data[-1] = {row}[0]",
             ]
+        if family.denoiser_name != "unet" or len(family.encoder_names) > 1:  # uses what is pooled
+            pooling = f'getattr({encoder}, "text_model", {encoder})'
+            lines += [f"{pooling}.eos_token_id = {tokenizer}.eos_token_id"]
     return lines
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,7 +164,12 @@ class LatentCache:
             digest.update(f"{self.shape} {self._boxes}".encode())
         for photo in self.photos:
             digest.update(f"{photo.traits.size}".encode() + photo.traits.digest)
-        for weights in self.family.pipeline.vae.state_dict().values():
+        vae = self.family.pipeline.vae
+        defaults = {name: own.default for name, own in signature(type(vae)).parameters.items()}
+        scale = {name: vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
+        if changed := {name: own for name, own in scale.items() if own != defaults.get(name)}:
+            digest.update(f"{changed}".encode())
+        for weights in vae.state_dict().values():
             # As bytes: NumPy has no bfloat16.
             digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
