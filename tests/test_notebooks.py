@@ -21,11 +21,13 @@ import torch
 from fake_colab import FakeColab
 
 from dreambooth_lib.core.config_types import ConfigError
+from dreambooth_lib.evaluation import scores, tables
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import read_csv
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder
 from dreambooth_lib.families import loading
+from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.notebook import (
     base_models,
     colab,
@@ -223,7 +225,7 @@ def test_the_evaluation_has_a_table_beside_the_papers(tmp_path: Path, python: st
     assert {row.subject for row in rows} == {"patch_dog", "moon_mushroom"}
     (table,) = outputs(shown, "text/markdown")
     assert "| DreamBooth |" in "".join(table) and "| 0.774 | 0.885 |" in "".join(table)
-    assert "likeness to the photos ↑ (scorer)" in "".join(table)
+    assert "likeness to the photos ↑ (toybox)" in "".join(table)
     assert len(outputs(shown, "image/png")) == 1
 
 
@@ -440,6 +442,26 @@ def test_a_model_is_saved_under_its_own_runs_name(
     }
     run_cells(scope, "", "# @title Save the model", "# @title Save a file")
     assert saved == [Path("models/dog"), Path("models/dog.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [("toybox", ["toybox"]), ("owner/name", ["clip-vit-base-patch32", "dino-vits16"])],
+)
+def test_scores_have_the_names_of_the_models_that_gave_them(
+    base: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Score as notebook 03 does: results of two encoders are told apart by these names alone."""
+    given: list[str] = []
+    monkeypatch.setattr(scores, "score", lambda *args: given.extend(args[3]) or [])
+    monkeypatch.setattr(tables, "write_csv", lambda *args: None)
+    monkeypatch.setattr(Encoder, "__init__", lambda self, model: None)  # reads no model
+    _, first, *cells = map(source, codes(json.loads(NOTEBOOKS["03_evaluation"].read_text())))
+    scope: dict[str, Any] = {"bench": None, "methods": {}}
+    exec(first.replace('BASE = "toybox"', f'BASE = "{base}"'), scope)
+    (cell,) = [cell for cell in cells if "scores.score(" in cell]
+    exec(cell, scope)
+    assert given == names
 
 
 def test_the_first_cell_is_the_same_in_all_notebooks() -> None:

@@ -21,6 +21,16 @@ from dreambooth_lib.training.validation import TOYBOX_SCORER
 FILES = ("scores.csv", "report.md", "best_median_worst.png")
 
 
+def load_encoders(models: Sequence[str | Path]) -> dict[str, Encoder]:
+    """Return encoders by the names that scores have of them, which tell two models apart."""
+    # The bundled base's own is called as configs call it, not by its folder.
+    own = {str(TOYBOX_SCORER): "toybox"}
+    names = [own.get(str(model), Path(model).name) for model in models]
+    if len(set(names)) < len(names):  # two of different owners
+        names = [own.get(str(model), str(model)) for model in models]
+    return {name: Encoder(model) for name, model in zip(names, models, strict=True)}
+
+
 def base_against_tuned(
     benchmark: Benchmark,
     config: Callable[[Subject], TrainConfig],
@@ -58,12 +68,7 @@ def base_against_tuned(
     state.wait_for_everyone()
     if not state.is_main_process:
         return
-    # The bundled base's own is called as configs call it, not by its folder.
-    own = {str(TOYBOX_SCORER): "toybox"}
-    names = [own.get(str(model), Path(model).name) for model in encoders]
-    if len(set(names)) < len(names):  # two of different owners
-        names = [own.get(str(model), str(model)) for model in encoders]
-    scorers = {name: Encoder(model) for name, model in zip(names, encoders, strict=True)}
+    scorers = load_encoders(encoders)
     by_rubric = RubricJudge(judge(), out / "judge") if judge else None
     judges = JUDGES | ({by_rubric.name: by_rubric} if by_rubric else {})
     rows = list(scores.score(benchmark, methods, out, scorers, protocol, judges=judges))
