@@ -150,11 +150,29 @@ def test_at_another_resolution_the_base_is_validated_again(started: Callable[...
             break
     before = validation_record.load_images(run, 0).subject[0].size
     smaller = runs.resume(run.folder, resolution=before[0] // 2)
-    with pytest.warns(UserWarning, match=r"so far have 16 x 16 pixels, and the next ones 8 x 8"):
+    with pytest.warns(UserWarning, match=r"now have 8 x 8 pixels, .* aside in validation_16x16.js"):
         list(train(smaller))
-    assert [row.step for row in history(run)] == [0, 2, 4]
-    assert {validation_record.load_images(run, n).subject[0].size for n in (0, 4)} == {(8, 8)}
+    assert [row.step for row in history(run)] == [0, 2, 4], "that of step 2 again, too"
+    aside = (run.folder / "validation_16x16.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in aside] == [0, 2]
+    assert {validation_record.load_images(run, n).subject[0].size for n in (0, 2, 4)} == {(8, 8)}
     assert history(run)[0].prior_drift == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_keeps_the_ceiling_that_it_began_with(started: Callable[..., Run]) -> None:
+    """As that of an earlier version, which paired near-duplicates."""
+    run = started("run", checkpoint_every=2)
+    for step in train(run):
+        if step.step == 2:
+            break
+    file = run.folder / "validation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.unlink()
+    for row in rows:
+        del row["crc32"]
+        run.append("validation", row | {"reference_fidelity": 0.99})
+    list(train(runs.resume(run.folder)))
+    assert [row.reference_fidelity for row in history(run)] == [0.99] * 3
 
 
 def test_another_base_to_draw_with_would_not_compare(started: Callable[..., Run]) -> None:
@@ -167,7 +185,7 @@ def test_another_base_to_draw_with_would_not_compare(started: Callable[..., Run]
 def test_a_black_validation_image_does_not_end_training(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, real = started("run"), Family.generate
+    run, real = started("run", dropout=0.5), Family.generate
 
     def black(family: Any, *rest: Any, **how: Any) -> Any:
         if len(run.log()) == 2:
@@ -176,8 +194,13 @@ def test_a_black_validation_image_does_not_end_training(
 
     monkeypatch.setattr(Family, "generate", black)
     with pytest.warns(UserWarning, match="step 2 is not validated: the autoencoder gave black"):
-        list(train(run))
+        steps = train(run)
+        losses = [step.loss for step in islice(steps, 2)]
+        monkeypatch.setattr(Family, "generate", real)
+        losses += [step.loss for step in steps]
     assert [row.step for row in history(run)] == [0, 4] and run.finished
+    sound = [step.loss for step in train(started("sound", dropout=0.5))]
+    assert losses == sound, "with dropout as before"
     assert validation_pace.skipped_steps(run) == [], "it was not for want of time"
 
 

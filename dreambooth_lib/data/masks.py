@@ -53,7 +53,8 @@ def pair_masks(
 def read_mask(photo: "Photo") -> Image.Image | None:
     """Return a photo's mask, of mode L and the photo's size; None if it has none.
 
-    Raises :class:`DataError` for a damaged mask and for one of another shape than the photo.
+    Raises :class:`DataError` for a damaged mask, for one of another shape than the photo, and for
+    one without a level of 128 or more.
     """
     if photo.mask is None:
         file = getattr(photo.pixels, "file", None)  # None of an image that is in memory only

@@ -170,7 +170,9 @@ def delete_earlier(folder: Path) -> None:
             f"{folder} holds a run of {subject.name}, which is no bundled subject, and would be "
             "replaced; choose another folder."
         )
-    shutil.rmtree(folder)
+    gone = folder.with_name(f".{folder.name}.gone")  # if this is killed, the folder is free
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(folder.rename(gone))
 
 
 def figures(

@@ -50,8 +50,8 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
     """Upload a folder as the model ``name`` ("you/my-dog") and return its address.
 
     The repository is created if it is missing; an existing one stays as public or private as it is.
-    It loses those files of an older model that this one lacks, which its history keeps; files that
-    are not the kit's stay. The token is :func:`hub_token`'s. Raises :class:`HubError` without a
+    It loses files with names of a model's files that this one lacks, which its history keeps; other
+    files stay. The token is :func:`hub_token`'s. Raises :class:`HubError` without a
     folder or a token, or if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi

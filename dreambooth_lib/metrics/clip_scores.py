@@ -34,8 +34,8 @@ def reference_fidelity(
 ) -> float:
     """Return the ceiling of :func:`subject_fidelity`, in [-1, 1]: the photos' own (Table 1).
 
-    Self-pairs are left out, so there must be two rows. ``groups`` are rows of near-duplicates,
-    which count as one photo: their pairs are left out, too, and there must be two groups.
+    Self-pairs are left out, so there must be two rows. ``groups`` are rows of near-duplicates:
+    pairs within a group are left out, too, and there must be two groups.
     """
     if groups is None or len(groups) == len(reference):
         return _mean_pair_cosine("reference", reference)

@@ -230,7 +230,7 @@ def _difference(
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():
         return ""
-    own = known_digests(run)  # photos in their folder may have been replaced since
+    own = _noted(run)  # photos in their folder may have been replaced since
     if own is None:
         place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
         own = _hashes(replace(subject, pictures=place))
@@ -241,6 +241,16 @@ def _difference(
     if own is None or given is None:
         return f"its photos could not be compared with those in {pictures}"
     return "" if own == given else f"its photos are not those in {pictures}"
+
+
+def _noted(run: Run) -> list[str] | None:
+    """Return the hashes of the photos that a run began with; None if they cannot be read."""
+    try:
+        return background.call(
+            lambda: known_digests(run), place=run.folder, limit=background.FILE_LIMIT
+        )
+    except Exception:  # whatever a drive raises
+        return None
 
 
 def _hashes(subject: Subject, sound_only: bool = False) -> list[str] | None:

@@ -34,22 +34,22 @@ def digests_of(photos: list[Photo]) -> list[str]:
 
 
 def known_digests(run: Run) -> list[str] | None:
-    """Return the digests of the photos that a run began with; None if that was not noted."""
+    """Return the digests of the photos that a run trains on; None if that was not noted."""
     digests = (read_object(run.folder / PHOTOS_FILE) or {}).get("digests")
     return digests if isinstance(digests, list) else None
 
 
 def note_photos(run: Run, photos: list[Photo]) -> None:
-    """Note the photos that a run begins with; warn where it goes on with others."""
+    """Note the photos that a run trains on; warn where it was others before."""
     now, known = digests_of(photos), known_digests(run)
-    if known is None or not has_begun(run.folder):
-        write_object(run.folder / PHOTOS_FILE, {"digests": now})
-    elif known != now:
+    if known not in (None, now) and has_begun(run.folder):
         warnings.warn(
             f"{run.folder} began with other photos than {run.config.subject.pictures} has now; "
             "for these, start a new run.",
             stacklevel=2,
         )
+    if known != now:
+        write_object(run.folder / PHOTOS_FILE, {"digests": now})
 
 
 def _read(run: Run, field: str, source: str, photos: Subject | str, advice: str) -> list[Photo]:

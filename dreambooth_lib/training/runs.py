@@ -1,7 +1,7 @@
 """A run's folder: its config, its log, its checkpoints and the tuned pipeline.
 
 RUN/config.toml, memory.json        and what memory "auto" was resolved to (see memory_level.py)
-RUN/photo_digests.json      of the photos that it began with
+RUN/photo_digests.json      of the photos that it trains on
 RUN/log.jsonl               one row per training step
 RUN/changes.jsonl           the settings that changed when it was resumed, and at which step
 RUN/chosen_checkpoint.json  the step that a person chose in a notebook, if one did
@@ -49,7 +49,7 @@ class RunError(KitError, ValueError):
 
 LEVEL_FILE = "memory.json"  #: of a run or a study: what memory "auto" was resolved to, as fields
 GOAL_FILE = "trained.json"  #: in a run's pipeline: what it was trained to
-PHOTOS_FILE = "photo_digests.json"  #: in a run's folder: which photos it began with
+PHOTOS_FILE = "photo_digests.json"  #: in a run's folder: which photos it trains on
 #: What lies in a run's folder before the first checkpoint.
 _FIRST_FILES = ("config.toml", LEVEL_FILE, PHOTOS_FILE, "log.jsonl", "validation.jsonl",
                 "validation")  # fmt: skip

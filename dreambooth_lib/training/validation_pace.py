@@ -1,8 +1,8 @@
 """Keep validation to a share of the training time: decide which validations a run can afford.
 
 The first process decides, from the seconds in the run's log and validation rows. A validation that
-it skips has a row of its own, so that a resumed run does not decide again. Training does not depend
-on any of this: its weights are the same.
+it skips has a row of its own, so that a resumed run does not decide again; one that could not be
+drawn is tried again. Training does not depend on any of this: its weights are the same.
 """
 
 from statistics import median

@@ -17,7 +17,13 @@ from PIL import Image
 from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.digests import changed_file, write_digests
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.files import open_image, recover_folder, replacing_folder, save_png
+from dreambooth_lib.core.files import (
+    open_image,
+    recover_folder,
+    replace_file,
+    replacing_folder,
+    save_png,
+)
 from dreambooth_lib.core.old_names import current_fields, locate
 from dreambooth_lib.data.images import Images, Photo
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
@@ -77,9 +83,11 @@ class Validator:
         """Draw and score the model's validation images; write images and scores to the run."""
         start, subject, was_training = time.perf_counter(), self.run.config.subject, model.training
         model.eval()
-        images = draw_images(family, subject, self.plan)
-        losses = self.held_out.losses(model)
-        model.train(was_training)
+        try:
+            images = draw_images(family, subject, self.plan)
+            losses = self.held_out.losses(model)
+        finally:  # training may go on without this validation
+            model.train(was_training)
         if step == 0 or self._base is None:
             base_images = images if step == 0 else load_images(self.run, 0)
             self._base = BaseEmbeddings(self.scorers.images, base_images)
@@ -108,22 +116,38 @@ class Validator:
     def has_base(self, family: Family) -> bool:
         """Return whether the frozen base has been validated, in the size that ``family`` draws in.
 
-        Warns of images that are damaged or have another size: the same seed has other noise there.
+        Warns of images that are damaged. In another size the same seed has other noise: warns, and
+        sets the validations so far aside, as later ones do not compare with them.
         """
-        if 0 not in {result.step for result in history(self.run)}:
+        results = {result.step: result for result in history(self.run)}
+        if 0 not in results:
             return False
         try:
             images = load_images(self.run, 0)
-            if (size := images.subject[0].size) != family.size:
+            sizes = {image.size for image in images.subject}
+            if sizes != {family.size}:
+                aside = _set_aside(self.run, *sizes)
                 raise RunError(
-                    f"the validation images so far have {size[0]} x {size[1]} pixels, and the next "
-                    f"ones {family.size[0]} x {family.size[1]}."
+                    f"validation images now have {family.size[0]} x {family.size[1]} pixels, so "
+                    f"that the validations before are set aside in {aside}."
                 )
         except KitError as error:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)
             return False
         self._base = BaseEmbeddings(self.scorers.images, images)
+        # One ceiling for all of a run's validations: earlier versions had another one.
+        self.reference_fidelity = results[0].reference_fidelity
         return True
+
+
+def _set_aside(run: Run, *sizes: tuple[int, int]) -> str:
+    """Move a run's validation rows to a file of their images' size; return its name."""
+    named = "_".join(f"{width}x{height}" for width, height in sizes)
+    rows, aside = locate(run.folder, "validation.jsonl"), run.folder / f"validation_{named}.jsonl"
+    before = aside.read_bytes() if aside.exists() else b""
+    replace_file(aside, before + rows.read_bytes())
+    rows.unlink()
+    return aside.name
 
 
 def plan_of(run: Run) -> ValidationPlan:
