@@ -244,7 +244,7 @@ def _difference(
 
 
 def _noted(run: Run) -> list[str] | None:
-    """Return the hashes of the photos that a run began with; None if they cannot be read."""
+    """Return the hashes of the photos that a run trains on; None if they cannot be read."""
     try:
         return background.call(
             lambda: known_digests(run), place=run.folder, limit=background.FILE_LIMIT

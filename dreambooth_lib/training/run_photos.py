@@ -1,4 +1,4 @@
-"""Read the photos that a run's config names, and note which they were."""
+"""Read the photos that a run's config names, and note which ones it trains on."""
 
 import warnings
 from pathlib import Path
