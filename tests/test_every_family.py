@@ -15,6 +15,7 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.families.noise_schedule import FlowNoise
+from dreambooth_lib.families.prompt_cache import PromptCache
 from dreambooth_lib.training.losses import per_sample_errors
 
 #: All but Stable Diffusion, which test_families.py tests.
@@ -120,6 +121,25 @@ def test_latents_are_those_that_the_pipeline_decodes(both: tuple[Family, Any]) -
     shift = config.shift_factor or 0
     assert torch.allclose(mean / config.scaling_factor + shift, posterior.mean, atol=1e-5)
     assert torch.allclose(std / config.scaling_factor, posterior.std, atol=1e-5)
+
+
+def test_large_text_encoders_encode_a_runs_prompts_eight_at_a_time(
+    both: tuple[Family, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, _ = both
+    prompts = [
+        "a dog" + " on the beach" * (number % 4) + " in snow" * number for number in range(19)
+    ]
+    encode, sizes = family.encode_prompts, []
+    monkeypatch.setattr(
+        family, "encode_prompts", lambda some: sizes.append(len(some)) or encode(some)
+    )
+    cache = PromptCache(family, prompts)
+    assert sizes == ([8, 8, 3] if family.large_encoder_names else [19])
+    together = family.pipeline_arguments(cache(prompts))
+    for row, prompt in enumerate(prompts):
+        for name, alone in family.pipeline_arguments(encode([prompt])).items():
+            assert torch.allclose(together[name][row], alone[0], atol=1e-5), (prompt, name)
 
 
 def test_base_info_equals_what_the_loaded_base_has(both: tuple[Family, Any]) -> None:

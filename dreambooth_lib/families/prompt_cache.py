@@ -4,10 +4,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.functional import pad
 
 from dreambooth_lib.families.base import Cond, Family
 from dreambooth_lib.families.device_copies import rows
 from dreambooth_lib.families.precision import NonFinite, computed_in
+
+BATCH = 8  #: prompts that a large text encoder encodes at once: T5-XXL takes 70 MB for each
 
 
 class PromptCache:
@@ -19,8 +22,14 @@ class PromptCache:
     def __init__(self, family: Family, prompts: Collection[str]):
         distinct = sorted(set(prompts))
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
+        # All at once where prompts may take several chunks: they are made of one length together.
+        at_once = BATCH if family.large_encoder_names else len(distinct)
         with torch.no_grad():
-            self.cond = family.conditioning(distinct)
+            parts = [
+                family.conditioning(distinct[start : start + at_once])
+                for start in range(0, len(distinct), at_once)
+            ]
+        self.cond = {name: _join([part[name] for part in parts]) for name in parts[0]}
         for value in self.cond.values():
             if not value.isfinite().all():
                 gave = "conditioning that is not finite"
@@ -39,3 +48,11 @@ class PromptCache:
             yield
         finally:
             family.prompt_cache = before
+
+
+def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Join batches, [B, L, D] of different L padded with zeros to the longest."""
+    if tensors[0].ndim < 3:
+        return torch.cat(tensors)
+    length = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([pad(tensor, (0, 0, 0, length - tensor.shape[1])) for tensor in tensors])

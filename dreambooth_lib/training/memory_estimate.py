@@ -121,7 +121,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
         for module in modules:
             make_fake(module)
         if offloaded:  # text encoders encode all prompts first
-            prompts = [config.subject.instance_prompt] * (8 if config.validate_every else 3)
+            prompts = [config.subject.instance_prompt] * (BATCH if config.validate_every else 3)
             encoders = (*family.text_encoders, *family.frozen[1:])
             with torch.no_grad(), AllocationCounter(*encoders) as counter:
                 family.meta_prompts(prompts)
