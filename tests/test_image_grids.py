@@ -210,3 +210,21 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across() -> None:
     assert narrow.width < wide.width < page.width, "a column is as wide as what is in it"
     with pytest.raises(ValueError, match="row 1 has 1 cells for 2 columns"):
         image_grids.matrix(["a", "b"], ["x", "y"], [[solids(1), solids(1)], [solids(1)]])
+
+
+def test_the_labels_of_a_wide_matrix_are_legible_where_it_is_shown_reduced() -> None:
+    def height_of_label(columns: int) -> float:
+        """Return the height in pixels of "λ 0" where the page is 800 pixels wide."""
+        cells = [[solids(3) for _ in range(columns)]]
+        page = image_grids.matrix(["λ 0"], [str(n) for n in range(columns)], cells)
+        left = np.asarray(page.convert("L"))[:, : image_grids.MARGIN + 20]
+        (dark,) = np.nonzero((left < 128).any(1))
+        return (dark.max() - dark.min() + 1) * min(1, 800 / page.width)
+
+    assert height_of_label(1) == pytest.approx(12, abs=1)
+    assert height_of_label(7) > 0.7 * height_of_label(1)
+    long = "... without prior\npreservation"
+    broken, short = (
+        image_grids.matrix([label], ["a"], [[solids(1)]]).width for label in (long, "... without")
+    )
+    assert broken < short + 100, "a label of two lines is as wide as its longer one"

@@ -14,6 +14,7 @@ _REDUCE_TO = 160  # larger ones shrink to it
 MARGIN = 32  # around a page, and between its parts
 _GAP = 8  # between images
 _MANY = 6  # images in a matrix's cell, from which they come in two rows
+_SHOWN_WIDTH = 800  # of a notebook's or a site's column, about
 TITLE, HEADING, TEXT, LABEL = 26, 18, 16, 13  # font sizes
 
 Images = Sequence[Image.Image]
@@ -72,17 +73,21 @@ def matrix(
         for images in row:
             check(images, f"a cell of row {number}")
     layout = Layout([image for row in cells for images in row for image in images])
-    x = MARGIN + max(_width(label) for label in rows) + 2 * _GAP
-    y = MARGIN + (line_height(TITLE) + _GAP if title else 0)
-    layout.text(MARGIN, MARGIN, title, TITLE, bold=True)
+    across = [layout.across_cell(max(map(len, column))) for column in zip(*cells, strict=True)]
+    # A wide page is shown reduced, and its labels must be legible then.
+    larger = max(1.0, sum(across) / _SHOWN_WIDTH)
+    title_size, size = round(TITLE * larger), round(TEXT * larger)
+    x = MARGIN + max(_width(label, size) for label in rows) + 2 * _GAP
+    y = MARGIN + (line_height(title_size) + _GAP if title else 0)
+    layout.text(MARGIN, MARGIN, title, title_size, bold=True)
     starts = []
-    for label, column in zip(columns, zip(*cells, strict=True), strict=True):
-        layout.text(x, y, label, TEXT)
+    for label, width in zip(columns, across, strict=True):
+        layout.text(x, y, label, size)
         starts.append(x)
-        x += max(layout.across_cell(max(map(len, column))), _width(label)) + MARGIN
-    y += line_height(TEXT) + _GAP
+        x += max(width, _width(label, size)) + MARGIN
+    y += line_height(size) + _GAP
     for label, row in zip(rows, cells, strict=True):
-        layout.text(MARGIN, y + layout.side / 2, label, TEXT, anchor="lm")
+        layout.text(MARGIN, y + layout.side / 2, label, size, anchor="lm")
         for start, images in zip(starts, row, strict=True):
             layout.cell(start, y, images)
         y += layout.side + 2 * _GAP
@@ -186,8 +191,9 @@ def line_height(size: int) -> int:
     return round(size * 1.4)
 
 
-def _width(label: str) -> int:
-    return round(_font(TEXT).getlength(printable(label)))
+def _width(label: str, size: int) -> int:
+    font = _font(size)
+    return round(max(font.getlength(printable(line)) for line in label.split("\n")))
 
 
 def check(images: Sequence[Any], name: str) -> None:
