@@ -334,3 +334,24 @@ def test_lora_has_a_learning_rate_of_its_own() -> None:
     assert TrainConfig(DOG, "owner/model", method="lora").learning_rate == 1e-4
     assert TrainConfig(DOG, "owner/model").learning_rate == 5e-6
     assert TrainConfig(DOG, method="lora", learning_rate=2e-4).learning_rate == 2e-4
+
+
+def test_another_base_or_method_brings_its_own_defaults(photos: str) -> None:
+    subject = Subject(photos, "dog")
+    toybox, real = TrainConfig(subject), "some/model"
+    assert toybox.replace(base=real) == TrainConfig(subject, real)
+    assert toybox.replace(base=real).replace(base="toybox") == toybox
+    lora = TrainConfig(subject, method="lora")
+    assert toybox.replace(method="lora") == lora and lora.replace(method="full") == toybox
+    assert toybox.replace(base=real, method="lora") == TrainConfig(subject, real, method="lora")
+    ours = toybox.replace(learning_rate=2e-3, scorer="my/clip", steps=9)
+    moved = ours.replace(base=real, steps=70)
+    assert (moved.learning_rate, moved.scorer, moved.steps) == (2e-3, "my/clip", 70)
+    assert moved.image_scorer == "my/clip" and moved.batch_size == 1
+
+
+def test_a_prior_that_is_set_again_has_a_weight(photos: str) -> None:
+    none = TrainConfig(Subject(photos, "dog"), prior="none")
+    assert none.replace(prior="generated").prior_weight == 1.0
+    assert none.replace(prior="generated", prior_weight=0.5).prior_weight == 0.5
+    assert none.replace(steps=3).prior_weight == 0.0

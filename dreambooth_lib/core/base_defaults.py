@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import config_file
 from dreambooth_lib.core.config_types import ConfigError, shown
+
+if TYPE_CHECKING:
+    from dreambooth_lib.core.config import TrainConfig
 
 #: Defaults that depend on the base: first toybox's, then every other base's, which are the paper's
 #: for Stable Diffusion. None means what the base's own model card says.
@@ -39,6 +42,16 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
     by_method = ("learning_rate", "prior", "validate_every")
     of_lora = {name: defaults.pop(f"lora_{name}") for name in by_method}
     return defaults | (of_lora if method == "lora" else {})
+
+
+def fields_by_default(config: "TrainConfig", changes: dict[str, Any]) -> dict[str, None]:
+    """Return None for each field whose default another base or method in ``changes`` replaces."""
+    base, method = changes.get("base", config.base), changes.get("method", config.method)
+    if (base, method) == (config.base, config.method):
+        return {}
+    before, after = base_defaults(config.base, config.method), base_defaults(base, method)
+    return {name: None for name, value in before.items()
+            if after[name] != value == getattr(config, name)}  # fmt: skip
 
 
 def origin(base: str) -> str:

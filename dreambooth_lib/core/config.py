@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import config_file
-from dreambooth_lib.core.base_defaults import base_defaults, origin
+from dreambooth_lib.core.base_defaults import base_defaults, fields_by_default, origin
 from dreambooth_lib.core.config_checks import LOW_MEMORY, check
 from dreambooth_lib.core.config_types import ConfigError, take_types
 from dreambooth_lib.core.prior_prompts import GENERIC, generic_prompts
@@ -255,19 +255,23 @@ class TrainConfig:
     def replace(self, **changes: Any) -> "TrainConfig":
         """Return this config with some fields changed, validated anew.
 
-        A new ``validate_every`` has no ``validation_share`` but one that is given with it, and a
-        new ``scorer`` compares images, too, unless there is an ``image_scorer`` with it. The
-        generic prompts of a LoRA's default prior go with it, and follow a new subject or base.
+        With another ``base`` or ``method``, fields that have a default by these get that of the
+        new ones. A new ``validate_every`` has no ``validation_share`` but one that is given with
+        it, and a new ``scorer`` compares images, too, unless there is an ``image_scorer`` with it.
+        The generic prompts of a LoRA's default prior go with it, and follow a new subject or base.
+        A prior that replaces "none" has the weight 1 unless another is given.
         """
         if self.has_lora_prior and "prior_prompts" not in changes:
             new_method = changes.get("method", self.method) != self.method
             other = "prior" in changes or changes.get("class_folder") or new_method
             changes = {"prior_prompts": None if other else GENERIC} | changes
+        if self.prior == "none" and changes.get("prior", "none") != "none":
+            changes = {"prior_weight": 1.0} | changes
         if "scorer" in changes:
             changes = {"image_scorer": None} | changes
         if "validate_every" in changes:
             changes = {"validation_share": None} | changes
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **fields_by_default(self, changes) | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict for TOML or JSON, without fields that are None or empty."""

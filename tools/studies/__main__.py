@@ -147,7 +147,7 @@ def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     They train on all five photos.
     """
     default = plain(subject).replace(hold_out=False, steps=ABLATION_STEPS)
-    lora = default.replace(method="lora", lora_rank=8, learning_rate=None)
+    lora = default.replace(method="lora", lora_rank=8, prior="generated")
 
     def of_subject(**changes: str) -> TrainConfig:
         return default.replace(subject=replace(subject, **changes))

@@ -54,9 +54,7 @@ def kinds() -> dict[str, Callable[[TrainConfig], TrainConfig]]:
     """Return how each kind of run changes ``TrainConfig.auto``, without early stopping."""
     every: dict[str, Callable[[TrainConfig], TrainConfig]] = {
         "full": lambda config: config,
-        "lora": lambda config: config.replace(
-            method="lora", lora_rank=8, learning_rate=None, prior=None
-        ),
+        "lora": lambda config: config.replace(method="lora", lora_rank=8),
     }
     for weight in LAMBDAS:
         every[f"lambda-{weight:g}"] = lambda config, w=weight: config.replace(prior_weight=w)

@@ -25,7 +25,7 @@ def priors(subject: Subject) -> dict[str, TrainConfig]:
         },
     }
     full = TrainConfig(subject, hold_out=False, steps=STEPS)
-    lora = full.replace(method="lora", lora_rank=8, learning_rate=None)
+    lora = full.replace(method="lora", lora_rank=8)
     methods = {"LoRA": lora, "full": full}
     both = {f"{m} {name}": config.replace(**fields)
             for m, config in methods.items() for name, fields in kinds.items()}  # fmt: skip
