@@ -20,6 +20,7 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.threads import one_at_a_time
 from dreambooth_lib.families import loading, peft_adapters
 from dreambooth_lib.families.base import Family, vae_scale
+from dreambooth_lib.families.prompt_cache import BATCH
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.allocation_counter import (
     AllocationCounter,
