@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import struct
 import subprocess
 import sys
@@ -453,6 +454,8 @@ def test_the_good_photos_are_used_once_the_person_goes_on_without_the_bad(folder
     assert text.endswith(
         '; d.HEIC cannot be used either; or go on without: left_out = ["b.png", "d.HEIC"].'
     )
+    from_another_process = pickle.loads(pickle.dumps(caught.value))
+    assert str(from_another_process) == text and from_another_process.names == caught.value.names
     with pytest.warns(UserWarning, match=r"b\.png and d\.HEIC are left out, as you chose\."):
         subject = load_subject(folder, "dog", left_out=caught.value.names)
     assert [photo.name for photo in read_photos(subject)] == ["a.png", "c.png"]

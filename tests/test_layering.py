@@ -227,6 +227,7 @@ def test_names_of_the_package_are_where_it_says() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}.")
         for alias in node.names
     }
+    assert dreambooth_lib.__all__ == sorted(dreambooth_lib._HOME)
     assert typed == {(name, f"{PACKAGE}.{home}") for name, home in dreambooth_lib._HOME.items()}
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = dreambooth_lib.no_such_name

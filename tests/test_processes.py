@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +227,18 @@ def test_one_process_of_accelerates_where_two_were_asked_for_says_so(
         monkeypatch.setenv(name, two[name])
     with pytest.raises(LaunchError, match=r"started only one process.*'torchrun --standalone"):
         join_group()
+
+
+def test_a_mac_trains_on_its_cpu() -> None:
+    # Its GPU has no 8-bit AdamW, and what is copied to it may be read too early.
+    code = (
+        "import torch\n"
+        "torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True\n"
+        "from dreambooth_lib.core.processes import join_group\n"
+        "print(join_group().device.type)"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.split() == ["cpu"]
 
 
 def test_processes_that_form_no_group_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ Each damage ends in the result of an undamaged run, or in a sentence; never in o
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from dreambooth_lib.core.checked_json import append_row, read_rows
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import DiskError
+from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.locks import LockError, lock
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families.loading import BaseError
@@ -495,6 +497,17 @@ def test_a_drive_without_locks_is_used_without_one(
         pass
 
 
+def test_a_drive_of_whose_locks_an_earlier_filelock_complains_is_used_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.warns(UserWarning, match="on a drive without locks"), lock(tmp_path):
+        pass
+
+
 def test_signals_are_kept_while_any_training_is_open() -> None:
     first, second = raise_on_termination(), raise_on_termination()
     first.__enter__()
@@ -573,6 +586,19 @@ def test_a_state_that_cannot_be_written_leaves_nothing_half_made(
     with pytest.raises(DiskError, match=rf"{tmp_path / 'state'} could not be written"):
         save_state(tmp_path / "state", {"step": 1, "model": {"w": torch.ones(3)}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_flushed_as_windows_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_state(tmp_path / "state", {"step": 1, "model": {"w": torch.ones(3)}})
+    replace_file(tmp_path / "file", b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 def test_a_drive_that_is_gone_is_told_with_what_is_safe(

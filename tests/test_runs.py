@@ -59,6 +59,19 @@ def test_a_run_started_twice_is_resumed_with_the_second_config(
     assert runs.resume(tmp_path / "run") == again
 
 
+def test_a_run_stays_where_it_is_when_the_working_folder_changes(
+    tmp_path: Path, photos: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    started = runs.start(make_config("toybox", photos), "run")
+    resumed = runs.resume("run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert started.folder == resumed.folder == tmp_path / "run"
+    assert runs.resume(resumed, steps=7).config.steps == 7, "by the run itself"
+    assert runs.resume(tmp_path / "run").config.steps == 7
+
+
 @pytest.mark.parametrize("field", ["subject", "train_text_encoder"])
 def test_a_run_of_another_subject_or_method_is_not_resumed(field: str, run: Run) -> None:
     subject = dataclasses.replace(run.config.subject, identifier="hta")

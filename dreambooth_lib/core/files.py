@@ -166,7 +166,7 @@ def open_image(path: Path) -> "Image.Image":
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR)  # Windows flushes no file that is open for reading
     try:
         os.fsync(descriptor)
     finally:

@@ -37,8 +37,8 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     try:
         with explain_disk_errors(folder / LOCK_FILE):
             held.acquire()
-    except DiskError as error:
-        if error.errno not in _NO_LOCKS:
+    except (DiskError, NotImplementedError) as error:  # the second by an earlier filelock
+        if isinstance(error, DiskError) and error.errno not in _NO_LOCKS:
             raise
         warnings.warn(f"{folder} is on a drive without locks; use it from one process at a time.",
                       stacklevel=3)  # fmt: skip

@@ -41,6 +41,8 @@ def join_group() -> "PartialState":
     # Without cpu=True there is never a group on a CPU: each process would train by itself.
     cpu = asked > 1 and not torch.accelerator.is_available()
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    # A Mac's GPU has no 8-bit AdamW, and torch may read tensors there before they are copied.
+    cpu = cpu or torch.backends.mps.is_available()
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if asked > 1 and not cpu and torch.cuda.is_available() and here > gpus:
         raise LaunchError(

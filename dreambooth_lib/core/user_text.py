@@ -33,6 +33,12 @@ _HOME = re.compile(
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 
 
+def short_path(path: str | Path) -> str:
+    """Return a path relative to the working directory if it lies inside, else as it is."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def problem_with_words(text: str) -> str | None:
     """Say what keeps a text from being a noun or a name, as the rest of a sentence; None if fit.
 

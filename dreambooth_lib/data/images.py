@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from PIL import Image
 
@@ -116,6 +116,11 @@ class BadPhotosError(DataError):
             f"[{', '.join(map(python_string, errors))}]."
         )
         self.names = tuple(errors)  #: of their files
+        self._errors = errors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By itself, another process would get the sentence instead of the errors.
+        return type(self), (self._errors,)
 
 
 class Source(NamedTuple):

@@ -34,7 +34,7 @@ def evaluate(arguments: argparse.Namespace) -> Iterator[str]:
         if state.is_main_process:
             yield f"{progress.done} of {progress.total} images, {minutes}"
     if state.is_main_process:
-        yield from (arguments.out / "report.md").read_text().splitlines()
+        yield from (arguments.out / "report.md").read_text(encoding="utf-8").splitlines()
         for file in report.FILES:
             yield str(arguments.out / file)
 

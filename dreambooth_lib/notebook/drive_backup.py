@@ -21,6 +21,7 @@ from pathlib import Path
 from dreambooth_lib.core.errors import KitError, printable
 from dreambooth_lib.core.files import Fingerprint, retry, visible_files
 from dreambooth_lib.core.old_names import locate
+from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.notebook.drive_copy import (
     copy_part,
     delete_removed,
@@ -63,8 +64,8 @@ def backup(run: Run, folder: str | Path) -> str | None:
     if not problems:
         return None
     return printable(
-        f"Training continues, but {run.folder} is not completely backed up to {folder}: "
-        f"{problems[0]}."
+        f"Training continues, but {short_path(run.folder)} is not completely backed up to "
+        f"{folder}: {problems[0]}."
     )
 
 

@@ -11,6 +11,7 @@ from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.data.images import BadPhotosError, listed, read_photos
 from dreambooth_lib.notebook.drive_copy_back import (
     RestoreError,
@@ -36,7 +37,8 @@ class FoundRun:
 
     def __str__(self) -> str:
         progress = f"step {self.step} of {self.run.config.steps}"
-        return f"{self.run.folder}: {progress}, last saved {self.last_saved:%Y-%m-%d %H:%M} UTC"
+        saved = f"last saved {self.last_saved:%Y-%m-%d %H:%M} UTC"
+        return f"{short_path(self.run.folder)}: {progress}, {saved}"
 
 
 def restore(folder: str | Path, local: str | Path) -> Run:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth_lib.core import background
+from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.training.runs import Run
 
@@ -65,7 +66,7 @@ class Backup:
 
     def _late(self) -> str:
         return (
-            f"The backup of {self.run.folder} to {self.folder} has not ended within "
+            f"The backup of {short_path(self.run.folder)} to {self.folder} has not ended within "
             f"{self.limit / 60:.0f} minutes; it goes on in the background, but check that the "
             "drive answers, and back up again later."
         )

@@ -81,9 +81,10 @@ def train(run: Run, objective: Objective = prior_preservation) -> Generator[Step
     ``objective`` is called under autocast; the loss it returns must be differentiable with respect
     to the prediction. The caller owns the loop: leaving it (``break``, an exception, interrupting a
     notebook's cell) saves a checkpoint first, and ``train(resume(folder))`` continues from there.
-    So do SIGTERM and SIGHUP. Raises :class:`NonFiniteLoss`, :class:`OutOfMemory`, ``DiskError``,
-    ``LockError`` if another process trains the run, and what reading the images and loading the
-    base raise.
+    So do SIGTERM and SIGHUP. Give your own ``objective`` again, as no file records it. If you
+    keep the generator in a variable, call its ``close()`` after ``break``; only then does it save.
+    Raises :class:`NonFiniteLoss`, :class:`OutOfMemory`, ``DiskError``, ``LockError`` if another
+    process trains the run, and what reading the images and loading the base raise.
     """
     is_first = join_group().is_main_process
     with raise_on_termination(), lock(run.folder) if is_first else nullcontext():

@@ -17,12 +17,12 @@ class OptimizerUnavailable(KitError, RuntimeError):
 def resolve_optimizer(config: TrainConfig, device_type: str) -> str:
     """Return the optimizer that ``config.optimizer`` means on ``device_type``.
 
-    "auto" is 8-bit AdamW on a GPU. On a CPU bitsandbytes works too, but a step takes about ten
-    times as long as with torch's fused AdamW, so "auto" is the latter.
+    "auto" is 8-bit AdamW on a GPU by NVIDIA or AMD. On a CPU bitsandbytes works too, but a step
+    takes about ten times as long as with torch's fused AdamW, so "auto" is the latter.
     """
     if config.optimizer != "auto":
         return config.optimizer
-    return "adamw" if device_type == "cpu" else "adamw8bit"
+    return "adamw8bit" if device_type == "cuda" else "adamw"
 
 
 def make_optimizer(

@@ -172,7 +172,7 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
     Raises :class:`RunError` if the folder holds anything else, and ``LockError`` if another process
     trains there.
     """
-    folder, config = Path(folder), with_absolute_paths(config)
+    folder, config = Path(folder).absolute(), with_absolute_paths(config)
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     # Hidden files may be left of a try that was killed.
@@ -258,13 +258,13 @@ def _fixed_fields(run: Run) -> tuple[str, ...]:
     return _FIXED + (_FIXED_BY_VALIDATION if run.rows("validation") else ())
 
 
-def resume(folder: str | Path, **changes: Any) -> Run:
+def resume(folder: str | Path | Run, **changes: Any) -> Run:
     """Open a run, to train it further or to sample from it; save ``changes`` to its config.
 
     Raises :class:`RunError` if the folder is not a run, or if its checkpoints would not fit the
     changes, ``LockError`` if another process trains it and ``ConfigError`` for a bad config.
     """
-    folder = Path(folder)
+    folder = folder.folder if isinstance(folder, Run) else Path(folder).absolute()
     if not (folder / "config.toml").exists():
         raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
     recover_folder(folder / "pipeline")

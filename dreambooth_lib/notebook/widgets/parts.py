@@ -5,7 +5,6 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ipywidgets import HTML, Button, HBox, Image, Layout, VBox
@@ -116,12 +115,6 @@ def busy(button: Button) -> Iterator[None]:
         yield
     finally:
         button.disabled = False
-
-
-def short_path(path: str | Path) -> str:
-    """Return a path relative to the working directory if it lies inside, else as it is."""
-    path, here = Path(path), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _png(save: Callable[..., Any], **options: Any) -> bytes:

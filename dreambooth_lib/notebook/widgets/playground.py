@@ -27,13 +27,13 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.figures import png_text
 from dreambooth_lib.notebook.widgets.parts import (
     Panel,
     busy,
     captioned,
     control,
-    short_path,
     with_hints,
 )
 from dreambooth_lib.training.runs import Run

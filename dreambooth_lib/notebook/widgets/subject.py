@@ -14,6 +14,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.errors import printable
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.data.captions import check_captions, check_lengths, write_captions
 from dreambooth_lib.data.decoding import MAX_BYTES
 from dreambooth_lib.data.identifiers import check_folder_name, check_identifier, rare_identifiers
@@ -31,7 +32,6 @@ from dreambooth_lib.notebook.widgets.parts import (
     bullets,
     control,
     empty_image,
-    short_path,
     show_image,
     with_hints,
 )
