@@ -202,7 +202,7 @@ def take(number: int, folder: Path = DATA, out: Path = Path("outputs/judging")) 
 
 
 def agreement(scorer: Encoder, rows: "Rows", folder: Path = DATA) -> list[str]:
-    """Return a table of how far ranking and verdict agree with what both passes judged alike.
+    """Return tables of how far ranking and verdict agree with what both passes judged alike.
 
     The ranking is of the pairs' images, by likeness, where both passes said which is better. The
     verdict is a checkpoint's, by the images that its run drew (``rows``, of :mod:`trust`), beside
@@ -234,12 +234,21 @@ def agreement(scorer: Encoder, rows: "Rows", folder: Path = DATA) -> list[str]:
     right = sum(count for (judged, found), count in words.items() if judged == found)
     opposite = words[0, 2] + words[2, 0]
     total = words.total()
+    most = max(sum(words[judged, found] for found in range(3)) for judged in range(3))
+    names = ("no", "partly", "yes")
     return [
         "| | judged | agree |",
         "|---|---|---|",
         f"| which image is more like the subject | {ranked.total()} pairs | "
         f"{ranked[True] / max(1, ranked.total()):.1%} |",
         f"| learnt: yes, partly or no | {total} validations | {right / max(1, total):.1%} |",
+        f"| the same, if every verdict were the commonest | {total} validations | "
+        f"{most / max(1, total):.1%} |",
         f"| never yes for no or no for yes | {total} validations | "
         f"{1 - opposite / max(1, total):.1%} |",
-    ]
+        "",
+        "| judged \\ verdict | no | partly | yes |",
+        "|---|---|---|---|",
+        *(f"| {name} | {' | '.join(str(words[judged, found]) for found in range(3))} |"
+          for judged, name in enumerate(names)),
+    ]  # fmt: skip
