@@ -1,4 +1,4 @@
-"""λ that sets itself: its rule, its pool, its checkpoints, and what it does to real runs."""
+"""Adaptive λ: its rule, its pool, its checkpoints, and what it does to real runs."""
 
 import json
 import math

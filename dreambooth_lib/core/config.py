@@ -25,10 +25,11 @@ SAMPLING_FIELDS = ("prior_inference_steps", "prior_guidance_scale", "guidance_sc
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. Two equal configs give equal runs on one machine.
+    """All settings of a run.
 
-    Fields left at ``None`` take the base's defaults. Raises :class:`ConfigError` for a value that
-    is out of range or contradicts another.
+    On one CPU, two runs with equal configs and the same photos give identical weights; on a GPU
+    they agree up to rounding. Fields left at ``None`` take the base's defaults. Raises
+    :class:`ConfigError` for a value that is out of range or contradicts another.
     """
 
     subject: Subject
@@ -63,8 +64,8 @@ class TrainConfig:
     #: prior_weight becomes 0. None is "generated" for method "full"; for a LoRA, "distilled_images"
     #: with prior_prompts "generic", which also preserves other prompts
     prior: str = _BY_BASE
-    #: more prompts whose images are to stay as the base draws them, which take half of the prior's
-    #: rows and of its class images; "" is allowed, and "generic" stands for prompts of this base
+    #: other prompts to preserve besides the class's: half of the class images, and half of the
+    #: class rows of each batch, are theirs; "" is allowed, "generic" are prompts of this base
     prior_prompts: tuple[str, ...] | None = None
     #: pull the weights towards the base's: each step shrinks the change by learning_rate x this
     anchor_weight: float | None = None
@@ -138,8 +139,8 @@ class TrainConfig:
     # Images
     resolution: int | None = None  #: pixels per side; None is the base's own
     #: "center" or "random": a square; "subject": a square around the subject, by its mask or where
-    #: crops.json beside the photos says; "buckets": no square, but the one of many sizes of equal
-    #: area that leaves out least, around the subject
+    #: crops.json beside the photos says; "buckets": aspect ratio bucketing, in which each photo
+    #: gets the size that cuts off least, around the subject
     crop: str = "center"
     #: weight of the loss outside the photos' masks, from 0 to 1, where the subject has 1; None: no
     #: masks are used

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: pass there.
 LOW_MEMORY = ("low", "lowest")
 
-#: Bounds of a λ that sets itself: a class that it cannot keep must not drown the subject.
+#: Bounds of an adaptive λ: a class that it cannot keep must not drown the subject.
 PRIOR_WEIGHTS = (0.05, 8.0)
 
 #: Adapters of peft beside LoRA that can be trained, by their names there. All of them can be merged

@@ -38,7 +38,7 @@ class OutOfMemory(KitError, RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """One training step, in plain numbers; its losses are those of the whole batch, before it."""
+    """One training step, in plain numbers; losses are the whole batch's, before the update."""
 
     step: int  #: steps completed so far, 1 after the first
     loss: float

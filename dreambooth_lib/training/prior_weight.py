@@ -1,4 +1,4 @@
-"""λ, the weight of the prior, that sets itself: the multiplier of "keep the class: 95%".
+"""Adapt λ, the weight of the prior, during training: the multiplier of "keep the class: 95%".
 
 The class is kept to 95% where the frozen base's loss on held-out class images is 95% of the trained
 model's: their ratio trained / base is 1.05. λ is the Lagrange multiplier of that constraint, moved

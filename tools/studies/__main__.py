@@ -3,7 +3,7 @@
     grid       λ x steps on each bundled subject: table, heat map, front, contact sheet
     bank       train fifteen subjects with five seeds and draw every checkpoint's images
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
-    keep       print how a λ that sets itself compares with fixed ones, from the bank
+    keep       print how an adaptive λ compares with fixed ones, from the bank
     finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
     adapters   peft's adapters at equal parameter counts, five seeds

@@ -31,7 +31,7 @@ from tools.toybox.subjects import STUDY_PHOTOS, STUDY_SUBJECTS
 
 EVERY = 125  #: steps between checkpoints, as by default
 LAMBDAS = (0.0, 0.25, 0.5, 2.0)  #: beside the default's 1
-SHARES = (0.8, 0.9)  #: of the class to keep, by a λ that sets itself
+SHARES = (0.8, 0.9)  #: of the class to keep, by an adaptive λ
 
 
 def plans(config: TrainConfig) -> dict[str, ValidationPlan]:

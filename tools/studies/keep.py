@@ -1,4 +1,4 @@
-"""Compare a λ that sets itself with fixed ones, from a bank of images."""
+"""Compare an adaptive λ with fixed ones, from a bank of images."""
 
 from collections.abc import Sequence
 from pathlib import Path

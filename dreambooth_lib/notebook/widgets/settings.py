@@ -113,7 +113,7 @@ class SettingsPanel(Panel):
         if values["prior"] == _DEFAULT_PRIOR:
             values |= {"prior": None, "prior_prompts": None}
         values["keep_class"] = values["keep_class"] or None
-        if values["keep_class"]:  # λ then sets itself, from the config's or else from 1
+        if values["keep_class"]:  # λ then adapts, from the config's or else from 1
             (low, high), start = PRIOR_WEIGHTS, config.prior_weight
             values["prior_weight"] = start if low <= start <= high else 1.0
         values["quantize"] = None
