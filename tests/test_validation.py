@@ -159,6 +159,27 @@ def test_at_another_resolution_the_base_is_validated_again(started: Callable[...
     assert history(run)[0].prior_drift == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["prompt_adherence", "class_diversity"])
+def test_with_a_scorer_that_scores_otherwise_the_base_is_validated_again(
+    name: str, started: Callable[..., Run]
+) -> None:
+    """As where a scorer's weights have changed under the same name."""
+    run = started("run", checkpoint_every=2)
+    for step in train(run):
+        if step.step == 2:
+            break
+    file = run.folder / "validation.jsonl"
+    first, *_ = rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.unlink()
+    for row in rows:
+        del row["crc32"]
+        run.append("validation", row | {name: row[name] + 0.02})
+    with pytest.warns(UserWarning, match=r"give other scores .* aside in validation_16x16.jsonl"):
+        list(train(runs.resume(run.folder)))
+    assert [row.step for row in history(run)] == [0, 2, 4]
+    assert getattr(history(run)[0], name) == pytest.approx(first[name])
+
+
 def test_a_run_keeps_the_ceiling_that_it_began_with(started: Callable[..., Run]) -> None:
     """As that of an earlier version, which paired near-duplicates."""
     run = started("run", checkpoint_every=2)

@@ -64,6 +64,10 @@ class ValidationResult:
     by_image: dict[str, list[float]] = field(default_factory=dict)
 
 
+#: How far one image's scores by one encoder are apart on two machines, at most.
+_SAME_SCORE = 0.01
+
+
 class Validator:
     """Validates a run in training, always by the plan that it started with.
 
@@ -116,8 +120,9 @@ class Validator:
     def has_base(self, family: Family) -> bool:
         """Return whether the frozen base has been validated, in the size that ``family`` draws in.
 
-        Warns of images that are damaged. In another size the same seed has other noise: warns, and
-        sets the validations so far aside, as later ones do not compare with them.
+        Warns of images that are damaged. In another size the same seed has other noise, and a
+        scorer of another version gives other scores: warns, and sets the validations so far aside,
+        as later ones do not compare with them.
         """
         results = {result.step: result for result in history(self.run)}
         if 0 not in results:
@@ -131,6 +136,12 @@ class Validator:
                     f"validation images now have {family.size[0]} x {family.size[1]} pixels, so "
                     f"that the validations before are set aside in {aside}."
                 )
+            if self._scores_otherwise(results[0], images):
+                aside = _set_aside(self.run, *sizes)
+                raise RunError(
+                    "the scorers give other scores than when this run began, so that the "
+                    f"validations before are set aside in {aside}."
+                )
         except KitError as error:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)
             return False
@@ -138,6 +149,16 @@ class Validator:
         # One ceiling for all of a run's validations: earlier versions had another one.
         self.reference_fidelity = results[0].reference_fidelity
         return True
+
+
+    def _scores_otherwise(self, base: ValidationResult, images: ValidationImages) -> bool:
+        """Return whether the base's images now score otherwise, by either encoder."""
+        subject = self.run.config.subject
+        now = score_images(self.scorers, self.photos, subject, images, images)
+        return any(
+            abs(now[name] - getattr(base, name)) > _SAME_SCORE
+            for name in ("prompt_adherence", "class_diversity")  # neither depends on the photos
+        )
 
 
 def _set_aside(run: Run, *sizes: tuple[int, int]) -> str:
