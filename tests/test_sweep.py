@@ -64,6 +64,12 @@ def test_cells_of_a_grid_have_folders_of_their_own_whatever_varies(
         run({"a/b": config}, tmp_path)
 
 
+def test_a_plan_that_cannot_be_scored_is_refused_first(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the validation plan's unrelated is 0; give 1 or more"):
+        next(sweep.sweep({"one": config}, tmp_path / "sweep", [2], replace(QUICK, unrelated=0)))
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_subjects_photos_and_adapters_are_no_seeds(config: TrainConfig, tmp_path: Path) -> None:
     def changed(**changes: str) -> TrainConfig:
         return config.replace(subject=replace(config.subject, **changes))

@@ -89,8 +89,10 @@ def sweep(
     cell; tables are bit for bit equal only for equal numbers of them. ``table.csv`` is written
     after each cell. A cell that fails is recorded in ``failures.json``, and the others continue.
     Raises :class:`RunError` if the folder holds another sweep, or a run that passed one of
-    ``steps`` without a validation; ``InputError`` for a cell's name that is none of a folder.
+    ``steps`` without a validation; ``InputError`` for a plan that draws too few images, and for
+    a cell's name that is none of a folder.
     """
+    plan.check()
     for name in configs:
         if problem := problem_with_name(name):  # a cell shares what is in its folder's parent
             raise InputError(f"the name of a cell {problem}")

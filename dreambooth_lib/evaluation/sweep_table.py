@@ -173,7 +173,8 @@ def recommend(
     )
     if all(name in groups[best][0] for name in RATIOS):  # not in a table of an earlier version
         means = best_checkpoint.Ratios(**{name: mean(best, name) for name in RATIOS})
-        reason += f": {best_checkpoint.describe_ratios(means)}"
+        ceiling = mean(best, "reference_fidelity")
+        reason += f": {best_checkpoint.describe_ratios(means, ceiling)}"
     reason += "."
     deviation = spread(rows) or moved_by_seed
     if deviation:
