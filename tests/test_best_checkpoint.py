@@ -1,5 +1,6 @@
 """Test how the best checkpoint is selected: ratios, noise, ties, the verdict; early stopping."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def test_the_best_step_has_the_highest_score_and_the_reason_says_why() -> None:
         "90%. From there to step 500: likeness +3, follows the prompts -22, class kept -30, other "
         "prompts kept -30 percentage points."
     )
+
+
+def test_of_one_photo_the_ceiling_is_called_the_photo_itself() -> None:
+    rows = [dataclasses.replace(row, reference_fidelity=1.0) for row in OVERFIT]
+    best = select_best(rows)
+    assert "60% (0% is the base's, 100% the photo itself), follows" in best.reason
+    assert "100% is the photo itself" in best.verdict.text
+    assert "photo itself" not in select_best(OVERFIT).verdict.text
 
 
 def test_a_step_no_better_than_the_base_is_said_to_be_none() -> None:

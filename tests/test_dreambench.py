@@ -51,6 +51,12 @@ def benchmark_of_two(tmp_path: Path) -> Benchmark:
     return Benchmark(subjects, {"live": ["a {} {noun}", "a red {} {noun}"], "object": ["a {}"]})
 
 
+def test_a_protocol_that_cannot_be_scored_is_refused() -> None:
+    for name, count, least in (("pictures", 0, 1), ("class_images", 1, 2), ("class_images", 0, 2)):
+        with pytest.raises(ValueError, match=f"{name} is {count}; give {least} or more"):
+            Protocol(**{name: count})
+
+
 def contents(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 

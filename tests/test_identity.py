@@ -119,7 +119,7 @@ def test_an_evaluation_of_an_earlier_version_resumes_without_drift_prompts(
     drawn: tuple, tmp_path: Path
 ) -> None:
     benchmark, _, methods = drawn
-    plain = Protocol(pictures=1, class_images=1, steps=1)
+    plain = Protocol(pictures=1, class_images=2, steps=1)
     list(draw_all(benchmark, methods, tmp_path, plain))
     file = tmp_path / "protocol.json"
     text = file.read_text()

@@ -175,7 +175,9 @@ def test_grid_names_wrong_input() -> None:
             call()
 
 
-def test_extremes_are_the_best_the_middle_and_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extremes_are_the_best_the_middle_and_the_worst(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     labels, grid = list[str](), image_grids.grid
 
     def noted(images: Any, columns: int, named: Any) -> Image.Image:
@@ -191,6 +193,10 @@ def test_extremes_are_the_best_the_middle_and_the_worst(monkeypatch: pytest.Monk
     ]  # fmt: skip
     shown = sorted(boxes, key=lambda index: (boxes[index][1], boxes[index][0]))
     assert shown == [8, 7, 5, 4, 1, 0]
+    files = [(value, label, tmp_path / f"{label}.png") for value, label, _ in scored]
+    for index in boxes:  # the files that are not shown are missing, and not opened
+        scored[index][2].save(files[index][2])
+    assert image_grids.extremes(files, columns=2) == page
     with pytest.raises(ValueError, match="2 scored images; give three or more"):
         image_grids.extremes(scored[:2])
 

@@ -235,12 +235,12 @@ def test_an_evaluation_uses_each_bases_settings(
 ) -> None:
     subject = Subject(photos, "dog", kind="live")
     bench = dreambench.Benchmark([subject], {"live": ["a {} {noun}"]})
-    protocol = dreambench.Protocol(pictures=1, class_images=1)
+    protocol = dreambench.Protocol(pictures=1, class_images=2)
     for base, asked in ((turbo, (4, 0.0)), (tiny_sd1, (25, 7.5))):
         drawn.clear()
         list(dreambench.draw_all(bench, {"base": lambda _, b=base: b}, tmp_path / base[-3:],
                                  protocol))  # fmt: skip
-        assert len(drawn) == 2 and {tuple(how) for _, *how in drawn} == {asked}
+        assert len(drawn) == 3 and {tuple(how) for _, *how in drawn} == {asked}
 
 
 def test_training_warns_of_distilled_bases_and_of_no_others(

@@ -68,7 +68,10 @@ ANSWERS: dict[str, int | None] = {
     "": None, "Score: N": None, "Score: 5": None, "Score: -1": None, "Score: 3.5": None,
     "Score: 34": None, "Score: three": None, "Score: 3 or 4": None, "Score: 3-4": None,
     "Score: 3\nScore: 3": None, "Shape score: 3, colour score: 2": None, "5": None, "33": None,
-    "Score 3": None, "I would say 3": None, "Underscore: 3": None, "Score:\n3": None,
+    "Score 3": None, "I would say 3": None, "Underscore: 3": None, "Score:\n3": 3,
+    '"Score: 3"': 3, "“Score: 2”.": 2, "'3'": 3, "Score: 3.0": 3, "Score: 3.0/4.": 3, "3.0": None,
+    "Score: 3 out of 4": 3, "Score: 3 out of 5": None, "Score: 3 - good": 3, "Score: 1 – poor.": 1,
+    "Score: 3 - 4": None, "**Score:**\n\n4\n\nAll of it.": 4, "Score:\nShape: 3": None,
     "Score: 3/5": None, "Score: ３": None, "Score: ٣": None, "³": None, "Score: 3 because": None,
     "The scores: 3": None, "I cannot judge people.": None, "Score: " + " " * 9000 + "3": None,
     "<think>Score: 3": None, "Score: Good 3": None, "Score: )3(": None, "Score: 0/4.": 0,
@@ -79,13 +82,13 @@ def by_hand(answer: str) -> int | None:
     """Read a score without a regular expression: an implementation of its own."""
     if len(answer) > rubric.MOST_CHARACTERS:
         return None
-    kept = "".join(c for c in answer.split("</think>")[-1] if c not in "*_`#>[]").strip()
+    kept = "".join(c for c in answer.split("</think>")[-1] if c not in "*_`#>[]\"'“”").strip()
     found, start = [], 0
     while (place := kept.lower().find("score", start)) >= 0:
         start = place + 5
         rest = kept[start:].lstrip(" \t")
         if rest.startswith(":") and (place == 0 or not kept[place - 1].isalnum()):
-            found.append(rest[1:].split("\n")[0].strip().removesuffix("."))
+            found.append(rest[1:].strip().split("\n")[0].strip().removesuffix("."))
     if not found:
         return int(kept) if kept in ("0", "1", "2", "3", "4") else None
 
@@ -100,11 +103,13 @@ def by_hand(answer: str) -> int | None:
         if mark and not tail and is_word(head, 0):
             return number
         if found[0].startswith(str(number)):
-            tail = found[0][1:]
-            over = next((o for o in ("/4", " / 4", " /4", "/ 4") if tail.startswith(o)), "")
-            tail = tail.removeprefix(over)
+            tail = found[0][1:].removeprefix(".0")
+            overs = ("/4", " / 4", " /4", "/ 4", " out of 4")
+            over = next((o for o in overs if tail.lower().startswith(o)), "")
+            tail = tail[len(over) :]
             named = tail.startswith(" (") and tail.endswith(")") and is_word(tail[2:-1], 1)
-            return number if not tail or named else None
+            dashed = tail[:3] in (" - ", " – ", " — ") and is_word(tail[3:], 1)
+            return number if not tail or named or dashed else None
     return None
 
 
@@ -116,7 +121,8 @@ def test_an_answer_is_read_strictly(answer: str) -> None:
 def test_two_implementations_read_alike() -> None:
     draw = random.Random(0)
     pieces = ["Score", "score:", ": ", "3", "4", "9", "/4", " ", "\n", "(", ")", "Good", ".", "**",
-              "Analysis: x", "</think>", "under", "0", " / 4", "-"]  # fmt: skip
+              "Analysis: x", "</think>", "under", "0", " / 4", "-", '"', ".0", " out of 4", " - ",
+              " good"]  # fmt: skip
     answers = ["".join(draw.choices(pieces, k=draw.randint(1, 7))) for _ in range(20_000)]
     answers += ["Score: " + "".join(draw.choices(pieces[3:], k=draw.randint(1, 4)))
                 for _ in range(20_000)]  # fmt: skip
@@ -252,6 +258,80 @@ def test_a_refusal_for_now_is_tried_again_after_the_time_that_it_asks_for(
         Endpoint(api.address, "m").answer(CHAT)  # nobody is there any more
 
 
+def test_parameters_that_a_model_refuses_are_left_out_from_then_on(
+    files: ImageFiles, tmp_path: Path
+) -> None:
+    """Refuse as OpenAI's reasoning models do, one parameter at a time."""
+    messages = {
+        "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+        "'max_completion_tokens' instead.",
+        "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only "
+        "the default (1) value is supported.",
+    }
+
+    def reply(_: object) -> tuple[int, dict[str, str], bytes]:
+        for name, message in messages.items():
+            if name in api.requests[-1][0]:
+                return 400, {}, json.dumps({"error": {"message": message, "param": name}}).encode()
+        return says("Score: 4")
+
+    with StandIn(reply) as api:
+        model = Endpoint(api.address, "gpt-5", parallel=1)
+        found = scores_of(RubricJudge(model, tmp_path / "judge"), files)
+        assert all((values == 1).all() for values in found.values())
+        assert len(api.requests) == 2 + 12
+        sent = [body.keys() - {"model", "messages"} for body, _ in api.requests]
+        assert sent[1:3] == [{"temperature", "max_completion_tokens"}, {"max_completion_tokens"}]
+        assert sent[3:] == [{"max_completion_tokens"}] * 11
+        assert api.requests[-1][0]["max_completion_tokens"] == 4096
+        again = Endpoint(api.address, "gpt-5", parallel=1)
+        scores_of(RubricJudge(again, tmp_path / "judge"), files)
+        scores_of(RubricJudge(model, tmp_path / "judge"), files)
+        assert len(api.requests) == 14, "what is kept is found by what was asked for"
+        with pytest.raises(JudgeError, match=r"status 400: .*Use 'max_completion_tokens' instead"):
+            messages["max_completion_tokens"] = messages["max_tokens"]
+            again.answer(CHAT)
+
+
+def choice(**fields: Any) -> tuple[int, dict[str, str], bytes]:
+    return 200, {}, json.dumps({"choices": [{"index": 0, **fields}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        choice(message={"role": "assistant", "reasoning": "Well"}, finish_reason="length"),
+        choice(message={"role": "assistant"}, finish_reason="content_filter"),
+        choice(message=None, finish_reason="content_filter"),
+        choice(finish_reason="content_filter"),
+        (200, {}, b'{"choices": []}'),
+        (
+            400,
+            {},
+            b'{"error": {"message": "'
+            + b"It was filtered. " * 20
+            + b'", "param": "prompt", "code": "content_filter"}}',
+        ),
+        (400, {}, b'{"error": {"message": "max_tokens or model output limit was reached."}}'),
+    ],
+    ids=["reasoning", "filter", "null", "no message", "no choice", "400", "limit"],
+)
+def test_no_answer_to_one_image_is_a_missing_score(
+    reply: tuple[int, dict[str, str], bytes], files: ImageFiles, tmp_path: Path
+) -> None:
+    refused: list[str] = []
+
+    def once(messages: list[dict[str, Any]]) -> tuple[int, dict[str, str], bytes]:
+        refused.extend(images_in(messages)[-1:] if not refused else [])
+        at_limit = b"output limit" in reply[2] and "max_tokens" in api.requests[-1][0]
+        return reply if images_in(messages)[-1:] == refused or at_limit else says("Score: 2")
+
+    with StandIn(once) as api:
+        judge = RubricJudge(Endpoint(api.address, "m", parallel=1), tmp_path / "judge")
+        scores_of(judge, files)
+    assert (judge.questions, judge.missing) == (12, 2), "one image is asked about twice"
+
+
 def hang(_: object) -> tuple[int, dict[str, str], bytes]:
     time.sleep(1.5)
     return says("Score: 1")
@@ -266,12 +346,14 @@ def hang(_: object) -> tuple[int, dict[str, str], bytes]:
         (lambda _: (302, {"Location": "http://127.0.0.1:1/v1"}, b""), 1, r"status 302"),
         (lambda _: (200, {}, b"<html>"), 1, "in another format than OpenAI's"),
         (lambda _: (200, {}, b"[" * 100_000), 1, "in another format than OpenAI's"),
-        (lambda _: (200, {}, b'{"choices": []}'), 1, "in another format than OpenAI's"),
+        (lambda _: (200, {}, b'{"choices": {}}'), 1, "in another format than OpenAI's"),
+        (lambda _: (200, {}, b'{"choices": ["x"]}'), 1, "in another format than OpenAI's"),
+        (lambda _: (400, {}, b"max_tokens"), 2, r"refused the request \(status 400: max_tokens\)"),
         (lambda _: says(["Score: 1"]), 1, "in another format than OpenAI's"),
         (lambda _: (200, {}, b" " * (MOST_BYTES + 1)), 1, r"more than 1,048,576 bytes"),
         (hang, 3, r"no reply in 3 tries \(TimeoutError"),
     ],
-    ids=["401", "404", "redirect", "html", "deep", "empty", "list", "huge", "hang"],
+    ids=["401", "404", "redirect", "html", "deep", "object", "text", "400", "list", "huge", "hang"],
 )  # fmt: skip
 def test_a_reply_that_is_none_is_one_sentence_without_the_key(
     reply: Any, requests: int, sentence: str, files: ImageFiles, tmp_path: Path

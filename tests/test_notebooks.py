@@ -21,7 +21,7 @@ import torch
 from fake_colab import FakeColab
 
 from dreambooth_lib.core.config_types import ConfigError
-from dreambooth_lib.evaluation import scores, tables
+from dreambooth_lib.evaluation import scores, sweep_table, tables
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import read_csv
@@ -215,6 +215,19 @@ def test_the_study_compares_its_cells_and_recommends_one(tmp_path: Path, python:
     assert len(outputs(shown, "image/png")) == 11  # curves, front, maps and sheets of both studies
     assert "has the highest score of 4 settings" in text_of(shown) and "⚠" not in text_of(shown)
     assert "SETTINGS |= {'prior_weight': " in text_of(shown)
+
+
+def test_a_study_of_few_images_rules_no_weight_out_that_their_noise_may_have_lowered() -> None:
+    cells = map(source, codes(json.loads(NOTEBOOKS["02_lambda_study"].read_text())))
+    (cell,) = [cell for cell in cells if "by_chance if" in cell or "by_chance**2" in cell]
+    rows = [dict.fromkeys(sweep_table.MEASURES, 0.5)
+            | {"cell": "", "prior_weight": weight, "step": step, "score": score}
+            for step in (50, 100)
+            for weight, score in ((0.0, 0.4), (0.5, 0.7), (1.0, 0.6))]  # fmt: skip
+    scope = {"rows": rows, "by_chance": 0.024, "BASE": "toybox", "sweep_table": sweep_table}
+    exec(cell, scope)
+    reason = scope["best"].reason
+    assert "about 0.055" in reason and "(λ 0.5 or 1); λ 0 is worse at every step" in reason
 
 
 @pytest.mark.slow

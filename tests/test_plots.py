@@ -130,6 +130,13 @@ def test_a_heat_map_has_the_mean_over_seeds_in_each_cell_and_the_best_one_marked
     assert frame.get_xy() == (0.5, 0.5), "weight 1 at step 200"
 
 
+def test_a_heat_map_leaves_empty_what_a_sweep_lacks() -> None:
+    axes, *_ = plots.heat_map(CELLS[1:2] + CELLS[4:], "step", "prior_weight").axes
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (1, 0): "0.200", (0, 1): "0.400", (1, 1): "0.500"
+    }  # fmt: skip
+
+
 def test_a_heat_map_of_drift_frames_its_lowest_cell_and_draws_it_bright() -> None:
     axes, bar = plots.heat_map(CELLS, "step", "prior_weight", "prior_drift", best="min").axes
     (frame,) = [patch for patch in axes.patches if not patch.get_fill()]

@@ -90,6 +90,23 @@ def test_a_runs_result_has_what_it_scored_and_cost_and_no_place(
     assert {"dreambooth_lib", "python", "torch", "diffusers"} <= found["versions"].keys()
 
 
+def test_an_adapters_settings_are_kept_and_one_photo_has_no_row_of_its_own(
+    tmp_path: Path, tiny_sd1: str, clip_folder: Path, make_config: Callable[..., TrainConfig]
+) -> None:
+    config = make_config(
+        tiny_sd1, save_photos(tmp_path / "rex", 1), steps=1, validate_every=1, prior="none",
+        scorer=str(clip_folder), validation_inference_steps=1, method="lora", adapter="lokr",
+        adapter_settings={"decompose_factor": 4},
+    )  # fmt: skip
+    run = runs.start(config, tmp_path / "run")
+    for _ in train(run):
+        pass
+    found = collect(run.folder)
+    assert read(write(found, tmp_path / "results")) == found
+    assert found["config"]["adapter_settings.decompose_factor"] == 4
+    assert {s["method"] for s in found["scores"]} == {"base", "dreambooth"}, "no photo has a pair"
+
+
 def test_what_cannot_be_a_result_is_one_sentence(trained: Run, tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="is neither a run nor an evaluation; give"):
         collect(tmp_path)

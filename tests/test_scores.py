@@ -101,7 +101,7 @@ def test_every_image_gets_its_own_score(drawn: tuple, clip: Encoder) -> None:
     rows = list(score(benchmark, ["base", "tuned"], out, {"clip": clip}, SHORT))
     scored = scored_images(rows, "tuned", "clip", benchmark, out)
     assert len(scored) == 6
-    for value, label, image in scored:
+    for value, label, file in scored:
         alike = [
             row for row in rows
             if row.value == value and (row.method, row.measure) == ("tuned", "subject_fidelity")
@@ -110,7 +110,7 @@ def test_every_image_gets_its_own_score(drawn: tuple, clip: Encoder) -> None:
         assert label in {f"rex: {row.prompt.format(identifier)}" for row in alike}
         number = int("red" in label)
         files = [out / f"tuned/rex/p{number:02d}-s{row.seed}.png" for row in alike]
-        assert any(np.array_equal(np.asarray(Image.open(f)), np.asarray(image)) for f in files)
+        assert file in files
 
 
 def test_a_missing_image_is_named(drawn: tuple, clip: Encoder, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ from dreambooth_lib.figures import plots
 from dreambooth_lib.training import best_checkpoint, class_images, sampling
 from dreambooth_lib.training.runs import RunError
 from dreambooth_lib.training.validation import ValidationPlan
-from dreambooth_lib.training.validation_record import history, load_images
+from dreambooth_lib.training.validation_record import ValidationResult, history, load_images
 
 QUICK = ValidationPlan(seeds=4, class_images=2, unrelated=1, inference_steps=2)
+RESULT = ValidationResult(
+    step=0, subject_fidelity=0.5, reference_fidelity=0.8, prompt_adherence=0.5,
+    class_diversity=0.4, prior_drift=0.1, unrelated_drift=0.01, pres=0.3, seconds=1.0,
+    held_out={},
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -41,6 +46,63 @@ def test_a_grid_has_every_combination_and_names_what_is_wrong(config: TrainConfi
     assert configs["prior_weight=0.0-seed=4"] == config.replace(prior_weight=0.0, seed=4)
     with pytest.raises(ConfigError, match="prior_weight is -1"):
         grid(config, prior_weight=[-1])
+
+
+def test_cells_of_a_grid_have_folders_of_their_own_whatever_varies(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    one, other = (replace(config.subject, pictures=f"{name}/rex", name="") for name in "ab")
+    configs = grid(config, base=["toybox", "someone/a-base"], subject=[one, other, one])
+    assert [(name, c.base, c.subject) for name, c in configs.items()] == [
+        ("base=toybox-subject=rex", "toybox", one),
+        ("base=toybox-subject=rex-2", "toybox", other),
+        ("base=someone_a-base-subject=rex", "someone/a-base", one),
+        ("base=someone_a-base-subject=rex-2", "someone/a-base", other),
+    ]
+    assert list(grid(config, prior_weight=[0.5, 1])) == ["prior_weight=0.5", "prior_weight=1"]
+    with pytest.raises(ValueError, match="the name of a cell is 'a/b', which leads to another"):
+        run({"a/b": config}, tmp_path)
+
+
+def test_a_plan_that_cannot_be_scored_is_refused_first(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the validation plan's unrelated is 0; give 1 or more"):
+        next(sweep.sweep({"one": config}, tmp_path / "sweep", [2], replace(QUICK, unrelated=0)))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_subjects_photos_and_adapters_are_no_seeds(config: TrainConfig, tmp_path: Path) -> None:
+    def changed(**changes: str) -> TrainConfig:
+        return config.replace(subject=replace(config.subject, **changes))
+
+    def varied(configs: dict[str, TrainConfig]) -> list[str]:
+        rows = table(configs, tmp_path, [2])
+        assert len(rows) == len(configs) == len(sweep.sweep_table._by_setting(rows))
+        assert spread(rows) is None and "one run" in recommend(rows).reason
+        (tmp_path / "table.csv").write_text(to_csv(rows))
+        again = read(tmp_path / "table.csv")
+        assert len(again) == len(sweep.sweep_table._by_setting(again))
+        names = list(rows[0])
+        return [name for name in names[1 : names.index("step")] if name != "prior_weight"]
+
+    results = [replace(RESULT, step=step) for step in (0, 2)]
+    for name in ("one", "two", "three"):
+        cell = sweep.runs.start(config, tmp_path / name)
+        for result in results:
+            cell.append("validation", asdict(result))
+    names = ("subject.name", "subject.class_noun", "subject.identifier", "subject.pictures")
+    kept = Path(config.subject.pictures).with_name("other")
+    shutil.copytree(config.subject.pictures, kept, dirs_exist_ok=True)
+    for field, value in zip(names, ("1", "cat", "sks", str(kept)), strict=True):
+        own = {field.removeprefix("subject."): value}
+        assert varied({"one": config, "two": changed(**own)}) == [field]
+    both = {"one": changed(name="1"), "two": changed(name="01", pictures=str(kept))}
+    assert varied(both) == ["subject.name"], "a place is told only where the name does not"
+    lokr = config.replace(method="lora", adapter="lokr")
+    sizes = {"one": lokr} | {
+        name: lokr.replace(adapter_settings={"decompose_factor": n})
+        for name, n in (("two", 4), ("three", 8))
+    }
+    assert varied(sizes) == ["adapter_settings.decompose_factor"]
 
 
 def test_a_sweep_gives_a_row_per_cell_and_step_and_does_not_run_twice(
@@ -179,6 +241,8 @@ def test_a_recommendation_says_what_chance_leaves_open(tmp_path: Path) -> None:
         "be just as good (λ 0.5 or 1); λ 0 is worse at every step." in told
     )
     assert "better than every other setting" in recommend(one, moved_by_seed=0.002).reason
+    seeds = [row(1, 0, 100, 0.80), row(1, 1, 100, 0.82)]
+    assert " changes a score by about 0.014. This is" in recommend(seeds).reason, "of no others"
     # Standard deviations of 0.02 and 0.04, of two runs each: errors are sqrt(2) smaller.
     two = [row(1, 0, 100, 0.80), row(1, 1, 100, 0.80 + 0.02 * 2**0.5),
            row(0, 0, 100, 0.70), row(0, 1, 100, 0.70 + 0.04 * 2**0.5)]  # fmt: skip

@@ -93,6 +93,20 @@ def test_a_validation_writes_images_and_scores(
         assert difference.max() <= 1  # another batch size may round a level differently
 
 
+@pytest.mark.parametrize(
+    "few", [{"unrelated": 0}, {"class_images": 1}, {"seeds": 0}], ids=lambda few: next(iter(few))
+)
+def test_a_plan_that_cannot_be_scored_is_refused_before_an_image_is_drawn(
+    few: dict[str, int], started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started("run")
+    (run.folder / "validation" / "plan.json").write_text(json.dumps(asdict(PLAN) | few))
+    monkeypatch.setattr(validation_record, "draw_images", lambda *_: pytest.fail("it draws"))
+    ((name, count),) = few.items()
+    with pytest.raises(ValueError, match=f"plan's {name} is {count}; give {count + 1} or more"):
+        list(train(run))
+
+
 def test_images_and_prompts_can_be_scored_by_two_encoders(
     started: Callable[..., Run], clip_folder: Path, dino_folder: Path
 ) -> None:

@@ -48,7 +48,8 @@ def _of_run(run: Run, title: str) -> dict[str, Any]:
         values = {name: v for name, v in vars(result).items() if name not in _NO_SCORES}
         by = {"prompt_adherence": prompts}  # the rest compares images with images
         found += [_score(method, by.get(n, images), n, value) for n, value in values.items()]
-    found.append(_score(scores.REAL, images, "subject_fidelity", results[step].reference_fidelity))
+    if (ceiling := results[step].reference_fidelity) < 1:  # else the photos have no pairs
+        found.append(_score(scores.REAL, images, "subject_fidelity", ceiling))
     return _result([run], title, run.config.subject.name, step, plan.seeds, found)
 
 
@@ -144,6 +145,8 @@ def _shared_fields(run: Run) -> dict[str, Any]:
     """Return a run's config without its subject and the places that are its machine's."""
     config = run.resolved_config
     fields = {k: v for k, v in to_dict(config).items() if k not in ("subject", "class_folder")}
+    own = fields.pop("adapter_settings", {})
+    fields |= {f"adapter_settings.{name}": value for name, value in own.items()}
     return without_paths(fields) | {"own_class_images": config.class_folder is not None}
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.core.subject import Subject
@@ -53,7 +54,8 @@ Method = Callable[[Subject], "Run | Family | str"]
 class Protocol:
     """Define what is drawn for each method and subject.
 
-    Evaluations are comparable if their protocols are equal.
+    Evaluations are comparable if their protocols are equal. Raises ``InputError`` for too few
+    images to score.
     """
 
     pictures: int = 4  #: images of each prompt, seeds 0, 1, ...
@@ -65,6 +67,13 @@ class Protocol:
     #: Prompts without the subject, whose images should stay the base's: ``pictures`` of each are
     #: drawn; {noun} is the class noun.
     drift_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("pictures", 1), ("class_images", 2)):
+            if (count := getattr(self, name)) < least:
+                raise InputError(
+                    f"the protocol's {name} is {count}; give {least} or more, as scores need them."
+                )
 
     def drift_prompts_for(self, subject: Subject) -> list[str]:
         return [prompt.replace("{noun}", subject.class_noun) for prompt in self.drift_prompts]

@@ -36,10 +36,19 @@ MOST_BYTES = 2**20  #: of an API's reply
 WAITS = (1.0, 4.0, 16.0, 60.0)
 _LONGEST_WAIT = 60.0  # of those that a server asks for
 _FOR_NOW = (408, 409, 425, 429)  # statuses worth another try, besides those from 500 on
+#: What is sent in place of a parameter that a model refuses, as reasoning models do; their limit of
+#: tokens counts their thoughts.
+_INSTEAD: dict[str, dict[str, int]] = {
+    "max_tokens": {"max_completion_tokens": 4096}, "temperature": {},
+}  # fmt: skip
+#: How an API says that it has no answer to this one request.
+_NO_ANSWER = re.compile(r"content_filter|content_policy_violation|output limit was reached")
 
 
 class JudgeError(KitError, RuntimeError):
     """A vision-language model that cannot be loaded, or cannot be asked."""
+
+    said = ""  #: by an API, of a request that it refuses as a bad one (status 400)
 
 
 class LocalModel:
@@ -140,12 +149,13 @@ class Endpoint:
     address: str  #: such as "https://api.openai.com/v1"
     name: str  #: the model's, as the API knows it
     key_variable: str = "OPENAI_API_KEY"  #: the environment variable that has the key
-    #: sent with each request; some models want others
+    #: sent with each request, but for a temperature or max_tokens that the model refuses
     parameters: Mapping[str, Any] = field(
         default_factory=lambda: MappingProxyType({"temperature": 0, "max_tokens": MOST_TOKENS})
     )
     seconds: float = 180.0  #: until a reply must be complete
     parallel: int = 4
+    _refused: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.address)
@@ -159,7 +169,10 @@ class Endpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the address and the parameters."""
+        """Return the address and the parameters, also those that the model turns out to refuse.
+
+        What was answered is found by them before anything is sent.
+        """
         return {"address": self.address.rstrip("/"), **self.parameters}
 
     def answer(self, chat: Chat) -> str:
@@ -173,19 +186,36 @@ class Endpoint:
             "messages": [
                 {"role": role, "content": list(map(_part, parts))} for role, parts in chat
             ],
-            **self.parameters,
         }
-        reply = self._post(json.dumps(body).encode())
+        sent = self._parameters()
         try:
-            content = json.loads(reply)["choices"][0]["message"]["content"]
-            if content is None or isinstance(content, str):
-                return content or ""
-        except (ValueError, LookupError, TypeError, RecursionError):
+            reply = self._post(json.dumps(body | sent).encode())
+        except JudgeError as error:
+            if named := {name for name in _INSTEAD if name in sent and name in error.said}:
+                self._refused.update(named)
+                return self.answer(chat)
+            if _NO_ANSWER.search(error.said):
+                return ""
+            raise
+        try:
+            choices = json.loads(reply)["choices"]
+            if isinstance(choices, list):
+                # A filter, or thoughts at the limit, may leave no choice, message or content.
+                content = ((choices[0] if choices else {}).get("message") or {}).get("content")
+                if content is None or isinstance(content, str):
+                    return content or ""
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass
         raise JudgeError(
             f"the judge at {self.address} replied in another format than OpenAI's; give its API's "
             "address, up to /v1."
         )
+
+    def _parameters(self) -> dict[str, Any]:
+        """Return what is sent with a request: the parameters, others for those refused so far."""
+        refused = sorted(self._refused)
+        kept = {name: value for name, value in self.parameters.items() if name not in refused}
+        return {name: value for own in refused for name, value in _INSTEAD[own].items()} | kept
 
     def _key(self) -> str:
         key = os.environ.get(self.key_variable, "").strip()
@@ -248,10 +278,12 @@ class Endpoint:
         except (OSError, HTTPException):
             said = ""
         said = said.replace(key, "***") if key else said
-        return JudgeError(
+        refusal = JudgeError(
             f"the judge at {self.address} refused the request (status {error.code}: {said[:300]}); "
             "check the address, the model's name and its parameters."
         )
+        refusal.said = said if error.code == 400 else ""
+        return refusal
 
 
 def _part(part: "str | Image.Image") -> dict[str, Any]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 #: To change with any word of the questions, with the images' size, and with :func:`parse_score`.
-VERSION = "DreamBench++ rubric 1"
+VERSION = "DreamBench++ rubric 2"
 HIGHEST = 4  #: the best score
 MOST_CHARACTERS = 8000  #: of an answer; a longer one is not what was asked for
 
@@ -106,23 +106,27 @@ CONCEPT_PRESERVATION = Question("concept_preservation", _CONCEPT, _CONCEPT_PLAN)
 PROMPT_FOLLOWING = Question("prompt_following", _PROMPT, _PROMPT_PLAN)
 
 
-_SCORE = re.compile(r"\bscore[ \t]*:([^\n]*)", re.IGNORECASE)
-#: "3", "3/4", "3 (good)", "(3)" and "Good (3)", each with or without a full stop.
+_SCORE = re.compile(r"\bscore[ \t]*:\s*([^\n]*)", re.IGNORECASE)
+#: "3", "3.0", "3/4", "3 out of 4", "3 (good)", "3 - good", "(3)" and "Good (3)", each with or
+#: without a full stop.
 _NUMBER = re.compile(
-    r"(?:([0-4])(?: ?/ ?4)?(?: \([a-z ]{1,12}\))?|[a-z ]{0,12}\(([0-4])\))\.?", re.IGNORECASE
+    r"(?:([0-4])(?:\.0)?(?: ?/ ?4| out of 4)?(?: \([a-z ]{1,12}\)| [-–—] [a-z ]{1,12})?"
+    r"|[a-z ]{0,12}\(([0-4])\))\.?",
+    re.IGNORECASE,
 )
 
 
 def parse_score(answer: str) -> int | None:
     """Return the score in an answer, from 0 to 4; None where it does not say exactly one.
 
-    Markdown's marks and brackets are passed over, and so is what a model thought aloud before
-    ``</think>``. The rest must have one "Score:", followed on its line by the digit alone, or with
-    "/4", the grade's name ("Good (3)") or a full stop; or be nothing but the digit.
+    Markdown's marks, quotation marks and brackets are passed over, and so is what a model thought
+    aloud before ``</think>``. The rest must have one "Score:", followed on its line or the next by
+    the digit alone, or with ".0", "/4", the grade's name ("Good (3)") or a full stop; or be nothing
+    but the digit.
     """
     if len(answer) > MOST_CHARACTERS:
         return None
-    text = re.sub(r"[*_`#>\[\]]", "", answer.rpartition("</think>")[2]).strip()
+    text = re.sub(r"[*_`#>\[\]\"'“”]", "", answer.rpartition("</think>")[2]).strip()
     found = _SCORE.findall(text)
     if not found:
         return int(text) if re.fullmatch("[0-4]", text) else None

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dreambooth_lib.core.files import open_image
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Images, read_photos
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
@@ -40,7 +39,6 @@ from dreambooth_lib.training.sampling import fill
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 
 REAL = "real images"  #: the method of the photos themselves
@@ -184,8 +182,8 @@ def scored_images(
     benchmark: Benchmark,
     out: str | Path,
     measure: str = "subject_fidelity",
-) -> "list[tuple[float, str, Image.Image]]":
-    """Return (score, label, image) of every image of one method, for :func:`extremes`."""
+) -> list[tuple[float, str, Path]]:
+    """Return (score, label, file) of every image of one method, for :func:`extremes`."""
     found = {
         (subject.name, prompt): (number, fill(prompt, subject))
         for subject in benchmark.subjects
@@ -196,7 +194,7 @@ def scored_images(
         if (row.method, row.encoder, row.measure) == (method, encoder, measure):
             number, prompt = found[row.subject, row.prompt or ""]
             path = Path(out) / DrawnImage(method, row.subject, number, row.seed or 0).path
-            scored.append((row.value, f"{row.subject}: {prompt}", open_image(path)))
+            scored.append((row.value, f"{row.subject}: {prompt}", path))
     return scored
 
 

@@ -20,9 +20,11 @@ from typing import Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.errors import one_line
+from dreambooth_lib.core.errors import InputError, one_line
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.old_names import locate
+from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.core.user_text import folder_name, problem_with_name
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.training import class_images, early_stopping, memory_level, runs, sampling
@@ -54,13 +56,20 @@ class CellDone:
 def grid(config: TrainConfig, **values: Sequence[Any]) -> dict[str, TrainConfig]:
     """Return a config for every combination of the fields' values, by a name fit for a folder.
 
-    ``grid(config, prior_weight=[0, 1], seed=[0, 1, 2])`` gives six configs. Raises ``ConfigError``
-    for a value that is out of range.
+    ``grid(config, prior_weight=[0, 1], seed=[0, 1, 2])`` gives six configs. A subject goes by its
+    name. Names that would be alike are numbered. Raises ``ConfigError`` for a value that is out of
+    range.
     """
-    configs = {}
+    configs: dict[str, TrainConfig] = {}
     for combination in product(*values.values()):
         changes = dict(zip(values, combination, strict=True))
-        configs["-".join(f"{k}={v}" for k, v in changes.items())] = config.replace(**changes)
+        changed, number = config.replace(**changes), 1
+        words = (f"{k}={v.name if isinstance(v, Subject) else v}" for k, v in changes.items())
+        name = plain = folder_name("-".join(words))
+        while configs.get(name, changed) != changed:
+            number += 1
+            name = f"{plain}-{number}"
+        configs[name] = changed
     return configs
 
 
@@ -80,8 +89,13 @@ def sweep(
     cell; tables are bit for bit equal only for equal numbers of them. ``table.csv`` is written
     after each cell. A cell that fails is recorded in ``failures.json``, and the others continue.
     Raises :class:`RunError` if the folder holds another sweep, or a run that passed one of
-    ``steps`` without a validation.
+    ``steps`` without a validation; ``InputError`` for a plan that draws too few images, and for
+    a cell's name that is none of a folder.
     """
+    plan.check()
+    for name in configs:
+        if problem := problem_with_name(name):  # a cell shares what is in its folder's parent
+            raise InputError(f"the name of a cell {problem}")
     folder, every = Path(folder).resolve(), gcd(*steps)
     configs = {
         name: config.replace(steps=max(steps), validate_every=every, checkpoint_every=every)

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,24 +34,40 @@ def table(
 
     The columns are the cell, λ, the fields that vary among the configs, the step and the measures.
     """
-    # λ is always included: sweeps are read by it.
-    names = [field.name for field in fields(TrainConfig) if field.name != "subject"]
+    columns = {name: _columns(config) for name, config in configs.items()}
+    every = [*columns.values()]
+    named = {own["subject.name"]: own["subject.pictures"] for own in every}
+    if all(named[own["subject.name"]] == own["subject.pictures"] for own in every):
+        for own in every:  # the names tell the photos apart, without places on a machine
+            del own["subject.pictures"]
     varied = [
-        name
-        for name in names
-        if name == "prior_weight" or len({getattr(c, name) for c in configs.values()}) > 1
+        column
+        for column in dict.fromkeys(column for own in every for column in own)
+        # λ is always included: sweeps are read by it.
+        if column == "prior_weight" or len({own.get(column) for own in every}) > 1
     ]
     rows = []
-    for name, config in configs.items():
+    for name, own in columns.items():
         place = Path(folder) / name
         results = history(runs.resume(place)) if (place / "config.toml").exists() else []
-        settings = {"cell": name} | {field: getattr(config, field) for field in varied}
+        settings = {"cell": name} | {column: own.get(column) for column in varied}
         rows += [
             settings | {"step": result.step} | measures(result, results[0])
             for result in results[1:]
             if result.step in steps
         ]
     return rows
+
+
+def _columns(config: TrainConfig) -> dict[str, Any]:
+    """Return a config's fields, with a column for each of its subject's and its adapter's."""
+    columns = {f"subject.{name}": value for name, value in vars(config.subject).items()}
+    for name, value in vars(config).items():
+        if name == "adapter_settings":
+            columns |= {f"{name}.{key}": number for key, number in (value or {}).items()}
+        elif name != "subject":
+            columns[name] = value
+    return columns
 
 
 def measures(result: ValidationResult, base: ValidationResult) -> dict[str, float]:
@@ -93,8 +109,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 def _value(name: str, text: str) -> float | str | None:
     """Return a cell's value as :func:`table` had it, but for whole numbers of settings."""
-    if name in ("cell", "step"):
-        return int(text) if name == "step" else text
+    if name == "step":
+        return int(text)
+    if str(name).startswith(("cell", "subject.")):  # which may look like numbers
+        return text
     if name not in MEASURES and text in _NO_NUMBERS:
         return _NO_NUMBERS[text]
     try:
@@ -155,7 +173,8 @@ def recommend(
     )
     if all(name in groups[best][0] for name in RATIOS):  # not in a table of an earlier version
         means = best_checkpoint.Ratios(**{name: mean(best, name) for name in RATIOS})
-        reason += f": {best_checkpoint.describe_ratios(means)}"
+        ceiling = mean(best, "reference_fidelity")
+        reason += f": {best_checkpoint.describe_ratios(means, ceiling)}"
     reason += "."
     deviation = spread(rows) or moved_by_seed
     if deviation:
@@ -171,6 +190,8 @@ def recommend(
 
 def _cannot_tell(alike: list[Setting], every: list[Setting], best: Setting) -> str:
     """Go on with what differences within chance leave open, and what they do not."""
+    if every == [best]:
+        return "."
     if alike == [best]:
         return "; it is better than every other setting by more than that explains."
     weights, others = (

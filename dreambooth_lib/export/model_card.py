@@ -235,7 +235,8 @@ def _card(run: Run, step: int, photos: bool) -> str:
         **(licence_of(repository) if repository else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
-    scores = best_checkpoint.describe_ratios(best_checkpoint.ratios_of(rows[step], rows[0]))
+    ratios, ceiling = best_checkpoint.ratios_of(rows[step], rows[0]), rows[step].reference_fidelity
+    scores = best_checkpoint.describe_ratios(ratios, ceiling)
     trained = "denoiser and text encoder" if config.train_text_encoder else "denoiser"
     merged = " and ".join(map(_code_span, _names_of(below)))
     on_loras = f" with {merged}, which this folder does not hold" if lora and below else ""

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth_lib.core.errors import InputError, printable
+from dreambooth_lib.core.files import open_image
 
 # All in pixels.
 _ENLARGE_TO = 128  # smaller images grow by the largest integer factor that stays within
@@ -37,11 +38,13 @@ def grid(images: list[Image.Image], columns: int, labels: list[str] | None = Non
     return layout.render(layout.across(columns) + 2 * _GAP, bottom + _GAP)
 
 
-def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4) -> Image.Image:
+def extremes(
+    scored: Sequence[tuple[float, str, Image.Image | Path]], columns: int = 4
+) -> Image.Image:
     """Lay out the best, the middle and the worst images, a row each, with scores and labels.
 
-    ``scored`` rows are (score, label, image). Where there are too few for three full rows, each row
-    has a third of them. Raises ``InputError`` for fewer than three images.
+    ``scored`` rows are (score, label, image or its file). Where there are too few for three full
+    rows, each row has a third of them. Raises ``InputError`` for fewer than three images.
     """
     if len(scored) < 3:
         raise InputError(f"there are {len(scored)} scored images; give three or more.")
@@ -52,7 +55,9 @@ def extremes(scored: Sequence[tuple[float, str, Image.Image]], columns: int = 4)
     kinds = [kind for kind in ("best", "middle", "worst") for _ in range(columns)]
     pairs = zip(kinds, rows, strict=True)
     labels = [f"{kind}: {score:.3f} {label}" for kind, (score, label, _) in pairs]
-    return grid([image for *_, image in rows], columns, labels)
+    # Of thousands of files, only those that are shown fit into memory.
+    images = [open_image(one) if isinstance(one, Path) else one for *_, one in rows]
+    return grid(images, columns, labels)
 
 
 def matrix(

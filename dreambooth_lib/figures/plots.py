@@ -154,7 +154,8 @@ def heat_map(
     colours, argbest = {"max": ("viridis", np.nanargmax), "min": ("viridis_r", np.nanargmin)}[best]
     image = axes.imshow(means, cmap=colours, aspect="auto")
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
-    for (i, j), mean in np.ndenumerate(means):
+    for i, j in np.argwhere(~np.isnan(means)):  # a sweep may lack some
+        mean = means[i, j]
         colour = "white" if (mean < middle) == (best == "max") else "black"
         axes.text(j, i, f"{mean:.3f}", ha="center", va="center", color=colour)
     i, j = np.unravel_index(argbest(means), means.shape)

@@ -25,7 +25,8 @@ STILL_LEARNING = 2 / 3
 class Ratios:
     """Say how good a model's images are of what is possible, from 0 to 1."""
 
-    likeness: float  #: to the photos: 0 is the base's, 1 is that of the photos to each other
+    #: to the photos: 0 is the base's, 1 is that of the photos to each other, or of one to itself
+    likeness: float
     adherence: float  #: to the prompts, over the base's
     class_kept: float  #: 1 - the drift of the class images
     others_kept: float  #: 1 - the mean drift of the unrelated prompts' images
@@ -123,7 +124,8 @@ def select_best(rows: Sequence[ValidationResult]) -> Selection:
         if _is_lower(best, highest, base) or row.subject_fidelity > best.subject_fidelity:
             best = row
     own = ratios_of(best, base)
-    judged = verdict(own, leakage(best, base), best.step >= STILL_LEARNING * rows[-1].step)
+    late = best.step >= STILL_LEARNING * rows[-1].step
+    judged = verdict(own, leakage(best, base), late, best.reference_fidelity < 1)
     better = own.likeness > 0
     return Selection(best.step, own.score, judged, _reason(best, rows), better)
 
@@ -152,16 +154,17 @@ def _reason(best: ValidationResult, rows: Sequence[ValidationResult]) -> str:
             f"No step is better than the base: at step {best.step} the images are no more like the "
             "photos than before training."
         )
-    reason = f"Step {best.step}: {describe_ratios(own)}."
+    reason = f"Step {best.step}: {describe_ratios(own, best.reference_fidelity)}."
     return reason if best is last else f"{reason} {_comparison(last, best, rows[0])}"
 
 
-def describe_ratios(own: Ratios) -> str:
+def describe_ratios(own: Ratios, reference_fidelity: float) -> str:
     """Write the ratios as the second half of a sentence, without a full stop."""
+    best = "that of the photos to each other" if reference_fidelity < 1 else "the photo itself"
     return (
-        f"likeness to the photos {own.likeness:.0%} (0% is the base's, 100% that of the photos to "
-        f"each other), follows the prompts {own.adherence:.0%} (100% is the base's), class kept "
-        f"{own.class_kept:.0%}, other prompts kept {own.others_kept:.0%}"
+        f"likeness to the photos {own.likeness:.0%} (0% is the base's, 100% {best}), follows the "
+        f"prompts {own.adherence:.0%} (100% is the base's), class kept {own.class_kept:.0%}, other "
+        f"prompts kept {own.others_kept:.0%}"
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
@@ -52,6 +53,15 @@ class ValidationPlan:
     guidance_scale: float | None = None  #: None: the base's own
     first_seed: int = 0  #: of the subject's prompts; class images start CLASS_SEED after it
     fast: bool = False  #: by the fast sampler instead of the base's own
+
+    def check(self) -> None:
+        """Raise ``InputError`` unless a validation by this plan can be scored."""
+        for name, least in (("seeds", 1), ("class_images", 2), ("unrelated", 1)):
+            if (count := getattr(self, name)) < least:
+                raise InputError(
+                    f"the validation plan's {name} is {count}; give {least} or more, as scores "
+                    "need them."
+                )
 
     def prompts_and_seeds(self, subject: Subject) -> list[list[tuple[str, int]]]:
         """Return the prompt and seed of each image of the subject, of its class and unrelated."""

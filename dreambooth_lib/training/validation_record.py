@@ -76,8 +76,9 @@ class Validator:
 
     def __init__(self, run: Run, photos: list[Photo], held_out: HeldOutLoss, scorers: Scorers):
         self.run, self.held_out, self.scorers = run, held_out, scorers
-        self.photos = scorers.images.embed_images(Images(photos))  #: [M, D]
         self.plan = plan_of(run)
+        self.plan.check()
+        self.photos = scorers.images.embed_images(Images(photos))  #: [M, D]
         self._base: BaseEmbeddings | None = None
         groups, self.reference_fidelity = near_duplicate_groups(photos), 1.0
         if len(groups) > 1:

@@ -45,11 +45,14 @@ class Verdict:
         return self.learnt == "yes" and "no" not in (self.class_kept, self.others_kept)
 
 
-def verdict(ratios: "Ratios", leakage: float, still_learning: bool) -> Verdict:
+def verdict(
+    ratios: "Ratios", leakage: float, still_learning: bool, has_ceiling: bool = True
+) -> Verdict:
     """Judge a step by its ratios.
 
     ``leakage`` is how much class images have come to look like the subject: 0 as the base's, 1 as
-    the photos. ``still_learning`` tells whether the step is among the run's last ones.
+    the photos. ``still_learning`` tells whether the step is among the run's last ones, and
+    ``has_ceiling`` whether two photos tell how alike the subject's images can be.
     """
     learnt = _word(ratios.likeness, LEARNT, PARTLY_LEARNT)
     kept = _word(min(ratios.class_kept, 1 - leakage), CLASS_KEPT, CLASS_PARTLY_KEPT)
@@ -62,6 +65,11 @@ def verdict(ratios: "Ratios", leakage: float, still_learning: bool) -> Verdict:
         f"By the scores: subject {_LEARNT[learnt]} ({ratios.likeness:.0%}), class {words[kept]} "
         f"({share}), other prompts {words[others]} ({ratios.others_kept:.0%})."
     )
+    if not has_ceiling:
+        text += (
+            " There are no two photos that differ, so 100% is the photo itself, which no other "
+            "image reaches."
+        )
     return Verdict(
         learnt, kept, others, text, _advice(learnt, kept, others, ratios, still_learning)
     )
