@@ -101,7 +101,8 @@ def test_a_bank_is_filled_scored_and_judged(
 def test_ablations_differ_in_one_thing_each(subject: Subject, tmp_path: Path) -> None:
     kinds = studies.ablations(subject, tmp_path)
     default = kinds.pop("default")
-    of_lora = {"method", "lora_rank", "learning_rate"}  # LoRA has a rate of its own
+    # LoRA has a rate and an interval of its own.
+    of_lora = {"method", "lora_rank", "learning_rate", "validate_every"}
     for name, config in kinds.items():
         before, after = default.to_dict(), config.to_dict()
         changed = {key for key in before if before[key] != after.get(key)}

@@ -44,7 +44,7 @@ def base_defaults(base: str, method: str = "full") -> dict[str, Any]:
     return defaults | (of_lora if method == "lora" else {})
 
 
-def fields_by_default(config: "TrainConfig", changes: dict[str, Any]) -> dict[str, None]:
+def fields_by_default(config: "TrainConfig", changes: dict[str, Any]) -> dict[str, Any]:
     """Return None for each field whose default another base or method in ``changes`` replaces."""
     base, method = changes.get("base", config.base), changes.get("method", config.method)
     if (base, method) == (config.base, config.method):
