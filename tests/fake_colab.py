@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from dreambooth_lib.core import hub_token
-from dreambooth_lib.notebook import colab
+from dreambooth_lib.notebook import colab, drive_worker
 
 
 class Error(Exception):
@@ -87,6 +87,7 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeColab:
     google.colab = package  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "google", google)
     monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setattr(drive_worker, "_under_way", {})
     monkeypatch.setattr(colab, "MOUNT", fake.mount_point)
     monkeypatch.setattr(hub_token, "_unanswered", False)
     return fake

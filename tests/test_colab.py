@@ -4,9 +4,12 @@ import io
 import os
 import re
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -18,7 +21,7 @@ from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.hub_token import hub_token
 from dreambooth_lib.data.images import DataError, read_photos
 from dreambooth_lib.data.subjects import load_subject
-from dreambooth_lib.notebook import colab
+from dreambooth_lib.notebook import colab, drive_worker
 
 TOKEN = "hf_notAToken"
 
@@ -98,6 +101,30 @@ def test_the_session_goes_on_where_drive_was_not_written(
     with pytest.raises(KitError, match=r"not taken all files \(ValueError: flush failed\), and"):
         colab.end_session()
     assert fake_colab.asked == []
+
+
+def test_the_session_goes_on_until_every_backup_is_complete(
+    fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    thawed, problem = threading.Event(), "it is full."
+
+    def backup(*given: Any) -> str | None:
+        thawed.wait(60)
+        return problem
+
+    monkeypatch.setattr(drive_worker, "backup", backup)
+    run = SimpleNamespace(folder=tmp_path)
+    drive_worker.Backup(run, tmp_path / "there", limit=0.2).save()  # type: ignore[arg-type]
+    with pytest.raises(colab.DriveError, match=r"has not ended within.*; the session was not"):
+        colab.end_session()
+    thawed.set()
+    next(iter(drive_worker._under_way.values())).result.result(30)
+    with pytest.raises(colab.DriveError, match="it is full; the session was not ended: run this"):
+        colab.end_session()
+    assert fake_colab.asked == []
+    problem = None
+    colab.end_session()
+    assert fake_colab.asked == ["flush and unmount", "unassign"]
 
 
 def test_elsewhere_no_session_ends() -> None:

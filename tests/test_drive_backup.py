@@ -1,5 +1,6 @@
 """Test the backup of a run on a drive with faults."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -72,6 +73,20 @@ def test_of_the_checkpoints_the_newest_and_the_best_are_copied(run: Run, drive: 
     there = drive / "my-dog" / "checkpoints"
     assert sorted(path.name for path in there.iterdir()) == ["000200", "000400"]
     assert list(restore(drive / "my-dog", run.folder.parent / "back").checkpoints()) == [200, 400]
+
+
+def test_the_chosen_step_is_copied_until_the_run_is_validated_further(
+    run: Run, drive: Path
+) -> None:
+    for step in (300, 400):
+        run.save_checkpoint(step, {"step": step}, best=100)
+    validated(run, {0: 0.1, 100: 0.8, 300: 0.7, 400: 0.6})
+    for last, names in ((400, ["000100", "000300", "000400"]), (300, ["000100", "000400"])):
+        chosen = json.dumps({"step": 300, "last": last})
+        (run.folder / "chosen_checkpoint.json").write_text(chosen)
+        assert backup(run, drive / "my-dog") is None
+        there = drive / "my-dog" / "checkpoints"
+        assert sorted(path.name for path in there.iterdir()) == names
 
 
 def test_the_best_being_whole_makes_room_for_the_newest(

@@ -227,7 +227,7 @@ def test_copying_a_zip_and_asking_for_space_have_a_limit(
     monkeypatch.setattr(will_it_fit, "_drive_bytes", lambda *_: thawed.wait(60))
     (tmp_path / "my-dog.zip").write_bytes(b"zip")
     assert "did not answer" in str(zip_download.copy_to(drive, tmp_path / "my-dog.zip"))
-    free, _ = will_it_fit._measure_machine(tmp_path, drive)
+    free, _ = will_it_fit._measure_machine(tmp_path, drive, "toybox", True)
     assert free.drive is None, "the table says that it does not answer"
     thawed.set()
 

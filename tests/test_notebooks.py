@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,9 @@ import pytest
 import torch
 from fake_colab import FakeColab
 
+import dreambooth_lib as db
 from dreambooth_lib.core.config_types import ConfigError
+from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.evaluation import scores, sweep_table, tables
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
@@ -36,7 +39,7 @@ from dreambooth_lib.notebook import (
     preflight,
     widgets,
 )
-from dreambooth_lib.training import runs, validation_record
+from dreambooth_lib.training import runs, validation, validation_record
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
@@ -48,6 +51,9 @@ SHORT = {
     "PROTOCOL = dreambench.Protocol(pictures=1, class_images=2, steps=2)",
     "04_your_own": "STEPS, CLASS_IMAGES = 4, 4",
 }
+
+#: Marks of notebook 01's cells from the run's config to its training.
+UP_TO_TRAINING = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
 
 #: Run as the last cell of each notebook.
 CHECKS = {
@@ -362,7 +368,7 @@ def test_a_new_run_gets_a_free_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
-    marks = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
+    marks = UP_TO_TRAINING
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     first = run_cells(dict(scope), "", *marks)["run"]
     assert first.folder == Path("runs/patch_dog")
@@ -382,6 +388,100 @@ def test_a_new_run_gets_a_free_name(
     printed = capsys.readouterr().out
     assert "Not resumed: runs/rex: step 0 of 300" in printed
     assert "This run is called rex." in printed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DiskError("the disk is full")])
+def test_a_run_that_ends_early_is_copied_to_drive(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_colab: FakeColab
+) -> None:
+    def monitor(run: runs.Run) -> Iterator[SimpleNamespace]:
+        for step in (1, 2):
+            run.save_checkpoint(step, {"step": step})
+            yield SimpleNamespace(saved=step == 1)
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(widgets, "monitor", monitor)
+    drive = colab.mount_drive()
+    scope = {"drive": drive, "colab": colab, "preflight": preflight, "widgets": widgets}
+    with pytest.raises(type(error)):
+        run_cells(scope, "", *UP_TO_TRAINING)
+    assert list(runs.resume(drive / "patch_dog").checkpoints()) == [2]
+
+
+def test_a_run_that_got_its_name_without_drive_leaves_another_ones_backup_and_zip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_colab: FakeColab
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
+    monkeypatch.setattr(pipeline_folder, "write_model", lambda *given: tmp_path / "patch_dog.zip")
+    monkeypatch.setattr(model_card, "usage", lambda *given: "")
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
+    run_cells(scope, "RESUME = False", *UP_TO_TRAINING)
+    assert scope["run"].folder == Path("runs/patch_dog")
+    drive = scope["drive"] = colab.mount_drive()
+    shutil.copytree(scope["run"].folder, drive / "patch_dog")  # of yesterday
+    (drive / "patch_dog" / ".backup").write_text("0" * 32)
+    (drive / "patch_dog.zip").write_bytes(b"yesterday's")
+    (tmp_path / "patch_dog.zip").write_bytes(b"today's")
+    before = [path.stat().st_mtime_ns for path in (drive / "patch_dog").rglob("*")]
+    for mark in ("# @title Save the model", "# @title Upload the model", "widgets.monitor") * 2:
+        scope["slider"] = SimpleNamespace(step=4)
+        run_cells(scope, "RESUME = False", mark)
+    assert before == [path.stat().st_mtime_ns for path in (drive / "patch_dog").rglob("*")]
+    assert (drive / "patch_dog.zip").read_bytes() == b"yesterday's"
+    assert (drive / "patch_dog-2.zip").read_bytes() == b"today's"
+    assert runs.resume(drive / "patch_dog-2").config.base == "toybox"
+    assert len(list(drive.iterdir())) == 4
+
+
+def test_a_run_that_is_opened_by_its_name_has_its_own_base_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = str(loading.BUNDLED / "subjects" / "patch_dog")
+    other = db.TrainConfig(db.Subject(pictures, "dog", "ohwx"), "owner/name", method="lora")
+    monkeypatch.setattr(loading, "resolve", None)  # what would load it
+    runs.start(other, "runs/other")
+    scope = {"drive": None, "preflight": preflight, "display": lambda table: None}
+    asked: list[Any] = []
+
+    def check(*given: Any) -> list[preflight.Check]:
+        asked.append(given)
+        return [preflight.Check("GPU", False, "none")]
+
+    monkeypatch.setattr(preflight, "preflight", check)
+    with pytest.raises(preflight.NotReady):
+        run_cells(scope, "RESUME = 'other'", "find_interrupted")
+    assert "config" not in scope
+    assert asked[0][0] == "owner/name" and asked[0][3] == {"method": "lora", "quantize": None}
+    run_cells(scope, "RESUME, SKIP_CHECKS = 'other', True", "find_interrupted")
+    assert scope["config"].base == "owner/name" and len(asked) == 2
+    run_cells(scope, "RESUME, BASE = 'other', 'owner/name'", "find_interrupted")
+    assert len(asked) == 2, "it was checked in the cell before"
+
+
+def test_a_playgrounds_models_are_freed_before_memory_is_measured_or_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = []
+    loaded = widgets.playground._LOADED
+
+    def seen(*given: Any) -> list[Any]:
+        held.append(dict(loaded))
+        return []
+
+    monkeypatch.setattr(preflight, "preflight", seen)
+    monkeypatch.setitem(loaded, "toybox", None)
+    run_cells({"display": lambda table: None}, "", "preflight.preflight(BASE")
+    loaded["toybox"] = None
+    monkeypatch.setattr(validation, "plan_for", lambda *given, **options: None)
+    fakes = {"sweep": SimpleNamespace(sweep=seen), "sweep_table": SimpleNamespace(table=seen)}
+    cells = map(source, codes(json.loads(NOTEBOOKS["02_lambda_study"].read_text())))
+    (cell,) = [cell for cell in cells if "sweep.sweep(" in cell]
+    names = dict.fromkeys(("config", "SEEDS", "FOLDER", "STEPS"))
+    exec(cell, {**fakes, **names, "study": [], "widgets": widgets})
+    assert held == [{}, {}, {}]
 
 
 def test_running_the_subjects_cell_again_keeps_its_panel(
@@ -424,7 +524,7 @@ def test_another_finished_run_forgets_the_former_ones_step_and_model(
     """Open a finished run by its name where a former one has been saved, then run it again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
-    marks = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
+    marks = UP_TO_TRAINING
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     for name in ("a", "b"):
         run_cells(scope, f"RESUME, NAME = False, {name!r}", *marks)
@@ -451,6 +551,7 @@ def test_a_model_is_saved_under_its_own_runs_name(
         "run": SimpleNamespace(folder=Path("runs/dog"), config=SimpleNamespace(base="o/n")),
         "name": name,
         "slider": SimpleNamespace(step=4),
+        "drive": None,
         "colab": SimpleNamespace(in_colab=lambda: True, download=lambda archive: None),
     }
     run_cells(scope, "", "# @title Save the model", "# @title Save a file")
@@ -515,6 +616,13 @@ def test_a_cell_run_before_its_time_names_the_one_to_run_first() -> None:
     sections = {title for cell in cells for title in re.findall(r'="(\d. [^"]*)"', cell)}
     text = "\n".join(map(source, json.loads(NOTEBOOKS["01_dreambooth"].read_text())["cells"]))
     assert sections and all(f"\n## {section}" in text for section in sections)
+
+
+def test_what_a_cell_needs_is_not_set_by_the_one_that_installs_the_kit() -> None:
+    setup, *cells = map(source, codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text())))
+    needed = {name for cell in cells for name in re.findall(r'(\w+)="\d\. ', cell)}
+    assert "drive" in needed
+    assert not needed & {*re.findall(r"^ *(\w+) = ", setup, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)

@@ -17,10 +17,12 @@ from fake_colab import FakeColab
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.gpu_memory import GIB
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.notebook import base_models, install, preflight, will_it_fit
 from dreambooth_lib.notebook.install import Plan
 from dreambooth_lib.notebook.preflight import Check, Table
 from dreambooth_lib.notebook.will_it_fit import Needs, Resources
+from dreambooth_lib.training import runs
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -137,14 +139,15 @@ def test_drives_space_is_checked_where_a_run_is_backed_up(
     asked = {"method": "full"}
     (red,) = [c for c in preflight.preflight(SD, tmp_path, tmp_path, asked) if c.name == "Drive"]
     assert not red.ok and "DRIVE = False" in red.fix
-    backed_up = tmp_path / "my-dog" / "checkpoints" / "000100"
-    backed_up.mkdir(parents=True)
-    (tmp_path / "my-dog" / "config.toml").write_text("")
-    with (backed_up / "tensors.safetensors").open("wb") as file:
-        file.truncate(5 * GIB)  # takes no room: nothing is written
-    drive = preflight.preflight(SD, tmp_path, tmp_path, asked)[-3]
+    run = unfinished(tmp_path / "my-dog", SD, 5 * GIB)
+    drive = preflight.preflight(SD, tmp_path, tmp_path, asked)[-4]
     assert drive.ok, "it is the run that will be resumed"
-    (tmp_path / "my-dog" / "pipeline").mkdir()
+    assert drive.result.startswith("5.0 of 15.0 GiB free + 5.0 of an interrupted run, about ")
+    (red,) = [c for c in preflight.preflight(SD, tmp_path, tmp_path, asked, False)
+              if c.name == "Drive"]  # fmt: skip
+    assert not red.ok and "interrupted" not in red.result
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "model_index.json").write_text("{}")
     assert not preflight.preflight(SD, tmp_path, tmp_path, asked)[-4].ok
     gone = tmp_path / "drive that is gone"
     assert "does not answer" in preflight.preflight(SD, tmp_path, gone)[-4].result
@@ -333,18 +336,27 @@ def test_an_adapter_that_overflows_on_a_t4_is_refused_there(
     assert checked().ok and not checked(mixed_precision="fp16").ok
 
 
-def test_a_finished_run_on_drive_takes_its_room(tmp_path: Path) -> None:
-    run = tmp_path / "my-dog"
-    (run / "checkpoints" / "000100").mkdir(parents=True)
-    (run / "checkpoints" / "000100" / "tensors.safetensors").write_bytes(bytes(1000))
-    (run / "config.toml").write_text("")
-    mark = run / ".backup.json"
-    for finished, free in ((False, 1000), (True, 0)):
-        mark.write_text(json.dumps({"identity": "x", "parts": {}, "finished": finished}))
-        assert will_it_fit._interrupted_bytes(tmp_path) - free * (not finished) in (
-            0,
-            mark.stat().st_size,
-        )
+def unfinished(folder: Path, base: str, size: int) -> Path:
+    """Start a run with a checkpoint of this many bytes, which take no room."""
+    run = runs.start(TrainConfig(Subject("photos", "dog", "ohwx"), base), folder)
+    checkpoint = run.folder / "checkpoints" / "000100"
+    checkpoint.mkdir(parents=True)
+    with (checkpoint / "tensors.safetensors").open("wb") as file:
+        file.truncate(size)
+    return run.folder
+
+
+def test_only_the_largest_run_that_may_be_resumed_leaves_its_room(tmp_path: Path) -> None:
+    large = unfinished(tmp_path / "large", "toybox", 9 * GIB)
+    unfinished(tmp_path / "small", "toybox", 2 * GIB)
+    unfinished(tmp_path / "other", SD, 20 * GIB)
+
+    def room(resume: bool | str) -> int:
+        return will_it_fit._interrupted_bytes(tmp_path, "toybox", resume) // GIB
+
+    assert [room(resume) for resume in (True, False, "small", "other")] == [9, 0, 2, 20]
+    (large / ".backup.json").write_text(json.dumps({"parts": {}, "finished": True}))
+    assert [room(resume) for resume in (True, "large")] == [2, 0]
 
 
 def test_one_variant_of_a_local_bases_files_is_counted(tiny_sd1: str, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from dreambooth_lib.notebook import captioner, timing, widgets
 from dreambooth_lib.notebook.widgets import parts, playground, upload
 from dreambooth_lib.notebook.widgets.in_force import settings_in_force
 from dreambooth_lib.notebook.widgets.settings import HINTS, python_of
-from dreambooth_lib.training import loop, runs, validation
+from dreambooth_lib.training import loop, runs, sampling, validation
 from dreambooth_lib.training.batches import Batch, Batches
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.runs import Run, RunError
@@ -1017,6 +1017,25 @@ def test_class_images_are_drawn_where_the_run_expects_them(
     list(loop.train(run))
     assert made == {path: path.stat().st_mtime_ns for path in made}
     assert widgets.show_class_images(run.config.replace(prior_weight=0), run.folder.parent) is None
+
+
+def test_class_images_are_drawn_without_a_playgrounds_models_and_stored_ones_without_the_base(
+    started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, loaded, load = started(validate_every=0), [], sampling.load_source
+
+    def load_source(config: TrainConfig) -> Any:
+        assert not playground._LOADED
+        loaded.append(config)
+        return load(config)
+
+    monkeypatch.setattr(sampling, "load_source", load_source)
+    monkeypatch.setitem(playground._LOADED, "toybox", None)
+    pages = [widgets.show_class_images(run.config, run.folder.parent) for _ in range(2)]
+    assert len(loaded) == 1 and list(pages[0].getdata()) == list(pages[1].getdata())
+    next(run.folder.parent.rglob("00002.png")).unlink()
+    assert widgets.show_class_images(run.config, run.folder.parent) is not None
+    assert len(loaded) == 2, "one was missing"
 
 
 def test_class_images_of_an_earlier_version_are_shown_and_not_drawn_again(

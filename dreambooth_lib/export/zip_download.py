@@ -30,10 +30,13 @@ def _new_zip(file: Path) -> ZipFile:
     return ZipFile(file, "w", ZIP_STORED, strict_timestamps=False)
 
 
-def copy_to(folder: str | Path, file: Path) -> str | None:
-    """Copy a file to a folder, such as Drive's; return None, or a sentence on what went wrong."""
+def copy_to(folder: str | Path, file: Path, name: str | None = None) -> str | None:
+    """Copy a file to a folder, such as Drive's; return None, or a sentence on what went wrong.
+
+    The copy is called ``name``, or else as the file is, and replaces what has that name.
+    """
     try:
-        place = Path(folder) / file.name
+        place = Path(folder) / (name or file.name)
         background.copy(file, place, drive=folder)
     except OSError as error:
         return (

@@ -229,9 +229,10 @@ def load_meta(
     _check_options(resolved, loading)
     resolved.check(weights=False)
     hub_revision = resolved.hub.get("revision")
-    return build_on_meta(
+    family = build_on_meta(
         resolved.family, resolved.path, resolved.index, revision=hub_revision, **loading
     )
+    return _configured(family, resolved)
 
 
 class BaseInfo(NamedTuple):

@@ -15,6 +15,7 @@ from dreambooth_lib.core.hub_token import in_colab
 from dreambooth_lib.core.user_text import problem_with_name
 from dreambooth_lib.data.images import DataError, listed
 from dreambooth_lib.data.sources import TEXT_SUFFIXES
+from dreambooth_lib.notebook import drive_worker
 
 MOUNT = Path("/content/drive")  #: where Colab mounts Drive
 
@@ -85,12 +86,19 @@ def download(file: str | Path) -> None:
 def end_session() -> None:
     """Give Colab's machine back, so that it costs no more; whatever is not on Drive is lost.
 
-    Colab writes to Drive later than it says, so this waits for it first, and raises
-    :class:`DriveError` if that fails. Does nothing outside Colab.
+    This first finishes the backups of this session. Colab writes to Drive later than it says, so it
+    then waits for that, too. Raises :class:`DriveError` if either fails. Does nothing outside
+    Colab.
     """
     if in_colab():
         from google.colab import drive, runtime
 
+        if problem := drive_worker.finish_all():
+            raise DriveError(
+                f"{problem.rstrip('.')}; the session was not ended: run this cell again later, or "
+                "end it under Runtime > Disconnect and delete runtime, which loses what is not on "
+                "Drive."
+            )
         try:
             drive.flush_and_unmount()
         except Exception as error:  # Colab raises many types

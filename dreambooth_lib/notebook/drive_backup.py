@@ -1,8 +1,9 @@
 """Back up a run to a second folder, such as one on Drive.
 
-BACKUP/...              the run's folder without hidden files. Of the checkpoints only the newest
-                        and the best, as a drive has little space; large ones have their weights in
-                        float16, and a large pipeline is left out, as it follows from these
+BACKUP/...              the run's folder without hidden files. Of the checkpoints only the newest,
+                        the best and the chosen one, as a drive has little space; large ones have
+                        their weights in float16, and a large pipeline is left out, as it follows
+                        from these
 BACKUP/photos/          the subject's photos: an upload is lost with the session, too
 BACKUP/class_photos/    the user's own class images
 BACKUP/class_images/    the sets of class images that the base generated for this class
@@ -63,10 +64,8 @@ def backup(run: Run, folder: str | Path) -> str | None:
         problems = [_reason(error)]
     if not problems:
         return None
-    return printable(
-        f"Training continues, but {short_path(run.folder)} is not completely backed up to "
-        f"{folder}: {problems[0]}."
-    )
+    where = short_path(run.folder)
+    return printable(f"{where} is not completely backed up to {folder}: {problems[0]}.")
 
 
 def _reason(error: Exception) -> str:
@@ -197,7 +196,7 @@ def _stamped(sources: dict[str, Path]) -> dict[str, Part]:
 
 
 def _checkpoints(run: Run, problems: list[str]) -> dict[str, Path]:
-    """Return a small pipeline, the newest checkpoint and, if there is validation, the best one."""
+    """Return a small pipeline, and the newest, the best and the chosen checkpoint."""
     parts = {}
     # A large pipeline is the base with a checkpoint's weights: resuming writes it again.
     if run.pipeline.exists() and not is_large(run.pipeline):
@@ -206,7 +205,8 @@ def _checkpoints(run: Run, problems: list[str]) -> dict[str, Path]:
     steps = list(checkpoints)[-1:]
     try:
         if len(validation_record.history(run)) > 1:
-            steps.append(best_checkpoint.best_checkpoint(run).step)
+            best = best_checkpoint.best_checkpoint(run).step
+            steps += [best, best_checkpoint.chosen_step(run) or best]
     except Exception as error:  # whatever a damaged row raises
         problems.append(f"its validation rows cannot be read ({_reason(error)})")
     return parts | {f"checkpoints/{checkpoints[step].name}": checkpoints[step]

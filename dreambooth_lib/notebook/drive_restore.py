@@ -133,6 +133,20 @@ def fetch(found: FoundRun, folder: str | Path, drive: str | Path | None = None) 
     return restore(run.folder, folder / name)
 
 
+def may_resume(folder: Path, resume: bool | str, base: str) -> bool:
+    """Return whether the run in a folder is unfinished and, by its name or base, to be resumed."""
+    run = None if isinstance(resume, str) else _read_run(folder)
+    named = folder.name == resume or (resume and run is not None and has_base(run.run, base))
+    return bool(named) and not has_finished(folder)
+
+
+def has_base(run: Run, base: str) -> bool:
+    """Return whether a run, or the run that this backs up, trains this base."""
+    own, base = run.config.base, config_changes.absolute_base(base)
+    # A backup's is relative to where the run was.
+    return own == base or (own.startswith("../") and Path(own).name == Path(base).name)
+
+
 def has_finished(folder: Path) -> bool:
     """Return whether the run in a folder, or the run that it backs up, has finished.
 
@@ -205,7 +219,7 @@ def _read_run(folder: Path) -> FoundRun | None:
                  for file in files]  # fmt: skip
         return FoundRun(
             run,
-            identity=state.identity or read_identity(folder) or str(folder),
+            identity=read_identity(folder) or str(folder),
             step=max(run.checkpoints(), default=0),
             finished=run.finished or state.finished,
             last_saved=datetime.fromtimestamp(max(times) / 1e9, UTC),
@@ -222,12 +236,10 @@ def _difference(
     left_out: Collection[str],
 ) -> str:
     """Say in words how a run's base, noun or photos differ from these; empty if they do not."""
-    subject, own_base = run.config.subject, run.config.base
-    base = config_changes.absolute_base(base)
-    if own_base.startswith("../") and Path(own_base).name == Path(base).name:
-        own_base = base  # a backup's, which is relative to where the run was
+    subject, other = run.config.subject, config_changes.absolute_base(base)
+    own_base = other if has_base(run, base) else run.config.base
     before = {"base": own_base, "class noun": subject.class_noun}
-    now = {"base": base, "class noun": class_noun.strip()}
+    now = {"base": other, "class noun": class_noun.strip()}
     if difference := config_changes.first_difference(before, now):
         return f"its {difference}"
     if pictures is None or not Path(pictures).exists():

@@ -56,8 +56,7 @@ def write_state(folder: Path, state: State) -> None:
 def open_state(folder: Path, identity: str) -> State | None:
     """Return the state of this run's backup, a new one for an empty folder; None for another's."""
     folder.mkdir(exist_ok=True)
-    state = read_state(folder)
-    known = (state and state.identity) or read_identity(folder)
+    state, known = read_state(folder), read_identity(folder)
     # Hidden files may remain from a first write that failed.
     if known is None and all(path.name.startswith(".") for path in folder.iterdir()):
         known = identity
@@ -71,7 +70,8 @@ def open_state(folder: Path, identity: str) -> State | None:
 
 def read_identity(folder: Path) -> str | None:
     """Return the identity in a run's or a backup's folder; None if there is none."""
-    return _whole_identity(_read(folder, IDENTITY, OLD_IDENTITY))
+    state = read_state(folder)
+    return (state and state.identity) or _whole_identity(_read(folder, IDENTITY, OLD_IDENTITY))
 
 
 def own_identity(run: Run) -> str:

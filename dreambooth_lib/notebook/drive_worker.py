@@ -9,13 +9,16 @@ from pathlib import Path
 from dreambooth_lib.core import background
 from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.notebook.drive_backup import backup
+from dreambooth_lib.notebook.drive_restore import unique_name
+from dreambooth_lib.notebook.drive_state import own_identity, read_identity
 from dreambooth_lib.training.runs import Run
 
 
 @dataclass(frozen=True)
 class _Copying:
-    """A copy that goes on in the background, and when it began."""
+    """A copy that goes on in the background, whose it is, and when it began."""
 
+    backup: "Backup"
     result: "Future[str | None]"
     began: float
 
@@ -61,7 +64,7 @@ class Backup:
 
     def _begin(self) -> "Future[str | None]":
         result = background.start(backup, self.run, self.folder)
-        _under_way[self._key] = _Copying(result, time.monotonic())
+        _under_way[self._key] = _Copying(self, result, time.monotonic())
         return result
 
     def _late(self) -> str:
@@ -75,3 +78,27 @@ class Backup:
         is_new = problem != self._told
         self._told = problem or ""
         return problem if problem and is_new else None
+
+
+def place_on(drive: str | Path, run: Run) -> Path:
+    """Return the folder on a drive that backs up a run.
+
+    A new one has the run's name, with a number if the drive has a folder or a zip of that name.
+    """
+    drive, name, own = Path(drive), run.folder.name, own_identity(run)
+
+    def find() -> Path | None:
+        places = [drive / name, *sorted(drive.glob("*"))]
+        return next((place for place in places if read_identity(place) == own), None)
+
+    try:
+        found = background.call(find, place=drive, limit=background.ANSWER_LIMIT)
+    except OSError:  # which the backup tells
+        return drive / name
+    return found or drive / unique_name(name, drive)
+
+
+def finish_all() -> str | None:
+    """Finish every backup of this process as :meth:`Backup.finish` does; return what went wrong."""
+    problems = [copying.backup.finish() for copying in list(_under_way.values())]
+    return next((problem for problem in problems if problem), None)

@@ -73,20 +73,22 @@ def preflight(
     folder: str | Path,
     drive: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    resume: bool | str = True,
 ) -> list[Check]:
     """Check what a run on ``base`` in ``folder`` needs, and say how to fix what is missing.
 
-    ``drive`` is where the run will be backed up, if anywhere. The space of interrupted runs there
-    and in ``folder`` counts as free, as one of them is usually resumed. The method is the one that
-    :func:`recommend` returns; ``settings``, fields of a config, may restrict it. Nothing is
-    downloaded, written or changed; the Hub is asked for two headers. While packages are missing,
-    only the checks that need none of them are made.
+    ``drive`` is where the run will be backed up, if anywhere. The space of an interrupted run on
+    this base there and in ``folder``, the largest, counts as free, unless ``resume`` is False; if
+    it is a name, that of the run of this name. The method is the one that :func:`recommend`
+    returns; ``settings``, fields of a config, may restrict it. Nothing is downloaded, written or
+    changed; the Hub is asked for two headers. While packages are missing, only the checks that need
+    none of them are made.
     """
     plan = install.missing_packages(install.required(), install.installed())
     checks = [_python(), _packages(plan)]
     if plan.missing:
         return checks
-    best = recommend(base, folder, drive, settings)
+    best = recommend(base, folder, drive, settings, resume)
     gpu = best.free.gpu is not None
     checks.append(_gpu(best.large))
     if gpu:
@@ -184,9 +186,10 @@ def _resource(kind: str, best: Recommendation, folder: Path | None) -> Check:
         fix = {"gpu": gpu, "memory": more}.get(kind, fix)
     ok = best.free.has(kind, need)
     usable = f" ({USABLE_SHARE:.0%} of it usable)" if kind == "gpu" and not ok else ""
-    result = (
-        f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{usable}, about {need / GIB:.1f} needed"
-    )
+    interrupted = best.free.interrupted.get(kind, 0)
+    more = f" + {interrupted / GIB:.1f} of an interrupted run" if interrupted else ""
+    room = f"{(free - interrupted) / GIB:.1f} of {total / GIB:.1f} GiB free{usable}{more}"
+    result = f"{room}, about {need / GIB:.1f} needed"
     return Check(KINDS[kind], ok, result, "" if ok else fix)
 
 

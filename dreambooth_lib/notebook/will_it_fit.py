@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Resources:
     disk: int
     gpu: int | None = None
     drive: int | None = None  #: where the run is backed up
+    #: Bytes counted above that an interrupted run takes, by the kinds "disk" and "drive".
+    interrupted: Mapping[str, int] = field(default_factory=dict)
 
     def has(self, kind: str, need: float) -> bool:
         """Return whether there are this many bytes of one of :data:`KINDS`."""
@@ -100,6 +102,7 @@ def recommend(
     folder: str | Path,
     drive: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    resume: bool | str = True,
 ) -> Recommendation:
     """Return the first method that fits the GPU, memory, disk and Drive space that are free now.
 
@@ -109,7 +112,7 @@ def recommend(
     import torch
 
     large = describe(base).parameters > LARGE
-    free, total = _measure_machine(Path(folder), drive)
+    free, total = _measure_machine(Path(folder), drive, base, resume)
     if free.gpu is None and not large:
         return Recommendation(needs_on_cpu(base), free, total, large)
     gpu = torch.device("cuda")
@@ -227,7 +230,9 @@ def settings(chosen: Needs, options: Sequence[Needs], free: Resources) -> dict[s
     return METHODS[chosen.method].fields | ({} if auto is chosen else {"memory": chosen.level})
 
 
-def _measure_machine(folder: Path, drive: str | Path | None) -> tuple[Resources, Resources]:
+def _measure_machine(
+    folder: Path, drive: str | Path | None, base: str, resume: bool | str
+) -> tuple[Resources, Resources]:
     """Return the bytes that are free on this machine now, and those that it has in all."""
     import psutil
     import torch
@@ -235,26 +240,28 @@ def _measure_machine(folder: Path, drive: str | Path | None) -> tuple[Resources,
     ram, folder = psutil.virtual_memory(), folder.resolve()
     disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
     gpu = gpu_memory.gpu_bytes() if torch.cuda.is_available() else (None, None)
-    space: tuple[int | None, int | None] = None, None
+    interrupted = {"disk": _interrupted_bytes(folder, base, resume)}
+    free, total = None, None
     if drive is not None:
         with suppress(OSError):  # a drive that is gone has a line of its own in the table
-            space = background.call(
-                _drive_bytes, Path(drive), place=drive, limit=background.ANSWER_LIMIT
+            free, total, interrupted["drive"] = background.call(
+                _drive_bytes, Path(drive), base, resume, place=drive, limit=background.ANSWER_LIMIT
             )
+    disk_free = disk.free + interrupted["disk"]
     return (
-        Resources(ram.available, disk.free + _interrupted_bytes(folder), gpu[0], space[0]),
-        Resources(ram.total, disk.total, gpu[1], space[1]),
+        Resources(ram.available, disk_free, gpu[0], free, interrupted),
+        Resources(ram.total, disk.total, gpu[1], total),
     )
 
 
-def _drive_bytes(drive: Path) -> tuple[int, int]:
-    usage = shutil.disk_usage(drive)
-    return usage.free + _interrupted_bytes(drive), usage.total
+def _drive_bytes(drive: Path, base: str, resume: bool | str) -> tuple[int, int, int]:
+    usage, interrupted = shutil.disk_usage(drive), _interrupted_bytes(drive, base, resume)
+    return usage.free + interrupted, usage.total, interrupted
 
 
-def _interrupted_bytes(folder: Path) -> int:
-    """Count the bytes of the unfinished runs in a folder."""
+def _interrupted_bytes(folder: Path, base: str, resume: bool | str) -> int:
+    """Count the bytes of the largest unfinished run in a folder that may be resumed."""
     runs = [place.parent for place in folder.glob("*/config.toml")]
-    unfinished = [run for run in runs if not drive_restore.has_finished(run)]
-    files = [file for run in unfinished for file in run.rglob("*")]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    wanted = [run for run in runs if drive_restore.may_resume(run, resume, base)]
+    sizes = [[file.stat().st_size for file in run.rglob("*") if file.is_file()] for run in wanted]
+    return max(map(sum, sizes), default=0)

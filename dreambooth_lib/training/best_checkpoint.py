@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
+from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation_record import ValidationResult, history
 from dreambooth_lib.training.verdict import Verdict, verdict
 
+#: In a run's folder: the step that a person chose, and the run's last validated step then.
+CHOSEN_FILE = "chosen_checkpoint.json"
 #: A best step after this share of the run's steps so far means that more steps may help.
 STILL_LEARNING = 2 / 3
 
@@ -145,6 +148,18 @@ def best_checkpoint(run: Run) -> Selection:
         )
         raise RunError(f"{run.folder} has no validated step to choose from yet; {fix}")
     return select_best(rows)
+
+
+def chosen_step(run: Run) -> int | None:
+    """Return the step that a person chose, if its weights are there and no validation is newer.
+
+    Otherwise a model that was saved from it would be saved again from the best step.
+    """
+    known = read_object(run.folder / CHOSEN_FILE) or {}
+    step = known.get("step")
+    is_current = known.get("last") == max((row.step for row in history(run)), default=None)
+    is_saved = isinstance(step, int) and step in run.checkpoints()
+    return step if is_current and is_saved else None
 
 
 def _reason(best: ValidationResult, rows: Sequence[ValidationResult]) -> str:

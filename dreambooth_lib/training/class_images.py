@@ -66,8 +66,7 @@ def draw_class_images(
         replace_file(manifest_file, text)
     own_paths = _paths(config, own_set.folder)[rank::processes]
     paths = dict(zip(range(config.class_images)[rank::processes], own_paths, strict=True))
-    rows = read_rows(own_set.folder / _DIGESTS).rows
-    digests = {row.get("file"): row.get("digest") for row in rows}
+    digests = _read_digests(own_set.folder)
     missing = [n for n, path in paths.items() if not _is_drawn(path, digests.get(path.name))]
     if damaged := [paths[number].name for number in missing if paths[number].exists()]:
         warnings.warn(f"class images in {own_set.folder} are damaged or black and are drawn again: "
@@ -93,6 +92,31 @@ def draw_class_images(
     finally:
         if writing:  # nothing goes on after this, whatever has ended the drawing
             writing.exception()
+
+
+def stored_class_images(config: TrainConfig, folder: Path) -> list[Path]:
+    """Return what :func:`draw_class_images` yields if no image is missing, else nothing.
+
+    Reads no weights. Raises as ``load_model`` does.
+    """
+    if not folder.is_dir():
+        return []
+    family = loading.load_meta(
+        config.base,
+        config.revision,
+        config.prediction_type,
+        resolution=config.resolution,
+        prompt_chunks=config.prompt_chunks,
+        clip_skip=config.clip_skip,
+    )
+    fit_to_photos(family, config)
+    own_set = _image_set(config, family, folder)
+    digests, paths = _read_digests(own_set.folder), _paths(config, own_set.folder)
+    return paths if all(_is_drawn(path, digests.get(path.name)) for path in paths) else []
+
+
+def _read_digests(folder: Path) -> dict[str | None, str | None]:
+    return {row.get("file"): row.get("digest") for row in read_rows(folder / _DIGESTS).rows}
 
 
 def _write(images: "list[Image.Image]", paths: list[Path]) -> list[Path]:

@@ -5,7 +5,7 @@ import html
 from ipywidgets import HTML, SelectionSlider, VBox
 from PIL import ImageOps
 
-from dreambooth_lib.core.checked_json import read_object, write_object
+from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.data.images import DataError, Images, read_photos
 from dreambooth_lib.figures.labels import BAD, FAIR, RATIOS
 from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
@@ -14,8 +14,6 @@ from dreambooth_lib.training.best_checkpoint import Selection
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_record import history, load_images, plan_of
 
-#: In a run's folder: the step that a person chose, and the run's last validated step then.
-CHOSEN_FILE = "chosen_checkpoint.json"
 _HINT = "early steps lack the subject, late ones ignore the prompt: choose one that shows both"
 #: Smallest and largest width on the page, in pixels: of the subject, its class, other prompts.
 _WIDTHS = (200, 256), (200, 256), (128, 160)
@@ -45,7 +43,7 @@ class CheckpointSlider(Panel):
         self.run, self.best = run, best_checkpoint.best_checkpoint(run)
         self._results = {result.step: result for result in history(run)}
         labels = [(self._label(step), step) for step in self._results]
-        first = self._chosen_before() or self.best.step
+        first = best_checkpoint.chosen_step(run) or self.best.step
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=first)
         self.scores, self.images = HTML(), VBox()
         judged = HTML(verdict_html(self.best))
@@ -60,20 +58,9 @@ class CheckpointSlider(Panel):
         shown = self.slider.value
         return shown if shown in self.run.checkpoints() else self.best.step
 
-    def _chosen_before(self) -> int | None:
-        """Return the step chosen in an earlier session, if its weights are there and none is newer.
-
-        Otherwise a model that was saved from it would be saved again from the best step.
-        """
-        known = read_object(self.run.folder / CHOSEN_FILE) or {}
-        step = known.get("step")
-        is_current = known.get("last") == max(self._results)
-        is_saved = isinstance(step, int) and step in self.run.checkpoints()
-        return step if is_current and is_saved else None
-
     def _remember(self) -> None:
         chosen = {"step": self.step, "last": max(self._results)}
-        write_object(self.run.folder / CHOSEN_FILE, chosen)
+        write_object(self.run.folder / best_checkpoint.CHOSEN_FILE, chosen)
 
     def _label(self, step: int) -> str:
         # There is little room beside a slider.

@@ -7,6 +7,7 @@ from PIL import Image
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.figures import image_grids
+from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.training import class_images, sampling
 from dreambooth_lib.training.config_changes import with_absolute_paths
 
@@ -17,7 +18,8 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} images"
 def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | None:
     """Draw the missing class images of a run in ``folder``; return a page of the first.
 
-    Shows a progress bar. Returns None if the config needs no class images from the base. Raises as
+    Shows a progress bar, and frees what playgrounds have loaded; if no image is missing, the base
+    is not loaded. Returns None if the config needs no class images from the base. Raises as
     ``families.load_model`` does.
     """
     from tqdm.auto import tqdm
@@ -25,7 +27,10 @@ def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | 
     if not config.draws_class_images:
         return None
     config = with_absolute_paths(config)  # as in the run, which then reuses these images
-    family = sampling.load_source(config)
-    drawn = class_images.draw_class_images(config, family, locate(folder, "class_images"))
-    paths = list(tqdm(drawn, total=config.class_images, bar_format=_BAR, miniters=1))
+    place = locate(folder, "class_images")
+    paths = class_images.stored_class_images(config, place)
+    if not paths:
+        release_models()
+        drawn = class_images.draw_class_images(config, sampling.load_source(config), place)
+        paths = list(tqdm(drawn, total=config.class_images, bar_format=_BAR, miniters=1))
     return image_grids.grid([Image.open(path) for path in paths[:_SHOWN]], 8)
