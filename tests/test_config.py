@@ -72,13 +72,12 @@ ALL_FIELDS: dict[str, Any] = {
     "lora_alpha": 6,
     "lora_dropout": 0.3,
     "lora_layers": "attention",
-    "dora": True,
     "quantize": "nf4",
     "draw_base": "owner/few-steps",
     "train_token": True,
 }
 #: Refused beside others of these; tests/test_methods.py and tests/test_adapters.py have them.
-ALONE = {"memory", "adapter", "adapter_settings"}
+ALONE = {"memory", "adapter", "adapter_settings", "dora"}
 
 
 def full() -> TrainConfig:

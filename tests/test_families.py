@@ -67,6 +67,18 @@ def test_base_info_equals_what_the_loaded_base_has(tiny_sd1: str, tiny_sd2: str)
         assert tokenizer.get_vocab() == family.pipeline.tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize(("version", "size"), [("0.6.0", 128), ("0.9.0.dev0", 16)])
+def test_the_resolution_of_an_early_conversion_is_what_the_pipeline_takes_it_for(
+    version: str, size: int, tiny_sd1: str, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_sd1, tmp_path / "base")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps(config | {"_diffusers_version": version}))
+    assert loading.load_model(str(base)).resolution == size
+    assert loading.inspect_base(str(base)).resolution == size
+    assert loading.load_meta(str(base)).resolution == size
+
+
 def test_a_pipeline_of_another_family_is_refused_by_its_class(tmp_path: Path) -> None:
     index = {"_class_name": "KandinskyPipeline"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))

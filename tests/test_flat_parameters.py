@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config_checks import CHOICES
 from dreambooth_lib.training.flat_parameters import BLOCK, make_buckets
 from dreambooth_lib.training.fused_optimizer import FusedBackwardOptimizer
 from dreambooth_lib.training.optimizer_step import Optimizer
-from dreambooth_lib.training.optimizers import make_optimizer
+from dreambooth_lib.training.optimizers import OPTIMIZERS, make_optimizer
 
 Make = Callable[..., TrainConfig]
 Kind = type[Optimizer]
@@ -110,6 +111,35 @@ def assert_same(value: Any, other: Any, exact: bool) -> None:
         assert torch.equal(value, other) if exact else torch.allclose(value, other, 1e-5, 1e-6)
     else:
         assert value == other
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.NAdam])
+def test_an_optimizer_of_ones_own_is_resumed(
+    make: Any,
+    kind: Kind,
+    make_config: Make,
+    photos: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """NAdam keeps a product of its own, one number for all weights."""
+    monkeypatch.setitem(OPTIMIZERS, "own", make)
+    monkeypatch.setitem(CHOICES, "optimizer", ("adamw", "own"))
+    memory = "low" if kind is FusedBackwardOptimizer else "standard"
+    config = make_config("toybox", photos, optimizer="own", memory=memory, learning_rate=0.01)
+    complete, left = Weights(), Weights()
+    throughout, optimizer = (optimizer_of(kind, config, w) for w in (complete, left))
+    for number in range(5):
+        if number == 3:
+            saved = deepcopy(optimizer.state_dict())
+            optimizer = optimizer_of(kind, config, left := Weights())
+            optimizer.load_state_dict(saved)
+        step(throughout, complete.loss(number))
+        step(optimizer, left.loss(number))
+    assert_same(left.trained_weights(), complete.trained_weights(), exact=True)
+    assert "afresh" not in capsys.readouterr().out
+    optimizer_of(kind, config.replace(optimizer="adamw"), left).load_state_dict(saved)
+    assert "no state of this optimizer" in capsys.readouterr().out
 
 
 def test_the_rest_of_a_bucket_stays_zero_after_a_resume(make_config: Make, photos: str) -> None:

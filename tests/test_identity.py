@@ -1,6 +1,7 @@
 """Identity and drift: retrieval, masks and other prompts, against plain NumPy."""
 
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,16 @@ def test_a_photos_empty_mask_is_named(drawn: tuple, clip: Encoder, with_masks: N
     Image.new("L", Image.open(mask).size).save(mask)
     with pytest.raises(InputError, match="shows nothing; make it again"):
         rows_of(drawn, clip, "masked_fidelity")
+
+
+def test_a_mask_is_turned_by_exif_that_pillow_cannot_write(tmp_path: Path) -> None:
+    # Orientation 6, and the unit of resolution as text.
+    tags = struct.pack("<HHI4sHHI4s", 0x112, 3, 1, b"\6\0", 0x128, 2, 2, b"2\0")
+    image = drawings(1)[0]
+    image.putalpha(disc(image.size))
+    image.save(tmp_path / "a.png", exif=b"II*\0\x08\0\0\0\x02\0" + tags + bytes(4))
+    mask = find_mask(tmp_path / "a.png")
+    assert mask is not None and mask.size == image.size[::-1]
 
 
 def test_an_alpha_channel_is_a_mask_if_it_hides_anything(tmp_path: Path) -> None:

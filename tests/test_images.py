@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.made_with import peak_memory_mb
@@ -149,6 +149,37 @@ def test_exif_rotates_the_photo_and_is_gone(folder: Path) -> None:
     assert photo.image.info == {}
     assert not dict(photo.image.getexif())
     assert b"Camera" not in encoded(photo.image, "JPEG")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_orientation_is_turned_once(kind: str) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        data = encoded(noise(0), kind, exif=exif)
+        with Image.open(io.BytesIO(data)) as image:
+            expected = ImageOps.exif_transpose(image).convert("RGB")
+        turned = decoding.decode("a photo", "", data)
+        assert turned.size == ((48, 64) if orientation > 4 else (64, 48))
+        assert np.array_equal(turned, expected)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (0x0128, 2, 2, b"2\0"),  # the unit of resolution as text
+        (0x0213, 1, 1, b"\1"),  # how chroma is placed, in one byte
+        (0x02BC, 2, 4, b"<x>\0"),  # XMP as text
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_that_pillow_cannot_write_turns_the_photo(kind: str, tag: Any) -> None:
+    tags = [(ORIENTATION, 3, 1, b"\6\0"), tag]
+    entries = b"".join(struct.pack("<HHI4s", *values) for values in tags)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(4)
+    assert decoding.decode("a", "", encoded(noise(0), kind, exif=exif)).size == (48, 64)
+    damaged = exif.replace(b"II*", b"II?")
+    assert decoding.decode("a", "", encoded(noise(0), kind, exif=damaged)).size == (64, 48)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook.drive_copy import copy_photos
 from dreambooth_lib.training.batches import Batch
+from dreambooth_lib.training.held_out_loss import HeldOutLoss
 from dreambooth_lib.training.latent_cache import LatentCache
 from dreambooth_lib.training.loop import prior_preservation, train
 from dreambooth_lib.training.losses import latent_weights, per_sample_errors
@@ -301,3 +302,17 @@ def test_the_held_out_loss_is_of_the_subject_alone(
     assert masked is not None
     weights = masked.held_out.weights["subject"]
     assert weights is not None and weights[..., 4:].max() == 0 and weights[..., :4].min() == 2
+
+
+def test_with_random_crops_a_held_out_photo_is_judged_where_its_mask_is(
+    tmp_path: Path, make_config: Make, tiny_sd1: str
+) -> None:
+    mask = Image.new("L", (64, 16))
+    mask.paste(255, (48, 0, 64, 16))
+    picture(0, mask.size).save(tmp_path / "p.png")
+    mask.save(tmp_path / "p-masklabel.png")
+    config = make_config(tiny_sd1, str(tmp_path), crop="random", background_weight=0.0)
+    photos = {"subject": read_photos(tmp_path)}
+    held_out = HeldOutLoss(config, loading.load_model(tiny_sd1), photos)
+    weights = held_out.weights["subject"]
+    assert weights is not None and weights.min() == 1

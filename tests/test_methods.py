@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
@@ -232,6 +233,47 @@ def test_disabling_lora_is_undone(start_run: Callable[..., Run]) -> None:
         after = family.predict(x_t, t, cond)
     assert torch.equal(before, after) and not torch.equal(before, off)
     assert family.denoiser.training
+
+
+@pytest.mark.parametrize("switch", ["off", "on again"])
+def test_an_interrupt_while_lora_is_switched_leaves_no_layer_behind(
+    switch: str, start_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, interruptible: None
+) -> None:
+    trainer = Trainer(start_run("run", "sd1", method="lora"))
+    switch_layer, calls = BaseTunerLayer.enable_adapters, count()
+
+    def interrupted(layer: BaseTunerLayer, enabled: bool) -> None:
+        switch_layer(layer, enabled)
+        if enabled == (switch == "on again") and next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", interrupted)
+    with pytest.raises(KeyboardInterrupt), lora.disabled_lora(trainer.family):
+        pass
+    assert all(p.requires_grad for p in trainer.optimizer.parameters)
+    layers = [m for m in trainer.family.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    assert len(layers) > 4 and not any(layer.disable_adapters for layer in layers)
+    assert trainer.family.denoiser.training
+
+
+def test_a_checkpoint_has_all_that_is_trained_though_adapters_are_switched_in_part(
+    start_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"method": "lora", "prior": "distilled", "ema_decay": 0.9}
+    run = start_run("run", "sd1", steps=3, checkpoint_every=9, **settings)
+    training = train(run)
+    next(training)
+    switch_layer, calls = BaseTunerLayer.enable_adapters, count()
+
+    def failing(layer: BaseTunerLayer, enabled: bool) -> None:
+        if next(calls) >= 3:
+            raise KeyboardInterrupt
+        switch_layer(layer, enabled)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BaseTunerLayer, "enable_adapters", failing)
+        next(training)
+    assert [step.step for step in train(runs.resume(run.folder))] == [2, 3]
 
 
 @pytest.mark.parametrize("memory", ["low", "lowest"])

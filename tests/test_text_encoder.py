@@ -12,7 +12,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.training import runs
-from dreambooth_lib.training.checkpoints import load_state
+from dreambooth_lib.training.checkpoints import drop_optimizer, load_state
 from dreambooth_lib.training.loop import train, training_steps
 from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.runs import Run
@@ -86,6 +86,21 @@ def test_a_run_that_is_left_before_or_after_that_step_resumes_bit_for_bit(
     for first, second in zip(weights_at(complete, 4), weights_at(left, 4), strict=True):
         assert first.keys() == second.keys() and not moved(first, second)
     assert not moved(weights_at(left, 2)[1], weights_at(left, 4)[1])
+
+
+@pytest.mark.parametrize("way", ["standard", "8-bit", "low"])
+def test_an_optimizer_that_started_afresh_after_that_step_is_resumed(
+    way: str, started: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = started("run", way, steps=5, text_encoder_steps=1)
+    list(islice(train(run), 2))
+    drop_optimizer(run.checkpoints()[2])
+    for is_afresh in (True, False):
+        list(islice(train(runs.resume(run.folder)), 1))
+        assert ("afresh" in capsys.readouterr().out) == is_afresh
+    list(train(runs.resume(run.folder)))
+    assert "afresh" not in capsys.readouterr().out
+    assert moved(weights_at(run, 4)[0], weights_at(run, 5)[0])
 
 
 @pytest.mark.parametrize("way", ["standard", "8-bit", "low", "lora"])

@@ -178,6 +178,10 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         f"lora_min_rank is {config.lora_min_rank}, above lora_rank {config.lora_rank}; lower it.",
     )
     yield (
+        config.lora_min_rank is not None and config.dora,
+        "lora_min_rank is set and dora is true, whose norm is of all ranks; leave one out.",
+    )
+    yield (
         config.background_prior and not config.background_weight,
         "background_prior is set but background_weight, which is its weight, is "
         f"{'left out' if config.background_weight is None else 0}; set it above 0, such as to 1.",

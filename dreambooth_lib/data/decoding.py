@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from dreambooth_lib.data.sources import PHOTO_SUFFIXES, DataError
 
@@ -27,6 +27,18 @@ MAX_SECONDS = 10.0  #: of CPU time to decode one photo
 #: Pillow's formats to read; it runs other programs to decode some of the rest, such as EPS.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000",
             "PPM", "QOI")  # fmt: skip
+#: What turns a photo upright, by its EXIF's orientation.
+_TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+#: What Pillow raises for EXIF that it cannot parse.
+_DAMAGED_EXIF = (struct.error, SyntaxError, KeyError, TypeError, ValueError)
 _HEIC = re.compile(rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 _P3_PRIMARIES = 12  # of Display P3, by ITU-T H.273
 _BLOCK = 2**10  # bytes that a decoder gets at once: it is timed between them
@@ -113,9 +125,20 @@ def _decode(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise _TooLarge
     image.decodermaxblock = _BLOCK  # type: ignore[attr-defined]
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)  # or it would copy an upright photo
-    return image
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF says; if that is damaged, as it is.
+
+    Unlike Pillow's ``exif_transpose`` it writes no EXIF anew, which fails for many phones' tags,
+    and does not copy an upright image.
+    """
+    image.load()  # by which a TIFF turns itself, and no longer says so
+    turn = None
+    with suppress(*_DAMAGED_EXIF):
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _why_unidentified(suffix: str, data: bytes) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import open_image
+from dreambooth_lib.data.decoding import upright
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.metrics.encoders import Encoder
@@ -87,10 +88,10 @@ def find_mask(path: Path) -> Image.Image | None:
     try:
         with Image.open(file) as opened:
             if file == beside:
-                return ImageOps.exif_transpose(opened).convert("L")
+                return upright(opened).convert("L")
             if not opened.has_transparency_data:
                 return None
-            alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+            alpha = upright(opened).convert("RGBA").getchannel("A")
             return None if alpha.getextrema()[0] == 255 else alpha
     except FileNotFoundError:
         raise

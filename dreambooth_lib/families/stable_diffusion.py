@@ -4,9 +4,10 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from packaging.version import Version
 
 from dreambooth_lib.core.config import base_defaults
-from dreambooth_lib.families.base import Cond, Family
+from dreambooth_lib.families.base import Cond, Family, vae_scale
 from dreambooth_lib.families.device_copies import runs_on
 from dreambooth_lib.families.inference_settings import (
     Config,
@@ -59,6 +60,15 @@ class StableDiffusion(Family):
         if scheduler.get("rescale_betas_zero_snr"):  # see drawing.fast_scheduler
             own = replace(own, fast_steps=None, fast_validation_steps=None)
         return distilled_by_scheduler(scheduler, denoiser) or distilled_by_name(names) or own
+
+    @staticmethod
+    def native_resolution(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
+        size: int = denoiser["sample_size"]
+        made_with = Version(denoiser.get("_diffusers_version", "0.9.0"))
+        # Early conversions of bases of 512 pixels say 32; the pipeline corrects that, too.
+        if made_with.release < (0, 9) and size < 64:
+            size = 64
+        return size * vae_scale(vae)
 
     def forward_process(self, min_snr_gamma: float | None) -> DiscreteNoise:
         return DiscreteNoise.of_scheduler(self.pipeline.scheduler, min_snr_gamma)

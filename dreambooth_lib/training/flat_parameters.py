@@ -17,7 +17,8 @@ BLOCK = 256
 LEAST_8BIT = 4096
 
 #: Of an optimizer's state, by torch's and bitsandbytes' names, what a bucket has once, and what it
-#: has once for each ``BLOCK``. All else has the weights' shape.
+#: has once for each ``BLOCK``. It has other single numbers once, too; all else has the weights'
+#: shape.
 _SHARED = {"step", "qmap1", "qmap2"}
 _BY_BLOCK = {"absmax1", "absmax2"}
 #: The 8-bit code of 0 in bitsandbytes' signed map, which the first moments have.
@@ -98,7 +99,7 @@ class Bucket:
             if isinstance(value, dict):
                 return {inner: part(inner, v, number) for inner, v in value.items()}
             place, shape = self.places[number], self.parameters[number].shape
-            if name in _SHARED or not isinstance(value, torch.Tensor):
+            if name in _SHARED or not isinstance(value, torch.Tensor) or value.ndim == 0:
                 return value
             if name in _BY_BLOCK:
                 return value[place.start // BLOCK : -(-place.stop // BLOCK)]
@@ -113,6 +114,9 @@ class Bucket:
             if isinstance(values[0], dict):
                 return {inner: joined(inner, [v[inner] for v in values]) for inner in values[0]}
             if name in _SHARED or not isinstance(values[0], torch.Tensor):
+                return values[0]
+            # The moments of a weight that is a single number are, too, but not those beside it.
+            if all(value.ndim == 0 for value in values) and any(p.ndim for p in self.parameters):
                 return values[0]
             if name in _BY_BLOCK:
                 return torch.cat(values)

@@ -38,8 +38,10 @@ class HeldOutLoss:
     ):
         everything = BINS * rows
         process, self.batch_size = family.forward_process(None), family.batch_size_in_training
-        crop = "center" if config.crop == "random" else config.crop
-        not_augmented = config.replace(crop=crop, flip=False)
+        not_augmented = config.replace(flip=False)
+        if config.crop == "random":  # where there are masks, of what they show
+            crop = "center" if config.background_weight is None else "subject"
+            not_augmented = not_augmented.replace(crop=crop)
         self.weights: dict[str, torch.Tensor | None] = {}  #: of latents, where photos have masks
         self.noised: dict[str, Noised] = {}
         self.prompts: dict[str, list[str]] = {}

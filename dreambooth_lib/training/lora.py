@@ -18,6 +18,7 @@ from dreambooth_lib.families import peft_adapters, quantizers, textual_inversion
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.loading import LORA_BASE_FILE
 from dreambooth_lib.families.precision import without_paths
+from dreambooth_lib.training.interrupts import defer_interrupts
 
 #: Layers of transformers' CLIP encoders: attention, and feed-forward.
 _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")
@@ -101,15 +102,20 @@ def rank_by_timestep(denoiser: torch.nn.Module, rank: int, least: int) -> Callab
 
 @contextmanager
 def disabled_lora(family: Family) -> Iterator[None]:
-    """Use the denoiser without its adapters, in eval mode."""
+    """Use the denoiser without its adapters, in eval mode.
+
+    peft switches one layer after the other: an interrupt waits until all of them are.
+    """
     training = family.denoiser.training
-    family.denoiser.disable_adapters()
-    family.denoiser.eval()
     try:
+        with defer_interrupts():
+            family.denoiser.disable_adapters()
+            family.denoiser.eval()
         yield
     finally:
-        family.denoiser.enable_adapters()
-        family.denoiser.train(training)
+        with defer_interrupts():
+            family.denoiser.enable_adapters()
+            family.denoiser.train(training)
 
 
 def exact_base(family: Family, config: TrainConfig) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.training import lora
 from dreambooth_lib.training.ema import EMA
 from dreambooth_lib.training.flat_parameters import Bucket, make_buckets
-from dreambooth_lib.training.optimizers import make_optimizer, make_schedule
+from dreambooth_lib.training.optimizers import make_optimizer, make_schedule, resolve_optimizer
 from dreambooth_lib.training.trainable import Trainable
 
 #: Tries of one step in float16, each at half the loss scale of the one before.
@@ -66,6 +66,8 @@ class Optimizer:
             | ({} if bucket.has_8bit_moments else {"optim_bits": 32})
             for bucket, rate in zip(self.buckets, self._learning_rates(), strict=True)
         ]
+        #: By which a checkpoint tells whose state it has.
+        self.name = resolve_optimizer(config, accelerator.device.type)
         self.adam = make_optimizer(config, groups, accelerator.device.type)
         self.schedule = make_schedule(config, self.adam)
         self.ema = EMA(self.parameters, self.buckets, config.ema_decay)
@@ -192,13 +194,16 @@ class Optimizer:
             state |= zip(numbers, bucket.split_state(of_bucket), strict=True)
         group = saved["param_groups"][-1] | {"params": list(range(len(self.parameters)))}
         group.pop("optim_bits", None)
-        return {"state": dict(sorted(state.items())), "param_groups": [group]}
+        state = dict(sorted(state.items()))
+        return {"name": self.name, "state": state, "param_groups": [group]}
 
     def _load_moments(self, state: dict[int, Any]) -> None:
         """Reverse :meth:`_moments`."""
         number_of, joined = self._number_of(), {}
-        for number, bucket in enumerate(self.buckets if state else []):
-            joined[number] = bucket.join_state([state[number_of[p]] for p in bucket.parameters])
+        for number, bucket in enumerate(self.buckets):
+            numbers = [number_of[parameter] for parameter in bucket.parameters]
+            if numbers[0] in state:  # a bucket that has not been stepped has none
+                joined[number] = bucket.join_state([state[n] for n in numbers])
         groups = self.adam.state_dict()["param_groups"]
         self.adam.load_state_dict({"state": joined, "param_groups": groups})
 
@@ -206,13 +211,19 @@ class Optimizer:
         return {parameter: number for number, parameter in enumerate(self.parameters)}
 
     def _is_own_state(self, saved: dict[str, Any] | None) -> bool:
-        """Return whether a saved state is of this kind of optimizer: 8-bit moments differ."""
+        """Return whether a saved state is of this optimizer, and has all or nothing of each bucket.
+
+        It has nothing of text encoders that had stopped when the optimizer last started afresh.
+        """
         if saved is None:
             return False
-        state, is_torch = saved["state"], isinstance(self.adam, torch.optim.AdamW)
-        if any(("exp_avg" in moments) != is_torch for moments in state.values()):
+        state, number_of = saved["state"], self._number_of()
+        is_torch = any("exp_avg" in moments for moments in state.values())
+        # Earlier versions saved no name.
+        if saved.get("name", "adamw" if is_torch else "adamw8bit") != self.name:
             return False
-        return len(state) in (0, len(self.parameters))
+        of_buckets = [{number_of[p] in state for p in bucket.parameters} for bucket in self.buckets]
+        return all(len(has) == 1 for has in of_buckets)
 
     def _take_gradients(self) -> torch.Tensor:
         """Copy the gradients side by side; return their norm as a tensor [1]."""

@@ -155,6 +155,8 @@ class Trainable(torch.nn.Module):
         self.denoiser = family.denoiser
         self.text_encoders = torch.nn.ModuleList(family.text_encoders if with_text else [])
         self._family = [family]  # in a list, so that its modules are not registered twice
+        #: Those of the trained weights. ``requires_grad`` does not tell while adapters are off.
+        self.trained_names: list[str] = []
         self.text_is_frozen = False  #: whether trained text encoders get no gradients any more
 
     def forward(
@@ -168,7 +170,8 @@ class Trainable(torch.nn.Module):
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """Return the trained parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = dict(self.named_parameters())
+        return {name: own[name] for name in self.trained_names}
 
     def text_parameters(self) -> list[torch.nn.Parameter]:
         """Return the trained parameters of the text encoders, and of a token in them."""
@@ -235,6 +238,7 @@ def wrap_trained_parts(family: Family, config: TrainConfig) -> Trainable:
         trainable.requires_grad_(True)
     for parameter in family.unused_parameters():
         parameter.requires_grad_(False)
+    trainable.trained_names = [n for n, p in trainable.named_parameters() if p.requires_grad]
     return trainable
 
 
