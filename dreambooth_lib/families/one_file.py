@@ -60,12 +60,10 @@ class OneFile(NamedTuple):
 
     @property
     def address(self) -> str | None:
-        """Return the page of a file on the Hub, by which diffusers loads it, too."""
+        """Return the page of a file on the Hub, by which diffusers loads it at no revision."""
         if self.repository is None:
             return None
-        return (
-            f"https://huggingface.co/{self.repository}/blob/{self.revision or 'main'}/{self.file}"
-        )
+        return f"https://huggingface.co/{self.repository}/blob/main/{self.file}"
 
 
 def parse(base: str, revision: str | None = None) -> OneFile | None:
