@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_hub import TOKEN, FakeHub, Repo
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_comfyui import save_pipeline
 
@@ -146,6 +147,21 @@ def test_a_file_is_unpacked_once_and_known_by_its_content(
     assert [f.name for f in store.iterdir() if f.is_dir() and f.name != "references"] == [
         Path(place).name
     ]
+
+
+def test_a_text_encoder_with_an_early_transformers_keys_is_read(
+    exported: Path, folder: Path
+) -> None:
+    with safe_open(exported, "pt") as file:
+        metadata = file.metadata()
+    tensors = {
+        key.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): w
+        for key, w in load_file(exported).items()
+    }
+    assert "cond_stage_model.transformer.final_layer_norm.bias" in tensors
+    save_file(tensors, exported, metadata)
+    assert equal(str(exported), str(folder))
+    assert not (Path(loading.locate(str(exported))) / "renamed").exists()
 
 
 def test_an_unpacking_that_fails_leaves_nothing(
