@@ -35,7 +35,7 @@ from dreambooth_lib.training.config_changes import (
 )
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
-from dreambooth_lib.training.sampling import load_source
+from dreambooth_lib.training.sampling import check_counts, load_source
 from dreambooth_lib.training.validation import CLASS_SEED
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ class Protocol:
     #: Prompts without the subject, whose images should stay the base's: ``pictures`` of each are
     #: drawn; {noun} is the class noun.
     drift_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_counts(self, "pictures", "class_images", "steps", "batch_size")
 
     def drift_prompts_for(self, subject: Subject) -> list[str]:
         return [prompt.replace("{noun}", subject.class_noun) for prompt in self.drift_prompts]
