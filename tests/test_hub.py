@@ -267,6 +267,22 @@ def test_the_lines_that_are_printed_load_a_lora_and_its_word_from_the_hub(
     assert any(name.startswith("unet") for name in moved)
 
 
+def test_the_lines_of_a_lora_load_its_base_at_its_revision(
+    run: Run, tiny_sd1: str, fake_hub: FakeHub
+) -> None:
+    fake_hub.repos["maker/pinned"] = Repo(files=files_of(Path(tiny_sd1)))
+    config = run.config.replace(base="maker/pinned", revision="v1", method="lora")
+    code = fake_hub.call(model_card.usage, Run(run.folder / "none", config), "model")
+    fake_hub.requests.clear()
+    fake_hub.call(_execute, code.partition("pipeline.load_lora")[0])
+    assert fake_hub.asked("GET", "/maker/pinned/revision/v1")
+    assert not fake_hub.asked("GET", "/main")
+
+
+def _execute(code: str) -> None:
+    exec(code, {})
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Make a folder to push: small and large files, in folders too."""
@@ -373,7 +389,7 @@ def test_a_token_that_can_be_none_is_refused_without_showing_it(
     with pytest.raises(hub.HubError, match=f"your token has {said}.*HF_TOKEN") as raised:
         hub.push(folder, NAME)
     assert "abc" not in str(raised.value) and not fake_hub.requests
-    assert model_card.licence_of("maker/linked") == {}
+    assert hub.licence_of("maker/linked") == {}
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(
@@ -389,7 +405,7 @@ def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(
 def test_a_strangers_card_is_data(fake_hub: FakeHub) -> None:
     card = b"---\nlicense: [1, {a: b}]\nlicense_name: 'x\\n---'\nlicense_link: {b: 1}\n---\n"
     fake_hub.repos["maker/odd"] = Repo(files={"README.md": card})
-    assert fake_hub.call(model_card.licence_of, "maker/odd") == {"license_name": "x\\n---"}
+    assert fake_hub.call(hub.licence_of, "maker/odd") == {"license_name": "x\\n---"}
 
 
 @pytest.mark.parametrize(

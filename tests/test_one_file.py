@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_hub import TOKEN, FakeHub, Repo
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_comfyui import save_pipeline
 
@@ -145,6 +147,21 @@ def test_a_file_is_unpacked_once_and_known_by_its_content(
     assert [f.name for f in store.iterdir() if f.is_dir() and f.name != "references"] == [
         Path(place).name
     ]
+
+
+def test_a_text_encoder_with_an_early_transformers_keys_is_read(
+    exported: Path, folder: Path
+) -> None:
+    with safe_open(exported, "pt") as file:
+        metadata = file.metadata()
+    tensors = {
+        key.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): w
+        for key, w in load_file(exported).items()
+    }
+    assert "cond_stage_model.transformer.final_layer_norm.bias" in tensors
+    save_file(tensors, exported, metadata)
+    assert equal(str(exported), str(folder))
+    assert not (Path(loading.locate(str(exported))) / "renamed").exists()
 
 
 def test_an_unpacking_that_fails_leaves_nothing(
@@ -382,6 +399,30 @@ def test_a_file_on_the_hub_is_a_base_by_its_name_and_by_its_address(
         fake_hub.call(_locate_in, "me/one/other.safetensors", tmp_path / "store")
     check = fake_hub.call(_check_in, names[0], tmp_path / "elsewhere")
     assert check.ok and "Stable Diffusion 1.x" in check.result
+
+
+def test_the_code_of_a_lora_on_a_file_of_the_hub_takes_its_revision(
+    exported: Path, photos: str, make_config: Callable[..., TrainConfig], fake_hub: FakeHub,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    fake_hub.repos["me/pinned"] = Repo(files={"m.safetensors": exported.read_bytes()})
+    config = make_config("me/pinned/m.safetensors", photos, method="lora", revision="v1")
+    run = runs.start(config, tmp_path / "run")
+    code, place = fake_hub.call(_usage_in, run, tmp_path / "store")
+    assert Path(place).read_bytes() == exported.read_bytes()
+    assert "/blob/" not in code and fake_hub.asked("GET", "/me/pinned/resolve/v1/m.safetensors")
+    unpacked = fake_hub.call(_usage_in, run, tmp_path / "store", str(tmp_path))[0]
+    assert f'DiffusionPipeline.from_pretrained("{tmp_path}"' in unpacked
+
+
+def _usage_in(run: runs.Run, store: Path, base: str = "") -> tuple[str, str]:
+    """Return a LoRA's code, and the file that it gives to ``from_single_file``."""
+    one_file.store = lambda: store  # type: ignore[assignment]
+    code, scope = model_card.usage(run, "model", base), dict[str, Any]()
+    first = code.partition("gpu =")[0]
+    found = re.search(r"from_single_file\((.*), \w+=", code)
+    exec(f"{first}\nplace = {found[1] if found else None}", scope)
+    return code, scope["place"]
 
 
 def _locate_in(base: str, store: Path) -> str:

@@ -162,6 +162,20 @@ def test_a_lora_with_text_encoders_is_exported_where_a_layer_is_unused(
     pipeline.load_lora_weights(tmp_path / "lora", weight_name=loading.LORA_FILE)
 
 
+def test_the_lines_of_a_lora_name_the_variant_that_its_base_has(
+    tiny_sd1: str, trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_sd1, tmp_path / "base"))
+    for file in base.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    lora = {"variant": "fp16", "method": "lora", "lora_rank": 2, "steps": 2}
+    below = trained("below", base=str(base), **lora)
+    for run in (below, trained("top", base=str(below.folder), **lora | {"variant": None})):
+        code = model_card.usage(run, run.pipeline)
+        exec("\n".join(code.splitlines()[:-1]), {})
+        assert code.count('variant="fp16"') == 1
+
+
 def test_the_lines_of_a_lora_whose_base_is_gone_leave_out_what_is_not_known(
     trained: Callable[..., Run], tiny_sd1: str, tmp_path: Path
 ) -> None:

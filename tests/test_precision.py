@@ -175,6 +175,26 @@ def test_images_are_decoded_in_float16_where_that_is_finite_and_else_once_more()
     assert dtypes == [torch.float16, torch.float32, torch.float32], "it is tried once"
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux_2_klein", "z_image"])
+def test_large_text_encoders_compute_outside_autocast_whatever_encodes(
+    name: str, tiny_bases: Callable[[str], str]
+) -> None:
+    family = loading.load_model(tiny_bases(name), resolution=16)
+    (encoder,) = (getattr(family.pipeline, part) for part in family.large_encoder_names)
+    hidden = list[torch.Tensor]()
+
+    def keep(module: torch.nn.Module, given: Any, output: Any) -> None:
+        hidden.append((output.get("hidden_states") or output[:1])[-1])
+
+    encoder.register_forward_hook(keep)
+    PromptCache(family, ["a dog"])
+    with torch.autocast("cpu", torch.bfloat16):
+        PromptCache(family, ["a dog"])
+        family.generate([("a dog", 0)], 1, 1.0)
+    assert len(hidden) >= 3
+    assert all(torch.equal(one, hidden[0]) for one in hidden[1:3])
+
+
 # What is not finite.
 
 

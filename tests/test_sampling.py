@@ -1,6 +1,7 @@
 """Test sampling: images follow from the seed alone, and models stay as they were."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from accelerate import PartialState
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.evaluation.dreambench import Protocol
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
-from dreambooth_lib.training.sampling import Sample, fill, load_source, sample
+from dreambooth_lib.training.sampling import Sample, compose, fill, load_source, sample
+from dreambooth_lib.training.validation import ValidationPlan
 
 Make = Callable[..., TrainConfig]
 QUICK: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0}
@@ -83,6 +87,53 @@ def test_prompt_guidance_and_negative_prompt_each_change_the_image(family: Famil
         sample(family, ["a dog"], [0], steps=4, guidance_scale=3.0),
     ):
         assert not np.array_equal(plain, pixels(changed))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "reads"),
+    [("flux", 3.5, False), ("sd1", 1.0, False), ("sd1", 1.5, True), ("z_image", 0.5, True),
+     ("z_image", 0.0, False), ("flux_2_klein", 1.0, False), ("sd3", 4.0, True)],
+)  # fmt: skip
+def test_a_negative_prompt_that_would_change_nothing_is_left_out_with_a_warning(
+    name: str, scale: float, reads: bool, tiny_bases: Callable[[str], str]
+) -> None:
+    family = loading.load_model(tiny_bases(name), resolution=16)
+    how: dict[str, Any] = {"steps": 2, "guidance_scale": scale}
+    plain = pixels(sample(family, ["a dog"], [0], **how))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other = pixels(sample(family, ["a dog"], [0, 0], negative_prompt="a cat on snow", **how))
+    told = [str(one.message) for one in caught if "negative prompt" in str(one.message)]
+    assert len(told) == (not reads) and np.array_equal(plain[0], other[0]) == (not reads)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "steps", "sentence"),
+    [
+        ("a dog", [0], 2, r"prompts is the text 'a dog'; give a list"),
+        (["a dog"], 0, 2, r"seeds is 0; give a list"),
+        (["a dog"], [0, -1], 2, r"seeds is \[0, -1\]; .* from 0 to 2\*\*63 - 1"),
+        (["a dog"], [2**63], 2, r"seeds is"),
+        (["a dog"], ["1"], 2, r"seeds is \['1'\]"),
+        (["a dog"], [0], 0, r"steps is 0; give"),
+        (["a dog"], [0], 2.5, r"steps is 2.5; give"),
+        (["a dog"], [0], 2000, r"steps is 2000; '.*sd1' can draw in 1000 at most"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_told_in_a_sentence(
+    prompts: Any, seeds: Any, steps: Any, sentence: str, family: Family
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        sample(family, prompts, seeds, steps=steps)
+
+
+def test_plans_and_loras_of_another_kind_are_told_in_a_sentence() -> None:
+    with pytest.raises(InputError, match="seeds is 0; give 1 or more"):
+        ValidationPlan(seeds=0)
+    with pytest.raises(InputError, match="pictures is -1; give 1 or more"):
+        Protocol(pictures=-1)
+    with pytest.raises(InputError, match=r"loras is \['run'\]; give a dict"):
+        compose(["run"])  # type: ignore[arg-type]
 
 
 def test_a_run_draws_at_its_configs_guidance_scale(finished: Run) -> None:

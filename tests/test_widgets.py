@@ -1097,6 +1097,10 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     asked = {name: [made.image.tobytes() for made in row] for name, row in last.images.items()}
     assert drawn == [asked["base"][0], asked[tuned][0], asked["base"][1], asked[tuned][1]]
     assert asked["base"] != asked[tuned]
+    play.guidance.value = 1.0
+    with pytest.warns(UserWarning, match="negative prompt 'snow <b>' is left out"):
+        assert play.draw().negative_prompt == ""
+    play.guidance.value = 7.5
     play.prompt.value, play.count.value = "", 1
     play.draw()
     assert "No prompt, without “snow" in texts(play.entries.children[0])

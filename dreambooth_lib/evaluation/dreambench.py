@@ -36,7 +36,7 @@ from dreambooth_lib.training.config_changes import (
 )
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
-from dreambooth_lib.training.sampling import load_source
+from dreambooth_lib.training.sampling import check_counts, load_source
 from dreambooth_lib.training.validation import CLASS_SEED
 
 if TYPE_CHECKING:
@@ -69,11 +69,12 @@ class Protocol:
     drift_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("pictures", 1), ("class_images", 2)):
-            if (count := getattr(self, name)) < least:
-                raise InputError(
-                    f"the protocol's {name} is {count}; give {least} or more, as scores need them."
-                )
+        check_counts(self, "pictures", "steps", "batch_size")
+        if self.class_images < 2:
+            raise InputError(
+                f"the protocol's class_images is {self.class_images}; give 2 or more, as scores "
+                "need them."
+            )
 
     def drift_prompts_for(self, subject: Subject) -> list[str]:
         return [prompt.replace("{noun}", subject.class_noun) for prompt in self.drift_prompts]

@@ -90,3 +90,24 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
             "again: files that are already there are not uploaded twice."
         ) from error
     return str(repository)
+
+
+def licence_of(base: str) -> dict[str, Any]:
+    """Return the licence fields of a base's card on the Hub; empty if there are none.
+
+    They are ``license``, ``license_name`` and ``license_link``. A Hub that does not answer raises
+    nothing.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    network: Any = HfHubHTTPError.__bases__  # those of its HTTP library, which is one of two
+    try:
+        model = HfApi(token=hub_token() or False).model_info(base, timeout=5.0)
+    except (OSError, HubError, HFValidationError, *network):
+        return {}
+    card: Any = model.card_data or {}
+    fields = {name: card.get(name) for name in ("license", "license_name", "license_link")}
+    if not str(fields["license_link"]).startswith("http"):  # a file in the base's own repository
+        del fields["license_link"]
+    return {name: value for name, value in fields.items() if isinstance(value, str)}

@@ -2,14 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import KitError, printable
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.core.hub_token import HubError, hub_token
 from dreambooth_lib.core.user_text import markdown, python_string
 from dreambooth_lib.data import images
+from dreambooth_lib.export import hub
 from dreambooth_lib.families import clip_skip, loading, one_file, peft_adapters, textual_inversion
 from dreambooth_lib.families.prediction_type import V_PREDICTION
 from dreambooth_lib.families.pretrained import DTYPE
@@ -74,12 +73,22 @@ def usage(run: Run, model: str | Path, base: str = "", dtype_name: str = DTYPE) 
         family = loading.resolve(config.base, config.revision).family
         load += textual_inversion.usage_lines(family, model, config.subject.identifier)
     pipeline_class, scheduler, method = "DiffusionPipeline", tuple[str, ...](), "from_pretrained"
+    place, options, imports = "", "", list[str]()
     try:
         if lora:
-            first = loading.resolve(config.base, config.revision, None, config.prediction_type)
-            if file := _one_file(first.name):
+            asked = config.base, config.revision, config.variant, config.prediction_type
+            first = loading.resolve(*asked)
+            named = [(name, python_string(value)) for name, value in first.hub.items() if value]
+            options = "".join(f", {name}={value}" for name, value in named)
+            revision = first.loras[0].trained_on["revision"] if first.loras else config.revision
+            file = None if Path(loaded_first).is_dir() else _one_file(first.name, revision)
+            if file is not None:
                 pipeline_class, method = first.index["_class_name"], "from_single_file"
                 loaded_first = file.address or loaded_first
+                if file.revision:  # from_single_file would look for the base's configs there, too
+                    imports = ["from huggingface_hub import hf_hub_download"]
+                    words = map(python_string, (file.repository, file.file, file.revision))
+                    place = "hf_hub_download({}, {}, revision={})".format(*words)
             elif loaded_first != "toybox" and (not base or Path(base).exists()):
                 loaded_first = loading.locate(loaded_first)  # of a run, its pipeline
             scheduler = _scheduler_lines(first, file is not None)
@@ -94,16 +103,18 @@ def usage(run: Run, model: str | Path, base: str = "", dtype_name: str = DTYPE) 
             settings += ", width={}, height={}".format(*size)
     except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""
-    is_toybox = loaded_first == "toybox"
-    place = 'loading.locate("toybox")' if is_toybox else python_string(loaded_first)
+    if loaded_first == "toybox":
+        imports = ["from dreambooth_lib.families import loading"]
+        place = 'loading.locate("toybox")'
+    place = place or python_string(loaded_first)
     prompt = python_string(f"{config.subject.instance_prompt} on the beach")
     given = f"{dtype_name}=torch.{dtype} if gpu else torch.float32"
     return "\n".join([
         "import torch",
         f"from diffusers import {pipeline_class}",
-        *(["from dreambooth_lib.families import loading"] if is_toybox else []),
+        *imports,
         "gpu = torch.cuda.is_available()",
-        f"pipeline = {pipeline_class}.{method}({place}, {given})",
+        f"pipeline = {pipeline_class}.{method}({place}, {given}{options})",
         *scheduler,
         *load,
         'pipeline.to("cuda" if gpu else "cpu")',
@@ -131,10 +142,10 @@ def _load_lines(parts: list[str], model: str | Path) -> list[str]:
     return ["from peft import PeftModel", *lines]
 
 
-def _one_file(base: str) -> one_file.OneFile | None:
+def _one_file(base: str, revision: str | None = None) -> one_file.OneFile | None:
     """Return the file that a base is, which may be gone; None for any other base."""
     try:
-        return one_file.parse(base)
+        return one_file.parse(base, revision)
     except KitError:
         return one_file.OneFile(path=Path(base))
 
@@ -188,27 +199,6 @@ def _code_span(name: str) -> str:
     return f"`{printable(name).replace('`', '_')}`"
 
 
-def licence_of(base: str) -> dict[str, Any]:
-    """Return the licence fields of a base's card on the Hub; empty if there are none.
-
-    They are ``license``, ``license_name`` and ``license_link``. A Hub that does not answer raises
-    nothing.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    network: Any = HfHubHTTPError.__bases__  # those of its HTTP library, which is one of two
-    try:
-        model = HfApi(token=hub_token() or False).model_info(base, timeout=5.0)
-    except (OSError, HubError, HFValidationError, *network):
-        return {}
-    card: Any = model.card_data or {}
-    fields = {name: card.get(name) for name in ("license", "license_name", "license_link")}
-    if not str(fields["license_link"]).startswith("http"):  # a file in the base's own repository
-        del fields["license_link"]
-    return {name: value for name, value in fields.items() if isinstance(value, str)}
-
-
 def _card(run: Run, step: int, photos: bool) -> str:
     from huggingface_hub import ModelCardData
 
@@ -232,7 +222,7 @@ def _card(run: Run, step: int, photos: bool) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["dreambooth", "text-to-image", "diffusers", *kinds],
-        **(licence_of(repository) if repository else {}),
+        **(hub.licence_of(repository) if repository else {}),
     )
     rows = {row.step: row for row in validation_record.history(run)}
     ratios, ceiling = best_checkpoint.ratios_of(rows[step], rows[0]), rows[step].reference_fidelity

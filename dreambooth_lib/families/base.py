@@ -15,7 +15,7 @@ from dreambooth_lib.families.drawing import draw, fast_scheduler
 from dreambooth_lib.families.inference_settings import Config, Inference, Names, distilled_by_name
 from dreambooth_lib.families.long_prompts import chunks_of, how_to_read_more
 from dreambooth_lib.families.noise_schedule import DiscreteNoise, FlowNoise
-from dreambooth_lib.families.precision import finite_decoder
+from dreambooth_lib.families.precision import finite_decoder, without_autocast
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,6 +94,8 @@ class Family:
             dict(self.denoiser.config), dict(pipeline.vae.config)
         )
         self.size = (self.resolution,) * 2  #: width and height of the images that it draws
+        for part in self._parts(self.large_encoder_names):
+            part.forward = without_autocast(part)
         if pipeline.vae is not None:
             pipeline.vae.decode = finite_decoder(pipeline.vae)
         # Decoding many large images would take more memory than denoising them.
@@ -123,8 +125,8 @@ class Family:
         """Return the tokenizers of :attr:`tokenizers`, by name, with their limits; skip None."""
         found = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
         limits = {n: cls.tokens_read.get(n, t.model_max_length) for n, t in found.items()}
-        if chunks > 1:  # each with its own start and end
-            limits = {n: (limit - 2) * chunks + 2 for n, limit in limits.items()}
+        # Each chunk has its own start and end.
+        limits = {n: (limit - 2) * chunks + 2 for n, limit in limits.items()}
         return [(tokenizer, limits[name]) for name, tokenizer in found.items()]
 
     @property
@@ -165,11 +167,8 @@ class Family:
 
     @staticmethod
     def size_multiple(denoiser: dict[str, Any], vae: dict[str, Any]) -> int:
-        """Return what sides of buckets are a multiple of, by a base's configs: 8, 16, 32 or 64.
-
-        A U-Net halves the latents between its levels; others take patches of 2 x 2.
-        """
-        levels = len(denoiser.get("down_block_types", (None, None)))
+        """Return what sides of buckets are a multiple of, by a base's configs: 8, 16, 32 or 64."""
+        levels = len(denoiser.get("down_block_types", (None, None)))  # else patches of 2 x 2
         return max(8, vae_scale(vae) * 2 ** (levels - 1))
 
     @staticmethod
@@ -244,25 +243,26 @@ class Family:
 
     def prompt_arguments(self, prompts: list[str], negative: str = "") -> dict[str, Any]:
         """Return the prompts as arguments of the pipeline's call."""
-        if self.prompt_cache is None and self.reads_in_chunks([*prompts, negative]):
-            with torch.no_grad():  # as one batch, to be of one length
-                cond = self.encode_prompts([*prompts, *[negative] * len(prompts)])
-            pairs = {n: value.chunk(2) for n, value in self.pipeline_arguments(cond).items()}
-            positive = {name: pair[0] for name, pair in pairs.items()}
-            return positive | {f"negative_{name}": pair[1] for name, pair in pairs.items()}
-        if self.prompt_cache is None:
-            # None, not "": the pipeline chooses what stands for no prompt; SDXL's are zeros.
-            return {
-                "prompt": prompts,
-                "negative_prompt": [negative] * len(prompts) if negative else None,
-            }
-        return self.encoded_arguments(prompts, negative)
+        if self.prompt_cache is not None or self.reads_in_chunks([*prompts, negative]):
+            return self.encoded_arguments(prompts, negative)
+        # None, not "": the pipeline chooses what stands for no prompt; SDXL's are zeros.
+        away = [negative] * len(prompts) if negative else None
+        return {"prompt": prompts, "negative_prompt": away}
 
     def encoded_arguments(self, prompts: list[str], negative: str) -> dict[str, Any]:
         """Return the prompts as arguments of the pipeline's call, encoded."""
-        positive = self.pipeline_arguments(self.conditioning(prompts))
-        away = self.pipeline_arguments(self.conditioning([negative] * len(prompts)))
-        return positive | {f"negative_{name}": value for name, value in away.items()}
+        with torch.no_grad():  # as one batch, to be of one length
+            cond = self.conditioning([*prompts, *[negative] * len(prompts)])
+        own, away = (
+            self.pipeline_arguments({name: value[half] for name, value in cond.items()})
+            for half in (slice(len(prompts)), slice(len(prompts), None))
+        )
+        return own | {f"negative_{name}": value for name, value in away.items()}
+
+    def reads_negative(self, guidance_scale: float) -> bool:
+        """Return whether a negative prompt changes what is drawn at a guidance scale."""
+        self.pipeline._guidance_scale = guidance_scale  # as its call sets it
+        return getattr(self.pipeline, "do_classifier_free_guidance", guidance_scale > 1)
 
     def pipeline_arguments(self, cond: Cond) -> dict[str, Any]:
         """Return conditioning as arguments of the pipeline's call."""
@@ -274,8 +274,7 @@ class Family:
 
     def scheduler(self, fast: bool = False) -> Any:
         """Return the sampler that :meth:`generate` draws by, as a diffusers scheduler."""
-        own = self.pipeline.scheduler
-        return fast_scheduler(own) if fast else own
+        return fast_scheduler(self.pipeline.scheduler) if fast else self.pipeline.scheduler
 
     def generate(
         self,

@@ -56,6 +56,9 @@ class Flux(Family):
         )
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
+    def reads_negative(self, guidance_scale: float) -> bool:
+        return False  # the pipeline does only at a true_cfg_scale
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape
         hidden = cond["encoder_hidden_states"]

@@ -7,6 +7,7 @@ A base in one file is a path, a file on the Hub or an https link. It is unpacked
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,11 @@ TOKENIZER = "openai/clip-vit-base-patch32"
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _HUB_FILE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)/(.+)")
+#: How keys of 1.x's text encoder begin that an early transformers wrote; diffusers knows them no
+#: more. Today "text_model." comes between.
+_EARLY_KEY = re.compile(
+    r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
+)
 
 
 def store() -> Path:
@@ -60,12 +66,10 @@ class OneFile(NamedTuple):
 
     @property
     def address(self) -> str | None:
-        """Return the page of a file on the Hub, by which diffusers loads it, too."""
+        """Return the page of a file on the Hub, by which diffusers loads it at no revision."""
         if self.repository is None:
             return None
-        return (
-            f"https://huggingface.co/{self.repository}/blob/{self.revision or 'main'}/{self.file}"
-        )
+        return f"https://huggingface.co/{self.repository}/blob/main/{self.file}"
 
 
 def parse(base: str, revision: str | None = None) -> OneFile | None:
@@ -223,15 +227,34 @@ def _convert(file: Path, header: Header, folder: Path, name: str) -> None:
     for part in parts:
         others = dict.fromkeys({*loaded} - {part, "scheduler"})
         dtype = getattr(torch, header.dtypes[part])
+        own = _with_todays_keys(file, folder / "renamed") if part == "text_encoder" else file
         with explain_loading(name), torch.no_grad(), _explain_lacking(part, name):
             pipeline = pipeline_class.from_single_file(
-                str(file), config=str(folder), local_files_only=True, torch_dtype=dtype, **others
+                str(own), config=str(folder), local_files_only=True, torch_dtype=dtype, **others
             )
             model = getattr(pipeline, part)
             if any(weight.is_meta for weight in model.parameters()):
                 raise NotImplementedError
             model.save_pretrained(folder / part, safe_serialization=True)
         del pipeline, model
+        if own != file:
+            shutil.rmtree(own.parent)
+
+
+def _with_todays_keys(file: Path, folder: Path) -> Path:
+    """Return a file; one of its text encoder alone, in ``folder``, where that has early keys."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, "pt") as weights:
+        keys = [*weights.keys()]
+        if not any(map(_EARLY_KEY.match, keys)):
+            return file
+        own = [key for key in keys if key.startswith("cond_stage_model.")]
+        tensors = {_EARLY_KEY.sub(r"\g<0>text_model.", k): weights.get_tensor(k) for k in own}
+    folder.mkdir()
+    save_file(tensors, folder / file.name)
+    return folder / file.name
 
 
 @contextmanager

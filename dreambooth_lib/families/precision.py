@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ def finite_decoder(vae: Any) -> Callable[..., Any]:
             return decode(z.to(vae.dtype), *args, **kwargs)
 
     return decode_finite
+
+
+def without_autocast(encoder: Any) -> Callable[..., Any]:
+    """Wrap a large text encoder's ``forward`` to compute in the dtypes of its weights always.
+
+    In float16 transformers keeps some of T5's layers in float32, as they overflow; autocast would
+    compute them in float16 again.
+    """
+    forward = encoder.forward
+
+    @wraps(forward)
+    def forward_exact(*args: Any, **kwargs: Any) -> Any:
+        kind = encoder.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return forward(*args, **kwargs)
+
+    return forward_exact
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:

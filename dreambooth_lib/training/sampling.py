@@ -1,13 +1,15 @@
 """Draw images from a base or a run by seed, through its own diffusers pipeline."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.config_types import shown
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.core.subject import Subject
@@ -65,16 +67,29 @@ def sample(
     ``source`` is a finished run, a run's checkpoint of step ``at``, a loaded family, or a base as
     in ``TrainConfig.base``. Each image's noise comes from its seed alone, whatever the batch size:
     base and tuned model start from the same noise at the same seed. ``steps`` (inference steps) and
-    ``guidance_scale`` default to :func:`inference_settings`. Raises :class:`RunError` for a run
-    that has not finished.
+    ``guidance_scale`` default to :func:`inference_settings`. A negative prompt that the base does
+    not read is left out with a warning. Raises ``InputError`` for what cannot be drawn, and
+    :class:`RunError` for a run that has not finished.
     """
+    _check_asked(prompts, seeds, steps)
     subject = source.config.subject if isinstance(source, Run) else None
     family = load_source(source, at)
     own = inference_settings(source)
     steps = own.steps if steps is None else steps
+    schedule = family.pipeline.scheduler.config
+    most = schedule.get("original_inference_steps") or schedule["num_train_timesteps"]
+    if steps > most:
+        raise InputError(f"steps is {steps}; '{family.name}' can draw in {most} at most.")
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or family.default_batch_size
     filled = [fill(prompt, subject) for prompt in prompts]
+    if negative_prompt and not family.reads_negative(guidance_scale):
+        warnings.warn(
+            f"The negative prompt '{negative_prompt}' is left out: '{family.name}' reads none at "
+            f"guidance scale {guidance_scale:g}.",
+            stacklevel=2,
+        )
+        negative_prompt = ""
     for prompt in (*filled, negative_prompt):
         if message := warning_of_length(prompt, family.tokenizers, family.how_to_read_more):
             warnings.warn(message, stacklevel=2)
@@ -85,6 +100,28 @@ def sample(
         images = family.generate(part, steps, guidance_scale, negative_prompt)
         samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
     return samples
+
+
+def _check_asked(prompts: object, seeds: object, steps: object) -> None:
+    """Raise ``InputError`` for prompts, seeds or inference steps that no base can draw."""
+    if isinstance(prompts, str):
+        raise InputError(f"prompts is the text '{prompts}'; give a list of prompts.")
+    if steps is not None and not (isinstance(steps, Integral) and int(steps) >= 1):
+        raise InputError(f"steps is {steps!r}; give a whole number of 1 or more.")
+    if not isinstance(seeds, Collection) or not all(
+        isinstance(seed, Integral) and 0 <= int(seed) < 2**63 for seed in seeds
+    ):
+        raise InputError(
+            f"seeds is {shown(seeds)}; give a list of whole numbers from 0 to 2**63 - 1."
+        )
+
+
+def check_counts(plan: object, *names: str) -> None:
+    """Raise ``InputError`` where one of a plan's counts is below 1; None is the base's own."""
+    for name in names:
+        value = getattr(plan, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more.")
 
 
 def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference":
@@ -170,6 +207,8 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
     Prompts name the subjects by their identifiers, as in "a ohwx dog beside a qxy cat"; weight 1 is
     a LoRA as it was trained. Raises ``BaseError`` if they were not all trained on one base.
     """
+    if not isinstance(loras, Mapping):
+        raise InputError(f"loras is {loras!r}; give a dict of runs with weights, {{run: 1.0}}.")
     folders = {str(s.folder if isinstance(s, Run) else s): w for s, w in loras.items()}
     configs = [
         resume(folder).config for folder in folders if (Path(folder) / "config.toml").exists()

@@ -18,7 +18,7 @@ from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.metrics import clip_scores
 from dreambooth_lib.metrics.encoders import Encoder, EncoderError
-from dreambooth_lib.training.sampling import inference_settings
+from dreambooth_lib.training.sampling import check_counts, inference_settings
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,9 @@ class ValidationPlan:
     guidance_scale: float | None = None  #: None: the base's own
     first_seed: int = 0  #: of the subject's prompts; class images start CLASS_SEED after it
     fast: bool = False  #: by the fast sampler instead of the base's own
+
+    def __post_init__(self) -> None:
+        check_counts(self, "seeds", "class_images", "inference_steps")
 
     def check(self) -> None:
         """Raise ``InputError`` unless a validation by this plan can be scored."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.digests import changed_file, write_digests
-from dreambooth_lib.core.errors import KitError
+from dreambooth_lib.core.errors import InputError, KitError
 from dreambooth_lib.core.files import (
     open_image,
     recover_folder,
@@ -198,9 +198,12 @@ def read_plan(file: Path) -> ValidationPlan:
     values = current_fields(read_object(file) or {})
     types: dict[str, Any] = {own.name: own.type for own in fields(ValidationPlan)}
     sound = all(isinstance(value, types.get(name, ())) for name, value in values.items())
-    if not values or not sound:
-        raise RunError(f"the validation plan {file} is missing or damaged.")
-    return ValidationPlan(**values)
+    try:
+        if values and sound:
+            return ValidationPlan(**values)
+    except InputError:
+        pass
+    raise RunError(f"the validation plan {file} is missing or damaged.")
 
 
 def images_folder(run: Run, step: int) -> Path:

@@ -154,7 +154,7 @@ class Playground(Panel):
             self.right: "the model on the right, with the same seeds",
             self.prompt: "write {} for your subject's identifier, e.g. "
             f"a {{}} {subject.class_noun} in the snow",
-            self.negative_prompt: "what the image should not show; may be empty",
+            self.negative_prompt: "what the image should not show; may be empty; not read by Flux",
             self.seed: "the same seed draws the same image again",
             self.count: "one for each seed, counting up from the seed above",
             self.guidance: "raise it if images ignore the prompt; lower it if they look harsh",
@@ -199,8 +199,7 @@ class Playground(Panel):
         prompt, first = fill(self.prompt.value, self._subject), self.seed.value
         seeds = list(range(first, first + self.count.value))
         steps, scale, negative = self.steps.value, self.guidance.value, self.negative_prompt.value
-        options: dict[str, Any] = {"steps": steps, "guidance_scale": scale,
-                                   "negative_prompt": negative}  # fmt: skip
+        how: dict[str, Any] = {"steps": steps, "guidance_scale": scale}
         images: dict[str, list[Sample]] = {name: [] for name in sources}
         with busy(self.button), busy(self.new_seed), self._progress(len(seeds) * len(sources)):
             _load(list(sources.values()))
@@ -209,11 +208,12 @@ class Playground(Panel):
                 batch = family.default_batch_size
                 for start in range(0, len(seeds), batch):
                     part = seeds[start : start + batch]
-                    images[name] += sample(family, [prompt], part, **options)
+                    images[name] += sample(family, [prompt], part, negative_prompt=negative, **how)
                     self._count(len(part))
             samplers = {name: png_text.sampler_name(_LOADED[source].scheduler())
                         for name, source in sources.items()}  # fmt: skip
-        entry = GalleryEntry(prompt, negative, scale, steps, images, samplers)
+            read = any(_LOADED[source].reads_negative(scale) for source in sources.values())
+        entry = GalleryEntry(prompt, negative if read else "", scale, steps, images, samplers)
         self._keep(entry)
         return entry
 
