@@ -20,7 +20,7 @@ from dreambooth_lib.notebook.drive_copy_back import (
 )
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import config_changes, runs
-from dreambooth_lib.training.run_photos import digests_of, known_digests
+from dreambooth_lib.training.photo_record import digests_of, known_digests
 from dreambooth_lib.training.runs import PHOTOS, Run, RunError
 
 
@@ -247,7 +247,7 @@ def _noted(run: Run) -> list[str] | None:
     """Return the hashes of the photos that a run trains on; None if they cannot be read."""
     try:
         return background.call(
-            lambda: known_digests(run), place=run.folder, limit=background.FILE_LIMIT
+            lambda: known_digests(run.folder), place=run.folder, limit=background.FILE_LIMIT
         )
     except Exception:  # whatever a drive raises
         return None
