@@ -186,6 +186,15 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
     assert folder == run.folder and message.startswith(f"Opening finished {run.folder}: step ")
 
 
+def test_photos_in_the_home_folder_are_compared(
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_photos(tmp_path / "max", 2)
+    found, message = interrupted(run, drive, pictures="~/max")
+    assert found is None and "its photos are not those in ~/max" in message
+
+
 @pytest.mark.parametrize("damaged", ["both", "own", "given"])
 def test_photos_that_cannot_be_read_are_not_taken_for_the_same_or_for_others(
     run: Run, drive: Path, tmp_path: Path, damaged: str

@@ -552,8 +552,9 @@ def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
 
 
 def test_on_colab_the_panel_points_to_colabs_upload(
-    fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path
-) -> None:
+    fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
     assert "UPLOAD = True" in texts(panel) and "10 MB" not in texts(panel)
     fake_colab.uploads = {"d.png": png("red")}
@@ -565,6 +566,11 @@ def test_on_colab_the_panel_points_to_colabs_upload(
     click(panel.go_on)
     panel.check()
     fake_colab.uploads = {}
+    panel.upload_on_colab()
+    panel.check()
+    assert [photo.name for photo in panel.photos] == ["d.png"], "those of the upload before"
+    assert "Nothing was uploaded, so the photos in " in capsys.readouterr().out
+    panel.use(photos)
     panel.upload_on_colab()
     with pytest.raises(DataError, match="nothing was uploaded"):
         panel.check()
@@ -652,6 +658,16 @@ def test_the_panel_shows_a_photo_folder_as_the_page_does(
     assert subject.source.value == Path(photos).name
     assert f"from {subject.source.value}</b>" in subject.title.value
     assert subject.config.subject.pictures == photos
+
+
+def test_a_path_in_the_home_folder_may_begin_with_a_tilde(
+    subject: widgets.SubjectPanel, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(photos).parent))
+    subject.source.value = f"~/{Path(photos).name}"
+    assert subject.config.subject.pictures == photos
+    subject._save_captions({})
+    subject.check()
 
 
 def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) -> None:
