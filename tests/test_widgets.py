@@ -599,6 +599,33 @@ def test_the_settings_begin_with_the_config_and_follow_their_controls(
     assert "T4" not in texts(settings), "a text encoder may train on one, and nothing refuses it"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prior": "none"},
+        {"resolution": 16},
+        {"method": "lora"},
+        {"method": "lora", "prior": "none"},
+    ],
+)
+def test_settings_whose_controls_are_not_moved_stay(
+    changes: dict[str, Any], tiny_sd2: str, photos: str, make_config: Make
+) -> None:
+    """As of a finished run that is opened again, which any other change makes a new one."""
+    given = make_config(tiny_sd2, photos, **changes)
+    for config in (given, given.replace(prior_weight=0.0)):
+        panel = widgets.SettingsPanel(config)
+        assert panel.config == config
+        panel.controls["steps"].value = 9
+        assert panel.config == config.replace(steps=9)
+    panel.controls["prior_weight"].value = 0.5
+    assert panel.config.prior != "none" and panel.config.prior_weight == 0.5
+    panel.controls["resolution"].value = 8
+    assert panel.config.resolution == 8
+    panel.controls["resolution"].value = 16
+    assert panel.config.resolution == given.resolution
+
+
 def test_to_keep_the_class_takes_the_place_of_a_lambda_set_by_hand(
     settings: widgets.SettingsPanel,
 ) -> None:
