@@ -207,6 +207,23 @@ def test_a_tuned_method_starts_missing_runs_and_resumes_interrupted_ones(
         more(subject)
 
 
+def test_an_evaluation_of_photos_that_were_replaced_is_refused_even_where_all_is_drawn(
+    tiny_sd1: str, make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    place = Path(save_photos(tmp_path / "rex"))
+    subject = Subject(str(place), "dog", kind="live")
+    method = dreambench.Tuned(
+        tmp_path / "runs", lambda subject: make_config(tiny_sd1, str(place), prior_weight=0.0)
+    )
+    drawn = Benchmark([subject], {"live": ["a {} {noun}"]}), {"tuned": method}, tmp_path / "out"
+    list(draw_all(*drawn, SHORT))
+    assert not list(draw_all(*drawn, SHORT))
+    Image.new("RGB", (24, 20), "red").save(place / "0.png")
+    for again in (lambda: list(draw_all(*drawn, SHORT)), lambda: method(subject)):
+        with pytest.raises(RunError, match=r"trained with other photos than .*another folder"):
+            again()
+
+
 AT_FULL_SIZE = """
 import sys
 from dataclasses import replace

@@ -29,6 +29,7 @@ from dreambooth_lib.notebook.drive_restore import (
 )
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.photo_record import digests_of, known_digests
 from dreambooth_lib.training.runs import Run, RunError
 
 # Finding
@@ -121,7 +122,14 @@ def test_a_run_whose_photos_were_replaced_is_not_resumed(
     folder, said = interrupted(run, tmp_path / "no-drive", **asked)
     assert folder is None and f"its photos are not those in {place}" in said
     with pytest.warns(UserWarning, match="began with other photos than .*start a new run"):
-        next(train(runs.resume(run.folder)))
+        list(train(runs.resume(run.folder)))
+    now = known_digests(run.folder)
+    assert now == digests_of(read_photos(place)), "it trained on with these"
+    shutil.rmtree(run.pipeline)
+    (place / "0.png").unlink()
+    with pytest.warns(UserWarning, match="began with other photos than .*start a new run"):
+        list(train(runs.resume(run.folder)))
+    assert run.finished and known_digests(run.folder) == now, "it trained no step on these"
 
 
 def interrupted(run: Run, drive: Path, **other: Any) -> tuple[Path | None, str]:
@@ -176,6 +184,15 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
     assert interrupted(run, drive, resume=False) == (None, "Starting a new run.")
     folder, message = interrupted(run, drive, resume="my-dog")
     assert folder == run.folder and message.startswith(f"Opening finished {run.folder}: step ")
+
+
+def test_photos_in_the_home_folder_are_compared(
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_photos(tmp_path / "max", 2)
+    found, message = interrupted(run, drive, pictures="~/max")
+    assert found is None and "its photos are not those in ~/max" in message
 
 
 @pytest.mark.parametrize("damaged", ["both", "own", "given"])

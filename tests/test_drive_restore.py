@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_photos
-from drive_faults import Faults, Make, lose, newest, shown, tree
+from drive_faults import Faults, Make, lose, newest, save, shown, tree
 from drive_faults import drive as drive
 from drive_faults import faults as faults
 from drive_faults import no_waits as no_waits
@@ -29,7 +29,7 @@ from dreambooth_lib.notebook.drive_restore import (
     has_finished,
     restore,
 )
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import photo_record, runs
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.run_photos import read_own_class_images, read_subject_photos
 from dreambooth_lib.training.runs import Run, RunError
@@ -80,6 +80,29 @@ def test_a_photo_that_was_left_out_stays_out_of_the_backup(
     back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
     assert [photo.traits.digest for photo in read_subject_photos(back)] == used
     assert back.config.subject.left_out is None and backup(back, drive / "my-dog") is None
+
+
+def test_a_restored_finished_run_has_the_photos_captions_crops_and_masks_that_it_noted(
+    tmp_path: Path, drive: Path, make_config: Make
+) -> None:
+    photos = Path(save_photos(tmp_path / "uploads" / "rex", 3))
+    (photos / "0.txt").write_text("a {} dog in the snow ")
+    (photos / "crops.json").write_text('{"0.png": [0.3, 0.5]}')
+    mask = Image.new("L", (12, 10))
+    mask.paste(255, (0, 0, 12, 5))
+    mask.save(photos / "mask_1.png")
+    Image.open(photos / "1.png").save(photos / "1.jpg")
+    (photos / "1.png").unlink()
+    config = make_config("toybox", str(photos), crop="subject", background_weight=0.1)
+    run = runs.start(config, tmp_path / "runs" / "my-dog")
+    photo_record.note(run.folder, read_subject_photos(run), config)
+    save(run, config.steps)
+    assert backup(run, drive / "my-dog") is None
+    lose(run)
+    back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
+    assert runs.why_not_resumable(back.config, back.folder) is None
+    (Path(back.config.subject.pictures) / "0.txt").write_text("a {} dog")
+    assert "other captions" in str(runs.why_not_resumable(back.config, back.folder))
 
 
 def test_a_zip_and_own_and_generated_class_images_come_back(

@@ -22,8 +22,10 @@ import torch
 from fake_colab import FakeColab
 
 import dreambooth_lib as db
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import DiskError
+from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation import scores, sweep_table, tables
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
@@ -352,6 +354,44 @@ def test_after_a_disconnect_photos_need_no_second_upload(
     config = resumed["subject"].config
     assert config.subject.pictures == str(tmp_path / "runs" / "mine" / "photos")
     assert runs.start_or_resume(config, tmp_path / "runs" / "mine").config.steps == 500
+
+
+def test_a_run_resumed_in_place_of_an_upload_says_that_its_photos_were_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_colab: FakeColab,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    bundled = loading.BUNDLED / "subjects" / "patch_dog"
+    runs.start(TrainConfig(Subject(str(bundled), "dog")), tmp_path / "runs" / "mine")
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
+    for mark in ("find_interrupted", "SubjectPanel"):
+        run_cells(scope, "UPLOAD = True", mark)
+        told = " ".join(capsys.readouterr().out.split())
+        assert "Resuming runs/mine: step 0 of 500" in told
+        assert "Its photos were not compared; for other photos set RESUME = False and run" in told
+    run_cells(scope, "", "find_interrupted", "SubjectPanel")
+    assert "not compared" not in capsys.readouterr().out, "they are those of PHOTOS"
+
+
+def test_run_all_resumes_the_interrupted_run_of_photos_chosen_in_the_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a reload of JupyterLab's page: press the button, then run all cells."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(widgets, "monitor", lambda run: iter(()))
+    marks = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
+    scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
+    run_cells(scope, "", *marks[:3])
+    bundled = loading.BUNDLED / "subjects" / "patch_dog"
+    photos = {path.name: path.read_bytes() for path in list(bundled.glob("*.png"))[:3]}
+    scope["subject"].use(photos)
+    run_cells(scope, "", marks[3])
+    scope["run"].save_checkpoint(1, {"step": 1})
+    assert scope["name"] == "my_dog"
+    assert run_cells(scope, "", *marks)["name"] == "my_dog"
+    assert run_cells(scope, "RESUME = False", *marks)["name"] == "my_dog-2"
+    scope["subject"].use(dict(list(photos.items())[:2]))
+    assert run_cells(scope, "", *marks)["name"] == "my_dog-3", "other photos"
 
 
 def test_outside_colab_the_upload_is_the_panels_button(

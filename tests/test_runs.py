@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_photos
+from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
-from dreambooth_lib.training import config_changes, runs
+from dreambooth_lib.core.made_with import MADE_WITH_FILE
+from dreambooth_lib.data.images import read_photos
+from dreambooth_lib.training import config_changes, photo_record, runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.runs import Run, RunError
 
@@ -99,6 +103,72 @@ def test_a_finished_run_keeps_the_settings_it_was_trained_with(run: Run) -> None
         runs.start_or_resume(run.config.replace(prior_weight=0.5, steps=9), run.folder)
     assert runs.resume(run.folder) == run
     assert runs.start_or_resume(run.config.replace(steps=9), run.folder).config.steps == 9
+
+
+@pytest.mark.parametrize("has_pipeline", [True, False])
+def test_a_finished_run_is_not_resumed_with_other_photos_captions_crops_or_masks(
+    has_pipeline: bool, tmp_path: Path, make_config: Make
+) -> None:
+    """A large pipeline is not backed up, so that a restored run has none."""
+    place = Path(save_photos(tmp_path / "rex"))
+    config = make_config("toybox", str(place), steps=4, crop="subject", background_weight=0.1)
+    run = runs.start(config, tmp_path / "run")
+    photo_record.note(run.folder, read_photos(place), config)
+    finish(run, 4)
+    if not has_pipeline:
+        shutil.rmtree(run.pipeline)
+    assert runs.start_or_resume(config, run.folder) == run
+    mask = Image.new("L", (24, 20))
+    mask.paste(255, (0, 0, 24, 10))
+    changes: dict[str, Callable[[], Any]] = {
+        "captions": lambda: (place / "1.txt").write_text("a {} dog in the snow"),
+        "captions and crops": lambda: (place / "crops.json").write_text('{"2.png": [0.2, 0.5]}'),
+        "captions, crops and masks": lambda: mask.save(place / "3-masklabel.png"),
+        "photos": lambda: Image.new("RGB", (24, 20), "red").save(place / "0.png"),
+    }
+    for words, change in changes.items():
+        change()
+        why = rf"trained with other {words} than .*rex has now; choose another folder"
+        with pytest.raises(RunError, match=why):
+            runs.start_or_resume(config, run.folder)
+    shutil.rmtree(place)
+    assert runs.start_or_resume(config, run.folder) == run, "there is nothing to compare"
+
+
+def test_a_note_of_an_earlier_version_is_compared_by_what_it_has(
+    tmp_path: Path, make_config: Make
+) -> None:
+    place = Path(save_photos(tmp_path / "rex"))
+    run = runs.start(make_config("toybox", str(place), steps=4), tmp_path / "run")
+    note = {"digests": photo_record.digests_of(read_photos(place))}
+    (run.folder / "photo_digests.json").write_text(json.dumps(note))
+    finish(run, 4)
+    (place / "1.txt").write_text("a {} dog in the snow")
+    assert runs.start_or_resume(run.config, run.folder) == run
+    (place / "3.png").unlink()
+    with pytest.raises(RunError, match="trained with other photos than"):
+        runs.start_or_resume(run.config, run.folder)
+
+
+def test_a_run_at_its_last_step_keeps_its_settings_without_its_pipeline(run: Run) -> None:
+    run.save_checkpoint(4, state_of(4))
+    assert not run.finished and runs.start_or_resume(run.config, run.folder) == run
+    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, not 0.5; start a new"):
+        runs.start_or_resume(run.config.replace(prior_weight=0.5), run.folder)
+    longer = run.config.replace(prior_weight=0.5, steps=9)
+    assert runs.start_or_resume(longer, run.folder).config.prior_weight == 0.5, "of steps to come"
+
+
+def test_a_run_that_stopped_early_keeps_its_settings_without_its_pipeline(run: Run) -> None:
+    run = runs.resume(run.folder, early_stop=True, validate_every=1)
+    run.save_checkpoint(3, state_of(3))
+    (run.folder / MADE_WITH_FILE).write_text('{"step": 3}')
+    changed = run.config.replace(prior_weight=0.5)
+    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, not 0.5; start a new"):
+        runs.start_or_resume(changed, run.folder)
+    assert runs.why_not_resumable(changed.replace(early_stop=False), run.folder) is None
+    (run.folder / MADE_WITH_FILE).write_text('{"step": 2}')  # resumed since
+    assert runs.why_not_resumable(changed, run.folder) is None
 
 
 def test_a_run_cannot_be_made_shorter_than_it_is(run: Run) -> None:

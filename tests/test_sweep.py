@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import save_photos
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
@@ -167,6 +168,18 @@ def test_another_sweep_in_the_folder_is_refused_and_left_alone(
     with pytest.raises(RunError, match="at step 4 and was not validated at step 1, 3; leave"):
         next(sweep.sweep(grid(config, prior_weight=[1.0]), tmp_path, [1, 2, 3], QUICK))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_sweep_of_photos_that_were_replaced_is_refused(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    place = Path(save_photos(tmp_path / "rex"))
+    configs = grid(config.replace(subject=Subject(str(place), "dog")), prior_weight=[0.0])
+    run(configs, tmp_path / "sweep")
+    run(configs, tmp_path / "sweep")
+    (place / "0.txt").write_text("a {} dog in the snow")
+    with pytest.raises(RunError, match=r"trained with other captions than .*another folder"):
+        run(configs, tmp_path / "sweep")
 
 
 def test_a_longer_schedule_is_another_sweep(config: TrainConfig, tmp_path: Path) -> None:

@@ -552,8 +552,9 @@ def test_class_noun_and_identifier_go_into_the_subject_with_warnings(
 
 
 def test_on_colab_the_panel_points_to_colabs_upload(
-    fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path
-) -> None:
+    fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
     assert "UPLOAD = True" in texts(panel) and "10 MB" not in texts(panel)
     fake_colab.uploads = {"d.png": png("red")}
@@ -565,6 +566,11 @@ def test_on_colab_the_panel_points_to_colabs_upload(
     click(panel.go_on)
     panel.check()
     fake_colab.uploads = {}
+    panel.upload_on_colab()
+    panel.check()
+    assert [photo.name for photo in panel.photos] == ["d.png"], "those of the upload before"
+    assert "Nothing was uploaded, so the photos in " in capsys.readouterr().out
+    panel.use(photos)
     panel.upload_on_colab()
     with pytest.raises(DataError, match="nothing was uploaded"):
         panel.check()
@@ -591,6 +597,33 @@ def test_the_settings_begin_with_the_config_and_follow_their_controls(
         settings.controls[name].value = value
     assert settings.config == config.replace(**moved)
     assert "T4" not in texts(settings), "a text encoder may train on one, and nothing refuses it"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prior": "none"},
+        {"resolution": 16},
+        {"method": "lora"},
+        {"method": "lora", "prior": "none"},
+    ],
+)
+def test_settings_whose_controls_are_not_moved_stay(
+    changes: dict[str, Any], tiny_sd2: str, photos: str, make_config: Make
+) -> None:
+    """As of a finished run that is opened again, which any other change makes a new one."""
+    given = make_config(tiny_sd2, photos, **changes)
+    for config in (given, given.replace(prior_weight=0.0)):
+        panel = widgets.SettingsPanel(config)
+        assert panel.config == config
+        panel.controls["steps"].value = 9
+        assert panel.config == config.replace(steps=9)
+    panel.controls["prior_weight"].value = 0.5
+    assert panel.config.prior != "none" and panel.config.prior_weight == 0.5
+    panel.controls["resolution"].value = 8
+    assert panel.config.resolution == 8
+    panel.controls["resolution"].value = 16
+    assert panel.config.resolution == given.resolution
 
 
 def test_to_keep_the_class_takes_the_place_of_a_lambda_set_by_hand(
@@ -652,6 +685,16 @@ def test_the_panel_shows_a_photo_folder_as_the_page_does(
     assert subject.source.value == Path(photos).name
     assert f"from {subject.source.value}</b>" in subject.title.value
     assert subject.config.subject.pictures == photos
+
+
+def test_a_path_in_the_home_folder_may_begin_with_a_tilde(
+    subject: widgets.SubjectPanel, photos: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(photos).parent))
+    subject.source.value = f"~/{Path(photos).name}"
+    assert subject.config.subject.pictures == photos
+    subject._save_captions({})
+    subject.check()
 
 
 def test_settings_over_a_subject_panel_follow_it(subject: widgets.SubjectPanel) -> None:

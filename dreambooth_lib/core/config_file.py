@@ -4,10 +4,12 @@ import dataclasses
 import os
 import tomllib
 import warnings
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config_types import MODELS, ConfigError, shown
+from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.old_names import FIELDS, current_fields
 from dreambooth_lib.core.user_text import problem_with_path
 
@@ -45,6 +47,20 @@ def from_toml(path: str | Path) -> dict[str, Any]:
         if isinstance(found, str) and os.path.exists(found):
             fields[name] = found
     return fields
+
+
+def write(path: Path, config: "TrainConfig") -> None:
+    """Write a run's config, with a checksum."""
+    text = to_toml(config)
+    replace_file(path, f"{text}# crc32 {zlib.crc32(text.encode())}\n".encode())
+
+
+def warn_of_edits(path: Path) -> None:
+    """Warn if a run's config is not as it was written: by hand, or by a damaged disk."""
+    text, mark, checksum = path.read_text(encoding="utf-8").rpartition("# crc32 ")
+    if mark and checksum.strip() != str(zlib.crc32(text.encode())):
+        warnings.warn(f"{path} was changed after it was written; its new values count.",
+                      stacklevel=3)  # fmt: skip
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from dreambooth_lib.training.config_changes import (
     with_settings_of,
 )
 from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.photo_record import why_other_photos
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.sampling import check_counts, load_source
 from dreambooth_lib.training.validation import CLASS_SEED
@@ -141,7 +142,14 @@ def start_or_resume(
             f"{place} holds a run of {describe(run.config)} whose {difference}; choose another "
             "folder for this one."
         )
+    _check_photos(place, run.config)
     return run
+
+
+def _check_photos(folder: Path, config: TrainConfig) -> None:
+    """Raise :class:`RunError` if the run in a folder has begun with other photos."""
+    if runs.has_begun(folder) and (why := why_other_photos(folder, config)):
+        raise RunError(why)
 
 
 def images_of(
@@ -228,6 +236,8 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
         problem = "without a source.json that says what drew them"
     if problem:
         raise RunError(f"{file.parent} holds images {problem}; choose another folder for these.")
+    if isinstance(method, Tuned):
+        _check_photos(Path(method.folder) / subject.name, method.config(subject))
     replace_file(file, json.dumps(now, indent=2).encode())
 
 

@@ -35,6 +35,7 @@ from dreambooth_lib.training.config_changes import (
     with_settings_of,
 )
 from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.photo_record import why_other_photos
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.validation import ValidationPlan
 from dreambooth_lib.training.validation_record import history, plan_file, read_plan
@@ -197,6 +198,8 @@ def _check_same(
             f"{folder.parent} holds a sweep of {describe(run.config)} whose {difference}; choose "
             "another folder for this one."
         )
+    if runs.has_begun(folder) and (why := why_other_photos(folder, run.config)):
+        raise RunError(why)
     validated, reached = {row.step for row in history(run)}, _reached(run)
     missed = [str(step) for step in steps if step <= reached and step not in validated]
     if missed:

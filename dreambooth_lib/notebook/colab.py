@@ -24,10 +24,11 @@ class DriveError(KitError, OSError):
     """Drive did not take what was written to it."""
 
 
-def upload(folder: str | Path) -> Path:
+def upload(folder: str | Path, kept: str | Path | None = None) -> Path:
     """Show Colab's upload button for photos or a zip, and save them with :func:`save_uploads`.
 
-    Raises :class:`DataError` as that does, and outside Colab.
+    If the user cancels and there are photos that are ``kept`` then, say so and return their path.
+    Raises :class:`DataError` as ``save_uploads`` does, and outside Colab.
     """
     if not in_colab():
         raise DataError(
@@ -35,7 +36,11 @@ def upload(folder: str | Path) -> Path:
         )
     from google.colab import files
 
-    return save_uploads(files.upload(), folder)
+    uploaded = files.upload()
+    if kept and not uploaded:
+        print(f"Nothing was uploaded, so the photos in {kept} stay.")
+        return Path(kept)
+    return save_uploads(uploaded, folder)
 
 
 def save_uploads(files: Mapping[str, bytes], folder: str | Path) -> Path:

@@ -7,22 +7,23 @@ from itertools import chain, count
 from pathlib import Path
 
 from dreambooth_lib.core import background
+from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.data.images import BadPhotosError, listed, read_photos
-from dreambooth_lib.notebook.drive_copy_back import (
-    RestoreError,
-    backed_up,
-    copy_back,
-    list_files,
-)
+from dreambooth_lib.notebook.drive_copy_back import RestoreError, backed_up, copy_back, list_files
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import config_changes, runs
-from dreambooth_lib.training.run_photos import digests_of, known_digests
+from dreambooth_lib.training.photo_record import digests_of, known_digests
 from dreambooth_lib.training.runs import PHOTOS, Run, RunError
+
+#: Said of a run that is resumed without a look at the photos.
+_UNCOMPARED = (
+    "Its photos were not compared; for other photos set RESUME = False and run from there."
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def find_interrupted(
         name = run.run.folder.name
         difference = "" if named else _difference(run.run, pictures, class_noun, base, left_out)
         if name == resume or not (named or difference):
-            return run, f"{message}{'Opening finished' if run.finished else 'Resuming'} {run}"
+            message += f"{'Opening finished' if run.finished else 'Resuming'} {run}"
+            return run, message if named or _are_there(pictures) else f"{message}\n{_UNCOMPARED}"
         hint = f"set RESUME = {name!r} to resume it."
         skipped += f"Not resumed: {run}; {difference}; {hint}\n"
     names = sorted({found_run.run.folder.name for found_run in found if found_run.finished})
@@ -156,6 +158,19 @@ def has_finished(folder: Path) -> bool:
         return True
     run = _read_run(folder)
     return (folder / "pipeline").exists() if run is None else run.finished
+
+
+def begun_with(config: TrainConfig, folder: Path) -> str | None:
+    """Return the name of the newest unfinished run in a folder that has a config's photos, if any.
+
+    It is one that the config can resume.
+    """
+    photos = _hashes(config.subject)
+    for found in sorted(_runs_in(folder), key=lambda run: run.last_saved, reverse=True):
+        begun = found.step > 0 and not found.finished and _noted(found.run) in (None, photos)
+        if begun and runs.why_not_resumable(config, found.run.folder) is None:
+            return found.run.folder.name
+    return None
 
 
 def unique_name(name: str, *folders: str | Path | None) -> str:
@@ -228,6 +243,10 @@ def _read_run(folder: Path) -> FoundRun | None:
         return None
 
 
+def _are_there(pictures: str | Path | None) -> bool:
+    return pictures is not None and Path(pictures).expanduser().exists()
+
+
 def _difference(
     run: Run,
     pictures: str | Path | None,
@@ -242,7 +261,7 @@ def _difference(
     now = {"base": other, "class noun": class_noun.strip()}
     if difference := config_changes.first_difference(before, now):
         return f"its {difference}"
-    if pictures is None or not Path(pictures).exists():
+    if not _are_there(pictures):
         return ""
     own = _noted(run)  # photos in their folder may have been replaced since
     if own is None:
@@ -261,7 +280,7 @@ def _noted(run: Run) -> list[str] | None:
     """Return the hashes of the photos that a run trains on; None if they cannot be read."""
     try:
         return background.call(
-            lambda: known_digests(run), place=run.folder, limit=background.FILE_LIMIT
+            lambda: known_digests(run.folder), place=run.folder, limit=background.FILE_LIMIT
         )
     except Exception:  # whatever a drive raises
         return None

@@ -1,13 +1,13 @@
-"""Read the photos that a run's config names, and note which ones it trains on."""
+"""Read the photos that a run's config names, and note what of them it trains on."""
 
 import warnings
 from pathlib import Path
 from shlex import quote
 
-from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo, read_photos
-from dreambooth_lib.training.runs import PHOTOS_FILE, Run, RunError, has_begun
+from dreambooth_lib.training import photo_record
+from dreambooth_lib.training.runs import Run, RunError, has_begun
 
 
 def read_subject_photos(run: Run) -> list[Photo]:
@@ -28,28 +28,20 @@ def read_own_class_images(run: Run) -> list[Photo]:
     return _read(run, "class_folder", folder, folder, call) if folder else []
 
 
-def digests_of(photos: list[Photo]) -> list[str]:
-    """Return the digests of photos, whatever their names and order."""
-    return sorted(photo.traits.digest.hex() for photo in photos)
+def note_photos(run: Run, photos: list[Photo], ended: bool) -> None:
+    """Note the photos that a run trains on; warn where it was others before.
 
-
-def known_digests(run: Run) -> list[str] | None:
-    """Return the digests of the photos that a run trains on; None if that was not noted."""
-    digests = (read_object(run.folder / PHOTOS_FILE) or {}).get("digests")
-    return digests if isinstance(digests, list) else None
-
-
-def note_photos(run: Run, photos: list[Photo]) -> None:
-    """Note the photos that a run trains on; warn where it was others before."""
-    now, known = digests_of(photos), known_digests(run)
-    if known not in (None, now) and has_begun(run.folder):
+    A run that has ``ended`` keeps the note of those that it was trained on.
+    """
+    known = photo_record.known_digests(run.folder)
+    if known not in (None, photo_record.digests_of(photos)) and has_begun(run.folder):
         warnings.warn(
             f"{run.folder} began with other photos than {run.config.subject.pictures} has now; "
             "for these, start a new run.",
             stacklevel=2,
         )
-    if known != now:
-        write_object(run.folder / PHOTOS_FILE, {"digests": now})
+    if not ended:
+        photo_record.note(run.folder, photos, run.config)
 
 
 def _read(run: Run, field: str, source: str, photos: Subject | str, advice: str) -> list[Photo]:

@@ -1,7 +1,7 @@
 """A run's folder: its config, its log, its checkpoints and the tuned pipeline.
 
 RUN/config.toml, memory.json        and what memory "auto" was resolved to (see memory_level.py)
-RUN/photo_digests.json      of the photos that it trains on
+RUN/photo_digests.json      of the photos that it trains on (see photo_record.py)
 RUN/log.jsonl               one row per training step
 RUN/changes.jsonl           the settings that changed when it was resumed, and at which step
 RUN/chosen_checkpoint.json  the step that a person chose in a notebook, if one did
@@ -12,19 +12,19 @@ RUN/pipeline/, made_with.json   the tuned pipeline in diffusers' layout, or its 
 
 import re
 import shutil
-import warnings
-import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth_lib.core import config_file
 from dreambooth_lib.core.checked_json import append_row, read_object, read_rows, write_rows
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import explain_disk_errors
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.files import recover_folder, replace_file
+from dreambooth_lib.core.files import recover_folder
 from dreambooth_lib.core.locks import lock
+from dreambooth_lib.core.made_with import MADE_WITH_FILE
 from dreambooth_lib.core.old_names import PLACES, locate
 from dreambooth_lib.training.config_changes import (
     changed_fields,
@@ -34,6 +34,7 @@ from dreambooth_lib.training.config_changes import (
     with_absolute_paths,
     with_settings_of,
 )
+from dreambooth_lib.training.photo_record import PHOTOS_FILE, why_other_photos
 
 #: Fields that a run cannot change: its checkpoints would no longer fit, or mean something else.
 _FIXED = ("subject", "base", "revision", "variant", "prediction_type", "clip_skip", "quantize",
@@ -49,7 +50,6 @@ class RunError(KitError, ValueError):
 
 LEVEL_FILE = "memory.json"  #: of a run or a study: what memory "auto" was resolved to, as fields
 GOAL_FILE = "trained.json"  #: in a run's pipeline: what it was trained to
-PHOTOS_FILE = "photo_digests.json"  #: in a run's folder: which photos it trains on
 #: What lies in a run's folder before the first checkpoint.
 _FIRST_FILES = ("config.toml", LEVEL_FILE, PHOTOS_FILE, "log.jsonl", "validation.jsonl",
                 "validation")  # fmt: skip
@@ -189,7 +189,7 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
         if names and not _is_same(config, folder):
             for place in (folder / name for name in names):  # of a try with another config
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
-        _write_config(folder, config)
+        config_file.write(folder / "config.toml", config)
     return Run(folder, config)
 
 
@@ -212,7 +212,7 @@ def start_or_resume(config: TrainConfig, folder: str | Path) -> Run:
     Inference settings stay the run's own where the config leaves them to the base. Raises
     :class:`RunError` if the run trains another subject or other weights, if it is already past
     ``config.steps``, or if it has finished and anything but ``steps`` and ``early_stop`` would
-    change: its config would no longer say how it was trained.
+    change, its photos too: its folder would no longer say how it was trained.
     """
     if not has_begun(Path(folder)):
         return start(config, folder)
@@ -230,7 +230,8 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
     old = vars(with_absolute_paths(run.config))
     new = vars(with_settings_of(run.config, with_absolute_paths(config)))
     fixed = _fixed_fields(run)
-    changeable = {"steps", "early_stop"} if run.finished else old.keys()
+    ended = run.finished or _has_ended(run, config)
+    changeable = {"steps", "early_stop"} if ended else old.keys()
     difference = first_difference(old, new, changeable - {*fixed})
     if difference and difference.name in fixed:
         return f"{folder} holds a run whose {difference}; choose another folder for a new run."
@@ -239,7 +240,16 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
             f"{folder} holds a run that finished with {difference.name} {difference.old!r}, not "
             f"{difference.new!r}; start a new run, or change only steps to resume this one."
         )
-    return _why_beyond(run, config.steps)
+    why = why_other_photos(run.folder, run.config) if ended else None
+    return why or _why_beyond(run, config.steps)
+
+
+def _has_ended(run: Run, config: TrainConfig) -> bool:
+    """Return whether a run would train no further step with a config; it may lack its pipeline."""
+    reached = max(run.checkpoints(), default=0)
+    ended = (read_object(run.folder / MADE_WITH_FILE) or {}).get("step")
+    stopped_early = run.config.early_stop and ended == reached < run.config.steps
+    return config.steps == reached or (stopped_early and config.early_stop)
 
 
 def _why_beyond(run: Run, steps: int) -> str | None:
@@ -269,7 +279,7 @@ def resume(folder: str | Path | Run, **changes: Any) -> Run:
         raise RunError(f"{folder} is not a run: it has no config.toml; check the path.")
     recover_folder(folder / "pipeline")
     run = Run(folder, TrainConfig.from_toml(folder / "config.toml"))
-    _warn_of_edits(folder / "config.toml")
+    config_file.warn_of_edits(folder / "config.toml")
     if not changes:
         return run
     changed = Run(folder, with_absolute_paths(run.config.replace(**changes)))
@@ -280,21 +290,8 @@ def resume(folder: str | Path | Run, **changes: Any) -> Run:
     if "steps" in changes and (why := _why_beyond(run, changed.config.steps)):
         raise RunError(why)
     with lock(folder):
-        _write_config(folder, changed.config)
+        config_file.write(folder / "config.toml", changed.config)
         if has_begun(folder) and (fields := changed_fields(run.config, changed.config)):
             step = max(run.checkpoints(), default=0)
             changed.append("changes", {"step": step, "fields": fields})
     return changed
-
-
-def _write_config(folder: Path, config: TrainConfig) -> None:
-    text = config.to_toml()
-    replace_file(folder / "config.toml", f"{text}# crc32 {zlib.crc32(text.encode())}\n".encode())
-
-
-def _warn_of_edits(file: Path) -> None:
-    """Warn if a run's config is not as it was written: by hand, or by a damaged disk."""
-    text, mark, checksum = file.read_text(encoding="utf-8").rpartition("# crc32 ")
-    if mark and checksum.strip() != str(zlib.crc32(text.encode())):
-        warnings.warn(f"{file} was changed after it was written; its new values count.",
-                      stacklevel=3)  # fmt: skip

@@ -119,11 +119,11 @@ class Trainer:
             self.prior_weight.load_state_dict(checkpoint)
         self.saved_step = self.step  #: of the newest checkpoint; 0 if there is none
         if accelerator.is_main_process:
-            run_photos.note_photos(run, photos)
             for name in ("log", "validation"):
                 if damaged := run.truncate(name, self.step):
                     warnings.warn(f"{damaged} damaged rows of {name}.jsonl in {run.folder} were "
                                   "left out.", stacklevel=2)  # fmt: skip
+            run_photos.note_photos(run, photos, ended=self.finished())
 
     @property
     def step(self) -> int:
@@ -296,5 +296,5 @@ class Trainer:
                     save_pipeline(family.pipeline, partial)
                 write_object(partial / GOAL_FILE, self.run.goal() | kept | {"step": best})
                 write_digests(partial)
-            write_object(self.run.folder / MADE_WITH_FILE, made_with())
+            write_object(self.run.folder / MADE_WITH_FILE, made_with() | {"step": self.step})
         self.accelerator.wait_for_everyone()

@@ -151,7 +151,6 @@ class Validator:
         self.reference_fidelity = results[0].reference_fidelity
         return True
 
-
     def _scores_otherwise(self, base: ValidationResult, images: ValidationImages) -> bool:
         """Return whether the base's images now score otherwise, by either encoder."""
         subject = self.run.config.subject

@@ -1,6 +1,7 @@
 """Choose the subject: its photos, its class noun and its identifier."""
 
 import html
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -108,6 +109,7 @@ class SubjectPanel(Panel):
             if isinstance(source, Mapping):
                 source = colab.save_uploads(source, self.uploads)
                 self._uploaded_at = f" (uploaded {datetime.now():%H:%M})"
+            source = os.path.expanduser(source)
             self.photos, self._notes = read_source(self._subject_of(source))
             self._path = self.source.value = short_path(source)
             self._show()
@@ -129,7 +131,9 @@ class SubjectPanel(Panel):
         self.callback(self._upload_on_colab)(None)
 
     def _upload_on_colab(self) -> None:
-        self.use(colab.upload(self.uploads))
+        first = self.initial_config.subject.pictures
+        kept = None if str(Path(self._path).resolve()) == first else self._path
+        self.use(colab.upload(self.uploads, kept))
 
     def _subject_of(self, source: str | Path) -> Subject:
         """Return the config's subject with the photos at a path, but for those left out there."""
