@@ -18,7 +18,7 @@ from PIL import Image
 
 from dreambooth_lib.core import background
 from dreambooth_lib.data.images import Photo, read_photos
-from dreambooth_lib.notebook import drive_restore, drive_state
+from dreambooth_lib.notebook import drive_compare, drive_state
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import (
     fetch,
@@ -219,7 +219,7 @@ def test_many_large_photos_have_the_time_that_they_take(
         return read_photos(source)
 
     monkeypatch.setattr(background, "ANSWER_LIMIT", 0.3)
-    monkeypatch.setattr(drive_restore, "read_photos", read_slowly)
+    monkeypatch.setattr(drive_compare, "read_photos", read_slowly)
     assert interrupted(run, drive)[0] == run.folder
     others = save_photos(tmp_path / "max", 2)
     assert "its photos are not those in" in interrupted(run, drive, pictures=others)[1]

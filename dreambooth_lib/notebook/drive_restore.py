@@ -1,7 +1,7 @@
 """Find interrupted runs and backups after a disconnect, and restore one."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -11,14 +11,13 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_folder
-from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import short_path
-from dreambooth_lib.data.images import BadPhotosError, listed, read_photos
-from dreambooth_lib.notebook.drive_copy_back import RestoreError, backed_up, copy_back, list_files
+from dreambooth_lib.data.images import listed
+from dreambooth_lib.notebook.drive_compare import are_there, difference_to, has_base, hashes, noted
+from dreambooth_lib.notebook.drive_copy_back import RestoreError, copy_back, list_files
 from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
-from dreambooth_lib.training import config_changes, runs
-from dreambooth_lib.training.photo_record import digests_of, known_digests
-from dreambooth_lib.training.runs import PHOTOS, Run, RunError
+from dreambooth_lib.training import runs
+from dreambooth_lib.training.runs import Run, RunError
 
 #: Said of a run that is resumed without a look at the photos.
 _UNCOMPARED = (
@@ -102,10 +101,11 @@ def find_interrupted(
     wanted = [run for run in found if resume and (named or not run.finished)]
     for run in sorted(wanted, key=lambda run: run.last_saved, reverse=True):
         name = run.run.folder.name
-        difference = "" if named else _difference(run.run, pictures, class_noun, base, left_out)
+        asked = pictures, class_noun, base, left_out
+        difference = "" if named else difference_to(run.run, *asked)
         if name == resume or not (named or difference):
             message += f"{'Opening finished' if run.finished else 'Resuming'} {run}"
-            return run, message if named or _are_there(pictures) else f"{message}\n{_UNCOMPARED}"
+            return run, message if named or are_there(pictures) else f"{message}\n{_UNCOMPARED}"
         hint = f"set RESUME = {name!r} to resume it."
         skipped += f"Not resumed: {run}; {difference}; {hint}\n"
     names = sorted({found_run.run.folder.name for found_run in found if found_run.finished})
@@ -142,13 +142,6 @@ def may_resume(folder: Path, resume: bool | str, base: str) -> bool:
     return bool(named) and not has_finished(folder)
 
 
-def has_base(run: Run, base: str) -> bool:
-    """Return whether a run, or the run that this backs up, trains this base."""
-    own, base = run.config.base, config_changes.absolute_base(base)
-    # A backup's is relative to where the run was.
-    return own == base or (own.startswith("../") and Path(own).name == Path(base).name)
-
-
 def has_finished(folder: Path) -> bool:
     """Return whether the run in a folder, or the run that it backs up, has finished.
 
@@ -165,9 +158,9 @@ def begun_with(config: TrainConfig, folder: Path) -> str | None:
 
     It is one that the config can resume.
     """
-    photos = _hashes(config.subject)
+    photos = hashes(config.subject)
     for found in sorted(_runs_in(folder), key=lambda run: run.last_saved, reverse=True):
-        begun = found.step > 0 and not found.finished and _noted(found.run) in (None, photos)
+        begun = found.step > 0 and not found.finished and noted(found.run) in (None, photos)
         if begun and runs.why_not_resumable(config, found.run.folder) is None:
             return found.run.folder.name
     return None
@@ -240,71 +233,4 @@ def _read_run(folder: Path) -> FoundRun | None:
             last_saved=datetime.fromtimestamp(max(times) / 1e9, UTC),
         )
     except Exception:  # not a run, or damaged in any way: it must not hide the other runs
-        return None
-
-
-def _are_there(pictures: str | Path | None) -> bool:
-    return pictures is not None and Path(pictures).expanduser().exists()
-
-
-def _difference(
-    run: Run,
-    pictures: str | Path | None,
-    class_noun: str,
-    base: str,
-    left_out: Collection[str],
-) -> str:
-    """Say in words how a run's base, noun or photos differ from these; empty if they do not."""
-    subject, other = run.config.subject, config_changes.absolute_base(base)
-    own_base = other if has_base(run, base) else run.config.base
-    before = {"base": own_base, "class noun": subject.class_noun}
-    now = {"base": other, "class noun": class_noun.strip()}
-    if difference := config_changes.first_difference(before, now):
-        return f"its {difference}"
-    if not _are_there(pictures):
-        return ""
-    own = _noted(run)  # photos in their folder may have been replaced since
-    if own is None:
-        place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
-        own = _hashes(replace(subject, pictures=place))
-    all_left_out = (*left_out, *(subject.left_out or ()))
-    given = _hashes(
-        replace(subject, pictures=str(pictures), left_out=all_left_out), sound_only=True
-    )
-    if own is None or given is None:
-        return f"its photos could not be compared with those in {pictures}"
-    return "" if own == given else f"its photos are not those in {pictures}"
-
-
-def _noted(run: Run) -> list[str] | None:
-    """Return the hashes of the photos that a run trains on; None if they cannot be read."""
-    try:
-        return background.call(
-            lambda: known_digests(run.folder), place=run.folder, limit=background.FILE_LIMIT
-        )
-    except Exception:  # whatever a drive raises
-        return None
-
-
-def _hashes(subject: Subject, sound_only: bool = False) -> list[str] | None:
-    """Return the hashes of photos, whatever their names; None if they cannot be read.
-
-    With ``sound_only`` damaged ones are passed over: a run may have gone on without them, and its
-    backup names none.
-    """
-
-    def read() -> list[str]:
-        try:
-            photos = read_photos(subject)
-        except BadPhotosError as error:
-            if not sound_only:
-                raise
-            photos = read_photos(
-                replace(subject, left_out=(*(subject.left_out or ()), *error.names))
-            )
-        return digests_of(photos)
-
-    try:
-        return background.call(read, place=subject.pictures, limit=background.FILE_LIMIT)
-    except Exception:  # whatever damaged photos raise
         return None

@@ -107,16 +107,15 @@ class SettingsPanel(Panel):
         Raises ``ConfigError`` if they contradict, or if this GPU cannot train the adapter.
         """
         config, values = self._source_config, {n: c.value for n, c in self.controls.items()}
-        # Menus show neither prior "none" nor whether the base's own resolution was set.
+        # Menus show neither prior "none" nor whether the resolution was set.
         moved = {name for name, value in values.items() if value != self._first[name]}
         own = {self._native: None, self._first["resolution"]: config.resolution}
         values["resolution"] = own.get(values["resolution"], values["resolution"])
-        values["learning_rate"] = values["learning_rate"] or None
+        values |= {name: values[name] or None for name in ("learning_rate", "keep_class")}
         if not moved & {"method", "prior", "prior_weight", "keep_class"}:
             del values["prior"]
         elif values["prior"] == _DEFAULT_PRIOR:
             values |= {"prior": None, "prior_prompts": None}
-        values["keep_class"] = values["keep_class"] or None
         if values["keep_class"]:  # λ then adapts, from the config's or else from 1
             (low, high), start = PRIOR_WEIGHTS, config.prior_weight
             values["prior_weight"] = start if low <= start <= high else 1.0
