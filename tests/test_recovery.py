@@ -519,6 +519,7 @@ def test_signals_are_kept_while_any_training_is_open() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_deferred_signal_is_not_lost_where_the_block_fails() -> None:
     with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
@@ -526,6 +527,7 @@ def test_a_deferred_signal_is_not_lost_where_the_block_fails() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_saves_a_checkpoint_first(number: signal.Signals, start_run: Start) -> None:
     run = start_run("run", "sd1", steps=100_000, checkpoint_every=100_000, prior="none")
