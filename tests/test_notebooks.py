@@ -49,6 +49,15 @@ SHORT = {
     "04_your_own": "STEPS, CLASS_IMAGES = 4, 4",
 }
 
+#: Added to each parameters cell: no picture takes more than two steps to draw.
+QUICK = """
+from dreambooth_lib.families.base import Family as _Family
+_generate = _Family.generate
+_Family.generate = lambda own, pairs, steps, *rest, **named: _generate(
+    own, pairs, min(steps, 2), *rest, **named
+)
+"""
+
 #: Run as the last cell of each notebook.
 CHECKS = {
     "01_dreambooth": """
@@ -116,7 +125,7 @@ def python(request: pytest.FixtureRequest) -> str:
 def write(name: str, folder: Path, parameters: str) -> Path:
     """Write a notebook to a folder, with more lines in its parameters cell and a cell of checks."""
     notebook = json.loads(NOTEBOOKS[name].read_text())
-    codes(notebook)[1]["source"] += ["\n", parameters]
+    codes(notebook)[1]["source"] += ["\n", parameters, QUICK]
     notebook["cells"].append({"cell_type": "code", "id": "checks", "metadata": {}, "outputs": [],
                               "execution_count": None, "source": CHECKS[name]})  # fmt: skip
     file = folder / f"{name}.ipynb"

@@ -642,6 +642,7 @@ def test_a_finished_run_that_is_extended_keeps_its_pipeline_until_its_new_end(
     assert run.finished and not same(weights(run.folder / "pipeline", "unet"), before)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_does_not_truncate_the_checkpoint(
     started: Callable[..., Run], tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
