@@ -100,8 +100,10 @@ def test_the_session_goes_on_where_drive_was_not_written(
     assert fake_colab.asked == []
 
 
-def test_elsewhere_no_session_ends() -> None:
+def test_elsewhere_no_session_ends(fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colab, "in_colab", lambda: False)
     colab.end_session()
+    assert fake_colab.asked == []
 
 
 def test_an_unknown_fault_of_the_secrets_is_not_hidden(fake_colab: FakeColab) -> None:

@@ -361,7 +361,7 @@ def test_a_new_run_gets_a_free_name(
     marks = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     first = run_cells(dict(scope), "", *marks)["run"]
-    assert first.folder == Path("runs/patch_dog")
+    assert first.folder == Path("runs/patch_dog").absolute()
     assert run_cells(dict(scope), "", *marks)["run"].folder == first.folder, "it was interrupted"
     assert run_cells(dict(scope), "RESUME = False", *marks)["name"] == "patch_dog-2"
     assert run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks)["name"] == "rex"
