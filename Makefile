@@ -20,7 +20,8 @@ test-newest: $(VENV)/ready  ## the test suite, without Colab's packages and the 
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal \
+		--durations=50 --durations-min=5
 
 docs: $(VENV)/docs  ## the documentation, readable from disk: outputs/site/index.html
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(RUN) -m mkdocs build --strict --quiet --site-dir outputs/site

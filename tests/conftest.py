@@ -23,6 +23,7 @@ from accelerate import PartialState
 from fake_colab import fake_colab as fake_colab
 from fake_hub import _served as _served
 from fake_hub import fake_hub as fake_hub
+from fake_hub import never_wait
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
@@ -147,12 +148,19 @@ def save_photos(folder: Path, count: int = 4) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waits_for_the_hub() -> None:
+    never_wait()
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """As in a shell's foreground: what it starts in the background ignores interrupts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """As in a shell's foreground: what starts in the background or under nohup ignores signals."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

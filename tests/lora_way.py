@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 from PIL import ImageChops
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import dreambooth_lib as db
 from dreambooth_lib.evaluation.demo import bundled_subjects
@@ -26,7 +26,7 @@ def way(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     subject = replace(bundled_subjects()[0], identifier="<rex>")
     config = db.TrainConfig(
         subject, method="lora", lora_rank=2, steps=3, validate_every=3, class_images=2,
-        prior_inference_steps=2, **changes,
+        prior_inference_steps=2, validation_inference_steps=1, **changes,
     )  # fmt: skip
     run = db.start(config, folder / "runs" / "dog")
     for step in loop.train(run):
@@ -47,9 +47,20 @@ def way(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     return {
         "resumed": seen,
         "same picture": ImageChops.difference(finished, third).getextrema(),
+        "own weights": has_its_own_weights(),
         "usage": "\n".join(load),
         "numpy": numpy.__version__,
     }
+
+
+def has_its_own_weights() -> bool:
+    """Return whether the bundled base's text encoder has the weights that are in its file."""
+    encoder = loading.load_model("toybox").pipeline.text_encoder.state_dict()
+    saved = load_file(Path(loading.locate("toybox"), "text_encoder", "model.safetensors"))
+    return all(
+        any(name.endswith(key) and bool((encoder[name] == value.float()).all()) for name in encoder)
+        for key, value in saved.items()
+    )
 
 
 if __name__ == "__main__":

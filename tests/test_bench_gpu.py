@@ -263,17 +263,14 @@ def test_the_command_predicts_without_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "bases").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "measured"), [("sd15-unet", 9.33), ("sd15-unet-low", 5.90), ("sd15-text-low", 6.61)]
-)
-def test_predictions_are_close_to_what_a_gpu_measured(
-    name: str, measured: float, tmp_path: Path
-) -> None:
+def test_a_prediction_is_close_to_what_a_gpu_measured(tmp_path: Path) -> None:
+    """The estimates of the other lines are compared in test_memory_estimate."""
+    name, measured = "sd15-text-low", 6.61
     bench = Bench(tmp_path, asked=[name])
     bench.predictions()
     predicted = bench.result(name, "predicted")["peak"] / GIB
     assert predicted == pytest.approx(measured, rel=CLOSE)
-    assert all(predicted < bound for kind, bound in LINES[name].targets if kind == "GiB")
+    assert predicted < dict(LINES[name].targets)["GiB"]
 
 
 def test_the_architectures_have_as_many_weights_as_the_published_ones() -> None:

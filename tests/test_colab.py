@@ -127,8 +127,10 @@ def test_the_session_goes_on_until_every_backup_is_complete(
     assert fake_colab.asked == ["flush and unmount", "unassign"]
 
 
-def test_elsewhere_no_session_ends() -> None:
+def test_elsewhere_no_session_ends(fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colab, "in_colab", lambda: False)
     colab.end_session()
+    assert fake_colab.asked == []
 
 
 def test_an_unknown_fault_of_the_secrets_is_not_hidden(fake_colab: FakeColab) -> None:

@@ -119,7 +119,8 @@ def test_the_demo_runs_on_real_photos(tmp_path):
     folder = Path(os.environ["DREAMBOOTH_TEST_DREAMBENCH"])
     subjects = {subject.name: subject for subject in demo.load_dataset(folder)}
     config = TrainConfig(subject=subjects["dog"], steps=4, class_images=4, prior_inference_steps=4)
-    row = demo.personalise(config, tmp_path / "run", tmp_path)
+    plan = ValidationPlan(seeds=4, class_images=8, unrelated=0, inference_steps=2)
+    row = demo.personalise(config, tmp_path / "run", tmp_path, plan)
     assert row["class_noun"] == "dog" and row["steps"] == 4
     assert (tmp_path / "contact_sheet.png").exists()
 

@@ -57,16 +57,7 @@ def test_a_lora_goes_its_whole_way(tmp_path: Path) -> None:
     found = json.loads(there(ROOT / "tests" / "lora_way.py", tmp_path, "{}").splitlines()[-1])
     assert found["resumed"] == [3]
     assert max(high for _, high in found["same picture"]) <= 1
-    code = """
-from safetensors.torch import load_file
-from dreambooth_lib.families import loading
-encoder = loading.load_model("toybox").pipeline.text_encoder.state_dict()
-saved = load_file(f"{loading.locate('toybox')}/text_encoder/model.safetensors")
-same = [any(name.endswith(key) and bool((encoder[name] == value.float()).all())
-            for name in encoder) for key, value in saved.items()]
-print(all(same), len(same))
-"""
-    assert there("-c", code).split()[0] == "True"
+    assert found["own weights"]
 
 
 @needs_python

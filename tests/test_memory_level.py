@@ -109,7 +109,7 @@ def test_memory_that_the_allocator_keeps_of_an_earlier_run_counts_as_free(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert gpu_memory.gpu_bytes(CUDA)[0] == pytest.approx(14.56 * GIB)
     base = configs("sd15", tmp_path / "sd15")
-    config = TrainConfig(Subject(photos, "dog"), base)
+    config = TrainConfig(Subject(photos, "dog"), base, prior="none", validate_every=0)
     assert resolve_memory(config, CUDA).memory == "standard"
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 6 * GIB)
     assert gpu_memory.gpu_bytes(CUDA)[0] == pytest.approx(8.56 * GIB), "6 GiB are still in use"

@@ -57,6 +57,15 @@ SHORT = {
 #: Marks of notebook 01's cells from the run's config to its training.
 UP_TO_TRAINING = ("find_interrupted", "SubjectPanel", "SettingsPanel", "widgets.monitor")
 
+#: Added to each parameters cell: no picture takes more than two steps to draw.
+QUICK = """
+from dreambooth_lib.families.base import Family as _Family
+_generate = _Family.generate
+_Family.generate = lambda own, pairs, steps, *rest, **named: _generate(
+    own, pairs, min(steps, 2), *rest, **named
+)
+"""
+
 #: Run as the last cell of each notebook.
 CHECKS = {
     "01_dreambooth": """
@@ -124,7 +133,7 @@ def python(request: pytest.FixtureRequest) -> str:
 def write(name: str, folder: Path, parameters: str) -> Path:
     """Write a notebook to a folder, with more lines in its parameters cell and a cell of checks."""
     notebook = json.loads(NOTEBOOKS[name].read_text())
-    codes(notebook)[1]["source"] += ["\n", parameters]
+    codes(notebook)[1]["source"] += ["\n", parameters, QUICK]
     notebook["cells"].append({"cell_type": "code", "id": "checks", "metadata": {}, "outputs": [],
                               "execution_count": None, "source": CHECKS[name]})  # fmt: skip
     file = folder / f"{name}.ipynb"
@@ -411,7 +420,7 @@ def test_a_new_run_gets_a_free_name(
     marks = UP_TO_TRAINING
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     first = run_cells(dict(scope), "", *marks)["run"]
-    assert first.folder == Path("runs/patch_dog")
+    assert first.folder == Path("runs/patch_dog").absolute()
     assert run_cells(dict(scope), "", *marks)["run"].folder == first.folder, "it was interrupted"
     assert run_cells(dict(scope), "RESUME = False", *marks)["name"] == "patch_dog-2"
     assert run_cells(dict(scope), "RESUME, NAME = False, 'rex'", *marks)["name"] == "rex"

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from hostile.bench import nursery
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -519,27 +521,41 @@ def test_signals_are_kept_while_any_training_is_open() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_deferred_signal_is_not_lost_where_the_block_fails() -> None:
     with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
         raise OSError
 
 
+def resume_by_command(folder: Path, said: Path) -> None:
+    """Run the command in a process of its own, which has signals as in a shell's foreground."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
+    sys.argv = ["dreambooth_lib", "resume", str(folder)]
+    runpy.run_module("dreambooth_lib", run_name="__main__")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_first(number: signal.Signals, start_run: Start) -> None:
+def test_a_signal_saves_a_checkpoint_first(
+    number: signal.Signals, start_run: Start, tmp_path: Path
+) -> None:
     run = start_run("run", "sd1", steps=100_000, checkpoint_every=100_000, prior="none")
-    command = [sys.executable, "-m", "dreambooth_lib", "resume", str(run.folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = tmp_path / "said"
+    process = nursery().Process(target=resume_by_command, args=(run.folder, said))
+    process.start()
     deadline = time.monotonic() + 60
     while not run.log() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    os.kill(process.pid, number)
+    process.join(60)
     reached = run.log()[-1]["step"]
     assert list(run.checkpoints()) == [reached], "the last update is saved"
-    assert process.returncode == 128 + number
-    assert f"interrupted; resume with 'python -m dreambooth_lib resume {run.folder}'" in out
+    assert process.exitcode == 128 + number
+    resume = f"'python -m dreambooth_lib resume {run.folder}'"
+    assert f"interrupted; resume with {resume}" in said.read_text()
 
 
 def test_signals_that_a_program_handles_are_left_to_it(run: Run) -> None:

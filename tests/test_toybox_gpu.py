@@ -1,5 +1,6 @@
 """The base of a GPU's minutes, tried on the CPU with drawings made here: no network."""
 
+import os
 import re
 import subprocess
 import sys
@@ -308,13 +309,23 @@ def test_figures_are_read_back_and_compared():
     assert "WORSE" in report.compared({"megabytes": 48.1}, old)
 
 
+#: The command line, with a report of images drawn by two steps.
+MAIN = """
+from tools.toybox import report
+from tools.toybox.__main__ import main
+report.STEPS = 2
+main()
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_making_goes_on_and_gives_a_base_that_loads(pack, tmp_path):
     out = tmp_path / "out"
     tried = ["--minutes", "0.3", "--device", "cpu", "--recipe", "tiny", "--workers", "1"]
-    command = [sys.executable, "-m", "tools.toybox", "gpu", *tried]
+    command = [sys.executable, "-c", MAIN, "gpu", *tried]
     command += ["--pack", str(pack), "--out", str(out)]
-    settings = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    settings = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True,
+                "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}  # fmt: skip
     first = subprocess.Popen(command, **settings)
     while first.poll() is None and not (out / "work" / "diffusion" / "state.json").exists():
         time.sleep(0.1)

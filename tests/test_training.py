@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -642,6 +643,7 @@ def test_a_finished_run_that_is_extended_keeps_its_pipeline_until_its_new_end(
     assert run.finished and not same(weights(run.folder / "pipeline", "unet"), before)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_does_not_truncate_the_checkpoint(
     started: Callable[..., Run], tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -663,14 +665,17 @@ def test_a_second_interrupt_does_not_truncate_the_checkpoint(
 
 #: Runs the command line in forks of one process that has imported everything, and kills them.
 KILLER = '''
-import json, os, random, runpy, shutil, signal, sys, time
+import json, os, random, runpy, shutil, signal, sys, time, tomllib
 from pathlib import Path
 
 import accelerate, bitsandbytes, diffusers, torch, transformers
 from dreambooth_lib.training import batches, runs, checkpoints
 from dreambooth_lib.core import files
+from dreambooth_lib.families import loading
 
-config, folder, reference = sys.argv[1:]
+config, folder, reference, seed = sys.argv[1:]
+random.seed(int(seed))
+loading.load_model(tomllib.loads(Path(config).read_text())["base"])  # imports what loads one
 
 
 def die():
@@ -812,7 +817,9 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
     (tmp_path / "config.toml").write_text(config.to_toml())
     # In folders of their own, so that the class images are drawn twice too.
     killed, reference = tmp_path / "killed" / "run", tmp_path / "reference" / "run"
-    arguments = [str(tmp_path / "config.toml"), str(killed), str(reference)]
+    seed = random.randrange(1000)
+    print("seed", seed)
+    arguments = [str(tmp_path / "config.toml"), str(killed), str(reference), str(seed)]
     done = subprocess.run(
         [sys.executable, "-c", KILLER, *arguments],
         env=one_thread(),

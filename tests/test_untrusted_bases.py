@@ -391,8 +391,12 @@ def test_a_variant_of_a_folders_files_is_loaded(base: Path) -> None:
 
 def test_a_variant_that_some_parts_lack_is_loaded_where_it_is(base: Path) -> None:
     (file,) = (base / "unet").glob("*.safetensors")
-    shutil.copy(file, file.with_suffix(".fp16.safetensors"))
-    loading.load_model(str(base), variant="fp16")
+    name, weights = "conv_in.weight", load_file(file)
+    other = weights | {name: weights[name] + 1}
+    save_file(other, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    for variant, expected in ((None, weights), ("fp16", other)):
+        loaded = loading.load_model(str(base), variant=variant).denoiser.state_dict()
+        assert torch.equal(loaded[name], expected[name])
 
 
 def shard(part: Path, name: str, index: str) -> None:
