@@ -154,7 +154,7 @@ def run_resume(arguments: argparse.Namespace) -> None:
         from dreambooth_lib.data.images import read_photos
 
         subject = runs.resume(arguments.run).config.subject
-        moved = replace(subject, pictures=str(arguments.photos.resolve()))
+        moved = replace(subject, photos=str(arguments.photos.resolve()))
         read_photos(moved)
         runs.resume(arguments.run, subject=moved)
     state.wait_for_everyone()
@@ -165,7 +165,7 @@ def run_training(run: Run) -> None:
     from dreambooth_lib.training.best_checkpoint import select_best
     from dreambooth_lib.training.interrupts import Terminated
     from dreambooth_lib.training.loop import train
-    from dreambooth_lib.training.prior_weight import broken_promise
+    from dreambooth_lib.training.prior_weight import class_shortfall
     from dreambooth_lib.training.validation_pace import share_limit, skipped_steps
     from dreambooth_lib.training.validation_record import history, time_share
 
@@ -180,7 +180,7 @@ def run_training(run: Run) -> None:
         state.print(f"interrupted; resume with 'python -m dreambooth_lib resume {folder}'.")
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         raise SystemExit(128 + number) from None
-    if sentence := broken_promise(run):
+    if sentence := class_shortfall(run):
         state.print(sentence)
     if results := history(run):
         if (ratio := time_share(run)) > 0.2 and share_limit(run.config) is None:

@@ -76,7 +76,7 @@ def wanted(run: Run) -> dict[str, bytes]:
     newest = f"checkpoints/{max(run.checkpoints()):06d}/"
     found = shown(run.folder).items()
     fields = tomllib.loads((run.folder / "config.toml").read_text())
-    fields["subject"]["pictures"] = "photos"
+    fields["subject"]["photos"] = "photos"
     return {n: d for n, d in found if not n.startswith("checkpoints/") or n.startswith(newest)} | {
         "config.toml": tomli_w.dumps(fields).encode()
     }

@@ -101,7 +101,7 @@ PANEL = ("from dreambooth_lib import TrainConfig, load_subject",
          'subject = load_subject(loading.BUNDLED / "subjects" / "patch_dog", "dog")',
          "panel = widgets.SubjectPanel(TrainConfig(subject))",
          "panel")  # fmt: skip
-CHOSEN = ("print(panel.config.subject.pictures)",)
+CHOSEN = ("print(panel.config.subject.photos)",)
 LINK = ('zip_download.download_link("models/rex.zip")',)
 
 

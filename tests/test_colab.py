@@ -159,7 +159,7 @@ def test_an_upload_is_a_folder_that_a_subject_loads_from(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == PHOTOS
     with pytest.warns(UserWarning, match="blurred"):
         subject = load_subject(folder, class_noun="dog", name="rex")
-    assert subject.pictures == str(folder) and len(read_photos(subject.pictures)) == 2
+    assert subject.photos == str(folder) and len(read_photos(subject.photos)) == 2
 
 
 def test_outside_colab_there_is_no_upload(tmp_path: Path) -> None:

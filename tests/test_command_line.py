@@ -132,14 +132,14 @@ def test_a_run_that_was_moved_with_its_photos_is_resumed(
     config = make_config(tiny_sd1, str(tmp_path / "old" / "rex"), prior="none", steps=1)
     runs.start(config, tmp_path / "old" / "run")
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(SystemExit, match=r"old/rex, which subject.pictures .*--photos FOLDER"):
+    with pytest.raises(SystemExit, match=r"old/rex, which subject.photos .*--photos FOLDER"):
         shell("resume", tmp_path / "new" / "run")
     with pytest.raises(SystemExit, match=r"^error: .*none"):
         shell("resume", tmp_path / "new" / "run", "--photos", tmp_path / "none")
     said = shell("resume", tmp_path / "new" / "run", "--photos", tmp_path / "new" / "rex")
     assert "step 1/1" in said
     moved = runs.resume(tmp_path / "new" / "run")
-    assert moved.config.subject.pictures == str(tmp_path / "new" / "rex")
+    assert moved.config.subject.photos == str(tmp_path / "new" / "rex")
 
 
 @pytest.mark.parametrize("crop", ["random", "buckets"])

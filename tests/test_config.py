@@ -99,7 +99,7 @@ def test_a_config_comes_back_from_dict_and_toml(
     config = make()
     assert TrainConfig.from_dict(config.to_dict()) == config
     absolute = config.replace(
-        subject=dataclasses.replace(config.subject, pictures=str(tmp_path / "p"), name="n")
+        subject=dataclasses.replace(config.subject, photos=str(tmp_path / "p"), name="n")
     )
     (tmp_path / "config.toml").write_text(absolute.to_toml())
     assert TrainConfig.from_toml(tmp_path / "config.toml") == absolute
@@ -133,11 +133,11 @@ def test_pictures_and_class_folder_are_relative_to_the_toml_file(tmp_path: Path)
         'class_folder = "../class"\n[subject]\npictures = "../photos"\nclass_noun = "dog"\n'
     )
     config = TrainConfig.from_toml(file)
-    assert config.subject.pictures == str(tmp_path / "photos")
+    assert config.subject.photos == str(tmp_path / "photos")
     assert config.class_folder == str(tmp_path / "class")
     absolute = tmp_path / "elsewhere"
     file.write_text(f'[subject]\npictures = "{absolute}"\nclass_noun = "dog"\n')
-    assert TrainConfig.from_toml(file).subject.pictures == str(absolute)
+    assert TrainConfig.from_toml(file).subject.photos == str(absolute)
 
 
 def test_a_base_folder_beside_the_toml_file_is_found_from_anywhere(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_value_that_cannot_be_right_is_named_with_what_to_write(
     with pytest.raises(ConfigError, match=message):
         TrainConfig(subject=DOG).replace(**changes)
     with pytest.raises(ConfigError, match=message):
-        TrainConfig.from_dict({"subject": {"pictures": "p", "class_noun": "dog"}, **changes})
+        TrainConfig.from_dict({"subject": {"photos": "p", "class_noun": "dog"}, **changes})
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_values_at_the_edge_of_what_can_be_right_are_taken(changes: dict[str, An
 @pytest.mark.parametrize("field", ["class_noun", "identifier"])
 def test_a_subject_without_words_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=rf"subject\.{field} is empty"):
-        Subject(**({"pictures": "p", "class_noun": "dog"} | {field: "  "}))
+        Subject(**({"photos": "p", "class_noun": "dog"} | {field: "  "}))
 
 
 def test_an_identifier_that_stands_for_itself_is_refused() -> None:
@@ -265,16 +265,16 @@ def test_an_unknown_field_or_wrong_type_in_a_config_is_named(
     fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        TrainConfig.from_dict({"subject": {"pictures": "p", "class_noun": "dog"}, **fields})
+        TrainConfig.from_dict({"subject": {"photos": "p", "class_noun": "dog"}, **fields})
 
 
 @pytest.mark.parametrize(
     ("subject", "message"),
     [
-        ({"pictures": "p"}, "subject.class_noun is missing"),
-        ({"class_noun": "dog"}, "subject.pictures is missing"),
-        ({"pictures": "p", "class_noun": "dog", "klass": "x"}, "unknown field 'subject.klass'"),
-        ({"pictures": "p", "class_noun": 3}, "subject.class_noun is 3.*type str"),
+        ({"photos": "p"}, "subject.class_noun is missing"),
+        ({"class_noun": "dog"}, "subject.photos is missing"),
+        ({"photos": "p", "class_noun": "dog", "klass": "x"}, "unknown field 'subject.klass'"),
+        ({"photos": "p", "class_noun": 3}, "subject.class_noun is 3.*type str"),
     ],
 )
 def test_a_wrong_subject_table_is_named(subject: dict[str, Any], message: str) -> None:
@@ -283,7 +283,7 @@ def test_a_wrong_subject_table_is_named(subject: dict[str, Any], message: str) -
 
 
 def test_whole_numbers_serve_where_fractions_are_meant() -> None:
-    fields = {"subject": {"pictures": "p", "class_noun": "dog"}}
+    fields = {"subject": {"photos": "p", "class_noun": "dog"}}
     config = TrainConfig.from_dict({**fields, "prior_weight": 2, "min_snr_gamma": 5})
     assert type(config.prior_weight) is float and type(config.min_snr_gamma) is float
     assert (config.prior_weight, config.min_snr_gamma) == (2.0, 5.0)

@@ -41,7 +41,7 @@ def fields(tmp_path: Path, make_config: Make, tiny_sd1: str) -> dict[str, Any]:
     place.mkdir()
     for number, size in enumerate([(24, 40), (26, 40), (48, 30), (24, 40), (32, 32)]):
         picture(number, size).save(place / f"{number}.png")
-    subject = replace(make_config(tiny_sd1, ".").subject, pictures=str(place))
+    subject = replace(make_config(tiny_sd1, ".").subject, photos=str(place))
     return {"subject": subject, "crop": "buckets", "hold_out": False, "resolution": 32}
 
 
@@ -196,7 +196,7 @@ def test_class_images_and_validation_are_drawn_in_most_photos_bucket(
 def test_one_bucket_of_squares_trains_as_the_center_does(
     start_run: Start, fields: dict[str, Any], photos: str
 ) -> None:
-    subject = replace(fields["subject"], pictures=photos)
+    subject = replace(fields["subject"], photos=photos)
     losses = [
         [step.loss for step in train(start_run(crop, "sd1", crop=crop, subject=subject))]
         for crop in ("center", "buckets", "subject")
@@ -227,10 +227,10 @@ def test_a_flipped_photos_crop_is_told_flipped(tiny_bases: Any, tmp_path: Path) 
 
 def test_sdxl_takes_the_sizes_as_its_pipeline_does(tiny_bases: Any) -> None:
     family = loading.load_model(tiny_bases("sdxl"), resolution=16)
-    framings = torch.tensor([[40, 26, 0, 3], [16, 16, 5, 0]])
-    told = family.framing_cond(framings, (12, 20))["time_ids"]
+    sizes_and_crops = torch.tensor([[40, 26, 0, 3], [16, 16, 5, 0]])
+    told = family.size_conditioning(sizes_and_crops, (12, 20))["time_ids"]
     embeds = family.encode_prompts(["a dog", "a cat"])["pooled"].shape[-1]
-    for row, (height, width, top, left) in zip(told, framings.tolist(), strict=True):
+    for row, (height, width, top, left) in zip(told, sizes_and_crops.tolist(), strict=True):
         expected = family.pipeline._get_add_time_ids(
             (height, width), (top, left), (20, 12), torch.int64, embeds
         )
@@ -238,7 +238,7 @@ def test_sdxl_takes_the_sizes_as_its_pipeline_does(tiny_bases: Any) -> None:
     x_t, t, cond = torch.randn(2, 4, 10, 6), torch.tensor([500, 500]), ["a dog", "a dog"]
     cond = family.encode_prompts(cond)
     with torch.no_grad():
-        uncropped = family.framing_cond(torch.tensor([[20, 12, 0, 0]] * 2), (12, 20))
+        uncropped = family.size_conditioning(torch.tensor([[20, 12, 0, 0]] * 2), (12, 20))
         same = family.predict(x_t, t, cond | uncropped)
         assert torch.equal(same, family.predict(x_t, t, cond))
         assert not torch.equal(same, family.predict(x_t, t, cond | {"time_ids": told}))
@@ -249,7 +249,7 @@ def test_every_family_trains_and_draws_in_buckets(
     name: str, start_run: Start, fields: dict[str, Any]
 ) -> None:
     for number, size in enumerate([(12, 36), (12, 36), (36, 12), (12, 36)]):
-        picture(number, size).save(Path(fields["subject"].pictures) / f"{number}.png")
+        picture(number, size).save(Path(fields["subject"].photos) / f"{number}.png")
     every = fields | {"class_images": 2, "resolution": 16}
     trainer = Trainer(start_run("run", name, **every))
     assert {*trainer.batches.shapes} == {(8, 24), (24, 8), (16, 16)}
@@ -274,7 +274,7 @@ def test_samples_are_drawn_in_the_bucket_of_most_photos(
     list(train(plain))
     assert image_sizes.saved_size(plain) is None is image_sizes.saved_size(plain, 2)
     assert "width" not in model_card.usage(plain, plain.pipeline)
-    shutil.rmtree(fields["subject"].pictures)
+    shutil.rmtree(fields["subject"].photos)
     assert size(run) == size(run, 2) == PORTRAIT
     goal = run.pipeline / runs.GOAL_FILE
     for odd in (None, 3, ["a", "b"], [0, 8], [8, 2**20], [8]):  # as earlier versions, or anyone

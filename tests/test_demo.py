@@ -91,7 +91,7 @@ class_images = 2
 prior_inference_steps = 2
 
 [subject]
-pictures = "{subject.pictures}"
+photos = "{subject.photos}"
 class_noun = "{subject.class_noun}"
 identifier = "hta"
 """

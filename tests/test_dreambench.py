@@ -39,7 +39,7 @@ from dreambooth_lib.training.validation import TOYBOX_SCORER
 
 ROOT = Path(__file__).parent.parent
 REAL = os.environ.get("DREAMBOOTH_TEST_DREAMBENCH")
-SHORT = Protocol(pictures=2, class_images=3, steps=1, batch_size=4)
+SHORT = Protocol(images_per_prompt=2, class_images=3, steps=1, batch_size=4)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def benchmark_of_two(tmp_path: Path) -> Benchmark:
 
 
 def test_a_protocol_that_cannot_be_scored_is_refused() -> None:
-    for name, count, least in (("pictures", 0, 1), ("class_images", 1, 2), ("class_images", 0, 2)):
+    for name, count, least in (("images_per_prompt", 0, 1), ("class_images", 1, 2)):
         with pytest.raises(ValueError, match=f"{name} is {count}; give {least} or more"):
             Protocol(**{name: count})
 
@@ -129,7 +129,7 @@ def test_another_protocol_is_refused(
 ) -> None:
     methods = {"one": lambda subject: tiny_sd1}
     next(draw_all(benchmark_of_two, methods, tmp_path, SHORT))
-    other = Protocol(pictures=2, class_images=3, steps=1, batch_size=4, guidance_scale=7.5)
+    other = Protocol(images_per_prompt=2, class_images=3, steps=1, batch_size=4, guidance_scale=7.5)
     with pytest.raises(ValueError, match="another protocol; choose another folder"):
         next(draw_all(benchmark_of_two, methods, tmp_path, other))
 
@@ -140,7 +140,7 @@ def test_images_of_another_base_or_other_settings_are_refused(
 ) -> None:  # fmt: skip
     def by(base: str, **settings: Any) -> dict[str, dreambench.Method]:
         def config(subject: Subject) -> TrainConfig:
-            made = make_config(base, subject.pictures, steps=1, prior_weight=0.0, **settings)
+            made = make_config(base, subject.photos, steps=1, prior_weight=0.0, **settings)
             return made.replace(subject=subject)
 
         tuned = dreambench.Tuned(tmp_path / "runs", config)
@@ -401,7 +401,7 @@ def test_the_command_evaluates_and_resumes(
         "Live Subject Prompts\n\n'a {0} {1}'.format(unique_token, class_token),\n"
     )
     words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder),
-             str(dino_folder), "--pictures", "3", "--steps", "2", "--class-images", "4",
+             str(dino_folder), "--images-per-prompt", "3", "--steps", "2", "--class-images", "4",
              "--drift-prompts", "a car in a city", "a {noun} on a bed",
              "--scorer", str(clip_folder), "--out", str(tmp_path / "out")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *words])
@@ -464,7 +464,8 @@ def test_two_processes_evaluate_what_one_does(
     for launch in ([], TWO):
         out = tmp_path / str(len(tables))
         words = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder)]
-        words += ["--pictures", "3", "--steps", "2", "--class-images", "4", "--batch-size", "2"]
+        words += ["--images-per-prompt", "3", "--steps", "2", "--class-images", "4"]
+        words += ["--batch-size", "2"]
         words += ["--scorer", str(clip_folder), "--out", str(out)]
         done = launched(*launch, "-m", "dreambooth_lib", *words)
         assert done.returncode == 0, done.stderr[-2000:]

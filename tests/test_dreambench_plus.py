@@ -49,7 +49,7 @@ def test_each_photo_is_a_subject_with_prompts_of_its_own(plus: Path) -> None:
             "a {} dog cat in snow", "a {} dog cat, dogs in the snow",
         ]  # fmt: skip
         assert found.prompts_for(cat) == ["a {} cat's photo", "a {} cat, the beach in the snow"]
-        assert [len(read_photos(subject.pictures)) for subject in found.subjects] == [1, 1, 1]
+        assert [len(read_photos(subject.photos)) for subject in found.subjects] == [1, 1, 1]
         only = found.only(["object_00_cat"])
         assert only.prompts_for(only.subjects[0]) == found.prompts_for(cat)
 
@@ -102,7 +102,7 @@ def test_the_command_evaluates_it_with_one_photo_a_subject(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     words = ["evaluate", str(plus), "--base", tiny_sd1, "--encoders", str(clip_folder),
-             "--pictures", "2", "--steps", "1", "--class-images", "2", "--scorer",
+             "--images-per-prompt", "2", "--steps", "1", "--class-images", "2", "--scorer",
              str(clip_folder), "--out", str(tmp_path / "out")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *words])
     main()

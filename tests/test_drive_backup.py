@@ -32,7 +32,7 @@ def test_a_backup_is_the_run_with_its_photos_and_nothing_half_written(
     run: Run, drive: Path
 ) -> None:
     assert backup(run, drive / "my-dog") is None
-    photos = {f"photos/{n}": d for n, d in tree(Path(run.config.subject.pictures)).items()}
+    photos = {f"photos/{n}": d for n, d in tree(Path(run.config.subject.photos)).items()}
     assert len(photos) == 3
     assert shown(drive / "my-dog") == wanted(run) | photos
     assert set(tree(drive / "my-dog")) - set(shown(drive / "my-dog")) == {".backup.json", ".backup"}
@@ -315,7 +315,7 @@ def test_a_backup_that_is_interrupted_has_nothing_half_written(
     save(run, 300)
     run.append("log", {"step": 300, "loss": 0.3})
     (run.folder / "config.toml").write_text(run.config.replace(prior_weight=2.0).to_toml())
-    os.utime(Path(run.config.subject.pictures) / "0.png", (2e9, 2e9))
+    os.utime(Path(run.config.subject.photos) / "0.png", (2e9, 2e9))
     faults.names, faults.fault = {name: 1}, faults.interrupt
     with pytest.raises(KeyboardInterrupt):
         backup(run, drive / "my-dog")
@@ -337,7 +337,7 @@ def test_nothing_is_written_where_no_drive_is_mounted(run: Run, tmp_path: Path) 
 def test_another_runs_backup_is_left_alone(run: Run, drive: Path, make_config: Make) -> None:
     backup(run, drive / "my-dog")
     before = tree(drive / "my-dog")
-    config = make_config("toybox", run.config.subject.pictures, seed=5)
+    config = make_config("toybox", run.config.subject.photos, seed=5)
     other = runs.start(config, run.folder.parent / "again")
     problem = backup(other, drive / "my-dog")
     assert problem is not None and "holds something other" in problem

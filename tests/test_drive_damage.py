@@ -127,7 +127,7 @@ def test_a_bad_config_hides_no_other_run(run: Run, drive: Path, text: str) -> No
 
 
 def test_duplicates_that_drive_makes_are_passed_over(run: Run, drive: Path, tmp_path: Path) -> None:
-    photos = Path(run.config.subject.pictures)
+    photos = Path(run.config.subject.photos)
     shutil.copyfile(photos / "1.png", photos / "2 (1).png")  # a photo of the user's own
     backup(run, drive / "my-dog")
     there = drive / "my-dog"
@@ -140,7 +140,7 @@ def test_duplicates_that_drive_makes_are_passed_over(run: Run, drive: Path, tmp_
     back = restore(there, tmp_path / "back")
     assert not list(back.folder.rglob("*(1).toml")) + list(back.folder.rglob("log (2)*"))
     assert list(back.checkpoints()) == [200]
-    names = sorted(path.name for path in Path(back.config.subject.pictures).iterdir())
+    names = sorted(path.name for path in Path(back.config.subject.photos).iterdir())
     assert names == ["0.png", "1.png", "2 (1).png", "2.png"]
     assert backup(run, there) is None
     assert [path.name for path in (there / "checkpoints").iterdir()] == ["000200"]
@@ -281,7 +281,7 @@ def test_a_backup_killed_between_two_renames_is_restored(
     backup(run, drive / "my-dog")
     (drive / "my-dog" / "photos").rename(drive / "my-dog" / ".photos.old")
     back = restore(drive / "my-dog", tmp_path / "back")
-    assert len(list(Path(back.config.subject.pictures).iterdir())) == 3
+    assert len(list(Path(back.config.subject.photos).iterdir())) == 3
 
 
 def test_a_run_with_a_longer_goal_has_not_finished_in_its_backup(

@@ -115,7 +115,7 @@ def test_a_run_whose_photos_were_replaced_is_not_resumed(
     for step in train(run):
         if step.step == 2:
             break
-    asked = {"pictures": str(place), "base": tiny_sd1}
+    asked = {"photos": str(place), "base": tiny_sd1}
     assert interrupted(run, tmp_path / "no-drive", **asked)[0] == run.folder
     for number, file in enumerate(sorted(place.glob("*.png"))):
         Image.effect_noise((64, 64), 60 + 10 * number).convert("RGB").save(file)
@@ -135,7 +135,7 @@ def test_a_run_whose_photos_were_replaced_is_not_resumed(
 def interrupted(run: Run, drive: Path, **other: Any) -> tuple[Path | None, str]:
     """Return the folder of the run that is resumed, and what its user is told."""
     asked: dict[str, Any] = {
-        "resume": True, "pictures": run.config.subject.pictures, "class_noun": "dog",
+        "resume": True, "photos": run.config.subject.photos, "class_noun": "dog",
         "base": "toybox",
     }  # fmt: skip
     found, message = find_interrupted(folders=[run.folder.parent, drive], **(asked | other))
@@ -148,17 +148,15 @@ def test_a_run_of_the_same_photos_noun_and_base_is_resumed(
     folder, message = interrupted(run, drive)
     assert folder == run.folder
     assert message.startswith(f"Resuming {run.folder}: step 200 of 400")
-    packed = shutil.make_archive(str(tmp_path / "zipped"), "zip", run.config.subject.pictures)
-    assert interrupted(run, drive, pictures=packed)[0] == run.folder, "the content counts"
-    assert interrupted(run, drive, pictures=None)[0] == run.folder, "they are uploaded later"
+    packed = shutil.make_archive(str(tmp_path / "zipped"), "zip", run.config.subject.photos)
+    assert interrupted(run, drive, photos=packed)[0] == run.folder, "the content counts"
+    assert interrupted(run, drive, photos=None)[0] == run.folder, "they are uploaded later"
     backup(run, drive / "my-dog")
     shutil.rmtree(run.folder.parent)
     assert interrupted(run, drive)[0] == drive / "my-dog"
-    pictures = run.config.subject.pictures
+    pictures = run.config.subject.photos
     shutil.rmtree(pictures)
-    assert interrupted(run, drive, pictures=pictures)[0] == drive / "my-dog", (
-        "gone with the machine"
-    )
+    assert interrupted(run, drive, photos=pictures)[0] == drive / "my-dog", "gone with the machine"
 
 
 def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
@@ -167,7 +165,7 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
     others = {
         "class_noun": ("cat", "its class noun is 'dog', not 'cat'"),
         "base": (tiny_sd1, f"its base is 'toybox', not '{tiny_sd1}'"),
-        "pictures": (save_photos(tmp_path / "max", 2), "its photos are not those in"),
+        "photos": (save_photos(tmp_path / "max", 2), "its photos are not those in"),
     }
     for field, (value, why) in others.items():
         folder, message = interrupted(run, drive, **{field: value})
@@ -191,7 +189,7 @@ def test_photos_in_the_home_folder_are_compared(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     save_photos(tmp_path / "max", 2)
-    found, message = interrupted(run, drive, pictures="~/max")
+    found, message = interrupted(run, drive, photos="~/max")
     assert found is None and "its photos are not those in ~/max" in message
 
 
@@ -200,11 +198,11 @@ def test_photos_that_cannot_be_read_are_not_taken_for_the_same_or_for_others(
     run: Run, drive: Path, tmp_path: Path, damaged: str
 ) -> None:
     given = save_photos(tmp_path / "max", 2)
-    broken = {"both": [given, run.config.subject.pictures], "given": [given],
-              "own": [run.config.subject.pictures]}[damaged]  # fmt: skip
+    broken = {"both": [given, run.config.subject.photos], "given": [given],
+              "own": [run.config.subject.photos]}[damaged]  # fmt: skip
     for folder in broken:
         (Path(folder) / "0.png").write_bytes(b"no photo")
-    found, message = interrupted(run, drive, pictures=given)
+    found, message = interrupted(run, drive, photos=given)
     assert found is None
     # Of the photos that are given, a damaged one is passed over, as a run may have been.
     told = "are not" if damaged == "given" else "could not be compared with"
@@ -222,7 +220,7 @@ def test_many_large_photos_have_the_time_that_they_take(
     monkeypatch.setattr(drive_compare, "read_photos", read_slowly)
     assert interrupted(run, drive)[0] == run.folder
     others = save_photos(tmp_path / "max", 2)
-    assert "its photos are not those in" in interrupted(run, drive, pictures=others)[1]
+    assert "its photos are not those in" in interrupted(run, drive, photos=others)[1]
 
 
 def test_an_older_run_that_matches_is_resumed_before_a_newer_one_that_does_not(
@@ -294,7 +292,7 @@ def test_a_backup_under_the_old_names_is_carried_over(
     backup(run, drive / "my-dog")
     identity = (run.folder / ".backup").read_text()
     under_old_names(run, drive / "my-dog")
-    other = runs.start(make_config("toybox", run.config.subject.pictures), run.folder.parent / "b")
+    other = runs.start(make_config("toybox", run.config.subject.photos), run.folder.parent / "b")
     assert "holds something other" in str(backup(other, drive / "my-dog"))
     faults.copied.clear()
     run.append("log", {"step": 201, "loss": 0.4})

@@ -97,7 +97,7 @@ def test_photos_on_the_drive_are_what_training_sees_and_nothing_more(
     shutil.rmtree(tmp_path / "uploads")
     shutil.rmtree(tmp_path / "runs")
     back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
-    assert contents(back.config.subject.pictures) == expected
+    assert contents(back.config.subject.photos) == expected
     assert back.config.class_folder is not None
     assert contents(back.config.class_folder) == contents(drive / "my-dog" / "class_photos")
     assert backup(back, drive / "my-dog") is None
@@ -152,7 +152,7 @@ def test_no_local_path_is_on_the_drive(
     for file in (drive / "my-dog").rglob("*"):
         assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
     there = runs.resume(drive / "my-dog").config
-    assert there.subject.pictures == str(drive / "my-dog" / "photos")
+    assert there.subject.photos == str(drive / "my-dog" / "photos")
     shutil.rmtree(run.pipeline)
     assert backup(run, drive / "my-dog") is None
     before = run.config
@@ -162,7 +162,7 @@ def test_no_local_path_is_on_the_drive(
     back = restore(drive / "my-dog", run.folder)
     for name in ("base", "draw_base", "scorer"):
         assert getattr(back.config, name) == getattr(before, name)
-    assert back.config.subject.pictures == str(run.folder / "photos")
+    assert back.config.subject.photos == str(run.folder / "photos")
     assert back.config.class_folder == str(run.folder / "class_photos")
     assert (made / "manifest.json").read_text() == manifest
     other, message = find_interrupted(True, [drive], None, "dog", tiny_sd1)
@@ -214,7 +214,7 @@ def test_copies_of_photos_are_compared_without_decoding_them_again(
 
     monkeypatch.setattr(images, "KEPT_PIXELS", 0)
     monkeypatch.setattr(images, "decode", decode)
-    pictures = Path(run.config.subject.pictures)
+    pictures = Path(run.config.subject.photos)
     for file in list(pictures.glob("*.png")):
         Image.open(file).save(file.with_suffix(".bmp"))  # of other bytes than the copies
         file.unlink()

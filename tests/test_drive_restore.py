@@ -39,10 +39,10 @@ def test_a_restored_run_is_the_run_with_its_own_photos(
     run: Run, drive: Path, tmp_path: Path, faults: Faults
 ) -> None:
     backup(run, drive / "my-dog")
-    before, photos = tree(run.folder), tree(Path(run.config.subject.pictures))
+    before, photos = tree(run.folder), tree(Path(run.config.subject.photos))
     lose(run)
     back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
-    assert tree(Path(back.config.subject.pictures)) == photos
+    assert tree(Path(back.config.subject.photos)) == photos
     left = (".partial", "config.toml", "000100/tensors", "000100/state", "000100/digests", ".lock")
     same = [name for name in before if not any(part in name for part in left)]
     assert {n: tree(back.folder)[n] for n in same} == {n: before[n] for n in same}
@@ -101,7 +101,7 @@ def test_a_restored_finished_run_has_the_photos_captions_crops_and_masks_that_it
     lose(run)
     back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
     assert runs.why_not_resumable(back.config, back.folder) is None
-    (Path(back.config.subject.pictures) / "0.txt").write_text("a {} dog")
+    (Path(back.config.subject.photos) / "0.txt").write_text("a {} dog")
     assert "other captions" in str(runs.why_not_resumable(back.config, back.folder))
 
 
@@ -121,7 +121,7 @@ def test_a_zip_and_own_and_generated_class_images_come_back(
     zipped = tree(Path(photos))
     lose(run)
     back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
-    assert tree(Path(back.config.subject.pictures)) == zipped
+    assert tree(Path(back.config.subject.photos)) == zipped
     assert back.config.class_folder is not None
     assert tree(Path(back.config.class_folder)) == before["own"]
     assert tree(back.folder.parent / "class_images") == {f"ours/{n}": d for n, d in ours.items()}
@@ -233,7 +233,7 @@ def test_a_large_run_resumes_and_makes_its_pipeline_from_what_the_drive_has(
         assert all(torch.allclose(weights[k], expected[k], atol=2e-3) for k in expected)
 
 
-@pytest.mark.parametrize("field", ["subject.pictures", "class_folder"])
+@pytest.mark.parametrize("field", ["subject.photos", "class_folder"])
 def test_a_run_moved_with_its_photos_says_which_field_names_them(
     tmp_path: Path, make_config: Make, field: str
 ) -> None:
@@ -245,13 +245,13 @@ def test_a_run_moved_with_its_photos_says_which_field_names_them(
     runs.start(config, tmp_path / "before" / "my-dog")
     after = (tmp_path / "before").rename(tmp_path / "after")
     if field == "class_folder":
-        runs.resume(after / "my-dog", subject=replace(config.subject, pictures=str(after / "rex")))
+        runs.resume(after / "my-dog", subject=replace(config.subject, photos=str(after / "rex")))
     with pytest.raises(RunError) as raised:
         next(train(runs.resume(after / "my-dog")))
     message = str(raised.value)
     assert f"{field} in {after / 'my-dog' / 'config.toml'}" in message
     assert f"resume('{after / 'my-dog'}', " in message and "\n" not in message
-    subject = replace(config.subject, pictures=str(after / "rex"))
+    subject = replace(config.subject, photos=str(after / "rex"))
     back = runs.resume(after / "my-dog", subject=subject, class_folder=str(after / "dogs"))
     assert len(read_subject_photos(back)) == len(read_own_class_images(back)) == 4
 

@@ -45,7 +45,7 @@ def test_a_card_says_how_to_draw_the_subject_and_how_it_was_made(run: Run, tmp_p
     assert card.data.base_model is None, "a base of this machine has no address"
     assert f'"{run.config.subject.instance_prompt} on the beach"' in card.text
     assert f"λ {run.config.prior_weight:g}" in card.text and "step 2 of 4" in card.text
-    assert run.config.subject.pictures not in card.content
+    assert run.config.subject.photos not in card.content
     assert run.config.base not in card.content and "`sd1`, fine-tuned with DreamBooth" in card.text
     assert Image.open(tmp_path / "model" / "samples.png").size[0] > 100
 
@@ -109,7 +109,7 @@ def test_a_card_shows_words_as_text_and_quotes_them_in_code(
     word: str, run: Run, tmp_path: Path
 ) -> None:
     def card_of(word: str, base: str) -> str:
-        subject = Subject(run.config.subject.pictures, word, f"{word}zwx")
+        subject = Subject(run.config.subject.photos, word, f"{word}zwx")
         config = run.config.replace(subject=subject, base=base, prior="generated")
         return model_card._card(Run(run.folder, config), 2, False).partition("---\n\n")[2]
 

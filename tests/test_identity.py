@@ -23,7 +23,7 @@ from dreambooth_lib.metrics.identity import average_precision
 from dreambooth_lib.training.runs import RunError
 
 DRIFT = ("a car in the city", "a {noun} on a bed", "a house")
-SHORT = Protocol(pictures=2, class_images=3, steps=1, batch_size=8, drift_prompts=DRIFT)
+SHORT = Protocol(images_per_prompt=2, class_images=3, steps=1, batch_size=8, drift_prompts=DRIFT)
 
 
 def by_ranks(query: np.ndarray, photos: np.ndarray, others: np.ndarray) -> float:
@@ -90,7 +90,7 @@ def test_the_gallery_is_the_bases_class_images_and_other_subjects_photos(
     drawn: tuple, clip: Encoder
 ) -> None:
     benchmark, out, _ = drawn
-    rex, tom = (sorted(Path(s.pictures).glob("*.png")) for s in benchmark.subjects)
+    rex, tom = (sorted(Path(s.photos).glob("*.png")) for s in benchmark.subjects)
     classes = [out / f"base/rex/class-s{10_000 + i}.png" for i in range(3)]
     photos, others = embed(clip, rex), embed(clip, [*classes, *tom])
     rows = rows_of(drawn, clip, "retrieval_precision")
@@ -120,7 +120,7 @@ def test_an_evaluation_of_an_earlier_version_resumes_without_drift_prompts(
     drawn: tuple, tmp_path: Path
 ) -> None:
     benchmark, _, methods = drawn
-    plain = Protocol(pictures=1, class_images=2, steps=1)
+    plain = Protocol(images_per_prompt=1, class_images=2, steps=1)
     list(draw_all(benchmark, methods, tmp_path, plain))
     file = tmp_path / "protocol.json"
     text = file.read_text()
@@ -141,7 +141,7 @@ def disc(size: tuple[int, int], left: int = 3) -> Image.Image:
 def with_masks(drawn: tuple) -> Iterator[None]:
     """Add masks to rex's photos and to the images of the tuned model."""
     benchmark, out, _ = drawn
-    folders = [Path(benchmark.subjects[0].pictures), out / "tuned/rex"]
+    folders = [Path(benchmark.subjects[0].photos), out / "tuned/rex"]
     for folder, names in zip(folders, ("*.png", "p*.png"), strict=True):
         (folder / "masks").mkdir()
         for file in folder.glob(names):
@@ -164,10 +164,10 @@ def test_the_subject_alone_is_compared_where_masks_are(
 ) -> None:
     benchmark, out, methods = drawn
     rex, tom = benchmark.subjects
-    photos = sorted(Path(rex.pictures).glob("*.png"))
+    photos = sorted(Path(rex.photos).glob("*.png"))
     if packed:
-        archive = shutil.make_archive(str(tmp_path / "rex"), "zip", rex.pictures)
-        benchmark = replace(benchmark, subjects=[replace(rex, pictures=archive), tom])
+        archive = shutil.make_archive(str(tmp_path / "rex"), "zip", rex.photos)
+        benchmark = replace(benchmark, subjects=[replace(rex, photos=archive), tom])
     real = clip.embed_images([alone(p) for p in photos]).double().numpy()
     empty = out / "tuned/rex/masks/p01-s1.png"
     Image.new("L", Image.open(empty).size).save(empty)
@@ -204,8 +204,8 @@ def test_masks_that_cannot_be_used_are_named(
 
 
 def test_a_photos_empty_mask_is_named(drawn: tuple, clip: Encoder, with_masks: None) -> None:
-    (photo, *_) = read_photos(drawn[0].subjects[0].pictures)
-    mask = Path(drawn[0].subjects[0].pictures) / "masks" / photo.name
+    (photo, *_) = read_photos(drawn[0].subjects[0].photos)
+    mask = Path(drawn[0].subjects[0].photos) / "masks" / photo.name
     Image.new("L", Image.open(mask).size).save(mask)
     with pytest.raises(InputError, match="shows nothing; make it again"):
         rows_of(drawn, clip, "masked_fidelity")

@@ -235,7 +235,7 @@ def test_an_evaluation_uses_each_bases_settings(
 ) -> None:
     subject = Subject(photos, "dog", kind="live")
     bench = dreambench.Benchmark([subject], {"live": ["a {} {noun}"]})
-    protocol = dreambench.Protocol(pictures=1, class_images=2)
+    protocol = dreambench.Protocol(images_per_prompt=1, class_images=2)
     for base, asked in ((turbo, (4, 0.0)), (tiny_sd1, (25, 7.5))):
         drawn.clear()
         list(dreambench.draw_all(bench, {"base": lambda _, b=base: b}, tmp_path / base[-3:],

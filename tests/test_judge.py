@@ -198,7 +198,7 @@ def test_what_was_answered_is_not_asked_again_unless_anything_differs(
         assert judged() == 12
         drawings(1, seed=9)[0].save(files.images[1][1])
         assert judged() == 2
-        drawings(1, seed=8)[0].save(Path(files.subject.pictures) / "0.png")
+        drawings(1, seed=8)[0].save(Path(files.subject.photos) / "0.png")
         assert judged() == 6
     kept = [json.loads(path.read_text()) for path in (tmp_path / "j").glob("*.json")]
     assert all({"rubric", "model", "settings", "chat", "answers", "score"} <= k.keys() for k in kept
@@ -559,7 +559,7 @@ def test_the_command_judges_and_says_what_is_missing(
 
     def command(*words: str) -> str:
         given = ["evaluate", str(data), "--base", tiny_sd1, "--encoders", str(clip_folder),
-                 "--pictures", "3", "--steps", "1", "--class-images", "2", "--scorer",
+                 "--images-per-prompt", "3", "--steps", "1", "--class-images", "2", "--scorer",
                  str(clip_folder), "--out", str(out)]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["dreambooth_lib", *given, *words])
         main()

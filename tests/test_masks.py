@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def subject_of(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    return {"subject": replace(config.subject, pictures=str(folder))}
+    return {"subject": replace(config.subject, photos=str(folder))}
 
 
 @pytest.mark.parametrize("name", ["p-masklabel.png", "p_mask.png", "mask_p.png", "P.matte.webp",

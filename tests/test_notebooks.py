@@ -50,7 +50,7 @@ SHORT = {
     "01_dreambooth": 'SETTINGS = {"steps": 4, "class_images": 4, "validate_every": 2}',
     "02_lambda_study": "LAMBDAS, STEPS, CLASS_IMAGES = [0.0, 1.0], [2, 4], 4",
     "03_evaluation": 'SETTINGS = {"steps": 2, "class_images": 4, "validate_every": 0}\n'
-    "PROTOCOL = dreambench.Protocol(pictures=1, class_images=2, steps=2)",
+    "PROTOCOL = dreambench.Protocol(images_per_prompt=1, class_images=2, steps=2)",
     "04_your_own": "STEPS, CLASS_IMAGES = 4, 4",
 }
 
@@ -91,7 +91,7 @@ prompts = sum(len(bench.prompts_for(subject)) for subject in bench.subjects)
 fidelity = {mean.method: mean.value for mean in means if mean.measure == "subject_fidelity"}
 assert len(bench.subjects) == (1 if PHOTOS else len(SUBJECTS)), "a subject is missing"
 assert (OUT / "scores.csv").exists(), "the scores were not written"
-assert len(scored) == prompts * PROTOCOL.pictures, "an image has no score"
+assert len(scored) == prompts * PROTOCOL.images_per_prompt, "an image has no score"
 assert set(fidelity) == {scores.REAL, *methods}, "a method has no row in the table"
 """,
     "04_your_own": """
@@ -361,7 +361,7 @@ def test_after_a_disconnect_photos_need_no_second_upload(
     resumed = run_cells(dict(scope), parameters, *marks)
     assert fake_colab.asked.count("upload") == 1 and resumed["name"] == "mine"
     config = resumed["subject"].config
-    assert config.subject.pictures == str(tmp_path / "runs" / "mine" / "photos")
+    assert config.subject.photos == str(tmp_path / "runs" / "mine" / "photos")
     assert runs.start_or_resume(config, tmp_path / "runs" / "mine").config.steps == 500
 
 
@@ -539,7 +539,7 @@ def test_running_the_subjects_cell_again_keeps_its_panel(
     monkeypatch.chdir(tmp_path)
     trained: list[str] = []
     monkeypatch.setattr(
-        widgets, "monitor", lambda run: trained.append(run.config.subject.pictures) or iter(())
+        widgets, "monitor", lambda run: trained.append(run.config.subject.photos) or iter(())
     )
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     run_cells(scope, "", "find_interrupted", "SubjectPanel", "SettingsPanel")
@@ -558,7 +558,7 @@ def test_running_the_subjects_cell_again_keeps_its_panel(
     for later in cells[cells.index(training) + 2 : -1]:
         with pytest.raises(order.OutOfOrder, match=r'"[68]\. '):  # not the former checkpoint
             exec(later, scope)
-    shown = scope["subject"].config.subject.pictures
+    shown = scope["subject"].config.subject.photos
     assert trained == [shown] == [turtle], "training uses the photos of section 2"
     scope["config"] = scope["config"].replace(steps=7)  # as after running another cell above
     exec(choose, scope)

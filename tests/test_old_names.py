@@ -71,7 +71,8 @@ def test_an_old_toml_file_is_read_with_a_sentence(tmp_path: Path, photos: str) -
     assert (config.class_images, config.validate_every, config.scorer) == (5, 7, "some/clip")
     assert [str(one.message) for one in told] == [
         "In the config, class_pictures is now called class_images, watch_every is now called "
-        "validate_every, judge is now called scorer; the next version will not read the old names."
+        "validate_every, judge is now called scorer, subject.pictures is now called "
+        "subject.photos; the next version will not read the old names."
     ]
     assert "class_images = 5" in config.to_toml() and "watch_every" not in config.to_toml()
 
@@ -84,6 +85,6 @@ def test_an_old_table_is_read() -> None:
 
 
 def test_an_old_protocol_is_that_of_the_same_pictures() -> None:
-    assert current_fields(json.loads('{"class_pictures": 24, "steps": 5}')) == {
-        "class_images": 24, "steps": 5,
+    assert current_fields(json.loads('{"class_pictures": 24, "pictures": 4, "steps": 5}')) == {
+        "class_images": 24, "images_per_prompt": 4, "steps": 5,
     }  # fmt: skip

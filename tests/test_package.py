@@ -123,7 +123,7 @@ def test_the_first_cell_installs_the_wheel_beside_it_with_its_data(tmp_path: Pat
         "from dreambooth_lib.families.loading import BUNDLED\n"
         "from dreambooth_lib.data.images import read_photos\n"
         "for subject in load_dataset(BUNDLED / 'subjects'):\n"
-        "    print(BUNDLED, subject.name, len(read_photos(subject.pictures)), sep='|')\n"
+        "    print(BUNDLED, subject.name, len(read_photos(subject.photos)), sep='|')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

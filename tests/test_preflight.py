@@ -195,7 +195,7 @@ def test_on_a_free_colab_account_each_base_begins_with_a_method_that_works(
     assert config.method == settings["method"]
 
 
-ANY = {"subject": {"pictures": "photos", "class_noun": "dog"}}
+ANY = {"subject": {"photos": "photos", "class_noun": "dog"}}
 
 
 def test_what_a_person_sets_is_what_is_checked(

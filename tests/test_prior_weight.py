@@ -35,7 +35,7 @@ from dreambooth_lib.training.prior_weight import (
     INTERVAL,
     ClassLoss,
     PriorWeight,
-    broken_promise,
+    class_shortfall,
     rows_at,
 )
 from dreambooth_lib.training.runs import Run
@@ -223,8 +223,8 @@ def test_a_destroyed_class_raises_lambda_and_an_untouched_one_lowers_it(
     destroyed, untouched = trained("destroyed", 1e-2), trained("untouched", 1e-9)
     assert moves(destroyed)[-1][1] > 1.2 and moves(destroyed)[-1][2] < 0.8
     assert moves(untouched)[-1][1] < 0.8 and moves(untouched)[-1][2] == pytest.approx(1, abs=1e-3)
-    assert broken_promise(untouched) is None
-    sentence = broken_promise(destroyed)
+    assert class_shortfall(untouched) is None
+    sentence = class_shortfall(destroyed)
     assert sentence is not None and "only, not 95%: train for fewer steps" in sentence
     goal = json.loads((destroyed.pipeline / "trained.json").read_text())
     assert f"{goal['class_kept']:.0%} only" in sentence and destroyed.finished

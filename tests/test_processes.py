@@ -136,7 +136,7 @@ def test_two_processes_train_as_one_does(
             config = replace(config, subject=replace(config.subject, identifier="<rex>"))
         if "crop" in settings:
             mixed = save_mixed(tmp_path / "mixed")
-            config = replace(config, subject=replace(config.subject, pictures=mixed))
+            config = replace(config, subject=replace(config.subject, photos=mixed))
         (tmp_path / f"{name}.toml").write_text(config.to_toml())
         jobs.append((name, None))
     whole = make_config(tiny_bases("sd1"), photos, steps=4, lr_schedule="cosine")

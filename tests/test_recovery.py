@@ -381,7 +381,7 @@ def test_photos_that_were_moved_are_given_anew(run: Run, photos: str, tmp_path: 
     shutil.copytree(photos, tmp_path / "moved")
     from dataclasses import replace
 
-    subject = replace(run.config.subject, pictures=str(tmp_path / "moved"))
+    subject = replace(run.config.subject, photos=str(tmp_path / "moved"))
     assert runs.resume(run.folder, subject=subject).config.subject == subject
 
 

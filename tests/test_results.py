@@ -140,7 +140,7 @@ def test_an_evaluation_becomes_a_result_by_the_command(
 
     with pytest.raises(SystemExit, match="takes folders of runs"):
         shell("results", "add", "--folder", folder)
-    shell("evaluate", data, "--base", tiny_sd1, "--encoders", clip_folder, "--pictures", 2,
+    shell("evaluate", data, "--base", tiny_sd1, "--encoders", clip_folder, "--images-per-prompt", 2,
           "--steps", 1, "--class-images", 2, "--scorer", clip_folder, "--out", out)  # fmt: skip
     said = shell("results", "add", out, "--title", "one | two", "--folder", folder).split()
     assert [Path(line).suffix for line in said] == [".json", ".md"]

@@ -57,7 +57,7 @@ def test_a_run_started_twice_is_resumed_with_the_second_config(
     monkeypatch.chdir(Path(photos).parent)
     config = make_config("toybox", Path(photos).name, prior_weight=1.0)
     started = runs.start_or_resume(config, tmp_path / "run")
-    assert started.config.subject.pictures == photos
+    assert started.config.subject.photos == photos
     again = runs.start_or_resume(config.replace(prior_weight=0.5, steps=9), tmp_path / "run")
     assert again.config == started.config.replace(prior_weight=0.5, steps=9)
     assert runs.resume(tmp_path / "run") == again
@@ -214,7 +214,7 @@ def test_a_run_with_relative_paths_is_resumed_from_any_folder(
     runs.start(make_config("base", "photos", class_folder="class"), "run")
     monkeypatch.chdir("/")
     config = runs.resume(tmp_path / "run").config
-    assert config.subject.pictures == str(tmp_path / "photos")
+    assert config.subject.photos == str(tmp_path / "photos")
     assert config.class_folder == str(tmp_path / "class")
     assert config.base == str(tmp_path / "base")
 

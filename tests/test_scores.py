@@ -18,7 +18,7 @@ from dreambooth_lib.evaluation.scores import Row, means, score, scored_images
 from dreambooth_lib.metrics import kid_and_lpips
 from dreambooth_lib.metrics.encoders import Encoder
 
-SHORT = Protocol(pictures=3, class_images=4, steps=1, batch_size=8)
+SHORT = Protocol(images_per_prompt=3, class_images=4, steps=1, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_a_judge_reads_files_and_prompts_once_and_its_rows_name_it(
     def judge(files: ImageFiles) -> Iterator[tuple[str, Values]]:
         asked.append(files.method)
         assert files.prompts == ["a dog", "a red dog in the snow"]
-        assert files.subject.pictures == photos
+        assert files.subject.photos == photos
         folder = out / files.method / "rex"
         assert files.images == [[folder / f"p0{p}-s{s}.png" for s in range(3)] for p in range(2)]
         assert files.class_images == [folder / f"class-s{10_000 + i}.png" for i in range(4)]

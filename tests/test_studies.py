@@ -112,7 +112,7 @@ def test_ablations_differ_in_one_thing_each(subject: Subject, tmp_path: Path) ->
             changed -= of_lora
         assert len(changed - {"subject", "prior_weight"}) <= 1, name
     names = ("1 photo", "2 photos", "3 photos", "4 photos")
-    folders = [Path(kinds[name].subject.pictures) for name in names]
+    folders = [Path(kinds[name].subject.photos) for name in names]
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 2, 3, 4]
 
 
@@ -164,7 +164,7 @@ def test_photos_in_one_scene_have_exact_masks(
         (upright, backgrounds.PORTRAIT_STEPS),
     ):
         assert all(config.checkpoints_kept >= len(steps) for config in ways.values())
-    (square,) = {config.subject.pictures for config in kinds.values()}
+    (square,) = {config.subject.photos for config in kinds.values()}
     photos = read_photos(square)
     assert backgrounds.shares([photo.image for photo in photos]).min() > 0.9
     assert backgrounds.shares([photo.image for photo in photos], "beach").max() < 0.1
@@ -173,7 +173,7 @@ def test_photos_in_one_scene_have_exact_masks(
         assert own is not None and ImageChops.difference(own, mask).getbbox() is None
         same = ImageChops.difference(photo.image, original)
         assert Image.composite(same, Image.new("RGB", same.size), mask).getbbox() is None
-    tall = read_photos(upright["in buckets"].subject.pictures)
+    tall = read_photos(upright["in buckets"].subject.photos)
     assert {photo.traits.size for photo in tall} == {(256, 384)}
 
 

@@ -87,7 +87,7 @@ def test_load_subject_reads_and_warns(tmp_path: Path) -> None:
         warnings.simplefilter("error")  # "tiny" is no warning
         subject = subjects.load_subject(folder, "dog")
     assert (subject.name, subject.identifier) == ("photos", DEFAULT_IDENTIFIER)
-    assert Path(subject.pictures) == folder.resolve()
+    assert Path(subject.photos) == folder.resolve()
     noise(1, (60, 48)).save(folder / "b.png")
     with pytest.warns(UserWarning, match="same photo"):
         subject = subjects.load_subject(folder, "dog", "zwx", "Rex")
@@ -290,7 +290,7 @@ def test_dataset_layout(tmp_path: Path) -> None:
         ("vase", "vase", "object"),
     ]
     assert subjects.load_dataset(root / "dataset") == found
-    assert Path(found[1].pictures) == (root / "dataset" / "cat2").resolve()
+    assert Path(found[1].photos) == (root / "dataset" / "cat2").resolve()
 
 
 def test_dataset_with_types(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_real_dataset() -> None:
     assert len(found) == 8
     assert [s.name for s in found if s.kind == "live"] == ["cat2", "dog"]
     for subject in found:
-        photos = read_photos(subject.pictures)
+        photos = read_photos(subject.photos)
         assert 4 <= len(photos) <= 6
         assert quality_checks.check_photos(photos) == []
 

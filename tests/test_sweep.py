@@ -52,7 +52,7 @@ def test_a_grid_has_every_combination_and_names_what_is_wrong(config: TrainConfi
 def test_cells_of_a_grid_have_folders_of_their_own_whatever_varies(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    one, other = (replace(config.subject, pictures=f"{name}/rex", name="") for name in "ab")
+    one, other = (replace(config.subject, photos=f"{name}/rex", name="") for name in "ab")
     configs = grid(config, base=["toybox", "someone/a-base"], subject=[one, other, one])
     assert [(name, c.base, c.subject) for name, c in configs.items()] == [
         ("base=toybox-subject=rex", "toybox", one),
@@ -90,13 +90,13 @@ def test_subjects_photos_and_adapters_are_no_seeds(config: TrainConfig, tmp_path
         cell = sweep.runs.start(config, tmp_path / name)
         for result in results:
             cell.append("validation", asdict(result))
-    names = ("subject.name", "subject.class_noun", "subject.identifier", "subject.pictures")
-    kept = Path(config.subject.pictures).with_name("other")
-    shutil.copytree(config.subject.pictures, kept, dirs_exist_ok=True)
+    names = ("subject.name", "subject.class_noun", "subject.identifier", "subject.photos")
+    kept = Path(config.subject.photos).with_name("other")
+    shutil.copytree(config.subject.photos, kept, dirs_exist_ok=True)
     for field, value in zip(names, ("1", "cat", "sks", str(kept)), strict=True):
         own = {field.removeprefix("subject."): value}
         assert varied({"one": config, "two": changed(**own)}) == [field]
-    both = {"one": changed(name="1"), "two": changed(name="01", pictures=str(kept))}
+    both = {"one": changed(name="1"), "two": changed(name="01", photos=str(kept))}
     assert varied(both) == ["subject.name"], "a place is told only where the name does not"
     lokr = config.replace(method="lora", adapter="lokr")
     sizes = {"one": lokr} | {
@@ -153,7 +153,7 @@ def test_another_sweep_in_the_folder_is_refused_and_left_alone(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     shutil.copytree(photos, tmp_path.with_name("max"))
     others = {
-        r"a sweep of rex on .*sd2 whose subject\.pictures is '.*rex', not '.*max'; choose":
+        r"a sweep of rex on .*sd2 whose subject\.photos is '.*rex', not '.*max'; choose":
             config.replace(subject=Subject(str(tmp_path.with_name("max")), "dog", name="rex")),
         "whose base is '.*sd2', not 'toybox'": config.replace(base="toybox"),
         "whose class_images is 4, not 5": config.replace(class_images=5),

@@ -43,7 +43,7 @@ def started(start_run: Callable[..., Run]) -> Callable[..., Run]:
         fields = {"steps": 4, "train_text_encoder": True, "checkpoints_kept": 9} | WAYS[way]
         if identifier := fields.pop("subject_identifier", None):
             run = start_run(f"{name}-photos", family)
-            fields["subject"] = Subject(run.config.subject.pictures, "dog", str(identifier))
+            fields["subject"] = Subject(run.config.subject.photos, "dog", str(identifier))
         return start_run(name, family, **(fields | changes))
 
     return start

@@ -49,8 +49,8 @@ def write(folder: Path, text: str | bytes) -> Path:
         (f"base = '{'x' * 300}'{SUBJECT}", "300 bytes, longer than file systems allow"),
         (f'scorer = "a\\u0000b"{SUBJECT}', r"scorer has the character U\+0000"),
         (f"class_folder = true{SUBJECT}", "class_folder is True.*type str"),
-        ("[subject]\npictures = 4\nclass_noun = 'dog'", "subject.pictures is 4.*type str"),
-        ('[subject]\npictures = "a\\u0000"\nclass_noun = "dog"', r"subject.pictures has .*U\+0000"),
+        ("[subject]\npictures = 4\nclass_noun = 'dog'", "subject.photos is 4.*type str"),
+        ('[subject]\npictures = "a\\u0000"\nclass_noun = "dog"', r"subject.photos has .*U\+0000"),
         ("[[subject]]\npictures = 'p'", "no .subject. table"),
         ("[steps]\n" + SUBJECT, "steps is {}.*type int"),
         (f"prior_weight = nan{SUBJECT}", "prior_weight is nan.*finite"),
@@ -86,9 +86,9 @@ def test_a_tilde_is_the_home_folder(
     (tmp_path / "home" / "base").mkdir(parents=True)
     file = write(tmp_path, f"base = '~/base'{SUBJECT.replace('photos', '~/photos')}")
     config = TrainConfig.from_toml(file)
-    assert config.subject.pictures == str(tmp_path / "home" / "photos")
+    assert config.subject.photos == str(tmp_path / "home" / "photos")
     assert config.base == str(tmp_path / "home" / "base")
-    assert Subject("~/photos", "dog").pictures == config.subject.pictures
+    assert Subject("~/photos", "dog").photos == config.subject.photos
     shutil.copytree(photos, tmp_path / "home" / "photos")
     assert load_subject("~/photos", "dog") == config.subject
     assert Subject("~nobody-of-that-name/photos", "dog").name == "photos"
@@ -151,7 +151,7 @@ def test_a_name_that_comes_from_the_photos_folder_is_made_fit(folder: str, name:
 
 def test_a_config_in_python_is_checked_like_a_file(tmp_path: Path) -> None:
     config = TrainConfig(Subject(tmp_path, "dog"), tmp_path, prior_weight=2)  # type: ignore[arg-type]
-    assert config.base == config.subject.pictures == str(tmp_path)
+    assert config.base == config.subject.photos == str(tmp_path)
     assert type(config.prior_weight) is float
     for changes in ({"steps": "many"}, {"flip": 1}, {"resolution": 2**15}, {"crop": ["center"]}):
         with pytest.raises(ConfigError, match=next(iter(changes))):

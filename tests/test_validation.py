@@ -80,7 +80,7 @@ def test_a_validation_writes_images_and_scores(
                      *(f"subject-{i}.png" for i in range(4)), "unrelated-0.png"]  # fmt: skip
     # The files and the public metrics give the same scores, and sampling gives the same images.
     encoder = Encoder(clip_folder)
-    photos = [photo.image for photo in read_photos(run.config.subject.pictures)]
+    photos = [photo.image for photo in read_photos(run.config.subject.photos)]
     images = [Image.open(folder / f"subject-{i}.png") for i in range(4)]
     fidelity = clip_scores.subject_fidelity(
         encoder.embed_images(images), encoder.embed_images(photos)
@@ -117,7 +117,7 @@ def test_images_and_prompts_can_be_scored_by_two_encoders(
     assert by_clip.prompt_adherence == by_dino.prompt_adherence
     assert by_clip.by_image["prompt_adherence"] == by_dino.by_image["prompt_adherence"]
     dino = Encoder(dino_folder)
-    photos = dino.embed_images([p.image for p in read_photos(two.config.subject.pictures)])
+    photos = dino.embed_images([p.image for p in read_photos(two.config.subject.photos)])
     drawn = validation_record.load_images(two, 4)
     classes, before = (
         dino.embed_images(images.class_images)

@@ -124,7 +124,7 @@ def test_uploads_become_the_subject_in_both_versions(
     assert upload.uploaded_files(value) == files
     subject.use(upload.uploaded_files(value))
     uploaded = subject.config.subject
-    assert Path(uploaded.pictures).parent == tmp_path / "uploads"
+    assert Path(uploaded.photos).parent == tmp_path / "uploads"
     assert [photo.name for photo in subject.photos] == ["a.png", "b.png"]
     assert (uploaded.class_noun, uploaded.name) == ("dog", "my_dog"), "not a digest of the photos"
     assert "blurred" in texts(subject)
@@ -161,7 +161,7 @@ def test_a_wrong_path_is_an_error_for_the_panel_and_its_config(
     with pytest.raises(DataError, match="check the path"):
         _ = subject.config
     subject.source.value = photos
-    assert not subject.note.value and subject.config.subject.pictures == photos
+    assert not subject.note.value and subject.config.subject.photos == photos
 
 
 def test_an_error_stays_until_its_own_field_is_corrected(
@@ -223,7 +223,7 @@ def test_after_a_bad_input_no_photos_are_left_to_train_on(
     assert subject.note.value.count("⚠") == 1, "only what was tried last is of interest"
     subject.source.value = photos
     assert len(images(subject)) == 2 and subject.note.layout.display == "none"
-    assert subject.config.subject.pictures == photos
+    assert subject.config.subject.photos == photos
 
 
 def test_files_too_large_for_the_server_are_named_with_what_to_do(
@@ -325,7 +325,7 @@ def test_captions_are_edited_in_the_panel_and_lie_beside_the_photos(
     editor.fields["2.png"].value = "a photo of a {} dog  on a bed"
     click(editor.insert)
     panel.check()
-    place = Path(panel.config.subject.pictures)
+    place = Path(panel.config.subject.photos)
     assert place == folder if not packed else place.parent == (tmp_path / "uploads").resolve()
     assert [photo.caption for photo in panel.photos] == [
         "a {} dog on the beach",
@@ -338,7 +338,7 @@ def test_captions_are_edited_in_the_panel_and_lie_beside_the_photos(
     panel.captions.fields["1.png"].value = ""
     click(editor.write)
     assert panel.photos[1].caption is None and "Saved 1 caption." in texts(panel)
-    assert (Path(panel.config.subject.pictures) / "1.txt").read_text() == ""
+    assert (Path(panel.config.subject.photos) / "1.txt").read_text() == ""
 
 
 def test_captions_that_are_not_saved_stay_while_other_things_are_changed(
@@ -684,7 +684,7 @@ def test_the_panel_shows_a_photo_folder_as_the_page_does(
     subject.use(photos)
     assert subject.source.value == Path(photos).name
     assert f"from {subject.source.value}</b>" in subject.title.value
-    assert subject.config.subject.pictures == photos
+    assert subject.config.subject.photos == photos
 
 
 def test_a_path_in_the_home_folder_may_begin_with_a_tilde(
@@ -692,7 +692,7 @@ def test_a_path_in_the_home_folder_may_begin_with_a_tilde(
 ) -> None:
     monkeypatch.setenv("HOME", str(Path(photos).parent))
     subject.source.value = f"~/{Path(photos).name}"
-    assert subject.config.subject.pictures == photos
+    assert subject.config.subject.photos == photos
     subject._save_captions({})
     subject.check()
 
@@ -1007,7 +1007,7 @@ def test_the_slider_steps_through_validations_and_marks_the_best(
     assert slider.step == 4 and "The cells below use this step." in texts(slider)
     assert f"Step 4 of {run.folder.name}<" in texts(slider)
     assert texts(slider).count("your photo") == len(images(slider)) - len(seen[4]) == 4
-    here = Path(run.config.subject.pictures)
+    here = Path(run.config.subject.photos)
     there = here.rename(here.with_name("moved"))
     assert len(images(widgets.CheckpointSlider(run))) == len(seen[4]), "the photos may be gone"
     there.rename(here)

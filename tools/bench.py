@@ -188,7 +188,7 @@ def evaluation(folder: Path) -> dict[str, float]:
     bundled = load_benchmark(BUNDLED_SUBJECTS)
     few = {kind: prompts[:PROMPTS] for kind, prompts in bundled.prompts.items()}
     one = replace(bundled, subjects=bundled.subjects[:1], prompts=few)
-    protocol = Protocol(pictures=2, class_images=8)
+    protocol = Protocol(images_per_prompt=2, class_images=8)
     methods = {"base": lambda _: "toybox"}
     began = time.perf_counter()
     for at in draw_all(one, methods, folder, protocol):

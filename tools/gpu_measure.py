@@ -174,7 +174,7 @@ def arguments(line: Line, config: TrainConfig, folder: Path) -> list[str]:
     precision = "no" if config.mixed_precision == "auto" else config.mixed_precision
     return [
         f"--pretrained_model_name_or_path={config.base}",
-        f"--instance_data_dir={subject.pictures}",
+        f"--instance_data_dir={subject.photos}",
         f"--class_data_dir={own or folder / 'class'}",
         f"--num_class_images={len(list(Path(own).iterdir())) if own else config.class_images}",
         "--with_prior_preservation",

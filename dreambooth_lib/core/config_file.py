@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config_types import MODELS, ConfigError, shown
 from dreambooth_lib.core.files import replace_file
-from dreambooth_lib.core.old_names import FIELDS, current_fields
+from dreambooth_lib.core.old_names import current_fields, old_names
 from dreambooth_lib.core.user_text import problem_with_path
 
 if TYPE_CHECKING:
@@ -39,8 +39,9 @@ def from_toml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     fields = _parse(path)
-    for table, key in ((fields.get("subject"), "pictures"), (fields, "class_folder")):
-        if isinstance(table, dict) and key in table:
+    subject = fields.get("subject")
+    for table, key in ((subject, "photos"), (subject, "pictures"), (fields, "class_folder")):
+        if isinstance(table, dict) and key in table:  # "pictures" in an earlier version's file
             table[key] = _beside(path, table[key])
     for name in MODELS:
         found = None if fields.get(name) == "toybox" else _beside(path, fields.get(name))
@@ -98,16 +99,14 @@ def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig"
 
     Raises :class:`ConfigError` for unknown fields and values of the wrong type.
     """
-    if old := [name for name in FIELDS if name in fields]:
-        renamed = ", ".join(f"{name} is now called {FIELDS[name]}" for name in old)
+    if old := old_names(fields):
+        renamed = ", ".join(f"{name} is now called {now}" for name, now in old.items())
         warnings.warn(f"In the config, {renamed}; the next version will not read the old names.",
                       stacklevel=3)  # fmt: skip
     fields = current_fields(fields)
     subject = fields.pop("subject", None)
     if not isinstance(subject, dict):
-        raise ConfigError(
-            "the config has no [subject] table; add one with pictures and class_noun."
-        )
+        raise ConfigError("the config has no [subject] table; add one with photos and class_noun.")
     if "others" in fields:
         raise ConfigError(
             "others is set, but a run no longer trains several subjects; train one run for each, "

@@ -12,7 +12,7 @@ LARGEST = 2**62  #: Whole numbers above it are typing errors.
 _MOST_PROMPTS = 1000
 #: Fields that name a model: a local folder, or what it is called elsewhere.
 MODELS = ("base", "draw_base", "scorer", "image_scorer")
-_PATHS = ("pictures", "class_folder", *MODELS)
+_PATHS = ("photos", "class_folder", *MODELS)
 
 
 class Settings(dict[str, float]):

@@ -13,7 +13,10 @@ FIELDS = {
     "watch_every": "validate_every",
     "judge": "scorer",
     "standing": "score",
+    "pictures": "images_per_prompt",
 }
+#: The same of a subject's fields.
+SUBJECT_FIELDS = {"pictures": "photos"}
 #: Files and folders: what they are called now, and were called.
 PLACES = {
     "validation": "watch",
@@ -23,9 +26,21 @@ PLACES = {
 }
 
 
+def old_names(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the old names among a config's fields, and what they are called now."""
+    subject = fields.get("subject")
+    of_subject = SUBJECT_FIELDS.keys() & subject.keys() if isinstance(subject, Mapping) else ()
+    return {name: now for name, now in FIELDS.items() if name in fields} | {
+        f"subject.{name}": f"subject.{SUBJECT_FIELDS[name]}" for name in of_subject
+    }
+
+
 def current_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields under their current names."""
-    return {FIELDS.get(name, name): value for name, value in fields.items()}
+    """Return fields under their current names, a subject's too."""
+    current = {FIELDS.get(name, name): value for name, value in fields.items()}
+    if isinstance(subject := current.get("subject"), Mapping):
+        current["subject"] = {SUBJECT_FIELDS.get(k, k): value for k, value in subject.items()}
+    return current
 
 
 def locate(folder: str | Path, name: str) -> Path:

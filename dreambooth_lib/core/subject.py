@@ -20,19 +20,19 @@ class Subject:
     for the subject and ``a [class noun]`` for the class.
     """
 
-    pictures: str  #: a folder or a zip of photos, or one photo
+    photos: str  #: a folder or a zip of photos, or one photo
     class_noun: str  #: what the subject is, in one plain word: "dog", "teapot"
     identifier: str = DEFAULT_IDENTIFIER  #: a rare word that the tokenizer makes a single token
     name: str = ""  #: for tables and folders; the name of the photos' folder if left empty
     kind: str = ""  #: "live" or "object", if a data set says so
-    #: files in ``pictures`` to go on without, such as a damaged photo
+    #: files in ``photos`` to go on without, such as a damaged photo
     left_out: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         take_types(self, "subject.")
         if not self.name:
-            photos = Path(self.pictures)
-            named = photos if photos.stem not in ("", "..") else Path(os.path.realpath(photos))
+            place = Path(self.photos)
+            named = place if place.stem not in ("", "..") else Path(os.path.realpath(place))
             object.__setattr__(self, "name", folder_name(named.stem))
         check_words(self)
 

@@ -65,7 +65,7 @@ def check_identifier(identifier: str, tokenizer: Any) -> list[str]:
 
 def check_folder_name(subject: Subject) -> list[str]:
     """Return a sentence if the photos' folder names other words, as in kohya's "10_ohwx dog"."""
-    name = Path(subject.pictures).name
+    name = Path(subject.photos).name
     match = _KOHYA.fullmatch(name)
     if match is None or match["words"] == subject.token:
         return []

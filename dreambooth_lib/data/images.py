@@ -166,7 +166,7 @@ def read_photos(source: str | Path | Subject) -> list[Photo]:
 def read_source(source: str | Path | Subject) -> Source:
     """Read photos as :func:`read_photos` does, with a sentence on each kind of file left out."""
     subject = source if isinstance(source, Subject) else None
-    path = Path(subject.pictures if subject else source).expanduser()  # type: ignore[arg-type]
+    path = Path(subject.photos if subject else source).expanduser()  # type: ignore[arg-type]
     left_out = subject.left_out or () if subject else ()
     files, texts, raw, others = [], {}, [], []
     for file in list_files(path):

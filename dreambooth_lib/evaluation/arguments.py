@@ -24,7 +24,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="prompts whose images should stay as the base draws them; {noun} is the class noun",
     )
-    parser.add_argument("--pictures", type=int, default=4, help="images per prompt")
+    parser.add_argument("--images-per-prompt", type=int, default=4, help="images per prompt")
     parser.add_argument("--steps", type=int, help="training steps (default: the base's)")
     parser.add_argument("--batch-size", type=int, help="default: the base's")
     parser.add_argument("--class-images", type=int, help="default: the base's")

@@ -105,7 +105,7 @@ def load_benchmark(folder: str | Path) -> Benchmark:
 
 def _load_dreambooth(folder: str | Path) -> Benchmark:
     subjects = load_dataset(folder)
-    file = Path(subjects[0].pictures).parent / "prompts_and_classes.txt"
+    file = Path(subjects[0].photos).parent / "prompts_and_classes.txt"
     prompts: dict[str, list[str]] = {}
     kind = ""
     for line in read_table(file).splitlines():

@@ -57,8 +57,9 @@ def _of_evaluation(folder: Path, title: str) -> dict[str, Any]:
     places = sorted(path.parent for path in (folder / "runs").glob("*/config.toml"))
     if not places:
         raise ResultError(f"{folder} has no runs; evaluate with 'evaluate' first.")
-    pictures = current_fields(read_object(folder / "protocol.json") or {}).get("pictures")
-    if not isinstance(pictures, int):
+    protocol = current_fields(read_object(folder / "protocol.json") or {})
+    images_per_prompt = protocol.get("images_per_prompt")
+    if not isinstance(images_per_prompt, int):
         raise ResultError(f"{folder}/protocol.json is damaged; evaluate again.")
     rows = tables.read_csv(folder / "scores.csv")
     subjects = {row.subject for row in rows}
@@ -74,7 +75,7 @@ def _of_evaluation(folder: Path, title: str) -> dict[str, Any]:
     name = next(iter(subjects)) if len(subjects) == 1 else f"{len(subjects)} subjects"
     # With early stopping the weights are of an earlier step, which may be another in each run.
     step = max(run.trained().get("step", run.config.steps) for run in tuned)
-    return _result(tuned, title, name, step, pictures, found)
+    return _result(tuned, title, name, step, images_per_prompt, found)
 
 
 def _score(method: str, encoder: str, measure: str, value: float) -> dict[str, Any]:

@@ -27,8 +27,8 @@ def evaluate(arguments: argparse.Namespace) -> Iterator[str]:
     settings = {name: getattr(arguments, name) for name in names}
     for progress in report.base_against_tuned(
         benchmarks.load_benchmark(dataset), lambda subject: TrainConfig(subject, **settings),
-        arguments.out, _encoders(arguments), arguments.base, arguments.pictures, _judge(arguments),
-        arguments.drift_prompts,
+        arguments.out, _encoders(arguments), arguments.base, arguments.images_per_prompt,
+        _judge(arguments), arguments.drift_prompts,
     ):  # fmt: skip
         minutes = f"{progress.seconds_left / 60:.0f} minutes left"
         if state.is_main_process:

@@ -59,18 +59,18 @@ class Protocol:
     images to score.
     """
 
-    pictures: int = 4  #: images of each prompt, seeds 0, 1, ...
+    images_per_prompt: int = 4  #: images of each prompt, seeds 0, 1, ...
     class_images: int = 24  #: images of the class prompt, seeds from CLASS_SEED on
     steps: int | None = None  #: inference steps; None: the fewest that finish the base's images
     guidance_scale: float | None = None  #: None: the base's own
     negative_prompt: str = ""
     batch_size: int = 8
-    #: Prompts without the subject, whose images should stay the base's: ``pictures`` of each are
+    #: Prompts without the subject, whose images should stay the base's: ``images_per_prompt`` are
     #: drawn; {noun} is the class noun.
     drift_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_counts(self, "pictures", "steps", "batch_size")
+        check_counts(self, "images_per_prompt", "steps", "batch_size")
         if self.class_images < 2:
             raise InputError(
                 f"the protocol's class_images is {self.class_images}; give 2 or more, as scores "
@@ -157,8 +157,8 @@ def images_of(
 ) -> list[DrawnImage]:
     """Return every image of one method and subject: of its prompts, its class, drift prompts."""
     class_images = product([None], range(CLASS_SEED, CLASS_SEED + protocol.class_images))
-    images = product(range(len(benchmark.prompts_for(subject))), range(protocol.pictures))
-    drift = product(range(len(protocol.drift_prompts)), range(protocol.pictures))
+    images = product(range(len(benchmark.prompts_for(subject))), range(protocol.images_per_prompt))
+    drift = product(range(len(protocol.drift_prompts)), range(protocol.images_per_prompt))
     own = [DrawnImage(method, subject.name, number, seed) for number, seed in images]
     own += [DrawnImage(method, subject.name, None, seed) for _, seed in class_images]
     return own + [DrawnImage(method, subject.name, number, seed, True) for number, seed in drift]

@@ -42,7 +42,7 @@ def embed_masked(
     masks = _of_all({path: find_mask(path) for path in paths})
     if masks is None:
         return None
-    source = Path(files.subject.pictures)
+    source = Path(files.subject.photos)
     photos = {source / photo.name: photo for photo in read_photos(files.subject)}
     photo_masks = _of_all({path: read_mask(photo) for path, photo in photos.items()})
     if photo_masks is None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """One method's images of one subject, as files; ``subject.pictures`` are the photos."""
+    """One method's images of one subject, as files; ``subject.photos`` are the photos."""
 
     method: str
     subject: Subject

@@ -37,23 +37,22 @@ def base_against_tuned(
     out: Path,
     encoders: Sequence[str | Path],
     base: str = "toybox",
-    pictures: int = 4,
+    images_per_prompt: int = 4,
     judge: Callable[[], VisionLanguageModel] | None = None,
     drift_prompts: Sequence[str] = (),
 ) -> Iterator[Progress]:
     """Train, draw and score whatever is missing in ``out``; yield after each batch drawn.
 
-    ``pictures`` images of each prompt are drawn, with the fewest inference steps that finish the
-    base's images. An interrupted evaluation resumes. Under ``accelerate launch`` all processes
-    train each subject together and then split the drawing; the first one scores and writes
-    :data:`FILES`, the page of images sorted by the first encoder's scores. ``judge`` loads a model
-    that also scores the images by DreamBench++'s rubric; its answers are kept in ``out/judge``.
-    ``drift_prompts`` are those of :class:`Protocol`. The paper's rows stand beside the paper's
-    encoders only.
+    Images are drawn with the fewest inference steps that finish the base's. An interrupted
+    evaluation resumes. Under ``accelerate launch`` all processes train each subject together and
+    then split the drawing; the first one scores and writes :data:`FILES`, the page of images sorted
+    by the first encoder's scores. ``judge`` loads a model that also scores the images by
+    DreamBench++'s rubric; its answers are kept in ``out/judge``. ``drift_prompts`` are those of
+    :class:`Protocol`. The paper's rows stand beside the paper's encoders only.
     """
     state, runs, inference = join_group(), out / "runs", inference_settings(base)
     protocol = Protocol(
-        pictures, steps=inference.fewest_steps, guidance_scale=inference.guidance_scale,
+        images_per_prompt, steps=inference.fewest_steps, guidance_scale=inference.guidance_scale,
         drift_prompts=tuple(drift_prompts),
     )  # fmt: skip
     train = dreambench.Tuned(runs, config)

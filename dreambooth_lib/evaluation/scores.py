@@ -102,7 +102,7 @@ def image_files(
     benchmark: Benchmark, method: str, subject: Subject, protocol: Protocol, out: Path, base: str
 ) -> ImageFiles:
     """Return the files of one method's images of one subject, and the base's of the class."""
-    identifier, count = subject.identifier, protocol.pictures
+    identifier, count = subject.identifier, protocol.images_per_prompt
     prompts = [prompt.replace("{}", identifier) for prompt in benchmark.prompts_for(subject)]
     own, others = len(prompts) * count, len(prompts) * count + protocol.class_images
 

@@ -36,10 +36,10 @@ def table(
     """
     columns = {name: _columns(config) for name, config in configs.items()}
     every = [*columns.values()]
-    named = {own["subject.name"]: own["subject.pictures"] for own in every}
-    if all(named[own["subject.name"]] == own["subject.pictures"] for own in every):
+    named = {own["subject.name"]: own["subject.photos"] for own in every}
+    if all(named[own["subject.name"]] == own["subject.photos"] for own in every):
         for own in every:  # the names tell the photos apart, without places on a machine
-            del own["subject.pictures"]
+            del own["subject.photos"]
     varied = [
         column
         for column in dict.fromkeys(column for own in every for column in own)

@@ -176,11 +176,11 @@ class Family:
         """Return what sides must be a multiple of at least; a U-Net pads its levels itself."""
         return vae_scale(vae) * (1 if "down_block_types" in denoiser else 2)
 
-    def framing_cond(self, framings: torch.Tensor, shape: tuple[int, int]) -> Cond:
-        """Return conditioning on how images were cropped; of most bases there is none.
+    def size_conditioning(self, sizes_and_crops: torch.Tensor, shape: tuple[int, int]) -> Cond:
+        """Return conditioning on images' sizes and crops; of most bases there is none.
 
-        ``framings`` int64 [B, 4] are height and width of each image as it was, and the top and left
-        of its crop once it is scaled to ``shape``, width and height.
+        ``sizes_and_crops`` int64 [B, 4] are height and width of each image as it was, and the top
+        and left of its crop once it is scaled to ``shape``, width and height.
         """
         return {}
 

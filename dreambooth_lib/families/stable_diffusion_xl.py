@@ -48,10 +48,10 @@ class StableDiffusionXL(StableDiffusion):
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return {"hidden": hidden, "pooled": outputs[-1][0]}
 
-    def framing_cond(self, framings: torch.Tensor, shape: tuple[int, int]) -> Cond:
+    def size_conditioning(self, sizes_and_crops: torch.Tensor, shape: tuple[int, int]) -> Cond:
         width, height = shape
-        target = torch.tensor([height, width]).expand(len(framings), -1)
-        sizes = torch.cat([framings, target], 1)
+        target = torch.tensor([height, width]).expand(len(sizes_and_crops), -1)
+        sizes = torch.cat([sizes_and_crops, target], 1)
         return {"time_ids": to_device(sizes, self.denoiser.device)}
 
     def unused_parameters(self) -> Iterable[torch.nn.Parameter]:

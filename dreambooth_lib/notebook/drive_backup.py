@@ -182,7 +182,7 @@ def list_parts(run: Run) -> tuple[dict[str, Part], list[str]]:
     deeper = {f"{path.name}/{name.as_posix()}": path / name for path in own if path.is_dir()
               for name in visible_files(path)}  # fmt: skip
     deeper |= _class_images(run, problems)
-    photos = {PHOTOS: run.config.subject.pictures, CLASS_PHOTOS: run.config.class_folder}
+    photos = {PHOTOS: run.config.subject.photos, CLASS_PHOTOS: run.config.class_folder}
     sources = {name: Path(source) for name, source in photos.items() if source}
     return _stamped(sources) | _stamped(deeper) | top | weights, problems
 

@@ -20,14 +20,14 @@ def has_base(run: Run, base: str) -> bool:
     return own == base or (own.startswith("../") and Path(own).name == Path(base).name)
 
 
-def are_there(pictures: str | Path | None) -> bool:
+def are_there(photos: str | Path | None) -> bool:
     """Return whether photos are given and exist, as after a disconnect they may not."""
-    return pictures is not None and Path(pictures).expanduser().exists()
+    return photos is not None and Path(photos).expanduser().exists()
 
 
 def difference_to(
     run: Run,
-    pictures: str | Path | None,
+    photos: str | Path | None,
     class_noun: str,
     base: str,
     left_out: Collection[str],
@@ -39,17 +39,17 @@ def difference_to(
     now = {"base": other, "class noun": class_noun.strip()}
     if difference := config_changes.first_difference(before, now):
         return f"its {difference}"
-    if not are_there(pictures):
+    if not are_there(photos):
         return ""
     own = noted(run)  # photos in their folder may have been replaced since
     if own is None:
-        place = backed_up(PHOTOS, subject.pictures, run.folder, run.folder)
-        own = hashes(replace(subject, pictures=place))
+        place = backed_up(PHOTOS, subject.photos, run.folder, run.folder)
+        own = hashes(replace(subject, photos=place))
     all_left_out = (*left_out, *(subject.left_out or ()))
-    given = hashes(replace(subject, pictures=str(pictures), left_out=all_left_out), sound_only=True)
+    given = hashes(replace(subject, photos=str(photos), left_out=all_left_out), sound_only=True)
     if own is None or given is None:
-        return f"its photos could not be compared with those in {pictures}"
-    return "" if own == given else f"its photos are not those in {pictures}"
+        return f"its photos could not be compared with those in {photos}"
+    return "" if own == given else f"its photos are not those in {photos}"
 
 
 def noted(run: Run) -> list[str] | None:
@@ -81,6 +81,6 @@ def hashes(subject: Subject, sound_only: bool = False) -> list[str] | None:
         return digests_of(photos)
 
     try:
-        return background.call(read, place=subject.pictures, limit=background.FILE_LIMIT)
+        return background.call(read, place=subject.photos, limit=background.FILE_LIMIT)
     except Exception:  # whatever damaged photos raise
         return None

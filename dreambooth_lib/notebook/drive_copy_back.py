@@ -91,9 +91,9 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
     _drop_damaged_checkpoints(Run(partial, TrainConfig.from_toml(partial / "config.toml")), folder)
     config = TrainConfig.from_toml(partial / "config.toml")
     original = config.class_folder
-    pictures = backed_up(PHOTOS, config.subject.pictures, partial, local)
+    photos = backed_up(PHOTOS, config.subject.photos, partial, local)
     class_folder = original and backed_up(CLASS_PHOTOS, original, partial, local)
-    subject = replace(config.subject, pictures=pictures)
+    subject = replace(config.subject, photos=photos)
     runs.resume(partial, subject=subject, class_folder=class_folder)
 
 

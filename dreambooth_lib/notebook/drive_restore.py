@@ -69,7 +69,7 @@ def restore(folder: str | Path, local: str | Path) -> Run:
 def find_interrupted(
     resume: bool | str,
     folders: Sequence[str | Path | None],
-    pictures: str | Path | None,
+    photos: str | Path | None,
     class_noun: str,
     base: str,
     left_out: Collection[str] = (),
@@ -101,11 +101,11 @@ def find_interrupted(
     wanted = [run for run in found if resume and (named or not run.finished)]
     for run in sorted(wanted, key=lambda run: run.last_saved, reverse=True):
         name = run.run.folder.name
-        asked = pictures, class_noun, base, left_out
+        asked = photos, class_noun, base, left_out
         difference = "" if named else difference_to(run.run, *asked)
         if name == resume or not (named or difference):
             message += f"{'Opening finished' if run.finished else 'Resuming'} {run}"
-            return run, message if named or are_there(pictures) else f"{message}\n{_UNCOMPARED}"
+            return run, message if named or are_there(photos) else f"{message}\n{_UNCOMPARED}"
         hint = f"set RESUME = {name!r} to resume it."
         skipped += f"Not resumed: {run}; {difference}; {hint}\n"
     names = sorted({found_run.run.folder.name for found_run in found if found_run.finished})

@@ -62,7 +62,7 @@ class Batches:
     ):
         self.config, self.size, self.teacher = config, config.batch_size, teacher
         self.process = family.forward_process(config.min_snr_gamma)
-        self.framing_cond = family.framing_cond
+        self.size_conditioning = family.size_conditioning
         self.shapes = shapes_of(instance, family, config)
         #: Of each shape and kind of image, instance first: the latents, and pairs of an image and
         #: its prompt.
@@ -101,9 +101,9 @@ class Batches:
         prompts = ["" if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
         is_prior = torch.arange(len(x_0)) >= self.size
         noised, cond = self.process(x_0, noise, t), self.prompt_cache(prompts)
-        framings = [images.framings for images in drawn if images.framings is not None]
-        if framings:
-            cond |= self.framing_cond(torch.cat(framings), shape)
+        known = [own for images in drawn if (own := images.sizes_and_crops) is not None]
+        if known:
+            cond |= self.size_conditioning(torch.cat(known), shape)
         coverage = drawn[0].coverage
         if coverage is not None:  # of the instance rows; class images have no masks
             coverage = torch.cat([coverage, *(torch.ones_like(coverage) for _ in drawn[1:])])

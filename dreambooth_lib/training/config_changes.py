@@ -13,7 +13,7 @@ from dreambooth_lib.core.config_types import MODELS
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return a config with absolute paths, so that its run can be resumed from any folder."""
     return config.replace(
-        subject=replace(config.subject, pictures=_absolute(config.subject.pictures)),
+        subject=replace(config.subject, photos=_absolute(config.subject.photos)),
         class_folder=config.class_folder and _absolute(config.class_folder),
         **{name: absolute_base(value) for name in MODELS if (value := getattr(config, name))},
     )
@@ -29,7 +29,7 @@ def _absolute(path: str) -> str:
 
 
 def flat_fields(config: TrainConfig) -> dict[str, Any]:
-    """Return a config's fields by name, such as "subject.pictures", with absolute paths.
+    """Return a config's fields by name, such as "subject.photos", with absolute paths.
 
     The values are as JSON reads them back, so that they compare with those in a file.
     """
@@ -86,7 +86,7 @@ def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
     A new place of the photos or of other folders is no such setting.
     """
     before, after = flat_fields(old), flat_fields(new)
-    for name in ("subject.pictures", "subject.left_out", "class_folder", "base", "draw_base"):
+    for name in ("subject.photos", "subject.left_out", "class_folder", "base", "draw_base"):
         after[name] = before[name]
     return {n: [before.get(n), v] for n, v in after.items() if before.get(n) != v}
 

@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
 
     x_0: torch.Tensor  # [B, C, h, w]
     coverage: torch.Tensor | None  # [B, 1, h, w] how much of each latent a mask covers, 0 to 1
-    framings: torch.Tensor | None  # int64 [B, 4] of ``Family.framing_cond``, on the CPU
+    sizes_and_crops: torch.Tensor | None  # int64 [B, 4] of ``Family.size_conditioning``, on the CPU
 
 
 class LatentCache:

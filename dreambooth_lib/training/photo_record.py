@@ -55,7 +55,7 @@ def why_other_photos(folder: Path, config: TrainConfig) -> str | None:
         return None
     return (
         f"{folder} holds a run that was trained with other "
-        f"{'photos' if 'photos' in changed else listed(changed)} than {config.subject.pictures} "
+        f"{'photos' if 'photos' in changed else listed(changed)} than {config.subject.photos} "
         "has now; choose another folder for a new run."
     )
 

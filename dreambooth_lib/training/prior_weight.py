@@ -224,7 +224,7 @@ def hold_out_class_images(
     return own, prepare_class_images(measured, family, accelerator, folder)
 
 
-def broken_promise(run: Run) -> str | None:
+def class_shortfall(run: Run) -> str | None:
     """Say in a sentence how far a run fell short of ``keep_class``; None if it did not.
 
     It is of the pipeline of a finished run, else of the last measurement.

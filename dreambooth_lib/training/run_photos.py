@@ -15,7 +15,7 @@ def read_subject_photos(run: Run) -> list[Photo]:
     subject = run.config.subject
     words = f"{subject.class_noun!r}, {subject.identifier!r}"
     return _read(
-        run, "subject.pictures", subject.pictures, subject,
+        run, "subject.photos", subject.photos, subject,
         f"run 'python -m dreambooth_lib resume {quote(str(run.folder))} --photos FOLDER', or call "
         f"resume('{run.folder}', subject=load_subject(FOLDER, {words}))",
     )  # fmt: skip
@@ -36,7 +36,7 @@ def note_photos(run: Run, photos: list[Photo], ended: bool) -> None:
     known = photo_record.known_digests(run.folder)
     if known not in (None, photo_record.digests_of(photos)) and has_begun(run.folder):
         warnings.warn(
-            f"{run.folder} began with other photos than {run.config.subject.pictures} has now; "
+            f"{run.folder} began with other photos than {run.config.subject.photos} has now; "
             "for these, start a new run.",
             stacklevel=2,
         )

@@ -57,7 +57,7 @@ def backup(rng: Random, material: Path, folder: Path) -> None:
         raise Wrong(f"restored step {step} with other weights")
 
 
-PROTOCOL = dreambench.Protocol(pictures=1, class_images=2, steps=1, guidance_scale=1.0)
+PROTOCOL = dreambench.Protocol(images_per_prompt=1, class_images=2, steps=1, guidance_scale=1.0)
 
 
 def prepare_evaluation(folder: Path) -> None:

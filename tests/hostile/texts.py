@@ -85,7 +85,7 @@ def table(rng: Random, material: Path, folder: Path) -> None:
     (folder / "prompts_and_classes.txt").write_bytes(text)
     benchmark = load_benchmark(folder)
     for subject in benchmark.subjects:
-        if Path(subject.pictures).resolve().parent != folder.resolve():
+        if Path(subject.photos).resolve().parent != folder.resolve():
             raise Wrong(f"the subject {subject.name!r} is outside the folder")
         benchmark.prompts_for(subject)
 

@@ -152,14 +152,14 @@ def ablations(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
     def of_subject(**changes: str) -> TrainConfig:
         return default.replace(subject=replace(subject, **changes))
 
-    photos = sorted(Path(subject.pictures).glob("*.png"))
+    photos = sorted(Path(subject.photos).glob("*.png"))
     fewer = {}
     for count in (1, 2, 3, 4):
         place = folder / f"{count}-photos"
         place.mkdir(parents=True, exist_ok=True)
         for photo in photos[:count]:
             shutil.copy(photo, place)
-        fewer[f"{count} photos" if count > 1 else "1 photo"] = of_subject(pictures=str(place))
+        fewer[f"{count} photos" if count > 1 else "1 photo"] = of_subject(photos=str(place))
     return {
         "default": default,
         "no prior": default.replace(prior_weight=0.0),

@@ -52,7 +52,7 @@ LIKENESS, LEAK = "likeness", "grass where no scene is asked"
 def cut_outs(subject: Subject) -> list[tuple[Image.Image, Image.Image]]:
     """Return a bundled subject's photos with the mask of the subject in each."""
     number, pairs = list(SUBJECTS).index(subject.name), []
-    for index, (scene, photo) in enumerate(zip(SCENES, read_photos(subject.pictures), strict=True)):
+    for index, (scene, photo) in enumerate(zip(SCENES, read_photos(subject.photos), strict=True)):
         drawn = draw_scene(scene, np.random.default_rng((10, number, index)), SIDE)
         differs = np.abs(np.asarray(drawn, np.int16) - np.asarray(photo.image)).max(-1) > 0
         around = Image.fromarray(differs.astype(np.uint8)).copy()
@@ -73,7 +73,7 @@ def write_photos(subject: Subject, folder: Path, height: int = SIDE) -> Subject:
         scene.paste(photo, (0, 0), mask)
         save_png(scene, folder / f"{index:02d}.png")
         save_png(whole, folder / f"{index:02d}{SUFFIX}")
-    return replace(subject, pictures=str(folder.resolve()))
+    return replace(subject, photos=str(folder.resolve()))
 
 
 def masks(subject: Subject, folder: Path) -> dict[str, TrainConfig]:
@@ -152,7 +152,7 @@ def measure(
     Beside it ``leaks.png`` draws the leaks by likeness.
     """
     encoder = load_scorers(TrainConfig(subject)).images
-    photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
+    photos = encoder.embed_images([photo.image for photo in read_photos(subject.photos)])
     rows: dict[str, dict[int, list[dict[str, float]]]] = {}
 
     def add(name: str, step: int, drawn: ValidationImages, anywhere: float) -> None:

@@ -51,9 +51,7 @@ def write_chosen(folder: Path, rows: trust.Rows, kind: str) -> None:
         files = [folder / "base" / name / "000000.npz",
                  folder / kind / name / "seed0" / f"{step:06d}.npz"]  # fmt: skip
         base, chosen = (bank.load(file, subject)["exhaustive"] for file in files)
-        photos = [
-            photo.image.resize(base.subject[0].size) for photo in read_photos(subject.pictures)
-        ]
+        photos = [photo.image.resize(base.subject[0].size) for photo in read_photos(subject.photos)]
         names.append(f"{name}, step {step}")
         cells.append([photos[:2], base.subject[::6], chosen.subject[::3], chosen.class_images[:3]])
     columns = ["photos", "the base", "the subject", "its class"]

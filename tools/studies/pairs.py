@@ -138,7 +138,7 @@ def _page(
     images: Mapping[str, Image.Image],
 ) -> Image.Image:  # fmt: skip
     photos = [photo.image.resize((128, 128), Image.Resampling.LANCZOS)
-              for photo in read_photos(subject.pictures)]  # fmt: skip
+              for photo in read_photos(subject.photos)]  # fmt: skip
     layout = Layout(photos)
     side, gap, column = layout.side, 8, 3 * layout.side
     layout.text(MARGIN, MARGIN, f"The subject: one {subject.class_noun}", HEADING)
@@ -214,7 +214,7 @@ def agreement(scorer: Encoder, rows: "Rows", folder: Path = DATA) -> list[str]:
         own = [pair for pair in pairs if pair.subject == name]
         if not own:
             continue
-        photos = scorer.embed_images([photo.image for photo in read_photos(subject.pictures)])
+        photos = scorer.embed_images([photo.image for photo in read_photos(subject.photos)])
         embedded = scorer.embed_images([images[d] for pair in own for d in pair.images])
         likeness = (embedded @ photos.T).mean(1).view(-1, 2).tolist()
         for pair, (one, two) in zip(own, likeness, strict=True):

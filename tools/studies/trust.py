@@ -53,7 +53,7 @@ def score_bank(folder: Path, file: Path = ROWS) -> None:
             continue
         scorers = validation.load_scorers(TrainConfig(subject))
         encoder = scorers.images
-        photos = encoder.embed_images([photo.image for photo in read_photos(subject.pictures)])
+        photos = encoder.embed_images([photo.image for photo in read_photos(subject.photos)])
         ceiling = clip_scores.reference_fidelity(photos)
         of_base = bank.load(base_file, subject)
         base = {name: validation.BaseEmbeddings(encoder, own) for name, own in of_base.items()}

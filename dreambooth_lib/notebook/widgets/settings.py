@@ -203,9 +203,9 @@ def python_of(config: TrainConfig, always: Collection[str] = ()) -> str:
     if config.validation_share is None:  # as an interval that is set has none
         default = default.replace(validate_every=default.validate_every)
         always = {*always, "validate_every"}
-    named = _keywords(subject, Subject(subject.pictures, subject.class_noun), ("class_noun",))
+    named = _keywords(subject, Subject(subject.photos, subject.class_noun), ("class_noun",))
     lines = [
-        f"subject=db.Subject({', '.join([repr(short_path(subject.pictures)), *named])})",
+        f"subject=db.Subject({', '.join([repr(short_path(subject.photos)), *named])})",
         f"base={config.base!r}",
         *_keywords(config, default, always),
     ]

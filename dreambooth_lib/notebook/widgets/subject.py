@@ -60,12 +60,12 @@ class SubjectPanel(Panel):
         self.initial_config, self.uploads = config, Path(uploads)
         self._tokenizers, self._how_to_read_more = base.tokenizers, base.how_to_read_more
         #: Files to go on without, by the folder or zip that they are in.
-        self._left_out = {Path(config.subject.pictures).resolve(): config.subject.left_out or ()}
+        self._left_out = {Path(config.subject.photos).resolve(): config.subject.left_out or ()}
         self._bad: tuple[str, tuple[str, ...]] = ("", ())  # the same of photos just refused
         self.resolution = config.resolution or base.resolution
         subject, rare = config.subject, rare_identifiers(base.tokenizers[0][0])
         self.upload = upload.upload_button()
-        self.source = control(Text, "folder or zip", value=short_path(subject.pictures))
+        self.source = control(Text, "folder or zip", value=short_path(subject.photos))
         self.class_noun = control(Text, "class noun", value=subject.class_noun)
         self.identifier = control(Combobox, "identifier", value=subject.identifier, options=rare)
         self.hold_out = control(Checkbox, "hold out a photo", value=config.hold_out)
@@ -95,7 +95,7 @@ class SubjectPanel(Panel):
         self.on_change(self._read_uploaded, self.upload)
         self.on_change(self._read_typed, self.source)
         self.on_change(self._show, self.class_noun, self.identifier, self.hold_out)
-        self.use(subject.pictures)
+        self.use(subject.photos)
 
     def use(self, source: str | Path | Mapping[str, bytes]) -> None:
         """Use and show the photos of a folder, a zip or uploaded files by name.
@@ -131,14 +131,14 @@ class SubjectPanel(Panel):
         self.callback(self._upload_on_colab)(None)
 
     def _upload_on_colab(self) -> None:
-        first = self.initial_config.subject.pictures
+        first = self.initial_config.subject.photos
         kept = None if str(Path(self._path).resolve()) == first else self._path
         self.use(colab.upload(self.uploads, kept))
 
     def _subject_of(self, source: str | Path) -> Subject:
         """Return the config's subject with the photos at a path, but for those left out there."""
         left_out = self._left_out.get(Path(source).resolve())
-        return replace(self.initial_config.subject, pictures=str(source), left_out=left_out)
+        return replace(self.initial_config.subject, photos=str(source), left_out=left_out)
 
     def _go_on(self) -> None:
         """Use the good photos, without the bad ones that the panel names."""
@@ -199,12 +199,12 @@ class SubjectPanel(Panel):
                 "'dog'."
             )
         path, name = Path(self._path).resolve(), subject.name
-        if str(path) != subject.pictures:
+        if str(path) != subject.photos:
             uploaded = path.is_relative_to(self.uploads.resolve())
             name = f"my_{noun.replace(' ', '_')}" if uploaded else ""
         subject = replace(
             subject,
-            pictures=str(path),
+            photos=str(path),
             left_out=self._left_out.get(path),
             class_noun=noun,
             identifier=self.identifier.value.strip(),
@@ -241,7 +241,7 @@ class SubjectPanel(Panel):
         problems = check_identifier(identifier, self._tokenizers[0][0])
         problems += practice_base.findings(self.initial_config.base, noun)
         first, path = self.initial_config.subject, Path(self._path).resolve()
-        is_new = str(path) != first.pictures and path.is_relative_to(self.uploads.resolve())
+        is_new = str(path) != first.photos and path.is_relative_to(self.uploads.resolve())
         if is_new and noun == first.class_noun:
             problems.append(
                 f"the class noun is '{noun}', as before the upload: change it if these photos show "

@@ -22,7 +22,7 @@ from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_
 from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.training.best_checkpoint import best_checkpoint
 from dreambooth_lib.training.loop import Objective, Step, prior_preservation, train
-from dreambooth_lib.training.prior_weight import broken_promise
+from dreambooth_lib.training.prior_weight import class_shortfall
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.validation_pace import count_validations, due_steps
 from dreambooth_lib.training.validation_record import history, load_all_images
@@ -68,7 +68,7 @@ def monitor(run: Run, objective: Objective = prior_preservation) -> Iterator[Ste
         raise
     panel.draw()
     judged = verdict_html(best_checkpoint(run)) if len(history(run)) > 1 else ""
-    told = f"Finished at step {_last_step(run)}. {broken_promise(run) or ''}"
+    told = f"Finished at step {_last_step(run)}. {class_shortfall(run) or ''}"
     panel.status.value = f"{told}<br>{judged}"
 
 
