@@ -126,7 +126,7 @@ def fetch(found: FoundRun, folder: str | Path, drive: str | Path | None = None) 
     It keeps its name, unless another run in ``folder`` has it: then it gets one that neither
     ``folder`` nor ``drive`` has.
     """
-    run, folder = found.run, Path(folder)
+    run, folder = found.run, Path(folder).absolute()
     if run.folder.parent == folder:
         return run
     name = run.folder.name
