@@ -467,7 +467,7 @@ def test_a_run_that_got_its_name_without_drive_leaves_another_ones_backup_and_zi
     monkeypatch.setattr(model_card, "usage", lambda *given: "")
     scope = {"drive": None, "colab": colab, "preflight": preflight, "widgets": widgets}
     run_cells(scope, "RESUME = False", *UP_TO_TRAINING)
-    assert scope["run"].folder == Path("runs/patch_dog")
+    assert scope["run"].folder == tmp_path / "runs" / "patch_dog"
     drive = scope["drive"] = colab.mount_drive()
     shutil.copytree(scope["run"].folder, drive / "patch_dog")  # of yesterday
     (drive / "patch_dog" / ".backup").write_text("0" * 32)
