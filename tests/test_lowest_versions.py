@@ -62,6 +62,24 @@ def test_a_lora_goes_its_whole_way(tmp_path: Path) -> None:
 
 @needs_python
 @pytest.mark.slow
+def test_a_1x_base_in_one_file_is_read(tmp_path: Path) -> None:
+    """Which versions of diffusers and transformers together cannot, though each is allowed."""
+    code = """
+import sys
+from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
+from dreambooth_lib.families import loading
+import torch
+own = loading.load_model("toybox")
+read = loading.load_model(str(write_checkpoint(loading.locate("toybox"), sys.argv[1])))
+for one, other in zip((own.denoiser, *own.text_encoders), (read.denoiser, *read.text_encoders)):
+    expected = other.state_dict()
+    print(all(torch.equal(v, expected[n].to(v.dtype)) for n, v in one.state_dict().items()))
+"""
+    assert there("-c", code, tmp_path / "base.safetensors").split() == ["True", "True"]
+
+
+@needs_python
+@pytest.mark.slow
 def test_no_code_of_a_base_a_lora_or_a_scorer_is_run(
     tiny_sd1: str, clip_folder: Path, tmp_path: Path
 ) -> None:
