@@ -65,12 +65,13 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
     times = {Path(part) / name: time for part, rows in state.parts.items()
              for name, _, time, *_ in rows}  # fmt: skip
     copied: dict[Path, Path] = {}
+    shared: dict[Path, Path] = {}  # class images, by all runs in the same folder
     for name in files:
-        # Class images are shared by all runs in the same folder.
-        shared = name.parts[0] in ("class_images", PLACES["class_images"])
-        place = (local.parent if shared else partial) / name
-        if place.exists():
-            continue
+        place = partial / name
+        if name.parts[0] in ("class_images", PLACES["class_images"]):
+            if (local.parent / name).exists():
+                continue
+            shared[place] = local.parent / name
         try:
             background.copy(folder / name, place, drive=folder / name)
         except KitError:  # the disk's, or the drive does not answer
@@ -86,6 +87,12 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
             localize(place, local)
     for name in times.keys() & copied.keys():  # or the next backup would copy it again
         os.utime(copied[name], ns=(times[name], times[name]))
+    # A set's manifest last: without it the set is not used.
+    for place in sorted(shared, key=lambda place: place.name in NAMING_PATHS):
+        shared[place].parent.mkdir(parents=True, exist_ok=True)
+        os.replace(place, shared[place])
+    for parts in {place.relative_to(partial).parts[0] for place in shared}:
+        shutil.rmtree(partial / parts)
     if state.identity is not None:
         (partial / IDENTITY).write_text(state.identity)
     _drop_damaged_checkpoints(Run(partial, TrainConfig.from_toml(partial / "config.toml")), folder)
