@@ -113,12 +113,18 @@ def test_the_session_goes_on_until_every_backup_is_complete(
         return problem
 
     monkeypatch.setattr(drive_worker, "backup", backup)
-    run = SimpleNamespace(folder=tmp_path)
-    drive_worker.Backup(run, tmp_path / "there", limit=0.2).save()  # type: ignore[arg-type]
+    run = SimpleNamespace(folder=tmp_path / "run")
+    gone = SimpleNamespace(folder=tmp_path / "gone")
+    run.folder.mkdir()
+    (run.folder / "config.toml").touch()
+    for one in (gone, run):  # a run's folder may be deleted after its backup
+        place = tmp_path / "drive" / one.folder.name
+        drive_worker.Backup(one, place, limit=0.2).save()  # type: ignore[arg-type]
     with pytest.raises(colab.DriveError, match=r"has not ended within.*; the session was not"):
         colab.end_session()
     thawed.set()
-    next(iter(drive_worker._under_way.values())).result.result(30)
+    for copying in drive_worker._under_way.values():
+        copying.result.result(30)
     with pytest.raises(colab.DriveError, match="it is full; the session was not ended: run this"):
         colab.end_session()
     assert fake_colab.asked == []

@@ -503,7 +503,8 @@ def test_a_run_that_is_opened_by_its_name_has_its_own_base_checked(
     with pytest.raises(preflight.NotReady):
         run_cells(scope, "RESUME = 'other'", "find_interrupted")
     assert "config" not in scope
-    assert asked[0][0] == "owner/name" and asked[0][3] == {"method": "lora", "quantize": None}
+    assert asked[0][0] == "owner/name" and asked[0][4] == "other"
+    assert asked[0][3]["method"] == "lora" and asked[0][3]["quantize"] is None
     run_cells(scope, "RESUME, SKIP_CHECKS = 'other', True", "find_interrupted")
     assert scope["config"].base == "owner/name" and len(asked) == 2
     run_cells(scope, "RESUME, BASE = 'other', 'owner/name'", "find_interrupted")
@@ -597,7 +598,9 @@ def test_a_model_is_saved_under_its_own_runs_name(
         monkeypatch.setattr(module, writer, lambda *given: saved.append(given[-1]) or "")
     monkeypatch.setattr(model_card, "usage", lambda *given: "")
     scope = {
-        "run": SimpleNamespace(folder=Path("runs/dog"), config=SimpleNamespace(base="o/n")),
+        "run": SimpleNamespace(
+            folder=Path("runs/dog"), config=SimpleNamespace(base="o/n", revision=None)
+        ),
         "name": name,
         "slider": SimpleNamespace(step=4),
         "drive": None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dreambooth_lib as db
-from dreambooth_lib.core.old_names import current_fields, locate
+from dreambooth_lib.core.old_names import current_fields, current_protocol, locate
 from dreambooth_lib.evaluation.sweep_table import MEASURES, recommend
 from dreambooth_lib.families.loading import BUNDLED
 from dreambooth_lib.training.class_images import draw_class_images
@@ -77,6 +77,11 @@ def test_an_old_toml_file_is_read_with_a_sentence(tmp_path: Path, photos: str) -
     assert "class_images = 5" in config.to_toml() and "watch_every" not in config.to_toml()
 
 
+def test_an_old_note_of_what_drew_images_is_read() -> None:
+    flat = {"subject.pictures": "/p", "class_pictures": 3}
+    assert current_fields(flat) == {"subject.photos": "/p", "class_images": 3}
+
+
 def test_an_old_table_is_read() -> None:
     row = dict.fromkeys(MEASURES, 0.5) | {"prior_weight": 1.0, "step": 4, "seed": 0, "cell": "a"}
     row["standing"] = row.pop("score")
@@ -85,6 +90,6 @@ def test_an_old_table_is_read() -> None:
 
 
 def test_an_old_protocol_is_that_of_the_same_pictures() -> None:
-    assert current_fields(json.loads('{"class_pictures": 24, "pictures": 4, "steps": 5}')) == {
+    assert current_protocol(json.loads('{"class_pictures": 24, "pictures": 4, "steps": 5}')) == {
         "class_images": 24, "images_per_prompt": 4, "steps": 5,
     }  # fmt: skip

@@ -153,10 +153,11 @@ def test_a_note_of_an_earlier_version_is_compared_by_what_it_has(
 def test_a_run_at_its_last_step_keeps_its_settings_without_its_pipeline(run: Run) -> None:
     run.save_checkpoint(4, state_of(4))
     assert not run.finished and runs.start_or_resume(run.config, run.folder) == run
-    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, not 0.5; start a new"):
+    with pytest.raises(RunError, match=r"reached its last step with prior_weight 1.0, not 0.5"):
         runs.start_or_resume(run.config.replace(prior_weight=0.5), run.folder)
-    longer = run.config.replace(prior_weight=0.5, steps=9)
-    assert runs.start_or_resume(longer, run.folder).config.prior_weight == 0.5, "of steps to come"
+    assert runs.why_not_resumable(run.config.replace(prior_weight=0.5, steps=9), run.folder)
+    saved_on_less = run.config.replace(memory="low", checkpoints_kept=5, steps=9)
+    assert runs.start_or_resume(saved_on_less, run.folder).config.memory == "low"
 
 
 def test_a_run_that_stopped_early_keeps_its_settings_without_its_pipeline(run: Run) -> None:
@@ -164,7 +165,7 @@ def test_a_run_that_stopped_early_keeps_its_settings_without_its_pipeline(run: R
     run.save_checkpoint(3, state_of(3))
     (run.folder / MADE_WITH_FILE).write_text('{"step": 3}')
     changed = run.config.replace(prior_weight=0.5)
-    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, not 0.5; start a new"):
+    with pytest.raises(RunError, match=r"reached its last step with prior_weight 1.0, not 0.5"):
         runs.start_or_resume(changed, run.folder)
     assert runs.why_not_resumable(changed.replace(early_stop=False), run.folder) is None
     (run.folder / MADE_WITH_FILE).write_text('{"step": 2}')  # resumed since

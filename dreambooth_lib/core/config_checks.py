@@ -179,7 +179,7 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
     )
     yield (
         config.lora_min_rank is not None and config.dora,
-        "lora_min_rank is set and dora is true, whose norm is of all ranks; leave one out.",
+        "lora_min_rank is set and dora is true, whose norm is of all ranks; remove lora_min_rank.",
     )
     yield (
         config.background_prior and not config.background_weight,

@@ -166,7 +166,8 @@ def open_image(path: Path) -> "Image.Image":
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)  # Windows flushes no file that is open for reading
+    # Windows flushes no file that is open for reading.
+    descriptor = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

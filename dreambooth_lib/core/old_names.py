@@ -13,10 +13,10 @@ FIELDS = {
     "watch_every": "validate_every",
     "judge": "scorer",
     "standing": "score",
-    "pictures": "images_per_prompt",
 }
-#: The same of a subject's fields.
+#: The same of a subject's fields, and of an evaluation's protocol.
 SUBJECT_FIELDS = {"pictures": "photos"}
+PROTOCOL_FIELDS = {"pictures": "images_per_prompt"}
 #: Files and folders: what they are called now, and were called.
 PLACES = {
     "validation": "watch",
@@ -36,11 +36,17 @@ def old_names(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def current_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields under their current names, a subject's too."""
-    current = {FIELDS.get(name, name): value for name, value in fields.items()}
+    """Return fields under their current names, a subject's too: nested, or as "subject.photos"."""
+    flat = {f"subject.{old}": f"subject.{now}" for old, now in SUBJECT_FIELDS.items()}
+    current = {(FIELDS | flat).get(name, name): value for name, value in fields.items()}
     if isinstance(subject := current.get("subject"), Mapping):
         current["subject"] = {SUBJECT_FIELDS.get(k, k): value for k, value in subject.items()}
     return current
+
+
+def current_protocol(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a protocol's fields under their current names."""
+    return {PROTOCOL_FIELDS.get(k, k): value for k, value in current_fields(fields).items()}
 
 
 def locate(folder: str | Path, name: str) -> Path:

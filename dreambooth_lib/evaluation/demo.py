@@ -216,10 +216,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table, a line per subject and λ: mean over the seeds (least to most)."""
     heads = [
         "subject", "λ", "seeds",
-        f"{NAMES['subject_fidelity']} (0%: the base's, 100%: that of the photos to each other)",
-        f"{NAMES['prompt_adherence']} (100%: like the base)",
-        f"{NAMES['class_diversity']} (100%: like the base)",
-        f"{NAMES['prior_drift']} (0: none)",
+        f"{NAMES['subject_fidelity']} (0% = the base, 100% = as alike as the photos are)",
+        f"{NAMES['prompt_adherence']} (100% = the base)",
+        f"{NAMES['class_diversity']} (100% = the base)",
+        f"{NAMES['prior_drift']} (0 = none)",
     ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, weight in dict.fromkeys((row["name"], row["prior_weight"]) for row in rows):
@@ -251,8 +251,8 @@ def describe(row: dict[str, Any]) -> str:
     return (
         f"{row['name']}, λ {row['prior_weight']:g}, seed {row['training_seed']}: likeness to the "
         f"photos {base['subject_fidelity']:.3f} -> {tuned['subject_fidelity']:.3f} ({likeness:.0%} "
-        f"of the way to {row['reference_fidelity']:.3f}, that of the photos to each other), "
-        f"follows the prompt {adherence:.0%} as well as the base, class diversity {diversity:.0%} "
+        f"of the way to {row['reference_fidelity']:.3f}, that of the photos to one another), "
+        f"prompt adherence {adherence:.0%} of the base's, class diversity {diversity:.0%} "
         f"of the base's, class drift "
         f"{tuned['prior_drift']:.3f}; {row['seconds']['total']:.0f} s"
     )

@@ -23,7 +23,7 @@ from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.core.old_names import current_fields
+from dreambooth_lib.core.old_names import current_fields, current_protocol
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
 from dreambooth_lib.training import memory_level, runs
@@ -182,7 +182,7 @@ def draw_all(
     now = asdict(protocol) | {"prompts": benchmark.prompts, "drift_prompts": drift_prompts}
     file = out / "protocol.json"
     before: dict[str, Any] = {"drift_prompts": []}  # an earlier version's has none
-    if file.exists() and before | current_fields(read_object(file) or {}) != now:
+    if file.exists() and before | current_protocol(read_object(file) or {}) != now:
         raise RunError(f"{out} holds images of another protocol; choose another folder.")
     replace_file(file, json.dumps(now, indent=2).encode())
     units = [

@@ -134,9 +134,16 @@ def spread(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return math.sqrt(squares / degrees) if degrees else None
 
 
-def _by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[Setting, list[Mapping[str, Any]]]:
-    """Return the rows by all of their settings but the seed."""
+def _by_setting(
+    rows: Sequence[Mapping[str, Any]], by_subject: bool = True
+) -> dict[Setting, list[Mapping[str, Any]]]:
+    """Return the rows by all of their settings but the seed.
+
+    Without ``by_subject`` several subjects are no settings either; an identifier of one is.
+    """
     fixed = {"cell", "seed", *MEASURES}
+    if not by_subject and any({"subject.name", "subject.photos"} & row.keys() for row in rows):
+        fixed |= {name for row in rows for name in row if name.startswith("subject.")}
     groups: dict[Setting, list[Mapping[str, Any]]] = {}
     for row in map(current_fields, rows):
         key = tuple((name, value) for name, value in row.items() if name not in fixed)
@@ -157,7 +164,7 @@ def recommend(
     """
     if not rows:
         raise InputError("the table has no rows; run a sweep first.")
-    groups = _by_setting(rows)
+    groups = _by_setting(rows, by_subject=False)
 
     def mean(key: Setting, measure: str) -> float:
         return fmean(float(row[measure]) for row in groups[key])

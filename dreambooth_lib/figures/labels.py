@@ -14,24 +14,24 @@ NAMES = {
     "step": "training step",
     "score": "score",
     "subject_fidelity": "likeness to the photos",
-    "prompt_adherence": "follows the prompt",
+    "prompt_adherence": "prompt adherence",
     "memorisation": "likeness to the closest photo",
     "prompt_diversity": "diversity within a prompt",
     "pres": "subject leakage into the class (PRES)",
     "class_diversity": "class diversity",
     "prior_drift": "class drift",
-    "unrelated_drift": "unrelated drift",
+    "unrelated_drift": "drift of other prompts",
     "class_kid": "class distance (KID)",
     "retrieval_precision": "finds the photos among look-alikes (mAP)",
     "masked_fidelity": "likeness of the subject alone",
-    "prompt_drift": "drift on other prompts",
-    "concept_preservation": "concept preservation",
-    "prompt_following": "prompt following",
+    "prompt_drift": "drift of other prompts",
+    "concept_preservation": "concept preservation (VLM)",
+    "prompt_following": "prompt adherence (VLM)",
 }
 #: The ratios behind a score (:class:`best_checkpoint.Ratios`).
 RATIOS = {
     "likeness": "likeness to the photos",
-    "adherence": "follows the prompts",
+    "adherence": "prompt adherence",
     "class_kept": "class kept",
     "others_kept": "other prompts kept",
 }
@@ -65,7 +65,7 @@ EXPLAINED = {
     "prior_drift": "how far images of the class have moved from the base's of the same seeds",
     "prompt_drift": "the same of images of other prompts",
     "class_kid": "how far images of the class are from the base's as a whole",
-    "retrieval_precision": "how early an image finds the photos among pictures of the class and of "
+    "retrieval_precision": "how early an image finds the photos among images of the class and of "
     "other subjects, 1 at best",
     "memorisation": "how much the images look like the closest photo; near 1 they copy it",
     "prompt_diversity": "how much images of one prompt differ",

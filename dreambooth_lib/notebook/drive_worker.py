@@ -22,6 +22,13 @@ class _Copying:
     result: "Future[str | None]"
     began: float
 
+    @property
+    def is_over(self) -> bool:
+        """Return whether there is nothing left to copy from, or nowhere to copy it to."""
+        complete = self.result.done() and self.result.result() is None
+        unmounted = complete and not self.backup.folder.parent.exists()
+        return unmounted or not (self.backup.run.folder / "config.toml").exists()
+
 
 #: By the backup's folder: a cell that is run again must not copy to it a second time.
 _under_way: dict[str, _Copying] = {}
@@ -99,6 +106,10 @@ def place_on(drive: str | Path, run: Run) -> Path:
 
 
 def finish_all() -> str | None:
-    """Finish every backup of this process as :meth:`Backup.finish` does; return what went wrong."""
-    problems = [copying.backup.finish() for copying in list(_under_way.values())]
+    """Finish every backup of this process as :meth:`Backup.finish` does; return what went wrong.
+
+    Passes over a run whose folder is gone, and a complete backup whose drive is.
+    """
+    left = [copying for copying in list(_under_way.values()) if not copying.is_over]
+    problems = [copying.backup.finish() for copying in left]
     return next((problem for problem in problems if problem), None)

@@ -175,10 +175,10 @@ def _reason(best: ValidationResult, rows: Sequence[ValidationResult]) -> str:
 
 def describe_ratios(own: Ratios, reference_fidelity: float) -> str:
     """Write the ratios as the second half of a sentence, without a full stop."""
-    best = "that of the photos to each other" if reference_fidelity < 1 else "the photo itself"
+    best = "as alike as the photos are" if reference_fidelity < 1 else "a copy of the photo"
     return (
-        f"likeness to the photos {own.likeness:.0%} (0% is the base's, 100% {best}), follows the "
-        f"prompts {own.adherence:.0%} (100% is the base's), class kept {own.class_kept:.0%}, other "
+        f"likeness to the photos {own.likeness:.0%} (0% is the base, 100% {best}), prompt "
+        f"adherence {own.adherence:.0%} (100% is the base), class kept {own.class_kept:.0%}, other "
         f"prompts kept {own.others_kept:.0%}"
     )
 
@@ -197,7 +197,7 @@ def _comparison(last: ValidationResult, best: ValidationResult, base: Validation
     after, before = ratios_of(last, base), ratios_of(best, base)
     changes = {
         "likeness": after.likeness - before.likeness,
-        "follows the prompts": after.adherence - before.adherence,
+        "prompt adherence": after.adherence - before.adherence,
         "class kept": after.class_kept - before.class_kept,
         "other prompts kept": after.others_kept - before.others_kept,
     }

@@ -36,6 +36,9 @@ from dreambooth_lib.training.config_changes import (
 )
 from dreambooth_lib.training.photo_record import PHOTOS_FILE, why_other_photos
 
+#: Fields that a run that has ended can still change, and those that its pipeline is saved by.
+_FREE = {"steps", "early_stop"}
+_FREE_UNSAVED = {"memory", "gradient_checkpointing", "mixed_precision", "checkpoints_kept"}
 #: Fields that a run cannot change: its checkpoints would no longer fit, or mean something else.
 _FIXED = ("subject", "base", "revision", "variant", "prediction_type", "clip_skip", "quantize",
           "method", "train_text_encoder", "train_token", "lora_rank", "lora_alpha", "lora_layers",
@@ -223,7 +226,7 @@ def start_or_resume(config: TrainConfig, folder: str | Path) -> Run:
 
 
 def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
-    """Say in a sentence why :func:`start_or_resume` would refuse the run in the folder, or None."""
+    """Say why :func:`start_or_resume` would refuse the run in the folder, or return None."""
     if not has_begun(Path(folder)):
         return None
     run = resume(folder)
@@ -231,14 +234,15 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
     new = vars(with_settings_of(run.config, with_absolute_paths(config)))
     fixed = _fixed_fields(run)
     ended = run.finished or _has_ended(run, config)
-    changeable = {"steps", "early_stop"} if ended else old.keys()
+    changeable = old.keys() if not ended else _FREE | (set() if run.finished else _FREE_UNSAVED)
     difference = first_difference(old, new, changeable - {*fixed})
     if difference and difference.name in fixed:
         return f"{folder} holds a run whose {difference}; choose another folder for a new run."
     if difference:
         return (
-            f"{folder} holds a run that finished with {difference.name} {difference.old!r}, not "
-            f"{difference.new!r}; start a new run, or change only steps to resume this one."
+            f"{folder} holds a run that {'finished' if run.finished else 'reached its last step'} "
+            f"with {difference.name} {difference.old!r}, not {difference.new!r}; start a new run, "
+            "or change only steps to resume this one."
         )
     why = why_other_photos(run.folder, run.config) if ended else None
     return why or _why_beyond(run, config.steps)
@@ -248,19 +252,18 @@ def _has_ended(run: Run, config: TrainConfig) -> bool:
     """Return whether a run would train no further step with a config; it may lack its pipeline."""
     reached = max(run.checkpoints(), default=0)
     ended = (read_object(run.folder / MADE_WITH_FILE) or {}).get("step")
-    stopped_early = run.config.early_stop and ended == reached < run.config.steps
-    return config.steps == reached or (stopped_early and config.early_stop)
+    stopped_early = run.config.early_stop and ended == reached and config.early_stop
+    return stopped_early or reached >= min(run.config.steps, config.steps)
 
 
 def _why_beyond(run: Run, steps: int) -> str | None:
     """Say in a sentence that a run is past the step that it would now end at, or return None."""
     reached = max(run.checkpoints(), default=0)
-    if steps >= reached:
-        return None
-    return (
+    why = (
         f"{run.folder} is already at step {reached}, beyond steps {steps}; raise steps to resume "
         "it, or start a new run."
     )
+    return why if steps < reached else None
 
 
 def _fixed_fields(run: Run) -> tuple[str, ...]:

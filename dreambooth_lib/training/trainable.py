@@ -1,5 +1,6 @@
 """Load a config's base, wrap what is trained of it as one module, and load checkpoints into it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ def drawing_config(config: TrainConfig) -> TrainConfig:
     """Return the config with ``draw_base`` as its base, if it has one."""
     if config.draw_base is None:
         return config
-    return config.replace(base=config.draw_base, revision=None, variant=None, draw_base=None)
+    # Its own replace would take the other base's guidance scale.
+    return replace(config, base=config.draw_base, revision=None, variant=None, draw_base=None)
 
 
 def load_drawing_family(config: TrainConfig, family: Family, dtype: torch.dtype) -> Family:

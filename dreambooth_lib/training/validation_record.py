@@ -137,7 +137,7 @@ class Validator:
                     f"validation images now have {family.size[0]} x {family.size[1]} pixels, so "
                     f"that the validations before are set aside in {aside}."
                 )
-            if self._scores_otherwise(results[0], images):
+            if self._trains_on() and self._scores_otherwise(results[0], images):
                 aside = _set_aside(self.run, *sizes)
                 raise RunError(
                     "the scorers give other scores than when this run began, so that the "
@@ -150,6 +150,11 @@ class Validator:
         # One ceiling for all of a run's validations: earlier versions had another one.
         self.reference_fidelity = results[0].reference_fidelity
         return True
+
+    def _trains_on(self) -> bool:
+        """Return whether steps remain: a run that has ended keeps its validations."""
+        reached = max(self.run.checkpoints(), default=0)
+        return not self.run.finished and reached < self.run.config.steps
 
     def _scores_otherwise(self, base: ValidationResult, images: ValidationImages) -> bool:
         """Return whether the base's images now score otherwise, by either encoder."""

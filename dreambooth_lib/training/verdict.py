@@ -62,13 +62,13 @@ def verdict(
     if 1 - leakage < ratios.class_kept and kept != "yes":
         share = "it came to look like your subject"
     text = (
-        f"By the scores: subject {_LEARNT[learnt]} ({ratios.likeness:.0%}), class {words[kept]} "
-        f"({share}), other prompts {words[others]} ({ratios.others_kept:.0%})."
+        f"According to the scores: subject {_LEARNT[learnt]} ({ratios.likeness:.0%}), class "
+        f"{words[kept]} ({share}), other prompts {words[others]} ({ratios.others_kept:.0%})."
     )
     if not has_ceiling:
         text += (
-            " There are no two photos that differ, so 100% is the photo itself, which no other "
-            "image reaches."
+            " The photos are all nearly the same, so 100% would be an exact copy, which no "
+            "generated image reaches."
         )
     return Verdict(
         learnt, kept, others, text, _advice(learnt, kept, others, ratios, still_learning)

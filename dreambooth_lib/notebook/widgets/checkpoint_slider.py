@@ -43,7 +43,8 @@ class CheckpointSlider(Panel):
         self.run, self.best = run, best_checkpoint.best_checkpoint(run)
         self._results = {result.step: result for result in history(run)}
         labels = [(self._label(step), step) for step in self._results]
-        first = best_checkpoint.chosen_step(run) or self.best.step
+        chosen = best_checkpoint.chosen_step(run)
+        first = chosen if chosen in self._results else self.best.step
         self.slider = control(SelectionSlider, "checkpoint", options=labels, value=first)
         self.scores, self.images = HTML(), VBox()
         judged = HTML(verdict_html(self.best))
