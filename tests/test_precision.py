@@ -191,8 +191,8 @@ def test_large_text_encoders_compute_outside_autocast_whatever_encodes(
     with torch.autocast("cpu", torch.bfloat16):
         PromptCache(family, ["a dog"])
         family.generate([("a dog", 0)], 1, 1.0)
-    assert len(hidden) >= 3
-    assert all(torch.equal(one, hidden[0]) for one in hidden[1:3])
+    first, second, *drawing = hidden  # where an empty prompt may come first
+    assert torch.equal(second, first) and any(torch.equal(one, first) for one in drawing)
 
 
 # What is not finite.

@@ -128,8 +128,8 @@ def test_what_cannot_be_drawn_is_told_in_a_sentence(
 
 
 def test_plans_and_loras_of_another_kind_are_told_in_a_sentence() -> None:
-    with pytest.raises(InputError, match="seeds is 0; give 1 or more"):
-        ValidationPlan(seeds=0)
+    with pytest.raises(InputError, match="inference_steps is 0; give 1 or more"):
+        ValidationPlan(inference_steps=0)
     with pytest.raises(InputError, match="images_per_prompt is -1; give 1 or more"):
         Protocol(images_per_prompt=-1)
     with pytest.raises(InputError, match=r"loras is \['run'\]; give a dict"):

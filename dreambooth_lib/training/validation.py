@@ -55,7 +55,7 @@ class ValidationPlan:
     fast: bool = False  #: by the fast sampler instead of the base's own
 
     def __post_init__(self) -> None:
-        check_counts(self, "seeds", "class_images", "inference_steps")
+        check_counts(self, "inference_steps")
 
     def check(self) -> None:
         """Raise ``InputError`` unless a validation by this plan can be scored."""
