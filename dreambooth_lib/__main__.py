@@ -185,7 +185,7 @@ def run_training(run: Run) -> None:
     if results := history(run):
         if (ratio := time_share(run)) > 0.2 and share_limit(run.config) is None:
             state.print(
-                f"validation took {ratio:.0%} of the time; raise validate_every to validate less"
+                f"validation took {ratio:.0%} of the time; raise validate_every for fewer of them"
             )
         if skipped := skipped_steps(run):
             state.print(

@@ -70,19 +70,19 @@ def test_the_best_step_has_the_highest_score_and_the_reason_says_why() -> None:
     assert best.step == max(scores, key=lambda step: scores[step]) == 300
     assert best.score == scores[300] and best.better_than_base
     assert best.reason == (
-        "Step 300: likeness to the photos 90% (0% is the base's, 100% that of the photos to each "
-        "other), follows the prompts 94% (100% is the base's), class kept 90%, other prompts kept "
-        "90%. From there to step 500: likeness +3, follows the prompts -22, class kept -30, other "
-        "prompts kept -30 percentage points."
+        "Step 300: likeness to the photos 90% (0% is the base, 100% as alike as the photos are), "
+        "prompt adherence 94% (100% is the base), class kept 90%, other prompts kept 90%. From "
+        "there to step 500: likeness +3, prompt adherence -22, class kept -30, other prompts kept "
+        "-30 percentage points."
     )
 
 
 def test_of_one_photo_the_ceiling_is_called_the_photo_itself() -> None:
     rows = [dataclasses.replace(row, reference_fidelity=1.0) for row in OVERFIT]
     best = select_best(rows)
-    assert "60% (0% is the base's, 100% the photo itself), follows" in best.reason
-    assert "100% is the photo itself" in best.verdict.text
-    assert "photo itself" not in select_best(OVERFIT).verdict.text
+    assert "60% (0% is the base, 100% a copy of the photo), prompt" in best.reason
+    assert "100% would be an exact copy" in best.verdict.text
+    assert "exact copy" not in select_best(OVERFIT).verdict.text
 
 
 def test_a_step_no_better_than_the_base_is_said_to_be_none() -> None:
@@ -189,7 +189,7 @@ def test_the_verdict_says_what_was_learnt_what_was_kept_and_what_to_do(
     own: Ratios, leaks: float, last: bool, text: str, advice: str
 ) -> None:
     judged = verdict(own, leaks, last)
-    assert judged.text == f"By the scores: subject {text}" and advice in judged.advice
+    assert judged.text == f"According to the scores: subject {text}" and advice in judged.advice
     assert judged.good == (" forgotten" not in text and text.startswith("learnt"))
     assert ("compare the images" in judged.advice) == (
         judged.good and "Train" not in judged.advice

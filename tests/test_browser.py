@@ -255,7 +255,7 @@ def test_from_photos_to_an_image_of_your_own_prompt(page: Page, tmp_path: Path) 
     assert [row["step"] for row in run.log()] == list(range(1, steps + 1))
 
     page.run(CHECKPOINT)
-    page.wait_for(CHECKPOINT, "By the scores: ")
+    page.wait_for(CHECKPOINT, "According to the scores: ")
     page.drag(CHECKPOINT, "checkpoint", -400)
     page.wait_for(CHECKPOINT, "The base")
     page.drag(CHECKPOINT, "checkpoint", 800)
@@ -264,7 +264,7 @@ def test_from_photos_to_an_image_of_your_own_prompt(page: Page, tmp_path: Path) 
 
     page.run(PLAY)
     page.type(PLAY, "prompt", "a {} turtle in the snow")
-    page.cell(PLAY).get_by_role("button", name="Draw", exact=True).click()
+    page.cell(PLAY).get_by_role("button", name="Generate", exact=True).click()
     page.wait_for(PLAY, "“a ohwx turtle in the snow”")
     assert page.cell(PLAY).locator("img").count() == 4, "base and tuned, twice"
     page.cell(PLAY).get_by_role("button", name="Save these images").first.click()

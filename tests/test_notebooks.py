@@ -180,7 +180,7 @@ def test_the_main_notebook_trains_and_keeps_a_model(tmp_path: Path, python: str)
     assert [row["step"] for row in run.log()] == [1, 2, 3, 4]
     assert (tmp_path / "models" / "patch_dog" / "unet").is_dir()
     assert "⚠" not in text_of(shown) and "Starting a new run." in text_of(shown)
-    assert "Finished at step 4." in text_of(shown) and "By the scores: " in text_of(shown)
+    assert "Finished at step 4." in text_of(shown) and "According to the scores: " in text_of(shown)
     assert not (tmp_path / "models" / "patch_dog.safetensors").exists()
     assert "Neither program can run a model of the bundled base" in text_of(shown)
     # The subject, the settings, the training with its bar, the slider and the playground.

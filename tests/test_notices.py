@@ -31,8 +31,8 @@ PRINTED = [
     r"2\.png looks blurred\.",
     r"step 1/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
     r"step 2/2: instance loss \d\.\d{4}, prior loss \d\.\d{4}",
-    r"validation took \d+% of the time; raise validate_every to validate less",
-    r"By the scores: subject .*learnt \(\d+%\), class .*, other prompts .*\(\d+%\)\. .*",
+    r"validation took \d+% of the time; raise validate_every for fewer of them",
+    r"According to the scores: subject .*learnt \(\d+%\), class .*, other prompts .*\(\d+%\)\. .*",
     r"(Best: Step \d: |No step is better than the base: ).*",
     r".*/run/pipeline",
 ]

@@ -230,7 +230,7 @@ def test_the_table_has_a_section_for_each_base_and_encoder(tmp_path: Path) -> No
     dino, clip, by_judge = sections[1], sections[3], sections[4]
     assert "0.125" in dino and "0.250" not in dino and "class drift" not in page
     assert "0.250" in clip and "0.500" in clip and "0.750" not in clip
-    assert "0.750 [0.500, 1.000]" in by_judge and "prompt following ↑" in by_judge
+    assert "0.750 [0.500, 1.000]" in by_judge and "prompt adherence (VLM) ↑" in by_judge
     assert len([line for line in clip.splitlines() if line.startswith("| [")]) == 2
     for section in (dino, clip, by_judge):
         lines = [line for line in section.splitlines() if line.startswith("|")]

@@ -24,13 +24,13 @@ def test_the_table_has_a_row_per_method_and_leaves_missing_measures_empty() -> N
         Mean("tuned", "dino", "subject_fidelity", 0.66666, 0.65, 0.7, 12),
     ]
     assert markdown(found).splitlines() == [
-        "|  | likeness to the photos ↑ (dino) | follows the prompt ↑ (clip) |",
+        "|  | likeness to the photos ↑ (dino) | prompt adherence ↑ (clip) |",
         "| --- | --- | --- |",
         "| base | 0.400 [0.380, 0.420] | 0.300 [0.290, 0.310] |",
         "| tuned | 0.667 [0.650, 0.700] |  |",
     ]
     assert [line.partition(": ")[0] for line in explain(found).splitlines()] == [
-        "- *likeness to the photos ↑*", "- *follows the prompt ↑*",
+        "- *likeness to the photos ↑*", "- *prompt adherence ↑*",
     ]  # fmt: skip
     beside = markdown(found, published=True)
     assert beside.startswith(markdown(found))

@@ -294,14 +294,14 @@ def test_the_panel_shows_captions_and_what_is_wrong_with_them(
     text = html.unescape(panel.findings.value)
     assert "0.png: a dog on the beach" in labels[0] and labels[0][2] == "2.png"
     assert "1 of 2 captions, of 0.png, lacks the identifier 'ohwx'" in text
-    assert "the caption of 1.png is longer than the base reads: of its " in text
+    assert "the caption of 1.png is longer than the base reads: it has " in text
     assert "2.json is not used" in text and "IMG_1.MOV is not used" in text
     panel.identifier.value = "beach"
     assert "lacks the identifier" not in panel.findings.value
     panel.identifier.value = "ohwx"
     (folder / "1.txt").write_text("a dog on the beach in snow a photo of a red dog on a red {} cat")
     panel.reload()
-    with pytest.raises(DataError, match="beyond what the base reads"):
+    with pytest.raises(DataError, match="after what the base reads"):
         panel.check()
 
 
@@ -497,15 +497,15 @@ def test_the_bundled_base_says_what_it_cannot_draw(
     photos: str, make_config: Make, tiny_sd2: str
 ) -> None:
     known = widgets.SubjectPanel(make_config("toybox", photos))
-    assert "cannot draw" not in texts(known)
+    assert "cannot generate" not in texts(known)
     known.class_noun.value = "Dog"
-    assert "cannot draw" not in texts(known)
+    assert "cannot generate" not in texts(known)
     assert "drawings, not photos: if these are photos, choose another base" in texts(known)
     known.class_noun.value = "a dog"
     assert "without its article: &#x27;dog&#x27;" in texts(known)
     known.class_noun.value = "dachshund"
     text = texts(known)
-    assert "cannot draw &#x27;dachshund&#x27;" in text
+    assert "cannot generate &#x27;dachshund&#x27;" in text
     assert "drawings of 48 things (backpack, balloon" in text
     known.class_noun.value = "polka dot teapot"
     assert "write the class noun &#x27;teapot&#x27;" in texts(known)
@@ -514,7 +514,7 @@ def test_the_bundled_base_says_what_it_cannot_draw(
     assert "if these are photos" not in texts(known), "the bundled ones are drawings"
     pretrained = widgets.SubjectPanel(make_config(tiny_sd2, photos))
     pretrained.class_noun.value = "dachshund"
-    assert "cannot draw" not in texts(pretrained) and "if these" not in texts(pretrained)
+    assert "cannot generate" not in texts(pretrained) and "if these" not in texts(pretrained)
 
 
 def test_no_photo_is_held_out_where_that_is_switched_off(

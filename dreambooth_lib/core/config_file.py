@@ -60,7 +60,7 @@ def warn_of_edits(path: Path) -> None:
     """Warn if a run's config is not as it was written: by hand, or by a damaged disk."""
     text, mark, checksum = path.read_text(encoding="utf-8").rpartition("# crc32 ")
     if mark and checksum.strip() != str(zlib.crc32(text.encode())):
-        warnings.warn(f"{path} was changed after it was written; its new values count.",
+        warnings.warn(f"{path} was changed after it was written; its new values are used.",
                       stacklevel=3)  # fmt: skip
 
 

@@ -180,8 +180,8 @@ def check_lengths(
         first = _whole_word(subject.identifier).search(text)
         if first and first.end() > len(text) - len(cut):
             raise DataError(
-                f"{name} has the identifier '{subject.identifier}' beyond what the base reads, so "
-                "that nothing would be learned of it; put it first."
+                f"{name} has the identifier '{subject.identifier}' after what the base reads, so "
+                "that it is cut off; move it to the front."
             )
         messages.append(f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}.")
     return _shortened(messages, more)
@@ -214,7 +214,7 @@ def _shortened(messages: list[str], more: str) -> list[str]:
 def _told(text: str, cut: str, tokenizers: Sequence[tuple[Any, int]]) -> str:
     tokens, limit = count_tokens(text, tokenizers)
     shown = cut if len(cut) <= 80 else f"{cut[:60]}… {cut[-15:]}"
-    return f"of its {tokens} tokens it reads {limit}, so that it is cut before '{shown}'"
+    return f"it has {tokens} tokens and the base reads {limit}, so it is cut off before '{shown}'"
 
 
 def warning_of_length(prompt: str, tokenizers: Sequence[tuple[Any, int]], more: str = "") -> str:

@@ -66,8 +66,8 @@ def read_mask(photo: "Photo") -> Image.Image | None:
     most = max(level for level, count in enumerate(mask.histogram()) if count)
     if 0 < most < 128:
         raise DataError(
-            f"{file} has no level above {most}, so that it shows next to nothing; save it with 255 "
-            "on the subject."
+            f"{file} is almost black (its brightest pixel is {most}); save it with 255 on the "
+            "subject."
         )
     if abs(mask.width * size[1] / (mask.height * size[0]) - 1) > _SHAPE:
         raise DataError(
@@ -97,7 +97,7 @@ def check_masks(photos: "Sequence[Photo]", config: TrainConfig) -> None:
         )
     if lacking:
         warnings.warn(f"{len(lacking)} of {len(photos)} photos have no mask, such as {lacking[0]}; "
-                      "all of them is trained on.", stacklevel=2)  # fmt: skip
+                      "those are trained on in full.", stacklevel=2)  # fmt: skip
 
 
 def center_of(mask: Image.Image) -> tuple[float, float] | None:

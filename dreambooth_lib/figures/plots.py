@@ -80,7 +80,7 @@ def _plot_prior_weight(axes: "Axes", rows: list[dict[str, Any]], keep_class: flo
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.set_ylabel("λ")
     axes.set_title("class, and λ", loc="left")
-    axes.set_ylabel("class kept, %")
+    axes.set_ylabel("class loss ratio, %")
     _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     right.spines["top"].set_visible(False)
 

@@ -34,7 +34,7 @@ from dreambooth_lib.core.errors import KitError
 
 NAME = "dreambooth-lib"
 #: Packages that the kit can do without, as in its extra "heif", and what it cannot do then.
-OPTIONAL = {"pillow-heif>=0.22": "HEIC photos, as of iPhones, cannot be read"}
+OPTIONAL = {"pillow-heif>=0.22": "HEIC photos, such as an iPhone's, cannot be read"}
 
 
 class InstallError(KitError, RuntimeError):

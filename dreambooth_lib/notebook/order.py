@@ -25,5 +25,5 @@ def check(names: Mapping[str, Any], **sections: str) -> None:
                 "first set RESUME to its name in quotes."
             )
             raise OutOfOrder(
-                f'this cell needs what the cells of "{section}" set; run those first.{restarted}'
+                f'this cell needs what section "{section}" defines; run its cells first.{restarted}'
             )

@@ -157,7 +157,7 @@ def load_newest(checkpoints: Mapping[int, Path]) -> dict[str, Any] | None:
     if damaged:
         newest, damage = next(iter(damaged.items()))
         raise CheckpointError(
-            f"no checkpoint is whole: {damage} To train from the start, delete {newest.parent}."
+            f"every checkpoint is damaged: {damage} To start again, delete {newest.parent}."
         ) from damage
     return None
 

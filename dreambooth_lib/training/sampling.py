@@ -196,7 +196,7 @@ def _check_pipeline(run: Run) -> None:
         raise RunError(f"{run.folder} has not finished; train it to its end{instead}.")
     if not run.finished:
         warnings.warn(
-            f"{run.folder} has more steps to train; these images are of its pipeline from before.",
+            f"{run.folder} has more steps to train; these images come from its earlier pipeline.",
             stacklevel=2,
         )
 

@@ -26,12 +26,12 @@ from dreambooth_lib.notebook.widgets.parts import (
 )
 
 _THUMBNAIL = 192  # pixels a side of a mask that is shown
-_CROPS = {"a square in the middle": "center", "a square around the subject": "subject",
-          "sizes of equal area, shaped like the photos": "buckets",
-          "squares at random": "random"}  # fmt: skip
+_CROPS = {"center crop": "center", "square around the subject": "subject",
+          "aspect ratio buckets, which keep most of each photo": "buckets",
+          "random square crops": "random"}  # fmt: skip
 _WHOLE = -1.0  # in the menu only, which cannot show None: no masks are used
 _WEIGHTS = {"all of each photo": _WHOLE, "the subject alone": 0.0,
-            "the subject, and the rest at a tenth": 0.1}  # fmt: skip
+            "the subject; background at 10%": 0.1}  # fmt: skip
 
 
 class FramingPanel(Panel):
@@ -71,8 +71,8 @@ class FramingPanel(Panel):
         self.save = Button(description="Save the masks", disabled=True, layout={"width": "auto"})
         self.masks = empty_image()
         hints = {
-            self.crop: "nothing important should be cut off; sizes of equal area keep most",
-            self.photo: "the photo to move the crop of; a square in the middle cannot be moved",
+            self.crop: "nothing important should be cut off; buckets keep most",
+            self.photo: "the photo to move the crop of; a center crop cannot be moved",
             self.across: "the centre of the crop", self.down: "the centre of the crop",
             self.move: "saves the centre in crops.json beside the photos",
             self.weight: "with masks, the model learns less of what is around the subject",

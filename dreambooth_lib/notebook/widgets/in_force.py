@@ -10,7 +10,7 @@ PRIORS = {
     "distilled": "distillation from the base",
     "distilled_images": "distillation on class images",
 }
-_WORDS = {"full": "full model", "lora": "LoRA", "none": "no prior preservation"} | PRIORS
+_WORDS = {"full": "full fine-tuning", "lora": "LoRA", "none": "no prior preservation"} | PRIORS
 #: What is shown of each field of a config; ``{}`` is its value.
 _SHOWN = {
     "method": "{}",

@@ -142,8 +142,8 @@ class Playground(Panel):
         self.guidance = control(FloatSlider, "guidance scale", value=scale, min=0, max=15,
                                 step=0.25)  # fmt: skip
         self.steps = control(IntSlider, "inference steps", value=defaults.steps, min=1, max=100)
-        self.button = Button(description="Draw", button_style="primary")
-        self.new_seed = Button(description="Draw with a new seed", icon="random")
+        self.button = Button(description="Generate", button_style="primary")
+        self.new_seed = Button(description="Generate with a new seed", icon="random")
         self.new_seed.layout.width = "auto"
         self.progress, self.progress_text = IntProgress(min=0), HTML()
         self._drawing = HBox([self.progress, self.progress_text])
@@ -155,7 +155,7 @@ class Playground(Panel):
             self.prompt: "write {} for your subject's identifier, e.g. "
             f"a {{}} {subject.class_noun} in the snow",
             self.negative_prompt: "what the image should not show; may be empty; not read by Flux",
-            self.seed: "the same seed draws the same image again",
+            self.seed: "the same seed gives the same image again",
             self.count: "one for each seed, counting up from the seed above",
             self.guidance: "raise it if images ignore the prompt; lower it if they look harsh",
             self.steps: f"more give finer images but take longer; {defaults.fewest_steps} are "

@@ -34,7 +34,7 @@ def findings(base: str, noun: str) -> list[str]:
         if known := [word for word in noun.lower().split() if word in nouns]:
             return [f"the bundled base does not know '{noun}': write the class noun '{known[-1]}'."]
         messages.append(
-            f"the bundled base cannot draw '{noun}': it knows emoji-like drawings of "
+            f"the bundled base cannot generate '{noun}': it knows emoji-like drawings of "
             f"{len(nouns)} things ({', '.join(sorted(nouns))}); choose one of them, or another "
             "base."
             if noun

@@ -46,15 +46,15 @@ HINTS = {
     "adapter": "LoRA suits most subjects, and other programs load it; only peft loads the others",
     "prior_weight": "raise it if class images start to look like your subject; 1 suits most "
     "subjects; 0 turns prior preservation off",
-    "keep_class": "how much of the class to keep, by held-out loss: λ adjusts itself; lower it for "
-    "more likeness",
+    "keep_class": "λ adapts to keep this share of the base's loss on held-out class images; lower "
+    "it for more likeness",
     "prior": "what preserves the class; a LoRA's default also preserves other prompts",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",
     "train_text_encoder": "training the text encoder too improves likeness, but takes more memory "
     "and time; text_encoder_steps (in Python) stops it early",
-    "resolution": "lower it if memory runs out; the base draws best at its native resolution",
-    "class_images": "with more of them the class stays more varied, but drawing them takes time",
+    "resolution": "lower it if memory runs out; images are best at the base's native resolution",
+    "class_images": "with more of them the class stays more varied, but generating them takes time",
     "early_stop": f"keep the best step's weights, and stop after {_PATIENCE} validations without "
     "improvement",
 }
@@ -229,7 +229,7 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     prior = _DEFAULT_PRIOR if is_own or config.prior == "none" else config.prior
     rate = _DEFAULT_RATE if config.learning_rate == own_rate else config.learning_rate
     side = config.resolution or native
-    methods = {"full model": "full", "LoRA": "lora", "QLoRA (4-bit base)": _QLORA}
+    methods = {"full fine-tuning": "full", "LoRA": "lora", "QLoRA (4-bit base)": _QLORA}
     priors = {"the method's default": _DEFAULT_PRIOR}
     priors |= {words: value for value, words in PRIORS.items()}
     rates = {f"{rate:g}": rate for rate in sorted({*_RATES, config.learning_rate})}
@@ -238,7 +238,7 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
     sizes = {f"{side}, the base's own" if side == native else str(side): side
              for side in sides if side % 8 == 0}  # fmt: skip
     shares = sorted({0.8, 0.85, 0.9, 0.95, 0.98, config.keep_class or 0.95})
-    kept = {"with the λ above": _AS_WEIGHTED} | {f"{100 * share:g}%": share for share in shares}
+    kept = {"off, λ is fixed": _AS_WEIGHTED} | {f"{100 * share:g}%": share for share in shares}
     trained = {"denoiser": False, "denoiser and text encoder": True}
 
     def menu(label: str, options: dict[str, Any], value: Any) -> Any:
@@ -255,7 +255,7 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
         "prior_weight": slider(FloatSlider, "λ, prior weight", config.prior_weight, 0, 3),
         "keep_class": control(
             SelectionSlider,
-            "keep the class",
+            "adaptive λ",
             options=list(kept.items()),
             value=config.keep_class or _AS_WEIGHTED,
         ),
@@ -296,5 +296,5 @@ def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
     return (
         f"Training takes <b>{in_words(pace.seconds(config))}</b> on this machine, as measured: "
         f"{config.steps} steps of {pace.step:.2f} s{extra} and {checkpoints(config)} checkpoints "
-        f"of {pace.checkpoint:.1f} s. Drawing class images takes extra time.{memory}"
+        f"of {pace.checkpoint:.1f} s. Generating class images takes extra time.{memory}"
     )

@@ -100,14 +100,14 @@ class _TrainingPanel(Panel):
         self.bar.value = step.step
         prior = "" if step.prior_loss is None else f", prior loss {step.prior_loss:.3f}"
         if step.class_kept is not None:
-            self._kept = f", λ {step.prior_weight:.2g}, class kept {step.class_kept:.0%}"
+            self._kept = f", λ {step.prior_weight:.2g}, class loss ratio {step.class_kept:.0%}"
         self.status.value = (
             f"<b>Step {step.step} of {self.run.config.steps}, {self._time_left(step)} left.</b> "
             f"Instance loss {step.instance_loss:.3f}{prior}{self._kept}."
         )
         config = self.run.config
         if config.validate_every and due_steps(config, step.step, step.step + 1):
-            self.status.value += " The next step may also draw validation images."
+            self.status.value += " The next step may also generate validation images."
         if step.validation or (time.monotonic() - self._drawn_at) * _PLOT_TIME > self._seconds:
             self.draw()
 
