@@ -201,15 +201,16 @@ def run_training(run: Run) -> None:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    from dreambooth_lib.training.sampling import sample
+    from dreambooth_lib.training.sampling import iter_samples
 
+    run = runs.resume(arguments.run)
     folder, seeds = arguments.out or arguments.run / "samples", arguments.seeds
     with explain_disk_errors(folder / "00.png"):  # before the images are drawn
         folder.mkdir(parents=True, exist_ok=True)
     earlier = [re.fullmatch(r"(\d{2,9})-seed\d+\.png", file.name) for file in folder.iterdir()]
-    samples = sample(
-        runs.resume(arguments.run), arguments.prompts, seeds, at=arguments.at,
-        steps=arguments.steps, guidance_scale=arguments.guidance_scale,
+    samples = iter_samples(
+        run, arguments.prompts, seeds, at=arguments.at, steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
     )  # fmt: skip
     first = 1 + max((int(found[1]) for found in earlier if found), default=-1)
     for number, made in enumerate(samples):
@@ -219,19 +220,10 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
-    from dreambooth_lib.export import comfyui, pipeline_folder
+    from dreambooth_lib.export import comfyui
 
     run = runs.resume(arguments.run)
-    comfyui.check_exportable(run)
-    step = comfyui.step_to_export(run) if arguments.step is None else arguments.step
-    with (
-        explain_disk_errors(run.folder / "exports"),
-        TemporaryDirectory(dir=run.folder, prefix=".export-") as model,  # as large as its pipeline
-    ):
-        pipeline_folder.write_pipeline(run, step, Path(model))
-        show(comfyui.export(run, model, arguments.out or run.folder / "exports"))
+    show(comfyui.export_run(run, arguments.out or run.folder / "exports", arguments.step))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -272,7 +264,7 @@ def show(line: object) -> None:
 def main() -> None:
     arguments = parser().parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of a name
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     quiet()
     try:
         if arguments.command in ("train", "resume", "evaluate"):

@@ -50,12 +50,15 @@ class Request:
 
 @dataclass
 class FakeHub:
-    """Hold what is on the Hub and what was asked of it; ``refusals``: statuses by path part."""
+    """Hold what is on the Hub and what was asked of it.
+
+    ``refusals`` are statuses by path part, where it matters with what the Hub says of them.
+    """
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)  #: large files by their SHA-256
-    refusals: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, int | tuple[int, str]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     requests: list[Request] = field(default_factory=list)
     client: ProcessPoolExecutor | None = None
@@ -75,7 +78,8 @@ class _Answer(Exception):
     def __init__(self, status: int, error: str, code: str = "", **said: Any):
         self.status, self.headers = status, {"X-Error-Message": error}
         self.headers |= {"X-Error-Code": code} if code else {}
-        self.body = json.dumps({"error": error, **said}).encode()
+        page = error.startswith("<html>")  # as a proxy's
+        self.body = (error if page else json.dumps({"error": error, **said})).encode()
 
 
 def _oid(path: str, content: bytes) -> str:
@@ -101,7 +105,10 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 return
             try:
                 if refused is not None:
-                    raise _Answer(refused, "you may not")
+                    status, said = (
+                        refused if isinstance(refused, tuple) else (refused, "you may not")
+                    )
+                    raise _Answer(status, said)
                 status, headers, content = 200, *self.found(path, body)
             except _Answer as other:
                 status, headers, content = other.status, other.headers, other.body

@@ -19,8 +19,10 @@ from PIL import Image
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.hub_token import hub_token
+from dreambooth_lib.core.user_text import without_private
 from dreambooth_lib.data.images import DataError, read_photos
 from dreambooth_lib.data.subjects import load_subject
+from dreambooth_lib.families import hub_files
 from dreambooth_lib.notebook import colab, drive_worker
 
 TOKEN = "hf_notAToken"
@@ -145,13 +147,38 @@ def test_an_unknown_fault_of_the_secrets_is_not_hidden(fake_colab: FakeColab) ->
         hub_token()
 
 
-def test_the_token_is_not_printed_nor_kept(
-    fake_colab: FakeColab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_token_is_not_printed_and_leaves_the_environment_with_the_secret(
+    fake_colab: FakeColab, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    fake_colab.secrets["HF_TOKEN"] = TOKEN
+    for token in (TOKEN, f"{TOKEN}2"):  # the user may replace it
+        fake_colab.secrets["HF_TOKEN"] = token
+        hub_token()
+        assert [name for name, value in os.environ.items() if token in value] == ["HF_TOKEN"]
+    assert TOKEN not in without_private(repr(os.environ)) + "".join(capsys.readouterr())
+    del fake_colab.secrets["HF_TOKEN"]
     hub_token()
-    assert TOKEN not in repr(os.environ) + repr(vars(colab)) + "".join(capsys.readouterr())
+    assert "HF_TOKEN" not in os.environ
+    os.environ["HF_TOKEN"] = TOKEN  # the user's own
+    hub_token()
+    assert os.environ["HF_TOKEN"] == TOKEN
+
+
+def test_a_base_is_downloaded_with_a_secret_that_was_added_after_a_refusal(
+    fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def download(*given: str, revision: str | None, token: str | None = None) -> str:
+        if (token or os.environ.get("HF_TOKEN")) != TOKEN:
+            refusal = Exception("401")
+            refusal.response = SimpleNamespace(status_code=401)  # type: ignore[attr-defined]
+            raise refusal
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(KitError, match="your access is refused"):
+        hub_files.download("maker/base", "model_index.json", None)
+    fake_colab.secrets["HF_TOKEN"] = TOKEN
+    assert hub_files.download("maker/base", "model_index.json", None) == tmp_path
+    assert os.environ["HF_TOKEN"] == TOKEN, "where diffusers and transformers find it"
 
 
 # Uploads

@@ -2,13 +2,16 @@
 
 import ast
 import builtins
+import io
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import dreambooth_lib
 from dreambooth_lib import __main__ as command
@@ -17,6 +20,7 @@ from dreambooth_lib.core.errors import DEBUG, KitError, one_line
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.evaluation import demo
 from dreambooth_lib.export import comfyui
+from dreambooth_lib.families.base import Family
 from dreambooth_lib.notebook.widgets.training import Interrupted
 from dreambooth_lib.training import runs, setup
 from dreambooth_lib.training.loop import train
@@ -177,6 +181,39 @@ def test_samples_of_a_checkpoint_go_where_they_can_be_written(
             shell("sample", run, "a {} dog", "--seeds", 3, "--steps", 1, "--out", out)
 
 
+def test_each_sample_is_saved_before_the_next_is_drawn(
+    shell: Shell, tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit, match=r"error: .*mistyped"):
+        shell("sample", tmp_path / "mistyped", "a {} dog")
+    assert not (tmp_path / "mistyped").exists()
+    run = runs.start(make_config(tiny_sd1, photos, prior="none", steps=1), tmp_path / "run")
+    list(train(run))
+    draw, there = Family.generate, []
+
+    def one_more(*given: Any) -> Any:
+        there.append(len([*(run.folder / "samples").iterdir()]))
+        return draw(*given)
+
+    monkeypatch.setattr(Family, "generate", one_more)
+    monkeypatch.setattr(Family, "default_batch_size", 1)
+    shell("sample", run.folder, "a {} dog", "--seeds", 1, 2, 3, "--steps", 1)
+    assert there == [0, 1, 2]
+
+
+def test_each_line_is_in_a_pipe_at_once(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.BytesIO()
+
+    def step(_: object) -> None:
+        print("step 1")
+        assert pipe.getvalue() == b"step 1\n"
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, newline="\n"))
+    monkeypatch.setattr(command, "run_demo", step)
+    shell("demo")
+
+
 @pytest.mark.parametrize("command", ["demo", "figures"])
 def test_other_runs_are_not_deleted(
     command: str, shell: Shell, photos: str, make_config: Callable[..., TrainConfig],
@@ -198,7 +235,7 @@ def test_other_runs_are_not_deleted(
 
 def test_a_run_exports_what_its_pipeline_has(
     tiny_sd1: str, photos: str, make_config: Callable[..., TrainConfig], tmp_path: Path,
-    clip_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    clip_folder: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell,
 ) -> None:  # fmt: skip
     fields = {"prior": "none", "steps": 3, "checkpoint_every": 1, "early_stop": True,
               "validate_every": 3, "scorer": str(clip_folder)}  # fmt: skip
@@ -206,8 +243,19 @@ def test_a_run_exports_what_its_pipeline_has(
     monkeypatch.setattr(setup.Trainer, "_best_step", lambda _: 2)
     list(train(run))
     assert comfyui.step_to_export(run) == 2
-    shutil.rmtree(run.checkpoints()[2])
-    assert comfyui.step_to_export(run) == 3, "the newest, where that is gone"
+    shell("export", run.folder)
+    file = run.folder / "exports" / "run.safetensors"
+    said = shell("export", run.folder, "--step", 3)
+    other = file.with_name("run-000003.safetensors")
+    assert said.startswith(f"Wrote {other} (step 3, ") and file.exists()
+    of_2, of_3 = load_file(file), load_file(other)
+    assert any((of_3[name] != weight).any() for name, weight in of_2.items())
+    for folder in run.checkpoints().values():
+        shutil.rmtree(folder)
+    assert str(file) in shell("export", run.folder)
+    again = load_file(file)
+    assert again.keys() == of_2.keys(), "the pipeline, which is step 2"
+    assert all((again[name] == weight).all() for name, weight in of_2.items())
 
 
 def test_a_folder_above_that_cannot_be_made_is_the_disks_error() -> None:

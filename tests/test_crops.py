@@ -273,7 +273,9 @@ def test_samples_are_drawn_in_the_bucket_of_most_photos(
     plain = start_run("plain", "sd1", **fields | {"crop": "center"})
     list(train(plain))
     assert image_sizes.saved_size(plain) is None is image_sizes.saved_size(plain, 2)
-    assert "width" not in model_card.usage(plain, plain.pipeline)
+    assert "width=32, height=32" in model_card.usage(plain, plain.pipeline)
+    own = runs.Run(plain.folder, plain.config.replace(resolution=None))
+    assert "width" not in model_card.usage(own, own.pipeline), "the base's own size"
     shutil.rmtree(fields["subject"].photos)
     assert size(run) == size(run, 2) == PORTRAIT
     goal = run.pipeline / runs.GOAL_FILE

@@ -45,7 +45,7 @@ def study(
 ) -> Path:
     """Make a study of two λ and two steps."""
     folder = tmp_path_factory.mktemp("study")
-    config = make_config(tiny_sd1, photos).replace(scorer=str(clip_folder))
+    config = make_config(tiny_sd1, photos).replace(scorer=str(clip_folder), resolution=16)
     config = config.replace(subject=replace(config.subject, name=NAME))
     plan = ValidationPlan(class_images=2, unrelated=1, inference_steps=1)
     done = list(sweep(grid(config, prior_weight=[0.0, 1.0]), folder, [1, 2], plan))
@@ -119,11 +119,15 @@ def test_a_space_deletes_no_other_files(
     clone = tmp_path / "my-space"
     (clone / ".git").mkdir(parents=True)
     (clone / "settings.json").write_text("{}")
+    app = tmp_path / "my-space" / "app"  # of something else
+    app.mkdir()
+    (app / "settings.json").write_text("{}")
+    (app / "app.py").write_text("")
     monkeypatch.chdir(clone)
-    for folder in (clone, Path(".")):
-        with pytest.raises(ExportError, match=r"my-space holds other files, which would be"):
+    for folder in (clone, Path("."), app):
+        with pytest.raises(ExportError, match=r"my-space(/app)? holds other files, which would be"):
             space.write_space(gallery.find_runs([study]), folder)
-    assert (clone / ".git").is_dir()
+    assert (clone / ".git").is_dir() and (app / "app.py").exists()
 
 
 @contextmanager
@@ -151,6 +155,9 @@ def test_a_space_shows_the_study_and_draws(study: Path, tmp_path: Path) -> None:
     assert "torch==" in own and own.endswith("--index-url https://download.pytorch.org/whl/cpu")
     assert all_others.endswith("-r requirements.txt")  # which torch's CPU build then fulfils
     assert data_of(folder / "index.html")["draw"].startswith("a ")
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["width"], settings["height"]) == (16, 16)
+    assert space.write_space(gallery.find_runs([study]), folder) == folder, "an earlier one"
     with serving(folder) as address:
         with urlopen(f"{address}/") as answer:
             assert answer.read() == (folder / "index.html").read_bytes()

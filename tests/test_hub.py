@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.hub_token import hub_token
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.core.user_text import without_private
 from dreambooth_lib.export import comfyui, hub, model_card, pipeline_folder
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook import preflight
@@ -353,16 +355,23 @@ def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, fold
     ("part", "status", "said"),
     [
         ("repos/create", 401, "does not accept your token.*create a new one"),
-        ("repos/create", 403, "may not write to .*with write access"),
+        ("repos/create", 403, r"may not write to .* \(you may not\); create .*with write access"),
+        ("repos/create", (403, "Private storage limit reached."), "no room for .*limit reached.*;"),
         ("preupload", 403, "may not write to .*with write access"),
         ("objects/batch", 403, "may not write to .*with write access"),
         ("/upload/", 403, "may not write to .*with write access"),
         ("repos/create", 429, "limits your requests.*in a few minutes"),
         ("/commit/", 409, rf"refused '{NAME}' \(.*409.*\); check"),
+        (
+            "validate-yaml",
+            (503, "<html>later</html>"),
+            "could not be uploaded .*; check the network",
+        ),
+        ("validate-yaml", 400, r"refused '.*' \(Invalid metadata in README.md.*\); correct that"),
     ],
 )
 def test_a_refusal_is_one_sentence(
-    part: str, status: int, said: str, fake_hub: FakeHub, folder: Path
+    part: str, status: int | tuple[int, str], said: str, fake_hub: FakeHub, folder: Path
 ) -> None:
     fake_hub.refusals[part] = status
     with pytest.raises(hub.HubError, match=said) as raised:
@@ -378,8 +387,8 @@ def test_a_refusal_is_one_sentence(
         ("'hf_abcdefgh'", "a quotation mark"),
         ("hf_abc\ndefgh", "a space or a line break"),
         ("hf_abc defgh", "a space or a line break"),
-        ("hf_abcdéfgh", "a character that is no letter or digit"),
-        ("hf_abc\0defgh", "a character that is no letter or digit"),
+        ("hf_abcdéfgh", "a character that no token has"),
+        ("hf_abc\0defgh", "a character that no token has"),
     ],
 )
 def test_a_token_that_can_be_none_is_refused_without_showing_it(
@@ -390,6 +399,14 @@ def test_a_token_that_can_be_none_is_refused_without_showing_it(
         hub.push(folder, NAME)
     assert "abc" not in str(raised.value) and not fake_hub.requests
     assert hub.licence_of("maker/linked") == {}
+
+
+def test_a_token_of_the_hubs_browser_login_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_oauth_eyJhbGciOi.eyJzdWIi-_Q.sig_natu-re"
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    assert hub_token() == token
+    said = without_private(f"It was sent with {token}. The file is hf_dog.safetensors.")
+    assert said == "It was sent with [hidden]. The file is hf_dog.safetensors."
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_hub_is_asked(
@@ -452,6 +469,11 @@ def test_without_a_token_the_hubs_own_login_is_shown(
     monkeypatch.setattr(hub, "hub_token", lambda ask_again: None)
     assert not hub.login() and shown
     assert "Log in below" in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.notebook_login", lambda: 1 / 0)
+    with pytest.raises(
+        hub.HubError, match=r"login failed \(ZeroDivisionError.*; check the network"
+    ):
+        hub.login()
     monkeypatch.setattr(hub, "hub_token", lambda ask_again: TOKEN)
     assert hub.login() and len(shown) == 1
     assert TOKEN not in "".join(capsys.readouterr())

@@ -569,7 +569,7 @@ def test_the_command_judges_and_says_what_is_missing(
         return says("Score: 4" if len(images_in(messages)) > 1 else "no idea")
 
     with StandIn(reply) as api:
-        words = ("--vlm", "org/a-model", "--vlm-url", api.address, "--vlm-key", "NO_SUCH_KEY")
+        words = ("--vlm", "org/a-model", "--vlm-url", api.address, "--vlm-key-env", "NO_SUCH_KEY")
         said = command(*words)
         # Six images, unless some are alike; the prompt's question is asked three times.
         assert 4 <= len(api.requests) <= 6 + 6 * TRIES and {key for _, key in api.requests} == {
@@ -577,6 +577,10 @@ def test_the_command_judges_and_says_what_is_missing(
         }
         count = len(api.requests)
         assert command(*words) in said and len(api.requests) == count
+        for key in ("sk-a0b1c2d3", "abcdefghijklmnop"):
+            with pytest.raises(SystemExit, match="--vlm-key-env is no environment") as refused:
+                command(*words[:-1], key)
+            assert key not in str(refused.value) + "".join(capsys.readouterr())
         with pytest.raises(SystemExit, match="--vlm-url is given without a model"):
             command("--vlm-url", api.address)
     name = f"org/a-model by {rubric.VERSION}"

@@ -25,12 +25,13 @@ import dreambooth_lib as db
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.disk import DiskError
+from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation import scores, sweep_table, tables
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS
 from dreambooth_lib.evaluation.scores import REAL
 from dreambooth_lib.evaluation.tables import read_csv
-from dreambooth_lib.export import comfyui, model_card, pipeline_folder
+from dreambooth_lib.export import comfyui, model_card, pipeline_folder, zip_download
 from dreambooth_lib.families import loading
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.notebook import (
@@ -482,6 +483,24 @@ def test_a_run_that_got_its_name_without_drive_leaves_another_ones_backup_and_zi
     assert (drive / "patch_dog-2.zip").read_bytes() == b"today's"
     assert runs.resume(drive / "patch_dog-2").config.base == "toybox"
     assert len(list(drive.iterdir())) == 4
+
+
+def test_an_upload_that_is_stopped_costs_no_copy_on_drive(tmp_path: Path) -> None:
+    def stopped() -> bool:
+        raise KeyboardInterrupt
+
+    (tmp_path / "drive").mkdir()
+    (tmp_path / "dog.zip").write_bytes(b"a model")
+    scope: dict[str, Any] = {
+        "archive": tmp_path / "dog.zip", "drive": tmp_path / "drive", "run": None,
+        "zip_download": zip_download, "hub": SimpleNamespace(login=stopped, HubError=KitError),
+        "drive_worker": SimpleNamespace(place_on=lambda drive, run: drive / "dog"),
+    }  # fmt: skip
+    cells = map(source, codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text())))
+    (cell,) = [cell for cell in cells if "# @title Upload the model" in cell]
+    with pytest.raises(KeyboardInterrupt):
+        exec(cell.replace('HUB = ""', 'HUB = "me/my-dog"'), scope)
+    assert (tmp_path / "drive" / "dog.zip").read_bytes() == b"a model"
 
 
 def test_a_run_that_is_opened_by_its_name_has_its_own_base_checked(

@@ -21,6 +21,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.export import comfyui, model_card, pipeline_folder, zip_download
+from dreambooth_lib.export.comfyui_lora import ExportError
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.training import loop, runs, sampling, trainable
@@ -50,7 +51,7 @@ def denoiser(pipeline: Any) -> dict[str, torch.Tensor]:
 def test_the_checkpoint_is_what_plain_diffusers_reads(
     trained: Callable[..., Run], tmp_path: Path
 ) -> None:
-    run, folder = trained(), tmp_path / "models" / "my-dog"
+    run, folder = trained(resolution=16), tmp_path / "models" / "my-dog"
     archive = pipeline_folder.write_model(run, 2, folder)
     expected = denoiser(trainable.load_at_checkpoint(run, 2).pipeline)
     actual = denoiser(DiffusionPipeline.from_pretrained(folder))
@@ -68,6 +69,7 @@ def test_the_checkpoint_is_what_plain_diffusers_reads(
     code = model_card.usage(run, folder).splitlines()
     exec("\n".join(code[:-1]), scope)
     assert "a ohwx dog on the beach" in code[-1] and len(code) == 6
+    assert "width=16, height=16)" in code[-1], "the size it was trained at"
     assert denoiser(scope["pipeline"]).keys() == expected.keys()
 
 
@@ -114,10 +116,10 @@ def test_a_lora_is_exported_without_loading_its_base(
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
     ("family", "half", "asked"),
-    [("sd1", torch.float16, (50, 7.5)), ("flux", torch.bfloat16, (28, 3.5))],
+    [("sd1", torch.float16, (50, 7.5, 16, 16)), ("flux", torch.bfloat16, (28, 3.5, 16, 16))],
 )
 def test_the_lines_that_are_printed_draw_in_half_precision_where_there_is_a_gpu(
-    family: str, half: torch.dtype, asked: tuple[int, float], gpu: bool,
+    family: str, half: torch.dtype, asked: tuple[float, ...], gpu: bool,
     tiny_bases: Callable[[str], str], trained: Callable[..., Run], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -236,6 +238,19 @@ def test_the_lines_that_are_printed_give_plain_diffusers_the_new_word(
         assert torch.equal(actual, expected.get_input_embeddings().weight)
         assert "<rex>" in getattr(scope["pipeline"], f"tokenizer{number}").tokenize("a <rex> dog")
     assert 'hf_hub_download("this model\'s name", "word/token' in (folder / "README.md").read_text()
+
+
+def test_a_model_deletes_no_other_folder_that_has_one_too(
+    trained: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, mine = trained(), tmp_path / "mine"
+    pipeline_folder.write_pipeline(run, 2, mine)  # as any pipeline is
+    (mine / "README.md").write_text("mine")
+    with pytest.raises(ExportError, match="mine holds other files"):
+        pipeline_folder.write_model(run, 2, mine)
+    assert (mine / "README.md").read_text() == "mine"
+    for step in (2, 4):
+        pipeline_folder.write_model(run, step, tmp_path / "models")
 
 
 def test_an_older_model_stays_where_a_newer_one_cannot_be_written(

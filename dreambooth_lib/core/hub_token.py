@@ -1,5 +1,6 @@
 """Find the Hub's token: Colab's secret, or what huggingface_hub finds."""
 
+import os
 import re
 import sys
 from contextlib import suppress
@@ -16,12 +17,14 @@ def in_colab() -> bool:
 
 #: Whether the user did not answer when Colab asked for the secret; each time takes half a minute.
 _unanswered = False
+#: The secret that is in the environment by :func:`hub_token`, not by the user.
+_passed_on: str | None = None
 
-#: What a token has no place for, and how to call it.
+#: What a token has no place for, as it is a header of requests, and how to call it.
 _ODD = {
     r"['\"`´‘’‚“”„«»]": "a quotation mark",
     r"\s": "a space or a line break",
-    r"[^\w\-]|[^\x00-\x7f]": "a character that is no letter or digit",
+    r"[^!-~]": "a character that no token has",
 }
 
 
@@ -37,37 +40,45 @@ def place_of_token() -> str:
 def hub_token(ask_again: bool = False) -> str | None:
     """Return the Hub's token: Colab's secret, else huggingface_hub's, else None: anonymous.
 
-    It is read anew each time and kept nowhere; pass it to huggingface_hub and to nothing else.
+    It is read anew each time; pass it to huggingface_hub and to nothing else.
     Where the user did not answer Colab's question for the secret, it is asked once more only if
     ``ask_again``, as what needs a token does.
     huggingface_hub asks for the secret, too, but once a session: one that the user adds or grants
-    after that is not seen. Raises :class:`HubError`, which does not show it, for what can be no
-    token: it would fail as a header of a request.
+    after that is not seen. So Colab's secret is put into the environment variable of its name,
+    where every download and child process finds it. Raises :class:`HubError`, which does not show
+    it, for what can be no token: it would fail as a header of a request.
     """
-    token = _find_token(ask_again)
+    global _passed_on
+    from huggingface_hub import get_token
+
+    secret = _colab_secret(ask_again)
+    token = secret or get_token()
     for odd, name in _ODD.items():
         if token and re.search(odd, token):
             raise HubError(
                 f"your token has {name} in it; copy it again from "
                 f"https://huggingface.co/settings/tokens into {place_of_token()}."
             )
+    if secret:
+        os.environ[SECRET] = _passed_on = secret
     return token
 
 
-def _find_token(ask_again: bool) -> str | None:
+def _colab_secret(ask_again: bool) -> str | None:
+    """Return Colab's secret; if there is none, or none any more, take it from the environment."""
     global _unanswered
-    if in_colab() and (ask_again or not _unanswered):
-        from google.colab import userdata
+    if not in_colab() or (_unanswered and not ask_again):
+        return None
+    from google.colab import userdata
 
-        # NotebookAccessError: it is there, but not for this notebook
-        with suppress(userdata.SecretNotFoundError, userdata.NotebookAccessError):
-            try:
-                token = (userdata.get(SECRET) or "").strip()
-                _unanswered = False
-            except userdata.TimeoutException:
-                token, _unanswered = "", True
-            if token:
-                return token
-    from huggingface_hub import get_token
-
-    return get_token()
+    secret = ""
+    # NotebookAccessError: it is there, but not for this notebook
+    with suppress(userdata.SecretNotFoundError, userdata.NotebookAccessError):
+        try:
+            secret = (userdata.get(SECRET) or "").strip()
+            _unanswered = False
+        except userdata.TimeoutException:
+            _unanswered = True
+    if not secret and not _unanswered and os.environ.get(SECRET) == _passed_on:
+        os.environ.pop(SECRET, None)  # it was removed
+    return secret

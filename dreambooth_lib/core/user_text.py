@@ -22,7 +22,7 @@ _MARKUP = re.compile(
 )
 
 #: What the tokens of some services look like.
-TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[a-z]-)[\w-]{8,}")
+TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA|AIza|xox[a-z]-)[\w-]{8,}(\.[\w-]+)*")
 #: In an environment variable's name; "PWD" by itself is the working folder.
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|_PWD|CREDENTIAL", re.IGNORECASE)
 #: On Windows a user's name may have spaces; it then ends at the next separator.

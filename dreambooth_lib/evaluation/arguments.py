@@ -37,7 +37,10 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vlm-url", help="its OpenAI-compatible API: https://api.openai.com/v1")
     parser.add_argument(
-        "--vlm-key", default="OPENAI_API_KEY", help="the environment variable with the API's key"
+        "--vlm-key-env",
+        metavar="NAME",
+        default="OPENAI_API_KEY",
+        help="the name of the environment variable with the API's key",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"))
 

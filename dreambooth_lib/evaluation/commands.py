@@ -1,6 +1,8 @@
 """Run the commands ``evaluate`` and ``results``."""
 
 import argparse
+import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -65,5 +67,11 @@ def _judge(arguments: argparse.Namespace) -> Callable[[], VisionLanguageModel] |
         return None
     if arguments.vlm_url is None:
         return partial(LocalModel, arguments.vlm, join_group().device)
-    api = Endpoint(arguments.vlm_url, arguments.vlm, arguments.vlm_key)
+    variable = arguments.vlm_key_env
+    if variable not in os.environ and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
+        raise InputError(  # it may be the key, so it is not shown
+            "--vlm-key-env is no environment variable's name; put the key into a variable, and "
+            "give its name, such as OPENAI_API_KEY."
+        )
+    api = Endpoint(arguments.vlm_url, arguments.vlm, variable)
     return lambda: api

@@ -1,9 +1,11 @@
 """Export a run as the file that A1111 and ComfyUI load."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dreambooth_lib.core.config import origin
-from dreambooth_lib.core.disk import format_bytes
+from dreambooth_lib.core.disk import explain_disk_errors, format_bytes
+from dreambooth_lib.export import pipeline_folder
 from dreambooth_lib.export.comfyui_checkpoint import write_checkpoint
 from dreambooth_lib.export.comfyui_lora import ExportError, write_lora
 from dreambooth_lib.families import loading
@@ -28,27 +30,44 @@ def check_exportable(run: Run) -> None:
         )
 
 
-def step_to_export(run: Run) -> int:
-    """Return the step of a run's pipeline, or of its newest checkpoint where that is not kept.
+def step_to_export(run: Run) -> int | None:
+    """Return the step of a finished run's pipeline; None where it has no checkpoint of that step.
 
-    0 if there is none.
+    Of a run that has not finished, the newest checkpoint's; 0 if there is none.
     """
     checkpoints = run.checkpoints()
-    step = run.trained().get("step") if run.finished else None
-    return step if step in checkpoints else max(checkpoints, default=0)
+    if not run.finished:
+        return max(checkpoints, default=0)
+    step = run.trained().get("step")
+    return step if step in checkpoints else None
 
 
-def export(run: Run, model: str | Path, path: str | Path) -> str:
+def export_run(run: Run, path: str | Path, step: int | None = None) -> str:
+    """Write a run's pipeline, or its checkpoint of ``step``, as :func:`export` does."""
+    check_exportable(run)
+    of_checkpoint = step_to_export(run) if step is None else step
+    if of_checkpoint is None:
+        return export(run, run.pipeline, path)
+    with (
+        explain_disk_errors(run.folder / "exports"),
+        TemporaryDirectory(dir=run.folder, prefix=".export-") as model,  # as large as its pipeline
+    ):
+        pipeline_folder.write_pipeline(run, of_checkpoint, Path(model))
+        return export(run, model, path, step)
+
+
+def export(run: Run, model: str | Path, path: str | Path, step: int | None = None) -> str:
     """Write a run's exported model as the file that A1111 and ComfyUI load.
 
     ``model`` is its folder, as :func:`.pipeline_folder.write_pipeline` writes it; ``path`` is a
-    file that ends in ``.safetensors``, or a folder for a file of the run's name. Return a sentence
-    on which folder the file belongs in. Raises :class:`ExportError` as :func:`write_checkpoint`
-    and :func:`write_lora` do.
+    file that ends in ``.safetensors``, or a folder for a file of the run's name. ``step`` adds a
+    checkpoint's step to that name and to the sentence. Return a sentence on which folder the file
+    belongs in. Raises :class:`ExportError` as :func:`write_checkpoint` and :func:`write_lora` do.
     """
     path, config = Path(path), run.config
     if path.suffix != ".safetensors":
-        path = path / f"{run.folder.name}.safetensors"
+        number = "" if step is None else f"-{step:06d}"
+        path = path / f"{run.folder.name}{number}.safetensors"
     check_exportable(run)
     if config.method == "lora":
         write_lora(Path(model) / loading.LORA_FILE, path)
@@ -56,7 +75,8 @@ def export(run: Run, model: str | Path, path: str | Path) -> str:
     else:
         write_checkpoint(model, path)
         folders = "models/Stable-diffusion (A1111) or models/checkpoints (ComfyUI)"
-    message = f"Wrote {path} ({format_bytes(path.stat().st_size)})."
+    of_step = "" if step is None else f"step {step}, "
+    message = f"Wrote {path} ({of_step}{format_bytes(path.stat().st_size)})."
     if origin(config.base) == "toybox":
         message += (
             " Neither program can run it: they only know the sizes of the released Stable "

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dreambooth_lib.core.hub_refusals import status_of
+from dreambooth_lib.core.errors import one_line, printable
+from dreambooth_lib.core.hub_refusals import hub_error, status_of
 from dreambooth_lib.core.hub_token import HubError, hub_token, in_colab, place_of_token
 from dreambooth_lib.families.resolving import LORA_BASE_FILE, LORA_FILE
 from dreambooth_lib.families.textual_inversion import TOKEN_FILE
@@ -12,7 +13,7 @@ from dreambooth_lib.families.textual_inversion import TOKEN_FILE
 _ANSWERS = {
     401: "the Hub does not accept your token for '{name}'; create a new one with write access at "
     "https://huggingface.co/settings/tokens and put it into {place}.",
-    403: "your token may not write to '{name}'; create one with write access to it at "
+    403: "your token may not write to '{name}'{said}; create one with write access to it at "
     "https://huggingface.co/settings/tokens and put it into {place}.",
     429: "the Hub limits your requests, so '{name}' was not taken; try again in a few minutes.",
 }
@@ -34,15 +35,22 @@ _FILES_OF_A_MODEL = [
 def login() -> bool:
     """Return whether there is a token for the Hub; if not, show the Hub's own login below the cell.
 
-    The login keeps the token on this machine, where :func:`hub_token` finds it.
+    The login keeps the token on this machine, where :func:`hub_token` finds it. Raises
+    :class:`HubError` where the Hub's login cannot be shown.
     """
     if hub_token(ask_again=True) is not None:
         return True
     from huggingface_hub import notebook_login
 
-    secret = f", or add {place_of_token()}" if in_colab() else ""
-    print(f"Log in below with a token with write access{secret}; then run this cell again.")
-    notebook_login()
+    secret = f", or put a token with write access into {place_of_token()}" if in_colab() else ""
+    print(f"Log in below as the Hub asks you to{secret}; then run this cell again.")
+    try:
+        notebook_login()
+    except Exception as error:  # of many kinds, by its version
+        raise HubError(
+            f"the Hub's login failed ({one_line(error)[:200]}); check the network and run this "
+            f"cell again{secret}."
+        ) from error
     return False
 
 
@@ -55,7 +63,7 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
     folder or a token, or if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     if not Path(folder).is_dir():
         raise HubError(f"{folder} is not a folder; give the folder of a model.")
@@ -75,21 +83,40 @@ def push(folder: str | Path, name: str, private: bool = True) -> str:
             commit_message="DreamBooth pipeline",
             delete_patterns=_FILES_OF_A_MODEL,
         )
-    except (RuntimeError, HFValidationError, OSError, *network) as error:
-        if answer := _ANSWERS.get(status_of(error) or 0):
-            raise HubError(answer.format(name=name, place=place)) from error
-        cause = (isinstance(error, RuntimeError) and error.__cause__) or error
-        message = (str(cause).splitlines() or [type(cause).__name__])[0]
-        if isinstance(cause, (HfHubHTTPError, HFValidationError)):
-            raise HubError(
-                f"the Hub refused '{name}' ({message}); check that the name is your-name/model "
-                "and that your token has write access to it."
-            ) from error
-        raise HubError(
-            f"'{name}' could not be uploaded to the Hub ({message}); check the network and try "
-            "again: files that are already there are not uploaded twice."
-        ) from error
+    except (RuntimeError, ValueError, OSError, *network) as error:
+        raise HubError(_refusal(error, name, place)) from error
     return str(repository)
+
+
+def _refusal(error: BaseException, name: str, place: str) -> str:
+    """Say why ``name`` could not be uploaded, and what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    status, said = status_of(error), getattr(hub_error(error), "server_message", None)
+    said = printable(f" ({said})")[:300] if said else ""
+    if status == 403 and "storage" in said.lower():
+        return (
+            f"your storage on the Hub has no room for '{name}'{said}; delete models there that you "
+            "no longer need, and upload again."
+        )
+    if answer := _ANSWERS.get(status or 0):
+        return answer.format(name=name, place=place, said=said)
+    if type(error) is ValueError:  # huggingface_hub's own, of the card that the Hub has checked
+        return (
+            f"the Hub refused '{name}' ({printable(str(error))[:300]}); correct that, and upload "
+            "again."
+        )
+    cause = (isinstance(error, RuntimeError) and error.__cause__) or error
+    message = (str(cause).splitlines() or [type(cause).__name__])[0]
+    if isinstance(cause, (HfHubHTTPError, HFValidationError)):
+        return (
+            f"the Hub refused '{name}' ({message}); check that the name is your-name/model "
+            "and that your token has write access to it."
+        )
+    return (
+        f"'{name}' could not be uploaded to the Hub ({message}); check the network and try "
+        "again: files that are already there are not uploaded twice."
+    )
 
 
 def licence_of(base: str) -> dict[str, Any]:
@@ -99,12 +126,12 @@ def licence_of(base: str) -> dict[str, Any]:
     nothing.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     network: Any = HfHubHTTPError.__bases__  # those of its HTTP library, which is one of two
     try:
         model = HfApi(token=hub_token() or False).model_info(base, timeout=5.0)
-    except (OSError, HubError, HFValidationError, *network):
+    except (OSError, ValueError, *network):
         return {}
     card: Any = model.card_data or {}
     fields = {name: card.get(name) for name in ("license", "license_name", "license_link")}

@@ -99,7 +99,7 @@ def usage(run: Run, model: str | Path, base: str = "", dtype_name: str = DTYPE) 
         settings = (
             f", num_inference_steps={inference.steps}, guidance_scale={inference.guidance_scale:g}"
         )
-        if size := image_sizes.saved_size(run):
+        if size := image_sizes.size_of_images(run):
             settings += ", width={}, height={}".format(*size)
     except loading.BaseError:  # a LoRA's base is missing: leave it to the pipeline's defaults
         dtype, settings = "float16", ""

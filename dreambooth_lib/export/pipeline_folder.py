@@ -9,11 +9,8 @@ from dreambooth_lib.export.comfyui_lora import ExportError
 from dreambooth_lib.export.zip_download import zip_folder
 from dreambooth_lib.families.loading import LORA_BASE_FILE
 from dreambooth_lib.families.precision import save_pipeline
-from dreambooth_lib.families.resolving import LORA_FILE
 from dreambooth_lib.training import lora, trainable
 from dreambooth_lib.training.runs import Run
-
-_ADAPTED = ("unet", "transformer")  #: where peft's other adapters are
 
 
 def write_model(run: Run, step: int, folder: str | Path, photos: bool = False) -> Path:
@@ -23,7 +20,7 @@ def write_model(run: Run, step: int, folder: str | Path, photos: bool = False) -
     they are complete; on failure an older one stays as it was. Raises ``RunError`` if the run has
     no checkpoint or no validation at that step, and ``ExportError`` as :func:`check_replaceable`.
     """
-    check_replaceable(folder, ("model_index.json", LORA_FILE, LORA_BASE_FILE, *_ADAPTED))
+    check_replaceable(folder, ("README.md", "samples.png", "curves.png"))  # as the card has them
     with replacing_folder(Path(folder)) as partial:
         write_pipeline(run, step, partial)
         model_card.write_card(run, step, partial, photos)
@@ -33,11 +30,11 @@ def write_model(run: Run, step: int, folder: str | Path, photos: bool = False) -
 def check_replaceable(folder: str | Path, made: Collection[str]) -> None:
     """Raise :class:`ExportError` for a folder of other files, which an export would delete.
 
-    An earlier export has one of the files that are ``made``.
+    An earlier export has all of the files that are ``made``; other folders may have some.
     """
     folder = Path(folder)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and (".git" in names or names.isdisjoint(made)):
+    if names and (".git" in names or not names.issuperset(made)):
         raise ExportError(
             f"{folder} holds other files, which would be deleted; choose a new folder, and copy "
             "its files where you want them."

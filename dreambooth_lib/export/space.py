@@ -13,9 +13,11 @@ from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.export import gallery, pipeline_folder, space_app
 from dreambooth_lib.training.best_checkpoint import best_checkpoint
+from dreambooth_lib.training.image_sizes import size_of_images
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import inference_settings
 
+_OWN = ("settings.json", "app.py", "Dockerfile", "index.html")  #: by which an earlier one is known
 _DOCKERFILE = """\
 FROM python:3.12-slim
 RUN useradd --create-home --uid 1000 user
@@ -50,7 +52,7 @@ def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) 
     ``ExportError`` for a folder of other files.
     """
     folder = Path(folder).resolve()
-    pipeline_folder.check_replaceable(folder, ("settings.json",))
+    pipeline_folder.check_replaceable(folder, _OWN)
     run = gallery.best_run(study)
     if run.config.method == "lora":
         raise InputError(
@@ -60,6 +62,8 @@ def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) 
     chosen, kept = best_checkpoint(run).step, run.checkpoints()
     own = inference_settings(run.config)
     settings = {"num_inference_steps": own.steps, "guidance_scale": own.guidance_scale}
+    if size := size_of_images(run):
+        settings["width"], settings["height"] = size
     with replacing_folder(folder) as partial:
         gallery.write_gallery(study, partial / "index.html", photos, _first_prompt(run))
         step = chosen if chosen in kept else max(kept, default=chosen)

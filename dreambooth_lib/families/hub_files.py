@@ -19,12 +19,18 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    except Exception as error:  # huggingface_hub raises many kinds for the same problem
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise _unreachable(repository, error) from error
+    token = None
+    while True:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision, token=token))
+        except Exception as error:  # huggingface_hub raises many kinds for the same problem
+            if isinstance(error, EntryNotFoundError) and not isinstance(
+                error, LocalEntryNotFoundError
+            ):
+                return None
+            # Colab's secret may be newer than what huggingface_hub knows of it.
+            if token or status_of(error) != 401 or not (token := hub_token()):
+                raise _unreachable(repository, error) from error
 
 
 @contextmanager

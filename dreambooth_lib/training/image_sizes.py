@@ -66,6 +66,12 @@ def saved_size(run: Run, step: int | None = None) -> Size | None:
     return None
 
 
+def size_of_images(run: Run) -> Size | None:
+    """Return the size in which a run's pipeline draws its images; None for its base's own."""
+    side = run.config.resolution
+    return saved_size(run) or (None if side is None else (side, side))
+
+
 def fit_to_run(family: Family, source: Run | TrainConfig, step: int | None = None) -> None:
     """Let a family draw as a run's own images are, or will be: in the bucket of most photos."""
     config = source.config if isinstance(source, Run) else source

@@ -1,7 +1,7 @@
 """Draw images from a base or a run by seed, through its own diffusers pipeline."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -71,6 +71,26 @@ def sample(
     not read is left out with a warning. Raises ``InputError`` for what cannot be drawn, and
     :class:`RunError` for a run that has not finished.
     """
+    return list(
+        iter_samples(
+            source, prompts, seeds, at=at, steps=steps, guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt, batch_size=batch_size,
+        )
+    )  # fmt: skip
+
+
+def iter_samples(
+    source: "Run | Family | str",
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    at: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    batch_size: int | None = None,
+) -> Iterator[Sample]:
+    """Draw as :func:`sample` does, and yield the images of each batch as soon as it is drawn."""
     _check_asked(prompts, seeds, steps)
     subject = source.config.subject if isinstance(source, Run) else None
     family = load_source(source, at)
@@ -87,19 +107,17 @@ def sample(
         warnings.warn(
             f"The negative prompt '{negative_prompt}' is left out: '{family.name}' reads none at "
             f"guidance scale {guidance_scale:g}.",
-            stacklevel=2,
+            stacklevel=3,
         )
         negative_prompt = ""
     for prompt in (*filled, negative_prompt):
         if message := warning_of_length(prompt, family.tokenizers, family.how_to_read_more):
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)
     pairs = [(prompt, seed) for prompt in filled for seed in seeds]
-    samples = []
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
         images = family.generate(part, steps, guidance_scale, negative_prompt)
-        samples += [Sample(p, s, image) for (p, s), image in zip(part, images, strict=True)]
-    return samples
+        yield from (Sample(p, s, image) for (p, s), image in zip(part, images, strict=True))
 
 
 def _check_asked(prompts: object, seeds: object, steps: object) -> None:
