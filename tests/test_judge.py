@@ -584,7 +584,7 @@ def test_the_command_judges_and_says_what_is_missing(
         with pytest.raises(SystemExit, match="--vlm-url is given without a model"):
             command("--vlm-url", api.address)
     name = f"org/a-model by {rubric.VERSION}"
-    assert f"concept preservation ↑ ({name})" in said and "1.000 [1.000, 1.000]" in said
+    assert f"concept preservation (VLM) ↑ ({name})" in said and "1.000 [1.000, 1.000]" in said
     assert f"{name} gave no score to 6 of 12 questions; its words are in `judge`." in said
     judged = [row for row in read_csv(out / "scores.csv") if row.encoder == name]
     assert [(row.measure, row.value) for row in judged] == [("concept_preservation", 1.0)] * 6
