@@ -422,7 +422,7 @@ def test_a_caption_that_the_base_does_not_read_to_its_end_is_told(
     first = sorted(path.stem for path in (tmp_path / "captioned").iterdir())[0]
     (tmp_path / "captioned" / f"{first}.txt").write_text("a {} dog " + "in the snow " * 4)
     subject = Subject(str(tmp_path / "captioned"), "dog")
-    with pytest.warns(UserWarning, match=rf"the caption of {first}.* is cut before '.*snow'"):
+    with pytest.warns(UserWarning, match=rf"the caption of {first}.* is cut off before '.*snow'"):
         trained(start_run("run", "sd1", subject=subject))
 
 
