@@ -678,7 +678,7 @@ def test_a_cell_run_before_its_time_names_the_one_to_run_first() -> None:
     _, _, *cells = map(source, codes(json.loads(NOTEBOOKS["01_dreambooth"].read_text())))
     for cell in cells[:-1]:  # the last one needs nothing
         with pytest.raises(
-            order.OutOfOrder, match=r'"[1-8]\. [^"]*" set; run those first. After a'
+            order.OutOfOrder, match=r'"[1-8]\. [^"]*" defines; run its cells first. After a'
         ):
             exec(cell, {})
     (training,) = [cell for cell in cells if "widgets.monitor" in cell]
