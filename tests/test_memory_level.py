@@ -264,7 +264,8 @@ def test_two_processes_train_at_the_level_of_the_first(tiny_config: Make, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")]
-    assert sorted(lines) == ["0 standard True", "1 standard True"]
+    expected = ["0 standard True", "1 standard True"]
+    assert sorted(lines) == expected, (done.stdout, done.stderr[-2000:])
     assert done.stdout.count("The run trains with memory") == 1
 
 
