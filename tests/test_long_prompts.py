@@ -170,7 +170,9 @@ def test_a_run_with_long_captions_trains_validates_and_draws(
     images = [db.sample(run, [text + end], [0])[0].image.tobytes() for end in ("", " cat cat")]
     assert images[0] != images[1]
     plain = db.start(config.replace(prompt_chunks=1), tmp_path / "plain")
-    with pytest.warns(UserWarning, match=r"of its \d+ tokens it reads \d+.*set prompt_chunks to 3"):
+    with pytest.warns(
+        UserWarning, match=r"it has \d+ tokens and the base reads \d+.*set prompt_chunks to 3"
+    ):
         list(db.train(plain))
 
 
