@@ -89,6 +89,8 @@ def test_a_bank_is_filled_scored_and_judged(
         assert one.unrelated_drift == pytest.approx(row["unrelated_drift"], abs=2e-4)
     lines = (tmp_path / "validations.jsonl").read_text().splitlines()
     shutil.rmtree(tmp_path / "full")
+    studies.fill_bank(subjects, tmp_path, list(kinds), Here())
+    assert not (tmp_path / "full").exists(), "a run whose rows are there is not trained again"
     trust.score_bank(tmp_path, tmp_path / "validations.jsonl")
     again = (tmp_path / "validations.jsonl").read_text().splitlines()
     assert sorted(again) == sorted(lines), "rows of runs that are elsewhere stay"

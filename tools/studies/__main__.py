@@ -114,12 +114,19 @@ def fill_bank(
     executor: Executor,
     seeds: int | None = None,
 ) -> None:
-    """Fill the bank of images, the first seed of all subjects first, and score it."""
+    """Fill the bank of images, the first seed of all subjects first, and score it.
+
+    Runs that ``validations.jsonl`` already has in full are not trained again.
+    """
+    scored = trust.scored_steps(out / "validations.jsonl")
     futures = {
         executor.submit(bank.fill, out, kind, subject, seed): f"{kind} {subject.name} {seed}"
         for seed in range(seeds or SEEDS)
         for kind in kinds
         for subject in subjects
+        if not scored[kind, subject.name, seed].issuperset(
+            bank.steps_of(bank.config_of(kind, subject, seed))
+        )
     }
     for done, future in enumerate(as_completed(futures), 1):
         future.result()

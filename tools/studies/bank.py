@@ -71,17 +71,26 @@ def subjects() -> dict[str, Subject]:
     return every
 
 
+def config_of(kind: str, subject: Subject, seed: int) -> TrainConfig:
+    """Return the config of one run of the bank."""
+    config = kinds()[kind](TrainConfig.auto(subject, seed=seed, early_stop=False))
+    return config.replace(validate_every=EVERY, checkpoints_kept=10_000)
+
+
+def steps_of(config: TrainConfig) -> range:
+    """Return the steps whose checkpoints are drawn."""
+    return range(EVERY, config.steps + 1, EVERY)
+
+
 def fill(bank: Path, kind: str, subject: Subject, seed: int) -> None:
     """Train one run of the bank and draw its checkpoints; what is there already stays."""
     torch.set_num_threads(1)
-    config = kinds()[kind](TrainConfig.auto(subject, seed=seed, early_stop=False))
-    config = config.replace(validate_every=EVERY, checkpoints_kept=10_000)
+    config = config_of(kind, subject, seed)
     base = bank / "base" / subject.name / "000000.npz"
     if not base.exists():
         save(base, draw(loading.load_model("toybox"), config, plans(config)))
     place = bank / kind / subject.name / f"seed{seed}"
-    steps = range(EVERY, config.steps + 1, EVERY)
-    missing = [step for step in steps if not (place / f"{step:06d}.npz").exists()]
+    missing = [step for step in steps_of(config) if not (place / f"{step:06d}.npz").exists()]
     if not missing:
         return
     folder = place / "run"

@@ -74,6 +74,14 @@ def score_bank(folder: Path, file: Path = ROWS) -> None:
     replace_file(file, ("\n".join(kept + lines) + "\n").encode())
 
 
+def scored_steps(file: Path) -> defaultdict[tuple[str, str, int], set[int]]:
+    """Return the steps that have rows, by kind, subject and seed."""
+    steps: dict[tuple[str, str, int], set[int]] = defaultdict(set)
+    for line in file.read_text().splitlines() if file.exists() else ():
+        steps[_run_of(line)].add(json.loads(line)["step"])
+    return steps
+
+
 def _run_of(line: str) -> tuple[str, str, int]:
     fields = json.loads(line)
     return fields["kind"], fields["subject"], fields["seed"]
