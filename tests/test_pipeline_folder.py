@@ -113,6 +113,26 @@ def test_a_lora_is_exported_without_loading_its_base(
             assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "flux"])
+def test_a_text_encoders_lora_has_the_names_that_every_version_of_transformers_reads(
+    family: str, tiny_bases: Callable[[str], str], trained: Callable[..., Run]
+) -> None:
+    """From 5.6 on, transformers' own names of CLIP's layers lack ``text_model.``."""
+    base = tiny_bases(family)
+    run = trained(base=base, method="lora", train_text_encoder=True, resolution=16, steps=1)
+    weights = load_file(run.pipeline / "pytorch_lora_weights.safetensors")
+    names = {key for key in weights if key.startswith("text_encoder")}
+    assert names
+    for name in names:
+        assert re.match(r"text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.", name), name
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(run.pipeline)
+    for name in {key.split(".")[0] for key in names}:
+        state = getattr(pipeline, name).state_dict()
+        loaded = [key for key in state if "lora" in key]
+        assert len(loaded) == sum(key.startswith(f"{name}.") for key in names)
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
     ("family", "half", "asked"),

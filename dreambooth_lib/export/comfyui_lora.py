@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import replacing_file
-from dreambooth_lib.export.original_names import clip_name, unet_name
+from dreambooth_lib.export.original_names import unet_name
+from dreambooth_lib.training.lora import clip_name
 
 _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 #: The layout of SDXL's U-Net, for which kohya uses the original names.

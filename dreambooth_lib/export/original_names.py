@@ -12,6 +12,8 @@ from typing import Any
 
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 
+from dreambooth_lib.training.lora import clip_name
+
 _TABLES: dict[str, Any] = DIFFUSERS_TO_LDM_MAPPING
 _UNET, _VAE = ChainMap(*_TABLES["unet"].values()), _TABLES["vae"]
 _OPEN_CLIP, _OPEN_CLIP_LAYER = _TABLES["openclip"]["layers"], _TABLES["openclip"]["transformer"]
@@ -101,15 +103,6 @@ def _vae_name(name: str, config: Mapping[str, Any]) -> str:
         case _:
             raise KeyError(name)
     return ".".join([place, *rest])
-
-
-def clip_name(name: str) -> str:
-    """Return OpenAI's name of a text encoder's module or tensor, which begins with ``text_model.``.
-
-    transformers leaves this prefix out from version 5.6 on where the model has no projection.
-    """
-    bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
-    return f"text_model.{name}" if bare else name
 
 
 def _open_clip_name(name: str) -> str:

@@ -156,7 +156,20 @@ def _save_for_diffusers(family: Family, adapted: dict[str, torch.nn.Module], fol
     for name, module in adapted.items():
         weights = get_peft_model_state_dict(module, save_embedding_layers=False)
         # On a base without its weights, layers that no conditioning uses have no adapter to save.
-        saved[f"{name}_lora_layers"] = {key: w for key, w in weights.items() if not w.is_meta}
+        rename = clip_name if name.startswith("text_encoder") else str
+        saved[f"{name}_lora_layers"] = {
+            rename(key): weight for key, weight in weights.items() if not weight.is_meta
+        }
         adapter = without_paths(module.peft_config["default"].to_dict())  # type: ignore[index, union-attr]
         saved[f"{name}_lora_adapter_metadata"] = adapter
     family.pipeline.save_lora_weights(folder, **saved)
+
+
+def clip_name(name: str) -> str:
+    """Return a CLIP text encoder's module or tensor by its usual name, with ``text_model.``.
+
+    transformers leaves this prefix out from version 5.6 on where the model has no projection.
+    Earlier versions and other programs ignore a LoRA's tensors without it; diffusers reads both.
+    """
+    bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
+    return f"text_model.{name}" if bare else name
