@@ -89,7 +89,7 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeColab:
     monkeypatch.setitem(sys.modules, "google.colab", package)
     monkeypatch.setattr(drive_worker, "_under_way", {})
     monkeypatch.setattr(colab, "MOUNT", fake.mount_point)
-    monkeypatch.setattr(hub_token, "_unanswered", False)
+    monkeypatch.setattr(hub_token, "_asked_in_vain", False)
     monkeypatch.setattr(hub_token, "_passed_on", None)
     monkeypatch.setenv("HF_TOKEN", "")  # such that it is as before after the test
     monkeypatch.delenv("HF_TOKEN")

@@ -16,7 +16,7 @@ from drive_faults import run as run
 from dreambooth_lib.core import disk
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.notebook import drive_copy
+from dreambooth_lib.notebook import drive_backup, drive_copy
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import has_finished, restore
 from dreambooth_lib.training import runs
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_the_drive_damages_replaces_no_sound_one(
 
 
 def test_a_run_is_restored_from_the_newest_sound_checkpoint(
-    run: Run, drive: Path, tmp_path: Path
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backup(run, drive / "my-dog")
     there = drive / "my-dog" / "checkpoints"
@@ -202,6 +202,9 @@ def test_a_run_is_restored_from_the_newest_sound_checkpoint(
     with pytest.warns(UserWarning, match="of step 200 in .* is damaged; .* restored at step 100"):
         back = restore(drive / "my-dog", tmp_path / "back")
     assert list(back.checkpoints()) == [100]
+    shutil.copytree(drive / "my-dog", drive / "another")
+    monkeypatch.setattr(drive_backup, "SESSION", "0" * 32)  # as after a disconnect
+    assert backup(back, drive / "another") is None and steps_there(drive / "another") == [100]
     flip_a_bit(there / "000100" / "state.json")
     with pytest.raises(CheckpointError, match="delete its folder there"):
         restore(drive / "my-dog", tmp_path / "other")

@@ -1013,6 +1013,33 @@ def test_the_slider_steps_through_validations_and_marks_the_best(
     there.rename(here)
 
 
+def open_images() -> int:
+    """Return how many image widgets are held by whatever holds them."""
+    gc.collect()
+    return sum(type(found) is Image for found in gc.get_objects())
+
+
+def test_images_that_are_no_longer_shown_are_not_held(
+    started: Callable[..., Run], tiny_sd2: str, make_config: Make, tmp_path: Path
+) -> None:
+    run = started()
+    list(loop.train(run))
+    slider, play = widgets.CheckpointSlider(run), widgets.compare_with_base(run)
+    play.steps.value = 5
+    play.draw()
+    photos = Path(save_photos(tmp_path / "max", 3))
+    (photos / "0.txt").write_text("a {} dog")
+    subject = widgets.SubjectPanel(make_config(tiny_sd2, str(photos)), tmp_path / "uploads")
+    before = open_images()
+    for step in (0, 2, 4, slider.best.step):
+        slider.slider.value = step
+        play = widgets.compare_with_base(run, earlier=play)
+        subject.captions.opened.value = not subject.captions.opened.value
+        subject.class_noun.value = f"dog{step}"
+    assert len(images(play.entries)) == 2 and len(images(subject.captions)) == 3
+    assert open_images() == before
+
+
 def test_a_step_without_weights_is_view_only(started: Callable[..., Run]) -> None:
     run = started(validate_every=1, checkpoints_kept=1)
     list(loop.train(run))
