@@ -198,6 +198,18 @@ def test_an_upload_is_a_folder_that_a_subject_loads_from(
     assert subject.photos == str(folder) and len(read_photos(subject.photos)) == 2
 
 
+def test_photos_that_are_uploaded_again_keep_their_names(
+    fake_colab: FakeColab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_colab.uploads = PHOTOS
+    (tmp_path / "red.png").write_bytes(b"dragged into the Files panel")
+    first = colab.upload("photos")
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == PHOTOS
+    assert colab.upload("photos") == first and Path.cwd() == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "red.png"]
+
+
 def test_outside_colab_there_is_no_upload(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="load_subject"):
         colab.upload(tmp_path)

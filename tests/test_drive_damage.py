@@ -129,19 +129,22 @@ def test_a_bad_config_hides_no_other_run(run: Run, drive: Path, text: str) -> No
 def test_duplicates_that_drive_makes_are_passed_over(run: Run, drive: Path, tmp_path: Path) -> None:
     photos = Path(run.config.subject.photos)
     shutil.copyfile(photos / "1.png", photos / "2 (1).png")  # a photo of the user's own
+    for name in ("2.txt", "2 (1).txt"):
+        (photos / name).write_text("a {} dog")
     backup(run, drive / "my-dog")
     there = drive / "my-dog"
     shutil.copytree(there / "checkpoints" / "000200", there / "checkpoints" / "000200 (1)")
     shutil.copyfile(there / "config.toml", there / "config (1).toml")
     shutil.copyfile(there / "log.jsonl", there / "log (2).jsonl")
     shutil.copyfile(there / "photos" / "0.png", there / "photos" / "0 (1).png")
+    shutil.copyfile(there / "photos" / "2.txt", there / "photos" / "2 (3).txt")
     found = newest(drive)
     assert found is not None and found.step == 200
     back = restore(there, tmp_path / "back")
     assert not list(back.folder.rglob("*(1).toml")) + list(back.folder.rglob("log (2)*"))
     assert list(back.checkpoints()) == [200]
     names = sorted(path.name for path in Path(back.config.subject.photos).iterdir())
-    assert names == ["0.png", "1.png", "2 (1).png", "2.png"]
+    assert names == ["0.png", "1.png", "2 (1).png", "2 (1).txt", "2.png", "2.txt"]
     assert backup(run, there) is None
     assert [path.name for path in (there / "checkpoints").iterdir()] == ["000200"]
 

@@ -576,6 +576,29 @@ def test_on_colab_the_panel_points_to_colabs_upload(
         panel.check()
 
 
+def test_after_an_interrupted_upload_the_first_photos_are_not_trained_on(
+    fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
+    with monkeypatch.context() as patch:
+        patch.setattr("google.colab.files.upload", stop)
+        with pytest.raises(KeyboardInterrupt):
+            panel.upload_on_colab()
+        with pytest.raises(DataError, match="no photos are chosen; run the cell of section 2"):
+            _ = panel.config
+    panel.reload()  # as the cell does when it is run again
+    fake_colab.uploads = {"d.png": png("red")}
+    panel.upload_on_colab()
+    monkeypatch.setattr("google.colab.files.upload", stop)
+    with pytest.raises(KeyboardInterrupt):
+        panel.upload_on_colab()
+    assert Path(panel.config.subject.photos).parent == tmp_path / "uploads", "the user's own stay"
+
+
 # The settings
 
 
