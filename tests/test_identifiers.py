@@ -61,6 +61,49 @@ def test_check_identifier(tokenizer: Any) -> None:
     assert "guns" in bad
 
 
+def _starting(mark: str) -> Any:
+    """Make a tokenizer whose tokens have a mark where a word starts, as Qwen's and T5's have."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary, merges = [mark, *(chr(code) for code in range(33, 127))], []
+    frequent = ["a", "dog", "cat", "red", "toy", "vase", "bowl", "shoe", "clock", "candle", "berry",
+                "glasses", "fancy", "pink", "wolf", "sloth", "grey"]  # fmt: skip
+    for word in [*frequent, "tuk", "sks", "qzv", "bcdfg"]:
+        start = mark
+        for letter in word:
+            if start + letter not in vocabulary:
+                merges.append((start, letter))
+                vocabulary.append(start + letter)
+            start += letter
+    made = Tokenizer(models.BPE({token: n for n, token in enumerate(vocabulary)}, merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = byte_level if mark == "Ġ" else pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("mark", ["Ġ", "▁"])
+def test_words_whose_start_is_marked_are_suggested_and_judged_after_a_space(mark: str) -> None:
+    tokenizer = _starting(mark)
+    assert tokenizer.tokenize("a qzv")[1:] == [f"{mark}qzv"]
+    assert rare_identifiers(tokenizer)[:2] == ["qzv", "tuk"]  # and not "bcdf", a start
+    assert check_identifier("qzv", tokenizer) == []
+    (several,) = check_identifier("dogqzv", tokenizer)
+    assert f"is 4 tokens ({mark}dog, q, z, v)" in several
+    assert several.endswith("choose one from the list.")
+
+
+def test_no_list_is_named_where_no_word_can_be_suggested() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"a": 0, "dog": 1, "?": 2}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert rare_identifiers(tokenizer) == []
+    assert "list" not in "".join(check_identifier("ohwx!", tokenizer))
+
+
 def test_all_identifiers_of_toybox_are_suggested(tmp_path: Path) -> None:
     toybox = save_tokenizer(tmp_path)
     words = rare_identifiers(toybox)

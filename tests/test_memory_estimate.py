@@ -341,5 +341,7 @@ def test_savings_are_suggested_with_the_memory_they_take(tiny_config: Make) -> N
     config = tiny_config("sd1", memory="standard", batch_size=4, lora_rank=1)
     text = suggest_savings(config, "fp16")
     assert "memory 'low' (" in text and "method 'lora' (" in text and "resolution" not in text
-    assert "resolution 32 (" in suggest_savings(config.replace(resolution=64), "fp16")
+    large = config.replace(resolution=64)
+    assert "resolution 32 (" in suggest_savings(large, "fp16", room=0)
+    assert suggest_savings(large, "fp16").count(" GiB)") == 3, "no more than these were needed"
     assert "GiB as it is" in text

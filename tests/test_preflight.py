@@ -29,6 +29,7 @@ XL = "stabilityai/stable-diffusion-xl-base-1.0"
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 FLUX = "black-forest-labs/FLUX.1-dev"
 Z = "Tongyi-MAI/Z-Image"
+KLEIN = "black-forest-labs/FLUX.2-klein-base-4B"
 TOKEN = "hf_notAToken"
 
 
@@ -308,6 +309,27 @@ def test_a_base_of_the_hub_that_is_not_known_is_taken_for_one_and_told(
         in checks_of(base, tmp_path)["method"].result
     )
     assert "as large" not in checks_of(SD, tmp_path)["method"].result
+
+
+def test_the_sibling_that_draws_is_checked_and_counted(
+    tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
+) -> None:
+    base, asked = KLEIN, {"draw_base": "black-forest-labs/FLUX.2-klein-4B"}
+    machine(gpu="Tesla T4")
+    best = preflight.recommend(base, tmp_path, None, asked)
+    assert best.needs is not None
+    assert (best.needs.method, best.needs.level) == ("QLoRA", "low")
+    alone = will_it_fit.needs_on_gpu(base)
+    both = will_it_fit.needs_on_gpu(base, asked=asked)
+    assert {one.method for one in both} == {"LoRA", "QLoRA"}
+    assert both[1].gpu - alone[4].gpu == pytest.approx(2 * 3.876e9, rel=0.01)
+    assert both[-1].gpu - alone[-1].gpu == pytest.approx(2e9, rel=0.05)
+    assert both[-1].disk - alone[-1].disk == pytest.approx(16e9, rel=0.05)
+    undrawn = will_it_fit.needs_on_gpu(base, asked=asked | {"validate_every": 0})
+    assert (undrawn[-1].gpu, undrawn[-1].disk) == (alone[-1].gpu, both[-1].disk)
+    checks = {check.name: check for check in preflight.preflight(base, tmp_path, None, asked)}
+    assert checks["draw_base"].ok and "distilled" not in checks["draw_base"].result
+    assert "draw_base" not in checks_of(base, tmp_path)
 
 
 def test_what_settings_rule_out_is_not_told_of_the_gpu(

@@ -22,7 +22,15 @@ from torch.optim.optimizer import (
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.families import loading
-from dreambooth_lib.training import accelerator, latent_cache, loop, runs, sampling, setup
+from dreambooth_lib.training import (
+    accelerator,
+    latent_cache,
+    loop,
+    memory_estimate,
+    runs,
+    sampling,
+    setup,
+)
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts
 from dreambooth_lib.training.loop import (
@@ -353,6 +361,23 @@ def test_memory_that_runs_out_before_the_first_step_is_told(
 
     monkeypatch.setattr(setup, "fit_to_photos", run_out)
     with pytest.raises(OutOfMemory, match=r"out of memory before the first step of .*less with"):
+        next(train(started("run", tiny_sd1)))
+
+
+def test_memory_that_ran_out_is_told_before_and_without_the_estimates(
+    tiny_sd1: str, started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def interrupt(*_: Any) -> str:
+        assert "ran out of memory; estimating" in capsys.readouterr().out
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "fit_to_photos", run_out)
+    monkeypatch.setattr(memory_estimate, "suggest_savings", interrupt)
+    with pytest.raises(OutOfMemory, match=r"before the first step of \S+; resume the run with"):
         next(train(started("run", tiny_sd1)))
 
 

@@ -816,10 +816,26 @@ def test_minutes_are_shown_only_after_measuring(
     # Four steps, and validations before the first and after the second and the fourth.
     assert measured.seconds(settings.config) == 4 * 30 + 3 * 15
     assert "<b>about 3 min</b>" in settings.time.value
+    assert "Generating class images takes extra time." in settings.time.value
     settings.controls["steps"].value = 9
     assert "<b>about 6 min</b>" in settings.time.value
     settings.controls["resolution"].value = 8
     assert not settings.time.value, "that was of another resolution"
+
+
+def test_the_time_of_class_images_is_told_where_the_base_draws_them(
+    started: Callable[..., Run],
+) -> None:
+    config = started(class_images=200).config
+    pace = timing.Pace(1.0, 60.0, class_image=25.0)
+    text = pace.describe_class_images(config)
+    assert "Generating 200 class images takes <b>about 1 h 25 min</b> more, unless" in text
+    assert pace.describe_class_images(config.replace(prior_weight=0)) == ""
+    drawn = config.replace(validation_inference_steps=2, prior_inference_steps=6)
+    pace = timing.measure(drawn)
+    count = len(validation.plan_for(drawn).prompts(drawn.subject))
+    assert pace.class_image == pytest.approx(3 * pace.validation / count)
+    assert timing.measure(config.replace(prior_weight=0)).class_image == 0
 
 
 @pytest.mark.parametrize(

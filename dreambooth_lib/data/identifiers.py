@@ -1,7 +1,7 @@
 """Suggest and check identifiers: rare single tokens of the base's tokenizer."""
 
 import re
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +10,56 @@ from dreambooth_lib.core.subject import Subject
 _COMMON_FRACTION = 0.85  # of the merged tokens, by frequency; in CLIP "teapot" is at 0.82
 _KNOWN_BAD = {"sks": "a rifle, and guns appear in the images"}
 _AVOID = {*_KNOWN_BAD, "kkk", "kkkk", "xxx", "nsfw", "nra", "fck", "sht", "dbz", "lgbt", "bdsm",
-          "lsd", "hpv", "pkk", "dprk", "jap", "nips"}  # fmt: skip
+          "lsd", "hpv", "pkk", "dprk", "jap", "nips", "yeti"}  # fmt: skip
 
 #: A folder for kohya's trainers: how often an epoch repeats its photos, and their caption.
 _KOHYA = re.compile(r"(\d{1,3})_(?P<words>(?P<identifier>\S+) (?P<noun>\S.*?))\s*")
 
 
+@lru_cache(maxsize=1)  # a panel asks at each change, and Qwen's has 150,000
 def _merged_tokens(tokenizer: Any) -> list[str]:
     """Return the vocabulary's tokens of several letters, in CLIP's from frequent to rare."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [t for t, _ in vocabulary if len(t.removesuffix("</w>")) > 1 and not t.startswith("<|")]
 
 
+def _word(token: str) -> str:
+    """Return the word that a token is, by its mark; empty for a part of a word.
+
+    CLIP marks a word's end; byte-level vocabularies, such as Qwen's, and SentencePiece's its start.
+    """
+    if token.endswith("</w>"):
+        return token.removesuffix("</w>")
+    return token[1:] if token.startswith(("Ġ", "▁")) else ""
+
+
+def _tokens(word: str, tokenizer: Any) -> list[str]:
+    """Return a word's tokens within a prompt, where a space is before it."""
+    return list(tokenizer.tokenize(f"a {word}".strip())[1:])
+
+
 def rare_identifiers(tokenizer: Any, count: int = 20) -> list[str]:
     """Return up to ``count`` words of 3 or 4 letters, each one rare token, the rarest first.
 
-    They are among the last 15% of the merged tokens of a ``CLIPTokenizer``, without known bad ones
-    and endings of longer words. Words with a vowel come last, so that only small vocabularies
-    reach them: they may be names, which mean something to the base.
+    They are among the last 15% of the merged tokens, without known bad ones and parts of longer
+    words: ends in CLIP's vocabulary, starts in others. Words with a vowel come last: they may be
+    names, which mean something to the base.
     """
+    return list(_rare_words(tokenizer)[:count])
+
+
+@lru_cache(maxsize=1)
+def _rare_words(tokenizer: Any) -> list[str]:
     tokens = _merged_tokens(tokenizer)
     rare = reversed(tokens[int(_COMMON_FRACTION * len(tokens)) :])
-    words = [t.removesuffix("</w>") for t in rare if re.fullmatch("[a-z]{3,4}</w>", t)]
-    longer = [t.removesuffix("</w>") for t in tokens if t.endswith("</w>")]
-    excluded = _AVOID | {word[start:] for word in longer for start in range(1, len(word))}
+    words = [word for t in rare if re.fullmatch("[a-z]{3,4}", word := _word(t))]
+    longer = [(_word(t), t.endswith("</w>")) for t in tokens]
+    # Qwen's rarest tokens in plain letters are starts of words that have others too.
+    longer = [(word, ends) for word, ends in longer if ends or word.isascii()]
+    parts = {w[n:] if ends else w[:n] for w, ends in longer for n in range(1, len(w))}
     words.sort(key=lambda word: bool(re.search("[aeiouy]", word)))
-    chosen = (w for w in words if w not in excluded and len(tokenizer.tokenize(w)) == 1)
-    return list(islice(chosen, count))
+    excluded = _AVOID | parts
+    return [w for w in words if w not in excluded and len(_tokens(w, tokenizer)) == 1]
 
 
 def check_identifier(identifier: str, tokenizer: Any) -> list[str]:
@@ -45,17 +68,18 @@ def check_identifier(identifier: str, tokenizer: Any) -> list[str]:
     A single token is common if it is among the first 85% of the merged tokens.
     """
     messages = []
-    tokens, merged = tokenizer.tokenize(identifier), _merged_tokens(tokenizer)
+    tokens, merged = _tokens(identifier, tokenizer), _merged_tokens(tokenizer)
+    problem = ""
     if len(tokens) != 1:
-        messages.append(
-            f"identifier '{identifier}' is {len(tokens)} tokens ({', '.join(tokens)}), which are "
-            "harder to bind to the subject; choose one from the list."
+        problem = (
+            f"is {len(tokens)} tokens ({', '.join(tokens)}), which are harder to bind to the "
+            "subject"
         )
     elif tokens[0] not in merged[int(_COMMON_FRACTION * len(merged)) :]:
-        messages.append(
-            f"identifier '{identifier}' is a common token of the base, whose meaning would mix "
-            "with the subject's; choose one from the list."
-        )
+        problem = "is a common token of the base, whose meaning would mix with the subject's"
+    if problem:
+        advice = "one from the list" if _rare_words(tokenizer) else "another one if you can"
+        messages.append(f"identifier '{identifier}' {problem}; choose {advice}.")
     if meaning := _KNOWN_BAD.get(identifier.lower()):
         messages.append(
             f"to the base, identifier '{identifier}' means {meaning}; choose another one."

@@ -99,7 +99,9 @@ def preflight(
         relevant = {"gpu": gpu, "memory": True, "disk": True, "drive": drive is not None}
         folders = {"disk": Path(folder).resolve(), "drive": Path(drive or "")}
         checks += [_resource(kind, best, folders.get(kind)) for kind in KINDS if relevant[kind]]
-    return [*checks, _base(base), *_scorers(base, settings or {})]
+    sibling = (settings or {}).get("draw_base")
+    drawing = [] if sibling is None else [_base(sibling, "draw_base")]
+    return [*checks, _base(base), *drawing, *_scorers(base, settings or {})]
 
 
 def _python() -> Check:
@@ -193,30 +195,31 @@ def _resource(kind: str, best: Recommendation, folder: Path | None) -> Check:
     return Check(KINDS[kind], ok, result, "" if ok else fix)
 
 
-def _base(base: str) -> Check:
+def _base(base: str, name: str = "base") -> Check:
+    """Check a base to train, or the distilled one that draws."""
     try:
         file = one_file.parse(base)
         unread = file is not None and one_file.find(file) is None
         path = "" if unread else loading.locate(base)
-        warning = loading.warn_of_distillation(base)
+        warning = loading.warn_of_distillation(base) if name == "base" else None
         advice = f". {warning}" if warning else ""
         if file is not None and unread:
-            return _one_file(base, file, advice)
+            return _one_file(name, base, file, advice)
     except KitError as error:
-        return _refused("base", error)
+        return _refused(name, error)
     if Path(path).exists():
-        return Check("base", True, f"'{base}' is on this machine{advice}")
-    return _on_hub("base", base, "model_index.json", advice)
+        return Check(name, True, f"'{base}' is on this machine{advice}")
+    return _on_hub(name, base, "model_index.json", advice)
 
 
-def _one_file(base: str, file: one_file.OneFile, advice: str) -> Check:
+def _one_file(name: str, base: str, file: one_file.OneFile, advice: str) -> Check:
     """Check a base in one file that was not unpacked yet, by its header if it is here."""
     if (path := one_file.local_file(file)) is not None:
         what = f"'{base}' is on this machine ({read_header(path, file.name)})"
-        return Check("base", True, f"{what}; its first run unpacks it{advice}")
+        return Check(name, True, f"{what}; its first run unpacks it{advice}")
     if file.repository is not None:
-        return _on_hub("base", file.repository, file.file, advice, file.revision or "main")
-    return Check("base", True, f"'{file.name}' will be downloaded by its link{advice}")
+        return _on_hub(name, file.repository, file.file, advice, file.revision or "main")
+    return Check(name, True, f"'{file.name}' will be downloaded by its link{advice}")
 
 
 def _refused(name: str, error: KitError | str) -> Check:

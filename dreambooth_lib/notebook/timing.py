@@ -7,12 +7,16 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training import memory_level, runs
 from dreambooth_lib.training.validation_pace import checkpoint_intervals, count_validations
+
+if TYPE_CHECKING:
+    from dreambooth_lib.training.setup import Trainer
 
 _NEVER = 10**6  # steps
 _STEPS = 3
@@ -26,12 +30,25 @@ class Pace:
     step: float
     validation: float
     checkpoint: float = 0.0
+    class_image: float = 0.0  #: roughly, from the validation's images; 0 if there are none
 
     def seconds(self, config: TrainConfig) -> float:
         """Add up a run's steps, validations and checkpoints; early stopping may end it sooner."""
         validations = count_validations(config, self.step, self.validation)
         saving = checkpoints(config) * self.checkpoint
         return config.steps * self.step + validations * self.validation + saving
+
+    def describe_class_images(self, config: TrainConfig) -> str:
+        """Say in a sentence how long a run's class images take; empty if it draws none."""
+        if not config.draws_class_images:
+            return ""
+        if not self.class_image:
+            return " Generating class images takes extra time."
+        words = in_words(config.class_images * self.class_image)
+        return (
+            f" Generating {config.class_images} class images takes <b>{words}</b> more, unless an "
+            "earlier run has drawn them."
+        )
 
 
 def in_words(seconds: float) -> str:
@@ -56,8 +73,8 @@ def checkpoints(config: TrainConfig) -> int:
 def measure(config: TrainConfig) -> Pace:
     """Train for a few steps in a temporary folder and return the pace.
 
-    A checkpoint's time follows from its size and the speed of the disk; loading the base and
-    drawing class images are not included. Raises as :func:`.loop.train` does.
+    A checkpoint's time follows from its size and the speed of the disk, and a class image's from
+    the validation's; loading the base is not included. Raises as :func:`.loop.train` does.
     """
     import torch
     from torch.utils._pytree import tree_leaves
@@ -78,12 +95,25 @@ def measure(config: TrainConfig) -> Pace:
         run = runs.start(short, Path(folder) / "run")
         trainer = Trainer(run)  # which validates the base
         validation = sum(result.seconds for result in history(run))
+        class_image = _class_image_seconds(trainer, validation) if config.draws_class_images else 0
         # The first step also warms up.
         seconds = [step.seconds for step in islice(training_steps(trainer), 1, 1 + _STEPS)]
         leaves = tree_leaves(trainer.optimizer.state_dict())
         size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
         checkpoint = _seconds_to_write(size, Path(folder))
-    return Pace(median(seconds), validation, checkpoint)
+    return Pace(median(seconds), validation, checkpoint, class_image)
+
+
+def _class_image_seconds(trainer: "Trainer", validation: float) -> float:
+    """Estimate the seconds of a class image by those of a validation's images."""
+    from dreambooth_lib.training.class_images import inference_steps
+    from dreambooth_lib.training.validation import plan_for
+
+    config, folder = trainer.config, trainer.run.folder.parent / "class_images"
+    plan, steps = plan_for(config), inference_steps(trainer.config, trainer.family, folder)
+    seconds = validation / len(plan.prompts(config.subject)) * steps / (plan.inference_steps or 1)
+    # A sibling that is distilled draws in one pass; guidance takes two.
+    return seconds if config.draw_base is None else 2 * seconds
 
 
 def _seconds_to_write(size: int, folder: Path) -> float:

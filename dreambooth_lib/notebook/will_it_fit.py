@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ PROCESS = 2.5e9
 #: Bytes of a weight in half precision, in which an exported model, its zip and large weights on
 #: Drive are written; and of AdamW's two moments in 8 bits.
 HALF, MOMENTS = 2, 2
+#: Bytes of a weight that QLoRA quantizes, with its scales.
+QUANTIZED = 0.52
 #: Checkpoints on the disk at once: the newest, the one that is being written, and the older and
 #: the best one, which have no moments and count together as one more.
 CHECKPOINTS = 3
@@ -161,15 +163,30 @@ def needs_on_gpu(
       :data:`CHECKPOINTS`, the pipeline, and the exported model and its zip in half precision.
     - Drive holds the newest checkpoint with its moments, a newer one while it is copied there, and
       the best weights; large ones in half precision.
+    - A ``draw_base`` takes its denoiser on the GPU, where the run validates, and its download.
     """
     model, asked = describe(base), asked or {}
     stored = HALF if asked.get("variant") else model.stored
     stored *= _copies(base)
-    return [
+    needs = [
         _needs(model, method, level, gib, stored)
         for method, level, gib in model.requirements(precision)
         if _agrees(method, level, asked)
     ]
+    if asked.get("draw_base") is None:
+        return needs
+    return [_with_sibling(one, asked["draw_base"], asked.get("validate_every") != 0)
+            for one in needs]  # fmt: skip
+
+
+def _with_sibling(needs: Needs, base: str, draws: bool) -> Needs:
+    """Add what a ``draw_base`` takes; ``draws`` says whether training draws with it."""
+    sibling, weight = describe(base), QUANTIZED if needs.method == "QLoRA" else HALF
+    return replace(
+        needs,
+        gpu=needs.gpu + int(draws * weight * sibling.denoiser),
+        disk=needs.disk + _copies(base) * sibling.stored * sibling.parameters,
+    )
 
 
 def _copies(base: str) -> int:
@@ -189,6 +206,7 @@ def _agrees(method: str, level: str, asked: Mapping[str, Any]) -> bool:
     return (
         asked.get("method") in (None, fields["method"])
         and (asked.get("adapter") is None or method == "LoRA")
+        and (asked.get("draw_base") is None or fields["method"] == "lora")
         and bool(asked.get("quantize", "quantize" in fields)) == ("quantize" in fields)
         and (memory in ("auto", level) or (memory == "lowest" and level == levels[-1]))
     )

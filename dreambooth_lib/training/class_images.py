@@ -180,6 +180,11 @@ def class_images_folder(config: TrainConfig, family: "Family", folder: Path) -> 
     return _image_set(config, family, folder).folder
 
 
+def inference_steps(config: TrainConfig, family: "Family", folder: Path) -> int:
+    """Return in how many steps each image of this config's and base's set is drawn."""
+    return _image_set(config, family, folder).steps
+
+
 def _image_set(config: TrainConfig, family: "Family", folder: Path) -> ImageSet:
     """Return this config's and base's set in ``folder``, whether it has images yet or not.
 

@@ -7,11 +7,13 @@ that trains without a break on whole batches.
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
+from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.disk import DiskError, explain_disk_errors
 from dreambooth_lib.core.errors import KitError
@@ -21,7 +23,7 @@ from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts, raise_on_termination
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, latent_weights, per_sample_errors
-from dreambooth_lib.training.memory_level import native_precision
+from dreambooth_lib.training.memory_level import USABLE_SHARE, is_gpu, native_precision
 from dreambooth_lib.training.optimizer_step import NonFiniteStep
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer
@@ -124,15 +126,23 @@ def _explain_out_of_memory(run: Run, when: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        from dreambooth_lib.training.memory_estimate import suggest_savings
-
-        config = run.resolved_config
-        precision = native_precision(config.mixed_precision, join_group().device)
+        savings = ""
+        with suppress(KeyboardInterrupt):  # the estimates take minutes for the largest bases
+            print("The GPU ran out of memory; estimating which settings take less…", flush=True)
+            savings = f": {_suggest_savings(run.resolved_config)}"
         raise OutOfMemory(
-            f"the GPU ran out of memory {when} of {run.folder}: "
-            f"{suggest_savings(config, precision)}; resume the run with another memory or "
-            "resolution, or start a new one with another method."
+            f"the GPU ran out of memory {when} of {run.folder}{savings}; resume the run with "
+            "another memory or resolution, or start a new one with another method."
         ) from error
+
+
+def _suggest_savings(config: TrainConfig) -> str:
+    from dreambooth_lib.training.memory_estimate import suggest_savings
+
+    device, room = join_group().device, inf
+    if is_gpu(device):
+        room = USABLE_SHARE * gpu_memory.gpu_bytes(device)[1]
+    return suggest_savings(config, native_precision(config.mixed_precision, device), room)
 
 
 def training_steps(

@@ -6,6 +6,7 @@ the bytes allocated at once and the FLOPs are counted.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,18 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
     )  # fmt: skip
 
 
-def suggest_savings(config: TrainConfig, precision: str) -> str:
-    """Say which settings would take less memory than ``config``, and how much."""
+def suggest_savings(config: TrainConfig, precision: str, room: float = inf) -> str:
+    """Say which settings would take less memory than ``config``, and how much.
+
+    Stops at the third that takes at most ``room`` bytes, since an estimate may take half a minute.
+    """
     side = config.resolution or loading.inspect_base(config.base, config.revision).resolution
     lora: dict[str, Any] = {"method": "lora"}
     suggestions: list[dict[str, Any]] = [
         {"memory": "low"}, {"memory": "lowest"}, lora, lora | {"memory": "low"},
         lora | {"quantize": "nf4"}, {"resolution": side // 32 * 16},
     ]  # fmt: skip
-    now, savings = estimate(config, precision).memory, []
+    now, savings, fitting = estimate(config, precision).memory, [], 0
     for changes in suggestions:
         try:
             less = estimate(config.replace(**changes), precision).memory
@@ -177,6 +181,9 @@ def suggest_savings(config: TrainConfig, precision: str) -> str:
         if less < 0.95 * now:
             name = " and ".join(f"{field} {value!r}" for field, value in changes.items())
             savings.append(f"{name} ({less / GIB:.1f} GiB)")
+            fitting += less <= room
+        if fitting == 3:
+            break
     return f"it takes about {now / GIB:.1f} GiB as it is, and less with {', or '.join(savings)}"
 
 

@@ -296,5 +296,5 @@ def _time(config: TrainConfig, pace: Pace, memory: str) -> str:
     return (
         f"Training takes <b>{in_words(pace.seconds(config))}</b> on this machine, as measured: "
         f"{config.steps} steps of {pace.step:.2f} s{extra} and {checkpoints(config)} checkpoints "
-        f"of {pace.checkpoint:.1f} s. Generating class images takes extra time.{memory}"
+        f"of {pace.checkpoint:.1f} s.{pace.describe_class_images(config)}{memory}"
     )
