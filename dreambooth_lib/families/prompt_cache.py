@@ -26,18 +26,18 @@ class PromptCache:
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
         # All at once where prompts may take several chunks: they are made of one length together.
         at_once = BATCH if family.large_encoder_names else len(distinct)
-        with torch.no_grad():
-            parts = []
-            for start in range(0, len(distinct), at_once):
+        parts = []
+        for start in range(0, len(distinct), at_once):
+            with torch.no_grad():
                 part = family.conditioning(distinct[start : start + at_once])
-                self._device = next(iter(part.values())).device
-                parts.append({name: value.cpu() for name, value in part.items()})
+            for value in part.values():
+                if not value.isfinite().all():
+                    gave = "conditioning that is not finite"
+                    dtype = computed_in(value.dtype, value.device)
+                    raise NonFinite.of("a text encoder", family.name, gave, dtype)
+                self._device = value.device
+            parts.append({name: value.cpu() for name, value in part.items()})
         self.cond = {name: _join([part[name] for part in parts]) for name in parts[0]}
-        for value in self.cond.values():
-            if not value.isfinite().all():
-                gave = "conditioning that is not finite"
-                dtype = computed_in(value.dtype, self._device)
-                raise NonFinite.of("a text encoder", family.name, gave, dtype)
 
     def __call__(self, prompts: list[str]) -> Cond:
         """Return the conditioning of the prompts; raise ``KeyError`` for an unknown one."""
