@@ -1,5 +1,6 @@
-"""Test how images become latents when every draw is cropped at random."""
+"""Test how images become latents, where these stay, and what random crops cost."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import torch
 from drive_faults import Make
 from PIL import Image
 
+from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
 from dreambooth_lib.data import decoding, images
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import latent_cache
 from dreambooth_lib.training.latent_cache import LatentCache
+from tools import launches
+from tools.launch_counter import on_device
 
 
 @pytest.fixture
@@ -76,3 +80,54 @@ def test_photos_beyond_what_is_kept_are_decoded_when_drawn(
     decoded.clear()
     draw(cache, 3)
     assert decoded == [f"'1.png' in {tmp_path}"] * 3
+
+
+def test_photos_that_can_be_cropped_in_one_way_only_are_encoded_once(
+    tmp_path: Path, tiny_sd1: str, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        gradient = Image.linear_gradient("L").rotate(90 * number)
+        Image.merge("RGB", [gradient] * 3).save(tmp_path / f"{number}.png")
+    family = loading.load_model(tiny_sd1)
+    config = make_config(tiny_sd1, str(tmp_path), crop="random", flip=True)
+    cache, afresh = (LatentCache(read_photos(tmp_path), family, config) for _ in range(2))
+    afresh.posteriors = []  # as where there are other crops
+    expected = draw(afresh, 4)
+    monkeypatch.setattr(family, "encode_images", lambda pixels: pytest.fail("encoded afresh"))
+    torch.testing.assert_close(draw(cache, 4), expected)
+
+
+@pytest.mark.parametrize("memory", ["standard", "low"])
+def test_a_gpu_holds_only_the_latents_and_prompts_of_a_step(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers, follow = list[Any](), launches.follow
+
+    def noting(trainer: Any, during: Any) -> Any:
+        trainers.append(trainer)
+        return follow(trainer, during)
+
+    monkeypatch.setattr(launches, "follow", noting)
+    launches.count({"memory": memory, "flip": True}, tiny=True)
+    (trainer,) = trainers
+    batches = trainer.batches
+    caches = [cache for kinds in batches.by_shape.values() for cache, _ in kinds]
+    kept = [part for cache in caches for posterior in cache.posteriors for part in posterior]
+    kept += batches.prompt_cache.cond.values()
+    assert len(caches) == 2 and len(kept) > 8
+    assert not any(map(on_device, kept))
+    known = trainer.family.prompt_cache
+    assert known is (batches.prompt_cache if memory == "low" else None), "not the same ones twice"
+
+
+def test_cached_tensors_are_written_without_a_copy_of_them(tmp_path: Path) -> None:
+    tensors = {"mean": torch.rand(2**20), "std": torch.rand(2**20).bfloat16()}
+    tracemalloc.start()
+    try:
+        write_tensors(tmp_path / "x.safetensors", tensors)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 2**20
+    read = read_tensors(tmp_path / "x.safetensors", ("mean", "std"))
+    assert read is not None and all(torch.equal(read[name], tensors[name]) for name in tensors)

@@ -26,6 +26,7 @@ from dreambooth_lib.families.prompt_cache import PromptCache
 from dreambooth_lib.training import class_images, latent_cache, runs
 from dreambooth_lib.training.latent_cache import LatentCache
 from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.setup import Trainer
 
 Make = Callable[..., TrainConfig]
 TOYBOX = Path(loading.BUNDLED) / "toybox"
@@ -193,6 +194,18 @@ def test_large_text_encoders_compute_outside_autocast_whatever_encodes(
         family.generate([("a dog", 0)], 1, 1.0)
     first, second, *drawing = hidden  # where an empty prompt may come first
     assert torch.equal(second, first) and any(torch.equal(one, first) for one in drawing)
+
+
+def test_a_cast_that_is_meant_does_not_warn(
+    tiny_bases: Callable[[str], str], start_run: Callable[..., runs.Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    warned = list[str]()
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", warned.append)
+    base = tiny_bases("sd1")
+    assert loading.load_meta(base, dtype=torch.float16, trained=()).denoiser.dtype is torch.float16
+    Trainer(start_run("run", "sd1", prior="distilled"))
+    assert warned == []
 
 
 # What is not finite.

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -276,6 +277,16 @@ def test_memory_disk_and_drive_are_what_was_measured_of_stable_diffusion() -> No
     assert whole.memory < 10e9 and lora.memory < 10e9
     for needs in will_it_fit.needs_on_gpu(FLUX, asked={"quantize": "nf4"}):
         assert needs.memory < 10e9, "what is quantized goes to the GPU tensor by tensor"
+
+
+def test_the_disk_has_room_for_the_latents_of_large_images() -> None:
+    model = base_models.describe("black-forest-labs/FLUX.2-klein-base-4B")
+    with_images, without = (
+        will_it_fit._needs(replace(model, resolution=side), "LoRA", "low", 1, 2).disk
+        for side in (model.resolution, 0)
+    )
+    # A mean and a deviation of 200 images, each in 32 channels and an eighth of both sides.
+    assert with_images - without == 200 * 2 * 4 * 32 * (1024 // 8) ** 2
 
 
 def test_a_local_copy_of_a_known_base_takes_what_that_one_does(

@@ -169,6 +169,20 @@ def test_div_is_lpips_if_installed_and_the_row_names_it(
     assert rows[0].value == pytest.approx(expected / 127.5, rel=1e-4)
 
 
+def test_div_compares_eight_pairs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = []
+
+    def network(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        at_once.append(len(one))
+        return (one - other).abs().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr(kid_and_lpips, "_lpips", lambda: network)
+    images = [Image.new("RGB", (4, 4), (level, level, level)) for level in range(0, 60, 10)]
+    pairs = [abs(a - b) / 127.5 for a in range(0, 60, 10) for b in range(a, 60, 10) if a != b]
+    assert kid_and_lpips.lpips_diversity(images) == pytest.approx(np.mean(pairs))
+    assert at_once == [8, 7]
+
+
 def test_a_judge_reads_files_and_prompts_once_and_its_rows_name_it(
     drawn: tuple, clip: Encoder, dino: Encoder
 ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_lib.core.files import replace_file
+from dreambooth_lib.core.files import replacing_file
 
 if TYPE_CHECKING:
     import torch
@@ -15,10 +15,11 @@ _DIGEST = "digest"  #: the key in the file's metadata
 
 def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
     """Write tensors to a safetensors file with a digest of them and of its name."""
-    from safetensors.torch import save
+    from dreambooth_lib.core import tensor_files
 
-    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(path, save(content, {_DIGEST: _digest(path.name, content)}))
+    digest = _digest(path.name, tensors)
+    with replacing_file(path) as partial:
+        tensor_files.write_tensors(partial, tensors, metadata={_DIGEST: digest})
 
 
 def read_tensors(path: Path, names: tuple[str, ...]) -> "dict[str, torch.Tensor] | None":

@@ -129,7 +129,7 @@ def _part_on_meta(part_class: Any, path: str, source: dict[str, Any], dtype: tor
             part = part_class.from_config(part_class.load_config(path, **source))
         else:
             part = part_class(part_class.config_class.from_pretrained(path, **source))
-        return part.to(dtype)
+        return torch.nn.Module.to(part, dtype)  # diffusers' own warns of every cast
 
 
 def _keep_layers_in_float32(part: torch.nn.Module, dtype: torch.dtype) -> None:

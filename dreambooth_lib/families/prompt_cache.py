@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 
 from dreambooth_lib.families.base import Cond, Family
-from dreambooth_lib.families.device_copies import rows
+from dreambooth_lib.families.device_copies import rows, to_device
 from dreambooth_lib.families.precision import NonFinite, computed_in
 
 BATCH = 8  #: prompts that a large text encoder encodes at once: T5-XXL takes 70 MB for each
@@ -16,7 +16,9 @@ BATCH = 8  #: prompts that a large text encoder encodes at once: T5-XXL takes 70
 class PromptCache:
     """Conditioning of a set of prompts, each encoded once.
 
-    Raises :class:`NonFinite` where a text encoder gives NaN or infinity.
+    It stays on the CPU, since that of hundreds of prompts may take gigabytes, and a call moves what
+    it returns to where the prompts were encoded. Raises :class:`NonFinite` where a text encoder
+    gives NaN or infinity.
     """
 
     def __init__(self, family: Family, prompts: Collection[str]):
@@ -24,21 +26,23 @@ class PromptCache:
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
         # All at once where prompts may take several chunks: they are made of one length together.
         at_once = BATCH if family.large_encoder_names else len(distinct)
-        with torch.no_grad():
-            parts = [
-                family.conditioning(distinct[start : start + at_once])
-                for start in range(0, len(distinct), at_once)
-            ]
+        parts = []
+        for start in range(0, len(distinct), at_once):
+            with torch.no_grad():
+                part = family.conditioning(distinct[start : start + at_once])
+            for value in part.values():
+                if not value.isfinite().all():
+                    gave = "conditioning that is not finite"
+                    dtype = computed_in(value.dtype, value.device)
+                    raise NonFinite.of("a text encoder", family.name, gave, dtype)
+                self._device = value.device
+            parts.append({name: value.cpu() for name, value in part.items()})
         self.cond = {name: _join([part[name] for part in parts]) for name in parts[0]}
-        for value in self.cond.values():
-            if not value.isfinite().all():
-                gave = "conditioning that is not finite"
-                dtype = computed_in(value.dtype, value.device)
-                raise NonFinite.of("a text encoder", family.name, gave, dtype)
 
     def __call__(self, prompts: list[str]) -> Cond:
         """Return the conditioning of the prompts; raise ``KeyError`` for an unknown one."""
-        return rows(self.cond, [self.row[prompt] for prompt in prompts])
+        chosen = rows(self.cond, [self.row[prompt] for prompt in prompts])
+        return {name: to_device(value, self._device) for name, value in chosen.items()}
 
     @contextmanager
     def used_by(self, family: Family) -> Iterator[None]:

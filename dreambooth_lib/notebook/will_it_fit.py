@@ -36,8 +36,10 @@ CHECKPOINTS = 3
 #: A rank-16 LoRA's parameters as a fraction of the denoiser's, and at most: 6 million (0.7%) for
 #: Stable Diffusion 1.5, 47 million (1.8%) for XL, 54 million for Flux.1.
 LORA_FRACTION, LORA_MOST = 0.02, 60_000_000
-#: Bytes of class images, latents, validation images and the log.
+#: Bytes of class images, validation images and the log.
 IMAGES = 0.5e9
+#: Bytes of latents for a pixel of each of 200 class images: 4 for FLUX.2 klein, less for others.
+LATENTS = 200 * 4
 #: Above this many parameters a base is not worth training without a GPU.
 LARGE = 200_000_000
 
@@ -230,6 +232,7 @@ def _needs(base: BaseModel, method: str, level: str, gib: float, stored: int) ->
     backed_up = min(weight, HALF) if weight * trained > drive_copy.LARGE else weight
     memory = PROCESS + at_once((loaded, HALF * rest))
     disk = stored * base.parameters + CHECKPOINTS * checkpoint + models + IMAGES
+    disk += LATENTS * base.resolution**2
     drive = (2 * (backed_up + MOMENTS) + backed_up) * trained + IMAGES
     return Needs(int(gib * GIB), int(memory), int(disk), int(drive), method, level)
 

@@ -81,7 +81,7 @@ class Batches:
         known = {
             prompt for kinds in self.by_shape.values() for _, pairs in kinds for _, prompt in pairs
         }
-        self.prompt_cache = PromptCache(family, known | {""})
+        self.prompt_cache = family.prompt_cache or PromptCache(family, known | {""})
 
     def at(self, step: int) -> Batch:
         """Return the whole batch of a step, instance rows first, the same in every process."""

@@ -7,7 +7,6 @@ each file, and whatever reads a checkpoint compares them.
 """
 
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -18,26 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_lib.core.digests import (
-    DigestWriter,
-    changed_file,
-    forget_digest,
-    write_digests,
-)
+from dreambooth_lib.core.digests import changed_file, forget_digest, write_digests
 from dreambooth_lib.core.disk import require_room
 from dreambooth_lib.core.errors import KitError, one_line
 from dreambooth_lib.core.files import recover_folder, replacing_folder
+from dreambooth_lib.core.tensor_files import write_tensors
 
 #: The tensors of a state's key "optimizer", and all others.
 OPTIMIZER, TENSORS = "optimizer.safetensors", "tensors.safetensors"
 STATE = "state.json"
-
-#: How safetensors names the dtypes that a state may hold.
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 #: Keys that mark in ``state.json`` what JSON has not.
 _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
@@ -70,38 +58,6 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
         }
         (partial / STATE).write_text(tree)
         write_digests(partial, digests)
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> str:
-    """Write a safetensors file one tensor at a time, and return its digest.
-
-    safetensors' own writer needs all on the CPU. ``tensors`` may load lazily, as from an open
-    safetensors file; ``dtypes`` says what to cast. Raises ``OSError`` if the file is cut short.
-    """
-    types = {name: tensors[name].dtype for name in tensors} | dict(dtypes or {})
-    # Widest first, so that each starts at a multiple of its own width.
-    types = dict(sorted(types.items(), key=lambda item: -item[1].itemsize))
-    header: dict[str, Any] = {}
-    end = 0
-    for name, dtype in types.items():
-        shape = list(tensors[name].shape)
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        writer = DigestWriter(file)
-        writer.write(len(text).to_bytes(8, "little") + text)
-        for name, dtype in types.items():
-            tensor = tensors[name].detach().to("cpu", dtype).contiguous()
-            writer.write(tensor.flatten().view(torch.uint8).numpy().data)
-    if path.stat().st_size != 8 + len(text) + end:
-        raise OSError(f"{path} was cut short")
-    return writer.digest
 
 
 def load_state(folder: str | Path, keys: Collection[str] | None = None) -> dict[str, Any]:

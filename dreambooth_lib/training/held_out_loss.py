@@ -50,8 +50,7 @@ class HeldOutLoss:
                 continue
             indices = [i % len(photos) for _ in range(BINS) for i in range(rows)]
             cache = LatentCache(photos, family, not_augmented, masked=kind == "subject")
-            x_0 = cache.posteriors[0].mean[indices]
-            coverage = cache.coverages[0][indices] if cache.coverages else None
+            x_0, _, coverage = cache.cached(indices, [False] * everything)
             self.weights[kind] = latent_weights(coverage, config.background_weight)
             noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
             # Each in the middle of its own part of the bin.

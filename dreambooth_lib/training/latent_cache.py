@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
-from dreambooth_lib.data.crops import FOLLOWING, Box, Size, center_for
+from dreambooth_lib.data.crops import FOLLOWING, Box, Size, center_for, crop_box
 from dreambooth_lib.data.images import DataError, Photo
 from dreambooth_lib.data.masks import read_mask
 from dreambooth_lib.data.preprocessing import box_for, reduced, resized, to_tensor
@@ -36,13 +36,15 @@ class Drawn(NamedTuple):
 class LatentCache:
     """Images as latents: ``sample`` draws from each posterior, so caching changes no statistics.
 
-    A flipped image has a posterior of its own. Random crops are never cached: every draw is encoded
-    afresh, of a photo that is kept reduced (:data:`KEPT_RESOLUTIONS`). ``shape`` is the size that
-    images are cropped to, by default the family's; with ``masked`` their masks are read where the
-    config uses any. With a ``folder`` the posteriors are saved there, in a file named by a digest
-    of the images and the autoencoder, and loaded by the next run that needs them. Damaged files are
-    replaced. Raises :class:`NonFinite` for latents that are not finite; such are neither saved nor
-    loaded. Raises ``DataError`` for a mask that shows nothing in its photo's crop.
+    A flipped image has a posterior of its own. They stay on the CPU, and a step moves those that it
+    needs: together they may take gigabytes. Random crops are not cached, unless each image has only
+    one: every draw is encoded afresh, of a photo that is kept reduced (:data:`KEPT_RESOLUTIONS`).
+    ``shape`` is the size that images are cropped to, by default the family's; with ``masked`` their
+    masks are read where the config uses any. With a ``folder`` the posteriors are saved there, in a
+    file named by a digest of the images and the autoencoder, and loaded by the next run that needs
+    them. Damaged files are replaced. Raises :class:`NonFinite` for latents that are not finite;
+    such are neither saved nor loaded. Raises ``DataError`` for a mask that shows nothing in its
+    photo's crop.
     """
 
     def __init__(
@@ -55,14 +57,15 @@ class LatentCache:
         masked: bool = False,
     ):
         self.photos, self.family, self.config = photos, family, config
+        self._device = family.denoiser.device
         self.shape = shape or family.size
         self._masks = self._read_masks() if masked and config.background_weight is not None else []
         self.is_masked = any(mask is not None for mask in self._masks)
-        fixed = config.crop != "random"
         self._boxes = [
-            box_for(p.traits.size, self.shape, config.crop, center=center_for(p, config.crop))
-            for p in (photos if fixed else ())
+            crop_box(p.traits.size, self.shape, center_for(p, config.crop)) for p in photos
         ]
+        whole = [(0, 0, *photo.traits.size) for photo in photos]
+        fixed = config.crop != "random" or self._boxes == whole
         self._kept = [] if fixed else self._reduce()
         flips = [False, True][: 1 + config.flip] if fixed else []
         self.posteriors = [self._load_or_encode(flip, folder) for flip in flips]
@@ -82,21 +85,29 @@ class LatentCache:
         """Draw latents of the images at ``index`` on the device."""
         probability = 0.5 if self.config.flip else 0.0
         flips = (torch.rand(len(index), generator=generator) < probability).tolist()
-        coverage = None
-        if self.posteriors:
-            boxes, pairs = [self._boxes[i] for i in index], list(zip(flips, index, strict=True))
-            mean = torch.stack([self.posteriors[flip].mean[i] for flip, i in pairs])
-            std = torch.stack([self.posteriors[flip].std[i] for flip, i in pairs])
-            if self.coverages:
-                coverage = torch.stack([self.coverages[flip][i] for flip, i in pairs])
-        else:
+        boxes = [self._boxes[i] for i in index]
+        if self.config.crop == "random":  # drawn where there is only one too, as it always was
             sizes = [self.photos[i].traits.size for i in index]
             boxes = [box_for(size, self.shape, "random", generator) for size in sizes]
+        if self.posteriors:
+            mean, std, coverage = self.cached(index, flips)
+        else:
             mean, std = self._encode(index, flips, boxes)
-            if self.is_masked:
-                coverage = self._coverage(index, flips, boxes, mean)
+            coverage = self._coverage(index, flips, boxes, mean) if self.is_masked else None
         noise = to_device(torch.randn(mean.shape, generator=generator), mean.device)
         return Drawn(mean + std * noise, coverage, self._framings(index, flips, boxes))
+
+    def cached(
+        self, index: list[int], flips: list[bool]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the cached means, standard deviations and coverages of images, on the device."""
+
+        def picked(by_flip: Sequence[torch.Tensor]) -> torch.Tensor:
+            rows = [by_flip[flip][i] for flip, i in zip(flips, index, strict=True)]
+            return to_device(torch.stack(rows), self._device)
+
+        mean, std = map(picked, zip(*self.posteriors, strict=True))
+        return mean, std, picked(self.coverages) if self.coverages else None
 
     def _read_masks(self) -> list[Image.Image | None]:
         side = KEPT_RESOLUTIONS * self.family.resolution
@@ -145,14 +156,13 @@ class LatentCache:
         if file and (cached := read_tensors(file, Posterior._fields)):
             posterior = Posterior(**cached)
             if all(values.isfinite().all() for values in posterior):
-                return Posterior(*(values.to(self.family.denoiser.device) for values in posterior))
+                return posterior
         size = self.family.batch_size_in_training
         everything = range(len(self.photos))
-        batches = [everything[at : at + size] for at in everything[::size]]
-        parts = [
-            self._encode(batch, [flip] * len(batch), [self._boxes[i] for i in batch])
-            for batch in batches
-        ]
+        parts = []
+        for batch in (everything[at : at + size] for at in everything[::size]):
+            boxes = [self._boxes[i] for i in batch]
+            parts.append([part.cpu() for part in self._encode(batch, [flip] * len(batch), boxes)])
         encoded = Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
         if file:
             write_tensors(file, encoded._asdict())

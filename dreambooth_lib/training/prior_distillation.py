@@ -47,7 +47,9 @@ class Teacher:
         self.config = config
         if not self.uses_lora:
             self.family = copy.copy(family)
-            self.family.denoiser = copy.deepcopy(family.denoiser).to(dtype).eval()
+            # diffusers' own ``to`` warns of every cast.
+            teacher = torch.nn.Module.to(copy.deepcopy(family.denoiser), dtype)
+            self.family.denoiser = teacher.eval()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Noised:
