@@ -45,8 +45,17 @@ class FakeColab:
         return secret
 
     def upload(self) -> dict[str, bytes]:
+        """Write the uploads into the working directory, and return them by their names there."""
         self.asked.append("upload")
-        return self.uploads
+        uploaded = {}
+        for name, content in self.uploads.items():
+            place, number = Path(name), 0
+            while place.exists():
+                number += 1
+                place = Path(f"{Path(name).stem} ({number}){Path(name).suffix}")
+            place.write_bytes(content)
+            uploaded[str(place)] = content
+        return uploaded
 
     def download(self, file: str) -> None:
         self.asked.append(f"download {file}")
@@ -89,7 +98,7 @@ def fake_colab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeColab:
     monkeypatch.setitem(sys.modules, "google.colab", package)
     monkeypatch.setattr(drive_worker, "_under_way", {})
     monkeypatch.setattr(colab, "MOUNT", fake.mount_point)
-    monkeypatch.setattr(hub_token, "_unanswered", False)
+    monkeypatch.setattr(hub_token, "_asked_in_vain", False)
     monkeypatch.setattr(hub_token, "_passed_on", None)
     monkeypatch.setenv("HF_TOKEN", "")  # such that it is as before after the test
     monkeypatch.delenv("HF_TOKEN")

@@ -74,16 +74,17 @@ def test_without_a_secret_the_environment_counts_or_it_is_anonymous(
     assert hub_token() is None
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     assert hub_token() == TOKEN
-    once = isinstance(secret, TimeoutException)
+    once = isinstance(secret, TimeoutException | NotebookAccessError)
     assert fake_colab.asked == ["secret HF_TOKEN"] * (1 if once else 2)
 
 
-def test_an_unanswered_question_for_the_secret_is_asked_again_only_for_an_upload(
-    fake_colab: FakeColab,
+@pytest.mark.parametrize("answer", [TimeoutException(), NotebookAccessError()])
+def test_a_secret_that_was_asked_for_in_vain_is_asked_for_again_only_where_it_is_needed(
+    fake_colab: FakeColab, answer: Exception
 ) -> None:
-    fake_colab.secrets["HF_TOKEN"] = TimeoutException()
+    fake_colab.secrets["HF_TOKEN"] = answer
     assert [hub_token(), hub_token()] == [None, None]
-    assert len(fake_colab.asked) == 1, "each question takes half a minute"
+    assert len(fake_colab.asked) == 1, "each question is a dialog on the page"
     fake_colab.secrets["HF_TOKEN"] = TOKEN
     assert hub_token(ask_again=True) == TOKEN == hub_token()
 
@@ -163,8 +164,9 @@ def test_the_token_is_not_printed_and_leaves_the_environment_with_the_secret(
     assert os.environ["HF_TOKEN"] == TOKEN
 
 
+@pytest.mark.parametrize("answer", [TimeoutException(), NotebookAccessError(), ""])
 def test_a_base_is_downloaded_with_a_secret_that_was_added_after_a_refusal(
-    fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str | Exception
 ) -> None:
     def download(*given: str, revision: str | None, token: str | None = None) -> str:
         if (token or os.environ.get("HF_TOKEN")) != TOKEN:
@@ -174,6 +176,7 @@ def test_a_base_is_downloaded_with_a_secret_that_was_added_after_a_refusal(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    fake_colab.secrets["HF_TOKEN"] = answer
     with pytest.raises(KitError, match="your access is refused"):
         hub_files.download("maker/base", "model_index.json", None)
     fake_colab.secrets["HF_TOKEN"] = TOKEN
@@ -193,6 +196,18 @@ def test_an_upload_is_a_folder_that_a_subject_loads_from(
     with pytest.warns(UserWarning, match="blurred"):
         subject = load_subject(folder, class_noun="dog", name="rex")
     assert subject.photos == str(folder) and len(read_photos(subject.photos)) == 2
+
+
+def test_photos_that_are_uploaded_again_keep_their_names(
+    fake_colab: FakeColab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_colab.uploads = PHOTOS
+    (tmp_path / "red.png").write_bytes(b"dragged into the Files panel")
+    first = colab.upload("photos")
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == PHOTOS
+    assert colab.upload("photos") == first and Path.cwd() == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "red.png"]
 
 
 def test_outside_colab_there_is_no_upload(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ from drive_faults import faults as faults
 from drive_faults import no_waits as no_waits
 from drive_faults import run as run
 
-from dreambooth_lib.notebook import (
-    drive_copy,
-)
+from dreambooth_lib.notebook import drive_backup, drive_copy
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import (
     has_finished,
@@ -345,6 +343,28 @@ def test_another_runs_backup_is_left_alone(run: Run, drive: Path, make_config: M
     (drive / "thesis" / "thesis.txt").write_text("dear")
     assert "holds something other" in str(backup(run, drive / "thesis"))
     assert tree(drive / "my-dog") == before and len(tree(drive / "thesis")) == 1
+
+
+def test_of_two_sessions_of_a_run_the_one_behind_leaves_the_others_backup_alone(
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup(run, drive / "my-dog")
+    second = restore(drive / "my-dog", tmp_path / "copy" / "my-dog")
+    save(run, 300)
+    assert backup(run, drive / "my-dog") is None
+    before = tree(drive / "my-dog")
+    monkeypatch.setattr(drive_backup, "SESSION", "0" * 32)
+    for _ in (1, 2):
+        problem = str(backup(second, drive / "my-dog"))
+        assert "has backed up step 300 there, and this run is at step 200; stop one" in problem
+        assert tree(drive / "my-dog") == before
+    shutil.copytree(drive / "my-dog", drive / "another")
+    save(second, 300)
+    assert backup(second, drive / "another") is None, "it has caught up"
+    shutil.rmtree(second.folder / "checkpoints" / "000300")
+    assert backup(second, drive / "another") is None, "what it has written is its own"
+    shutil.rmtree(drive / "my-dog")
+    assert backup(second, drive / "my-dog") is None, "as the sentence says"
 
 
 def test_a_first_write_that_failed_does_not_bar_the_backup(

@@ -16,7 +16,7 @@ from drive_faults import run as run
 from dreambooth_lib.core import disk
 from dreambooth_lib.core.disk import DiskError
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.notebook import drive_copy
+from dreambooth_lib.notebook import drive_backup, drive_copy
 from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import has_finished, restore
 from dreambooth_lib.training import runs
@@ -129,19 +129,22 @@ def test_a_bad_config_hides_no_other_run(run: Run, drive: Path, text: str) -> No
 def test_duplicates_that_drive_makes_are_passed_over(run: Run, drive: Path, tmp_path: Path) -> None:
     photos = Path(run.config.subject.photos)
     shutil.copyfile(photos / "1.png", photos / "2 (1).png")  # a photo of the user's own
+    for name in ("2.txt", "2 (1).txt"):
+        (photos / name).write_text("a {} dog")
     backup(run, drive / "my-dog")
     there = drive / "my-dog"
     shutil.copytree(there / "checkpoints" / "000200", there / "checkpoints" / "000200 (1)")
     shutil.copyfile(there / "config.toml", there / "config (1).toml")
     shutil.copyfile(there / "log.jsonl", there / "log (2).jsonl")
     shutil.copyfile(there / "photos" / "0.png", there / "photos" / "0 (1).png")
+    shutil.copyfile(there / "photos" / "2.txt", there / "photos" / "2 (3).txt")
     found = newest(drive)
     assert found is not None and found.step == 200
     back = restore(there, tmp_path / "back")
     assert not list(back.folder.rglob("*(1).toml")) + list(back.folder.rglob("log (2)*"))
     assert list(back.checkpoints()) == [200]
     names = sorted(path.name for path in Path(back.config.subject.photos).iterdir())
-    assert names == ["0.png", "1.png", "2 (1).png", "2.png"]
+    assert names == ["0.png", "1.png", "2 (1).png", "2 (1).txt", "2.png", "2.txt"]
     assert backup(run, there) is None
     assert [path.name for path in (there / "checkpoints").iterdir()] == ["000200"]
 
@@ -193,7 +196,7 @@ def test_a_checkpoint_that_the_drive_damages_replaces_no_sound_one(
 
 
 def test_a_run_is_restored_from_the_newest_sound_checkpoint(
-    run: Run, drive: Path, tmp_path: Path
+    run: Run, drive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backup(run, drive / "my-dog")
     there = drive / "my-dog" / "checkpoints"
@@ -202,6 +205,9 @@ def test_a_run_is_restored_from_the_newest_sound_checkpoint(
     with pytest.warns(UserWarning, match="of step 200 in .* is damaged; .* restored at step 100"):
         back = restore(drive / "my-dog", tmp_path / "back")
     assert list(back.checkpoints()) == [100]
+    shutil.copytree(drive / "my-dog", drive / "another")
+    monkeypatch.setattr(drive_backup, "SESSION", "0" * 32)  # as after a disconnect
+    assert backup(back, drive / "another") is None and steps_there(drive / "another") == [100]
     flip_a_bit(there / "000100" / "state.json")
     with pytest.raises(CheckpointError, match="delete its folder there"):
         restore(drive / "my-dog", tmp_path / "other")

@@ -548,6 +548,24 @@ def test_raw_photos_are_not_read_as_their_previews(folder: Path) -> None:
     ]
 
 
+def test_google_docs_among_the_photos_are_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *given: Any, read: Callable[..., Any] = Path.open) -> Any:
+        if path.suffix in (".gdoc", ".gsheet"):
+            raise OSError(95, "Operation not supported")
+        return read(path, *given)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    (folder / "masks").mkdir()
+    for name in ("notes.gdoc", "masks/notes.gsheet"):
+        (folder / name).touch()
+    noise(1).save(folder / "p0.png")
+    source = read_source(folder)
+    assert [photo.name for photo in source.photos] == ["p0.png"]
+    assert source.notes == ["notes.gdoc is not used, because it is neither a photo nor a caption."]
+
+
 def test_side_files_of_phones_and_trainers_are_passed_over_in_one_sentence(folder: Path) -> None:
     for name in ("IMG_1.MOV", "IMG_1.AAE", "x.mp4", "x.eps", "Icon\r", "p0.npz", "p1.npz"):
         (folder / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")

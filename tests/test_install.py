@@ -130,6 +130,27 @@ def test_what_the_kit_can_do_without_is_installed_if_it_can_be(
     )
 
 
+@pytest.mark.parametrize(("own", "told"), [("0.9", True), ("0.10.0", False), (None, False)])
+def test_a_newer_wheel_than_the_installed_kit_is_told(
+    pip: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    own: str | None, told: bool,
+) -> None:  # fmt: skip
+    pip()
+    for version in ("0.8.0", "0.10.0", "0.9.1", "newest"):
+        (tmp_path / f"dreambooth_lib-{version}-py3-none-any.whl").touch()
+    here = {"peft": "0.20.0", "tomli-w": "1.2"} | ({"dreambooth-lib": own} if own else {})
+    monkeypatch.setattr(install, "installed", lambda: here)
+    monkeypatch.chdir(tmp_path)
+    wheel = "./dreambooth_lib-0.10.0-py3-none-any.whl"
+    assert str(install.install_missing()) == (
+        "Nothing to install; no preinstalled package was changed; the kit's version is 0.9, and "
+        f"{wheel} is newer: to use it, run %pip install --no-deps --force-reinstall '{wheel}' and "
+        "restart the session."
+        if told
+        else "Nothing to install; no preinstalled package was changed."
+    )
+
+
 def test_the_extra_has_what_the_kit_can_do_without() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["heif"] == [*install.OPTIONAL]

@@ -58,7 +58,8 @@ def subject_of(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["p-masklabel.png", "p_mask.png", "mask_p.png", "P.matte.webp",
                                   "p.png", "masks/p.png", "Masks/p_mask.png", "p_mask_0.png",
-                                  "p (mask).png", "pmask.png"])  # fmt: skip
+                                  "p (mask).png", "pmask.png", "p-masklabel (1).png",
+                                  "p_mask (2).png"])  # fmt: skip
 def test_a_mask_is_found_beside_its_photo(name: str, tmp_path: Path) -> None:
     picture(0).save(tmp_path / "p.jpg")
     picture(1).save(tmp_path / "q.jpg")

@@ -22,7 +22,7 @@ from dreambooth_lib.evaluation import dreambench
 from dreambooth_lib.evaluation.sweep import grid, sweep
 from dreambooth_lib.families import loading
 from dreambooth_lib.training import memory_level, runs, setup, trainable
-from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.loop import prior_preservation, train, training_steps
 from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.memory_level import (
     USABLE_SHARE,
@@ -133,6 +133,45 @@ def test_garbage_is_collected_before_free_memory_is_read(
         assert resolve_memory(tiny_config(), CUDA).memory == "standard"
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("fields", [
+    {"memory": "standard"}, {"memory": "low"}, {"memory": "lowest", "ema_decay": 0.9},
+    {"memory": "low", "method": "lora", "lora_rank": 1},
+])  # fmt: skip
+def test_a_session_frees_what_it_trained(
+    fields: dict[str, Any], tiny_config: Make, tmp_path: Path
+) -> None:
+    trainer = Trainer(runs.start(tiny_config(prior="none", **fields), tmp_path / "run"))
+    next(training_steps(trainer, prior_preservation))
+    left = [weakref.ref(o) for o in (trainer, trainer.optimizer, trainer.family.denoiser)]
+    del trainer
+    gpu_memory.free_memory()
+    assert [each() for each in left] == [None, None, None]
+
+
+def test_a_model_that_an_interrupted_cell_holds_is_freed_before_another_is_loaded(
+    tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        pass
+
+    left = []
+
+    def cell() -> None:
+        model = Model()
+        left.append(weakref.ref(model))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        cell()
+    assert left[0]() is not None
+    monkeypatch.setattr(sys, "last_value", kept.value, raising=False)  # as IPython keeps it
+    loading.load_model(tiny_sd1)
+    assert left[0]() is not None, "without a GPU, its variables stay for the debugger"
+    monkeypatch.setattr(loading, "_has_gpu", lambda: True)
+    loading.load_model(tiny_sd1)
+    assert left[0]() is None
 
 
 def test_a_level_is_written_down_and_printed_once_and_kept(

@@ -13,7 +13,7 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
-from fake_colab import FakeColab
+from fake_colab import FakeColab, NotebookAccessError, TimeoutException
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.gpu_memory import GIB
@@ -429,6 +429,19 @@ def test_the_hub_is_asked_with_the_token_alone_and_not_for_long(
     checks = checks_of(SD, tmp_path)
     assert hub[3]["token"] == TOKEN
     assert TOKEN not in repr(checks)
+
+
+@pytest.mark.parametrize("answer", [TimeoutException(), NotebookAccessError()])
+def test_each_table_asks_once_for_a_secret_that_the_user_does_not_give(
+    tmp_path: Path, hub: list[dict[str, object]], fake_colab: FakeColab, answer: Exception
+) -> None:
+    fake_colab.secrets["HF_TOKEN"] = answer
+    for tables in (1, 2):
+        checks_of(SD, tmp_path)
+        assert len(fake_colab.asked) == tables, "not for each scorer"
+    fake_colab.secrets["HF_TOKEN"] = TOKEN
+    checks_of(SD, tmp_path)
+    assert [asked["token"] for asked in hub] == [False] * 6 + [TOKEN] * 3
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -576,6 +576,29 @@ def test_on_colab_the_panel_points_to_colabs_upload(
         panel.check()
 
 
+def test_after_an_interrupted_upload_the_first_photos_are_not_trained_on(
+    fake_colab: Any, tiny_sd2: str, photos: str, make_config: Make, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    panel = widgets.SubjectPanel(make_config(tiny_sd2, photos), tmp_path / "uploads")
+    with monkeypatch.context() as patch:
+        patch.setattr("google.colab.files.upload", stop)
+        with pytest.raises(KeyboardInterrupt):
+            panel.upload_on_colab()
+        with pytest.raises(DataError, match="no photos are chosen; run the cell of section 2"):
+            _ = panel.config
+    panel.reload()  # as the cell does when it is run again
+    fake_colab.uploads = {"d.png": png("red")}
+    panel.upload_on_colab()
+    monkeypatch.setattr("google.colab.files.upload", stop)
+    with pytest.raises(KeyboardInterrupt):
+        panel.upload_on_colab()
+    assert Path(panel.config.subject.photos).parent == tmp_path / "uploads", "the user's own stay"
+
+
 # The settings
 
 
@@ -1011,6 +1034,33 @@ def test_the_slider_steps_through_validations_and_marks_the_best(
     there = here.rename(here.with_name("moved"))
     assert len(images(widgets.CheckpointSlider(run))) == len(seen[4]), "the photos may be gone"
     there.rename(here)
+
+
+def open_images() -> int:
+    """Return how many image widgets are held by whatever holds them."""
+    gc.collect()
+    return sum(type(found) is Image for found in gc.get_objects())
+
+
+def test_images_that_are_no_longer_shown_are_not_held(
+    started: Callable[..., Run], tiny_sd2: str, make_config: Make, tmp_path: Path
+) -> None:
+    run = started()
+    list(loop.train(run))
+    slider, play = widgets.CheckpointSlider(run), widgets.compare_with_base(run)
+    play.steps.value = 5
+    play.draw()
+    photos = Path(save_photos(tmp_path / "max", 3))
+    (photos / "0.txt").write_text("a {} dog")
+    subject = widgets.SubjectPanel(make_config(tiny_sd2, str(photos)), tmp_path / "uploads")
+    before = open_images()
+    for step in (0, 2, 4, slider.best.step):
+        slider.slider.value = step
+        play = widgets.compare_with_base(run, earlier=play)
+        subject.captions.opened.value = not subject.captions.opened.value
+        subject.class_noun.value = f"dog{step}"
+    assert len(images(play.entries)) == 2 and len(images(subject.captions)) == 3
+    assert open_images() == before
 
 
 def test_a_step_without_weights_is_view_only(started: Callable[..., Run]) -> None:

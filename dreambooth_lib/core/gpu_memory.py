@@ -9,7 +9,12 @@ GIB = 2**30
 
 
 def free_memory() -> None:
-    """Collect garbage, since a session's objects refer to each other, and empty torch's cache."""
+    """Free what an earlier cell left: objects that refer to each other, and torch's cache.
+
+    What the last error's frames hold goes too: of an interrupted cell, its models.
+    """
+    if (last := getattr(sys, "last_value", None)) is not None:
+        clear_frames(last)
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-from contextlib import suppress
 
 from dreambooth_lib.core.errors import KitError
 
@@ -15,8 +14,8 @@ def in_colab() -> bool:
     return "google.colab" in sys.modules
 
 
-#: Whether the user did not answer when Colab asked for the secret; each time takes half a minute.
-_unanswered = False
+#: Whether the user refused, or did not answer, when Colab last asked for the secret.
+_asked_in_vain = False
 #: The secret that is in the environment by :func:`hub_token`, not by the user.
 _passed_on: str | None = None
 
@@ -41,8 +40,8 @@ def hub_token(ask_again: bool = False) -> str | None:
     """Return the Hub's token: Colab's secret, else huggingface_hub's, else None: anonymous.
 
     It is read anew each time; pass it to huggingface_hub and to nothing else.
-    Where the user did not answer Colab's question for the secret, it is asked once more only if
-    ``ask_again``, as what needs a token does.
+    Where the user refused the secret, or did not answer Colab's question for it in time, it is
+    asked once more only if ``ask_again``, as what needs a token does.
     huggingface_hub asks for the secret, too, but once a session: one that the user adds or grants
     after that is not seen. So Colab's secret is put into the environment variable of its name,
     where every download and child process finds it. Raises :class:`HubError`, which does not show
@@ -66,19 +65,21 @@ def hub_token(ask_again: bool = False) -> str | None:
 
 def _colab_secret(ask_again: bool) -> str | None:
     """Return Colab's secret; if there is none, or none any more, take it from the environment."""
-    global _unanswered
-    if not in_colab() or (_unanswered and not ask_again):
+    global _asked_in_vain
+    if not in_colab() or (_asked_in_vain and not ask_again):
         return None
     from google.colab import userdata
 
-    secret = ""
-    # NotebookAccessError: it is there, but not for this notebook
-    with suppress(userdata.SecretNotFoundError, userdata.NotebookAccessError):
-        try:
-            secret = (userdata.get(SECRET) or "").strip()
-            _unanswered = False
-        except userdata.TimeoutException:
-            _unanswered = True
-    if not secret and not _unanswered and os.environ.get(SECRET) == _passed_on:
+    secret, _asked_in_vain = "", False
+    try:
+        secret = (userdata.get(SECRET) or "").strip()
+    except userdata.SecretNotFoundError:  # which asks the user for nothing
+        pass
+    except userdata.NotebookAccessError:  # it is there, but not for this notebook
+        _asked_in_vain = True
+    except userdata.TimeoutException:
+        _asked_in_vain = True
+        return None
+    if not secret and os.environ.get(SECRET) == _passed_on:
         os.environ.pop(SECRET, None)  # it was removed
     return secret

@@ -19,7 +19,8 @@ _MORE = (  # as in p0_depth_map, p0_mask0 or p0_lineart_anime
     r"([-_ ]?(maps?|image|img|anime|realistic|coarse|standard|full|face|faceonly|hand|hed|pidinet|"
     r"pidisafe|safe|midas|zoe|leres|bae|anything|ade20k|coco|inverted|v?\d+))*"
 )
-_NEVER_PHOTOS = re.compile(r".*[-_ .](masklabel|condlabel)")
+_COPY = r"( \(\d+\))?"  # what a browser adds to the name of a second download
+_NEVER_PHOTOS = re.compile(rf".*[-_ .](masklabel|condlabel){_COPY}")
 
 
 def photos_of(stem: str, words: str = _MAPS, glued: bool = False) -> list[str]:
@@ -28,7 +29,7 @@ def photos_of(stem: str, words: str = _MAPS, glued: bool = False) -> list[str]:
     ``words`` is a pattern. A word stands apart or behind a digit; if ``glued``, anywhere.
     """
     apart = "[-_ .(]*" if glued else r"([-_ .(]+|(?<=\d))"
-    after = re.compile(rf"{apart}({words}){_MORE}\)?")
+    after = re.compile(rf"{apart}({words}){_MORE}\)?{_COPY}")
     before = re.compile(rf"({words}){_MORE}[-_ .]+")
     places = range(1, len(stem))
     photos = [stem[:place] for place in places if after.fullmatch(stem, place)]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from dreambooth_lib.data.sources import PHOTO_SUFFIXES, DataError
+from dreambooth_lib.data.sources import PHOTO_SUFFIXES, DataError, SourceFile
 
 MAX_PIXELS = 8192 * 6144  #: in one photo, by its header: a phone's 50 megapixels
 MAX_BYTES = 2**28  #: of one photo's file
@@ -77,8 +77,14 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def is_photo(head: bytes) -> bool:
-    """Return whether a file is an image to read, by its first 16 bytes."""
+def is_photo(file: SourceFile) -> bool:
+    """Return whether a file is an image to read, by its name or else by its first 16 bytes."""
+    if file.suffix in PHOTO_SUFFIXES:
+        return True
+    try:
+        head = file.head()
+    except DataError:  # Colab lists the Google Docs of a Drive, and cannot open them
+        return False
     # Nearly any file may begin as a DIB does.
     accepts = (Image.OPEN[name][1] for name in formats() if name != "DIB")
     return any(accept(head.ljust(16, b"\0")) for accept in accepts if accept is not None)

@@ -22,7 +22,6 @@ from dreambooth_lib.data.decoding import MAX_BYTES, decode, is_photo
 from dreambooth_lib.data.masks import pair_masks
 from dreambooth_lib.data.sources import (
     CAPTION_SUFFIXES,
-    PHOTO_SUFFIXES,
     RAW_SUFFIXES,
     TEXT_SUFFIXES,
     DataError,
@@ -177,7 +176,7 @@ def read_source(source: str | Path | Subject) -> Source:
         elif file.suffix in TEXT_SUFFIXES:
             if file.suffix in CAPTION_SUFFIXES:
                 texts[file.name] = file
-        elif file.suffix in PHOTO_SUFFIXES or is_photo(file.head()):
+        elif is_photo(file):
             files.append(file)
         else:
             others.append(file.name)

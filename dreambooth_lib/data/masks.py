@@ -15,13 +15,7 @@ from PIL import Image
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.companions import MASKS, photos_of
 from dreambooth_lib.data.decoding import MAX_BYTES, decode, decode_alpha, is_photo
-from dreambooth_lib.data.sources import (
-    PHOTO_SUFFIXES,
-    DataError,
-    SourceFile,
-    folded,
-    list_masks,
-)
+from dreambooth_lib.data.sources import DataError, SourceFile, folded, list_masks
 
 if TYPE_CHECKING:
     from dreambooth_lib.data.images import Photo
@@ -39,7 +33,7 @@ def pair_masks(
     """
     pairs: dict[str, SourceFile] = {}
     stems = {name: folded(PurePosixPath(name).stem) for name in photos}
-    inside = [f for f in list_masks(path) if f.suffix in PHOTO_SUFFIXES or is_photo(f.head())]
+    inside = [file for file in list_masks(path) if is_photo(file)]
     for file in [*others.values(), *inside]:
         stem = folded(PurePosixPath(file.name).stem)
         matches = [stem, *photos_of(stem, MASKS, glued=True)]

@@ -29,7 +29,7 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
             ):
                 return None
             # Colab's secret may be newer than what huggingface_hub knows of it.
-            if token or status_of(error) != 401 or not (token := hub_token()):
+            if token or status_of(error) != 401 or not (token := hub_token(ask_again=True)):
                 raise _unreachable(repository, error) from error
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.digests import DIGESTS, changed_file
 from dreambooth_lib.core.files import fingerprint
 from dreambooth_lib.core.threads import one_at_a_time
@@ -49,6 +50,8 @@ def load_model(
     """
     resolved = resolve(base, revision, variant, prediction_type)
     quantize = loading.get("quantize")
+    if _has_gpu():
+        gpu_memory.free_memory()  # an interrupted cell may hold another model
     if resolved.loras:
         if quantize is not None:
             raise BaseError(

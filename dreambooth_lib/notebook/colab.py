@@ -6,7 +6,9 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from unicodedata import category
 
 from dreambooth_lib.core import background
@@ -36,7 +38,9 @@ def upload(folder: str | Path, kept: str | Path | None = None) -> Path:
         )
     from google.colab import files
 
-    uploaded = files.upload()
+    # It writes into the working directory, and renames what is there already.
+    with TemporaryDirectory() as empty, chdir(empty):
+        uploaded = files.upload()
     if kept and not uploaded:
         print(f"Nothing was uploaded, so the photos in {kept} stay.")
         return Path(kept)

@@ -32,7 +32,13 @@ from dreambooth_lib.notebook.drive_copy import (
     is_large,
     with_copied_sizes,
 )
-from dreambooth_lib.notebook.drive_state import open_state, own_identity, write_state
+from dreambooth_lib.notebook.drive_state import (
+    SESSION,
+    State,
+    open_state,
+    own_identity,
+    write_state,
+)
 from dreambooth_lib.training import best_checkpoint, validation_record
 from dreambooth_lib.training.runs import CLASS_PHOTOS, PHOTOS, Run
 
@@ -55,7 +61,8 @@ def backup(run: Run, folder: str | Path) -> str | None:
     and time. What the drive fails at is retried, then left to the next call; no exception is
     raised for it. A checkpoint that the run no longer has is deleted once one that it has is
     complete there. ``folder`` is created, but not its parent, so nothing is written where no drive
-    is mounted. A folder that holds something else, such as another run, is left alone.
+    is mounted. A folder that holds something else, such as another run, or a later step of this
+    run from another session, is left alone.
     """
     folder = Path(folder)
     try:
@@ -81,6 +88,13 @@ def _back_up(run: Run, folder: Path) -> list[str]:
     state = retry(open_state, folder, own_identity(run))
     if state is None:
         return ["that folder holds something other than this run; choose another one"]
+    if (later := retry(_later_step, run, folder, state)) is not None:
+        return [
+            f"another session has backed up step {later} there, and this run is at step "
+            f"{max(run.checkpoints(), default=0)}; stop one of the two sessions, or delete that "
+            "folder to keep this run"
+        ]
+    state.session = SESSION
     if state.finished and not run.finished:  # it has a longer goal now
         state.finished = False
         retry(write_state, folder, state)
@@ -99,6 +113,21 @@ def _back_up(run: Run, folder: Path) -> list[str]:
     state.finished = finished and not failures
     retry(write_state, folder, state)
     return failures + problems + leftovers
+
+
+def _later_step(run: Run, folder: Path, state: State) -> int | None:
+    """Return the step of another session's checkpoint in the backup that is ahead of the run."""
+    from dreambooth_lib.training.checkpoints import CheckpointError, check_digests
+
+    there = Run(folder, run.config).checkpoints()
+    newest = max(there, default=0)
+    if state.session == SESSION or newest <= max(run.checkpoints(), default=0):
+        return None
+    try:
+        check_digests(there[newest])
+    except CheckpointError:  # so the run was restored from the one before
+        return None
+    return newest
 
 
 def _delete_leftovers(folder: Path) -> None:

@@ -41,15 +41,18 @@ def list_files(folder: Path) -> dict[Path, int]:
 def _is_duplicate(folder: Path, name: Path) -> bool:
     """Return whether Drive, or a user, made a second file or folder of a name in a backup.
 
-    Photos may have such names of their own; they are duplicates only of a file like them.
+    Photos may have such names of their own; they are duplicates only of a file like them, and a
+    caption only if its photo is one.
     """
     for part in (name, *name.parents[:-1]):
         if not (found := _DUPLICATE.fullmatch(part.name)):
             continue
-        original = folder / part.with_name(f"{found[1]}{found[2] or ''}")
         if name.parts[0] not in (PHOTOS, CLASS_PHOTOS):
             return True
-        if original.is_file() and original.read_bytes() == (folder / name).read_bytes():
+        file, original = folder / name, folder / part.with_name(f"{found[1]}{found[2] or ''}")
+        if (photo := file.with_suffix(".png")).is_file():
+            file, original = photo, original.with_suffix(".png")
+        if original.is_file() and original.read_bytes() == file.read_bytes():
             return True
     return False
 

@@ -17,16 +17,20 @@ from dreambooth_lib.training.runs import Run
 STATE, IDENTITY = ".backup.json", ".backup"
 #: What earlier versions called these two.
 OLD_STATE, OLD_IDENTITY = ".mirror.json", ".mirror"
+#: Of this process: a run that is trained in two at a time has one identity in both.
+SESSION = uuid.uuid4().hex
 
 
 @dataclass
 class State:
     """Record what a backup holds: whose it is, whether the run has finished, and each part's files.
 
-    A file's row has its name, its size and time in the run, and its size in the backup.
+    ``session`` is that of the process that last wrote parts. A file's row has its name, its size
+    and time in the run, and its size in the backup.
     """
 
     identity: str | None = None
+    session: str | None = None
     finished: bool = False
     parts: dict[str, Fingerprint] = field(default_factory=dict)
 
@@ -40,6 +44,7 @@ def read_state(folder: Path) -> State | None:
     rows = parts if isinstance(parts, dict) else {}
     return State(
         identity=_whole_identity(fields.get("identity")),
+        session=_whole_identity(fields.get("session")),
         finished=fields.get("finished") is True,
         parts={name: part for name, part in rows.items() if _is_part(part)},
     )

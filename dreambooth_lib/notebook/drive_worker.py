@@ -48,7 +48,7 @@ class Backup:
         """Begin to copy what is new, and return at once; return what to tell the user, or None.
 
         While an earlier copy goes on, nothing is begun: the next call copies what this one left.
-        What went wrong is told once, until a copy succeeds.
+        What went wrong is told once, until it changes or a copy succeeds.
         """
         earlier = _under_way.get(self._key)
         if earlier is None:

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from glob import glob
 from importlib import metadata
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from dreambooth_lib.core.errors import KitError
 NAME = "dreambooth-lib"
 #: Packages that the kit can do without, as in its extra "heif", and what it cannot do then.
 OPTIONAL = {"pillow-heif>=0.22": "HEIC photos, such as an iPhone's, cannot be read"}
+#: Where a notebook's first cell finds a wheel; once the kit is installed, it looks no more.
+WHEELS = (".", "..", "../..", "/content", "/content/drive/MyDrive",
+          "/content/drive/MyDrive/Colab Notebooks")  # fmt: skip
 
 
 class InstallError(KitError, RuntimeError):
@@ -48,7 +52,8 @@ class Plan:
     missing: list[str]  #: requirements of which no version is installed
     too_old: dict[str, str]  #: requirements, each with the version that is installed instead
     pins: list[str]  #: every installed package's version, as lines of a constraints file
-    notes: tuple[str, ...] = ()  #: what cannot be done without a package that was not installed
+    #: What cannot be done without a package that was not installed, and :func:`newer_wheel`.
+    notes: tuple[str, ...] = ()
 
     def pip_arguments(self, constraints: str | Path) -> list[str]:
         """Return pip's arguments; the file ``constraints`` holds :attr:`pins`."""
@@ -108,6 +113,22 @@ def missing_packages(
     return Plan(missing, too_old, sorted(pins))
 
 
+def newer_wheel() -> str:
+    """Say how to use a wheel that is newer than the installed kit; empty if none lies here."""
+    if (own := installed().get(NAME)) is None:
+        return ""
+    newest, name = Version(own), ""
+    for place in WHEELS:
+        for wheel in glob("dreambooth_lib-*.whl", root_dir=place):
+            with suppress(InvalidVersion):
+                if (version := Version(wheel.split("-")[1])) > newest:
+                    newest, name = version, f"{place}/{wheel}"
+    return name and (
+        f"the kit's version is {own}, and {name} is newer: to use it, run "
+        f"%pip install --no-deps --force-reinstall '{name}' and restart the session"
+    )
+
+
 def install_missing() -> Plan:
     """Install the missing packages without changing any other; return the plan.
 
@@ -125,7 +146,8 @@ def install_missing() -> Plan:
             plan = replace(plan, notes=(*plan.notes, note))
         else:
             plan = replace(plan, missing=plan.missing + optional.missing)
-    return plan
+    newer = newer_wheel()
+    return replace(plan, notes=(*plan.notes, newer)) if newer else plan
 
 
 def _install(plan: Plan) -> None:

@@ -258,7 +258,8 @@ def _on_hub(
     result = f"'{repository}' cannot be downloaded from the Hub"
     try:
         url = hf_hub_url(repository, file, revision=revision)
-        get_hf_file_metadata(url, token=hub_token() or False, timeout=TIMEOUT)
+        token = hub_token(ask_again=name == "base")  # once for a table, which begins with it
+        get_hf_file_metadata(url, token=token or False, timeout=TIMEOUT)
         return Check(name, True, f"'{repository}' is on the Hub{advice}")
     except EntryNotFoundError:
         result = f"'{repository}' is on the Hub but has no {file}"

@@ -4,6 +4,7 @@ Each gradient is freed soon after it is computed, so that they never all exist a
 """
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -41,9 +42,14 @@ class FusedBackwardOptimizer(Optimizer):
         self._unread: torch.Tensor | None = None
         self._missing: list[int] = []  # gradients of each bucket that the backward pass still owes
         self._norms: list[torch.Tensor] = []  # of the buckets that have theirs
+        # A parameter's hooks are out of the garbage collector's sight, so a hook that held the
+        # optimizer would keep it, and all that it trains, for the rest of the session.
+        collect = weakref.WeakMethod(self._collect)
         for number, bucket in enumerate(self.buckets):
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _, n=number: self._collect(n))
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _, collect=collect, number=number: collect()(number)
+                )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Keep the step's loss; :meth:`step` runs its backward pass, which updates the weights."""

@@ -78,6 +78,7 @@ class CaptionEditor(VBox):
         That is dropped where the photo or its saved caption is another than before.
         """
         self._keep_drafts()
+        parts.refill(self._rows)
         self._photos, self._subject = photos, subject
         self.fields = {
             photo.name: Textarea(
@@ -104,7 +105,8 @@ class CaptionEditor(VBox):
     def clear(self) -> None:
         """Show nothing, as there are no photos."""
         self._keep_drafts()
-        self._photos, self._shown, self.fields, self._rows.children = [], [], {}, []
+        self._photos, self._shown, self.fields = [], [], {}
+        parts.refill(self._rows)
         self.layout.display = "none"
 
     def _keep_drafts(self) -> None:
@@ -119,11 +121,11 @@ class CaptionEditor(VBox):
 
     def _open(self) -> None:
         self._body.layout.display = "" if self.opened.value else "none"
-        rows = zip(self._shown, self.fields.values(), strict=True) if self.opened.value else ()
-        self._rows.children = [
-            HBox([parts.captioned(*shown, _SIDE, _SIDE), field], layout=_ROW)
-            for shown, field in rows
-        ]
+        if self.opened.value and not self._rows.children:
+            self._rows.children = [
+                HBox([parts.captioned(*shown, _SIDE, _SIDE), field], layout=_ROW)
+                for shown, field in zip(self._shown, self.fields.values(), strict=True)
+            ]
 
     def _edited(self) -> list["Photo"]:
         """Return the photos with their captions as they are in the fields."""

@@ -8,7 +8,7 @@ from PIL import ImageOps
 from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.data.images import DataError, Images, read_photos
 from dreambooth_lib.figures.labels import BAD, FAIR, RATIOS
-from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, row, with_hints
+from dreambooth_lib.notebook.widgets.parts import Panel, captioned, control, refill, row, with_hints
 from dreambooth_lib.training import best_checkpoint
 from dreambooth_lib.training.best_checkpoint import Selection
 from dreambooth_lib.training.runs import Run
@@ -83,11 +83,11 @@ class CheckpointSlider(Panel):
         validation = load_images(self.run, step)
         kinds = (validation.subject, validation.class_images, validation.unrelated)
         asked = plan_of(self.run).prompts_and_seeds(self.run.config.subject)
-        self.images.children = [
+        refill(self.images, [
             row([captioned(image, prompt, *widths)
                  for image, (prompt, _) in zip(images, pairs, strict=True)])
             for images, pairs, widths in zip(kinds, asked, _WIDTHS, strict=True)
-        ]  # fmt: skip
+        ])  # fmt: skip
 
 
 def _photos(run: Run) -> list[VBox]:

@@ -145,6 +145,20 @@ def captioned(image: Any, caption: str, min_width: int, max_width: int, **png_op
     return VBox([shown, text], layout=Layout(width=f"{width}px", margin="0 8px 8px 0"))
 
 
+def refill(box: VBox, children: Sequence[Any] = ()) -> None:
+    """Replace what is in a box, and close it: ipywidgets holds all that is open, images too."""
+    before, box.children = box.children, children
+    for widget in before:
+        _close(widget)
+
+
+def _close(widget: Any) -> None:
+    own = (getattr(widget, name, None) for name in ("layout", "style"))
+    for part in filter(None, (*getattr(widget, "children", ()), *own)):
+        _close(part)
+    widget.close()
+
+
 def row(boxes: list[Any]) -> HBox:
     """Lay out boxes in a row that wraps on a narrow page."""
     return HBox(boxes, layout=Layout(flex_flow="row wrap"))

@@ -40,6 +40,7 @@ from dreambooth_lib.notebook.widgets.parts import (
     busy,
     captioned,
     control,
+    refill,
     with_hints,
 )
 from dreambooth_lib.training.runs import Run
@@ -101,7 +102,7 @@ class Playground(Panel):
 
     Only the two chosen sources are in memory. Inference steps and guidance scale begin at those of
     the first source, as :func:`sampling.inference_settings` returns them. A playground made from an
-    ``earlier`` one goes on with its gallery and fields, but those two only on the same base. Images
+    ``earlier`` one takes over its gallery and fields, but those two only on the same base. Images
     are saved in ``folder``.
     """
 
@@ -171,6 +172,7 @@ class Playground(Panel):
             getattr(self, name).value = getattr(earlier, name).value
         for entry in earlier.gallery:
             self._keep(entry)
+        refill(earlier.entries)
 
     def _advise(self) -> None:
         prompt, subject = self.prompt.value, self._subject
@@ -229,11 +231,9 @@ class Playground(Panel):
         saved = HTML()
 
         def write() -> None:
-            paths = entry.save(self._folder)
-            names = ", ".join(html.escape(path.name) for path in paths)
-            saved.value = (
-                f"<small>Saved in {html.escape(short_path(self._folder))}: {names}.</small>"
-            )
+            names = ", ".join(html.escape(path.name) for path in entry.save(self._folder))
+            place = html.escape(short_path(self._folder))
+            saved.value = f"<small>Saved in {place}: {names}.</small>"
 
         save.on_click(self.callback(write))
         shown = _show_entry(entry)

@@ -133,6 +133,8 @@ class SubjectPanel(Panel):
     def _upload_on_colab(self) -> None:
         first = self.initial_config.subject.photos
         kept = None if str(Path(self._path).resolve()) == first else self._path
+        if not kept:  # the bundled photos must not pass for an upload that is interrupted
+            self._clear()
         self.use(colab.upload(self.uploads, kept))
 
     def _subject_of(self, source: str | Path) -> Subject:
@@ -153,9 +155,8 @@ class SubjectPanel(Panel):
         if path.is_file() and path.suffix.lower() not in PHOTO_SUFFIXES:
             left_out = self._left_out.get(path.resolve()) or ()
             files = [file for file in list_files(path) if file.name not in left_out]
-            path = colab.save_uploads(
-                {file.name: file.read(MAX_BYTES, "a photo") for file in files}, self.uploads
-            )
+            unpacked = {file.name: file.read(MAX_BYTES, "a photo") for file in files}
+            path = colab.save_uploads(unpacked, self.uploads)
         write_captions(path if path.is_dir() else path.parent, captions)
         self.use(path)
 
@@ -195,8 +196,7 @@ class SubjectPanel(Panel):
         subject, noun = self.initial_config.subject, self.class_noun.value.strip()
         if not noun:
             raise ConfigError(
-                "the class noun of section 2 is empty; write there what your subject is, such as "
-                "'dog'."
+                "the class noun of section 2 is empty; write what your subject is, such as 'dog'."
             )
         path, name = Path(self._path).resolve(), subject.name
         if str(path) != subject.photos:
