@@ -28,11 +28,11 @@ from dreambooth_lib.training.flat_parameters import Bucket
 from dreambooth_lib.training.memory_estimate import (
     _drawing_bytes,
     _estimate,
-    _module_bytes,
     estimate,
     suggest_savings,
 )
 from dreambooth_lib.training.memory_level import choose_level
+from dreambooth_lib.training.part_sizes import module_bytes
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.trainable import Trainable, training_load_options
 from tools.bases import configs
@@ -198,7 +198,7 @@ def test_class_images_are_estimated_as_an_h200_measured_them(sd15: str) -> None:
     config = TrainConfig(Subject("photos", "dog"), sd15, prior_guidance_scale=7.5)
     family = loading.load_meta(sd15, resolution=config.resolution, dtype=torch.bfloat16, trained=())
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
-    peak = sum(_module_bytes(module, None, torch.bfloat16) for module in modules)
+    peak = sum(module_bytes(module, None, torch.bfloat16) for module in modules)
     with FakeTensorMode():
         for module in modules:
             make_fake(module)
@@ -282,7 +282,7 @@ def test_layers_that_are_never_quantized_are_counted_at_full_size(tiny_config: M
     unpacked = sum(m.weight.numel() for n, m in layers.items() if n.endswith(".wo"))
     packed = sum(m.weight.numel() for m in layers.values()) - unpacked
     rest = sum(p.numel() for p in encoder.parameters()) - packed - unpacked
-    counted = _module_bytes(encoder.bfloat16(), 0.5, torch.bfloat16)
+    counted = module_bytes(encoder.bfloat16(), 0.5, torch.bfloat16)
     assert counted == pytest.approx(2 * (unpacked + rest) + packed / 2, rel=0.01)
 
 

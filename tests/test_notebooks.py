@@ -534,7 +534,7 @@ def test_a_playgrounds_models_are_freed_before_memory_is_measured_or_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held = []
-    loaded = widgets.playground._LOADED
+    loaded = widgets.loaded_models.LOADED
 
     def seen(*given: Any) -> list[Any]:
         held.append(dict(loaded))

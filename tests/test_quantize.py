@@ -23,6 +23,7 @@ from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import load_source, sample
 from dreambooth_lib.training.setup import Trainer
+from dreambooth_lib.training.trainable import make_trainable, training_load_options
 
 Make = Callable[..., TrainConfig]
 LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}
@@ -81,6 +82,33 @@ def test_a_quantized_base_trains_its_lora_resumes_and_draws(
     images = [sample(complete, ["a {} dog"], [0], steps=1, at=at)[0].image for at in (2, None)]
     assert images[0].size == (16, 16)
     assert max(high for _, high in ImageChops.difference(*images).getextrema()) <= 1
+
+
+@pytest.mark.parametrize("family", ["flux", "flux_2_klein"])
+def test_a_quantized_base_computes_in_autocasts_dtype_as_a_plain_one_does(
+    family: str, started: Callable[..., Run], without_gpu: None
+) -> None:
+    config = started("run", family).config
+
+    def dtypes(quantize: str | None) -> dict[str, torch.dtype]:
+        """Return the dtypes of what the denoiser's layers and their LoRAs return."""
+        options = training_load_options(config.replace(quantize=quantize), torch.bfloat16)
+        base, seen = loading.load_model(config.base, **options), dict[str, torch.dtype]()
+        trainable = make_trainable(base, config)
+        for name, module in base.denoiser.named_modules():
+            if not name or name.endswith(("base_layer", "lora_B.default")):
+                module.register_forward_hook(
+                    lambda _, args, out, name=name: seen.update({name: out[0].dtype})
+                )
+        x_t, prompts = torch.randn(1, *(base.latent_size[0], 8, 8)), ["a dog"]
+        with torch.autocast("cpu", torch.bfloat16):
+            cond = base.conditioning(prompts)
+            trainable(x_t, torch.tensor([500]), cond, prompts)
+        return seen
+
+    quantized = dtypes("nf4")
+    assert len(quantized) > 2 and quantized == dtypes(None)
+    assert set(quantized.values()) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("family", "bits"), [("sd3", "int8"), ("sdxl", "nf4")])

@@ -31,7 +31,7 @@ from dreambooth_lib.data.quality_checks import hold_out
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook import captioner, timing, widgets
-from dreambooth_lib.notebook.widgets import parts, playground, upload
+from dreambooth_lib.notebook.widgets import loaded_models, parts, playground, upload
 from dreambooth_lib.notebook.widgets.in_force import settings_in_force
 from dreambooth_lib.notebook.widgets.settings import HINTS, python_of
 from dreambooth_lib.training import loop, runs, sampling, validation
@@ -1133,13 +1133,13 @@ def test_class_images_are_drawn_without_a_playgrounds_models_and_stored_ones_wit
 ) -> None:
     run, loaded, load = started(validate_every=0), [], sampling.load_source
 
-    def load_source(config: TrainConfig) -> Any:
-        assert not playground._LOADED
+    def load_source(config: TrainConfig, **more: Any) -> Any:
+        assert not loaded_models.LOADED
         loaded.append(config)
-        return load(config)
+        return load(config, **more)
 
     monkeypatch.setattr(sampling, "load_source", load_source)
-    monkeypatch.setitem(playground._LOADED, "toybox", None)
+    monkeypatch.setitem(loaded_models.LOADED, "toybox", None)
     pages = [widgets.show_class_images(run.config, run.folder.parent) for _ in range(2)]
     assert len(loaded) == 1 and list(pages[0].getdata()) == list(pages[1].getdata())
     next(run.folder.parent.rglob("00002.png")).unlink()
@@ -1302,7 +1302,7 @@ def test_any_two_sources_can_be_compared(started: Callable[..., Run]) -> None:
     assert left == right, "the run ended with step 4's weights"
     pair.left.value = "step 2"
     left, right = (rows[0].image.tobytes() for rows in pair.draw().images.values())
-    assert left != right and set(playground._LOADED) == {(run, 2), run}
+    assert left != right and set(loaded_models.LOADED) == {(run, 2), run}
 
 
 def test_models_of_earlier_playgrounds_are_freed(
@@ -1313,7 +1313,7 @@ def test_models_of_earlier_playgrounds_are_freed(
     play = widgets.compare_with_base(run)
     play.steps.value = 5
     play.draw()
-    models = [weakref.ref(family) for family in playground._LOADED.values()]
+    models = [weakref.ref(family) for family in loaded_models.LOADED.values()]
     assert len(models) == 2 and all(model() is not None for model in models)
     again = widgets.compare_with_base(run)
     assert [model() for model in models] == [None, None], "as when its cell is run again"
@@ -1321,7 +1321,7 @@ def test_models_of_earlier_playgrounds_are_freed(
     again.draw()
     assert play.draw().prompt, "an earlier playground loads its models again"
     list(widgets.monitor(run))
-    assert not playground._LOADED, "training has the memory for itself"
+    assert not loaded_models.LOADED, "training has the memory for itself"
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "error"])

@@ -85,7 +85,9 @@ def personalise(
     subject, times = config.subject, [time.perf_counter()]
     if config.draws_class_images:
         drawing = class_images.draw_class_images(
-            config, load_source(config), locate(folder.parent, "class_images")
+            config,
+            load_source(config, prompts=class_images.prior_prompts(config)),
+            locate(folder.parent, "class_images"),
         )
         for _ in bar(drawing, "class images", config.class_images, unit="image"):
             pass

@@ -232,7 +232,8 @@ def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
         if config.draws_class_images:
             by_base.setdefault(tuple(getattr(config, n) for n in _OF_BASE), []).append(config)
     for alike in by_base.values():
-        family = sampling.load_source(alike[0])
+        prompts = {prompt for config in alike for prompt in class_images.prior_prompts(config)}
+        family = sampling.load_source(alike[0], prompts=prompts)
         for config in alike:
             images = class_images.draw_class_images(config, family, locate(folder, "class_images"))
             for _ in tqdm(images, "class images", config.class_images, unit="image"):

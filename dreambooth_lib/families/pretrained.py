@@ -21,7 +21,7 @@ from dreambooth_lib.families import base_files, hub_files, index_checks
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.base_files import BaseError, explain_loading
 from dreambooth_lib.families.clip_skip import skip_layers
-from dreambooth_lib.families.precision import autoencoder_dtype
+from dreambooth_lib.families.precision import autoencoder_dtype, let_autocast_into
 from dreambooth_lib.families.prompt_cache import PromptCache
 
 #: The argument by which diffusers takes the dtype to load a model in.
@@ -71,6 +71,8 @@ def load_pretrained(
         options |= {name: None for name in encoders if name in index}
     options |= _quantization(family_class, index, options, quantize, dtype)
     family = _load(family_class, path, index, options, resolution)
+    if quantize is not None:
+        let_autocast_into(family.denoiser)
     _skip_layers(family, clip_skip, path)
     family.prompt_cache, family.prompt_chunks = prompt_cache, prompt_chunks
     return family

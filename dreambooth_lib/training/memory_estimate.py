@@ -31,6 +31,7 @@ from dreambooth_lib.training.allocation_counter import (
 )
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.optimizers import resolve_optimizer
+from dreambooth_lib.training.part_sizes import linears, sizes_of_parts
 from dreambooth_lib.training.trainable import (
     Trainable,
     make_trainable,
@@ -40,9 +41,6 @@ from dreambooth_lib.training.trainable import (
 )
 from dreambooth_lib.training.validation import scorer_source
 
-#: Bytes per quantized weight: "nf4" has a scale per 64 weights, itself in 8 bits with a scale per
-#: 256 of those; "int8" has few scales.
-_QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 #: Bytes of AdamW's two moments per parameter: in float32, and in 8 bits with a scale per 256. Any
 #: other optimizer counts as float32 AdamW.
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
@@ -103,9 +101,7 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
         peft_adapters.without_dice(trainable)
     numbers = sum(parameter.numel() for parameter in lora.trained_parameters(trainable))
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
-    packed_bytes = _QUANTIZED.get(config.quantize or "")
-    quantized = [getattr(family.pipeline, name, None) for name in family.quantized_names()]
-    sizes = {m: _module_bytes(m, packed_bytes if m in quantized else None, half) for m in modules}
+    sizes = sizes_of_parts(family, config.quantize, half)
     offloaded = family.frozen[1:] + family.text_encoders if offloads_text_encoders(config) else []
     encoding = float(sum(sizes.pop(module) for module in offloaded))
     weights, teacher = sum(sizes.values()), 0
@@ -141,8 +137,8 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
         if config.draws_class_images:
             rows = family.default_batch_size
             preparing = _drawing_bytes(family, trainable, rows, config, half)
-    if packed_bytes is not None:  # one layer at a time is unpacked
-        unpacked = max(m.weight.numel() for m in _linears(family.denoiser).values()) * half.itemsize
+    if config.quantize is not None:  # one layer at a time is unpacked
+        unpacked = max(m.weight.numel() for m in linears(family.denoiser).values()) * half.itemsize
         working, validating, preparing = (
             n and n + unpacked for n in (working, validating, preparing)
         )
@@ -251,25 +247,3 @@ def _autocast(config: TrainConfig, half: torch.dtype) -> torch.autocast:
     """Return training's autocast, but for the CPU, where the fake tensors are."""
     enabled, cached = half is not torch.float32, config.memory not in LOW_MEMORY
     return torch.autocast("cpu", half, enabled=enabled, cache_enabled=cached)
-
-
-def _module_bytes(module: torch.nn.Module, packed_bytes: float | None, half: torch.dtype) -> float:
-    """Return the bytes of a module's tensors; quantized weights take ``packed_bytes`` each."""
-    tensors = dict.fromkeys([*module.parameters(), *module.buffers()])  # shared ones once
-    size = float(sum(tensor.nbytes for tensor in tensors))
-    if packed_bytes is not None:
-        # Layers that would overflow in float16 are not quantized in any precision.
-        unquantized = getattr(module, "_keep_in_fp32_modules", None) or ()
-        packed = [
-            layer.weight
-            for name, layer in _linears(module).items()
-            if layer.weight.dtype is half and name.rpartition(".")[2] not in unquantized
-        ]
-        size -= sum(weight.nbytes - packed_bytes * weight.numel() for weight in packed)
-    return size
-
-
-def _linears(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Return the linear layers by name, without a LoRA's own."""
-    named = module.named_modules()
-    return {name: m for name, m in named if isinstance(m, torch.nn.Linear) and "lora_" not in name}

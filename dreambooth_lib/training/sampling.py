@@ -15,6 +15,7 @@ from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import warning_of_length
 from dreambooth_lib.families import loading
+from dreambooth_lib.training.drawing_memory import options_that_fit
 from dreambooth_lib.training.image_sizes import fit_to_run
 from dreambooth_lib.training.runs import Run, RunError, resume
 from dreambooth_lib.training.trainable import drawing_config, load_at_checkpoint, load_base
@@ -93,7 +94,8 @@ def iter_samples(
     """Draw as :func:`sample` does, and yield the images of each batch as soon as it is drawn."""
     _check_asked(prompts, seeds, steps)
     subject = source.config.subject if isinstance(source, Run) else None
-    family = load_source(source, at)
+    filled = [fill(prompt, subject) for prompt in prompts]
+    family = load_source(source, at, [*filled, negative_prompt])
     own = inference_settings(source)
     steps = own.steps if steps is None else steps
     schedule = family.pipeline.scheduler.config
@@ -102,7 +104,6 @@ def iter_samples(
         raise InputError(f"steps is {steps}; '{family.name}' can draw in {most} at most.")
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or family.default_batch_size
-    filled = [fill(prompt, subject) for prompt in prompts]
     if negative_prompt and not family.reads_negative(guidance_scale):
         warnings.warn(
             f"The negative prompt '{negative_prompt}' is left out: '{family.name}' reads none at "
@@ -166,23 +167,30 @@ def inference_settings(source: "Run | Family | TrainConfig | str") -> "Inference
     )
 
 
-def load_source(source: "Run | Family | TrainConfig | str", at: int | None = None) -> "Family":
+def load_source(
+    source: "Run | Family | TrainConfig | str",
+    at: int | None = None,
+    prompts: Collection[str] | None = None,
+) -> "Family":
     """Load a source to draw images from, on the GPU in half precision if there is one.
 
-    For a config, load its base. Raises as :func:`sample` does.
+    For a config, load its base. Where RAM is too small for a large base's text encoders and
+    denoiser together, the family knows only ``prompts``, as ``load_pretrained`` describes. Raises
+    as :func:`sample` does, and :class:`NotEnoughMemory` where it would not fit at all.
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source
     dtype = sampling_dtype()
+    more = options_that_fit(source, dtype, at, prompts)
     if isinstance(source, str):
-        return _place(loading.load_model(source, dtype=dtype, trained=()))
+        return _place(loading.load_model(source, dtype=dtype, trained=(), **more))
     if isinstance(source, TrainConfig):
-        family = load_base(source, dtype)
+        family = load_base(source, dtype, **more)
     elif at is not None:
-        family = load_at_checkpoint(source, at, dtype)
+        family = load_at_checkpoint(source, at, dtype, **more)
     else:
         _check_pipeline(source)
-        options = _options([source.config]) | {"dtype": dtype}
+        options = _options([source.config]) | {"dtype": dtype} | more
         draw_base, folder = source.config.draw_base, str(source.folder)
         if draw_base is not None:
             family = loading.compose({folder: 1.0}, on=draw_base, **options)

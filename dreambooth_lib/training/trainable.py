@@ -14,19 +14,14 @@ from dreambooth_lib.training import lora
 from dreambooth_lib.training.ema import ema_by_name
 from dreambooth_lib.training.runs import Run, RunError
 
+#: Fields by which a base is loaded, besides its name.
+_OF_BASE = ("prediction_type", "resolution", "quantize", "prompt_chunks", "clip_skip")
 
-def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32) -> Family:
+
+def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32, **more: Any) -> Family:
     """Load a config's base at its resolution, with all its weights in ``dtype``."""
-    return _load(
-        config,
-        prediction_type=config.prediction_type,
-        resolution=config.resolution,
-        dtype=dtype,
-        trained=(),
-        quantize=config.quantize,
-        prompt_chunks=config.prompt_chunks,
-        clip_skip=config.clip_skip,
-    )
+    own = {name: getattr(config, name) for name in _OF_BASE}
+    return _load(config, **own, dtype=dtype, trained=(), **more)
 
 
 def _load(config: TrainConfig, **load_options: Any) -> Family:
@@ -55,14 +50,10 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
         )
     trained = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
     return {
-        "prediction_type": config.prediction_type,
-        "resolution": config.resolution,
+        **{name: getattr(config, name) for name in _OF_BASE},
         "dtype": dtype,
         "trained": trained if config.method == "full" else (),
         "trained_dtype": torch.bfloat16 if config.memory == "lowest" else torch.float32,
-        "quantize": config.quantize,
-        "prompt_chunks": config.prompt_chunks,
-        "clip_skip": config.clip_skip,
     }
 
 
@@ -244,13 +235,15 @@ def wrap_trained_parts(family: Family, config: TrainConfig) -> Trainable:
     return trainable
 
 
-def load_at_checkpoint(run: Run, step: int, dtype: torch.dtype = torch.float32) -> Family:
+def load_at_checkpoint(
+    run: Run, step: int, dtype: torch.dtype = torch.float32, **more: Any
+) -> Family:
     """Load a checkpoint's model in ``dtype``, with the EMA weights if it has them.
 
     LoRA weights are merged into their base, unless that is quantized. Raises :class:`RunError`
     where the run has no checkpoint of that step.
     """
-    config, family = run.config, load_base(drawing_config(run.config), dtype)
+    config, family = run.config, load_base(drawing_config(run.config), dtype, **more)
     load_checkpoint_weights(wrap_trained_parts(family, config), run, step)
     if config.train_token:
         textual_inversion.merge_token(family)

@@ -8,12 +8,8 @@ whatever depends on the widget, raises that error, so that no cell passes over i
 from dreambooth_lib.core.notices import quiet
 from dreambooth_lib.notebook.widgets.checkpoint_slider import CheckpointSlider
 from dreambooth_lib.notebook.widgets.class_images import show_class_images
-from dreambooth_lib.notebook.widgets.playground import (
-    GalleryEntry,
-    Playground,
-    compare_with_base,
-    release_models,
-)
+from dreambooth_lib.notebook.widgets.loaded_models import release_models
+from dreambooth_lib.notebook.widgets.playground import GalleryEntry, Playground, compare_with_base
 from dreambooth_lib.notebook.widgets.settings import SettingsPanel
 from dreambooth_lib.notebook.widgets.subject import SubjectPanel
 from dreambooth_lib.notebook.widgets.training import monitor

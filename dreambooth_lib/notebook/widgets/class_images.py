@@ -7,7 +7,7 @@ from PIL import Image
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.figures import image_grids
-from dreambooth_lib.notebook.widgets.playground import release_models
+from dreambooth_lib.notebook.widgets.loaded_models import release_models
 from dreambooth_lib.training import class_images, sampling
 from dreambooth_lib.training.config_changes import with_absolute_paths
 
@@ -31,6 +31,7 @@ def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | 
     paths = class_images.stored_class_images(config, place)
     if not paths:
         release_models()
-        drawn = class_images.draw_class_images(config, sampling.load_source(config), place)
+        family = sampling.load_source(config, prompts=class_images.prior_prompts(config))
+        drawn = class_images.draw_class_images(config, family, place)
         paths = list(tqdm(drawn, total=config.class_images, bar_format=_BAR, miniters=1))
     return image_grids.grid([Image.open(path) for path in paths[:_SHOWN]], 8)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ipywidgets import (
     HTML,
@@ -23,12 +23,18 @@ from ipywidgets import (
     VBox,
 )
 
-from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replacing_file
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.figures import png_text
+from dreambooth_lib.notebook.widgets.loaded_models import (
+    LOADED,
+    Source,
+    load,
+    release_all_but,
+    release_models,
+)
 from dreambooth_lib.notebook.widgets.parts import (
     Panel,
     busy,
@@ -38,29 +44,13 @@ from dreambooth_lib.notebook.widgets.parts import (
     with_hints,
 )
 from dreambooth_lib.training.runs import Run
-from dreambooth_lib.training.sampling import Sample, fill, inference_settings, load_source, sample
+from dreambooth_lib.training.sampling import Sample, fill, inference_settings, sample
 from dreambooth_lib.training.trainable import drawing_config
-
-if TYPE_CHECKING:
-    from dreambooth_lib.families.base import Family
 
 _WIDTHS = 256, 480  # smallest and largest width of an image on the page, in pixels
 _SEEDS = 2**31  # that are drawn at random are below this
 #: Fields that a new playground takes over from the one before it.
 _KEPT = "prompt", "negative_prompt", "seed", "count"
-
-#: What draws: a run, a base, a config for its base, or a run with the step of a checkpoint.
-Source = Run | TrainConfig | str | tuple[Run, int]
-
-#: The models of the last playground that drew. A notebook keeps every playground that a cell ever
-#: made, so that models held by each would stay in memory.
-_LOADED: "dict[Source, Family]" = {}
-
-
-def release_models() -> None:
-    """Free the models that playgrounds have loaded."""
-    _LOADED.clear()
-    gpu_memory.free_memory()
 
 
 @dataclass(frozen=True)
@@ -204,17 +194,19 @@ class Playground(Panel):
         how: dict[str, Any] = {"steps": steps, "guidance_scale": scale}
         images: dict[str, list[Sample]] = {name: [] for name in sources}
         with busy(self.button), busy(self.new_seed), self._progress(len(seeds) * len(sources)):
-            _load(list(sources.values()))
+            release_all_but(sources.values())
+            samplers, read = dict[str, str](), False
             for name, source in sources.items():
-                family = _LOADED[source]
-                batch = family.default_batch_size
+                load(source, [prompt, negative])
+                batch = LOADED[source].default_batch_size
                 for start in range(0, len(seeds), batch):
                     part = seeds[start : start + batch]
-                    images[name] += sample(family, [prompt], part, negative_prompt=negative, **how)
+                    images[name] += sample(
+                        LOADED[source], [prompt], part, negative_prompt=negative, **how
+                    )
                     self._count(len(part))
-            samplers = {name: png_text.sampler_name(_LOADED[source].scheduler())
-                        for name, source in sources.items()}  # fmt: skip
-            read = any(_LOADED[source].reads_negative(scale) for source in sources.values())
+                samplers[name] = png_text.sampler_name(LOADED[source].scheduler())
+                read |= LOADED[source].reads_negative(scale)
         entry = GalleryEntry(prompt, negative if read else "", scale, steps, images, samplers)
         self._keep(entry)
         return entry
@@ -271,16 +263,6 @@ def _base_of(source: Run | TrainConfig | str) -> str:
     """Return the base that a source draws with."""
     config = source.config if isinstance(source, Run) else source
     return config if isinstance(config, str) else drawing_config(config).base
-
-
-def _load(sources: list[Source]) -> None:
-    """Load what is not loaded yet, after freeing everything else."""
-    for source in set(_LOADED) - set(sources):
-        del _LOADED[source]
-    gpu_memory.free_memory()
-    for source in sources:
-        if source not in _LOADED:
-            _LOADED[source] = load_source(*(source if isinstance(source, tuple) else (source,)))
 
 
 def _show_entry(entry: GalleryEntry) -> VBox:

@@ -27,8 +27,8 @@ from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook.timing import Pace, checkpoints, in_words, measure
 from dreambooth_lib.notebook.widgets.in_force import PRIORS
+from dreambooth_lib.notebook.widgets.loaded_models import release_models
 from dreambooth_lib.notebook.widgets.parts import Panel, busy, control, with_hints
-from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.notebook.widgets.subject import SubjectPanel
 from dreambooth_lib.training import early_stopping, memory_level
 from dreambooth_lib.training.memory_estimate import GIB, estimate

@@ -18,8 +18,8 @@ from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.notebook.timing import in_words
 from dreambooth_lib.notebook.widgets.checkpoint_slider import verdict_html
 from dreambooth_lib.notebook.widgets.in_force import settings_in_force
+from dreambooth_lib.notebook.widgets.loaded_models import release_models
 from dreambooth_lib.notebook.widgets.parts import Panel, empty_image, row, show_image
-from dreambooth_lib.notebook.widgets.playground import release_models
 from dreambooth_lib.training.best_checkpoint import best_checkpoint
 from dreambooth_lib.training.loop import Objective, Step, prior_preservation, train
 from dreambooth_lib.training.prior_weight import class_shortfall

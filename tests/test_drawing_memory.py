@@ -1,0 +1,144 @@
+"""Test drawing with large bases where RAM is short; the CPU stands in for a GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate import PartialState
+
+from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.evaluation import demo, sweep
+from dreambooth_lib.notebook import widgets
+from dreambooth_lib.notebook.widgets.loaded_models import LOADED
+from dreambooth_lib.training import drawing_memory, runs, sampling
+from dreambooth_lib.training.drawing_memory import SPARE, NotEnoughMemory
+from dreambooth_lib.training.loop import train
+from dreambooth_lib.training.runs import Run
+
+DTYPE = torch.bfloat16
+AMPLE = 1e12
+
+
+@pytest.fixture
+def ram(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Let a run train as it does here, and then set how much RAM is free beside a GPU."""
+    machine = SimpleNamespace(available=AMPLE, gpu=AMPLE)
+
+    def with_gpu() -> None:
+        PartialState()  # chooses the CPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (machine.gpu,) * 2)
+        monkeypatch.setattr(sampling, "sampling_dtype", lambda: DTYPE)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+
+    machine.with_gpu = with_gpu
+    return machine
+
+
+@pytest.fixture
+def started(start_run: Callable[..., Run]) -> Callable[..., Run]:
+    def start(name: str = "run", family: str = "flux_2_klein", **changes: Any) -> Run:
+        given = {"method": "lora", "prior_inference_steps": 1, "validate_every": 0} | changes
+        return start_run(name, family, **given)
+
+    return start
+
+
+def sizes(config: TrainConfig, gpu: float = AMPLE) -> tuple[float, float]:
+    return drawing_memory._ram(config.base, None, config.quantize, DTYPE, int(gpu))
+
+
+@pytest.mark.parametrize("family", ["flux", "flux_2_klein"])
+def test_a_large_bases_text_encoders_are_loaded_first_where_ram_is_short(
+    family: str, started: Callable[..., Run], ram: SimpleNamespace
+) -> None:
+    run = started(family=family)
+    list(train(run))
+    ram.with_gpu()
+    whole, in_parts = sizes(run.config)
+    assert 0 < in_parts < whole
+    drawn = []
+    for available in (AMPLE, in_parts + SPARE):
+        ram.available = available
+        loaded = sampling.load_source(run.config, prompts=["a dog"])
+        assert (loaded.prompt_cache is None) == (available == AMPLE)
+        drawn.append([
+            image.image.tobytes()
+            for source, at in ((run, None), (run, 2), (run.config, None))
+            for image in sampling.sample(source if at or source is run else loaded, ["a dog"], [0],
+                                         at=at, steps=2)
+        ])  # fmt: skip
+    assert drawn[0] == drawn[1]
+    said = r"drawing with '.*' takes about 1\.0 GB of memory, and 1\.0 GB are free; restart"
+    with pytest.raises(NotEnoughMemory, match=said):
+        sampling.load_source(run.config)
+    ram.available = in_parts + SPARE - 1
+    with pytest.raises(NotEnoughMemory, match=said):
+        sampling.load_source(run.config, prompts=["a dog"])
+
+
+def test_a_quantized_base_is_in_ram_only_where_it_is_offloaded(
+    started: Callable[..., Run], ram: SimpleNamespace
+) -> None:
+    config = started(family="flux", quantize="nf4").config
+    ram.with_gpu()
+    on_gpu, offloaded = sizes(config), sizes(config, gpu=1)
+    assert on_gpu[0] < offloaded[0] < sizes(config.replace(quantize=None))[0]
+    ram.available = on_gpu[0] + SPARE
+    assert drawing_memory.options_that_fit(config, DTYPE) == {}
+    ram.gpu = 1
+    with pytest.raises(NotEnoughMemory):
+        drawing_memory.options_that_fit(config, DTYPE)
+
+
+def test_class_images_of_a_large_base_are_drawn_where_ram_is_short(
+    started: Callable[..., Run], ram: SimpleNamespace, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = started().config
+    ram.with_gpu()
+    ram.available = sizes(config)[1] + SPARE
+    assert widgets.show_class_images(config, tmp_path / "widget") is not None
+    sweep._draw_class_images([config], tmp_path / "sweep")
+    monkeypatch.setattr(runs, "start", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # where training would begin
+        demo.personalise(config, tmp_path / "demo" / "run")
+    for name in ("widget", "sweep", "demo"):
+        assert len(list((tmp_path / name).rglob("0*.png"))) == config.class_images
+
+
+def test_a_playground_draws_with_one_model_after_the_other_where_ram_is_short(
+    started: Callable[..., Run], ram: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started()
+    list(train(run))
+    ram.with_gpu()
+    needed, place = sizes(run.config)[1], sampling._place
+    loaded: list[Any] = []
+
+    class Ram:
+        @property
+        def available(self) -> float:
+            return needed * (1 - len(LOADED)) + SPARE
+
+    def placed(family: Any) -> Any:
+        assert not LOADED
+        loaded.append(family.denoiser)
+        return place(family)
+
+    monkeypatch.setattr(psutil, "virtual_memory", Ram)
+    monkeypatch.setattr(sampling, "_place", placed)
+    play = widgets.compare_with_base(run)
+    play.steps.value = 2
+    entry = play.draw()
+    assert [len(images) for images in entry.images.values()] == [1, 1] and len(entry.samplers) == 2
+    assert list(LOADED) == [run] and len(loaded) == 2
+    play.left.value = play.right.value
+    play.draw()
+    assert len(loaded) == 2, "it knows the prompt"
+    play.prompt.value = "a {} dog in the snow"
+    assert play.draw().prompt == "a ohwx dog in the snow" and len(loaded) == 3
