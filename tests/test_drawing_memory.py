@@ -76,6 +76,8 @@ def test_a_large_bases_text_encoders_are_loaded_first_where_ram_is_short(
     said = r"drawing with '.*' takes about 1\.0 GB of memory, and 1\.0 GB are free; restart"
     with pytest.raises(NotEnoughMemory, match=said):
         sampling.load_source(run.config)
+    with pytest.raises(NotEnoughMemory, match=said):
+        sampling.compose({run: 1.0})
     ram.available = in_parts + SPARE - 1
     with pytest.raises(NotEnoughMemory, match=said):
         sampling.load_source(run.config, prompts=["a dog"])

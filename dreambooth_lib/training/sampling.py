@@ -240,6 +240,8 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
         resume(folder).config for folder in folders if (Path(folder) / "config.toml").exists()
     ]
     options = _options(configs) | {"dtype": sampling_dtype()}
+    for folder in list(folders)[:1]:  # all are of one base
+        options_that_fit(folder, options["dtype"])
     return _place(loading.compose(folders, **options))
 
 
