@@ -19,7 +19,7 @@ from dreambooth_lib.training.drawing_memory import SPARE, NotEnoughMemory
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run
 
-DTYPE = torch.bfloat16
+DTYPE = torch.float16
 AMPLE = 1e12
 
 
@@ -81,6 +81,17 @@ def test_a_large_bases_text_encoders_are_loaded_first_where_ram_is_short(
     ram.available = in_parts + SPARE - 1
     with pytest.raises(NotEnoughMemory, match=said):
         sampling.load_source(run.config, prompts=["a dog"])
+
+
+def test_bfloat16_weights_may_take_more_than_the_ram_as_they_stay_in_their_files(
+    started: Callable[..., Run], ram: SimpleNamespace
+) -> None:
+    config = started().config
+    ram.with_gpu()
+    ram.available = SPARE
+    assert drawing_memory.options_that_fit(config, torch.bfloat16) == {}
+    options = drawing_memory.options_that_fit(config, torch.bfloat16, prompts=["a dog"])
+    assert options["prompts"] == ["a dog"]
 
 
 def test_a_quantized_base_is_in_ram_only_where_it_is_offloaded(

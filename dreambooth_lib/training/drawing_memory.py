@@ -37,7 +37,7 @@ def options_that_fit(
     """Return options to load a source on a GPU, such as ``prompts`` for its encoders to come first.
 
     None where all of it fits, where it is of a small base, and without a GPU. Raises
-    :class:`NotEnoughMemory` if it does not fit even so, or not without ``prompts``.
+    :class:`NotEnoughMemory` if, in float16, it does not fit even so, or not without ``prompts``.
     """
     if not torch.cuda.is_available():
         return {}
@@ -60,9 +60,12 @@ def options_that_fit(
     free = psutil.virtual_memory().available - SPARE
     if whole <= free:
         return {}
-    if prompts is not None and plain and in_parts <= free:
-        return {"prompts": prompts, "device": device}
-    needed = in_parts if prompts is not None and plain else whole
+    encoders_first = prompts is not None and plain
+    needed = in_parts if encoders_first else whole
+    # Large bases are published in bfloat16: weights that stay so remain in their files, whose pages
+    # the system can drop. Others are copies.
+    if needed <= free or dtype is torch.bfloat16:
+        return {"prompts": prompts, "device": device} if encoders_first else {}
     raise NotEnoughMemory(
         f"drawing with '{Path(base).name}' takes about {(needed + SPARE) / 1e9:.1f} GB of memory, "
         f"and {(free + SPARE) / 1e9:.1f} GB are free; restart the session to free what it holds, "
