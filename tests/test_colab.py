@@ -89,6 +89,20 @@ def test_a_secret_that_was_asked_for_in_vain_is_asked_for_again_only_where_it_is
     assert hub_token(ask_again=True) == TOKEN == hub_token()
 
 
+def test_huggingface_hub_does_not_ask_for_the_same_secret_once_more(
+    fake_colab: FakeColab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does where it finds Colab's own shell, which no test has."""
+    from huggingface_hub.utils import _auth
+
+    monkeypatch.setattr(huggingface_hub, "get_token", _auth.get_token)
+    monkeypatch.setattr(_auth, "is_google_colab", lambda: True)
+    monkeypatch.setattr(_auth, "_IS_GOOGLE_COLAB_CHECKED", False)
+    fake_colab.secrets["HF_TOKEN"] = NotebookAccessError()
+    assert hub_token(ask_again=True) is None
+    assert len(fake_colab.asked) == 1
+
+
 def test_the_session_ends_on_colab_alone(fake_colab: FakeColab) -> None:
     colab.end_session()
     assert fake_colab.asked == ["flush and unmount", "unassign"]

@@ -265,6 +265,7 @@ def test_a_folder_above_that_cannot_be_made_is_the_disks_error() -> None:
 
 #: Errors that are no KitError, by the file that raises them, and why they reach no user.
 INTERNAL = {
+    "core/tensor_files.py": "it becomes a DiskError that names the file",
     "data/decoding.py": "it becomes a DataError that names the photo",
     "evaluation/benchmarks.py": "a BadZipFile becomes a DataError that names the address",
     "evaluation/judge_models.py": "it is tried again, then told in a JudgeError",

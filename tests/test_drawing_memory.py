@@ -12,12 +12,13 @@ from accelerate import PartialState
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.evaluation import demo, sweep
+from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.notebook import widgets
 from dreambooth_lib.notebook.widgets.loaded_models import LOADED
 from dreambooth_lib.training import drawing_memory, runs, sampling
 from dreambooth_lib.training.drawing_memory import SPARE, NotEnoughMemory
 from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.runs import Run
+from dreambooth_lib.training.runs import Run, RunError
 
 DTYPE = torch.float16
 AMPLE = 1e12
@@ -106,6 +107,19 @@ def test_a_quantized_base_is_in_ram_only_where_it_is_offloaded(
     ram.gpu = 1
     with pytest.raises(NotEnoughMemory):
         drawing_memory.options_that_fit(config, DTYPE)
+
+
+def test_what_cannot_be_drawn_with_at_all_is_told_before_the_ram(
+    started: Callable[..., Run], ram: SimpleNamespace
+) -> None:
+    unfinished = started("unfinished", "sd1", method="full")
+    no_float16 = started("other", "z_image")
+    ram.with_gpu()
+    ram.available = 0
+    with pytest.raises(RunError, match="has not finished"):
+        sampling.load_source(unfinished)
+    with pytest.raises(BaseError, match="produces NaN in float16"):
+        sampling.load_source(no_float16.config)
 
 
 def test_class_images_of_a_large_base_are_drawn_where_ram_is_short(

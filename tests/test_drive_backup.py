@@ -356,7 +356,7 @@ def test_of_two_sessions_of_a_run_the_one_behind_leaves_the_others_backup_alone(
     monkeypatch.setattr(drive_backup, "SESSION", "0" * 32)
     for _ in (1, 2):
         problem = str(backup(second, drive / "my-dog"))
-        assert "has backed up step 300 there, and this run is at step 200; stop one" in problem
+        assert "has backed up step 300 there, which this run has not reached; stop one" in problem
         assert tree(drive / "my-dog") == before
     shutil.copytree(drive / "my-dog", drive / "another")
     save(second, 300)

@@ -52,9 +52,10 @@ def test_it_has_the_lowest_versions() -> None:
 
 @needs_python
 @pytest.mark.slow
-def test_a_lora_goes_its_whole_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", ["{}", '{"train_text_encoder": true}'])
+def test_a_lora_goes_its_whole_way(fields: str, tmp_path: Path) -> None:
     """It trains, resumes, draws, is kept and exported, on the weights that are in the files."""
-    found = json.loads(there(ROOT / "tests" / "lora_way.py", tmp_path, "{}").splitlines()[-1])
+    found = json.loads(there(ROOT / "tests" / "lora_way.py", tmp_path, fields).splitlines()[-1])
     assert found["resumed"] == [3]
     assert max(high for _, high in found["same picture"]) <= 1
     assert found["own weights"]

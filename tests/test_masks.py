@@ -72,6 +72,22 @@ def test_a_mask_is_found_beside_its_photo(name: str, tmp_path: Path) -> None:
     assert read_mask(second) is None
 
 
+@pytest.mark.parametrize("first", ["p", "p (3)"])
+def test_masks_that_are_numbered_as_their_photos_are_belong_to_these(
+    first: str, tmp_path: Path
+) -> None:
+    names = [first, "p (1)", "p (2)"]
+    for number, name in enumerate(names):
+        picture(number).save(tmp_path / f"{name}.png")
+        mask = name.replace("p", "p-mask", 1)
+        left_half().save(tmp_path / f"{mask}.png")
+    photos = read_photos(tmp_path)
+    assert sorted(photo.name for photo in photos) == sorted(f"{name}.png" for name in names)
+    for photo in photos:
+        assert photo.mask is not None
+        assert photo.mask.name == photo.name.replace("p", "p-mask", 1)
+
+
 def test_a_backup_has_the_masks_and_the_crops(tmp_path: Path) -> None:
     place = tmp_path / "photos"
     place.mkdir()

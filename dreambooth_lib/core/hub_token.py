@@ -49,8 +49,11 @@ def hub_token(ask_again: bool = False) -> str | None:
     """
     global _passed_on
     from huggingface_hub import get_token
+    from huggingface_hub.utils import _auth
 
     secret = _colab_secret(ask_again)
+    if in_colab() and hasattr(_auth, "_IS_GOOGLE_COLAB_CHECKED"):
+        _auth._IS_GOOGLE_COLAB_CHECKED = True  # or it would ask for the same secret once more
     token = secret or get_token()
     for odd, name in _ODD.items():
         if token and re.search(odd, token):

@@ -19,20 +19,23 @@ _MORE = (  # as in p0_depth_map, p0_mask0 or p0_lineart_anime
     r"([-_ ]?(maps?|image|img|anime|realistic|coarse|standard|full|face|faceonly|hand|hed|pidinet|"
     r"pidisafe|safe|midas|zoe|leres|bae|anything|ade20k|coco|inverted|v?\d+))*"
 )
-_COPY = r"( \(\d+\))?"  # what a browser adds to the name of a second download
+_COPY = r"(?P<copy> \(\d+\))?"  # what a browser adds to the name of a second download
 _NEVER_PHOTOS = re.compile(rf".*[-_ .](masklabel|condlabel){_COPY}")
 
 
 def photos_of(stem: str, words: str = _MAPS, glued: bool = False) -> list[str]:
     """Return what the photo is called that a name says that it is a mask or map of: all readings.
 
-    ``words`` is a pattern. A word stands apart or behind a digit; if ``glued``, anywhere.
+    ``words`` is a pattern. A word stands apart or behind a digit; if ``glued``, anywhere. A mask
+    with a number in parentheses is that of a photo with the same one, or of one without: it was
+    downloaded twice.
     """
     apart = "[-_ .(]*" if glued else r"([-_ .(]+|(?<=\d))"
     after = re.compile(rf"{apart}({words}){_MORE}\)?{_COPY}")
     before = re.compile(rf"({words}){_MORE}[-_ .]+")
     places = range(1, len(stem))
-    photos = [stem[:place] for place in places if after.fullmatch(stem, place)]
+    ends = {stem[:place]: match for place in places if (match := after.fullmatch(stem, place))}
+    photos = [photo + match["copy"] for photo, match in ends.items() if match["copy"]] + [*ends]
     return photos + [stem[place:] for place in places if before.fullmatch(stem, 0, place)]
 
 

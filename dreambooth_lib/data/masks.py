@@ -5,6 +5,7 @@ and white ``NAME.png`` beside it, or ``masks/NAME.png``, or else what its alpha 
 ``data.companions`` for more forms of these names.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -37,7 +38,10 @@ def pair_masks(
     for file in [*others.values(), *inside]:
         stem = folded(PurePosixPath(file.name).stem)
         matches = [stem, *photos_of(stem, MASKS, glued=True)]
-        for photo in [name for name, own in stems.items() if own in matches]:
+        found = [name for name, own in stems.items() if own in matches]
+        number = re.search(r" \(\d+\)$", stem)
+        alike = [name for name in found if number and stems[name].endswith(number[0])]
+        for photo in alike or found:
             if photo in pairs:
                 raise DataError(f"{file} and {pairs[photo]} are both masks of '{photo}'; keep one.")
             pairs[photo] = file

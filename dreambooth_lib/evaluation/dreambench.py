@@ -203,11 +203,13 @@ def draw_all(
             done += len(batch)
             if all((out / image.path).is_file() for image in batch):
                 continue
-            family = family or load_source(method(subject))
+            filled = [prompt.replace("{}", subject.identifier) for prompt in prompts]
+            every = [*filled, *drift, subject.class_prompt, protocol.negative_prompt]
+            family = family or load_source(method(subject), prompts=every)
             texts = [
                 subject.class_prompt if image.prompt is None
                 else drift[image.prompt] if image.drift
-                else prompts[image.prompt].replace("{}", subject.identifier)
+                else filled[image.prompt]
                 for image in batch
             ]  # fmt: skip
             pairs = [(text, image.seed) for text, image in zip(texts, batch, strict=True)]

@@ -90,9 +90,8 @@ def _back_up(run: Run, folder: Path) -> list[str]:
         return ["that folder holds something other than this run; choose another one"]
     if (later := retry(_later_step, run, folder, state)) is not None:
         return [
-            f"another session has backed up step {later} there, and this run is at step "
-            f"{max(run.checkpoints(), default=0)}; stop one of the two sessions, or delete that "
-            "folder to keep this run"
+            f"another session has backed up step {later} there, which this run has not reached; "
+            "stop one of the two sessions, or delete that folder to keep this run"
         ]
     state.session = SESSION
     if state.finished and not run.finished:  # it has a longer goal now
@@ -115,6 +114,10 @@ def _back_up(run: Run, folder: Path) -> list[str]:
     return failures + problems + leftovers
 
 
+#: Checkpoints of other sessions whose digests are right.
+_sound: set[Path] = set()
+
+
 def _later_step(run: Run, folder: Path, state: State) -> int | None:
     """Return the step of another session's checkpoint in the backup that is ahead of the run."""
     from dreambooth_lib.training.checkpoints import CheckpointError, check_digests
@@ -123,10 +126,12 @@ def _later_step(run: Run, folder: Path, state: State) -> int | None:
     newest = max(there, default=0)
     if state.session == SESSION or newest <= max(run.checkpoints(), default=0):
         return None
-    try:
-        check_digests(there[newest])
-    except CheckpointError:  # so the run was restored from the one before
-        return None
+    if there[newest] not in _sound:  # read once, as it may have gigabytes
+        try:
+            check_digests(there[newest])
+        except CheckpointError:  # so the run was restored from the one before
+            return None
+        _sound.add(there[newest])
     return newest
 
 

@@ -53,7 +53,8 @@ def options_that_fit(
             base, revision = str(source.folder), None  # its base may have been deleted
         # Trained text encoders, and those with LoRAs on them, are needed for longer.
         plain = not config.trains_text and not loading.resolve(base, revision).loras
-    if not loading.resolve(base, revision).family.large_encoder_names:
+    family = loading.resolve(base, revision).family
+    if not family.large_encoder_names or not family.supports_dtype(dtype):
         return {}
     device = join_group().device
     whole, in_parts = _ram(base, revision, quantize, dtype, gpu_memory.gpu_bytes(device)[0])

@@ -7,7 +7,7 @@ that trains without a break on whole batches.
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -126,14 +126,18 @@ def _explain_out_of_memory(run: Run, when: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        savings = ""
-        with suppress(KeyboardInterrupt):  # the estimates take minutes for the largest bases
-            print("The GPU ran out of memory; estimating which settings take less…", flush=True)
-            savings = f": {_suggest_savings(run.resolved_config)}"
-        raise OutOfMemory(
-            f"the GPU ran out of memory {when} of {run.folder}{savings}; resume the run with "
-            "another memory or resolution, or start a new one with another method."
-        ) from error
+        said = f"the GPU ran out of memory {when} of {run.folder}"
+        fix = (
+            "resume the run with another memory or resolution, or start a new one with another "
+            "method."
+        )
+        print("The GPU ran out of memory; estimating which settings take less…", flush=True)
+        try:  # which takes minutes for the largest bases
+            savings = _suggest_savings(run.resolved_config)
+        except KeyboardInterrupt:
+            print(f"{said[0].upper()}{said[1:]}; {fix}", flush=True)
+            raise
+        raise OutOfMemory(f"{said}: {savings}; {fix}") from error
 
 
 def _suggest_savings(config: TrainConfig) -> str:

@@ -169,7 +169,7 @@ def clip_name(name: str) -> str:
     """Return a CLIP text encoder's module or tensor by its usual name, with ``text_model.``.
 
     transformers leaves this prefix out from version 5.6 on where the model has no projection.
-    Earlier versions and other programs ignore a LoRA's tensors without it; diffusers reads both.
+    Earlier versions and other programs ignore a LoRA's tensors without it.
     """
     bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
     return f"text_model.{name}" if bare else name

@@ -180,6 +180,8 @@ def load_source(
     """
     if not isinstance(source, Run | TrainConfig | str):
         return source
+    if isinstance(source, Run) and at is None:
+        _check_pipeline(source)
     dtype = sampling_dtype()
     more = options_that_fit(source, dtype, at, prompts)
     if isinstance(source, str):
@@ -189,7 +191,6 @@ def load_source(
     elif at is not None:
         family = load_at_checkpoint(source, at, dtype, **more)
     else:
-        _check_pipeline(source)
         options = _options([source.config]) | {"dtype": dtype} | more
         draw_base, folder = source.config.draw_base, str(source.folder)
         if draw_base is not None:

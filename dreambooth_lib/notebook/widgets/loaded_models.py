@@ -33,6 +33,15 @@ def release_all_but(sources: Collection[Source]) -> None:
     gpu_memory.free_memory()
 
 
+def load_together(sources: Collection[Source], prompts: list[str]) -> None:
+    """Free all other models, and load these sources, as many of them as fit into memory."""
+    release_all_but(sources)
+    with suppress(NotEnoughMemory):
+        for source in sources:
+            if source not in LOADED:
+                LOADED[source] = _load(source, prompts)
+
+
 def load(source: Source, prompts: list[str]) -> None:
     """Load a source if it is not loaded, or not with these prompts.
 
@@ -43,9 +52,13 @@ def load(source: Source, prompts: list[str]) -> None:
         if cache is None or set(prompts) <= cache.row.keys():
             return
         release_all_but(set(LOADED) - {source})
-    run, at = source if isinstance(source, tuple) else (source, None)
     with suppress(NotEnoughMemory):
-        LOADED[source] = load_source(run, at, prompts)
+        LOADED[source] = _load(source, prompts)
     if source not in LOADED:
         release_models()
-        LOADED[source] = load_source(run, at, prompts)
+        LOADED[source] = _load(source, prompts)
+
+
+def _load(source: Source, prompts: list[str]) -> "Family":
+    run, at = source if isinstance(source, tuple) else (source, None)
+    return load_source(run, at, prompts)

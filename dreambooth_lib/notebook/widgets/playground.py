@@ -32,7 +32,7 @@ from dreambooth_lib.notebook.widgets.loaded_models import (
     LOADED,
     Source,
     load,
-    release_all_but,
+    load_together,
     release_models,
 )
 from dreambooth_lib.notebook.widgets.parts import (
@@ -194,7 +194,7 @@ class Playground(Panel):
         how: dict[str, Any] = {"steps": steps, "guidance_scale": scale}
         images: dict[str, list[Sample]] = {name: [] for name in sources}
         with busy(self.button), busy(self.new_seed), self._progress(len(seeds) * len(sources)):
-            release_all_but(sources.values())
+            load_together(sources.values(), [prompt, negative])
             samplers, read = dict[str, str](), False
             for name, source in sources.items():
                 load(source, [prompt, negative])
