@@ -1,6 +1,7 @@
 """Test drawing with large bases where RAM is short; the CPU stands in for a GPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate import PartialState
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.evaluation import demo, sweep
+from dreambooth_lib.evaluation.dreambench import Benchmark, Protocol, draw_all
 from dreambooth_lib.families.base_files import BaseError
 from dreambooth_lib.notebook import widgets
 from dreambooth_lib.notebook.widgets.loaded_models import LOADED
@@ -136,6 +138,19 @@ def test_class_images_of_a_large_base_are_drawn_where_ram_is_short(
         demo.personalise(config, tmp_path / "demo" / "run")
     for name in ("widget", "sweep", "demo"):
         assert len(list((tmp_path / name).rglob("0*.png"))) == config.class_images
+
+
+def test_a_benchmark_encodes_its_prompts_first_where_ram_is_short(
+    started: Callable[..., Run], ram: SimpleNamespace, tmp_path: Path
+) -> None:
+    config = started().config
+    subject = replace(config.subject, kind="live")
+    benchmark = Benchmark([subject], {"live": ["a {}", "a red {}"], "object": ["a {}"]})
+    protocol = Protocol(images_per_prompt=1, class_images=2, steps=1, batch_size=4)
+    ram.with_gpu()
+    ram.available = sizes(config)[1] + SPARE
+    *_, last = draw_all(benchmark, {"base": lambda subject: config.base}, tmp_path, protocol)
+    assert last.done == last.total > 2
 
 
 def test_a_playground_draws_with_one_model_after_the_other_where_ram_is_short(
