@@ -36,7 +36,7 @@ from dreambooth_lib.core.errors import KitError
 NAME = "dreambooth-lib"
 #: Packages that the kit can do without, as in its extra "heif", and what it cannot do then.
 OPTIONAL = {"pillow-heif>=0.22": "HEIC photos, such as an iPhone's, cannot be read"}
-#: Where a notebook's first cell finds a wheel; once the kit is installed, it looks no more.
+#: Where a notebook's first cell searches for a wheel, as long as the kit is not installed.
 WHEELS = (".", "..", "../..", "/content", "/content/drive/MyDrive",
           "/content/drive/MyDrive/Colab Notebooks")  # fmt: skip
 

@@ -28,8 +28,6 @@ PROCESS = 2.5e9
 #: Bytes of a weight in half precision, in which an exported model, its zip and large weights on
 #: Drive are written; and of AdamW's two moments in 8 bits.
 HALF, MOMENTS = 2, 2
-#: Bytes of a weight that QLoRA quantizes, with its scales.
-QUANTIZED = 0.52
 #: Checkpoints on the disk at once: the newest, the one that is being written, and the older and
 #: the best one, which have no moments and count together as one more.
 CHECKPOINTS = 3
@@ -183,7 +181,9 @@ def needs_on_gpu(
 
 def _with_sibling(needs: Needs, base: str, draws: bool) -> Needs:
     """Add what a ``draw_base`` takes; ``draws`` says whether training draws with it."""
-    sibling, weight = describe(base), QUANTIZED if needs.method == "QLoRA" else HALF
+    from dreambooth_lib.training.part_sizes import QUANTIZED
+
+    sibling, weight = describe(base), QUANTIZED["nf4"] if needs.method == "QLoRA" else HALF
     return replace(
         needs,
         gpu=needs.gpu + int(draws * weight * sibling.denoiser),

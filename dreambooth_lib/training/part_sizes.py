@@ -6,14 +6,14 @@ from dreambooth_lib.families.base import Family
 
 #: Bytes per quantized weight: "nf4" has a scale per 64 weights, itself in 8 bits with a scale per
 #: 256 of those; "int8" has few scales.
-_QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def sizes_of_parts(
     family: Family, quantize: str | None, half: torch.dtype
 ) -> dict[torch.nn.Module, float]:
     """Return the bytes of each part's weights, of a family on the meta device in ``half``."""
-    packed_bytes = _QUANTIZED.get(quantize or "")
+    packed_bytes = QUANTIZED.get(quantize or "")
     quantized = [getattr(family.pipeline, name, None) for name in family.quantized_names()]
     modules = [family.denoiser, *family.text_encoders, *family.frozen]
     return {m: module_bytes(m, packed_bytes if m in quantized else None, half) for m in modules}
