@@ -75,7 +75,8 @@ def test_a_choice_is_judged_by_other_images() -> None:
     table = trust.choice_table(
         {"validation": {cell: own}, "exhaustive": {cell: judged}}, "full", 250
     )
-    assert table[-2].startswith("| dog | 250 | 125 | 0.855") and "0 of 1" in table[-1]
+    assert table[-2].startswith("| dog | 250 | 125 | 0.855"), "by rising likeness both are alike"
+    assert "within 2%: 0 and 1 of 1" in table[-1] and table[-2].endswith("| 1.000 |")
     assert trust.choose(trust.up_to(own, 125), trust.up_to(judged, 125)).share == 1
 
 
@@ -173,9 +174,15 @@ def test_agreement_counts_what_both_passes_say(tmp_path: Path) -> None:
     validated = [base, result(125, [0.8] * 4), result(250, [0.7] * 4)]
     rows = {"validation": {Cell("full", name, 0): validated}, "again": {}}
     table = pairs.agreement(_Sees(level), rows, tmp_path)
-    assert table[2] == "| which image is more like the subject | 5 pairs | 80.0% |"
-    assert table[3] == "| learnt: yes, partly or no | 2 validations | 50.0% |"
-    assert table[4].endswith("2 validations | 50.0% |")
+    assert table[2:6] == [
+        "| which image is more like the subject | 5 pairs | 80.0% |",
+        "| which of two steps of a run | 5 pairs | 80.0% |",
+        "| the same, the later step | 5 pairs | 80.0% |",
+        "| learnt: yes, partly or no | 2 validations | 50.0% |",
+    ]
+    assert table[6].endswith("2 validations | 50.0% |")
+    chosen = "| a chosen step is the subject (the lowest has 2.00 of 2) | 2 choices | 100.0% |"
+    assert table[8] == chosen, "step 125, of 250 and of 500"
 
 
 def test_the_bundled_scorer_and_the_verdict_agree_with_the_judges() -> None:
@@ -183,10 +190,11 @@ def test_the_bundled_scorer_and_the_verdict_agree_with_the_judges() -> None:
     table = pairs.agreement(
         validation.load_scorers(TrainConfig(bundled_subjects()[0])).images, trust.read_rows()
     )
-    shares = [float(row.split("|")[-2].strip(" %")) for row in table[2:6]]
-    ranking, verdict, commonest, opposite = shares
-    assert ranking >= 90 and verdict >= max(88, commonest + 1) and opposite >= 98, table
-    counts = [[int(n) for n in row.split("|")[2:5]] for row in table[9:]]
+    shares = [float(row.split("|")[-2].strip(" %")) for row in table[2:9]]
+    ranking, by_likeness, by_step, verdict, commonest, opposite, chosen = shares
+    assert ranking >= 90 and verdict >= max(90, commonest + 1) and opposite >= 98, table
+    assert by_step > by_likeness + 5 and chosen == 100, table
+    counts = [[int(n) for n in row.split("|")[2:5]] for row in table[12:]]
     assert len(counts) == 3 and sum(map(sum, counts)) == 176
 
 

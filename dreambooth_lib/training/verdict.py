@@ -24,8 +24,8 @@ _LEARNT = {"yes": "learnt", "partly": "partly learnt", "no": "not learnt"}
 #: At 94% likeness an image was seen to lack a pattern, and part of its subject's shape.
 _COMPARE = (
     "Scores can miss shapes, colours and small parts: compare the images with your photos, and "
-    "train for more steps if they do not show your subject yet. Class images should still vary as "
-    "much as the base's."
+    "train for more steps if they do not show your subject yet. Images of the class should still "
+    "vary as much as the base model's."
 )
 
 
@@ -46,24 +46,30 @@ class Verdict:
 
 
 def verdict(
-    ratios: "Ratios", leakage: float, still_learning: bool, has_ceiling: bool = True
+    ratios: "Ratios",
+    leakage: float,
+    still_learning: bool,
+    has_ceiling: bool = True,
+    likeness: float | None = None,
 ) -> Verdict:
     """Judge a step by its ratios.
 
     ``leakage`` is how much class images have come to look like the subject: 0 as the base's, 1 as
     the photos. ``still_learning`` tells whether the step is among the run's last ones, and
-    ``has_ceiling`` whether two photos tell how alike the subject's images can be.
+    ``has_ceiling`` whether two photos tell how alike the subject's images can be. ``likeness`` is
+    less noisy than the step's own: the word for what was learnt follows it.
     """
-    learnt = _word(ratios.likeness, LEARNT, PARTLY_LEARNT)
+    learnt = _word(ratios.likeness if likeness is None else likeness, LEARNT, PARTLY_LEARNT)
     kept = _word(min(ratios.class_kept, 1 - leakage), CLASS_KEPT, CLASS_PARTLY_KEPT)
     others = _word(ratios.others_kept, OTHERS_KEPT, OTHERS_PARTLY_KEPT)
-    words = {"yes": "kept", "partly": "partly kept", "no": "forgotten"}
+    words = {"yes": "kept", "partly": "partly kept"}
     share = f"{ratios.class_kept:.0%}"
     if 1 - leakage < ratios.class_kept and kept != "yes":
         share = "it came to look like your subject"
     text = (
         f"According to the scores: subject {_LEARNT[learnt]} ({ratios.likeness:.0%}), class "
-        f"{words[kept]} ({share}), other prompts {words[others]} ({ratios.others_kept:.0%})."
+        f"{words.get(kept, 'forgotten')} ({share}), other prompts "
+        f"{words.get(others, 'not kept')} ({ratios.others_kept:.0%})."
     )
     if not has_ceiling:
         text += (
@@ -102,7 +108,7 @@ def _advice(learnt: str, kept: str, others: str, ratios: "Ratios", still_learnin
         )
     if "partly" in (kept, others):
         return (
-            f"{_COMPARE} Raise λ if class images have changed too much; set prior_prompts if "
-            "images of other prompts have."
+            f"{_COMPARE} Raise λ if images of the class have changed too much; set prior_prompts "
+            "if images of other prompts have."
         )
     return _COMPARE

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,18 +26,17 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.figures.image_grids import HEADING, MARGIN, TEXT, Layout, line_height
 from dreambooth_lib.metrics.encoders import Encoder
-from dreambooth_lib.training.best_checkpoint import ratios_of
+from dreambooth_lib.training.best_checkpoint import ratios_of, rising_likeness, select_best
 from dreambooth_lib.training.verdict import LEARNT, PARTLY_LEARNT
 from tools.studies import bank
-
-if TYPE_CHECKING:
-    from tools.studies.trust import Rows
+from tools.studies.trust import LAST_BY_DEFAULT, Cell, Rows, up_to
 
 DATA = Path("docs/studies/judged")
 TILE, ACROSS = 64, 32  # pixels of an image's side; images in a row of the file
 A_PAGE = 10  # pairs on a page
 PASSES = 2
 FEWEST = 3  # judged images of a checkpoint, to say what it shows
+RUNS_OWN = ("validation", "again")  # the plans that could be a run's own
 
 
 @dataclass
@@ -201,15 +200,16 @@ def take(number: int, folder: Path = DATA, out: Path = Path("outputs/judging")) 
 # Comparing
 
 
-def agreement(scorer: Encoder, rows: "Rows", folder: Path = DATA) -> list[str]:
-    """Return tables of how far ranking and verdict agree with what both passes judged alike.
+def agreement(scorer: Encoder, rows: Rows, folder: Path = DATA) -> list[str]:
+    """Return tables of how far ranking, verdict and choice agree with what was judged.
 
-    The ranking is of the pairs' images, by likeness, where both passes said which is better. The
-    verdict is a checkpoint's, by the images that its run drew (``rows``, of :mod:`trust`), beside
-    the mean of what both passes said of ``FEWEST`` of its other images or more.
+    The ranking is of the pairs' images, by likeness, where both passes said which is better; of two
+    steps of one run it is compared with the order of the steps. The verdict is a checkpoint's, by
+    the images that its run drew (``rows``, of :mod:`trust`), beside the mean of what both passes
+    said of ``FEWEST`` of its other images or more.
     """
     pairs, images = read(folder)
-    ranked, said = Counter[bool](), defaultdict[str, list[int]](list)
+    ranked, by_likeness, by_step = Counter[bool](), Counter[bool](), Counter[bool]()
     for name, subject in bank.subjects().items():
         own = [pair for pair in pairs if pair.subject == name]
         if not own:
@@ -218,37 +218,78 @@ def agreement(scorer: Encoder, rows: "Rows", folder: Path = DATA) -> list[str]:
         embedded = scorer.embed_images([images[d] for pair in own for d in pair.images])
         likeness = (embedded @ photos.T).mean(1).view(-1, 2).tolist()
         for pair, (one, two) in zip(own, likeness, strict=True):
-            if len(set(pair.better)) == 1 and pair.better[0] != "alike":
-                ranked[(one > two) == (pair.better[0] == "first")] += 1
-            for cell, levels in zip(pair.cells, zip(*pair.shown, strict=True), strict=True):
-                said[cell] += levels
-    words = Counter[tuple[int, int]]()
-    for plan in ("validation", "again"):
-        for cell, (base, *results) in rows[plan].items():
-            for result in results:
-                levels = said[f"{cell.kind}/{cell.subject}/seed{cell.seed}/{result.step:06d}"]
-                if len(levels) >= PASSES * FEWEST:
-                    likeness = ratios_of(result, base).likeness
-                    found = 2 if likeness >= LEARNT else 1 if likeness >= PARTLY_LEARNT else 0
-                    words[round(fmean(levels)), found] += 1
+            if len(set(pair.better)) > 1 or pair.better[0] == "alike":
+                continue
+            first = pair.better[0] == "first"
+            ranked[(one > two) == first] += 1
+            (run, step), (other, later) = (cell.rsplit("/", 1) for cell in pair.cells)
+            if run == other and step != later:
+                by_likeness[(one > two) == first] += 1
+                by_step[(step > later) == first] += 1
+    said = _levels(pairs)
+    words = _words(said, rows)
     right = sum(count for (judged, found), count in words.items() if judged == found)
     opposite = words[0, 2] + words[2, 0]
     total = words.total()
     most = max(sum(words[judged, found] for found in range(3)) for judged in range(3))
+    chosen = _levels_of_chosen(said, rows)
+    shown = sum(level >= 1.5 for level in chosen)
     names = ("no", "partly", "yes")
+    table = {
+        "which image is more like the subject": (ranked[True], ranked.total(), "pairs"),
+        "which of two steps of a run": (by_likeness[True], by_likeness.total(), "pairs"),
+        "the same, the later step": (by_step[True], by_step.total(), "pairs"),
+        "learnt: yes, partly or no": (right, total, "validations"),
+        "the same, if every verdict were the commonest": (most, total, "validations"),
+        "never yes for no or no for yes": (total - opposite, total, "validations"),
+        f"a chosen step is the subject (the lowest has {min(chosen, default=0):.2f} of 2)": (
+            shown, len(chosen), "choices"),
+    }  # fmt: skip
     return [
         "| | judged | agree |",
         "|---|---|---|",
-        f"| which image is more like the subject | {ranked.total()} pairs | "
-        f"{ranked[True] / max(1, ranked.total()):.1%} |",
-        f"| learnt: yes, partly or no | {total} validations | {right / max(1, total):.1%} |",
-        f"| the same, if every verdict were the commonest | {total} validations | "
-        f"{most / max(1, total):.1%} |",
-        f"| never yes for no or no for yes | {total} validations | "
-        f"{1 - opposite / max(1, total):.1%} |",
+        *(f"| {name} | {count} {what} | {agree / max(1, count):.1%} |"
+          for name, (agree, count, what) in table.items()),
         "",
         "| judged \\ verdict | no | partly | yes |",
         "|---|---|---|---|",
         *(f"| {name} | {' | '.join(str(words[judged, found]) for found in range(3))} |"
           for judged, name in enumerate(names)),
     ]  # fmt: skip
+
+
+def _levels(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return the mean of what was said of a checkpoint's images, where there are enough of them."""
+    said = defaultdict[str, list[int]](list)
+    for pair in pairs:
+        for cell, levels in zip(pair.cells, zip(*pair.shown, strict=True), strict=True):
+            said[cell] += levels
+    return {cell: fmean(all_) for cell, all_ in said.items() if len(all_) >= PASSES * FEWEST}
+
+
+def _words(said: Mapping[str, float], rows: Rows) -> Counter[tuple[int, int]]:
+    """Count the validations by what was judged and by what the verdict says, each 0, 1 or 2."""
+    words = Counter[tuple[int, int]]()
+    for plan in RUNS_OWN:
+        for cell, (base, *results) in rows[plan].items():
+            for result in rising_likeness(results):
+                if (level := said.get(_name(cell, result.step))) is not None:
+                    likeness = ratios_of(result, base).likeness
+                    found = 2 if likeness >= LEARNT else 1 if likeness >= PARTLY_LEARNT else 0
+                    words[round(level), found] += 1
+    return words
+
+
+def _levels_of_chosen(said: Mapping[str, float], rows: Rows) -> list[float]:
+    """Return what was said of the steps that runs chose, by either set of validation images."""
+    chosen = [
+        _name(cell, select_best(up_to(results, last)).step)
+        for plan in RUNS_OWN
+        for cell, results in rows[plan].items()
+        for last in sorted({LAST_BY_DEFAULT, results[-1].step})
+    ]
+    return [said[name] for name in chosen if name in said]
+
+
+def _name(cell: Cell, step: int) -> str:
+    return f"{cell.kind}/{cell.subject}/seed{cell.seed}/{step:06d}"

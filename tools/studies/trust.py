@@ -182,14 +182,21 @@ class Choice(NamedTuple):
     step: int
     best: int
     share: float  #: of the best score
+    rising_share: float  #: the same, where likeness never falls from one step to the next
+
+
+def scores(judged: Sequence[ValidationResult], rising: bool = False) -> dict[int, float]:
+    """Return a run's scores by step, of its own likeness or of the rising curve that fits it."""
+    rows = best_checkpoint.rising_likeness(judged[1:]) if rising else judged[1:]
+    return {row.step: ratios_of(row, judged[0]).score for row in rows}
 
 
 def choose(own: Sequence[ValidationResult], judged: Sequence[ValidationResult]) -> Choice:
     """Choose among a run's steps by its own validations; judge it by the exhaustive ones."""
-    scores = {row.step: ratios_of(row, judged[0]).score for row in judged[1:]}
     step = best_checkpoint.select_best(own).step
-    best = max((row.step for row in own[1:]), key=lambda each: scores[each])
-    return Choice(step, best, scores[step] / scores[best])
+    plain, rising = scores(judged), scores(judged, rising=True)
+    best = max(plain, key=lambda each: plain[each])
+    return Choice(step, best, plain[step] / plain[best], rising[step] / max(rising.values()))
 
 
 def up_to(rows: Sequence[ValidationResult], last: int) -> list[ValidationResult]:
@@ -209,22 +216,30 @@ def choices(rows: Rows, kind: str, last: int) -> dict[str, list[Choice]]:
 def choice_table(rows: Rows, kind: str, last: int) -> list[str]:
     """Return a table of how good the chosen checkpoints are, by subject, and of all together."""
     found = choices(rows, kind, last)
-    lines = ["| subject | chosen steps | best steps | of the best score | worst |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| subject | chosen steps | best steps | of the best score | worst "
+        "| by rising likeness | worst |",
+        "|---|---|---|---|---|---|---|",
+    ]
     every = [choice for own in found.values() for choice in own]
     for subject, own in [*found.items(), ("all", every)]:
         steps = [_listed([c.step for c in own]), _listed([c.best for c in own])]
+        shares, rising = [c.share for c in own], [c.rising_share for c in own]
         if subject == "all":
-            steps = ["", f"within 2%: {sum(c.share >= 0.98 for c in own)} of {len(own)}"]
-        shares = [choice.share for choice in own]
-        lines.append(f"| {subject} | {' | '.join(steps)} | {interval(shares, '.3f')} "
-                     f"| {min(shares):.3f} |")  # fmt: skip
+            within = [sum(share >= 0.98 for share in each) for each in (shares, rising)]
+            steps = ["", f"within 2%: {within[0]} and {within[1]} of {len(own)}"]
+        cells = [cell for each in (shares, rising) for cell in _mean_and_worst(each)]
+        lines.append(f"| {subject} | {' | '.join([*steps, *cells])} |")
     return lines
+
+
+def _mean_and_worst(shares: Sequence[float]) -> tuple[str, str]:
+    return interval(shares, ".3f"), f"{min(shares):.3f}"
 
 
 def auto_table(rows: Rows) -> list[str]:
     """Return a table of ``TrainConfig.auto`` beside the best of the grid of λ and steps."""
-    lines = ["| subject | auto | best of the grid | of the best |", "|---|---|---|---|"]
+    lines = ["| subject | auto | best of the grid | of the best | worst |", "|---|---|---|---|---|"]
     every = []
     for subject in dict.fromkeys(cell.subject for cell in rows["validation"]):
         shares, chosen, bests = [], [], []
@@ -232,10 +247,10 @@ def auto_table(rows: Rows) -> list[str]:
             if cell.kind != "full" or cell.subject != subject:
                 continue
             grid = {
-                (other.kind, row.step): ratios_of(row, judged[0]).score
+                (other.kind, step): score
                 for other, judged in rows["exhaustive"].items()
                 if other[1:] == cell[1:] and (other.kind == "full" or "lambda" in other.kind)
-                for row in judged[1:]
+                for step, score in scores(judged).items()
             }
             step = best_checkpoint.select_best(own).step
             best = max(grid, key=lambda key: grid[key])
@@ -243,10 +258,11 @@ def auto_table(rows: Rows) -> list[str]:
             chosen.append(step)
             bests.append(f"{best[0].replace('full', 'λ 1').replace('lambda-', 'λ ')}, {best[1]}")
         every += shares
-        lines.append(f"| {subject} | λ 1, {_listed(chosen)} | {_listed(bests)} "
-                     f"| {interval(shares, '.3f')} |")  # fmt: skip
+        cells = [f"λ 1, {_listed(chosen)}", _listed(bests), *_mean_and_worst(shares)]
+        lines.append(f"| {subject} | {' | '.join(cells)} |")
     within = sum(share >= 0.98 for share in every)
-    lines.append(f"| all | | within 2%: {within} of {len(every)} | {interval(every, '.3f')} |")
+    cells = [f"within 2%: {within} of {len(every)}", *_mean_and_worst(every)]
+    lines.append(f"| all | | {' | '.join(cells)} |")
     return lines
 
 
