@@ -15,10 +15,10 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.demo import bundled_subjects
 from dreambooth_lib.metrics.encoders import Encoder
-from dreambooth_lib.training import validation
+from dreambooth_lib.training import runs, validation
 from dreambooth_lib.training.validation import ValidationImages
-from dreambooth_lib.training.validation_record import ValidationResult
-from tools.studies import bank, finished, pairs, trust
+from dreambooth_lib.training.validation_record import ValidationResult, history
+from tools.studies import bank, finished, pairs, practice, trust
 from tools.studies.intervals import half_width, interval
 from tools.studies.keep import keep_table
 from tools.studies.pairs import Pair
@@ -245,3 +245,19 @@ def test_the_finished_study_has_a_row_for_each_run_and_step(
     best = sweep_table.recommend(table)
     assert best.settings == {"prior_weight": 1, "step": 250} and "mean of 2 runs" in best.reason
     assert Image.open(tmp_path / "patch_dog.png").width > 2 * 3 * 64
+
+
+def test_the_notebooks_run_of_a_subject_is_trained_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert practice.practice()["steps"] == 300, "as in notebook 01"
+    short = {"steps": 2, "class_images": 4, "validate_every": 1, "checkpoints_kept": 6}
+    monkeypatch.setattr(practice, "practice", lambda: short)
+    monkeypatch.setattr(practice, "STUDIES", tmp_path)
+    subject = bank.subjects()["moss_cat"]
+    practice.run_one(tmp_path / "runs", "full", subject)
+    practice.run_one(tmp_path / "runs", "full", subject)  # resumed: it has finished
+    assert [r.step for r in history(runs.resume(tmp_path / "runs/full/moss_cat"))] == [0, 1, 2]
+    assert Image.open(tmp_path / "runs/full/moss_cat.png").size > (900, 300)
+    practice.write_chosen(tmp_path / "runs", "full", [subject])
+    assert Image.open(tmp_path / "notebook-full.png").size > (900, 64)

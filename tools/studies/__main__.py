@@ -3,6 +3,7 @@
     grid       λ x steps on each bundled subject: table, heat map, front, contact sheet
     bank       train fifteen subjects with five seeds and draw every checkpoint's images
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
+    notebook   train fifteen subjects as notebook 01 does, also by LoRA, and show what they chose
     keep       print how an adaptive λ compares with fixed ones, from the bank
     finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
@@ -19,7 +20,7 @@ An interrupted study resumes. Cells run on ``--workers`` processes of one thread
 import argparse
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
@@ -37,7 +38,7 @@ from dreambooth_lib.figures import image_grids, plots
 from dreambooth_lib.figures.labels import heading
 from dreambooth_lib.training import runs, validation
 from dreambooth_lib.training.validation_record import load_images
-from tools.studies import backgrounds, bank, finished, pairs, trust
+from tools.studies import backgrounds, bank, finished, pairs, practice, trust
 from tools.studies.adapters import adapters, sizes
 from tools.studies.intervals import half_width, interval
 from tools.studies.keep import keep_table
@@ -128,10 +129,28 @@ def fill_bank(
             bank.steps_of(bank.config_of(kind, subject, seed))
         )
     }
+    print_as_done(futures)
+    trust.score_bank(out, out / "validations.jsonl")
+
+
+def train_as_notebook(
+    subjects: Sequence[Subject], out: Path, kinds: Sequence[str], executor: Executor
+) -> None:
+    """Train notebook 01's run of each subject, and show what all of them chose."""
+    print_as_done({
+        executor.submit(practice.run_one, out, kind, subject): f"{kind} {subject.name}"
+        for kind in kinds
+        for subject in subjects
+    })  # fmt: skip
+    for kind in kinds:
+        practice.write_chosen(out, kind, subjects)
+
+
+def print_as_done(futures: Mapping[Future[None], str]) -> None:
+    """Wait for all, and print the name of each one that is done."""
     for done, future in enumerate(as_completed(futures), 1):
         future.result()
         print(f"{done} of {len(futures)}: {futures[future]}", flush=True)
-    trust.score_bank(out, out / "validations.jsonl")
 
 
 def print_trust(file: Path) -> None:
@@ -267,15 +286,18 @@ def draw_means(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     studies = (
-        "grid", "bank", "trust", "keep", "finished", "priors", "adapters", "backgrounds",
-        "portraits", "ablations", "memory",
+        "grid", "bank", "trust", "notebook", "keep", "finished", "priors", "adapters",
+        "backgrounds", "portraits", "ablations", "memory",
     )  # fmt: skip
     parser.add_argument("study", choices=studies)
-    parser.add_argument("--subjects", nargs="+", help="default: all bundled ones; of bank: all")
+    parser.add_argument(
+        "--subjects", nargs="+", help="default: all bundled ones; of bank and notebook: all"
+    )
     parser.add_argument(
         "--kinds",
         nargs="+",
-        help="of bank (default: full), finished, priors, adapters, backgrounds and portraits",
+        help="of bank (default: full), notebook and finished (default: full and lora), priors, "
+        "adapters, backgrounds and portraits",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="not of ablations and memory")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust, keep and finished")
@@ -304,9 +326,12 @@ def main() -> None:
         if arguments.study == "grid":
             for subject in subjects:
                 study_grid(subject, out, executor)
-        elif arguments.study == "bank":
+        elif arguments.study in ("bank", "notebook"):
             every = [s for s in bank.subjects().values() if not asked or s.name in asked]
-            fill_bank(every, out, arguments.kinds or ["full"], executor, arguments.seeds)
+            if arguments.study == "bank":
+                fill_bank(every, out, arguments.kinds or ["full"], executor, arguments.seeds)
+            else:
+                train_as_notebook(every, out, arguments.kinds or practice.KINDS, executor)
         elif arguments.study in ("priors", "adapters"):
             made = {"priors": priors, "adapters": adapters}[arguments.study]
             for subject in subjects:

@@ -2,10 +2,13 @@
 
 docs/studies/notebook-KIND.png  of every subject its photos, the base's images and the chosen step's
 OUT/KIND/SUBJECT.png            all validations of a run, to see whether another step is better
+
+A person can compare all steps of a run, as in the notebook: would they choose the same?
 """
 
 import ast
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +16,12 @@ import torch
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import save_png
 from dreambooth_lib.core.subject import Subject
-from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.best_checkpoint import best_checkpoint, ratios_of
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.validation_record import history, load_images
-from tools.studies import bank
-from tools.studies.finished import STUDIES
+from tools.studies.finished import STUDIES, save_chosen
 
 NOTEBOOK = Path("notebooks/01_dreambooth.ipynb")
 KINDS = ("full", "lora")
@@ -37,36 +38,32 @@ def practice() -> dict[str, int]:
 
 
 def run_one(out: Path, kind: str, subject: Subject) -> None:
-    """Train one run and draw all of its validations, the chosen one marked."""
+    """Train one run, or resume it, and draw all of its validations with the chosen one marked."""
     torch.set_num_threads(1)
-    folder = out / kind / subject.name
-    config = TrainConfig(subject, method=kind, **practice())
-    run = runs.start_or_resume(config, folder)
+    run = runs.start_or_resume(
+        TrainConfig(subject, method=kind, **practice()), out / kind / subject.name
+    )
     for _ in train(run):
         pass
-    rows = history(run)
-    best = best_checkpoint(run)
-    drawn = [load_images(run, row.step) for row in rows]
+    rows, best = history(run), best_checkpoint(run)
     names = []
     for row in rows:
         mark = " (best)" if row.step == best.step else ""
-        likeness, kept = ratios_of(row, rows[0]).likeness, ratios_of(row, rows[0]).class_kept
-        names.append(f"step {row.step}{mark}: likeness {likeness:.0%}, class kept {kept:.0%}")
+        own = ratios_of(row, rows[0])
+        names.append(f"{row.step}{mark}: likeness {own.likeness:.0%}, class {own.class_kept:.0%}, "
+                     f"others {own.others_kept:.0%}")  # fmt: skip
+    drawn = [load_images(run, row.step) for row in rows]
     cells = [[images.subject, images.class_images, images.unrelated] for images in drawn]
     columns = ["the subject", "its class", "other prompts"]
-    page = image_grids.matrix(names, columns, cells, f"{subject.name}: {best.verdict.text}")
+    page = image_grids.matrix(names, columns, cells, f"{subject.name}, {kind}")
     save_png(page, out / kind / f"{subject.name}.png")
 
 
-def write_chosen(out: Path, kind: str) -> None:
+def write_chosen(out: Path, kind: str, subjects: Sequence[Subject]) -> None:
     """Show what the run of each subject chose, on its own validation images."""
-    names, cells = [], []
-    for name, subject in bank.subjects().items():
-        run = runs.resume(out / kind / name)
+    chosen = []
+    for subject in subjects:
+        run = runs.resume(out / kind / subject.name)
         step = best_checkpoint(run).step
-        base, chosen = load_images(run, 0), load_images(run, step)
-        photos = [photo.image.resize(base.subject[0].size) for photo in read_photos(subject.photos)]
-        names.append(f"{name}, step {step}")
-        cells.append([photos[:2], base.subject[:2], chosen.subject, chosen.class_images[:3]])
-    columns = ["photos", "the base", "the subject", "its class"]
-    save_png(image_grids.matrix(names, columns, cells), STUDIES / f"notebook-{kind}.png")
+        chosen.append((subject, step, load_images(run, 0), load_images(run, step)))
+    save_chosen(STUDIES / f"notebook-{kind}.png", chosen)
