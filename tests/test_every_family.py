@@ -139,7 +139,8 @@ def test_large_text_encoders_encode_a_runs_prompts_eight_at_a_time(
     together = family.pipeline_arguments(cache(prompts))
     for row, prompt in enumerate(prompts):
         for name, alone in family.pipeline_arguments(encode([prompt])).items():
-            assert torch.allclose(together[name][row], alone[0], atol=1e-5), (prompt, name)
+            # Batches of other sizes are rounded otherwise; another row is 1 and more away.
+            assert torch.allclose(together[name][row], alone[0], atol=1e-4), (prompt, name)
 
 
 def test_base_info_equals_what_the_loaded_base_has(both: tuple[Family, Any]) -> None:

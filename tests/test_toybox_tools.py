@@ -269,9 +269,9 @@ def test_the_first_minutes_of_a_rebuild(tmp_path, monkeypatch):
     from tools.toybox.report import report, write_readme
 
     work, target = tmp_path / "work", tmp_path / "target"
+    monkeypatch.setattr("tools.toybox.report.STEPS", 2)
     build(work, target, dict.fromkeys(STEPS, 2), bank=128, rounds=1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tools.toybox.report.STEPS", 2)
     figures = report(world.World(work / "drawings"), target, seed=0, rounds=1)
     assert figures["autoencoder_psnr_db"] > 3
     assert all(0 <= v <= 1 for k, v in figures.items() if k.startswith(("scorer", "generated")))
