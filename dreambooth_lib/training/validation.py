@@ -164,7 +164,7 @@ def load_scorers(config: TrainConfig, device: "str | torch.device" = "cpu") -> S
 
 
 def scorer_source(name: str) -> str | Path:
-    """Return the hub id or folder that a config's scorer is read from."""
+    """Return the Hub id or folder that a config's scorer is read from."""
     return TOYBOX_SCORER if name == "toybox" else name
 
 
