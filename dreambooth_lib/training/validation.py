@@ -152,8 +152,8 @@ def load_scorers(config: TrainConfig, device: "str | torch.device" = "cpu") -> S
             images = Encoder(scorer_source(config.image_scorer), device)
     except EncoderError as error:
         raise ConfigError(
-            f"the scorer cannot be used, as {error.problem}; {error.advice}, or set validate_every "
-            "to 0 to train without validation."
+            f"the scorer cannot be used, because {error.problem}; {error.advice}, or set "
+            "validate_every to 0 to train without validation."
         ) from error
     if not prompts.reads_texts:
         raise ConfigError(
