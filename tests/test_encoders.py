@@ -149,7 +149,7 @@ def test_what_the_hub_refuses_of_a_scorer_is_told_by_its_cause(fake_hub: FakeHub
     fake_hub.refusals |= {"/me/401": 401, "/me/403": 403, "/me/429": 429}
     fake_hub.repos["me/gated"] = Repo(files={"config.json": b"{}"})
     fake_hub.gated.add("me/gated")
-    words = {"me/401": "rejects your token", "me/403": "accept the terms", "me/429": "limit of",
+    words = {"me/401": "rejects your token", "me/403": "accept the terms", "me/429": "rate limit",
              "me/gated": "accept the terms",
              "me/none": "check its name; if it is private"}  # fmt: skip
     for model, word in words.items():
