@@ -25,6 +25,8 @@ from dreambooth_lib.evaluation.arguments import add_evaluate, add_results
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run
 
+_FOLDER = "the folder to write to (default: %(default)s)"
+
 
 def parser() -> argparse.ArgumentParser:
     debug = argparse.ArgumentParser(add_help=False)
@@ -40,22 +42,24 @@ def parser() -> argparse.ArgumentParser:
     demo = add("demo", help="train the bundled base on a bundled subject")
     demo.set_defaults(call=run_demo)
     demo.add_argument("--subject", help="a bundled subject's name (default: the first)")
-    demo.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    demo.add_argument("--out", type=Path, default=Path("outputs/demo"), help=_FOLDER)
 
     figures = add(
-        "figures", help="train and score every bundled subject, with and without the prior"
+        "figures", help="train and score every bundled subject, with and without prior preservation"
     )
     figures.set_defaults(call=run_figures)
-    figures.add_argument("--seeds", type=int, nargs="+", default=[0])
-    figures.add_argument("--prior-weights", type=float, nargs="+", default=[1.0, 0.0])
-    figures.add_argument("--method", choices=("full", "lora"), default="full")
-    figures.add_argument("--lora-rank", type=int, default=8)
+    figures.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
+    figures.add_argument("--prior-weights", type=float, nargs="+", default=[1.0, 0.0],
+                         help="weights of prior preservation; 0 turns it off")  # fmt: skip
+    figures.add_argument("--method", choices=("full", "lora"), default="full",
+                         help="train all weights, or a LoRA")  # fmt: skip
+    figures.add_argument("--lora-rank", type=int, default=8, help="default: %(default)s")
     figures.add_argument("--workers", type=int, default=1, help="processes that share the cores")
-    figures.add_argument("--out", type=Path, default=Path("outputs/figures"))
+    figures.add_argument("--out", type=Path, default=Path("outputs/figures"), help=_FOLDER)
 
     train = add("train", help="train a TOML config, or resume its run")
     train.set_defaults(call=run_train)
-    train.add_argument("config", type=Path)
+    train.add_argument("config", type=Path, help="a TOML file with the fields of TrainConfig")
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/CONFIG)")
 
     resume = add("resume", help="resume an interrupted run")
@@ -63,11 +67,12 @@ def parser() -> argparse.ArgumentParser:
     resume.add_argument("run", type=Path, help="the run's folder")
     resume.add_argument("--photos", type=Path, help="where its photos are now, if they were moved")
 
-    sample = add("sample", help="draw images from a finished run")
+    sample = add("sample", help="generate images from a run")
     sample.set_defaults(call=run_sample)
     sample.add_argument("run", type=Path, help="the run's folder")
     sample.add_argument("prompts", nargs="+", help="{} is replaced by the identifier")
-    sample.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    sample.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3],
+                        help="one image for each prompt and seed (default: 0 1 2 3)")  # fmt: skip
     sample.add_argument("--at", type=int, help="a checkpoint's step (default: the finished model)")
     sample.add_argument("--steps", type=int, help="inference steps (default: the base's)")
     sample.add_argument("--guidance-scale", type=float, help="default: the run's")
@@ -83,18 +88,19 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(call=run_evaluate)
     add_evaluate(evaluate)
 
-    results = add("results", help="keep results as data, and write their table")
+    results = add("results", help="save results as JSON, and write their table")
     results.set_defaults(call=run_results)
     add_results(results)
 
     gallery = add("gallery", help="write a study as one HTML page with sliders")
     gallery.set_defaults(call=run_gallery)
-    gallery.add_argument("folders", type=Path, nargs="+", help="of runs, or of studies")
-    gallery.add_argument("--out", type=Path, default=Path("gallery.html"))
+    gallery.add_argument("folders", type=Path, nargs="+", help="folders of runs or studies")
+    gallery.add_argument("--out", type=Path, default=Path("gallery.html"),
+                         help="the page's file (default: %(default)s)")  # fmt: skip
     gallery.add_argument("--photos", action="store_true", help="show the subjects' photos, too")
-    gallery.add_argument(
-        "--space", type=Path, help="write this folder instead: a Space that also draws, on a CPU"
-    )
+    gallery.add_argument("--space", type=Path,
+                         help="write a Hugging Face Space to this folder instead: the page, plus a "
+                         "prompt field that generates on a CPU")  # fmt: skip
 
     report = add("report", help="describe this machine for an issue, without anything private")
     report.set_defaults(call=run_report)
@@ -189,8 +195,9 @@ def run_training(run: Run) -> None:
             )
         if skipped := skipped_steps(run):
             state.print(
-                f"validation was skipped at step {', '.join(map(str, skipped))}, as it would have "
-                "taken too much of the time; set validate_every to have it"
+                f"validation was skipped at step {', '.join(map(str, skipped))} to limit its share "
+                "of the training time; to validate at every interval, set validate_every, and "
+                "leave validation_share out"
             )
         if len(results) > 1:
             selection = select_best(results)
@@ -205,7 +212,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
     run = runs.resume(arguments.run)
     folder, seeds = arguments.out or arguments.run / "samples", arguments.seeds
-    with explain_disk_errors(folder / "00.png"):  # before the images are drawn
+    with explain_disk_errors(folder / "00.png"):  # before the images are generated
         folder.mkdir(parents=True, exist_ok=True)
     earlier = [re.fullmatch(r"(\d{2,9})-seed\d+\.png", file.name) for file in folder.iterdir()]
     samples = iter_samples(
@@ -283,7 +290,7 @@ def main() -> None:
     except Exception as error:
         if hasattr(arguments, "debug"):
             raise
-        advice = "" if isinstance(error, KitError) else "; --debug shows where this is from."
+        advice = "" if isinstance(error, KitError) else "; add --debug to see the traceback."
         raise SystemExit(f"error: {one_line(error)}{advice}") from error
 
 

@@ -162,7 +162,7 @@ def test_captions_are_edited_and_a_bad_photo_is_left_out(stack: Stack, tmp_path:
     with opened(stack, tmp_path, notebook) as page:
         page.run(0)
         page.type(0, "folder or zip", "rex")
-        page.cell(0).get_by_role("button", name=f"Go on without {bad.name}").click()
+        page.cell(0).get_by_role("button", name=f"Continue without {bad.name}").click()
         page.wait_for(0, f"{bad.name} is left out, as you chose.", 60)
         page.wait_for(0, "1 of 1 captions", 60)
         page.shoot(0, "captions")
@@ -285,7 +285,7 @@ def test_a_double_click_in_a_new_kernel_measures_and_breaks_nothing(page: Page) 
     for number in (SETUP, PARAMETERS, PREFLIGHT, BEGIN, SUBJECT, SETTINGS):
         page.run(number)
     page.wait_for(SETTINGS, "prior_weight=1.0")
-    page.cell(SETTINGS).get_by_role("button", name="Predict the time").dblclick()
+    page.cell(SETTINGS).get_by_role("button", name="Estimate the training time").dblclick()
     page.wait_for(SETTINGS, "Training takes")
     assert "⚠" not in page.text(SETTINGS)
     page.run(TRAIN, 500)

@@ -110,7 +110,7 @@ def test_what_cannot_be_skipped_is_refused(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
     others = [tiny_bases(name) for name in ("sdxl", "sd3", "flux", "flux_2_klein", "z_image")]
     for base in (str(version_2), *others):
-        sentence = f"clip_skip is 2, but '{base}' is no Stable Diffusion 1.x; leave clip_skip out."
+        sentence = f"clip_skip is 2, but '{base}' is not a Stable Diffusion 1.x model; leave"
         with pytest.raises(BaseError, match=sentence):
             loading.load_model(base, clip_skip=2)
         with pytest.raises(BaseError, match=sentence):

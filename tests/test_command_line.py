@@ -55,7 +55,7 @@ def test_an_error_of_the_kit_is_its_sentence_and_another_has_its_type(
     with pytest.raises(SystemExit, match=r"^error: the disk is \\x1b\[1mfull\.$"):
         shell("sample", "run", "a dog")
     monkeypatch.setattr(command, "run_sample", failing(KeyError("a\nb")))
-    with pytest.raises(SystemExit, match=r"^error: KeyError: .*; --debug shows where"):
+    with pytest.raises(SystemExit, match=r"^error: KeyError: .*; add --debug to see the traceback"):
         shell("sample", "run", "a dog")
     assert one_line(ValueError()) == "ValueError" and one_line(KitError("so.")) == "so."
 
@@ -226,7 +226,7 @@ def test_other_runs_are_not_deleted(
     config = make_config("toybox", photos)
     runs.start(config, mine)
     if command == "demo":
-        with pytest.raises(SystemExit, match=r"holds a run of .*, which is no bundled subject"):
+        with pytest.raises(SystemExit, match=r"holds a run of .*, which is not a bundled subject"):
             shell("demo", "--out", tmp_path)
     else:
         shell("figures", "--out", tmp_path)

@@ -282,7 +282,7 @@ def test_samples_are_drawn_in_the_bucket_of_most_photos(
     for odd in (None, 3, ["a", "b"], [0, 8], [8, 2**20], [8]):  # as earlier versions, or anyone
         write_object(goal, (read_object(goal) or {}) | {"size": odd})
         write_digests(run.pipeline)
-        with pytest.warns(UserWarning, match="drawn as squares, as .*there is no folder"):
+        with pytest.warns(UserWarning, match="generated as squares, because .*there is no folder"):
             assert size(run) == SQUARE
 
 

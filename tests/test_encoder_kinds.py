@@ -236,7 +236,7 @@ def test_a_siglip_that_lacks_a_file_is_refused(
 ) -> None:
     folder = copied(saved("siglip"), tmp_path)
     (folder / lost).unlink()
-    with pytest.raises(EncoderError, match=r"cannot be read .*; give a hub id"):
+    with pytest.raises(EncoderError, match=r"cannot be read .*; give a Hub id"):
         Encoder(folder)
 
 
@@ -281,7 +281,7 @@ def test_other_settings_of_a_dinov3_are_refused(
     folder = copied(saved("dinov3_vit"), tmp_path)
     own = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(own | settings))
-    with pytest.raises(EncoderError, match=r"cannot be read .*; give a hub id"):
+    with pytest.raises(EncoderError, match=r"cannot be read .*; give a Hub id"):
         Encoder(folder)
 
 

@@ -119,7 +119,7 @@ def test_dino_gives_the_class_token(dino: Encoder, dino_folder: Path) -> None:
 
 
 def test_encoders_that_cannot_be_used_are_named(clip: Encoder, tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match=r"cannot be read .*; give a hub id"):
+    with pytest.raises(EncoderError, match=r"cannot be read .*; give a Hub id"):
         Encoder(tmp_path)
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="is of type 'bert'; give a CLIP"):
@@ -149,7 +149,7 @@ def test_what_the_hub_refuses_of_a_scorer_is_told_by_its_cause(fake_hub: FakeHub
     fake_hub.refusals |= {"/me/401": 401, "/me/403": 403, "/me/429": 429}
     fake_hub.repos["me/gated"] = Repo(files={"config.json": b"{}"})
     fake_hub.gated.add("me/gated")
-    words = {"me/401": "rejects your token", "me/403": "accept the terms", "me/429": "limit of",
+    words = {"me/401": "rejects your token", "me/403": "accept the terms", "me/429": "rate limit",
              "me/gated": "accept the terms",
              "me/none": "check its name; if it is private"}  # fmt: skip
     for model, word in words.items():
@@ -167,7 +167,7 @@ def test_a_folder_that_lacks_a_file_is_refused(
     for file in clip_folder.iterdir():
         if file.name not in lost:
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(EncoderError, match=r"cannot be read .*; give a hub id"):
+    with pytest.raises(EncoderError, match=r"cannot be read .*; give a Hub id"):
         Encoder(tmp_path)
 
 

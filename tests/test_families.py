@@ -55,7 +55,7 @@ def test_a_folder_that_is_no_base_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["toybx", "a/b/c", "/no/such"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(base: str) -> None:
-    with pytest.raises(BaseError, match=f"no base '{base}'.*'toybox'.*hub id"):
+    with pytest.raises(BaseError, match=f"no base '{base}'.*'toybox'.*Hub id"):
         locate(base)
 
 

@@ -101,7 +101,7 @@ def test_buckets_show_each_crop_and_fewer_findings(panel: widgets.SubjectPanel) 
 def test_a_moved_crop_is_kept_beside_the_photos(panel: widgets.SubjectPanel, folder: Path) -> None:
     framing = panel.framing
     framing.move.click()
-    assert "a crop in the middle cannot be moved" in texts(panel)
+    assert "center and random crops cannot be moved" in texts(panel)
     framing.crop.value = "subject"
     framing.photo.value, framing.down.value = "0.png", 0.0
     framing.move.click()
@@ -176,7 +176,7 @@ def test_masks_that_cannot_be_saved_beside_what_is_there_are_refused(
     photos = read_photos(folder)
     masks = {photo.name: left_half(photo.traits.size) for photo in reversed(photos)}
     why = "'0.jpg' and '0.png' in .* would share the mask 0-masklabel.png; rename"
-    with pytest.raises(DataError, match=why if other == "0.jpg" else "0_mask.webp.* no PNG"):
+    with pytest.raises(DataError, match=why if other == "0.jpg" else "0_mask.webp.* not a PNG"):
         mask_maker.save_masks(folder, photos, masks)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

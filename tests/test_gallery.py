@@ -108,7 +108,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_space_of_a_lora_is_refused(study: Path, tmp_path: Path) -> None:
     (run, *_) = gallery.find_runs([study])
     lora = runs.Run(run.folder, run.config.replace(method="lora"))
-    with pytest.raises(InputError, match="is a LoRA, and a Space draws with a full model"):
+    with pytest.raises(InputError, match="is a LoRA, and a Space generates with a full model"):
         space.write_space([lora], tmp_path / "space")
     assert not (tmp_path / "space").exists()
 

@@ -360,7 +360,7 @@ def test_a_model_is_as_visible_as_it_was_or_is_asked_for(fake_hub: FakeHub, fold
         ("preupload", 403, "may not write to .*with write access"),
         ("objects/batch", 403, "may not write to .*with write access"),
         ("/upload/", 403, "may not write to .*with write access"),
-        ("repos/create", 429, "limits your requests.*in a few minutes"),
+        ("repos/create", 429, "rate limit was reached.*in a few minutes"),
         ("/commit/", 409, rf"refused '{NAME}' \(.*409.*\); check"),
         (
             "validate-yaml",
@@ -495,7 +495,7 @@ def test_a_base_on_the_hub_is_checked_before_it_is_loaded(
     assert check("maker/gated").fix.startswith("Accept the terms on the Hub's page of maker/gated")
     assert check("maker/gone").fix.startswith("Check its name")
     assert "no model_index.json" in check("maker/other").result
-    with pytest.raises(loading.BaseError, match="'maker/gone' could not be reached on the hub"):
+    with pytest.raises(loading.BaseError, match="'maker/gone' could not be reached on the Hub"):
         fake_hub.call(loading.load_model, "maker/gone")
 
 
@@ -504,7 +504,7 @@ def test_a_base_on_the_hub_is_checked_before_it_is_loaded(
     [
         (401, "the Hub rejects your token; replace or remove it"),
         (403, "accept the terms on the Hub's page of maker/base"),
-        (429, "the Hub's limit of requests is reached: wait a few minutes"),
+        (429, "the Hub's rate limit was reached: wait a few minutes"),
         (500, "the Hub is having problems: wait a few minutes"),
         (HANG_UP, "check its name and the network"),
     ],

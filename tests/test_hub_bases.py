@@ -70,7 +70,7 @@ def test_what_a_base_lacks_is_named(
     [
         (UNET, 401, "rejects your token"),
         (UNET, 403, "your access is refused"),
-        ("api/models", 429, "limit of requests"),
+        ("api/models", 429, "rate limit"),
         ("model_index.json", 401, "rejects your token"),
     ],
 )

@@ -538,7 +538,7 @@ def test_raw_photos_of_any_camera_are_told_as_such(folder: Path, suffix: str) ->
 
 def test_raw_photos_are_not_read_as_their_previews(folder: Path) -> None:
     Image.new("RGB", (16, 12)).save(folder / "IMG_1.DNG", "TIFF")
-    with pytest.raises(DataError, match=r"raw photos only, as IMG_1\.DNG; save them as JPEG"):
+    with pytest.raises(DataError, match=r"only raw photos, such as IMG_1\.DNG; save them as JPEG"):
         read_photos(folder)
     noise(1).save(folder / "IMG_1.jpg")
     source = read_source(folder)
@@ -623,7 +623,7 @@ def test_masks_and_maps_are_left_out_and_named(folder: Path, name: str) -> None:
     source = read_source(folder)
     assert [photo.name for photo in source.photos] == ["p0.png"]
     assert len(source.notes) == 1 and source.notes[0].startswith(
-        f"{name} is not trained on as photos"
+        f"{name} was taken for a mask or map, so it is not trained on"
     )
 
 
@@ -650,7 +650,7 @@ def test_masks_and_maps_of_a_photo_that_is_not_used_stay_out(folder: Path, gone:
     photos, notes = read_source(subject)
     assert [(photo.name, photo.caption) for photo in photos] == [("q.png", "a {} dog")]
     (about_masks,) = [note for note in notes if "masks or maps" in note]
-    assert about_masks.startswith(f"{stem}_depth.png and {stem}_mask.png are not trained on")
+    assert about_masks.startswith(f"{stem}_depth.png and {stem}_mask.png were taken for masks")
     assert not [note for note in notes if "no caption" in note]
 
 
@@ -664,7 +664,7 @@ def test_a_black_and_white_picture_is_a_mask_only_beside_its_photo(folder: Path)
     noise(2).save(folder / "carnival_mask.jpg")
     source = read_source(folder)
     assert [p.name for p in source.photos] == ["carnival_mask.jpg", "chess.png", "p0.jpg"]
-    assert source.notes[0].startswith("cat_mask.png and p0.png are not trained on as photos")
+    assert source.notes[0].startswith("cat_mask.png and p0.png were taken for masks or maps")
 
 
 # Colours, and decoders that may be missing

@@ -254,7 +254,7 @@ def test_training_warns_of_distilled_bases_and_of_no_others(
     quick = {"validate_every": 0, "prior_weight": 0.0}
     run = runs.start(plain(turbo, **quick), tmp_path / "runs" / "turbo")
     text = printed(run)
-    assert text.count("distilled to draw in about 4 steps") == 1
+    assert text.count("distilled to generate in about 4 steps") == 1
     assert f"train '{loading.resolve(turbo).family.undistilled_base}' instead" in text
     assert "distilled" not in printed(runs.resume(run.folder, steps=4)), "it warns once"
     other = runs.start(plain(tiny_sd1, **quick), tmp_path / "runs" / "other")
@@ -267,7 +267,7 @@ def test_preflight_tells_of_distilled_bases_and_of_no_others(
     def check_of(base: str) -> preflight.Check:
         return next(c for c in preflight.preflight(base, tmp_path) if c.name == "base")
 
-    assert check_of(turbo).ok and "distilled to draw in about 4 steps" in check_of(turbo).result
+    assert check_of(turbo).ok and "distilled to generate in about 4 steps" in check_of(turbo).result
     assert "distilled" not in check_of(tiny_sd1).result
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **given: None)
     schnell = check_of("black-forest-labs/FLUX.1-schnell")

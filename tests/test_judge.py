@@ -578,7 +578,7 @@ def test_the_command_judges_and_says_what_is_missing(
         count = len(api.requests)
         assert command(*words) in said and len(api.requests) == count
         for key in ("sk-a0b1c2d3", "abcdefghijklmnop"):
-            with pytest.raises(SystemExit, match="--vlm-key-env is no environment") as refused:
+            with pytest.raises(SystemExit, match="--vlm-key-env takes the name of an") as refused:
                 command(*words[:-1], key)
             assert key not in str(refused.value) + "".join(capsys.readouterr())
         with pytest.raises(SystemExit, match="--vlm-url is given without a model"):

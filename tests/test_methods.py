@@ -525,7 +525,7 @@ def test_a_side_that_a_base_cannot_draw_is_refused_before_it_is_loaded(
         weights.write_bytes(b"not read")
     run = start_run("run", "sd1")
     for side, others in ((24, "16 or 32"), (8, "16 or 32"), (1000, "992 or 1008")):
-        sentence = f"resolution is {side}, but .* multiples of 16; set it to {others}"
+        sentence = f"resolution is {side}, but .* needs a multiple of 16; set it to {others}"
         own = run.config.replace(base=str(base), resolution=side, method="lora", prior="none")
         with pytest.raises(BaseError, match=sentence):
             list(train(runs.start(own, tmp_path / "own")))

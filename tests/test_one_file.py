@@ -237,7 +237,7 @@ def test_a_name_that_says_v_is_told_where_the_file_says_nothing(tmp_path: Path) 
          "'xl_refiner'"),
         (V1 | {"first_stage_model.x": (1,)}, "holds no unet"),
         (OTHERS, "holds no text_encoder"),
-        ({"x": (1,)}, "no Stable Diffusion model by its keys"),
+        ({"x": (1,)}, "not those of a Stable Diffusion model"),
     ],
 )  # fmt: skip
 def test_files_of_other_kinds_are_refused_by_what_they_are(
@@ -549,6 +549,7 @@ def test_links_are_limited(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
     for url, words in (
         ("http://example.org/m.safetensors", "not https"),
         ("ftp://example.org/m.safetensors", "not https"),
+        ("https:///m.safetensors", "not a valid URL"),
         ("https://me:you@example.org/m.safetensors", "password"),
         ("https://example.org/m?token=abc", "token"),
     ):

@@ -152,7 +152,7 @@ def test_quantizing_needs_a_lora_on_a_base_that_is_not_a_lora(
 ) -> None:
     with pytest.raises(ConfigError, match="quantize is 'nf4' but method is 'full'"):
         started("full", "sd1", method="full", quantize="nf4")
-    with pytest.raises(ConfigError, match="quantize is 'nf3'; it can be left out, 'nf4', 'int8'"):
+    with pytest.raises(ConfigError, match="'nf3'; leave it out, or set it to one of 'nf4', 'int8'"):
         started("bits", "sd1", quantize="nf3")
     first = started("first", "sd1")
     list(train(first))

@@ -316,7 +316,7 @@ def test_a_damaged_class_image_is_drawn_again(damage: str, start_run: Start) -> 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         again = trained(start_run("again", "sd1"))
-    told = [str(w.message) for w in caught if "are drawn again: 00001.png" in str(w.message)]
+    told = [str(w.message) for w in caught if "are generated again: 00001.png" in str(w.message)]
     assert len(told) == (damage != "gone")
     assert same_bits(run, again) and image.read_bytes() == whole
 

@@ -238,7 +238,7 @@ def test_the_table_has_a_section_for_each_base_and_encoder(tmp_path: Path) -> No
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"more": 1}, "'more' is no field of a result; remove it"),
+    "unknown": ({"more": 1}, "'more' is not a field of a result; remove it"),
     "type": ({"step": "4"}, r'step is "4"; it has to be of type int'),
     "bool": ({"step": True}, "step is true; it has to be of type int"),
     "nan": ({"cost": {"seconds": float("nan"), "peak_memory_mb": 1, "weights_mb": 1}},
@@ -254,9 +254,9 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "long": ({"title": "x" * 301}, "title is longer than a line of text"),
     "lists": ({"config": {"base": "a", "method": "b", "x": [[1]]}}, r"config\.x\[0\] is \[1\];"),
     "no base": ({"config": {"method": "full"}}, "config.base is missing"),
-    "many": ({"subjects": ["a"] * 1001}, "subjects is no list of at most 1000"),
-    "no list": ({"scores": {}}, "scores is no list"),
-    "no object": ({"cost": []}, "cost is no JSON object"),
+    "many": ({"subjects": ["a"] * 1001}, "subjects is not a list of at most 1000"),
+    "no list": ({"scores": {}}, "scores is not a list"),
+    "no object": ({"cost": []}, "cost is not a JSON object"),
     "format": ({"format": 2}, "format is 2, not 1"),
     "date": ({"date": "27.11.2026"}, "date is '27.11.2026'; write it as"),
     "low": ({"scores": [score(low="0")]}, r'low is "0"; it has to be of type int or float or null'),
@@ -275,8 +275,8 @@ def test_a_hostile_file_is_one_sentence(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "sentence"),
-    [(b"", "is no JSON"), (b"\xff\xfe", "is no JSON"), (b"[" * 100_000, "is no JSON"),
-     (b"[]", "the file is no JSON object"), (b"1" * 5000, "is no JSON"),
+    [(b"", "is not valid"), (b"\xff\xfe", "is not valid"), (b"[" * 100_000, "is not valid"),
+     (b"[]", "the file is not a JSON object"), (b"1" * 5000, "is not valid JSON"),
      (b" " * 2**19, "is larger")],
 )  # fmt: skip
 def test_what_is_no_result_at_all_is_one_sentence(

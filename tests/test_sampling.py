@@ -117,7 +117,7 @@ def test_a_negative_prompt_that_would_change_nothing_is_left_out_with_a_warning(
         (["a dog"], ["1"], 2, r"seeds is \['1'\]"),
         (["a dog"], [0], 0, r"steps is 0; give"),
         (["a dog"], [0], 2.5, r"steps is 2.5; give"),
-        (["a dog"], [0], 2000, r"steps is 2000; '.*sd1' can draw in 1000 at most"),
+        (["a dog"], [0], 2000, r"steps is 2000, but '.*sd1' supports at most 1000; lower it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_told_in_a_sentence(

@@ -252,12 +252,12 @@ def test_a_recommendation_says_what_chance_leaves_open(tmp_path: Path) -> None:
     assert "another seed" not in recommend(one).reason, "nothing is known of other seeds"
     told = recommend(one, moved_by_seed=0.02).reason
     assert (
-        " Training again with another seed changes a score by about 0.020, so 1 other setting may "
-        "be just as good (λ 0.5 or 1); λ 0 is worse at every step." in told
+        " Retraining with another seed changes the score by about 0.020, so 1 other setting may "
+        "be just as good (λ can be 0.5 or 1); λ 0 is worse at every step." in told
     )
-    assert "better than every other setting" in recommend(one, moved_by_seed=0.002).reason
+    assert "too little to explain the lead" in recommend(one, moved_by_seed=0.002).reason
     seeds = [row(1, 0, 100, 0.80), row(1, 1, 100, 0.82)]
-    assert " changes a score by about 0.014. This is" in recommend(seeds).reason, "of no others"
+    assert " changes the score by about 0.014. This is" in recommend(seeds).reason, "of no others"
     # Standard deviations of 0.02 and 0.04, of two runs each: errors are sqrt(2) smaller.
     two = [row(1, 0, 100, 0.80), row(1, 1, 100, 0.80 + 0.02 * 2**0.5),
            row(0, 0, 100, 0.70), row(0, 1, 100, 0.70 + 0.04 * 2**0.5)]  # fmt: skip
@@ -267,7 +267,7 @@ def test_a_recommendation_says_what_chance_leaves_open(tmp_path: Path) -> None:
     assert recommend(read(tmp_path / "table.csv"), 9.0) == recommend(two), "the table's own counts"
     for damaged in ("cell,step\nx,1\n", "cell,step,score\nx,1,high\n", "step,score\n1,2,3\n"):
         (tmp_path / "table.csv").write_text(damaged)
-        with pytest.raises(DataError, match=r"table.csv is no table of a sweep"):
+        with pytest.raises(DataError, match=r"table.csv cannot be read as a sweep"):
             read(tmp_path / "table.csv")
 
 
@@ -297,9 +297,9 @@ def test_the_highest_mean_over_seeds_is_recommended() -> None:
     assert best.score == pytest.approx(0.8)
     start = "λ 1, step 100 has the highest score of 3 settings (0.800, mean of 2 runs): "
     assert best.reason.startswith(start)
-    assert "class kept 50%, other prompts kept 50%. Training again" in best.reason
+    assert "class kept 50%, other prompts kept 50%. Retraining" in best.reason
     last = recommend([*rows, row(1, 0, 300, 0.9), row(1, 1, 300, 0.9)]).reason
-    assert last.endswith("This is the longest training tried: try more steps before you trust it.")
+    assert last.endswith("This is the longest training tried, so try more steps too.")
     with pytest.raises(ValueError, match="no rows"):
         recommend([])
 

@@ -74,7 +74,7 @@ def test_a_run_resumes_bit_for_bit(memory: str, start_run: Start) -> None:
     [
         ({"timestep_bias": 4}, "timestep_bias is 4.0; it must be from -3 to 3"),
         ({"lora_min_rank": 17}, "lora_min_rank is 17, above lora_rank 16; lower it"),
-        ({"lora_min_rank": 1, "dora": True}, "lora_min_rank is set and dora is true"),
+        ({"lora_min_rank": 1, "dora": True}, "lora_min_rank and dora are both set"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, float], sentence: str) -> None:

@@ -188,7 +188,7 @@ def test_with_a_scorer_that_scores_otherwise_the_base_is_validated_again(
     for row in rows:
         del row["crc32"]
         run.append("validation", row | {name: row[name] + 0.02})
-    with pytest.warns(UserWarning, match=r"give other scores .* aside in validation_16x16.jsonl"):
+    with pytest.warns(UserWarning, match=r"different scores .* moved to validation_16x16.jsonl"):
         list(train(runs.resume(run.folder)))
     assert [row.step for row in history(run)] == [0, 2, 4]
     assert getattr(history(run)[0], name) == pytest.approx(first[name])

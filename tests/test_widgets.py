@@ -418,7 +418,7 @@ def test_a_bad_photo_is_named_and_the_others_are_used_at_a_click(
         panel.check()
     assert panel.go_on.layout.display == "" and panel.captions.layout.display == "none"
     assert not images(panel)
-    assert panel.go_on.description == "Go on without 1.png"
+    assert panel.go_on.description == "Continue without 1.png"
     click(panel.go_on)
     assert [photo.name for photo in panel.photos] == ["0.png", "2.png"]
     assert panel.config.subject.left_out == ("1.png",) and panel.go_on.layout.display == "none"
@@ -463,7 +463,7 @@ def test_photos_that_were_uploaded_with_a_bad_one_are_used_at_a_click(
     press(subject.upload, {"a.png": png("blue"), "b.png": png("red")[:60], "c.png": png("red")})
     note = html.unescape(subject.note.value)
     assert "'b.png'" in note and note.count("⚠") == 1 and "left_out" not in note
-    assert "or press 'Go on without b.png' in section 2." in note
+    assert "or press 'Continue without b.png' in section 2." in note
     click(subject.go_on)
     click(subject.go_on)  # a double click
     assert [photo.name for photo in subject.photos] == ["a.png", "c.png"]

@@ -17,8 +17,8 @@ VALIDATION_SHARE = 0.15  #: of the training time: the default's limit, see ``val
 #: A placeholder for such a default until ``__post_init__`` fills the number in.
 _BY_BASE: Any = None
 
-#: Fields that say how images are drawn. None means the base's own settings, which are read from
-#: its files when they are needed (see ``families.inference_settings``).
+#: Fields that say how images are generated. None means the base's own settings, which are read
+#: from its files when they are needed (see ``families.inference_settings``).
 SAMPLING_FIELDS = ("prior_inference_steps", "prior_guidance_scale", "guidance_scale",
            "validation_inference_steps")  # fmt: skip
 
@@ -57,15 +57,15 @@ class TrainConfig:
     #: share of prompts replaced by "", to keep guidance working; None is 0.1 for toybox, else 0
     prompt_dropout: float = _BY_BASE
 
-    # Prior preservation: what keeps the class as the frozen base draws it
-    #: "generated": train on class images that the base drew (the paper's way); "distilled": on the
+    # Prior preservation: what keeps the class as the frozen base generates it
+    #: "generated": train on the base's class images (the paper's way); "distilled": on the
     #: subject's noised images with the class prompt, match the frozen base's prediction, without
     #: class images; "distilled_images": match it on class images; "none": no prior preservation,
     #: prior_weight becomes 0. None is "generated" for method "full"; for a LoRA, "distilled_images"
     #: with prior_prompts "generic", which also preserves other prompts
     prior: str = _BY_BASE
-    #: other prompts to preserve besides the class's: half of the class images, and half of the
-    #: class rows of each batch, are theirs; "" is allowed, "generic" are prompts of this base
+    #: also preserve images of these prompts, with any prior: half of the class images, and half of
+    #: the class rows of each batch, are theirs; "" is allowed, "generic" is a list for this base
     prior_prompts: tuple[str, ...] | None = None
     #: pull the weights towards the base's: each step shrinks the change by learning_rate x this
     anchor_weight: float | None = None
@@ -74,9 +74,9 @@ class TrainConfig:
     #: steps of the base's own sampler; None is DPM-Solver++ in the few steps that are enough for
     #: it, where the base can use it, else the fewest steps that finish an image of the base
     prior_inference_steps: int | None = None
-    #: None is 1 for toybox, else what the base's model card says. Class images drawn without
-    #: guidance (1 for Stable Diffusion, 0 for Z-Image) follow the base's own distribution, so that
-    #: training on them changes it least; guided ones look better but more alike.
+    #: None is 1 for toybox, else what the base's model card says. Class images generated
+    #: without guidance (1 for Stable Diffusion, 0 for Z-Image) follow the base's own distribution,
+    #: so training on them changes it least; guided ones look better but more alike.
     prior_guidance_scale: float | None = None
 
     # What is trained
@@ -152,7 +152,7 @@ class TrainConfig:
     #: 2.x and XL only
     prompt_chunks: int = 1
 
-    #: for images drawn from the run; None is 3.25 for toybox, else what the model card says
+    #: for images generated from the run; None is 3.25 for toybox, else what the model card says
     guidance_scale: float | None = None
 
     seed: int = 0
@@ -224,7 +224,7 @@ class TrainConfig:
 
     @property
     def draws_class_images(self) -> bool:
-        """Tell whether the base has to draw class images for this run."""
+        """Tell whether the base has to generate class images for this run."""
         return self.uses_class_images and self.class_folder is None
 
     @property

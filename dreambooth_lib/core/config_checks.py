@@ -84,8 +84,9 @@ def check(config: "TrainConfig") -> None:
     """Raise :class:`ConfigError` for a value that is out of range or contradicts another."""
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
-            options = ", ".join("left out" if c is None else f"'{c}'" for c in choices)
-            raise ConfigError(f"{name} is {shown(getattr(config, name))}; it can be {options}.")
+            options = ", ".join(f"'{choice}'" for choice in choices if choice is not None)
+            advice = "leave it out, or set it to one of" if None in choices else "set it to one of"
+            raise ConfigError(f"{name} is {shown(getattr(config, name))}; {advice} {options}.")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} is {value}; it must be a finite number.")
@@ -123,7 +124,7 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
         and config.uses_class_images
         and config.class_folder is not None,
         "prior_prompts and class_folder are both given; leave class_folder out, for the base to "
-        "draw images of all prompts, or put images of other prompts into it, with captions.",
+        "generate images of all prompts, or put images of other prompts into it, with captions.",
     )
     yield (
         config.early_stop and not config.validate_every,
@@ -179,7 +180,7 @@ def _contradictions(config: "TrainConfig") -> Iterator[tuple[bool, str]]:
     )
     yield (
         config.lora_min_rank is not None and config.dora,
-        "lora_min_rank is set and dora is true, whose norm is of all ranks; remove lora_min_rank.",
+        "lora_min_rank and dora are both set, and DoRA's norm needs all ranks; leave one out.",
     )
     yield (
         config.background_prior and not config.background_weight,

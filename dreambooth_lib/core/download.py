@@ -44,15 +44,18 @@ def check_link(url: str, secrets: bool = False) -> None:
 
     ``secrets`` are allowed in what a server redirects to, which is kept nowhere.
     """
+    invalid = "the link to the base is not a valid URL; copy it again."
     try:
         parts = urlsplit(url)
         named = {name.lower() for name in parse_qs(parts.query)} & {*_SECRETS}
     except ValueError as error:
-        raise DownloadError("the link of the base is no address; copy it again.") from error
-    if parts.scheme not in SCHEMES or not parts.hostname:
+        raise DownloadError(invalid) from error
+    if parts.scheme in SCHEMES and not parts.hostname:
+        raise DownloadError(invalid)
+    if parts.scheme not in SCHEMES:
         raise DownloadError(
-            f"the link to {parts.hostname or 'the base'} is not https, so that anyone between "
-            "could change the file; give an https link."
+            f"the link to {parts.hostname or 'the base'} is not https, so its file could be "
+            "changed on the way; give an https link."
         )
     if not secrets and (named or parts.password or parts.username):
         raise DownloadError(
@@ -130,8 +133,8 @@ def _fetch(url: str, part: Path, tag: Path, most: int) -> None:
 
 def _too_large(host: str | None, most: int) -> DownloadError:
     return DownloadError(
-        f"the file on {host} is larger than {format_bytes(most)}, which no base in one file is; "
-        "check the link."
+        f"the file on {host} is larger than {format_bytes(most)}, too large for a base in one "
+        "file; check the link."
     )
 
 
@@ -142,7 +145,7 @@ def _explained(url: str, error: Exception, part: Path) -> DownloadError:
         403: "it needs a login: download the file yourself and give its path",
         404: "it has no such file: check the link",
         416: "its file has changed: try again",
-        429: "its limit of requests is reached: wait a few minutes and try again",
+        429: "its rate limit was reached: wait a few minutes and try again",
     }.get(status, "check the network and try again; what has arrived is kept")
     if status == 416:
         part.unlink(missing_ok=True)

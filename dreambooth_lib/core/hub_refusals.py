@@ -42,7 +42,7 @@ def what_to_do(
             f"a token with read access into {place}"
         )
     if status == 429:
-        return "the Hub's limit of requests is reached: wait a few minutes and try again"
+        return "the Hub's rate limit was reached: wait a few minutes and try again"
     if status is not None and status >= 500:
         return "the Hub is having problems: wait a few minutes and try again"
     return f"check its name and the network, or {instead}"

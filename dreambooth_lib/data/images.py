@@ -195,7 +195,9 @@ def read_source(source: str | Path | Subject) -> Source:
     ]  # fmt: skip
     if not photos:
         if raw:
-            raise DataError(f"{path} has raw photos only, as {raw[0]}; save them as JPEG first.")
+            raise DataError(
+                f"{path} has only raw photos, such as {raw[0]}; save them as JPEG first."
+            )
         where = "put JPEG or PNG files directly into it"
         if inside := folders_with_photos(path):
             also = f", or one of {len(inside) - 1} others" if inside[1:] else ""
@@ -206,10 +208,16 @@ def read_source(source: str | Path | Subject) -> Source:
     if left_out:
         notes.append(f"{listed(left_out)} {_are(left_out)} left out, as you chose.")
     if masks:
-        notes.append(
-            f"{listed(masks)} {_are(masks)} not trained on as photos, but taken for masks or maps; "
-            "background_weight uses masks; if these are photos, give them other names."
+        taken = (
+            "was taken for a mask or map, so it is not trained on (background_weight uses masks); "
+            "rename it if it is a photo."
         )
+        if len(masks) > 1:
+            taken = (
+                "were taken for masks or maps, so they are not trained on (background_weight uses "
+                "masks); rename them if they are photos."
+            )
+        notes.append(f"{listed(masks)} {taken}")
     if unused:
         holds = "it holds" if len(unused) == 1 else "they hold"
         notes.append(

@@ -164,7 +164,7 @@ def _check_photo(photo: Photo, resolution: int, cut: float) -> list[Finding]:
     problems = {
         "tiny": (short < resolution, f"has a side of {short} pixels, fewer than {resolution}"),
         "blurred": (traits.sharpness < _BLUR_VARIANCE, "looks blurred"),
-        "extreme-aspect": (is_extreme, "is more than twice as long as wide; crop it"),
+        "extreme-aspect": (is_extreme, "has an aspect ratio above 2:1; crop it"),
     }
     return [
         Finding(kind, (photo.name,), f"{photo.name} {text}.")

@@ -42,7 +42,7 @@ def evaluate(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _encoders(arguments: argparse.Namespace) -> list[str | Path]:
-    """Return hub ids and folders: of a real base PHOTOS, which do better on photos than PAPER."""
+    """Return Hub ids and folders: of a real base PHOTOS, which do better on photos than PAPER."""
     if not arguments.encoders and arguments.base == "toybox":
         return [TOYBOX_SCORER]
     sets = {"photos": PHOTOS, "paper": PAPER}
@@ -70,8 +70,8 @@ def _judge(arguments: argparse.Namespace) -> Callable[[], VisionLanguageModel] |
     variable = arguments.vlm_key_env
     if variable not in os.environ and not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):
         raise InputError(  # it may be the key, so it is not shown
-            "--vlm-key-env is no environment variable's name; put the key into a variable, and "
-            "give its name, such as OPENAI_API_KEY."
+            "--vlm-key-env takes the name of an environment variable, such as OPENAI_API_KEY, not "
+            "the key itself; put the key into a variable, and give its name."
         )
     api = Endpoint(arguments.vlm_url, arguments.vlm, variable)
     return lambda: api

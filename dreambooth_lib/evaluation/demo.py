@@ -169,8 +169,8 @@ def delete_earlier(folder: Path) -> None:
     subject = runs.resume(folder).config.subject
     if subject.name not in {own.name for own in bundled_subjects()}:
         raise runs.RunError(
-            f"{folder} holds a run of {subject.name}, which is no bundled subject, and would be "
-            "replaced; choose another folder."
+            f"{folder} holds a run of {subject.name}, which is not a bundled subject, and the demo "
+            "would replace that run; choose another folder."
         )
     gone = folder.with_name(f".{folder.name}.gone")  # if this is killed, the folder is free
     shutil.rmtree(gone, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""Draw the images of the paper's evaluation (arXiv 2208.12242, section 4.1).
+"""Generate the images of the paper's evaluation (arXiv 2208.12242, section 4.1).
 
 The subjects and their prompts are a :class:`Benchmark`. :func:`draw_all` writes
 
-OUT/protocol.json                     what is drawn; another protocol is refused
+OUT/protocol.json                     what is generated; another protocol is refused
 OUT/METHOD/SUBJECT/p07-s2.png         prompt 7, seed 2
 OUT/METHOD/SUBJECT/class-s10003.png   the class images that PRES, DIV and class drift need
 OUT/METHOD/SUBJECT/drift02-s0.png     drift prompt 2, seed 0
-OUT/METHOD/SUBJECT/source.json        what drew them; another base or other settings are refused
+OUT/METHOD/SUBJECT/source.json        their source; another base or other settings are refused
 
 An interrupted evaluation resumes with the first missing batch.
 """
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 __all__ = ["Benchmark", "DrawnImage", "Method", "Progress", "Protocol", "Tuned", "download",
            "draw_all", "images_of", "load_benchmark", "start_or_resume"]  # fmt: skip
 
-#: Returns what draws a subject's images: a finished run, a loaded family, or a base's name. It is
-#: called before the first image is drawn or skipped; a method that trains is a :class:`Tuned`.
+#: Returns what generates a subject's images: a finished run, a loaded family, or a base's name. It
+#: is called before the first image is made or skipped; a method that trains is a :class:`Tuned`.
 Method = Callable[[Subject], "Run | Family | str"]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Define what is drawn for each method and subject.
+    """Define what is generated for each method and subject.
 
     Evaluations are comparable if their protocols are equal. Raises ``InputError`` for too few
     images to score.
@@ -66,7 +66,7 @@ class Protocol:
     negative_prompt: str = ""
     batch_size: int = 8
     #: Prompts without the subject, whose images should stay the base's: ``images_per_prompt`` are
-    #: drawn; {noun} is the class noun.
+    #: generated; {noun} is the class noun.
     drift_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A method that trains the run in FOLDER/SUBJECT to its end and draws from it."""
+    """A method that trains the run in FOLDER/SUBJECT to its end and samples from it."""
 
     folder: str | Path
     config: Callable[[Subject], TrainConfig]
@@ -172,9 +172,9 @@ def draw_all(
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[Progress]:
-    """Draw the missing images of every method and subject; yield after each batch.
+    """Generate the missing images of every method and subject; yield after each batch.
 
-    With several ``processes`` each draws its own (subject, method) pairs. Raises :class:`RunError`
+    With several ``processes`` each does its own (subject, method) pairs. Raises :class:`RunError`
     if ``out`` holds images of another protocol, another base or other settings.
     """
     protocol, out = protocol or Protocol(), Path(out)
@@ -226,7 +226,7 @@ def draw_all(
 
 
 def _record_source(out: Path, method: Method, subject: Subject, images: list[DrawnImage]) -> None:
-    """Write ``source.json``, or raise :class:`RunError` if another source drew its images."""
+    """Write ``source.json``, or raise :class:`RunError` if its images have another source."""
     file, problem = out / images[0].path.with_name("source.json"), None
     # Calling a Tuned would train it: its images may exist without its run.
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
@@ -235,7 +235,7 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
         difference = first_difference(current_fields(read_object(file) or {}), now)
         problem = difference and f"whose {difference}"
     elif any((out / image.path).exists() for image in images):
-        problem = "without a source.json that says what drew them"
+        problem = "without a source.json that says what generated them"
     if problem:
         raise RunError(f"{file.parent} holds images {problem}; choose another folder for these.")
     if isinstance(method, Tuned):

@@ -41,11 +41,11 @@ def base_against_tuned(
     judge: Callable[[], VisionLanguageModel] | None = None,
     drift_prompts: Sequence[str] = (),
 ) -> Iterator[Progress]:
-    """Train, draw and score whatever is missing in ``out``; yield after each batch drawn.
+    """Train, generate and score what is missing in ``out``; yield after each batch generated.
 
-    Images are drawn with the fewest inference steps that finish the base's. An interrupted
+    Images are generated with the fewest inference steps that finish the base's. An interrupted
     evaluation resumes. Under ``accelerate launch`` all processes train each subject together and
-    then split the drawing; the first one scores and writes :data:`FILES`, the page of images sorted
+    then split the images; the first one scores and writes :data:`FILES`, the page of images sorted
     by the first encoder's scores. ``judge`` loads a model that also scores the images by
     DreamBench++'s rubric; its answers are kept in ``out/judge``. ``drift_prompts`` are those of
     :class:`Protocol`. The paper's rows stand beside the paper's encoders only.

@@ -62,7 +62,7 @@ _PLACE = re.compile(r"(^|[\s\"'=(])(/|~/|\\\\|[A-Za-z]:[\\/])[^\s/]|file://")
 
 
 class ResultError(KitError, ValueError):
-    """A file that is no result, or a run that cannot be one."""
+    """A file that is not a result, or a run that cannot be one."""
 
 
 def check(result: Any) -> None:
@@ -80,7 +80,7 @@ def check(result: Any) -> None:
 def _check(value: Any, shape: Any, where: str) -> None:
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            raise ResultError(f"{where or 'the file'} is no JSON object; make it one.")
+            raise ResultError(f"{where or 'the file'} is not a JSON object; make it one.")
         for name in shape.keys() - value.keys() - {""}:
             raise ResultError(f"{_join(where, name)} is missing; add it.")
         if len(value) > _MOST_ITEMS:
@@ -88,7 +88,7 @@ def _check(value: Any, shape: Any, where: str) -> None:
         for name, item in value.items():
             if name not in shape and "" not in shape:
                 raise ResultError(
-                    f"{_join(where, name)[:100]!r} is no field of a result; remove it."
+                    f"{_join(where, name)[:100]!r} is not a field of a result; remove it."
                 )
             _check(name, str, f"a name in {where or 'the file'}")
             _check(item, shape.get(name, shape.get("")), _join(where, name))
@@ -96,7 +96,7 @@ def _check(value: Any, shape: Any, where: str) -> None:
     types = shape if isinstance(shape, tuple) else (shape,)
     if isinstance(shape, list) or (isinstance(value, list) and list in types):
         if not isinstance(value, list) or len(value) > _MOST_ITEMS:
-            raise ResultError(f"{where} is no list of at most {_MOST_ITEMS} items; make it one.")
+            raise ResultError(f"{where} is not a list of at most {_MOST_ITEMS} items; make it one.")
         for number, item in enumerate(value):
             _check(item, shape[0] if isinstance(shape, list) else _SCALAR, f"{where}[{number}]")
     else:
@@ -138,7 +138,9 @@ def read(file: Path) -> dict[str, Any]:
     try:
         result = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ResultError(f"{file} is no JSON; write it again with 'results add'.") from error
+        raise ResultError(
+            f"{file} is not valid JSON; write it again with 'results add'."
+        ) from error
     try:
         check(result)
     except ResultError as error:

@@ -102,7 +102,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError("it has no steps or no scores")
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise DataError(
-            f"{path} is no table of a sweep ({one_line(error)}); run it again."
+            f"{path} cannot be read as a sweep's table ({one_line(error)}); run the sweep again."
         ) from error
     return rows
 
@@ -188,10 +188,10 @@ def recommend(
         errors = {key: deviation * math.sqrt(1 / count + 1 / len(own))
                   for key, own in groups.items()}  # fmt: skip
         alike = [key for key in groups if score - mean(key, "score") <= 2 * errors[key]]
-        reason += f" Training again with another seed changes a score by about {deviation:.3f}"
+        reason += f" Retraining with another seed changes the score by about {deviation:.3f}"
         reason += _cannot_tell(alike, list(groups), best)
     if int(settings["step"]) == max(int(row["step"]) for row in rows):
-        reason += " This is the longest training tried: try more steps before you trust it."
+        reason += " This is the longest training tried, so try more steps too."
     return Recommendation(settings, score, reason)
 
 
@@ -200,7 +200,7 @@ def _cannot_tell(alike: list[Setting], every: list[Setting], best: Setting) -> s
     if every == [best]:
         return "."
     if alike == [best]:
-        return "; it is better than every other setting by more than that explains."
+        return ", too little to explain the lead over any other setting."
     weights, others = (
         {float(dict(key)["prior_weight"]) for key in keys if "prior_weight" in dict(key)}
         for keys in (alike, every)
@@ -208,7 +208,7 @@ def _cannot_tell(alike: list[Setting], every: list[Setting], best: Setting) -> s
     count = len(alike) - 1
     text = f", so {count} other setting{'s' * (count > 1)} may be just as good"
     if len(weights) > 1:
-        text += f" (λ {_listed(weights, 'or')})"
+        text += f" (λ can be {_listed(weights, 'or')})"
     if worse := others - weights:
         verb = "is" if len(worse) == 1 else "are"
         text += f"; λ {_listed(worse, 'and')} {verb} worse at every step"

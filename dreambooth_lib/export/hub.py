@@ -15,7 +15,8 @@ _ANSWERS = {
     "https://huggingface.co/settings/tokens and put it into {place}.",
     403: "your token may not write to '{name}'{said}; create one with write access to it at "
     "https://huggingface.co/settings/tokens and put it into {place}.",
-    429: "the Hub limits your requests, so '{name}' was not taken; try again in a few minutes.",
+    429: "the Hub's rate limit was reached, so '{name}' was not uploaded; try again in a few "
+    "minutes.",
 }
 
 #: Files that a model of this kit may have, as patterns: those of an older one must not stay beside

@@ -1,6 +1,6 @@
-"""Write a study as the folder of a Space on the Hugging Face Hub, which shows it and draws.
+"""Write a study as the folder of a Space on the Hugging Face Hub, which shows it and generates.
 
-It draws on a CPU with the full model of one run, by Python's own HTTP server (:mod:`.space_app`).
+It generates on a CPU with a run's full model, by Python's own HTTP server (:mod:`.space_app`).
 """
 
 import json
@@ -38,7 +38,7 @@ app_port: 7860
 ---
 
 This page shows what a text-to-image model has learnt of one subject, by the weight of prior
-preservation and by training step. A prompt field draws with the trained model. `python app.py`
+preservation and by training step. A prompt field generates with the trained model. `python app.py`
 shows the same page on your machine.
 
 The licence and terms of the base model apply here too.
@@ -46,7 +46,7 @@ The licence and terms of the base model apply here too.
 
 
 def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) -> Path:
-    """Write the Space of some runs, which draws with the highest-scoring one, and return its path.
+    """Write the Space of some runs, which generates with the highest-scoring one; return its path.
 
     The folder appears only when it is complete. Raises ``InputError`` if that run is a LoRA, and
     ``ExportError`` for a folder of other files.
@@ -56,8 +56,8 @@ def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) 
     run = gallery.best_run(study)
     if run.config.method == "lora":
         raise InputError(
-            f"{run.folder} is a LoRA, and a Space draws with a full model; train it with "
-            "method 'full', or write the gallery alone."
+            f"{run.folder} is a LoRA, and a Space generates with a full model; train it "
+            "with method 'full', or write the gallery alone."
         )
     chosen, kept = best_checkpoint(run).step, run.checkpoints()
     own = inference_settings(run.config)

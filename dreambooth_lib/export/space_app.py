@@ -1,4 +1,4 @@
-"""Serve a gallery and draw with the model beside it, on a CPU: ``python app.py``.
+"""Serve a gallery and generate with the model beside it, on a CPU: ``python app.py``.
 
 :mod:`.space` copies this file into a Space, where it needs only torch, diffusers and transformers.
 """

@@ -136,7 +136,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        """Return the folder or hub id that the base was loaded from."""
+        """Return the folder or Hub id that the base was loaded from."""
         return self.pipeline.config.get("_name_or_path") or type(self.pipeline).__name__
 
     def _parts(self, names: Collection[str]) -> list[Any]:

@@ -72,7 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise BaseError(
-            f"the base's file {file} holds no JSON object; download or copy the base again."
+            f"the base's file {file} is not a JSON object; download or copy the base again."
         )
     return found
 

@@ -78,6 +78,6 @@ def _check_files(
 
 def _unreachable(repository: str, error: BaseException) -> BaseError:
     return BaseError(
-        f"the base '{repository}' could not be reached on the hub ({type(error).__name__}); "
+        f"the base '{repository}' could not be reached on the Hub ({type(error).__name__}); "
         f"{what_to_do(error, repository)}."
     )

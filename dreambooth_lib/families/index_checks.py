@@ -26,7 +26,7 @@ def check(
 ) -> list[str]:
     """Check a base's index and its parts' configs; return the parts that have weights.
 
-    ``path`` is a folder or a hub id. ``needed`` are parts that it must have, ``options`` sets to
+    ``path`` is a folder or a Hub id. ``needed`` are parts that it must have, ``options`` sets to
     None those that are not loaded, and ``read`` reads a config. Raises :class:`BaseError`.
     """
     import diffusers

@@ -44,7 +44,7 @@ def load_model(
     ``prediction_type`` is what it predicts, where its own files say otherwise. ``loading`` goes to
     ``families.pretrained.load_pretrained``: resolution, precisions, quantizing.
     LoRA weights are merged into their base, unless they were trained on a quantized base, which is
-    then quantized again. huggingface_hub finds the hub token by itself; it is never passed on or
+    then quantized again. huggingface_hub finds the Hub token by itself; it is never passed on or
     stored. Raises :class:`BaseError` for a missing base, an unknown family, a precision that the
     family cannot compute in, and for quantizing without a GPU.
     """
@@ -81,7 +81,7 @@ def load_model(
 
 
 def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
-    """Raise :class:`BaseError` where a family cannot read prompts, or draw, as the options say."""
+    """Raise :class:`BaseError` where a family cannot read prompts, or generate, as options say."""
     family, base, side = resolved.family, resolved.name, options.get("resolution")
     if side is not None:
         denoiser, vae = (resolved.read(f"{n}/config.json") for n in (family.denoiser_name, "vae"))
@@ -90,8 +90,8 @@ def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
         if side % multiple:
             lower = max(multiple, side // multiple * multiple)
             raise BaseError(
-                f"resolution is {side}, but '{base}' draws only sides that are multiples of "
-                f"{multiple}; set it to {lower} or {lower + multiple}."
+                f"resolution is {side}, but '{base}' needs a multiple of {multiple}; "
+                f"set it to {lower} or {lower + multiple}."
             )
     if options.get("prompt_chunks", 1) > family.most_chunks:
         raise BaseError(
@@ -100,8 +100,8 @@ def _check_options(resolved: ResolvedBase, options: Mapping[str, Any]) -> None:
         )
     if options.get("clip_skip") is not None and not skips_layers(resolved):
         raise BaseError(
-            f"clip_skip is {options['clip_skip']}, but '{base}' is no Stable Diffusion 1.x; leave "
-            "clip_skip out."
+            f"clip_skip is {options['clip_skip']}, but '{base}' is not a Stable Diffusion 1.x "
+            "model; leave clip_skip out."
         )
 
 
@@ -288,7 +288,7 @@ def base_inference(
 def warn_of_distillation(base: str) -> str | None:
     """Return a warning if a base is distilled, else None.
 
-    Downloads and unpacks nothing: a base on the hub, or in one file that was not read yet, is
+    Downloads and unpacks nothing: a base on the Hub, or in one file that was not read yet, is
     judged by its name alone. Raises as :func:`load_model` does.
     """
     file = one_file.parse(base)

@@ -264,8 +264,8 @@ def _explain_lacking(part: str, name: str) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise BaseError(
-            f"'{name}' lacks weights of its {part}, so that it is no plain Stable Diffusion 1.x, "
-            "2.x or XL; give it as a folder in diffusers' layout."
+            f"'{name}' lacks weights of its {part}, so it is not a standard Stable Diffusion "
+            "1.x, 2.x or XL model; give it as a folder in diffusers' layout."
         ) from error
 
 

@@ -168,7 +168,7 @@ def _kind(shapes: dict[str, tuple[int, ...]], name: str) -> str:
 
     if any(key.startswith(("lora_", "lycoris_")) or ".lora_" in key for key in shapes):
         raise BaseError(
-            f"'{name}' is a LoRA, which is no base by itself; give the model that it belongs to."
+            f"'{name}' is a LoRA, not a base model; give the base model that it was trained on."
         )
     if found := next((key for key in _EDM if key in shapes), None):
         raise BaseError(
@@ -194,8 +194,8 @@ def _check_parts(of_part: dict[str, list[str]], name: str) -> None:
     missing = [part for part, keys in of_part.items() if not keys]
     if len(missing) == len(of_part):
         raise BaseError(
-            f"'{name}' holds no Stable Diffusion model by its keys; give a whole model of Stable "
-            "Diffusion 1.x, 2.x or XL."
+            f"the keys of '{name}' are not those of a Stable Diffusion model; give a complete "
+            "model of Stable Diffusion 1.x, 2.x or XL."
         )
     if missing:
         raise BaseError(

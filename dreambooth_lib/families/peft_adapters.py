@@ -68,8 +68,8 @@ def make_config(
     for field in settings or {}:
         if field not in own:
             raise ConfigError(
-                f"adapter_settings has '{field}', which is none of the numbers of peft's '{name}' "
-                f"({', '.join(own)}); leave it out."
+                f"adapter_settings has '{field}', which is not a numeric setting of peft's "
+                f"'{name}'; leave it out, or use one of {', '.join(own)}."
             )
     try:
         return kind(**chosen | dict(settings or {}))

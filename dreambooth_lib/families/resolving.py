@@ -41,7 +41,7 @@ FAMILIES: "dict[str, type[Family] | tuple[str, str]]" = {
 
 
 def locate(base: str, revision: str | None = None) -> str:
-    """Return the path or hub id of a base: "toybox", a folder, a hub id or a model in one file.
+    """Return the path or Hub id of a base: "toybox", a folder, a Hub id or a model in one file.
 
     A folder is a run's or in diffusers' layout; a model in one file is unpacked into one (see
     ``families.one_file``). Raises :class:`BaseError` where it is none of these.
@@ -68,7 +68,7 @@ def locate(base: str, revision: str | None = None) -> str:
     if not _HUB_ID.fullmatch(base):
         raise BaseError(
             f"there is no base '{base}'; give 'toybox', a folder in diffusers' layout, a "
-            ".safetensors file of Stable Diffusion, or a hub id such as "
+            ".safetensors file of Stable Diffusion, or a Hub id such as "
             "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
         )
     return base
@@ -87,8 +87,8 @@ class Lora:
 class ResolvedBase:
     """Hold where a base is, its family, and the LoRAs on top of it; see :func:`resolve`."""
 
-    name: str  #: of the base under all LoRAs: "toybox", a folder or a hub id
-    path: str  #: its pipeline's folder, or the hub id
+    name: str  #: of the base under all LoRAs: "toybox", a folder or a Hub id
+    path: str  #: its pipeline's folder, or the Hub id
     hub: dict[str, str | None]  #: revision and variant; of a folder, only a variant that it has
     loras: tuple[Lora, ...] = ()  #: in the order in which they were trained
     prediction_type: str | None = None  #: instead of its own; see ``families.prediction_type``

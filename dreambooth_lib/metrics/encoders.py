@@ -67,7 +67,7 @@ KINDS: Mapping[str, Kind] = {
 class Encoder:
     """A frozen model that embeds images and, if it reads texts, prompts.
 
-    ``model_id`` is a folder or a hub id in transformers' layout, of one of the types in
+    ``model_id`` is a folder or a Hub id in transformers' layout, of one of the types in
     :data:`KINDS`: CLIP (arXiv 2103.00020), SigLIP (2303.15343), SigLIP 2 (2502.14786; of a fixed
     size its type is ``siglip``, else ``siglip2``), DINO (``vit``, 2104.14294), DINOv2 (2304.07193)
     and DINOv3 (2508.10104).
@@ -111,7 +111,7 @@ class Encoder:
             ) from error
         except Exception as error:  # of any kind: configs are used without a check of their shape
             advice = (
-                "give a hub id, or a folder with a model in safetensors, its "
+                "give a Hub id, or a folder with a model in safetensors, its "
                 "preprocessor_config.json and its tokenizer"
             )
             if hub_error(error):

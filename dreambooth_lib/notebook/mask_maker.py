@@ -88,11 +88,14 @@ def save_masks(folder: Path, photos: "Sequence[Photo]", masks: Mapping[str, Imag
     """Save masks, by the names of photos in a folder, where these photos' masks are.
 
     Else they go beside their photos as ``NAME-masklabel.png``. Raises :class:`DataError` before
-    anything is written: for photos in a zip, for a mask that is there and no PNG, and for photos
+    anything is written: for photos in a zip, for a mask that is not a PNG, and for photos
     that would share a mask, such as ``a.jpg`` beside ``a.png``.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder to save masks in; unpack it, and use the folder.")
+        raise DataError(
+            f"masks cannot be saved in {folder}, which is not a folder; if it is a zip, unpack it "
+            "and use the folder."
+        )
     places: dict[Path, Image.Image] = {}
     owners: dict[str, str] = {}
     for photo in photos:
@@ -102,8 +105,8 @@ def save_masks(folder: Path, photos: "Sequence[Photo]", masks: Mapping[str, Imag
         if there is not None:  # with a second mask the photos could not be read
             if there.suffix != ".png":
                 raise DataError(
-                    f"{there} is the mask of '{photo.name}' and no PNG; remove it, or save it as "
-                    "PNG."
+                    f"{there}, the mask of '{photo.name}', is not a PNG; save it as PNG instead, "
+                    "or remove it."
                 )
             place = there.folder / there.name
         other = owners.setdefault(folded(str(place)), photo.name)

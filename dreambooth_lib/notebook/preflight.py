@@ -247,7 +247,7 @@ def _encoder(name: str, scorer: str) -> Check:
         if ok:
             return Check(name, True, f"'{scorer}' is on this machine")
         result = f"'{scorer}' has no config.json, or no weights in safetensors"
-        return Check(name, False, result, "Give an encoder by hub id or folder.")
+        return Check(name, False, result, "Give an encoder by Hub id or folder.")
     return _on_hub(name, scorer, "config.json", revision=revision_of(scorer))
 
 

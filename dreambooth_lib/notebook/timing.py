@@ -47,7 +47,7 @@ class Pace:
         words = in_words(config.class_images * self.class_image)
         return (
             f" Generating {config.class_images} class images takes <b>{words}</b> more, unless an "
-            "earlier run has drawn them."
+            "earlier run has generated them."
         )
 
 

@@ -49,13 +49,12 @@ class ImageSet(NamedTuple):
 def draw_class_images(
     config: TrainConfig, family: "Family", folder: Path, rank: int = 0, processes: int = 1
 ) -> Iterator[Path]:
-    """Yield the paths of ``config.class_images`` PNG files, drawing those that are missing.
+    """Yield the paths of ``config.class_images`` PNG files, generating those that are missing.
 
-    ``folder`` holds the sets of all runs. Of several processes each draws and yields its own part;
-    the set is complete once all have finished. A batch is written while the next one is drawn, and
-    yielded then. A black image counts as missing: the base overflowed when it was drawn. So does
-    one that is not as it was drawn, with a warning. Raises :class:`NonFinite` if the base overflows
-    now.
+    ``folder`` holds the sets of all runs. Of several processes each generates and yields its own
+    part; the set is complete once all have finished. A batch is written while the next one is
+    generated, and yielded then. A black image counts as missing: the base overflowed there. So does
+    one that has changed since, with a warning. Raises :class:`NonFinite` if the base overflows now.
     """
     from dreambooth_lib.families.prompt_cache import PromptCache
 
@@ -69,8 +68,8 @@ def draw_class_images(
     digests = _read_digests(own_set.folder)
     missing = [n for n, path in paths.items() if not _is_drawn(path, digests.get(path.name))]
     if damaged := [paths[number].name for number in missing if paths[number].exists()]:
-        warnings.warn(f"class images in {own_set.folder} are damaged or black and are drawn again: "
-                      f"{listed(damaged)}.", stacklevel=2)  # fmt: skip
+        warnings.warn(f"class images in {own_set.folder} are damaged or black and are generated "
+                      f"again: {listed(damaged)}.", stacklevel=2)  # fmt: skip
     yield from (path for number, path in paths.items() if number not in missing)
     if not missing:
         return

@@ -84,4 +84,4 @@ def fit_to_run(family: Family, source: Run | TrainConfig, step: int | None = Non
     try:
         fit_to_photos(family, config)
     except DataError as error:
-        warnings.warn(f"images are drawn as squares, as {error}", stacklevel=3)
+        warnings.warn(f"images are generated as squares, because {error}", stacklevel=3)

@@ -44,7 +44,7 @@ from dreambooth_lib.training.validation import scorer_source
 #: Bytes of AdamW's two moments per parameter: in float32, and in 8 bits with a scale per 256. Any
 #: other optimizer counts as float32 AdamW.
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
-#: Bytes of scorers on the hub, assumed to be the default ones: CLIP ViT-B/32 and DINOv2 small in
+#: Bytes of scorers on the Hub, assumed to be the default ones: CLIP ViT-B/32 and DINOv2 small in
 #: float32.
 _SCORER, _IMAGE_SCORER = 4 * 151_277_313, 4 * 22_056_576
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -74,7 +74,7 @@ class Estimate:
 def estimate(config: TrainConfig, precision: str = "fp16") -> Estimate:
     """Estimate the peak memory and the FLOPs of training ``config`` on a GPU.
 
-    ``precision`` is what the GPU computes in: "fp16", "bf16" or "no". For a base on the hub, only
+    ``precision`` is what the GPU computes in: "fp16", "bf16" or "no". For a base on the Hub, only
     configs and tokenizers are downloaded. Takes seconds, for the largest bases half a minute.
     Raises as ``families.load_model`` and :func:`training_load_options` do.
     """

@@ -134,7 +134,7 @@ class Run:
         """Write the checkpoint of ``step``, then delete the oldest beyond ``checkpoints_kept``.
 
         The checkpoint of the ``best`` step is always kept. Only the newest keeps the optimizer's
-        state; images can be drawn from the others all the same.
+        state; images can be generated from the others all the same.
         """
         from dreambooth_lib.training.checkpoints import drop_optimizer, save_state
 

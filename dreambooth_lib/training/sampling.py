@@ -1,4 +1,4 @@
-"""Draw images from a base or a run by seed, through its own diffusers pipeline."""
+"""Generate images from a base or a run by seed, through its own diffusers pipeline."""
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -63,13 +63,13 @@ def sample(
     negative_prompt: str = "",
     batch_size: int | None = None,
 ) -> list[Sample]:
-    """Draw every prompt with every seed, prompts outermost.
+    """Generate every prompt with every seed, prompts outermost.
 
     ``source`` is a finished run, a run's checkpoint of step ``at``, a loaded family, or a base as
     in ``TrainConfig.base``. Each image's noise comes from its seed alone, whatever the batch size:
     base and tuned model start from the same noise at the same seed. ``steps`` (inference steps) and
     ``guidance_scale`` default to :func:`inference_settings`. A negative prompt that the base does
-    not read is left out with a warning. Raises ``InputError`` for what cannot be drawn, and
+    not read is left out with a warning. Raises ``InputError`` for what cannot be generated, and
     :class:`RunError` for a run that has not finished.
     """
     return list(
@@ -91,7 +91,7 @@ def iter_samples(
     negative_prompt: str = "",
     batch_size: int | None = None,
 ) -> Iterator[Sample]:
-    """Draw as :func:`sample` does, and yield the images of each batch as soon as it is drawn."""
+    """Generate as :func:`sample` does, and yield each batch's images as soon as they are ready."""
     _check_asked(prompts, seeds, steps)
     subject = source.config.subject if isinstance(source, Run) else None
     filled = [fill(prompt, subject) for prompt in prompts]
@@ -101,7 +101,9 @@ def iter_samples(
     schedule = family.pipeline.scheduler.config
     most = schedule.get("original_inference_steps") or schedule["num_train_timesteps"]
     if steps > most:
-        raise InputError(f"steps is {steps}; '{family.name}' can draw in {most} at most.")
+        raise InputError(
+            f"steps is {steps}, but '{family.name}' supports at most {most}; lower it."
+        )
     guidance_scale = own.guidance_scale if guidance_scale is None else guidance_scale
     batch_size = batch_size or family.default_batch_size
     if negative_prompt and not family.reads_negative(guidance_scale):
@@ -122,7 +124,7 @@ def iter_samples(
 
 
 def _check_asked(prompts: object, seeds: object, steps: object) -> None:
-    """Raise ``InputError`` for prompts, seeds or inference steps that no base can draw."""
+    """Raise ``InputError`` for prompts, seeds or inference steps that no base can take."""
     if isinstance(prompts, str):
         raise InputError(f"prompts is the text '{prompts}'; give a list of prompts.")
     if steps is not None and not (isinstance(steps, Integral) and int(steps) >= 1):
@@ -172,7 +174,7 @@ def load_source(
     at: int | None = None,
     prompts: Collection[str] | None = None,
 ) -> "Family":
-    """Load a source to draw images from, on the GPU in half precision if there is one.
+    """Load a source to generate images from, on the GPU in half precision if there is one.
 
     For a config, load its base. Where RAM is too small for a large base's text encoders and
     denoiser together, the family knows only ``prompts``, as ``load_pretrained`` describes. Raises
@@ -202,7 +204,7 @@ def load_source(
 
 
 def _options(configs: Sequence[TrainConfig]) -> dict[str, Any]:
-    """Return the options to load what runs trained, to draw as they did.
+    """Return the options to load what runs trained, to generate as they did.
 
     Of several runs the longest prompts are read, and images are of the base's own size where
     theirs differ.
@@ -247,7 +249,7 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
 
 
 def sampling_dtype() -> "torch.dtype":
-    """Return the dtype to draw images in: half precision on a GPU, float32 on a CPU."""
+    """Return the dtype to generate images in: half precision on a GPU, float32 on a CPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -259,7 +261,7 @@ def sampling_dtype() -> "torch.dtype":
 def _place(family: "Family") -> "Family":
     """Move a family to the GPU if there is one, or offload it if it would fill over half of that.
 
-    So drawing takes no more of a GPU than training, which offloads what it does not need.
+    So generating takes no more of a GPU than training, which offloads what it does not need.
     """
     import torch
 

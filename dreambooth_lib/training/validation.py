@@ -152,8 +152,8 @@ def load_scorers(config: TrainConfig, device: "str | torch.device" = "cpu") -> S
             images = Encoder(scorer_source(config.image_scorer), device)
     except EncoderError as error:
         raise ConfigError(
-            f"the scorer cannot be used, as {error.problem}; {error.advice}, or set validate_every "
-            "to 0 to train without validation."
+            f"the scorer cannot be used, because {error.problem}; {error.advice}, or set "
+            "validate_every to 0 to train without validation."
         ) from error
     if not prompts.reads_texts:
         raise ConfigError(
@@ -164,7 +164,7 @@ def load_scorers(config: TrainConfig, device: "str | torch.device" = "cpu") -> S
 
 
 def scorer_source(name: str) -> str | Path:
-    """Return the hub id or folder that a config's scorer is read from."""
+    """Return the Hub id or folder that a config's scorer is read from."""
     return TOYBOX_SCORER if name == "toybox" else name
 
 

@@ -134,14 +134,14 @@ class Validator:
             if sizes != {family.size}:
                 aside = _set_aside(self.run, *sizes)
                 raise RunError(
-                    f"validation images now have {family.size[0]} x {family.size[1]} pixels, so "
-                    f"that the validations before are set aside in {aside}."
+                    f"validation images are now {family.size[0]} x {family.size[1]} pixels, so "
+                    f"earlier validations were moved to {aside}."
                 )
             if self._trains_on() and self._scores_otherwise(results[0], images):
                 aside = _set_aside(self.run, *sizes)
                 raise RunError(
-                    "the scorers give other scores than when this run began, so that the "
-                    f"validations before are set aside in {aside}."
+                    "the scorers give different scores than when this run began, so earlier "
+                    f"validations were moved to {aside}."
                 )
         except KitError as error:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Draw and show the class images of a run before it trains."""
+"""Generate and show the class images of a run before it trains."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} images"
 
 
 def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | None:
-    """Draw the missing class images of a run in ``folder``; return a page of the first.
+    """Generate the missing class images of a run in ``folder``; return a page of the first.
 
     Shows a progress bar, and frees what playgrounds have loaded; if no image is missing, the base
     is not loaded. Returns None if the config needs no class images from the base. Raises as

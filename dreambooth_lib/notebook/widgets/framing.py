@@ -30,7 +30,7 @@ _CROPS = {"center crop": "center", "square around the subject": "subject",
           "aspect ratio buckets, which keep most of each photo": "buckets",
           "random square crops": "random"}  # fmt: skip
 _WHOLE = -1.0  # in the menu only, which cannot show None: no masks are used
-_WEIGHTS = {"all of each photo": _WHOLE, "the subject alone": 0.0,
+_WEIGHTS = {"the whole photo": _WHOLE, "the subject alone": 0.0,
             "the subject; background at 10%": 0.1}  # fmt: skip
 
 
@@ -56,14 +56,14 @@ class FramingPanel(Panel):
         if weight not in weights.values():
             weights = weights | {f"the subject, and the rest at {weight:g}": weight}
         self.crop = control(Dropdown, "crop", options=_CROPS, value=config.crop)
-        self.photo = control(Dropdown, "move the crop of", options=[])
+        self.photo = control(Dropdown, "photo to adjust", options=[])
         slider: dict[str, Any] = {"min": 0.0, "max": 1.0, "step": 0.05, "value": 0.5}
         self.across = control(FloatSlider, "left to right", **slider)
         self.down = control(FloatSlider, "top to bottom", **slider)
         self.weight = control(Dropdown, "train on", options=weights, value=weight)
         self.base = control(Checkbox, "background prior", value=config.background_prior)
         self._noun = config.subject.class_noun
-        self.words = control(Text, "find in the photos", value=self._noun)
+        self.words = control(Text, "subject to mask", value=self._noun)
         self.threshold = control(FloatSlider, "threshold", **slider | {
             "min": 0.05, "max": 0.95, "value": mask_maker.THRESHOLD})  # fmt: skip
         self.move = Button(description="Move the crop")
@@ -72,9 +72,10 @@ class FramingPanel(Panel):
         self.masks = empty_image()
         hints = {
             self.crop: "nothing important should be cut off; buckets keep most",
-            self.photo: "the photo to move the crop of; a center crop cannot be moved",
-            self.across: "the centre of the crop", self.down: "the centre of the crop",
-            self.move: "saves the centre in crops.json beside the photos",
+            self.photo: "the photo whose crop you move; center and random crops cannot be moved",
+            self.across: "the horizontal position of the crop",
+            self.down: "the vertical position of the crop",
+            self.move: "saves the position in crops.json beside the photos",
             self.weight: "with masks, the model learns less of what is around the subject",
             self.base: "outside the masks, preserve the base's prediction instead of learning the "
             "photo",
@@ -152,9 +153,12 @@ class FramingPanel(Panel):
 
     def _move(self) -> None:
         if not self._folder.is_dir():
-            raise DataError(f"{self._folder} is no folder to save crops in; unpack it first.")
+            raise DataError(
+                f"crops cannot be saved in {self._folder}, which is not a folder; if it is a zip, "
+                "unpack it and use the folder."
+            )
         if self.crop.value not in FOLLOWING:
-            raise DataError("a crop in the middle cannot be moved; choose another crop above.")
+            raise DataError("center and random crops cannot be moved; choose another crop above.")
         moved, center = self._chosen().name, (self.across.value, self.down.value)
         write_centers(self._folder, [
             replace(photo, center=center) if photo.name == moved else photo
@@ -166,7 +170,10 @@ class FramingPanel(Panel):
         with busy(self.make):
             words = self.words.value.strip()
             if not words or not self._photos:
-                raise DataError("there is nothing to find; choose photos, and write a word.")
+                raise DataError(
+                    "there is nothing to mask; choose photos, and name the subject in a word or "
+                    "two."
+                )
             self._found = mask_maker.find_subject(self._photos, words)
         self._show_masks()
 

@@ -72,8 +72,8 @@ class SettingsPanel(Panel):
         config = self._source_config
         self._native = loading.inspect_base(config.base, config.revision).resolution
         self.controls = _controls(config, self._native)
-        self.predict = Button(description="Predict the time")
-        self.reset = Button(description="Restore the first settings")
+        self.predict = Button(description="Estimate the training time")
+        self.reset = Button(description="Reset to the initial settings")
         self.reset.layout.width = "auto"
         self.all = Checkbox(description="Show all settings", indent=False, value=False)
         self.all.layout.width = "auto"

@@ -116,7 +116,7 @@ class SubjectPanel(Panel):
         except BadPhotosError as error:
             self._clear()
             self._bad = (str(source), error.names)
-            self.go_on.description = f"Go on without {listed(error.names)}"
+            self.go_on.description = f"Continue without {listed(error.names)}"
             self.go_on.layout.display = ""
             told = DataError(f"{error.problem}, or press '{self.go_on.description}' in section 2.")
             self.report(told, self.use)
