@@ -45,7 +45,7 @@ def finished(
 def test_words_of_a_prompt_that_the_base_does_not_read_are_told(finished: Run) -> None:
     long = "a photo of a {} dog " + "in the snow " * 4
     with pytest.warns(
-        UserWarning, match=r"longer than the base reads: it has .* it is cut off before '.*snow'"
+        UserWarning, match=r"is too long: it has .*; everything from '.*snow' on is cut off"
     ):
         sample(finished, [long], [0], **QUICK)
 
@@ -117,7 +117,7 @@ def test_a_negative_prompt_that_would_change_nothing_is_left_out_with_a_warning(
         (["a dog"], ["1"], 2, r"seeds is \['1'\]"),
         (["a dog"], [0], 0, r"steps is 0; give"),
         (["a dog"], [0], 2.5, r"steps is 2.5; give"),
-        (["a dog"], [0], 2000, r"steps is 2000; '.*sd1' can draw in 1000 at most"),
+        (["a dog"], [0], 2000, r"steps is 2000; '.*sd1' can generate in 1000 at most"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_told_in_a_sentence(
