@@ -199,7 +199,7 @@ def test_an_identifier_beyond_what_is_read_is_one_in_any_case_and_a_whole_word()
     basks = [Photo("b.png", noise(1), "a dog, a cat, it basks")]
     assert captions.check_lengths(basks, Subject("photos", "dog", "sks"), limits)
     sks = [Photo("b.png", noise(1), "it basks, a dog, a sks")]
-    with pytest.raises(DataError, match="identifier 'sks' after"):
+    with pytest.raises(DataError, match="identifier 'sks' past"):
         captions.check_lengths(sks, Subject("photos", "dog", "sks"), limits)
 
 
