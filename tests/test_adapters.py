@@ -125,18 +125,21 @@ def test_adapters_and_loras_are_composed_with_their_weights(start: Start) -> Non
     assert not are_close(both, own)
 
 
-def test_a_sibling_draws_with_the_adapter(
+def test_a_distilled_model_generates_with_the_adapter(
     start: Start, tmp_path: Path, tiny_bases: Callable[[str], str], clip_folder: Path
 ) -> None:
     family = loading.load_model(tiny_bases("sd1"))
     with torch.no_grad():
         family.denoiser.conv_in.weight.mul_(1.1)
-    family.pipeline.save_pretrained(tmp_path / "sibling")
-    sibling, scored = str(tmp_path / "sibling"), {"validate_every": 2, "scorer": str(clip_folder)}
-    run = finished(start("run", "oft", draw_base=sibling, **scored))
+    family.pipeline.save_pretrained(tmp_path / "distilled")
+    distilled, scored = (
+        str(tmp_path / "distilled"),
+        {"validate_every": 2, "scorer": str(clip_folder)},
+    )
+    run = finished(start("run", "oft", draw_base=distilled, **scored))
     at, drawn = load_at_checkpoint(run, 2), load_source(run)
     assert are_close(tensors(at), tensors(drawn))
-    expected = loading.load_model(sibling).denoiser.conv_in.weight
+    expected = loading.load_model(distilled).denoiser.conv_in.weight
     assert torch.equal(drawn.denoiser.conv_in.weight, expected)
     own = tensors(loading.load_model(str(run.folder)))
     changed = {name for name, value in tensors(drawn).items() if not torch.equal(own[name], value)}
@@ -161,7 +164,7 @@ def test_settings_reach_peft_and_stay_in_the_runs_config(start: Start) -> None:
     assert saved["peft_type"] == "LOKR" and saved["alpha"] == 2
     assert runs.resume(run.folder).config == run.config
     assert hash(run.config) == hash(runs.resume(run.folder).config)
-    with pytest.raises(runs.RunError, match="adapter is 'lokr', not 'loha'"):
+    with pytest.raises(runs.RunError, match="adapter 'lokr', but your settings have 'loha'"):
         runs.resume(run.folder, adapter="loha")
 
 

@@ -209,7 +209,7 @@ def test_from_photos_to_an_image_of_your_own_prompt(page: Page, tmp_path: Path) 
     for number in (SETUP, PARAMETERS):
         page.run(number)
     page.run(PREFLIGHT)
-    page.wait_for(PREFLIGHT, "memory")
+    page.wait_for(PREFLIGHT, "RAM")
     assert "to fix" not in page.text(PREFLIGHT)
     page.shoot(PREFLIGHT, "1-preflight")
     page.run(BEGIN)

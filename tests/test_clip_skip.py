@@ -205,5 +205,5 @@ def test_a_run_with_a_skip_is_a_base_and_an_export(run: Run, tmp_path: Path) -> 
         pipeline_folder.write_pipeline(one, 2, tmp_path / one.folder.name / "model")
         said = comfyui.export(one, tmp_path / one.folder.name / "model", tmp_path / "out")
         assert "Set 'Clip skip' to 2 in A1111, or 'CLIP Set Last Layer' to -2" in said
-    with pytest.raises(RunError, match="clip_skip is 2, not 1"):
+    with pytest.raises(RunError, match="clip_skip 2, but your settings have 1"):
         runs.resume(run.folder, clip_skip=1)

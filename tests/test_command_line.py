@@ -123,7 +123,7 @@ def test_the_same_command_resumes_and_mended_configs_start_anew(
     file.write_text(config.replace(steps=3).to_toml())
     said = shell("train", file, "--out", run)
     assert "step 3/3" in said and "step 2/3" not in said and str(run / "pipeline") in said
-    with pytest.raises(SystemExit, match="holds a run whose base"):
+    with pytest.raises(SystemExit, match="holds a run with base"):
         file.write_text(config.replace(base="toybox").to_toml())
         shell("train", file, "--out", run)
 

@@ -286,7 +286,7 @@ def test_samples_are_drawn_in_the_bucket_of_most_photos(
             assert size(run) == SQUARE
 
 
-def test_a_sibling_that_draws_draws_in_that_bucket(
+def test_a_distilled_model_generates_in_that_bucket(
     start_run: Start, fields: dict[str, Any], tiny_bases: Any, clip_folder: Path
 ) -> None:
     own = {"method": "lora", "draw_base": tiny_bases("sd1"), "prior": "none"}

@@ -1,4 +1,4 @@
-"""Train a LoRA on a base, and draw with the base's few-step sibling."""
+"""Train a LoRA on a base, and generate with a model distilled from it."""
 
 import json
 import shutil
@@ -26,9 +26,9 @@ Start = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
-def sibling(tiny_bases: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> str:
+def distilled(tiny_bases: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a tiny klein, with other weights than the tiny klein-base."""
-    folder = tmp_path_factory.mktemp("sibling") / "klein"
+    folder = tmp_path_factory.mktemp("distilled") / "klein"
     pipeline = Flux2KleinPipeline.from_pretrained(tiny_bases("flux_2_klein"))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -50,10 +50,10 @@ def started(start_run: Start, clip_folder: Path) -> Start:
     return start
 
 
-def test_images_are_the_siblings_with_the_lora_and_training_is_the_bases(
-    started: Start, sibling: str
+def test_images_are_the_distilled_models_with_the_lora_and_training_is_the_bases(
+    started: Start, distilled: str
 ) -> None:
-    run = started("drawn", draw_base=sibling)
+    run = started("drawn", draw_base=distilled)
     list(train(run))
     plan, subject = plan_of(run), run.config.subject
     assert (plan.inference_steps, plan.guidance_scale) == (4, 1.0)
@@ -61,7 +61,7 @@ def test_images_are_the_siblings_with_the_lora_and_training_is_the_bases(
     assert (own.steps, own.guidance_scale, own.distilled) == (4, 1.0, True)
     assert [row.step for row in history(run)] == [0, 2]
 
-    plain = Flux2KleinPipeline.from_pretrained(sibling)
+    plain = Flux2KleinPipeline.from_pretrained(distilled)
     plain.set_progress_bar_config(disable=True)
     prompt, seed = plan.prompts_and_seeds(subject)[0][0]
 
@@ -94,13 +94,13 @@ def test_images_are_the_siblings_with_the_lora_and_training_is_the_bases(
 
 
 def test_a_base_that_the_lora_does_not_fit_is_refused(
-    started: Start, sibling: str, tiny_bases: Callable[[str], str], tmp_path: Path
+    started: Start, distilled: str, tiny_bases: Callable[[str], str], tmp_path: Path
 ) -> None:
     other = started("family", draw_base=tiny_bases("sd3"))
     with pytest.raises(ConfigError, match=r"does not fit draw_base '.*sd3'; choose a base"):
         next(train(other))
-    wider = Path(shutil.copytree(sibling, tmp_path / "wider"))
-    pipeline = Flux2KleinPipeline.from_pretrained(sibling)
+    wider = Path(shutil.copytree(distilled, tmp_path / "wider"))
+    pipeline = Flux2KleinPipeline.from_pretrained(distilled)
     config = dict(pipeline.transformer.config) | {"num_layers": 1, "mlp_ratio": 2.0}
     type(pipeline.transformer).from_config(config).save_pretrained(wider / "transformer")
     with pytest.raises(ConfigError, match=r"does not fit draw_base '.*wider'"):
@@ -108,19 +108,19 @@ def test_a_base_that_the_lora_does_not_fit_is_refused(
     assert json.loads((wider / "model_index.json").read_text())["is_distilled"]
 
 
-def test_only_a_lora_is_put_on_a_sibling() -> None:
+def test_only_a_lora_is_put_on_a_distilled_model() -> None:
     with pytest.raises(ConfigError, match=r"draw_base is set but method is 'full'"):
         TrainConfig(Subject("photos", "dog"), "owner/base", draw_base="owner/few-steps")
 
 
-def test_the_siblings_weights_are_counted_where_it_draws(
-    started: Start, sibling: str, tiny_bases: Callable[[str], str]
+def test_the_distilled_models_weights_are_counted_where_it_generates(
+    started: Start, distilled: str, tiny_bases: Callable[[str], str]
 ) -> None:
-    config = started("counted", draw_base=sibling).config
+    config = started("counted", draw_base=distilled).config
     base = loading.load_model(tiny_bases("flux_2_klein"))
     size = sum(p.nbytes for p in base.denoiser.parameters())
     more = estimate(config, "no").weights - estimate(config.replace(draw_base=None), "no").weights
     assert size <= more < 1.2 * size
     undrawn = config.replace(validate_every=0)
     assert estimate(undrawn, "no").weights == estimate(config.replace(draw_base=None), "no").weights
-    assert runs.resume(started("kept", draw_base=sibling).folder).config.draw_base == sibling
+    assert runs.resume(started("kept", draw_base=distilled).folder).config.draw_base == distilled

@@ -76,7 +76,7 @@ def test_a_large_bases_text_encoders_are_loaded_first_where_ram_is_short(
                                          at=at, steps=2)
         ])  # fmt: skip
     assert drawn[0] == drawn[1]
-    said = r"drawing with '.*' takes about 1\.0 GB of memory, and 1\.0 GB are free; restart"
+    said = r"generating with '.*' takes about 1\.0 GB of RAM, but only 1\.0 GB is free; restart"
     with pytest.raises(NotEnoughMemory, match=said):
         sampling.load_source(run.config)
     with pytest.raises(NotEnoughMemory, match=said):

@@ -74,7 +74,10 @@ def test_a_backup_that_lost_its_state_and_identity_is_left_alone(run: Run, drive
     (drive / "my-dog" / ".backup.json").write_text("{")
     (drive / "my-dog" / ".backup").write_text("")
     problem = str(backup(run, drive / "my-dog"))
-    assert "holds something other than this run" in problem and "\n" not in problem
+    assert (
+        "is not a backup of this run, or its .backup.json is damaged; rename" in problem
+        and "\n" not in problem
+    )
 
 
 def test_an_identity_cut_short_in_the_run_is_not_taken_for_one(run: Run, drive: Path) -> None:

@@ -163,8 +163,8 @@ def test_a_run_of_something_else_is_not_resumed_until_it_is_named(
     run: Run, drive: Path, tmp_path: Path, tiny_sd1: str
 ) -> None:
     others = {
-        "class_noun": ("cat", "its class noun is 'dog', not 'cat'"),
-        "base": (tiny_sd1, f"its base is 'toybox', not '{tiny_sd1}'"),
+        "class_noun": ("cat", "it began with class noun 'dog', but your settings have 'cat'"),
+        "base": (tiny_sd1, f"it began with base 'toybox', but your settings have '{tiny_sd1}'"),
         "photos": (save_photos(tmp_path / "max", 2), "its photos are not those in"),
     }
     for field, (value, why) in others.items():

@@ -313,7 +313,7 @@ def test_an_older_run_resumes_with_its_settings(
     list(train(again))
     assert {tuple(how) for _, *how in drawn} == {(10, 5.0)}
     assert runs.why_not_resumable(new, folder) is None, "a finished one, too"
-    assert "guidance_scale 5.0, not 4.0" in str(
+    assert "guidance_scale 5.0, but your settings have 4.0" in str(
         runs.why_not_resumable(new.replace(guidance_scale=4.0), folder)
     )
 
@@ -325,7 +325,7 @@ def test_other_inference_settings_are_another_study(
     old = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=5.0)}
     assert [cell.error for cell in sweep.sweep(old, tmp_path, [2], view)] == [None]
     new = {"a": plain(tiny_sd1, prior_weight=0.0, guidance_scale=7.0)}
-    with pytest.raises(runs.RunError, match=r"whose guidance_scale is 5\.0, not 7\.0"):
+    with pytest.raises(runs.RunError, match=r"guidance_scale 5\.0, but .* have 7\.0"):
         list(sweep.sweep(new, tmp_path, [2], view))
 
 

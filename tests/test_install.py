@@ -33,7 +33,8 @@ def test_only_missing_packages_are_installed_and_all_others_are_pinned() -> None
     ]  # fmt: skip
     assert str(plan) == (
         "Installed: tomli_w>=1.0, peft>=0.17; no preinstalled package was changed; numpy>=2.0 is "
-        "required, but 1.26.4 is installed."
+        "required, but 1.26.4 is installed: run %pip install -U 'numpy>=2.0' and restart the "
+        "session."
     )
     assert str(missing_packages(["numpy"], here)) == (
         "Nothing to install; no preinstalled package was changed."
@@ -126,7 +127,7 @@ def test_what_the_kit_can_do_without_is_installed_if_it_can_be(
     monkeypatch.setattr(install, "OPTIONAL", {"pillow-heif>=0.22": "HEIC photos cannot be read"})
     assert str(install.install_missing()) == (
         "Nothing to install; no preinstalled package was changed; pillow-heif>=0.22 could not be "
-        "installed, so that HEIC photos cannot be read."
+        "installed, so HEIC photos cannot be read."
     )
 
 

@@ -166,7 +166,7 @@ def test_a_run_with_long_captions_trains_validates_and_draws(
     config = make_config(tiny_sd1, str(folder), subject=subject, prompt_chunks=3, **more)
     run = db.start(config, tmp_path / "run")
     assert all(step.loss > 0 for step in db.train(run))
-    assert not [w for w in recwarn if "longer than the base reads" in str(w.message)]
+    assert not [w for w in recwarn if "is too long" in str(w.message)]
     images = [db.sample(run, [text + end], [0])[0].image.tobytes() for end in ("", " cat cat")]
     assert images[0] != images[1]
     plain = db.start(config.replace(prompt_chunks=1), tmp_path / "plain")
@@ -182,7 +182,7 @@ def test_long_prompts_of_the_prior_and_negative_ones_are_told(
     long = words(20)
     config = make_config(tiny_sd1, photos, prior_prompts=("a cat", long), steps=1)
     run = db.start(config, tmp_path / "run")
-    with pytest.warns(UserWarning, match=f"the prompt '{long}' is longer than the base reads"):
+    with pytest.warns(UserWarning, match=f"the prompt '{long}' is too long"):
         list(db.train(run))
-    with pytest.warns(UserWarning, match=f"the prompt '{long}' is longer than the base reads"):
+    with pytest.warns(UserWarning, match=f"the prompt '{long}' is too long"):
         db.sample(run, ["a {} dog"], [0], steps=1, negative_prompt=long)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.families import base, loading
-from dreambooth_lib.training import fused_optimizer, runs
+from dreambooth_lib.training import fused_optimizer, memory_estimate, runs
 from dreambooth_lib.training.allocation_counter import (
     IN_FLOAT32,
     AllocationCounter,
@@ -340,8 +341,36 @@ def test_bfloat16_weights_compute_in_float16_or_are_refused(family: str, tiny_co
 def test_savings_are_suggested_with_the_memory_they_take(tiny_config: Make) -> None:
     config = tiny_config("sd1", memory="standard", batch_size=4, lora_rank=1)
     text = suggest_savings(config, "fp16")
-    assert "memory 'low' (" in text and "method 'lora' (" in text and "resolution" not in text
+    size, some = r"\([\d.]+ GiB\)", r"[\d.]+ GiB"
+    low, lowest = f"memory='low' {size}", f"memory='lowest' {size}"
+    lora = f"start a new run with method='lora' {size}"
+    assert re.fullmatch(
+        f"which needs about {some}; resume with {low} or {lowest}, or {lora}", text
+    ), text
     large = config.replace(resolution=64)
-    assert "resolution 32 (" in suggest_savings(large, "fp16", room=0)
+    assert "resolution=32 (" in suggest_savings(large, "fp16", room=0).split("; ")[1].split(", ")[0]
     assert suggest_savings(large, "fp16").count(" GiB)") == 3, "no more than these were needed"
-    assert "GiB as it is" in text
+
+
+@pytest.mark.parametrize(
+    ("saving", "expected"),
+    [
+        ([], "choose a smaller base, or use a GPU with more memory"),
+        (["memory"], "resume with memory='low' (1.0 GiB) or memory='lowest' (1.0 GiB)"),
+        (["resolution"], "resume with resolution=32 (1.0 GiB)"),
+        (["quantize"], "start a new run with quantize='nf4' (1.0 GiB)"),
+        (["quantize", "resolution"], "resume with resolution=32 (1.0 GiB), or start a new run with "
+         "quantize='nf4' (1.0 GiB)"),
+    ],
+)  # fmt: skip
+def test_savings_of_a_lora_read_well_whichever_there_are(
+    saving: list[str], expected: str, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config("sd1", memory="standard", method="lora", resolution=64)
+
+    def fake(one: TrainConfig, precision: str) -> SimpleNamespace:
+        less = any(getattr(one, name) != getattr(config, name) for name in saving)
+        return SimpleNamespace(memory=GIB if less else 2 * GIB)
+
+    monkeypatch.setattr(memory_estimate, "estimate", fake)
+    assert suggest_savings(config, "fp16") == f"which needs about 2.0 GiB; {expected}"

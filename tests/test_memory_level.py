@@ -186,7 +186,12 @@ def test_a_level_is_written_down_and_printed_once_and_kept(
     assert runs.read_level(run.folder) == {"memory": "low"}
     output = capsys.readouterr().out
     assert output.count("\n") == 1
-    assert output.startswith("The run trains with memory 'low', which takes")
+    taken = [f"{need[level] / GIB:.1f} GiB" for level in ("low", "standard")]
+    free = f"{(need['low'] / USABLE_SHARE + 1) / GIB:.1f} GiB"
+    assert output == (
+        f"The run trains at memory level 'low' (about {taken[0]}); this GPU has {free} free, and "
+        f"'standard' would take about {taken[1]}.\n"
+    )
     again = runs.resume(run.folder)
     assert again.config.memory == "auto", "as configured"
     assert again.resolved_config.memory == "low"
@@ -198,8 +203,8 @@ def test_a_level_is_written_down_and_printed_once_and_kept(
     gpu(need["lowest"] / USABLE_SHARE + 1)
     assert decide_level(again, CUDA).memory == "lowest"
     output = capsys.readouterr().out
-    assert output.startswith("The run started with memory 'low'.")
-    assert "continues with 'lowest'" in output
+    assert output.startswith("The run started at memory level 'low', which takes about ")
+    assert " free, so the run continues at level 'lowest' (about " in output
     assert runs.resume(run.folder).resolved_config.memory == "lowest"
     config = runs.resume(run.folder, memory="standard")
     assert decide_level(config, CUDA).memory == "standard", "the config counts"
@@ -251,7 +256,7 @@ def test_all_cells_of_a_study_train_at_one_level(
     assert [cell.error for cell in results] == [None, None]
     levels = [runs.resume(tmp_path / "study" / name).resolved_config.memory for name in cells]
     assert levels == ["low", "low"]
-    assert "The study trains with memory 'low'" in capsys.readouterr().out
+    assert "The study trains at memory level 'low'" in capsys.readouterr().out
     assert list(sweep(cells, tmp_path / "study", [2], plan)), "the study resumes"
 
 
@@ -305,7 +310,7 @@ def test_two_processes_train_at_the_level_of_the_first(tiny_config: Make, tmp_pa
     lines = [line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 ")]
     expected = ["0 standard True", "1 standard True"]
     assert sorted(lines) == expected, (done.stdout, done.stderr[-2000:])
-    assert done.stdout.count("The run trains with memory") == 1
+    assert done.stdout.count("The run trains at memory level") == 1
 
 
 def test_peak_memory_is_reset_for_each_run(

@@ -233,7 +233,7 @@ def test_latents_that_are_not_finite_are_refused_and_not_cached(
 ) -> None:
     base = broken(tiny_sd1, "encoder", tmp_path / "base")
     config, cached = make_config(base, photos), tmp_path / "latents"
-    with pytest.raises(NonFinite, match=r"autoencoder of '.*base' gave .* for 0.png, in float32"):
+    with pytest.raises(NonFinite, match=r"the VAE of '.*base' produced .* for 0.png in float32"):
         LatentCache(photo_list, loading.load_model(base), config, cached)
     assert not list(tmp_path.glob("latents/*"))
     with pytest.raises(NonFinite, match="in bfloat16"):
@@ -259,16 +259,16 @@ def test_cached_latents_that_are_not_finite_are_encoded_again(
 
 def test_conditioning_that_is_not_finite_is_refused(tiny_sd1: str, tmp_path: Path) -> None:
     family = loading.load_model(broken(tiny_sd1, "text", tmp_path / "base"))
-    with pytest.raises(NonFinite, match=r"text encoder of '.*base' gave .* in float32"):
+    with pytest.raises(NonFinite, match=r"text encoder of '.*base' produced .* in float32"):
         PromptCache(family, ["a dog"])
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("unet", r"the unet or a text encoder of '.*base' gave latents that are not finite, in"),
-        ("text", r"a text encoder of '.*base' gave conditioning that is not finite, in"),
-        ("decoder", r"the autoencoder of '.*base' gave images that are not finite, in float32"),
+        ("unet", r"the unet or a text encoder of '.*base' produced NaN or infinite latents in"),
+        ("text", r"a text encoder of '.*base' produced NaN or infinite embeddings in"),
+        ("decoder", r"the VAE of '.*base' produced NaN or infinite pixels in float32"),
     ],
 )
 @pytest.mark.parametrize("autocast", [False, True])
@@ -301,7 +301,7 @@ def test_black_images_are_refused_and_saved_ones_are_drawn_again(
     assert [path.read_bytes() for path in paths] == before
     family.pipeline.vae.decoder.conv_out.weight.data.zero_()
     family.pipeline.vae.decoder.conv_out.bias.data.fill_(-2)
-    with pytest.raises(NonFinite, match=r"the autoencoder of .* gave an image that is all black"):
+    with pytest.raises(NonFinite, match=r"the VAE of .* produced an all-black image"):
         family.generate([("a dog", 0)], 1, 1.0)
 
 
@@ -311,7 +311,7 @@ def test_the_command_line_says_it_in_a_sentence(
     run = runs.start(make_config(broken(tiny_sd1, "decoder", tmp_path / "base"), photos),
                      tmp_path / "run")  # fmt: skip
     monkeypatch.setattr("sys.argv", ["dreambooth_lib", "resume", str(run.folder)])
-    with pytest.raises(SystemExit, match=r"error: the autoencoder of .* gave images that are not"):
+    with pytest.raises(SystemExit, match=r"error: the VAE of .* produced NaN or infinite"):
         main()
 
 

@@ -87,7 +87,7 @@ def test_the_embedded_base_is_ready_on_this_cpu(
 ) -> None:
     machine(ram=6, disk=5)
     checks = checks_of("toybox", tmp_path / "runs" / "not yet there")
-    assert list(checks) == ["Python", "packages", "GPU", "memory", "disk", "base", "scorer"]
+    assert list(checks) == ["Python", "packages", "GPU", "RAM", "disk", "base", "scorer"]
     assert all(check.ok for check in checks.values()), Table(list(checks.values()))
     assert not (tmp_path / "runs").exists()
 
@@ -100,12 +100,12 @@ def test_stable_diffusion_on_a_free_colab_gpu(
     assert all(check.ok for check in checks.values()), Table(list(checks.values()))
     assert checks["GPU"].result == "Tesla T4, fp16 (no native bf16)"
     assert checks["GPU memory"].result == "14.4 of 15.0 GiB free, about 9.9 needed"
-    assert checks["method"].result == "full fine-tuning, memory 'standard'"
+    assert checks["method"].result == "full fine-tuning, memory level 'standard'"
     assert checks["8-bit AdamW"].ok
     machine(gpu="NVIDIA A100", bf16=True)
     assert checks_of(SD, tmp_path)["GPU"].result == "NVIDIA A100, native bf16"
     assert checks_of(Z, tmp_path)["method"].result.startswith(
-        "QLoRA, memory 'low'; for full fine-tuning"
+        "QLoRA, memory level 'low'; for full fine-tuning"
     )
 
 
@@ -114,12 +114,12 @@ def test_too_little_of_anything_is_red(
 ) -> None:
     machine(gpu="Tesla T4", vram=1.5, ram=2.0, disk=2.0)
     red = {name: check for name, check in checks_of(SD, tmp_path).items() if not check.ok}
-    assert red.keys() == {"method", "GPU memory", "memory", "disk"}
-    assert "not enough GPU memory, memory or disk" in red["method"].result
+    assert red.keys() == {"method", "GPU memory", "RAM", "disk"}
+    assert "not enough GPU memory, RAM or disk" in red["method"].result
     assert red["GPU memory"].result.startswith("1.5 of 15.0 GiB free")
     machine(gpu="Tesla T4", ram=2.0)
-    fix = checks_of(FLUX, tmp_path)["memory"].fix
-    assert fix == "Restart the session or close other programs to free memory."
+    fix = checks_of(FLUX, tmp_path)["RAM"].fix
+    assert fix == "Restart the session or close other programs to free RAM."
     assert str(tmp_path) in red["disk"].fix
 
 
@@ -135,7 +135,7 @@ def test_drives_space_is_checked_where_a_run_is_backed_up(
     free_drive(monkeypatch, 5)
     checks = {check.name: check for check in preflight.preflight(SD, tmp_path, tmp_path)}
     assert checks["method"].result == (
-        "LoRA, memory 'standard'; for full fine-tuning there is not enough Drive"
+        "LoRA, memory level 'standard'; for full fine-tuning there is not enough Drive"
     )
     assert checks["Drive"].ok
     asked = {"method": "full"}
@@ -322,7 +322,7 @@ def test_a_base_of_the_hub_that_is_not_known_is_taken_for_one_and_told(
     assert "as large" not in checks_of(SD, tmp_path)["method"].result
 
 
-def test_the_sibling_that_draws_is_checked_and_counted(
+def test_the_distilled_model_is_checked_and_counted(
     tmp_path: Path, machine: Callable[..., None], hub: list[dict[str, object]]
 ) -> None:
     base, asked = KLEIN, {"draw_base": "black-forest-labs/FLUX.2-klein-4B"}

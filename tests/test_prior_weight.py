@@ -225,9 +225,9 @@ def test_a_destroyed_class_raises_lambda_and_an_untouched_one_lowers_it(
     assert moves(untouched)[-1][1] < 0.8 and moves(untouched)[-1][2] == pytest.approx(1, abs=1e-3)
     assert class_shortfall(untouched) is None
     sentence = class_shortfall(destroyed)
-    assert sentence is not None and "only, not 95%: train for fewer steps" in sentence
+    assert sentence is not None and "below the target of 95%: train for fewer steps" in sentence
     goal = json.loads((destroyed.pipeline / "trained.json").read_text())
-    assert f"{goal['class_kept']:.0%} only" in sentence and destroyed.finished
+    assert f"ratio ended at {goal['class_kept']:.0%}, below" in sentence and destroyed.finished
     said = []
     for run in (destroyed, untouched):
         command.run_training(run)
@@ -392,7 +392,7 @@ def test_the_losses_figure_has_a_panel_for_lambda_only_where_it_moved() -> None:
     ]
     figure = plots.losses(log, keep_class=0.95)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "instance loss", "prior loss", "class, and λ", "",
+        "instance loss", "prior loss", "class loss ratio and λ", "",
     ]  # fmt: skip
     kept, right = figure.axes[2], figure.axes[3]
     assert kept.lines[0].get_ydata()[0] == pytest.approx(97 - 0.55)
@@ -404,5 +404,7 @@ def test_the_losses_figure_has_a_panel_for_lambda_only_where_it_moved() -> None:
 
 
 def test_a_model_card_says_what_was_asked_for() -> None:
-    assert "a λ that keeps 90% of the class" in _prior(TrainConfig(DOG, keep_class=0.9))
+    assert "an adaptive λ (target class loss ratio 90%) on " in _prior(
+        TrainConfig(DOG, keep_class=0.9)
+    )
     assert "with λ 1 " in _prior(TrainConfig(DOG))

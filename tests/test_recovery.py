@@ -351,7 +351,7 @@ def test_a_change_that_checkpoints_do_not_fit_is_refused_and_not_written(
 ) -> None:
     run = trained(start_run("run", "sd1", method="lora"), 1)
     before = (run.folder / "config.toml").read_bytes()
-    with pytest.raises(RunError, match=rf"whose {next(iter(changes))} is .*start a new run"):
+    with pytest.raises(RunError, match=rf"a run with {next(iter(changes))} .*; start a new run"):
         runs.resume(run.folder, **changes)
     assert (run.folder / "config.toml").read_bytes() == before
     assert [step.step for step in train(runs.resume(run.folder))] == [2]
@@ -359,7 +359,7 @@ def test_a_change_that_checkpoints_do_not_fit_is_refused_and_not_written(
 
 def test_the_scorer_stays_once_a_run_has_validated(validated: Callable[[str], Run]) -> None:
     run = validated("run")
-    with pytest.raises(RunError, match="whose scorer is "):
+    with pytest.raises(RunError, match="a run with scorer "):
         runs.resume(run.folder, scorer="toybox")
 
 
@@ -422,7 +422,7 @@ def test_a_caption_that_the_base_does_not_read_to_its_end_is_told(
     first = sorted(path.stem for path in (tmp_path / "captioned").iterdir())[0]
     (tmp_path / "captioned" / f"{first}.txt").write_text("a {} dog " + "in the snow " * 4)
     subject = Subject(str(tmp_path / "captioned"), "dog")
-    with pytest.warns(UserWarning, match=rf"the caption of {first}.* is cut off before '.*snow'"):
+    with pytest.warns(UserWarning, match=rf"the caption of {first}.* from '.*snow' on is cut off"):
         trained(start_run("run", "sd1", subject=subject))
 
 

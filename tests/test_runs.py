@@ -76,13 +76,27 @@ def test_a_run_stays_where_it_is_when_the_working_folder_changes(
     assert runs.resume(tmp_path / "run").config.steps == 7
 
 
-@pytest.mark.parametrize("field", ["subject", "train_text_encoder"])
-def test_a_run_of_another_subject_or_method_is_not_resumed(field: str, run: Run) -> None:
-    subject = dataclasses.replace(run.config.subject, identifier="hta")
-    config = run.config.replace(**{field: {"subject": subject}.get(field, True)})
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("subject.class_noun", "cat", "with class noun 'dog', but your settings have 'cat'"),
+        ("subject.identifier", "hta", "with identifier 'ohwx', but your settings have 'hta'"),
+        ("train_text_encoder", True, "with train_text_encoder False, but your settings have True"),
+        ("clip_skip", 2, "without clip_skip, but your settings have 2"),
+    ],
+)
+def test_a_run_of_another_subject_or_method_is_not_resumed(
+    field: str, value: Any, said: str, run: Run
+) -> None:
+    name, of_subject = field.removeprefix("subject."), field.startswith("subject.")
+    subject = dataclasses.replace(run.config.subject, **({name: value} if of_subject else {}))
+    config = run.config.replace(subject=subject, **({} if of_subject else {name: value}))
     run.save_checkpoint(1, state_of(1))
-    with pytest.raises(RunError, match=rf"whose {field} is .*choose another folder for a new run"):
+    with pytest.raises(RunError, match=rf"holds a run {said}; choose another folder for a new run"):
         runs.start_or_resume(config, run.folder)
+    changes = {"subject": subject} if of_subject else {name: value}
+    with pytest.raises(RunError, match=rf"holds a run {said}; start a new run for that"):
+        runs.resume(run.folder, **changes)
     assert runs.resume(run.folder) == run
 
 
@@ -99,7 +113,7 @@ def finish(run: Run, step: int) -> None:
 def test_a_finished_run_keeps_the_settings_it_was_trained_with(run: Run) -> None:
     finish(run, 4)
     assert runs.start_or_resume(run.config, run.folder) == run, "nothing is changed"
-    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, not 0.5; start a new"):
+    with pytest.raises(RunError, match=r"finished with prior_weight 1.0, but .* have 0.5; start"):
         runs.start_or_resume(run.config.replace(prior_weight=0.5, steps=9), run.folder)
     assert runs.resume(run.folder) == run
     assert runs.start_or_resume(run.config.replace(steps=9), run.folder).config.steps == 9
@@ -153,7 +167,7 @@ def test_a_note_of_an_earlier_version_is_compared_by_what_it_has(
 def test_a_run_at_its_last_step_keeps_its_settings_without_its_pipeline(run: Run) -> None:
     run.save_checkpoint(4, state_of(4))
     assert not run.finished and runs.start_or_resume(run.config, run.folder) == run
-    with pytest.raises(RunError, match=r"reached its last step with prior_weight 1.0, not 0.5"):
+    with pytest.raises(RunError, match=r"its last step with prior_weight 1.0, but .* have 0.5;"):
         runs.start_or_resume(run.config.replace(prior_weight=0.5), run.folder)
     assert runs.why_not_resumable(run.config.replace(prior_weight=0.5, steps=9), run.folder)
     saved_on_less = run.config.replace(memory="low", checkpoints_kept=5, steps=9)
@@ -165,7 +179,7 @@ def test_a_run_that_stopped_early_keeps_its_settings_without_its_pipeline(run: R
     run.save_checkpoint(3, state_of(3))
     (run.folder / MADE_WITH_FILE).write_text('{"step": 3}')
     changed = run.config.replace(prior_weight=0.5)
-    with pytest.raises(RunError, match=r"reached its last step with prior_weight 1.0, not 0.5"):
+    with pytest.raises(RunError, match=r"its last step with prior_weight 1.0, but .* have 0.5;"):
         runs.start_or_resume(changed, run.folder)
     assert runs.why_not_resumable(changed.replace(early_stop=False), run.folder) is None
     (run.folder / MADE_WITH_FILE).write_text('{"step": 2}')  # resumed since
@@ -322,6 +336,10 @@ def test_a_failed_write_keeps_all_older_checkpoints(run: Run) -> None:
 
 def test_the_first_difference_names_both_values() -> None:
     old, new = {"steps": 4, "seed": 0, "gone": 1}, {"steps": 4, "seed": 1}
-    assert str(config_changes.first_difference(old, new)) == "seed is 0, not 1"
-    assert str(config_changes.first_difference(old, new, ["seed"])) == "gone is 1, not left out"
+    said = "with seed 0, but your settings have 1"
+    assert str(config_changes.first_difference(old, new)) == said
+    gone = config_changes.first_difference(old, new, ["seed"])
+    assert str(gone) == "with gone 1, but your settings have none"
+    came = config_changes.first_difference(new, old, ["seed"])
+    assert str(came) == "without gone, but your settings have 1"
     assert config_changes.first_difference(old, new, ["seed", "gone"]) is None

@@ -45,7 +45,7 @@ def finished(
 def test_words_of_a_prompt_that_the_base_does_not_read_are_told(finished: Run) -> None:
     long = "a photo of a {} dog " + "in the snow " * 4
     with pytest.warns(
-        UserWarning, match=r"longer than the base reads: it has .* it is cut off before '.*snow'"
+        UserWarning, match=r"is too long: it has .*; everything from '.*snow' on is cut off"
     ):
         sample(finished, [long], [0], **QUICK)
 

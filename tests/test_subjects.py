@@ -113,11 +113,11 @@ def test_captions_without_the_identifier_are_told(tmp_path: Path) -> None:
     for seed, text in enumerate(["a dog on grass", "an OHWX dog", "a {} dog", "ohwxes, dogs"]):
         (tmp_path / f"p{seed}.txt").write_text(text)
     text = told(tmp_path)
-    assert "2 of 4 captions, of p0.png and others, lack the identifier 'ohwx'" in text
-    assert "write '{}' where" in text and "'a {} dog on the grass'" in text
+    assert "2 of 4 captions (p0.png and others) lack the identifier 'ohwx'" in text
+    assert "put '{}' before the class noun, as in" in text and "'a {} dog on the grass'" in text
     assert "3 of 4 captions" in told(tmp_path, "zwx")
     (tmp_path / "p0.txt").write_text("ohwx dog")
-    assert "1 of 4 captions, of p3.png, lacks the identifier" in told(tmp_path)
+    assert "1 of 4 captions (p3.png) lacks the identifier" in told(tmp_path)
     (tmp_path / "p3.txt").unlink()
     (tmp_path / "notes.json").write_text("{}")
     assert told(tmp_path).startswith("notes.json is not used, because it holds no caption of a ")
@@ -151,18 +151,18 @@ def test_captions_longer_than_the_base_reads_are_named() -> None:
     photos = [Photo("a.png", image, "a {} dog"), Photo("b.png", image, "a {} dog on the far beach")]
     (message,) = captions.check_lengths([*photos, Photo("c.png", image)], dog, [(words, 8)])
     assert message == (
-        "the caption of b.png is longer than the base reads: it has 8 tokens and the base reads "
-        "6, so it is cut off before 'beach'."
+        "the caption of b.png is too long: it has 8 tokens, and the base's text encoders read at "
+        "most 6; everything from 'beach' on is cut off."
     )
     (message,) = captions.check_lengths(photos, dog, [(words, 8)], "set prompt_chunks to 3")
-    assert message.endswith("is cut off before 'beach'; set prompt_chunks to 3.")
+    assert message.endswith("everything from 'beach' on is cut off; set prompt_chunks to 3.")
     assert captions.count_tokens("one hippopotamus", [(words, 3), (words, 4)]) == (4, 2)
     assert captions.check_lengths(photos, dog, [(words, 8), (words, 77)]) == []
     many = [Photo(f"{i}.png", image, "a {} dog on the far beach") for i in range(20)]
     messages = captions.check_lengths(many, dog, [(words, 7)])
-    assert len(messages) == 5 and messages[-1].startswith("16 more captions are longer")
+    assert len(messages) == 5 and messages[-1].startswith("16 more captions are too long")
     late = [Photo("b.png", image, "on the far beach a {} dog")]
-    with pytest.raises(DataError, match=r"the caption of b\.png has the identifier 'ohwx' after"):
+    with pytest.raises(DataError, match=r"the caption of b\.png has the identifier 'ohwx' past"):
         captions.check_lengths(late, dog, [(words, 7)])
     with pytest.raises(DataError, match="the instance prompt has the identifier"):
         captions.check_lengths([], Subject("photos", "dog", "ohwxohwxohwx"), [(words, 4)])
@@ -189,17 +189,17 @@ def test_a_long_caption_is_cut_by_tokens_whatever_separates_its_words(
 ) -> None:
     photos = [Photo("a.png", noise(1), caption)]
     (message,) = captions.check_lengths(photos, Subject("photos", "dog"), [(signs, 8)])
-    assert message.endswith(f"so it is cut off before '{cut}'.")
+    assert message.endswith(f"everything from '{cut}' on is cut off.")
 
 
 def test_an_identifier_beyond_what_is_read_is_one_in_any_case_and_a_whole_word() -> None:
     late, limits = [Photo("b.png", noise(1), "on,the,far,beach,an,OHWX,dog")], [(signs, 8)]
-    with pytest.raises(DataError, match="identifier 'ohwx' after"):
+    with pytest.raises(DataError, match="identifier 'ohwx' past"):
         captions.check_lengths(late, Subject("photos", "dog"), limits)
     basks = [Photo("b.png", noise(1), "a dog, a cat, it basks")]
     assert captions.check_lengths(basks, Subject("photos", "dog", "sks"), limits)
     sks = [Photo("b.png", noise(1), "it basks, a dog, a sks")]
-    with pytest.raises(DataError, match="identifier 'sks' after"):
+    with pytest.raises(DataError, match="identifier 'sks' past"):
         captions.check_lengths(sks, Subject("photos", "dog", "sks"), limits)
 
 

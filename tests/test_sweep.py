@@ -155,17 +155,17 @@ def test_another_sweep_in_the_folder_is_refused_and_left_alone(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     shutil.copytree(photos, tmp_path.with_name("max"))
     others = {
-        r"a sweep of rex on .*sd2 whose subject\.photos is '.*rex', not '.*max'; choose":
+        r"a sweep of rex on .*sd2 with photos '.*rex', but .* have '.*max'; choose":
             config.replace(subject=Subject(str(tmp_path.with_name("max")), "dog", name="rex")),
-        "whose base is '.*sd2', not 'toybox'": config.replace(base="toybox"),
-        "whose class_images is 4, not 5": config.replace(class_images=5),
-        "whose lr_schedule is 'constant', not 'linear'": config.replace(lr_schedule="linear"),
+        "with base '.*sd2', but your settings have 'toybox'": config.replace(base="toybox"),
+        "with class_images 4, but your settings have 5": config.replace(class_images=5),
+        "lr_schedule 'constant', but .* have 'linear'": config.replace(lr_schedule="linear"),
     }  # fmt: skip
     for text, other in others.items():
         with pytest.raises(RunError, match=text):
             run(grid(other, prior_weight=[1.0]), tmp_path)
     more = replace(QUICK, seeds=2)
-    with pytest.raises(RunError, match="whose seeds is 4, not 2; choose"):
+    with pytest.raises(RunError, match="with seeds 4, but your settings have 2; choose"):
         next(sweep.sweep(grid(config, prior_weight=[1.0]), tmp_path, [2, 4], more))
     with pytest.raises(RunError, match="at step 4 and was not validated at step 1, 3; leave"):
         next(sweep.sweep(grid(config, prior_weight=[1.0]), tmp_path, [1, 2, 3], QUICK))
@@ -188,7 +188,7 @@ def test_a_longer_schedule_is_another_sweep(config: TrainConfig, tmp_path: Path)
     configs = grid(config.replace(lr_schedule="linear"), prior_weight=[0.0])
     run(configs, tmp_path)
     run(configs, tmp_path)
-    with pytest.raises(RunError, match="whose steps is 4, not 6"):
+    with pytest.raises(RunError, match="with steps 4, but your settings have 6"):
         next(sweep.sweep(configs, tmp_path, [2, 4, 6], QUICK))
 
 

@@ -382,7 +382,7 @@ def test_memory_that_ran_out_is_told_before_and_without_the_estimates(
         next(train(started("run", tiny_sd1)))
     printed = capsys.readouterr().out
     assert printed.startswith("The GPU ran out of memory before the first step of ")
-    assert "; resume the run with another memory or resolution" in printed
+    assert "; resume the run with another memory level or a lower resolution" in printed
 
 
 def training_state(run: Run, step: int) -> dict[str, torch.Tensor]:

@@ -213,7 +213,7 @@ def test_a_run_keeps_the_ceiling_that_it_began_with(started: Callable[..., Run])
 def test_another_base_to_draw_with_would_not_compare(started: Callable[..., Run]) -> None:
     run = started("run", method="lora", steps=2)
     list(train(run))
-    with pytest.raises(RunError, match=r"draw_base is left out, not 'owner/few-steps'"):
+    with pytest.raises(RunError, match=r"without draw_base, but .* have 'owner/few-steps'"):
         runs.resume(run.folder, draw_base="owner/few-steps")
 
 

@@ -293,15 +293,15 @@ def test_the_panel_shows_captions_and_what_is_wrong_with_them(
     panel = widgets.SubjectPanel(make_config(tiny_sd2, str(folder)), tmp_path / "uploads")
     text = html.unescape(panel.findings.value)
     assert "0.png: a dog on the beach" in labels[0] and labels[0][2] == "2.png"
-    assert "1 of 2 captions, of 0.png, lacks the identifier 'ohwx'" in text
-    assert "the caption of 1.png is longer than the base reads: it has " in text
+    assert "1 of 2 captions (0.png) lacks the identifier 'ohwx'" in text
+    assert "the caption of 1.png is too long: it has " in text
     assert "2.json is not used" in text and "IMG_1.MOV is not used" in text
     panel.identifier.value = "beach"
     assert "lacks the identifier" not in panel.findings.value
     panel.identifier.value = "ohwx"
     (folder / "1.txt").write_text("a dog on the beach in snow a photo of a red dog on a red {} cat")
     panel.reload()
-    with pytest.raises(DataError, match="after what the base reads"):
+    with pytest.raises(DataError, match="past the token limit"):
         panel.check()
 
 
@@ -780,7 +780,7 @@ def test_the_training_view_tells_the_time_left_and_the_settings_with_what_change
         [0.5, 0.7], [0.7, 1.5]
     ]  # fmt: skip
     asked = settings_in_force(started("third", keep_class=0.9))
-    assert "goal: keep 90% of the class, " in asked and "λ" not in asked
+    assert "target class loss ratio 90%, " in asked and "λ" not in asked
 
 
 @pytest.mark.parametrize(
@@ -1200,19 +1200,19 @@ def test_the_playground_draws_both_models_with_the_same_seeds_and_keeps_all(
     assert list(last.images) == ["base", tuned := "run, step 4"]
     assert [made.seed for made in last.images["base"]] == [7, 8]
     newest, first = play.entries.children
-    assert "without “snow &lt;b&gt;”" in texts(newest) and "without" not in texts(first)
+    assert "negative prompt “snow &lt;b&gt;”" in texts(newest) and "negative" not in texts(first)
     assert [text in texts(first) for text in ("base, seed 7", f"{tuned}, seed 8")] == [True, True]
     drawn = [picture.tobytes() for picture in images(newest)]
     asked = {name: [made.image.tobytes() for made in row] for name, row in last.images.items()}
     assert drawn == [asked["base"][0], asked[tuned][0], asked["base"][1], asked[tuned][1]]
     assert asked["base"] != asked[tuned]
     play.guidance.value = 1.0
-    with pytest.warns(UserWarning, match="negative prompt 'snow <b>' is left out"):
+    with pytest.warns(UserWarning, match="negative prompt 'snow <b>' is ignored"):
         assert play.draw().negative_prompt == ""
     play.guidance.value = 7.5
     play.prompt.value, play.count.value = "", 1
     play.draw()
-    assert "No prompt, without “snow" in texts(play.entries.children[0])
+    assert "No prompt, negative prompt “snow" in texts(play.entries.children[0])
     rows = [child for child in newest.children if isinstance(child, HBox) and images(child)]
     assert [len(images(row)) for row in rows] == [2, 2], "a row for each seed"
 

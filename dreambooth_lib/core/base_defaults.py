@@ -65,7 +65,7 @@ def origin(base: str) -> str:
         passed.append(os.path.realpath(base))
         base = fields.get("base", "toybox")
         if not isinstance(base, str):
-            raise ConfigError(f"{config}: base is {shown(base)}; it must be of type str.")
+            raise ConfigError(f"{config}: base is {shown(base)}; it must be text.")
         if os.path.realpath(base) in passed:
             raise ConfigError(
                 f"{config}: base is a run that was trained from this one; correct it."

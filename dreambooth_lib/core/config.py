@@ -47,9 +47,9 @@ class TrainConfig:
 
     # Objective: L = mean(w e over instance) + prior_weight * mean(w e over class)
     prior_weight: float = 1.0  #: lambda, the weight of the prior preservation loss; 0 turns it off
-    #: how much of the class must stay, such as 0.95: lambda starts at ``prior_weight`` and moves so
-    #: that, on held-out class images, the base's loss is 95% of the trained model's (whose loss is
-    #: 1.05 times the base's); None: lambda stays as it is
+    #: target class loss ratio, such as 0.95: lambda starts at ``prior_weight`` and is adjusted so
+    #: that the base's loss on held-out class images is about 95% of the trained model's; None:
+    #: lambda is fixed
     keep_class: float | None = None
     min_snr_gamma: float | None = None  #: min-SNR weighting (arXiv 2303.09556, whose default is 5)
     #: train more on noisy timesteps above 0, on clean ones below; None is as the base was trained
@@ -58,7 +58,7 @@ class TrainConfig:
     prompt_dropout: float = _BY_BASE
 
     # Prior preservation: what keeps the class as the frozen base generates it
-    #: "generated": train on the base's class images (the paper's way); "distilled": on the
+    #: "generated": train on images that the base generates (the paper's way); "distilled": on the
     #: subject's noised images with the class prompt, match the frozen base's prediction, without
     #: class images; "distilled_images": match it on class images; "none": no prior preservation,
     #: prior_weight becomes 0. None is "generated" for method "full"; for a LoRA, "distilled_images"
@@ -98,8 +98,9 @@ class TrainConfig:
     #: QLoRA (arXiv 2305.14314): keep the frozen denoiser and large text encoders in 4 bits ("nf4")
     #: or 8 bits ("int8"); needs a GPU
     quantize: str | None = None
-    #: a few-step sibling of the base, to draw validation images and samples with: the run's LoRA is
-    #: put on it, with its own steps and guidance; class images are the base's. None is the base.
+    #: a model distilled from the base, such as FLUX.2-klein-4B: validation images and samples are
+    #: generated with the LoRA loaded on it, in its own number of steps and guidance scale; the base
+    #: still generates the class images. None: the base itself
     draw_base: str | None = None
     train_text_encoder: bool = False
     #: learning rate of all that is trained in the text encoders; None is learning_rate
@@ -115,7 +116,7 @@ class TrainConfig:
     #: None is 2 for toybox, else 1
     batch_size: int = _BY_BASE
     gradient_accumulation: int = 1  #: micro-batches per optimizer step
-    #: None is 3e-4 for toybox, else 5e-6 (the paper's); with LoRA 4e-3 and 1e-4
+    #: None: 3e-4 for toybox and 5e-6 (the paper's) for other bases; with LoRA 4e-3 and 1e-4
     learning_rate: float = _BY_BASE
     lr_schedule: str = "constant"
     warmup_steps: int = 0
@@ -162,9 +163,9 @@ class TrainConfig:
     checkpoints_kept: int = 2  #: how many of the newest to keep, besides the best one
 
     # Validation
-    #: steps between validations, each of which draws and scores images, and between checkpoints; 0
-    #: turns validation off; None is 125 for toybox, else 250, with LoRA 250 and 400, without those
-    #: that validation_share skips
+    #: steps between validations, which generate and score images; 0 turns validation off. None: 125
+    #: for toybox (250 with LoRA), 250 for other bases (400 with LoRA); validation_share may then
+    #: skip some
     validate_every: int = _BY_BASE
     #: skip validations, but the base's and the last step's, that would take more than this share of
     #: the training time as measured; None is 0.15 where validate_every is None, else no limit;

@@ -1,6 +1,7 @@
 """Read and write a config: TOML files and plain dicts."""
 
 import dataclasses
+import difflib
 import os
 import tomllib
 import warnings
@@ -126,6 +127,8 @@ def _check_names(cls: Any, fields: dict[str, Any], prefix: str) -> None:
     names = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
         if name not in names:
-            raise ConfigError(
-                f"unknown field {shown(f'{prefix}{name}')}; the fields are {', '.join(names)}."
-            )
+            meant = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"remove it, or look up the fields of {cls.__name__}."
+            if meant:
+                hint = f"did you mean '{prefix}{meant[0]}'?"
+            raise ConfigError(f"unknown field {shown(f'{prefix}{name}')}; {hint}")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Any, get_args
 
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.user_text import problem_with_path, problem_with_words
@@ -13,6 +13,13 @@ _MOST_PROMPTS = 1000
 #: Fields that name a model: a local folder, or what it is called elsewhere.
 MODELS = ("base", "draw_base", "scorer", "image_scorer")
 _PATHS = ("photos", "class_folder", *MODELS)
+#: What a field's type is called.
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
 
 
 class Settings(dict[str, float]):
@@ -52,8 +59,9 @@ def take_types(fields: Any, prefix: str = "") -> None:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):  # type: ignore[arg-type]
-            wanted_name = getattr(wanted, "__name__", str(wanted))
-            raise ConfigError(f"{name} is {shown(value)}; it must be of type {wanted_name}.")
+            kind = _KINDS[next(iter(get_args(wanted)), wanted)]
+            left_out = ", or left out" if field.default is None else ""
+            raise ConfigError(f"{name} is {shown(value)}; it must be {kind}{left_out}.")
         if isinstance(value, str) and (problem := problem_with_path(value)):
             raise ConfigError(f"{name} {problem}")
         if field.name in _PATHS and isinstance(value, str):

@@ -136,13 +136,13 @@ def check_captions(photos: "Sequence[Photo]", subject: Subject) -> list[str]:
     """Return a sentence on captions that lack the identifier; none if all of them have it."""
     if not (lacking := lacking_identifier(photos, subject)):
         return []
-    verb = "lacks" if len(lacking) == 1 else "lack"
+    verb, those = ("lacks", "that photo") if len(lacking) == 1 else ("lack", "those photos")
     count = sum(bool(photo.caption) for photo in photos)
     return [
-        f"{len(lacking)} of {count} captions, of {lacking[0]}"
-        f"{' and others' if len(lacking) > 1 else ''}, {verb} the identifier "
-        f"'{subject.identifier}', so that training cannot bind it to these photos; write '{{}}' "
-        f"where a caption names the subject, as in 'a {{}} {subject.class_noun} on the grass'."
+        f"{len(lacking)} of {count} captions ({lacking[0]}"
+        f"{' and others' if len(lacking) > 1 else ''}) {verb} the identifier "
+        f"'{subject.identifier}', so the model cannot link it to {those}; put '{{}}' before the "
+        f"class noun, as in 'a {{}} {subject.class_noun} on the grass'."
     ]
 
 
@@ -180,10 +180,10 @@ def check_lengths(
         first = _whole_word(subject.identifier).search(text)
         if first and first.end() > len(text) - len(cut):
             raise DataError(
-                f"{name} has the identifier '{subject.identifier}' after what the base reads, so "
-                "that it is cut off; move it to the front."
+                f"{name} has the identifier '{subject.identifier}' past the token limit, so it "
+                "would be cut off; move it to the front."
             )
-        messages.append(f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}.")
+        messages.append(f"{name} is too long: {_told(text, cut, tokenizers)}.")
     return _shortened(messages, more)
 
 
@@ -194,7 +194,7 @@ def check_class_lengths(
     texts = {f"the caption of the class image {p.name}": p.caption for p in photos if p.caption}
     return _shortened(
         [
-            f"{name} is longer than the base reads: {_told(text, cut, tokenizers)}."
+            f"{name} is too long: {_told(text, cut, tokenizers)}."
             for name, text in texts.items()
             if (cut := cut_words(text, tokenizers))
         ],
@@ -205,7 +205,7 @@ def check_class_lengths(
 def _shortened(messages: list[str], more: str) -> list[str]:
     """Return at most five sentences, the last of them with what makes the base read more."""
     if len(messages) > 5:
-        messages[4:] = [f"{len(messages) - 4} more captions are longer than the base reads."]
+        messages[4:] = [f"{len(messages) - 4} more captions are too long."]
     if messages and more:
         messages[-1] = f"{messages[-1].removesuffix('.')}; {more}."
     return messages
@@ -214,7 +214,10 @@ def _shortened(messages: list[str], more: str) -> list[str]:
 def _told(text: str, cut: str, tokenizers: Sequence[tuple[Any, int]]) -> str:
     tokens, limit = count_tokens(text, tokenizers)
     shown = cut if len(cut) <= 80 else f"{cut[:60]}… {cut[-15:]}"
-    return f"it has {tokens} tokens and the base reads {limit}, so it is cut off before '{shown}'"
+    return (
+        f"it has {tokens} tokens, and the base's text encoders read at most {limit}; everything "
+        f"from '{shown}' on is cut off"
+    )
 
 
 def warning_of_length(prompt: str, tokenizers: Sequence[tuple[Any, int]], more: str = "") -> str:
@@ -222,7 +225,7 @@ def warning_of_length(prompt: str, tokenizers: Sequence[tuple[Any, int]], more: 
     if not (cut := cut_words(prompt, tokenizers)):
         return ""
     told = _told(prompt, cut, tokenizers)
-    return f"the prompt '{prompt}' is longer than the base reads: {told}{more and f'; {more}'}."
+    return f"the prompt '{prompt}' is too long: {told}{more and f'; {more}'}."
 
 
 def count_tokens(text: str, tokenizers: Sequence[tuple[Any, int]]) -> tuple[int, int]:

@@ -139,8 +139,8 @@ def start_or_resume(
     fresh = with_settings_of(run.config, fresh)
     if difference := first_difference(flat_fields(run.config), flat_fields(fresh)):
         raise RunError(
-            f"{place} holds a run of {describe(run.config)} whose {difference}; choose another "
-            "folder for this one."
+            f"{place} holds a run of {describe(run.config)} {difference}; choose another folder "
+            "for this one."
         )
     _check_photos(place, run.config)
     return run
@@ -233,7 +233,7 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
     now = _description(source)
     if file.exists():
         difference = first_difference(current_fields(read_object(file) or {}), now)
-        problem = difference and f"whose {difference}"
+        problem = difference and str(difference)
     elif any((out / image.path).exists() for image in images):
         problem = "without a source.json that says what generated them"
     if problem:

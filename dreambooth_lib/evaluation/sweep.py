@@ -195,8 +195,8 @@ def _check_same(
         difference = first_difference(asdict(read_plan(place)), asdict(plan))
     if difference is not None:
         raise RunError(
-            f"{folder.parent} holds a sweep of {describe(run.config)} whose {difference}; choose "
-            "another folder for this one."
+            f"{folder.parent} holds a sweep of {describe(run.config)} {difference}; choose another "
+            "folder for this one."
         )
     if runs.has_begun(folder) and (why := why_other_photos(folder, run.config)):
         raise RunError(why)

@@ -276,7 +276,7 @@ def _prior(config: TrainConfig) -> str:
         return "no prior preservation"
     weight = f"λ {config.prior_weight:g}"
     if config.keep_class is not None:
-        weight = f"a λ that keeps {config.keep_class:.0%} of the class"
+        weight = f"an adaptive λ (target class loss ratio {config.keep_class:.0%})"
     prior = f"prior preservation with {weight}"
     of_class = f"“{markdown(config.subject.class_prompt)}”"
     if config.prior_prompts is not None:

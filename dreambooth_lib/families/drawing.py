@@ -75,11 +75,11 @@ def draw(
     if not finite:
         part = f"the {family.denoiser_name} or a text encoder"
         dtype = computed_in(family.denoiser.dtype, family.denoiser.device)
-        raise NonFinite.of(part, family.name, "latents that are not finite", dtype)
+        raise NonFinite.of(part, family.name, "NaN or infinite latents", dtype)
     if not math.isfinite(images.sum()):
-        raise NonFinite.of("the autoencoder", family.name, "images that are not finite", dtype)
+        raise NonFinite.of("the VAE", family.name, "NaN or infinite pixels", dtype)
     if not images.max((1, 2, 3)).all():
-        raise NonFinite.of("the autoencoder", family.name, "an image that is all black", dtype)
+        raise NonFinite.of("the VAE", family.name, "an all-black image", dtype)
     return pipeline.image_processor.numpy_to_pil(images)
 
 

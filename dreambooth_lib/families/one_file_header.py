@@ -180,12 +180,13 @@ def _kind(shapes: dict[str, tuple[int, ...]], name: str) -> str:
             {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         )
     except Exception:  # of any type: it indexes shapes that a file of another kind need not have
-        kind = "of an unknown kind"
+        kind = ""
     if kind not in KINDS:
+        what = f"'{name}' is of type '{kind}'" if kind else f"the kit does not recognise '{name}'"
         raise BaseError(
-            f"'{name}' is a model '{kind}', and of models in one file the kit reads Stable "
-            "Diffusion 1.x, 2.x and XL without a mask as input; give a folder in diffusers' layout "
-            "or a hub id."
+            f"{what}; as a single file the kit reads only Stable Diffusion 1.x, 2.x and XL, but no "
+            "inpainting models or refiners; for another family, give a folder in diffusers' layout "
+            "or a Hub id."
         )
     return kind
 
@@ -231,8 +232,9 @@ def _prediction_type(keys: set[str], metadata: dict[str, str], telling: Any, nam
     ztsnr = "ztsnr" in keys or metadata.get("ss_zero_terminal_snr", "").lower() == "true"
     if not v and re.search(r"v-?pred", name.lower().replace("_", "-")):
         warnings.warn(
-            f"The name of '{name}' says that it predicts v, and nothing in it does; set "
-            "prediction_type if it is so.", stacklevel=6,
+            f"The name of '{name}' suggests v-prediction, but its metadata does not say so, and "
+            "the kit assumes epsilon; if it is a v-prediction model, set prediction_type to "
+            "'v_prediction' or 'v_prediction_ztsnr'.", stacklevel=6,
         )  # fmt: skip
     return (V_PREDICTION_ZTSNR if ztsnr else V_PREDICTION) if v else EPSILON
 

@@ -13,21 +13,26 @@ from dreambooth_lib.core.errors import KitError
 #: Where the libraries record in a config what its weights were loaded from.
 NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 
+#: Why values in float16 are not finite, and what to do.
+OVERFLOWED = (
+    "values probably overflowed float16 (its maximum is 65,504): set mixed_precision to 'no', use "
+    "a GPU with bfloat16, or choose another base model"
+)
+
 
 class NonFinite(KitError, FloatingPointError):
     """A part of a base gave NaN, infinity or black images; the message names the part."""
 
     @classmethod
     def of(cls, part: str, base: str, gave: str, dtype: torch.dtype) -> "NonFinite":
-        """Make the error for a ``part`` of ``base`` that ``gave`` bad values in ``dtype``."""
+        """Make the error for a ``part`` of ``base`` that ``gave`` such values in ``dtype``."""
         fix = "its files may be damaged: download the base again, or choose another base"
         if dtype is torch.float16:
-            fix = (
-                "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, or "
-                "choose another base"
-            )
+            fix = OVERFLOWED
         precision = str(dtype).removeprefix("torch.")
-        return cls(f"{part} of '{base}' gave {gave}, in {precision}, and nothing was saved; {fix}.")
+        return cls(
+            f"{part} of '{base}' produced {gave} in {precision}, and nothing was saved; {fix}."
+        )
 
 
 def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -39,8 +44,8 @@ def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the autoencoder where the rest of the base is in ``dtype``.
 
-    Many autoencoders overflow float16, which ends at 65,504, and give NaN or black images, so their
-    weights stay in float32, as in diffusers' own training scripts.
+    Many autoencoders overflow float16, whose maximum is 65,504, and give NaN or black images, so
+    their weights stay in float32, as in diffusers' own training scripts.
     """
     return torch.float32 if dtype is torch.float16 else dtype
 

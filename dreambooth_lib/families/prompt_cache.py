@@ -32,7 +32,7 @@ class PromptCache:
                 part = family.conditioning(distinct[start : start + at_once])
             for value in part.values():
                 if not value.isfinite().all():
-                    gave = "conditioning that is not finite"
+                    gave = "NaN or infinite embeddings"
                     dtype = computed_in(value.dtype, value.device)
                     raise NonFinite.of("a text encoder", family.name, gave, dtype)
                 self._device = value.device

@@ -24,7 +24,7 @@ NAMES = {
     "class_kid": "class distance (KID)",
     "retrieval_precision": "finds the photos among look-alikes (mAP)",
     "masked_fidelity": "likeness of the subject alone",
-    "prompt_drift": "drift of other prompts",
+    "prompt_drift": "drift of your drift prompts",
     "concept_preservation": "concept preservation (VLM)",
     "prompt_following": "prompt adherence (VLM)",
 }
@@ -52,23 +52,28 @@ _ARROWS = dict.fromkeys(
 
 #: What a measure of an evaluation says, in a sentence; the order is that of a table's columns.
 EXPLAINED = {
-    "subject_fidelity": "how much the images look like the photos, 1 at most; the row "
-    "'real images' is the most that can be reached",
-    "masked_fidelity": "the same of what the masks show, without the background",
-    "concept_preservation": "the same by a vision-language model, 0 to 1",
-    "prompt_adherence": "how well the images fit their prompts; compare it with the base's",
-    "prompt_following": "the same by a vision-language model, 0 to 1",
+    "subject_fidelity": "how similar the images are to the photos (the paper's subject fidelity; "
+    "DINO or CLIP-I); the row 'real images' is the ceiling",
+    "masked_fidelity": "how similar the subject alone is to the photos, with the background masked "
+    "out",
+    "concept_preservation": "how well the subject is preserved, from 0 to 1, as rated by a "
+    "vision-language model",
+    "prompt_adherence": "how well the images match their prompts (the paper's prompt fidelity; "
+    "CLIP-T); compare it with the base model's",
+    "prompt_following": "how well the images match their prompts, from 0 to 1, as rated by a "
+    "vision-language model",
     "pres": "how much images of the class look like the photos; higher than the base's means that "
     "the subject has leaked into its class",
     "class_diversity": "how much images of the class differ; lower than the base's means that they "
     "have become alike",
     "prior_drift": "how far images of the class have moved from the base's of the same seeds",
-    "prompt_drift": "the same of images of other prompts",
+    "prompt_drift": "how far images of other prompts, your drift prompts, have moved from the base "
+    "model's with the same seeds",
     "class_kid": "how far images of the class are from the base's as a whole",
     "retrieval_precision": "how early an image finds the photos among images of the class and of "
     "other subjects, 1 at best",
     "memorisation": "how much the images look like the closest photo; near 1 they copy it",
-    "prompt_diversity": "how much images of one prompt differ",
+    "prompt_diversity": "how much images of the same prompt differ",
 }
 
 

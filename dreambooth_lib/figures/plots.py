@@ -33,7 +33,7 @@ def losses(
 
     ``log`` rows have ``step``, ``instance_loss`` and ``prior_loss`` (mean squared errors). Without
     any prior loss there is one panel. The running mean spans a twentieth of the rows, at least 5.
-    Where λ has set itself, a panel has it and the class kept, with ``keep_class`` that was asked.
+    Where λ adapted, a panel has it and the class loss ratio, with its target ``keep_class``.
     The axis of steps ends at ``last``, by default at the log's own last step.
     Raises ``InputError`` for an empty log or a row without a step or an instance loss.
     """
@@ -66,12 +66,12 @@ def losses(
 
 
 def _plot_prior_weight(axes: "Axes", rows: list[dict[str, Any]], keep_class: float | None) -> None:
-    """Plot the class kept on the left axis, and λ, by powers of two, on the right."""
+    """Plot the class loss ratio on the left axis, and λ, by powers of two, on the right."""
     steps, right = [row["step"] for row in rows], axes.twinx()
     kept = [100 * row["class_kept"] for row in rows]
-    axes.plot(steps, kept, color="tab:green", linewidth=2, label="kept")
+    axes.plot(steps, kept, color="tab:green", linewidth=2, label="class loss ratio")
     if keep_class is not None:
-        label = f"asked for: {keep_class:.0%}"
+        label = f"target: {keep_class:.0%}"
         axes.axhline(100 * keep_class, color="tab:green", linestyle="--", label=label)
     weights = [row["prior_weight"] for row in rows]
     axes.plot([], [], color="tab:purple", label="λ (right)")  # for the legend
@@ -79,7 +79,7 @@ def _plot_prior_weight(axes: "Axes", rows: list[dict[str, Any]], keep_class: flo
     right.set_yscale("log", base=2)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.set_ylabel("λ")
-    axes.set_title("class, and λ", loc="left")
+    axes.set_title("class loss ratio and λ", loc="left")
     axes.set_ylabel("class loss ratio, %")
     _style(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     right.spines["top"].set_visible(False)

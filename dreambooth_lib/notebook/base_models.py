@@ -202,7 +202,7 @@ def _methods(rows: Sequence[Row]) -> str:
         return "only on a GPU with bfloat16; it does not work in float16"
 
     def memory(row: Row) -> str:
-        level = "" if row.level == "standard" else f", memory '{row.level}'"
+        level = "" if row.level == "standard" else f", memory level '{row.level}'"
         return f"{row.gib:g} GiB{level}"
 
     fitting = [row for row in rows if row.fits]

@@ -87,7 +87,10 @@ def _reason(error: Exception) -> str:
 def _back_up(run: Run, folder: Path) -> list[str]:
     state = retry(open_state, folder, own_identity(run))
     if state is None:
-        return ["that folder holds something other than this run; choose another one"]
+        return [
+            "that folder is not a backup of this run, or its .backup.json is damaged; rename the "
+            "folder, and run the cell again"
+        ]
     if (later := retry(_later_step, run, folder, state)) is not None:
         return [
             f"another session has backed up step {later} there, which this run has not reached; "

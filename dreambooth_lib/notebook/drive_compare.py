@@ -38,7 +38,7 @@ def difference_to(
     before = {"base": own_base, "class noun": subject.class_noun}
     now = {"base": other, "class noun": class_noun.strip()}
     if difference := config_changes.first_difference(before, now):
-        return f"its {difference}"
+        return f"it began {difference}"
     if not are_there(photos):
         return ""
     own = noted(run)  # photos in their folder may have been replaced since

@@ -35,7 +35,9 @@ from dreambooth_lib.core.errors import KitError
 
 NAME = "dreambooth-lib"
 #: Packages that the kit can do without, as in its extra "heif", and what it cannot do then.
-OPTIONAL = {"pillow-heif>=0.22": "HEIC photos, such as an iPhone's, cannot be read"}
+OPTIONAL = {
+    "pillow-heif>=0.22": "HEIC photos, such as an iPhone's, cannot be read: convert them to JPEG"
+}
 #: Where a notebook's first cell searches for a wheel, as long as the kit is not installed.
 WHEELS = (".", "..", "../..", "/content", "/content/drive/MyDrive",
           "/content/drive/MyDrive/Colab Notebooks")  # fmt: skip
@@ -61,7 +63,8 @@ class Plan:
 
     def __str__(self) -> str:
         added = f"Installed: {', '.join(self.missing)}" if self.missing else "Nothing to install"
-        old = [f"; {needed} is required, but {version} is installed"
+        old = [f"; {needed} is required, but {version} is installed: run %pip install -U "
+               f"'{needed}' and restart the session"
                for needed, version in self.too_old.items()]  # fmt: skip
         old += [f"; {note}" for note in self.notes]
         return f"{added}; no preinstalled package was changed{''.join(old)}."
@@ -142,7 +145,7 @@ def install_missing() -> Plan:
         try:
             _install(optional)
         except InstallError:
-            note = f"{optional.missing[0]} could not be installed, so that {lack}"
+            note = f"{optional.missing[0]} could not be installed, so {lack}"
             plan = replace(plan, notes=(*plan.notes, note))
         else:
             plan = replace(plan, missing=plan.missing + optional.missing)

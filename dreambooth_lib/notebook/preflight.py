@@ -99,8 +99,8 @@ def preflight(
         relevant = {"gpu": gpu, "memory": True, "disk": True, "drive": drive is not None}
         folders = {"disk": Path(folder).resolve(), "drive": Path(drive or "")}
         checks += [_resource(kind, best, folders.get(kind)) for kind in KINDS if relevant[kind]]
-    sibling = (settings or {}).get("draw_base")
-    drawing = [] if sibling is None else [_base(sibling, "draw_base")]
+    distilled = (settings or {}).get("draw_base")
+    drawing = [] if distilled is None else [_base(distilled, "draw_base")]
     return [*checks, _base(base), *drawing, *_scorers(base, settings or {})]
 
 
@@ -149,7 +149,7 @@ def _method(base: str, best: Recommendation) -> Check:
             return _refused("method", best.reason)
         return Check("method", False, result, fix)
     similar = describe(base)
-    result = f"{best.needs.method}, memory '{best.needs.level}'"
+    result = f"{best.needs.method}, memory level '{best.needs.level}'"
     result += f", assuming that '{base}' is as large as {similar.name}" if similar.guess else ""
     if not best.needs.shortages(best.free):
         return Check("method", True, f"{result}; {best.reason}" if best.reason else result)
@@ -162,7 +162,7 @@ def _optimizer() -> Check:
         from bitsandbytes.optim import AdamW8bit  # noqa: F401
     except Exception as error:  # a broken native library raises whatever its loader raises
         result = f"bitsandbytes cannot be loaded ({type(error).__name__}: {error})"
-        fix = "Run 'pip install -U bitsandbytes', or set optimizer to 'adamw' if memory allows."
+        fix = "Run 'pip install -U bitsandbytes', or set optimizer to 'adamw' if GPU memory allows."
         return Check("8-bit AdamW", False, result, fix)
     return Check("8-bit AdamW", True, "bitsandbytes loads")
 
@@ -172,7 +172,7 @@ def _resource(kind: str, best: Recommendation, folder: Path | None) -> Check:
     need, free, total = (getattr(part, kind) for part in (best.needs, best.free, best.total))
     fix = {
         "gpu": "Restart the session to free it, or choose a GPU with more memory.",
-        "memory": "Restart the session or close other programs to free memory.",
+        "memory": "Restart the session or close other programs to free RAM.",
         "disk": f"Delete runs and models that you no longer need, or use a folder other than "
         f"{folder}.",
         "drive": "Free space on Drive and empty its trash, or set DRIVE = False; a disconnect then "
@@ -181,7 +181,7 @@ def _resource(kind: str, best: Recommendation, folder: Path | None) -> Check:
     if free is None:
         return Check(KINDS[kind], False, f"{folder} does not answer", fix)
     if not best.total.has(kind, need):
-        more = "Use a machine with more memory, or choose a smaller base."
+        more = "Use a machine with more RAM, or choose a smaller base."
         if in_colab():
             more = "Choose Runtime > Change runtime type > High-RAM, or a smaller base."
         gpu = "Choose a GPU with more memory, or leave method and memory out of SETTINGS."

@@ -112,7 +112,7 @@ def _class_image_seconds(trainer: "Trainer", validation: float) -> float:
     config, folder = trainer.config, trainer.run.folder.parent / "class_images"
     plan, steps = plan_for(config), inference_steps(trainer.config, trainer.family, folder)
     seconds = validation / len(plan.prompts(config.subject)) * steps / (plan.inference_steps or 1)
-    # A sibling that is distilled draws in one pass; guidance takes two.
+    # A distilled model generates in one pass; guidance takes two.
     return seconds if config.draw_base is None else 2 * seconds
 
 

@@ -1,4 +1,4 @@
-"""Estimate what a run needs of GPU, memory, disk and Drive, and recommend a method that fits."""
+"""Estimate what a run needs of GPU, RAM, disk and Drive, and recommend a method that fits."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from dreambooth_lib.training.memory_level import (
 )
 
 #: What a run needs some of, by the fields of :class:`Resources` and :class:`Needs`.
-KINDS = {"gpu": "GPU memory", "memory": "memory", "disk": "disk", "drive": "Drive"}
+KINDS = {"gpu": "GPU memory", "memory": "RAM", "disk": "disk", "drive": "Drive"}
 #: Bytes of memory that a process takes beside a notebook's own, once it uses a GPU.
 PROCESS = 2.5e9
 #: Bytes of a weight in half precision, in which an exported model, its zip and large weights on
@@ -106,7 +106,7 @@ def recommend(
     settings: Mapping[str, Any] | None = None,
     resume: bool | str = True,
 ) -> Recommendation:
-    """Return the first method that fits the GPU, memory, disk and Drive space that are free now.
+    """Return the first method that fits the GPU, RAM, disk and Drive space that are free now.
 
     Methods come in the order of :data:`.base_models.METHODS`; if none fits, the result is one with
     the fewest shortages. The arguments are those of :func:`.preflight.preflight`.
@@ -175,19 +175,19 @@ def needs_on_gpu(
     ]
     if asked.get("draw_base") is None:
         return needs
-    return [_with_sibling(one, asked["draw_base"], asked.get("validate_every") != 0)
+    return [_with_distilled(one, asked["draw_base"], asked.get("validate_every") != 0)
             for one in needs]  # fmt: skip
 
 
-def _with_sibling(needs: Needs, base: str, draws: bool) -> Needs:
+def _with_distilled(needs: Needs, base: str, draws: bool) -> Needs:
     """Add what a ``draw_base`` takes; ``draws`` says whether training draws with it."""
     from dreambooth_lib.training.part_sizes import QUANTIZED
 
-    sibling, weight = describe(base), QUANTIZED["nf4"] if needs.method == "QLoRA" else HALF
+    distilled, weight = describe(base), QUANTIZED["nf4"] if needs.method == "QLoRA" else HALF
     return replace(
         needs,
-        gpu=needs.gpu + int(draws * weight * sibling.denoiser),
-        disk=needs.disk + _copies(base) * sibling.stored * sibling.parameters,
+        gpu=needs.gpu + int(draws * weight * distilled.denoiser),
+        disk=needs.disk + _copies(base) * distilled.stored * distilled.parameters,
     )
 
 

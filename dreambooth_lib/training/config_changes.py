@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth_lib.core.config import SAMPLING_FIELDS, VALIDATION_SHARE, TrainConfig
-from dreambooth_lib.core.config_types import MODELS
+from dreambooth_lib.core.config_types import MODELS, shown
+from dreambooth_lib.core.subject import Subject
+
+#: The fields of a subject, as :func:`flat_fields` names them.
+SUBJECT_FIELDS = tuple(f"subject.{field.name}" for field in fields(Subject))
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -59,8 +63,8 @@ def with_settings_of(run: TrainConfig, config: TrainConfig) -> TrainConfig:
 
 def identifying_fields(config: TrainConfig) -> dict[str, Any]:
     """Return a config's fields; of the subject only its words, as its photos may be moved."""
-    subject = config.subject
-    return vars(with_absolute_paths(config)) | {"subject": (subject.identifier, subject.class_noun)}
+    left_out = {*SUBJECT_FIELDS} - {"subject.identifier", "subject.class_noun"}
+    return {name: value for name, value in flat_fields(config).items() if name not in left_out}
 
 
 def describe(config: TrainConfig) -> str:
@@ -69,15 +73,16 @@ def describe(config: TrainConfig) -> str:
 
 
 class Difference(NamedTuple):
-    """A field that differs; in words "steps is 4, not 8"."""
+    """A field that differs; in words "with steps 4, but your settings have 8"."""
 
     name: str
     old: Any
     new: Any
 
     def __str__(self) -> str:
-        old, new = ("left out" if v is None else repr(v) for v in (self.old, self.new))
-        return f"{self.name} is {old}, not {new}"
+        name = self.name.removeprefix("subject.").replace("class_noun", "class noun")
+        old = f"without {name}" if self.old is None else f"with {name} {shown(self.old)}"
+        return f"{old}, but your settings have {'none' if self.new is None else shown(self.new)}"
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:

@@ -68,9 +68,9 @@ def options_that_fit(
     if needed <= free or dtype is torch.bfloat16:
         return {"prompts": prompts, "device": device} if encoders_first else {}
     raise NotEnoughMemory(
-        f"drawing with '{Path(base).name}' takes about {(needed + SPARE) / 1e9:.1f} GB of memory, "
-        f"and {(free + SPARE) / 1e9:.1f} GB are free; restart the session to free what it holds, "
-        "or use a machine with more (on Colab, Runtime > Change runtime type > High-RAM)."
+        f"generating with '{Path(base).name}' takes about {(needed + SPARE) / 1e9:.1f} GB of RAM, "
+        f"but only {(free + SPARE) / 1e9:.1f} GB is free; restart the session to free RAM, or use "
+        "a machine with more (on Colab, Runtime > Change runtime type > High-RAM)."
     )
 
 

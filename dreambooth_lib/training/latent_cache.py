@@ -207,7 +207,7 @@ class LatentCache:
         posterior = family.encode_images(torch.stack(pixels))
         for photo, *latents in zip(photos, *posterior, strict=True):
             if not all(values.isfinite().all() for values in latents):
-                gave = f"latents that are not finite for {photo.name}"
+                gave = f"NaN or infinite latents for {photo.name}"
                 dtype = family.pipeline.vae.dtype
-                raise NonFinite.of("the autoencoder", self.config.base, gave, dtype)
+                raise NonFinite.of("the VAE", self.config.base, gave, dtype)
         return posterior

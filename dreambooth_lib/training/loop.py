@@ -20,6 +20,7 @@ from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import remove_partials
 from dreambooth_lib.core.locks import lock
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.families.precision import OVERFLOWED
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts, raise_on_termination
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, latent_weights, per_sample_errors
@@ -50,7 +51,7 @@ class Step:
     seconds: float
     memory_mb: float | None  #: peak GPU memory so far; None on a CPU
     prior_weight: float | None = None  #: λ, and
-    class_kept: float | None = None  #: the share of the class kept, where they were measured
+    class_kept: float | None = None  #: the class loss ratio, where it was measured
     validation: ValidationResult | None = None  #: of this step, where it was validated
     saved: bool = False  #: whether a checkpoint of this step was due, and is on disk
 
@@ -128,8 +129,8 @@ def _explain_out_of_memory(run: Run, when: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         said = f"the GPU ran out of memory {when} of {run.folder}"
         fix = (
-            "resume the run with another memory or resolution, or start a new one with another "
-            "method."
+            "resume the run with another memory level or a lower resolution, or start a new one "
+            "with another method."
         )
         print("The GPU ran out of memory; estimating which settings take less…", flush=True)
         try:  # which takes minutes for the largest bases
@@ -137,7 +138,7 @@ def _explain_out_of_memory(run: Run, when: str) -> Iterator[None]:
         except KeyboardInterrupt:
             print(f"{said[0].upper()}{said[1:]}; {fix}", flush=True)
             raise
-        raise OutOfMemory(f"{said}: {savings}; {fix}") from error
+        raise OutOfMemory(f"{said}, {savings}.") from error
 
 
 def _suggest_savings(config: TrainConfig) -> str:
@@ -204,10 +205,7 @@ def _explain_non_finite(trainer: Trainer) -> Iterator[None]:
     except NonFiniteStep as error:
         fix = error.fix or "lower learning_rate, or use mixed_precision 'no'"
         if error.fix is None and trainer.step == 0 and trainer.dtype is torch.float16:
-            fix = (  # no step has changed the weights yet
-                "float16 ends at 65,504: set mixed_precision to 'no', use a GPU with bfloat16, "
-                f"or choose another base than '{trainer.config.base}'"
-            )
+            fix = OVERFLOWED  # no step has changed the weights yet
         step = error.step or trainer.step + 1
         raise NonFiniteLoss(
             f"{error.what} at step {step} of {trainer.run.folder}{error.tried}: {fix}. "

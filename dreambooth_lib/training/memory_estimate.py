@@ -158,9 +158,10 @@ def _estimate(config: TrainConfig, precision: str) -> Estimate:
 
 
 def suggest_savings(config: TrainConfig, precision: str, room: float = inf) -> str:
-    """Say which settings would take less memory than ``config``, and how much.
+    """Say how much memory ``config`` takes, and which settings would take less.
 
     Stops at the third that takes at most ``room`` bytes, since an estimate may take half a minute.
+    The words go on after a run's name: "which needs about 12.0 GiB; resume with ...".
     """
     side = config.resolution or loading.inspect_base(config.base, config.revision).resolution
     lora: dict[str, Any] = {"method": "lora"}
@@ -168,19 +169,30 @@ def suggest_savings(config: TrainConfig, precision: str, room: float = inf) -> s
         {"memory": "low"}, {"memory": "lowest"}, lora, lora | {"memory": "low"},
         lora | {"quantize": "nf4"}, {"resolution": side // 32 * 16},
     ]  # fmt: skip
-    now, savings, fitting = estimate(config, precision).memory, [], 0
-    for changes in suggestions:
+    now, fitting = estimate(config, precision).memory, 0
+    tried: list[dict[str, Any]] = [{}]
+    resumed: list[str] = []  # what a run can change when it is resumed
+    anew: list[str] = []
+    for suggestion in suggestions:
+        changes = {f: value for f, value in suggestion.items() if getattr(config, f) != value}
+        if changes in tried:  # as of a LoRA
+            continue
+        tried.append(changes)
         try:
             less = estimate(config.replace(**changes), precision).memory
         except ConfigError:
             continue
         if less < 0.95 * now:
-            name = " and ".join(f"{field} {value!r}" for field, value in changes.items())
-            savings.append(f"{name} ({less / GIB:.1f} GiB)")
+            name = " and ".join(f"{field}={value!r}" for field, value in changes.items())
+            fixed = changes.keys() & {"method", "quantize"}
+            (anew if fixed else resumed).append(f"{name} ({less / GIB:.1f} GiB)")
             fitting += less <= room
         if fitting == 3:
             break
-    return f"it takes about {now / GIB:.1f} GiB as it is, and less with {', or '.join(savings)}"
+    ways = [f"resume with {' or '.join(resumed)}"] if resumed else []
+    ways += [f"start a new run with {' or '.join(anew)}"] if anew else []
+    ways = ways or ["choose a smaller base, or use a GPU with more memory"]
+    return f"which needs about {now / GIB:.1f} GiB; {', or '.join(ways)}"
 
 
 def _training_step(

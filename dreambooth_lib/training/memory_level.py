@@ -70,7 +70,7 @@ def check_adapter(adapter: str | None, precision: str) -> None:
     if adapter == "delora" and precision == "fp16":
         raise ConfigError(
             "adapter is 'delora', which produces NaN in float16, which this GPU computes in; use a "
-            "GPU with bfloat16, such as an L4 or A100, set mixed_precision to 'no' if memory "
+            "GPU with bfloat16, such as an L4 or A100, set mixed_precision to 'no' if GPU memory "
             "allows, or choose another adapter."
         )
 
@@ -164,23 +164,25 @@ def _decide(
     if need > free:
         level = choose_level(configs, USABLE_SHARE * free, processes)
     if level != before:
-        now, standard, has = peak(level), peak(_STANDARD), f"this GPU has {_gib(free)} free"
-        name = _name(level) + (f", which takes about {_gib(now)}" if now < inf else "")
+        now, standard, has = peak(level), peak(_STANDARD), f"GPU has {_gib(free)} free"
+        name = _name(level) + (f" (about {_gib(now)})" if now < inf else "")
         if before:
-            why = "cannot train here" if need == inf else f"takes about {_gib(need)}"
-            started = f"The {kind} started with memory {_name(before)}. That {why}, and {has}"
-            print(f"{started}, so it continues with {name}.")
+            takes = f"which takes about {_gib(need)}"
+            why = "at which it cannot train here" if need == inf else takes
+            started = f"The {kind} started at memory level {_name(before)}, {why}."
+            print(f"{started} This {has}, so the {kind} continues at level {name}.")
         else:
-            other = level != _STANDARD and standard < inf
-            more = f"; 'standard' would take about {_gib(standard)}" if other else ""
-            print(f"The {kind} trains with memory {name}; {has}{more}.")
+            without = " without it" if level.get("gradient_checkpointing") else ""
+            other = f", and 'standard'{without} would take about {_gib(standard)}"
+            more = other if level != _STANDARD and standard < inf else ""
+            print(f"The {kind} trains at memory level {name}; this {has}{more}.")
     if level != read_level(folder):
         write_object(folder / LEVEL_FILE, level)
     return level
 
 
 def _name(level: Level) -> str:
-    rest = " and gradient checkpointing" if level.get("gradient_checkpointing") else ""
+    rest = " with gradient checkpointing" if level.get("gradient_checkpointing") else ""
     return f"'{level['memory']}'{rest}"
 
 

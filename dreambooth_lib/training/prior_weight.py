@@ -1,8 +1,8 @@
 """Adapt λ, the weight of the prior, during training: the multiplier of "keep the class: 95%".
 
 The class is kept to 95% where the frozen base's loss on held-out class images is 95% of the trained
-model's: their ratio trained / base is 1.05. λ is the Lagrange multiplier of that constraint, moved
-by dual ascent: it rises while the class is kept to less, and falls while it is kept to more, by a
+model's, which is the class loss ratio. λ is the Lagrange multiplier of that constraint, moved by
+dual ascent: it rises while the class is kept to less, and falls while it is kept to more, by a
 factor at each measurement, so that it stays positive. Without ``keep_class`` λ is the config's.
 
 The measure is of the weights that a run ends with, the EMA weights if there are any: one step moves
@@ -101,14 +101,14 @@ class PriorWeight:
         return _State(weight, multiplier, step, trained, base)
 
     def row(self, step: int) -> dict[str, float]:
-        """Return λ and the class kept for the log, if they were measured at ``step``."""
+        """Return λ and the class loss ratio for the log, if they were measured at ``step``."""
         if step == 0 or self._state.step != step:
             return {}
         kept = self._state.base / self._state.trained
         return {"prior_weight": self._state.weight, "class_kept": kept}
 
     def kept(self) -> dict[str, float]:
-        """Return the share of the class that the model keeps, on the whole pool, by name."""
+        """Return the class loss ratio, on the whole pool, by its name in files."""
         if self.measure is None:
             return {}
         trained, base = self.measure(_POOL)
@@ -239,8 +239,8 @@ def class_shortfall(run: Run) -> str | None:
     if kept >= asked - TOLERANCE:
         return None
     at_limit = weight >= PRIOR_WEIGHTS[1]
-    reached = f"λ reached {weight:g} and the" if at_limit else "The"
+    reached = f"λ reached its maximum of {weight:g}, and the" if at_limit else "The"
     return (
-        f"{reached} class is kept to {kept:.0%} only, not {asked:.0%}: train for fewer steps, or "
-        "at a lower learning rate."
+        f"{reached} class loss ratio ended at {kept:.0%}, below the target of {asked:.0%}: train "
+        "for fewer steps, or lower the learning rate."
     )

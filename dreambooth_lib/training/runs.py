@@ -27,6 +27,7 @@ from dreambooth_lib.core.locks import lock
 from dreambooth_lib.core.made_with import MADE_WITH_FILE
 from dreambooth_lib.core.old_names import PLACES, locate
 from dreambooth_lib.training.config_changes import (
+    SUBJECT_FIELDS,
     changed_fields,
     first_difference,
     flat_fields,
@@ -40,9 +41,9 @@ from dreambooth_lib.training.photo_record import PHOTOS_FILE, why_other_photos
 _FREE = {"steps", "early_stop"}
 _FREE_UNSAVED = {"memory", "gradient_checkpointing", "mixed_precision", "checkpoints_kept"}
 #: Fields that a run cannot change: its checkpoints would no longer fit, or mean something else.
-_FIXED = ("subject", "base", "revision", "variant", "prediction_type", "clip_skip", "quantize",
-          "method", "train_text_encoder", "train_token", "lora_rank", "lora_alpha", "lora_layers",
-          "dora", "adapter", "adapter_settings")  # fmt: skip
+_FIXED = (*SUBJECT_FIELDS, "base", "revision", "variant", "prediction_type", "clip_skip",
+          "quantize", "method", "train_text_encoder", "train_token", "lora_rank", "lora_alpha",
+          "lora_layers", "dora", "adapter", "adapter_settings")  # fmt: skip
 #: Fields that a run cannot change once it has validated: later scores would not compare.
 _FIXED_BY_VALIDATION = ("scorer", "image_scorer", "validation_inference_steps", "draw_base")
 
@@ -230,19 +231,18 @@ def why_not_resumable(config: TrainConfig, folder: str | Path) -> str | None:
     if not has_begun(Path(folder)):
         return None
     run = resume(folder)
-    old = vars(with_absolute_paths(run.config))
-    new = vars(with_settings_of(run.config, with_absolute_paths(config)))
+    old, new = flat_fields(run.config), flat_fields(with_settings_of(run.config, config))
     fixed = _fixed_fields(run)
     ended = run.finished or _has_ended(run, config)
     changeable = old.keys() if not ended else _FREE | (set() if run.finished else _FREE_UNSAVED)
     difference = first_difference(old, new, changeable - {*fixed})
     if difference and difference.name in fixed:
-        return f"{folder} holds a run whose {difference}; choose another folder for a new run."
+        return f"{folder} holds a run {difference}; choose another folder for a new run."
     if difference:
+        reached = "finished" if run.finished else "reached its last step"
         return (
-            f"{folder} holds a run that {'finished' if run.finished else 'reached its last step'} "
-            f"with {difference.name} {difference.old!r}, not {difference.new!r}; start a new run, "
-            "or change only steps to resume this one."
+            f"{folder} holds a run that {reached} {difference}; start a new run, or change only "
+            "steps to resume this one."
         )
     why = why_other_photos(run.folder, run.config) if ended else None
     return why or _why_beyond(run, config.steps)
@@ -289,7 +289,7 @@ def resume(folder: str | Path | Run, **changes: Any) -> Run:
     old, new = (identifying_fields(config) for config in (run.config, changed.config))
     difference = first_difference(old, new, old.keys() - {*_fixed_fields(run)})
     if difference and has_begun(folder):
-        raise RunError(f"{folder} holds a run whose {difference}; start a new run for that.")
+        raise RunError(f"{folder} holds a run {difference}; start a new run for that.")
     if "steps" in changes and (why := _why_beyond(run, changed.config.steps)):
         raise RunError(why)
     with lock(folder):

@@ -69,7 +69,7 @@ def sample(
     in ``TrainConfig.base``. Each image's noise comes from its seed alone, whatever the batch size:
     base and tuned model start from the same noise at the same seed. ``steps`` (inference steps) and
     ``guidance_scale`` default to :func:`inference_settings`. A negative prompt that the base does
-    not read is left out with a warning. Raises ``InputError`` for what cannot be generated, and
+    not use is ignored, with a warning. Raises ``InputError`` for what cannot be generated, and
     :class:`RunError` for a run that has not finished.
     """
     return list(
@@ -108,8 +108,8 @@ def iter_samples(
     batch_size = batch_size or family.default_batch_size
     if negative_prompt and not family.reads_negative(guidance_scale):
         warnings.warn(
-            f"The negative prompt '{negative_prompt}' is left out: '{family.name}' reads none at "
-            f"guidance scale {guidance_scale:g}.",
+            f"The negative prompt '{negative_prompt}' is ignored: '{family.name}' does not use one "
+            f"at guidance scale {guidance_scale:g}.",
             stacklevel=3,
         )
         negative_prompt = ""

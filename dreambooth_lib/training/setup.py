@@ -106,7 +106,7 @@ class Trainer:
         self.model = accelerator.prepare(self.trainable)
         optimizer = FusedBackwardOptimizer if config.steps_in_backward else Optimizer
         self.optimizer = optimizer(config, accelerator, self.trainable)
-        #: What draws validation images: the family, or its few-step sibling with its adapters.
+        #: What draws validation images: the family, or a distilled model with its adapters.
         self.drawing = self.family
         if self.validator is not None:
             self.drawing = load_drawing_family(config, self.family, self.dtype)

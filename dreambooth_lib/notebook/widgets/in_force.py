@@ -18,7 +18,7 @@ _SHOWN = {
     "quantize": "base in {}",
     "prior": "{}",
     "prior_weight": "λ {}",
-    "keep_class": "goal: keep {} of the class",
+    "keep_class": "target class loss ratio {}",
     "learning_rate": "learning rate {}",
     "batch_size": "batch size {}",
     "steps": "{} steps",

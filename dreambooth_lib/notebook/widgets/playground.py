@@ -145,7 +145,8 @@ class Playground(Panel):
             self.right: "the model on the right, with the same seeds",
             self.prompt: "write {} for your subject's identifier, e.g. "
             f"a {{}} {subject.class_noun} in the snow",
-            self.negative_prompt: "what the image should not show; may be empty; not read by Flux",
+            self.negative_prompt: "what the image should not show; may be empty; ignored by "
+            "Flux.1, by some distilled models and when guidance is off",
             self.seed: "the same seed gives the same image again",
             self.count: "one for each seed, counting up from the seed above",
             self.guidance: "raise it if images ignore the prompt; lower it if they look harsh",
@@ -266,8 +267,8 @@ def _base_of(source: Run | TrainConfig | str) -> str:
 
 
 def _show_entry(entry: GalleryEntry) -> VBox:
-    without = f", without “{entry.negative_prompt}”" if entry.negative_prompt else ""
-    prompt = html.escape((f"“{entry.prompt}”" if entry.prompt else "No prompt") + without)
+    away = f", negative prompt “{entry.negative_prompt}”" if entry.negative_prompt else ""
+    prompt = html.escape((f"“{entry.prompt}”" if entry.prompt else "No prompt") + away)
     settings = f"guidance scale {entry.guidance_scale:g}, {entry.inference_steps} inference steps"
     pairs = []
     for samples in zip(*entry.images.values(), strict=True):  # a row for each seed

@@ -44,10 +44,10 @@ _DEFAULT_RATE, _DEFAULT_PRIOR = 0.0, ""
 HINTS = {
     "method": "a LoRA needs less memory and saves a small file; QLoRA fits large bases on a GPU",
     "adapter": "LoRA suits most subjects, and other programs load it; only peft loads the others",
-    "prior_weight": "raise it if class images start to look like your subject; 1 suits most "
-    "subjects; 0 turns prior preservation off",
-    "keep_class": "λ adapts to keep this share of the base's loss on held-out class images; lower "
-    "it for more likeness",
+    "prior_weight": "raise it if images of the class start to look like your subject; 1 suits "
+    "most subjects; 0 turns prior preservation off",
+    "keep_class": "adjusts λ so that the base model's loss on held-out class images is about this "
+    "percentage of the trained model's; lower it for more likeness",
     "prior": "what preserves the class; a LoRA's default also preserves other prompts",
     "steps": "raise it if the subject is not recognisable; lower it if images ignore the prompt",
     "learning_rate": "lower it if images look harsh or odd; raise it if the model learns nothing",

@@ -43,8 +43,8 @@ _THUMBNAIL = 320  # pixels a side, twice what the grid shows
 _LONGEST_LABEL = 120  # characters of a photo's name and caption
 
 _ON_COLAB = (
-    "To upload photos, set UPLOAD = True in the settings cell and run the notebook from there; or "
-    f"type the path of a folder or a zip. {upload.CONSENT}"
+    "To upload photos, set UPLOAD = True in the cell “Choose what to train” of section 1, and run "
+    f"the notebook from there; or type the path of a folder or zip here. {upload.CONSENT}"
 )
 
 

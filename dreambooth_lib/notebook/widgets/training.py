@@ -82,7 +82,7 @@ class _TrainingPanel(Panel):
     def __init__(self, run: Run):
         self.run, self._drawn_at, self._seconds, self._validations = run, 0.0, 0.0, 0
         self._results = history(run)
-        self._kept = ""  # the newest λ and class kept, where λ adapts
+        self._kept = ""  # the newest λ and class loss ratio, where λ adapts
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.bar = IntProgress(
             _last_step(run), 0, run.config.steps, bar_style="info", layout=Layout(width="100%")
