@@ -20,7 +20,6 @@ from dreambooth_lib.evaluation.masks import cut_out, find_mask
 from dreambooth_lib.evaluation.scores import Row, score
 from dreambooth_lib.metrics.encoders import Encoder
 from dreambooth_lib.metrics.identity import average_precision
-from dreambooth_lib.training.runs import RunError
 
 DRIFT = ("a car in the city", "a {noun} on a bed", "a house")
 SHORT = Protocol(images_per_prompt=2, class_images=3, steps=1, batch_size=8, drift_prompts=DRIFT)
@@ -114,21 +113,6 @@ def test_drift_is_told_for_each_prompt(drawn: tuple, clip: Encoder) -> None:
         assert row.value > 1e-3 and row.seed is None
     unchanged = [row.value for row in rows_of(drawn, clip, "prompt_drift", "base")]
     assert unchanged == pytest.approx([0, 0, 0], abs=1e-6)
-
-
-def test_an_evaluation_of_an_earlier_version_resumes_without_drift_prompts(
-    drawn: tuple, tmp_path: Path
-) -> None:
-    benchmark, _, methods = drawn
-    plain = Protocol(images_per_prompt=1, class_images=2, steps=1)
-    list(draw_all(benchmark, methods, tmp_path, plain))
-    file = tmp_path / "protocol.json"
-    text = file.read_text()
-    file.write_text(text.replace(',\n  "drift_prompts": []', ""))
-    assert file.read_text() != text
-    assert list(draw_all(benchmark, methods, tmp_path, plain)) == []
-    with pytest.raises(RunError, match="another protocol"):
-        list(draw_all(benchmark, methods, tmp_path, SHORT))
 
 
 def disc(size: tuple[int, int], left: int = 3) -> Image.Image:

@@ -22,7 +22,6 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.made_with import peak_memory_mb
 from dreambooth_lib.core.notices import quiet
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import markdown
 from dreambooth_lib.data.images import read_photos
@@ -87,7 +86,7 @@ def personalise(
         drawing = class_images.draw_class_images(
             config,
             load_source(config, prompts=class_images.prior_prompts(config)),
-            locate(folder.parent, "class_images"),
+            folder.parent / "class_images",
         )
         for _ in bar(drawing, "class images", config.class_images, unit="image"):
             pass

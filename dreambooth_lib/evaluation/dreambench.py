@@ -23,7 +23,6 @@ from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.core.old_names import current_fields, current_protocol
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
 from dreambooth_lib.training import memory_level, runs
@@ -181,8 +180,7 @@ def draw_all(
     drift_prompts = list(protocol.drift_prompts)  # as JSON gives it back
     now = asdict(protocol) | {"prompts": benchmark.prompts, "drift_prompts": drift_prompts}
     file = out / "protocol.json"
-    before: dict[str, Any] = {"drift_prompts": []}  # an earlier version's has none
-    if file.exists() and before | current_protocol(read_object(file) or {}) != now:
+    if file.exists() and read_object(file) != now:
         raise RunError(f"{out} holds images of another protocol; choose another folder.")
     replace_file(file, json.dumps(now, indent=2).encode())
     units = [
@@ -232,7 +230,7 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
-        difference = first_difference(current_fields(read_object(file) or {}), now)
+        difference = first_difference(read_object(file) or {}, now)
         problem = difference and f"whose {difference}"
     elif any((out / image.path).exists() for image in images):
         problem = "without a source.json that says what drew them"

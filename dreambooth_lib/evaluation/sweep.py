@@ -22,7 +22,6 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError, one_line
 from dreambooth_lib.core.files import replace_file
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import folder_name, problem_with_name
 from dreambooth_lib.evaluation import sweep_table
@@ -171,8 +170,6 @@ def _plan_of(plan: ValidationPlan, config: TrainConfig, folder: Path) -> Validat
     if place.exists():
         started = read_plan(place)
         scale, steps = started.guidance_scale, started.inference_steps
-        if plan.fast and not started.fast:  # an earlier version's
-            plan = replace(plan, fast=False, inference_steps=None)
     else:
         own = sampling.inference_settings(config)
         scale, steps = own.guidance_scale, own.fewest_steps
@@ -235,7 +232,7 @@ def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
         prompts = {prompt for config in alike for prompt in class_images.prior_prompts(config)}
         family = sampling.load_source(alike[0], prompts=prompts)
         for config in alike:
-            images = class_images.draw_class_images(config, family, locate(folder, "class_images"))
+            images = class_images.draw_class_images(config, family, folder / "class_images")
             for _ in tqdm(images, "class images", config.class_images, unit="image"):
                 pass
         del family, images  # the cells need the memory

@@ -12,7 +12,6 @@ from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data import captions
 from dreambooth_lib.data.images import Photo, captioned
@@ -87,7 +86,7 @@ class Trainer:
         for message in filter(None, messages):
             warnings.warn(message, stacklevel=2)
         scorers = self._load_scorers()  # if one is missing, before class images take their time
-        self._class_folder = locate(run.folder.parent, "class_images")
+        self._class_folder = run.folder.parent / "class_images"
         classes, measured = hold_out_class_images(
             config, self.family, accelerator, self._class_folder, self._class_images()
         )

@@ -172,14 +172,11 @@ class Trainable(torch.nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load :meth:`trained_weights`. Raises :class:`RunError` where names or shapes differ.
-
-        There may be unused parameters besides, which earlier versions trained.
-        """
-        own, trained = dict(self.named_parameters()), self.trained_weights().keys()
-        if not trained <= weights.keys() <= own.keys():
+        """Load :meth:`trained_weights`. Raises :class:`RunError` where names or shapes differ."""
+        own = self.trained_weights()
+        if weights.keys() != own.keys():
             raise RunError(
-                f"the checkpoint has {len(weights)} weights, and the config trains {len(trained)}; "
+                f"the checkpoint has {len(weights)} weights, and the config trains {len(own)}; "
                 "undo the change of its config.toml."
             )
         for name, value in weights.items():
