@@ -128,7 +128,8 @@ def validation(job: Job, size: int) -> Measured:
     with job.timed("drawing"):
         images = draw_images(family, config.subject, plan)
     with job.timed("scoring"):
-        score_images(Scorers(encoder, encoder), images.subject[:4], config.subject, images, images)
+        reference = encoder.embed_images(images.subject[:4])
+        score_images(Scorers(encoder, encoder), reference, config.subject, images, images)
     return Measured(job.seconds, 3 * size * SIDE**2, {})
 
 

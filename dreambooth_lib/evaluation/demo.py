@@ -106,6 +106,7 @@ def personalise(
     times.append(time.perf_counter())
     photos = [photo.image for photo in read_photos(subject)]
     encoder = Encoder(TOYBOX_SCORER)
+    scorers, reference = Scorers(encoder, encoder), encoder.embed_images(photos)
     row: dict[str, Any] = {
         "name": subject.name,
         "class_noun": subject.class_noun,
@@ -114,10 +115,10 @@ def personalise(
         "seeds": list(range(plan.seeds)),
         "steps": config.steps,
         "encoder": Path(encoder.model_id).name,
-        "reference_fidelity": clip_scores.reference_fidelity(encoder.embed_images(photos)),
+        "reference_fidelity": clip_scores.reference_fidelity(reference),
     }
     for name, drawn in scored.items():
-        row[name] = score_images(Scorers(encoder, encoder), photos, subject, drawn, scored["base"])
+        row[name] = score_images(scorers, reference, subject, drawn, scored["base"])
         del row[name]["by_image"]
     seconds = [after - before for before, after in pairwise(times)]
     row["seconds"] = dict(zip(("prior", "train", "sample"), seconds, strict=True))
