@@ -36,6 +36,7 @@ from dreambooth_lib.training.config_changes import (
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.photo_record import why_other_photos
 from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.trainable import BASE_FIELDS
 from dreambooth_lib.training.validation import ValidationPlan
 from dreambooth_lib.training.validation_record import history, plan_file, read_plan
 
@@ -212,11 +213,6 @@ def _reached(run: Run) -> int:
     return rows[-1]["step"] if rows else max(run.checkpoints(), default=0)
 
 
-#: What a base is loaded by, for its class images.
-_OF_BASE = ("base", "revision", "variant", "prediction_type", "clip_skip", "prompt_chunks",
-            "resolution", "quantize")  # fmt: skip
-
-
 def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
     """Draw all cells' class images before they run, so that no two workers draw the same ones.
 
@@ -224,10 +220,11 @@ def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
     """
     from tqdm.auto import tqdm
 
+    of_base = ("base", "revision", "variant", *BASE_FIELDS)
     by_base: dict[tuple[Any, ...], list[TrainConfig]] = {}
     for config in configs:
         if config.draws_class_images:
-            by_base.setdefault(tuple(getattr(config, n) for n in _OF_BASE), []).append(config)
+            by_base.setdefault(tuple(getattr(config, n) for n in of_base), []).append(config)
     for alike in by_base.values():
         prompts = {prompt for config in alike for prompt in class_images.prior_prompts(config)}
         family = sampling.load_source(alike[0], prompts=prompts)

@@ -99,16 +99,11 @@ def stored_class_images(config: TrainConfig, folder: Path) -> list[Path]:
 
     Reads no weights. Raises as ``load_model`` does.
     """
+    from dreambooth_lib.training.trainable import load_meta
+
     if not folder.is_dir():
         return []
-    family = loading.load_meta(
-        config.base,
-        config.revision,
-        config.prediction_type,
-        resolution=config.resolution,
-        prompt_chunks=config.prompt_chunks,
-        clip_skip=config.clip_skip,
-    )
+    family = load_meta(config)
     fit_to_photos(family, config)
     own_set = _image_set(config, family, folder)
     digests, paths = _read_digests(own_set.folder), _paths(config, own_set.folder)

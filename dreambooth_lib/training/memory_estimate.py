@@ -34,6 +34,7 @@ from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.part_sizes import linears, sizes_of_parts
 from dreambooth_lib.training.trainable import (
     Trainable,
+    load_meta,
     make_trainable,
     offloads_text_encoders,
     precision_of_weights,
@@ -95,7 +96,7 @@ def _without_details(config: TrainConfig) -> TrainConfig:
 @lru_cache
 def _estimate(config: TrainConfig, precision: str) -> Estimate:
     half = _HALVES.get(precision, torch.float32)
-    family = loading.load_meta(config.base, config.revision, **training_load_options(config, half))
+    family = load_meta(config, **training_load_options(config, half))
     trainable = make_trainable(family, config)
     if config.adapter is not None:
         peft_adapters.without_dice(trainable)

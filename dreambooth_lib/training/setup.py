@@ -17,7 +17,6 @@ from dreambooth_lib.data import captions
 from dreambooth_lib.data.images import Photo, captioned
 from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
-from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import NonFinite, save_pipeline
@@ -42,6 +41,7 @@ from dreambooth_lib.training.prior_weight import hold_out_class_images, make_pri
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
     checkpoint_weights,
+    load,
     load_base_to_save,
     load_drawing_family,
     make_trainable,
@@ -140,7 +140,7 @@ class Trainer:
             if config.validate_every:
                 prompts |= set(plan_of(self.run).prompts(subject))
             load_options |= {"prompts": prompts, "device": self.accelerator.device}
-        family = loading.load_model(config.base, config.revision, config.variant, **load_options)
+        family = load(config, **load_options)
         family.pipeline.to(self.accelerator.device)
         return family
 
