@@ -25,16 +25,10 @@ from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import replace_file, save_png
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
+from dreambooth_lib.evaluation.same_run import check_photos, check_same
 from dreambooth_lib.training import memory_level, runs
-from dreambooth_lib.training.config_changes import (
-    absolute_base,
-    describe,
-    first_difference,
-    flat_fields,
-    with_settings_of,
-)
+from dreambooth_lib.training.config_changes import absolute_base, first_difference, flat_fields
 from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.photo_record import why_other_photos
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.sampling import check_counts, load_source
 from dreambooth_lib.training.validation import CLASS_SEED
@@ -135,20 +129,8 @@ def start_or_resume(
     if not (place / "config.toml").exists():
         return runs.start(fresh, place)
     run = runs.resume(place)
-    fresh = with_settings_of(run.config, fresh)
-    if difference := first_difference(flat_fields(run.config), flat_fields(fresh)):
-        raise RunError(
-            f"{place} holds a run of {describe(run.config)} whose {difference}; choose another "
-            "folder for this one."
-        )
-    _check_photos(place, run.config)
+    check_same(run, fresh, f"{place} holds a run")
     return run
-
-
-def _check_photos(folder: Path, config: TrainConfig) -> None:
-    """Raise :class:`RunError` if the run in a folder has begun with other photos."""
-    if runs.has_begun(folder) and (why := why_other_photos(folder, config)):
-        raise RunError(why)
 
 
 def images_of(
@@ -237,7 +219,7 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
     if problem:
         raise RunError(f"{file.parent} holds images {problem}; choose another folder for these.")
     if isinstance(method, Tuned):
-        _check_photos(Path(method.folder) / subject.name, method.config(subject))
+        check_photos(Path(method.folder) / subject.name, method.config(subject))
     replace_file(file, json.dumps(now, indent=2).encode())
 
 

@@ -25,16 +25,11 @@ from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import folder_name, problem_with_name
 from dreambooth_lib.evaluation import sweep_table
+from dreambooth_lib.evaluation.same_run import check_same
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.training import class_images, early_stopping, memory_level, runs, sampling
-from dreambooth_lib.training.config_changes import (
-    describe,
-    first_difference,
-    flat_fields,
-    with_settings_of,
-)
+from dreambooth_lib.training.config_changes import first_difference
 from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.photo_record import why_other_photos
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.trainable import BASE_FIELDS
 from dreambooth_lib.training.validation import ValidationPlan
@@ -186,18 +181,8 @@ def _check_same(
     run, place = runs.resume(folder), plan_file(folder)
     # A schedule spans the run: in a longer one, the earlier steps would have been different.
     free = _LENGTH if config.lr_schedule == "constant" else _LENGTH[1:]
-    difference = first_difference(
-        flat_fields(run.config), flat_fields(with_settings_of(run.config, config)), free
-    )
-    if difference is None and place.exists():
-        difference = first_difference(asdict(read_plan(place)), asdict(plan))
-    if difference is not None:
-        raise RunError(
-            f"{folder.parent} holds a sweep of {describe(run.config)} whose {difference}; choose "
-            "another folder for this one."
-        )
-    if runs.has_begun(folder) and (why := why_other_photos(folder, run.config)):
-        raise RunError(why)
+    of_plan = first_difference(asdict(read_plan(place)), asdict(plan)) if place.exists() else None
+    check_same(run, config, f"{folder.parent} holds a sweep", free, of_plan)
     validated, reached = {row.step for row in history(run)}, _reached(run)
     missed = [str(step) for step in steps if step <= reached and step not in validated]
     if missed:
