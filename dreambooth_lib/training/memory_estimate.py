@@ -29,6 +29,7 @@ from dreambooth_lib.training.allocation_counter import (
     count_numbers,
     make_fake,
 )
+from dreambooth_lib.training.memory_level import dtype_of
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.part_sizes import linears, sizes_of_parts
@@ -48,7 +49,6 @@ _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
 #: Bytes of scorers on the hub, assumed to be the default ones: CLIP ViT-B/32 and DINOv2 small in
 #: float32.
 _SCORER, _IMAGE_SCORER = 4 * 151_277_313, 4 * 22_056_576
-_HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _without_details(config: TrainConfig) -> TrainConfig:
 
 @lru_cache
 def _estimate(config: TrainConfig, precision: str) -> Estimate:
-    half = _HALVES.get(precision, torch.float32)
+    half = dtype_of(precision)
     family = load_meta(config, **training_load_options(config, half))
     trainable = make_trainable(family, config)
     if config.adapter is not None:

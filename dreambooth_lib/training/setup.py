@@ -32,6 +32,7 @@ from dreambooth_lib.training.image_sizes import fit_to_photos, size_to_save
 from dreambooth_lib.training.memory_level import (
     check_adapter,
     decide_level,
+    dtype_of,
     is_gpu,
     native_precision,
 )
@@ -53,8 +54,6 @@ from dreambooth_lib.training.validation import Scorers, load_scorers
 from dreambooth_lib.training.validation_pace import checkpoint_intervals, is_wanted, note_skipped
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 class Trainer:
     """One process's model, data and optimizer of a run, and what it does between steps."""
@@ -68,7 +67,7 @@ class Trainer:
         precision = native_precision(config.mixed_precision, device)
         check_adapter(config.adapter, precision)
         self.precision = precision_of_weights(config, precision)
-        self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
+        self.dtype = dtype_of(self.precision)  #: that autocast computes in
         self.accelerator = accelerator = make_accelerator(config, self.precision)
         subject = config.subject
         photos = run_photos.read_subject_photos(run)
