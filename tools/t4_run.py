@@ -158,12 +158,12 @@ def follow_rows(family: Family) -> Counter[str]:
     return rows
 
 
-def stages(changes: dict[str, Any], memory: str = "standard") -> list[Stage]:
+def stages(changes: dict[str, Any]) -> list[Stage]:
     """Return the stages of a run in their order; a T4 trains SD 1.5 at memory "standard"."""
     at = {name: rate.value for name, rate in rates().items()}
     config = with_base(lambda config, _: config, changes, tiny=False)
     drawn = rows_drawn(changes)
-    counted = launches.count({"memory": memory} | _of_step(changes))
+    counted = launches.count({"memory": "standard"} | _of_step(changes))
     optimizer = sum(
         counted.counts[p].bytes for p in ("optimizer step", "EMA") if p in counted.counts
     )

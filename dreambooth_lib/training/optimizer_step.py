@@ -28,10 +28,10 @@ class NonFiniteStep(FloatingPointError):
         self.what, self.tried, self.fix, self.step = what, tried, fix, step
 
 
-def check_finite(what: str, *values: float | None) -> None:
-    """Raise :class:`NonFiniteStep` unless all values are finite; None counts as finite."""
-    if not all(math.isfinite(value) for value in values if value is not None):
-        raise NonFiniteStep(f"the {what} is {values[0]}")
+def check_finite(what: str, value: float) -> None:
+    """Raise :class:`NonFiniteStep` unless a value is finite."""
+    if not math.isfinite(value):
+        raise NonFiniteStep(f"the {what} is {value}")
 
 
 class Optimizer:
