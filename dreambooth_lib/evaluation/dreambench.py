@@ -11,7 +11,6 @@ OUT/METHOD/SUBJECT/source.json        what drew them; another base or other sett
 An interrupted evaluation resumes with the first missing batch.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,10 +18,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib.core.checked_json import read_object
+from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
-from dreambooth_lib.core.files import replace_file, save_png
+from dreambooth_lib.core.files import save_png
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
 from dreambooth_lib.evaluation.same_run import check_photos, check_same
@@ -164,7 +163,7 @@ def draw_all(
     file = out / "protocol.json"
     if file.exists() and read_object(file) != now:
         raise RunError(f"{out} holds images of another protocol; choose another folder.")
-    replace_file(file, json.dumps(now, indent=2).encode())
+    write_object(file, now)
     units = [
         (methods[name], subject, images_of(benchmark, name, subject, protocol))
         for subject in benchmark.subjects
@@ -220,7 +219,7 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
         raise RunError(f"{file.parent} holds images {problem}; choose another folder for these.")
     if isinstance(method, Tuned):
         check_photos(Path(method.folder) / subject.name, method.config(subject))
-    replace_file(file, json.dumps(now, indent=2).encode())
+    write_object(file, now)
 
 
 def _description(source: "TrainConfig | Run | Family | str") -> dict[str, Any]:

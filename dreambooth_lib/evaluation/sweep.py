@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError, one_line
 from dreambooth_lib.core.files import replace_file
@@ -144,7 +145,7 @@ def run_cell(
             run = runs.start(config, folder)
         place = plan_file(folder)
         if not place.exists():
-            replace_file(place, json.dumps(asdict(_plan_of(plan, config, folder))).encode())
+            write_object(place, asdict(_plan_of(plan, config, folder)))
         peaked = run.config.early_stop and early_stopping.should_stop_early(history(run))
         # A finished run may still have to train on: its pipeline may be of fewer steps.
         if not run.finished or not (peaked or _reached(run) >= run.config.steps):
