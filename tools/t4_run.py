@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.evaluation.tables import table
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.notebook.timing import Pace, checkpoints
@@ -32,7 +33,6 @@ from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.validation import draw_images, plan_for
 from tools import architectures, launches
 from tools.bench_gpu import save_photos
-from tools.gpu_table import cells
 
 TARGET = 25.0  # minutes
 PHOTOS = 5
@@ -231,8 +231,7 @@ def _gb(size: float) -> str:
 
 def markdown(found: Sequence[Stage]) -> str:
     """Return the stages with their minutes, and the rates with their sources."""
-    rows = [("stage", "counted", "minutes"), ("---",) * 3]
-    rows += [
+    rows = [
         (
             one.name,
             one.count,
@@ -244,9 +243,9 @@ def markdown(found: Sequence[Stage]) -> str:
     rows.append(
         ("all", f"at most {TARGET:g}: {'met' if total <= TARGET else 'not met'}", f"{total:.1f}")
     )
-    of_rates = [("rate", "value", "source"), ("---",) * 3]
-    of_rates += [(name, f"{r.value:.3g} {r.unit}", r.source) for name, r in rates().items()]
-    return "\n\n".join("\n".join(map(cells, table)) for table in (rows, of_rates)) + "\n"
+    of_rates = [(name, f"{r.value:.3g} {r.unit}", r.source) for name, r in rates().items()]
+    of_stages = table(("stage", "counted", "minutes"), rows)
+    return f"{of_stages}\n{table(('rate', 'value', 'source'), of_rates)}"
 
 
 def minutes(found: Sequence[Stage]) -> float:
