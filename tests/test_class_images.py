@@ -6,7 +6,6 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -383,30 +382,6 @@ def test_the_fast_samplers_images_do_not_depend_on_the_rest_of_their_batch(
     for batch in (1, 3):
         assert np.abs(together - drawn(batch)).max() <= 1
     assert np.abs(together[0] - together[1]).max() > 1
-
-
-def test_a_set_of_an_earlier_version_is_used_and_never_mixed_with_a_new_one(
-    config: TrainConfig, tiny_sd1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An earlier version drew by the base's own sampler where the config gives no steps."""
-    config = config.replace(prior_inference_steps=None, class_images=2)
-    earlier, family = loading.load_model(tiny_sd1), loading.load_model(tiny_sd1)
-    earlier.inference = replace(earlier.inference, fast_steps=None)
-    first = draw(config, earlier, tmp_path)
-    own = class_images_folder(config, earlier, tmp_path)
-    drawn = record_drawn(monkeypatch)
-    assert draw(config, family, tmp_path) == first and drawn == []
-    assert class_images_folder(config, family, tmp_path) == own
-    more = draw(config.replace(class_images=3), family, tmp_path)
-    assert {name: more[name] for name in first} == first and len(drawn) == 1
-    assert [*tmp_path.iterdir()] == [own]
-    evaluations = count_rows(family.denoiser)
-    fast = draw(config, family, tmp_path / "other")
-    assert len(evaluations) == family.inference.fast_steps
-    assert list(fast.values()) != list(first.values())
-    # A run that has begun on a set of its own keeps it.
-    shutil.copytree(own, tmp_path / "other" / own.name)
-    assert draw(config, family, tmp_path / "other") == fast
 
 
 def test_own_class_images_whose_captions_name_the_subject_are_told(

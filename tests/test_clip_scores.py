@@ -4,24 +4,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import drawings
 
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.metrics.clip_scores import (
     diversity,
-    evaluate,
     prior_drift,
-    prompt_adherence,
     reference_fidelity,
+    row_cosines,
     strip_identifier,
     subject_fidelity,
 )
-from dreambooth_lib.metrics.encoders import Encoder
 
 
 def embeddings(count: int, seed: int, width: int = 7) -> torch.Tensor:
@@ -45,11 +41,11 @@ def test_reference_fidelity_leaves_out_self_pairs() -> None:
     assert reference_fidelity(reference) == pytest.approx(expected, abs=1e-9)
 
 
-def test_prompt_adherence_and_prior_drift_match_row_by_row() -> None:
+def test_prior_drift_is_of_pairs_row_by_row() -> None:
     one, other = embeddings(6, 3), embeddings(6, 4)
-    expected = np.mean([cosine(a, b) for a, b in zip(one, other, strict=True)])
-    assert prompt_adherence(one, other) == pytest.approx(expected, abs=1e-9)
-    assert prior_drift(one, other) == pytest.approx(1 - expected, abs=1e-9)
+    expected = [cosine(a, b) for a, b in zip(one, other, strict=True)]
+    assert row_cosines(one, other).tolist() == pytest.approx(expected, abs=1e-9)
+    assert prior_drift(one, other) == pytest.approx(1 - np.mean(expected), abs=1e-9)
 
 
 def test_diversity_is_one_minus_the_mean_cosine_of_pairs() -> None:
@@ -89,9 +85,9 @@ def test_neither_scale_nor_order_matters() -> None:
     assert subject_fidelity(changed, other) == pytest.approx(subject_fidelity(one, other))
     assert reference_fidelity(changed) == pytest.approx(reference_fidelity(one))
     assert diversity(changed) == pytest.approx(diversity(one))
-    for matching in (prompt_adherence, prior_drift):  # the order of pairs, not within them
-        assert matching(changed, other[order]) == pytest.approx(matching(one, other))
-        assert matching(changed, other) != pytest.approx(matching(one, other))
+    # The order of pairs, not within them:
+    assert prior_drift(changed, other[order]) == pytest.approx(prior_drift(one, other))
+    assert prior_drift(changed, other) != pytest.approx(prior_drift(one, other))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +99,7 @@ def test_neither_scale_nor_order_matters() -> None:
         (lambda: reference_fidelity(embeddings(1, 0)), "only one row of reference"),
         (lambda: diversity(embeddings(1, 0)), "only one row of images"),
         (
-            lambda: prompt_adherence(embeddings(2, 0), embeddings(3, 0)),
+            lambda: row_cosines(embeddings(2, 0), embeddings(3, 0)),
             "the same number of rows each",
         ),
         (lambda: prior_drift(embeddings(2, 0), embeddings(1, 0)), "the same number of rows each"),
@@ -137,49 +133,6 @@ def test_strip_identifier_removes_whole_words_only(prompt: str, expected: str) -
 def test_strip_identifier_takes_the_identifier_literally() -> None:
     assert strip_identifier("a [V] dog", "[V]") == "a dog"
     assert strip_identifier("a  dog", "") == "a dog"
-
-
-def test_evaluate_returns_every_score(clip: Encoder) -> None:
-    reference, generated = drawings(3, 1), drawings(4, 2)
-    before, after = drawings(3, 3), drawings(3, 4)
-    prompts = ["a ohwx dog", "a ohwx dog in snow", "a ohwx dog", "ohwx dog"]
-    scores = evaluate(clip, reference, generated, prompts, after, "ohwx", before)
-    images, class_images = clip.embed_images(generated), clip.embed_images(after)
-    texts = clip.embed_texts(["a dog", "a dog in snow", "a dog", "dog"])
-    assert scores == {
-        "subject_fidelity": subject_fidelity(images, clip.embed_images(reference)),
-        "prompt_adherence": prompt_adherence(images, texts),
-        "class_diversity": diversity(class_images),
-        "prior_drift": prior_drift(clip.embed_images(before), class_images),
-    }
-    without = evaluate(clip, reference, generated, prompts, after, "ohwx")
-    assert without == {k: v for k, v in scores.items() if k != "prior_drift"}
-
-
-def test_evaluate_by_a_dino_leaves_out_the_prompts(dino: Encoder) -> None:
-    images = drawings(2)
-    scores = evaluate(dino, images, images, ["a dog", "a dog"], images, "ohwx", images)
-    assert set(scores) == {"subject_fidelity", "class_diversity", "prior_drift"}
-    assert scores["prior_drift"] == pytest.approx(0, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prompts": ["a dog"]}, "1 prompts for 2 generated"),
-        ({"class_images": drawings(1)}, "only one row"),
-        ({"base_class_images": drawings(3)}, "the same number of rows each"),
-        ({"reference": []}, "no images"),
-    ],
-)
-def test_evaluate_names_wrong_counts(clip: Encoder, change: dict[str, Any], message: str) -> None:
-    images = drawings(2)
-    fields: dict[str, Any] = {
-        "reference": images, "generated": images, "prompts": ["a dog"] * 2,
-        "class_images": images, "identifier": "ohwx",
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        evaluate(clip, **(fields | change))
 
 
 def test_importing_is_light() -> None:

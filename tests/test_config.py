@@ -10,7 +10,6 @@ import pytest
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.subject import Subject
-from dreambooth_lib.training import runs
 
 DOG = Subject("photos", "dog")
 
@@ -126,24 +125,24 @@ def test_fields_left_out_take_the_bases_defaults_and_given_ones_stay() -> None:
     assert (given.steps, given.batch_size, given.class_images) == (3, 5, 0)
 
 
-def test_pictures_and_class_folder_are_relative_to_the_toml_file(tmp_path: Path) -> None:
+def test_photos_and_class_folder_are_relative_to_the_toml_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     file = tmp_path / "deep" / "config.toml"
     file.write_text(
-        'class_folder = "../class"\n[subject]\npictures = "../photos"\nclass_noun = "dog"\n'
+        'class_folder = "../class"\n[subject]\nphotos = "../photos"\nclass_noun = "dog"\n'
     )
     config = TrainConfig.from_toml(file)
     assert config.subject.photos == str(tmp_path / "photos")
     assert config.class_folder == str(tmp_path / "class")
     absolute = tmp_path / "elsewhere"
-    file.write_text(f'[subject]\npictures = "{absolute}"\nclass_noun = "dog"\n')
+    file.write_text(f'[subject]\nphotos = "{absolute}"\nclass_noun = "dog"\n')
     assert TrainConfig.from_toml(file).subject.photos == str(absolute)
 
 
 def test_a_base_folder_beside_the_toml_file_is_found_from_anywhere(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     file = tmp_path / "config.toml"
-    table = '[subject]\npictures = "photos"\nclass_noun = "dog"\n'
+    table = '[subject]\nphotos = "photos"\nclass_noun = "dog"\n'
     for written, read in (("mine", str(tmp_path / "mine")), ("org/name", "org/name")):
         names = {"base": "base", "draw_base": "method = 'lora'\ndraw_base", "scorer": "scorer",
                  "image_scorer": "image_scorer"}  # fmt: skip
@@ -233,18 +232,6 @@ def test_a_config_without_a_subject_is_refused() -> None:
         TrainConfig(subject="photos")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"no \[subject\] table"):
         TrainConfig.from_dict({"steps": 3})
-
-
-def test_a_config_or_run_of_several_subjects_is_refused(tmp_path: Path) -> None:
-    said = (
-        r"config\.toml: others is set, but a run no longer trains several subjects; train one run "
-        r"for each, and combine their LoRAs\.$"
-    )
-    text = full().to_toml() + '\n[[others]]\npictures = "cats"\nclass_noun = "cat"\n'
-    (tmp_path / "config.toml").write_text(text)
-    for read in (TrainConfig.from_toml, lambda file: runs.resume(file.parent)):
-        with pytest.raises(ConfigError, match=said):
-            read(tmp_path / "config.toml")
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_samples_are_drawn_in_the_bucket_of_most_photos(
     shutil.rmtree(fields["subject"].photos)
     assert size(run) == size(run, 2) == PORTRAIT
     goal = run.pipeline / runs.GOAL_FILE
-    for odd in (None, 3, ["a", "b"], [0, 8], [8, 2**20], [8]):  # as earlier versions, or anyone
+    for odd in (None, 3, ["a", "b"], [0, 8], [8, 2**20], [8]):  # as anyone may write
         write_object(goal, (read_object(goal) or {}) | {"size": odd})
         write_digests(run.pipeline)
         with pytest.warns(UserWarning, match="generated as squares, because .*there is no folder"):

@@ -34,6 +34,8 @@ def ram(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def with_gpu() -> None:
         PartialState()  # chooses the CPU
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for module in (drawing_memory, sampling):
+            monkeypatch.setattr(module, "drawing_gpu", lambda: torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (machine.gpu,) * 2)
         monkeypatch.setattr(sampling, "sampling_dtype", lambda: DTYPE)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)

@@ -111,8 +111,8 @@ def test_a_damaged_row_does_not_stop_a_backup(run: Run, drive: Path, row: str) -
 
 @pytest.mark.parametrize(
     "text",
-    ["base = 3\n", "steps = [", "class_folder = true\n[subject]\npictures = 1\n", "\x00", "= = =",
-     "[subject]\npictures = ['a']\nclass_noun = 'dog'\n"],
+    ["base = 3\n", "steps = [", "class_folder = true\n[subject]\nphotos = 1\n", "\x00", "= = =",
+     "[subject]\nphotos = ['a']\nclass_noun = 'dog'\n"],
 )  # fmt: skip
 def test_a_bad_config_hides_no_other_run(run: Run, drive: Path, text: str) -> None:
     backup(run, drive / "my-dog")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import save_photos
-from drive_faults import Faults, Make, finish, lose, newest, save
+from drive_faults import Make, finish, newest, save
 from drive_faults import drive as drive
 from drive_faults import faults as faults
 from drive_faults import no_waits as no_waits
@@ -23,8 +23,6 @@ from dreambooth_lib.notebook.drive_backup import backup
 from dreambooth_lib.notebook.drive_restore import (
     fetch,
     find_interrupted,
-    has_finished,
-    restore,
     unique_name,
 )
 from dreambooth_lib.training import runs
@@ -259,47 +257,3 @@ def test_a_run_is_fetched_beside_another_of_its_name(run: Run, drive: Path) -> N
 def test_a_run_without_a_backup_gets_no_identity(run: Run) -> None:
     newest(run.folder.parent)
     assert not (run.folder / drive_state.IDENTITY).exists()
-
-
-# Backups of earlier versions
-
-
-def under_old_names(run: Run, backup_folder: Path) -> None:
-    """Rename a backup's state and its run's identity to what earlier versions called them."""
-    (backup_folder / ".backup.json").rename(backup_folder / ".mirror.json")
-    (run.folder / ".backup").rename(run.folder / ".mirror")
-
-
-def test_a_backup_under_the_old_names_is_found_and_restored(
-    run: Run, drive: Path, tmp_path: Path
-) -> None:
-    backup(run, drive / "my-dog")
-    under_old_names(run, drive / "my-dog")
-    found = newest(run.folder.parent, drive)
-    assert found is not None and found.run.folder == run.folder, "known to be one run"
-    identity = (run.folder / ".mirror").read_text()
-    assert found.identity == identity
-    lose(run)
-    back = restore(drive / "my-dog", tmp_path / "runs" / "my-dog")
-    assert (back.folder / ".backup").read_text() == identity
-    (drive / "my-dog" / ".mirror.json").write_text('{"finished": true}')
-    assert has_finished(drive / "my-dog")
-
-
-def test_a_backup_under_the_old_names_is_carried_over(
-    run: Run, drive: Path, faults: Faults, make_config: Make
-) -> None:
-    backup(run, drive / "my-dog")
-    identity = (run.folder / ".backup").read_text()
-    under_old_names(run, drive / "my-dog")
-    other = runs.start(make_config("toybox", run.config.subject.photos), run.folder.parent / "b")
-    assert "holds something other" in str(backup(other, drive / "my-dog"))
-    faults.copied.clear()
-    run.append("log", {"step": 201, "loss": 0.4})
-    assert backup(run, drive / "my-dog") is None
-    assert faults.copied == ["log.jsonl"], "the rest is there already"
-    assert (run.folder / ".backup").read_text() == identity
-    assert (drive / "my-dog" / ".backup.json").exists()
-    assert not (run.folder / ".mirror").exists()
-    assert not (drive / "my-dog" / ".mirror.json").exists()
-    assert backup(run, drive / "my-dog") is None

@@ -16,6 +16,7 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.data.crops import write_centers
 from dreambooth_lib.data.images import DataError, read_photos
 from dreambooth_lib.data.masks import read_mask
+from dreambooth_lib.evaluation.masks import find_mask
 from dreambooth_lib.families import loading
 from dreambooth_lib.notebook.drive_copy import copy_photos
 from dreambooth_lib.training.batches import Batch
@@ -159,6 +160,22 @@ def test_a_transparent_masks_alpha_is_the_mask(kind: str, tmp_path: Path) -> Non
     (photo,) = read_photos(tmp_path)
     mask = read_mask(photo)
     assert mask is not None and mask.getbbox() == (0, 0, 16, 24) and mask.getextrema()[1] == 255
+
+
+@pytest.mark.parametrize("kind", ["plain", "white on transparent", "dark cut-out on white"])
+def test_training_and_evaluation_read_a_mask_alike(kind: str, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "p.png")
+    mask = left_half()
+    if kind != "plain":
+        mask = Image.new("RGB", (32, 32), "white")
+        if kind.startswith("dark"):
+            mask.paste("black", (0, 0, 16, 32))
+        mask.putalpha(left_half())
+    (tmp_path / "masks").mkdir()
+    mask.save(tmp_path / "masks" / "p.png")
+    (photo,) = read_photos(tmp_path)
+    for found in (read_mask(photo), find_mask(tmp_path / "p.png")):
+        assert found is not None and found.tobytes() == left_half().tobytes()
 
 
 def test_a_mask_of_zeros_and_ones_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from dreambooth_lib.training.memory_estimate import (
 from dreambooth_lib.training.memory_level import choose_level
 from dreambooth_lib.training.part_sizes import module_bytes
 from dreambooth_lib.training.setup import Trainer
-from dreambooth_lib.training.trainable import Trainable, training_load_options
+from dreambooth_lib.training.trainable import Trainable, load, training_load_options
 from tools.bases import configs
 
 Make = Callable[..., TrainConfig]
@@ -80,7 +80,7 @@ def test_weights_are_estimated_from_the_configs_alone(
     half, precision = torch.float16, "fp16"
     if family == "z_image":
         half, precision = torch.bfloat16, "bf16"
-    loaded = loading.load_model(config.base, **training_load_options(config, half))
+    loaded = load(config, **training_load_options(config, half))
     parts = [loaded.denoiser, *loaded.text_encoders, *loaded.frozen]
     # Some layers of T5 stay in float32 in any precision.
     expected = sum(p.nbytes for part in parts for p in part.parameters())
@@ -156,7 +156,7 @@ def test_encoding_to_latents_is_counted_and_large_images_one_at_a_time(
     monkeypatch.setattr(base, "MAX_PIXELS", 16 * 16 * (1 if large else 8))
     _estimate.cache_clear()
     config = tiny_config("sd1", method="lora", lora_rank=1, prior="none")
-    family = loading.load_model(config.base, **training_load_options(config, torch.float32))
+    family = load(config, **training_load_options(config, torch.float32))
     with AllocationCounter() as counter:
         for weight in family.pipeline.vae.state_dict().values():
             counter.exclude(weight)
@@ -298,7 +298,7 @@ def test_a_loras_gradients_exist_together_at_any_level(tiny_config: Make) -> Non
 def test_drawing_validation_images_is_counted(tiny_config: Make) -> None:
     config = tiny_config("sd1", memory="low", method="lora", lora_rank=1, validate_every=2)
     estimated = estimate(config, "no")
-    family = loading.load_model(config.base, **training_load_options(config, torch.float32))
+    family = load(config, **training_load_options(config, torch.float32))
     with torch.no_grad(), AllocationCounter() as counter:
         for module in (family.denoiser, *family.text_encoders, family.pipeline.vae):
             for weight in module.state_dict().values():

@@ -236,7 +236,7 @@ def test_a_run_of_bfloat16_weights_is_exported_in_bfloat16(
     list(train(run))
     family = trainable.load_to_export(run, 1)
     assert family.denoiser.dtype is torch.bfloat16
-    (run.folder / "memory.json").unlink()  # as in runs of earlier versions
+    (run.folder / "memory.json").unlink()
     assert trainable.load_to_export(run, 1).denoiser.dtype is torch.float16
 
 

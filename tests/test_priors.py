@@ -84,17 +84,6 @@ def test_the_generic_prompts_of_a_loras_prior_go_with_it() -> None:
     assert own.replace(class_images=9, prior="distilled_images").prior_prompts == OTHERS
 
 
-def test_a_lora_of_before_goes_on_with_its_prior(start_run: Start) -> None:
-    run = start_run("run", "sd1", method="lora", prior="generated", steps=2)
-    list(train(run))
-    left_to_default = run.config.replace(prior=None, prior_prompts=None, steps=3)
-    assert left_to_default.has_lora_prior
-    assert runs.why_not_resumable(left_to_default, run.folder) is None
-    resumed = runs.start_or_resume(left_to_default, run.folder)
-    assert (resumed.config.prior, resumed.config.prior_prompts) == ("generated", None)
-    assert resumed.config.steps == 3
-
-
 @pytest.mark.parametrize("prior", ["generated", "distilled_images", "distilled"])
 def test_half_of_the_priors_rows_are_of_other_prompts(prior: str, start_run: Start) -> None:
     run = start_run("run", "sd1", prior=prior, prior_prompts=OTHERS, class_images=8)

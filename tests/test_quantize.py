@@ -23,7 +23,7 @@ from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.sampling import load_source, sample
 from dreambooth_lib.training.setup import Trainer
-from dreambooth_lib.training.trainable import make_trainable, training_load_options
+from dreambooth_lib.training.trainable import load, make_trainable, training_load_options
 
 Make = Callable[..., TrainConfig]
 LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}
@@ -92,8 +92,8 @@ def test_a_quantized_base_computes_in_autocasts_dtype_as_a_plain_one_does(
 
     def dtypes(quantize: str | None) -> dict[str, torch.dtype]:
         """Return the dtypes of what the denoiser's layers and their LoRAs return."""
-        options = training_load_options(config.replace(quantize=quantize), torch.bfloat16)
-        base, seen = loading.load_model(config.base, **options), dict[str, torch.dtype]()
+        own, seen = config.replace(quantize=quantize), dict[str, torch.dtype]()
+        base = load(own, **training_load_options(own, torch.bfloat16))
         trainable = make_trainable(base, config)
         for name, module in base.denoiser.named_modules():
             if not name or name.endswith(("base_layer", "lora_B.default")):

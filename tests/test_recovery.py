@@ -660,7 +660,7 @@ def test_a_copy_of_a_validation_image_that_a_drive_made_is_passed_over(
     folder = images_folder(run, 1)
     shutil.copy(folder / "subject-0.png", folder / "subject-0 (1).png")
     assert len(load_images(run, 1).subject) == 4
-    (folder / "digests.json").unlink()  # as in runs of earlier versions
+    (folder / "digests.json").unlink()
     (folder / "subject-3.png").unlink()
     (folder / "subject-9.png").write_bytes((folder / "subject-0.png").read_bytes())
     with pytest.raises(RunError, match=r"subject-3\.png is missing or damaged"):

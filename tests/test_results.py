@@ -169,7 +169,7 @@ def evaluation(trained: Run, tmp_path: Path) -> Path:
     folder = tmp_path / "evaluation"
     name = trained.config.subject.name
     shutil.copytree(trained.folder, folder / "runs" / name)
-    (folder / "protocol.json").write_text('{"pictures": 2}')
+    (folder / "protocol.json").write_text('{"images_per_prompt": 2}')
     row = scores.Row("dreambooth", name, "live", "clip", "pres", None, None, 0.5)
     tables.write_csv([row], folder / "scores.csv")
     return folder
@@ -204,7 +204,7 @@ def test_a_result_has_the_step_that_early_stopping_kept(evaluation: Path) -> Non
 def test_runs_with_settings_of_their_own_are_no_result(evaluation: Path, trained: Run) -> None:
     other = another_run(evaluation, steps=3)
     shutil.copytree(trained.pipeline, other.pipeline)
-    (other.pipeline / runs.GOAL_FILE).unlink()  # as an earlier version would have finished it
+    (other.pipeline / runs.GOAL_FILE).write_text("")  # so that it counts as finished
     shutil.copy(trained.folder / MADE_WITH_FILE, other.folder)
     row = scores.Row("dreambooth", "tom", "live", "clip", "pres", None, None, 0.5)
     rows = tables.read_csv(evaluation / "scores.csv")

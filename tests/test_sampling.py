@@ -17,7 +17,7 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.dreambench import Protocol
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
-from dreambooth_lib.training import runs
+from dreambooth_lib.training import runs, sampling
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.sampling import Sample, compose, fill, load_source, sample
@@ -243,13 +243,30 @@ def test_weights_stay_trainable_after_sampling(tiny_sd1: str) -> None:
     assert all(p.grad is not None for p in family.denoiser.parameters())
 
 
+def test_a_gpu_that_accelerate_is_told_to_leave_alone_draws_nothing(
+    tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_no_gpu(device: torch.device) -> None:
+        raise ValueError(f"Expected a cuda device, but got: {device}")  # as torch's
+
+    PartialState()  # chooses the CPU, as with ACCELERATE_USE_CPU=true
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", of_no_gpu)
+    denoiser = load_source(tiny_sd1).denoiser
+    assert (denoiser.dtype, denoiser.device.type) == (torch.float32, "cpu")
+    monkeypatch.setattr(sampling, "drawing_gpu", lambda: torch.device("cuda"))
+    assert sampling.sampling_dtype() is torch.bfloat16
+
+
 def test_a_pipeline_that_would_fill_the_gpu_is_offloaded(
     tiny_sd1: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Test that offloading draws the same images; the CPU stands in for a GPU of some memory."""
     PartialState()  # chooses the CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(sampling, "drawing_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(sampling, "sampling_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     components = loading.load_model(tiny_sd1).pipeline.components.values()
     modules = [module for module in components if isinstance(module, torch.nn.Module)]
     size = sum(weight.nbytes for m in modules for weight in m.state_dict().values()) // 2

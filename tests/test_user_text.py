@@ -23,7 +23,7 @@ from dreambooth_lib.data.subjects import load_subject
 from dreambooth_lib.evaluation import demo, scores, tables
 from dreambooth_lib.figures import contact_sheet, image_grids, labels, plots
 
-SUBJECT = '\n[subject]\npictures = "photos"\nclass_noun = "dog"\n'
+SUBJECT = '\n[subject]\nphotos = "photos"\nclass_noun = "dog"\n'
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -49,9 +49,9 @@ def write(folder: Path, text: str | bytes) -> Path:
         (f"base = '{'x' * 300}'{SUBJECT}", "300 bytes, longer than file systems allow"),
         (f'scorer = "a\\u0000b"{SUBJECT}', r"scorer has the character U\+0000"),
         (f"class_folder = true{SUBJECT}", "class_folder is True.*must be text"),
-        ("[subject]\npictures = 4\nclass_noun = 'dog'", "subject.photos is 4.*must be text"),
-        ('[subject]\npictures = "a\\u0000"\nclass_noun = "dog"', r"subject.photos has .*U\+0000"),
-        ("[[subject]]\npictures = 'p'", "no .subject. table"),
+        ("[subject]\nphotos = 4\nclass_noun = 'dog'", "subject.photos is 4.*must be text"),
+        ('[subject]\nphotos = "a\\u0000"\nclass_noun = "dog"', r"subject.photos has .*U\+0000"),
+        ("[[subject]]\nphotos = 'p'", "no .subject. table"),
         ("[steps]\n" + SUBJECT, "steps is {}.*a whole number"),
         (f"prior_weight = nan{SUBJECT}", "prior_weight is nan.*finite"),
         (b"x = 1\n" * 2**18, "larger than any config"),
@@ -84,7 +84,7 @@ def test_a_tilde_is_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "base").mkdir(parents=True)
-    file = write(tmp_path, f"base = '~/base'{SUBJECT.replace('photos', '~/photos')}")
+    file = write(tmp_path, "base = '~/base'" + SUBJECT.replace('"photos"', '"~/photos"'))
     config = TrainConfig.from_toml(file)
     assert config.subject.photos == str(tmp_path / "home" / "photos")
     assert config.base == str(tmp_path / "home" / "base")

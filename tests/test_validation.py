@@ -195,7 +195,6 @@ def test_with_a_scorer_that_scores_otherwise_the_base_is_validated_again(
 
 
 def test_a_run_keeps_the_ceiling_that_it_began_with(started: Callable[..., Run]) -> None:
-    """As that of an earlier version, which paired near-duplicates."""
     run = started("run", checkpoint_every=2)
     for step in train(run):
         if step.step == 2:

@@ -1147,19 +1147,6 @@ def test_class_images_are_drawn_without_a_playgrounds_models_and_stored_ones_wit
     assert len(loaded) == 2, "one was missing"
 
 
-def test_class_images_of_an_earlier_version_are_shown_and_not_drawn_again(
-    started: Callable[..., Run],
-) -> None:
-    run = started(validate_every=0)
-    list(loop.train(run))
-    drawn, old = (run.folder.parent / name for name in ("class_images", "class_pictures"))
-    drawn.rename(old)
-    made = {path: path.stat().st_mtime_ns for path in old.rglob("0000*.png")}
-    assert widgets.show_class_images(run.config, run.folder.parent) is not None
-    assert not drawn.exists() and len(made) == 4
-    assert made == {path: path.stat().st_mtime_ns for path in made}
-
-
 def test_a_run_reuses_class_images_of_a_base_with_a_relative_path(
     started: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,6 @@ and class images, in a process that waits for its turn.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,9 +31,11 @@ import torch
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.made_with import peak_memory_mb
 from dreambooth_lib.evaluation.demo import BUNDLED_SUBJECTS, bundled_subjects
 from dreambooth_lib.evaluation.dreambench import Protocol, draw_all, load_benchmark
 from dreambooth_lib.evaluation.scores import score
+from dreambooth_lib.evaluation.tables import table
 from dreambooth_lib.families import loading
 from dreambooth_lib.metrics.encoders import Encoder, embed_files
 from dreambooth_lib.training import runs
@@ -43,7 +44,7 @@ from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation import TOYBOX_SCORER
 from dreambooth_lib.training.validation_record import time_share
 from tools import gpu_measure
-from tools.gpu_table import Line, cells
+from tools.gpu_table import Line
 from tools.phases import PHASES, Stopwatch, follow
 
 STEPS, WARMUP = 60, 5  # updates of the profile, and made before
@@ -202,9 +203,9 @@ def evaluation(folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     embed_files(encoder, files[:FEW], folder / "kept")
     embedded_in = time.perf_counter() - began
-    before = peak_mb()
+    before = peak_memory_mb()
     embed_files(encoder, files, folder / "kept")
-    grown = peak_mb() - before
+    grown = peak_memory_mb() - before
     list(score(one, methods, folder, {"scorer": encoder}, protocol))
     began = time.perf_counter()
     rows = list(score(one, methods, folder, {"scorer": encoder}, protocol))
@@ -215,10 +216,6 @@ def evaluation(folder: Path) -> dict[str, float]:
         "scored_per_second": drawn / (time.perf_counter() - began),
         f"mb_more_for_{MANY}_pictures_than_for_{FEW}": grown,
     }
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def import_seconds() -> float:
@@ -241,7 +238,7 @@ def demo(work: Path) -> dict[str, float]:
 
 def markdown(figures: dict[str, Any]) -> str:
     """Return the tables: ratios beside their targets, the phases of a step, and the rest."""
-    rows = [("work", "seconds", "target", "met"), ("---",) * 4]
+    rows = []
     for found in figures["training"]:
         size = f"{found['batch']} + {found['batch']}"
         none = "failed" if found["failed"] else "not asked"
@@ -269,15 +266,15 @@ def markdown(figures: dict[str, Any]) -> str:
         rows.append(("the demo", "not asked", f"at most {TARGETS['demo']:.0f}", "not asked"))
     rows.append(("import dreambooth_lib", f"{figures['import_seconds']:.3f}", "", ""))
     head = ("milliseconds of a step with EMA", *PHASES, "all")
-    phases = [head, ("---",) * len(head)]
+    phases = []
     for found in figures["training"]:
         parts = [1000 * found["profile"][phase] for phase in PHASES]
         size = f"{found['batch']} + {found['batch']}"
         phases.append((size, *(f"{part:.1f}" for part in (*parts, sum(parts)))))
     told = [f"- the reference failed: {f['failed']}" for f in figures["training"] if f["failed"]]
     paces = [f"- {name}: {value:.1f}" for name, value in figures["evaluation"].items()]
-    tables = "\n\n".join("\n".join(map(cells, table)) for table in (rows, phases))
-    return "\n".join([tables, "", *told, *paces]) + "\n"
+    tables = f"{table(('work', 'seconds', 'target', 'met'), rows)}\n{table(head, phases)}"
+    return "\n".join([tables, *told, *paces]) + "\n"
 
 
 def _met(value: float, target: float) -> str:

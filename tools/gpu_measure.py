@@ -6,7 +6,6 @@ the floor, which is the denoiser's own forward and backward pass of the same bat
 autocast and checkpointing.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -211,9 +210,11 @@ def peak() -> int:
     """Most bytes of GPU memory allocated so far; of a process without a GPU, resident ones."""
     import torch
 
+    from dreambooth_lib.core.made_with import peak_memory_mb
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(peak_memory_mb() * 2**20)
 
 
 def predict(line: Line, config: TrainConfig) -> Iterator[dict[str, float]]:

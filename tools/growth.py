@@ -15,7 +15,6 @@ own estimate. A step should take the same whatever is in the cache; the rest sho
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -28,8 +27,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
+from dreambooth_lib.core.made_with import peak_memory_mb
 from dreambooth_lib.core.subject import Subject
-from tools.gpu_table import cells
 
 STEPS = 15
 SIDE = 64  # pixels of the tiny model's images, but of those whose resolution grows
@@ -128,7 +127,8 @@ def validation(job: Job, size: int) -> Measured:
     with job.timed("drawing"):
         images = draw_images(family, config.subject, plan)
     with job.timed("scoring"):
-        score_images(Scorers(encoder, encoder), images.subject[:4], config.subject, images, images)
+        reference = encoder.embed_images(images.subject[:4])
+        score_images(Scorers(encoder, encoder), reference, config.subject, images, images)
     return Measured(job.seconds, 3 * size * SIDE**2, {})
 
 
@@ -196,7 +196,7 @@ def one(name: str, size: int) -> dict[str, Any]:
             for photo in (job.work / "instance").iterdir():
                 photo.unlink()
         found = TABLES[name][1](job, size)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = int(peak_memory_mb() * 2**20)
     return {"size": size, "peak": peak, **vars(found)}
 
 
@@ -212,10 +212,12 @@ def measure(name: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
 
 def markdown(name: str, rows: Sequence[dict[str, Any]]) -> str:
     """Return a table with a line for each size, and one for how much more the last one takes."""
+    from dreambooth_lib.evaluation.tables import table
+
     first, last = rows[0], rows[-1]
     timed, more = list(first["seconds"]), list(first["more"])
     head = [name, *(f"{what}, s" for what in timed), "peak MB", "computed MB", *more]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         lines.append([
             str(row["size"]), *(f"{row['seconds'][what]:.3f}" for what in timed),
@@ -229,7 +231,7 @@ def markdown(name: str, rows: Sequence[dict[str, Any]]) -> str:
         f"{(last['computed'] - first['computed']) / MB:+.2f}",
         *(f"x {last['more'][what] / first['more'][what]:.1f}" for what in more),
     ])  # fmt: skip
-    return "\n".join(map(cells, lines)) + "\n"
+    return table(head, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

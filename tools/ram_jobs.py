@@ -23,7 +23,7 @@ from dreambooth_lib.notebook import drive_backup
 from dreambooth_lib.training import runs, validation_record
 from dreambooth_lib.training.best_checkpoint import best_checkpoint
 from dreambooth_lib.training.setup import Trainer
-from dreambooth_lib.training.trainable import training_load_options
+from dreambooth_lib.training.trainable import load, training_load_options
 from dreambooth_lib.training.validation import PROMPTS
 from tools.ram import Kind, measured
 
@@ -169,9 +169,7 @@ def quantize(kind: Kind, work: Path, tiny: bool) -> None:
     pretrained.PromptCache = lambda *_: None
     config = config_of(kind, work, tiny).replace(base=str(work / "whole"), quantize="nf4")
     with measured("load"):
-        loading.load_model(
-            config.base, prompts={""}, **training_load_options(config, torch.float16)
-        )
+        load(config, prompts={""}, **training_load_options(config, torch.float16))
 
 
 def drive(kind: Kind, work: Path, tiny: bool) -> None:

@@ -11,7 +11,7 @@ An interrupted study resumes.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
+from dreambooth_lib.evaluation import tables
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.noise_schedule import DiscreteNoise
@@ -160,11 +161,6 @@ def amplitudes() -> Iterator[list[str]]:
         yield [name, f"{steps}", *(f"{amplitude(scheduler, steps, s):.3f}" for s in DEVIATIONS)]
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/samplers"))
@@ -172,14 +168,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     heads = ["sampler", "steps", *(f"{std:g}" for std in DEVIATIONS)]
-    exact = markdown(heads, amplitudes())
+    exact = tables.table(heads, amplitudes())
     replace_file(given.out / "amplitudes.md", exact.encode())
     print(exact, flush=True)
     study, names = Study(given.out, given.images), [[s.name, f"{s.steps}"] for s in samplers()]
     columns = [study.column(guidance, spacing) for guidance, spacing in BLOCKS]
     heads = ["sampler", "steps", *(f"guidance {g:g}, {spacing}" for g, spacing in BLOCKS)]
     rows = zip([["noise", ""], *names[1:]], zip(*columns, strict=True), strict=True)
-    table = markdown(heads, [[*name, *cells] for name, cells in rows])
+    table = tables.table(heads, [[*name, *cells] for name, cells in rows])
     replace_file(given.out / "samplers.md", table.encode())
     print(table)
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.evaluation.tables import table
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.notebook.timing import Pace, checkpoints
@@ -32,7 +33,6 @@ from dreambooth_lib.training.memory_estimate import estimate
 from dreambooth_lib.training.validation import draw_images, plan_for
 from tools import architectures, launches
 from tools.bench_gpu import save_photos
-from tools.gpu_table import cells
 
 TARGET = 25.0  # minutes
 PHOTOS = 5
@@ -158,12 +158,12 @@ def follow_rows(family: Family) -> Counter[str]:
     return rows
 
 
-def stages(changes: dict[str, Any], memory: str = "standard") -> list[Stage]:
+def stages(changes: dict[str, Any]) -> list[Stage]:
     """Return the stages of a run in their order; a T4 trains SD 1.5 at memory "standard"."""
     at = {name: rate.value for name, rate in rates().items()}
     config = with_base(lambda config, _: config, changes, tiny=False)
     drawn = rows_drawn(changes)
-    counted = launches.count({"memory": memory} | _of_step(changes))
+    counted = launches.count({"memory": "standard"} | _of_step(changes))
     optimizer = sum(
         counted.counts[p].bytes for p in ("optimizer step", "EMA") if p in counted.counts
     )
@@ -231,8 +231,7 @@ def _gb(size: float) -> str:
 
 def markdown(found: Sequence[Stage]) -> str:
     """Return the stages with their minutes, and the rates with their sources."""
-    rows = [("stage", "counted", "minutes"), ("---",) * 3]
-    rows += [
+    rows = [
         (
             one.name,
             one.count,
@@ -244,9 +243,9 @@ def markdown(found: Sequence[Stage]) -> str:
     rows.append(
         ("all", f"at most {TARGET:g}: {'met' if total <= TARGET else 'not met'}", f"{total:.1f}")
     )
-    of_rates = [("rate", "value", "source"), ("---",) * 3]
-    of_rates += [(name, f"{r.value:.3g} {r.unit}", r.source) for name, r in rates().items()]
-    return "\n\n".join("\n".join(map(cells, table)) for table in (rows, of_rates)) + "\n"
+    of_rates = [(name, f"{r.value:.3g} {r.unit}", r.source) for name, r in rates().items()]
+    of_stages = table(("stage", "counted", "minutes"), rows)
+    return f"{of_stages}\n{table(('rate', 'value', 'source'), of_rates)}"
 
 
 def minutes(found: Sequence[Stage]) -> float:

@@ -1,7 +1,7 @@
 """Write JSON objects with a checksum, and notice damage when they are read.
 
-A file holds one object, or one on each line (``.jsonl``). Objects of earlier versions have no
-checksum; they are taken as they are.
+A file holds one object, or one on each line (``.jsonl``). An object without a checksum is taken as
+it is.
 """
 
 import json

@@ -195,7 +195,7 @@ class TrainConfig:
         if self.validate_every is None and self.validation_share is None:
             object.__setattr__(self, "validation_share", VALIDATION_SHARE)
         if self.image_scorer is None and self.scorer is not None:
-            object.__setattr__(self, "image_scorer", self.scorer)  # so have earlier versions' runs
+            object.__setattr__(self, "image_scorer", self.scorer)
         for name, value in base_defaults(self.base, self.method).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_lib.core.config_types import MODELS, ConfigError, shown
 from dreambooth_lib.core.files import replace_file
-from dreambooth_lib.core.old_names import current_fields, old_names
 from dreambooth_lib.core.user_text import problem_with_path
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ def from_toml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     fields = _parse(path)
     subject = fields.get("subject")
-    for table, key in ((subject, "photos"), (subject, "pictures"), (fields, "class_folder")):
-        if isinstance(table, dict) and key in table:  # "pictures" in an earlier version's file
+    for table, key in ((subject, "photos"), (fields, "class_folder")):
+        if isinstance(table, dict) and key in table:
             table[key] = _beside(path, table[key])
     for name in MODELS:
         found = None if fields.get(name) == "toybox" else _beside(path, fields.get(name))
@@ -96,23 +95,11 @@ def _beside(file: Path, value: Any) -> Any:
 
 
 def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig":
-    """Make a config from its fields; warn about fields that still have an old name.
-
-    Raises :class:`ConfigError` for unknown fields and values of the wrong type.
-    """
-    if old := old_names(fields):
-        renamed = ", ".join(f"{name} is now called {now}" for name, now in old.items())
-        warnings.warn(f"In the config, {renamed}; the next version will not read the old names.",
-                      stacklevel=3)  # fmt: skip
-    fields = current_fields(fields)
+    """Make a config from its fields; raise :class:`ConfigError` for unknown and wrong ones."""
+    fields = dict(fields)
     subject = fields.pop("subject", None)
     if not isinstance(subject, dict):
         raise ConfigError("the config has no [subject] table; add one with photos and class_noun.")
-    if "others" in fields:
-        raise ConfigError(
-            "others is set, but a run no longer trains several subjects; train one run for each, "
-            "and combine their LoRAs."
-        )
     kind: Any = cls.__dataclass_fields__["subject"].type
     _check_names(kind, subject, "subject.")
     _check_names(cls, fields, "")

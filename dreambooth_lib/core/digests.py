@@ -65,8 +65,7 @@ def note_digest(file: Path, digest: str) -> None:
 def changed_file(folder: Path, unread: Collection[str] = ()) -> str | None:
     """Return a file that is not as it was when the digests were written; None if all are.
 
-    ``unread`` are files to leave out. Folders of earlier versions, without digests, have no changed
-    file.
+    ``unread`` are files to leave out. A folder without digests has no changed file.
     """
     if not (folder / DIGESTS).exists():
         return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dreambooth_lib.core.errors import KitError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
 #: How long processes wait for each other: one may validate or draw class images for hours. If one
@@ -56,6 +57,14 @@ def join_group() -> "PartialState":
             "ACCELERATE_USE_CPU=true to train on the CPU, or start one."
         )
     return state
+
+
+def drawing_gpu() -> "torch.device | None":
+    """Return the GPU to draw on; None without one, or where accelerate is told to use the CPU."""
+    import torch
+
+    device = join_group().device if torch.cuda.is_available() else None
+    return None if device is None or device.type == "cpu" else device
 
 
 def _started_alone() -> bool:

@@ -42,11 +42,10 @@ def read_tensors(path: Path, names: tuple[str, ...]) -> "dict[str, torch.Tensor]
 
 
 def _digest(file_name: str, tensors: "Mapping[str, torch.Tensor]") -> str:
-    import torch
+    from dreambooth_lib.core.tensor_files import as_bytes
 
     digest = hashlib.blake2b(file_name.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
-        # As bytes: NumPy has no bfloat16.
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()

@@ -18,6 +18,11 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes, of any dtype: NumPy has no bfloat16."""
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def write_tensors(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -45,8 +50,7 @@ def write_tensors(
         writer = DigestWriter(file)
         writer.write(len(text).to_bytes(8, "little") + text)
         for name, dtype in types.items():
-            tensor = tensors[name].detach().to("cpu", dtype).contiguous()
-            writer.write(tensor.flatten().view(torch.uint8).numpy().data)
+            writer.write(as_bytes(tensors[name].detach().to("cpu", dtype)))
     if path.stat().st_size != 8 + len(text) + end:
         raise OSError(f"{path} was cut short")
     return writer.digest

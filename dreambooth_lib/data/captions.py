@@ -81,7 +81,8 @@ def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
     files = {file.name: file for file in list_files(folder)}
     texts = {name: file for name, file in files.items() if file.suffix in _BESIDE}
     by_name = _by_folded_name(texts)
-    stems = Counter(folded(PurePosixPath(n).stem) for n, f in files.items() if _is_photo(f))
+    photos = [name for name, file in files.items() if file.suffix in PHOTO_SUFFIXES]
+    stems = Counter(folded(PurePosixPath(name).stem) for name in photos)
     for name, caption in captions.items():
         stem = PurePosixPath(name).stem
         shares = stems[folded(stem)] > 1  # as a.jpg beside a.png does
@@ -90,10 +91,6 @@ def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
         if old and (not shares or folded(old.name).startswith(f"{folded(name)}.")):
             place = old.name
         replace_file(folder / place, caption.encode())
-
-
-def _is_photo(file: SourceFile) -> bool:
-    return file.suffix in PHOTO_SUFFIXES
 
 
 def with_identifier(caption: str, noun: str, written: str = "") -> str:

@@ -92,12 +92,14 @@ def is_photo(file: SourceFile) -> bool:
 
 def decode(where: str, suffix: str, data: bytes) -> Image.Image:
     """Return a file's first image. Raises :class:`DataError` that says ``where`` it is."""
-    return _read(where, suffix, data, lambda image: _to_rgb(_to_srgb(image)))
+    return _read(where, suffix, data, lambda image: _to_rgb(_to_srgb(upright(image))))
 
 
 def decode_alpha(where: str, suffix: str, data: bytes) -> Image.Image | None:
     """Return the alpha channel of a file's first image, None if it has none; raise as above."""
-    return _read(where, suffix, data, _alpha)
+    return _read(
+        where, suffix, data, lambda i: _alpha(upright(i)) if i.has_transparency_data else None
+    )
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
@@ -108,7 +110,7 @@ def _read(where: str, suffix: str, data: bytes, convert: Callable[[Image.Image],
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on damaged metadata and large images
-            return convert(_decode(data))
+            return convert(_open(data))
     except (Image.DecompressionBombError, _TooLarge):
         problem = f"has more than {MAX_PIXELS:,} pixels; make it smaller"
     except UnidentifiedImageError:
@@ -126,12 +128,12 @@ class _TooLarge(Exception):
     pass
 
 
-def _decode(data: bytes) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     image = Image.open(_TimedBytes(data), formats=formats())
     if image.width * image.height > MAX_PIXELS:
         raise _TooLarge
     image.decodermaxblock = _BLOCK  # type: ignore[attr-defined]
-    return upright(image)
+    return image
 
 
 def upright(image: Image.Image) -> Image.Image:

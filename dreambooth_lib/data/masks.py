@@ -58,9 +58,7 @@ def read_mask(photo: "Photo") -> Image.Image | None:
         file = getattr(photo.pixels, "file", None)  # None of an image that is in memory only
         return None if file is None else alpha_of(file)
     file, size = photo.mask, photo.traits.size
-    mask = alpha_of(file)  # of a cut-out, or of what is white on transparent
-    if mask is None:
-        mask = decode(str(file), file.suffix, file.read(MAX_BYTES, "a mask")).convert("L")
+    mask = mask_in(file)
     most = max(level for level, count in enumerate(mask.histogram()) if count)
     if 0 < most < 128:
         raise DataError(
@@ -73,6 +71,17 @@ def read_mask(photo: "Photo") -> Image.Image | None:
             "make the mask again, in the photo's shape."
         )
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+
+
+def mask_in(file: SourceFile) -> Image.Image:
+    """Return what a mask's file shows, of mode L and upright. Raises :class:`DataError` for damage.
+
+    That is the alpha channel, of a cut-out or of what is white on transparent, or else the colours.
+    """
+    alpha = alpha_of(file)
+    if alpha is not None:
+        return alpha
+    return decode(str(file), file.suffix, file.read(MAX_BYTES, "a mask")).convert("L")
 
 
 def alpha_of(file: SourceFile) -> Image.Image | None:

@@ -7,7 +7,6 @@ import numpy as np
 
 from dreambooth_lib.data.crops import Size, cut_away
 from dreambooth_lib.data.images import Photo, listed
-from dreambooth_lib.data.traits import Traits
 
 _HASH_BITS = 12  # of 64; shifting a photo by 5% changes up to 14, another view 10 or more
 _HASH_LEVELS = 20  # of 255, mean over an 8x8 thumbnail; other views of a subject start at 23
@@ -154,13 +153,9 @@ def _is_near(
     return near
 
 
-def _is_extreme(traits: Traits) -> bool:
-    return max(traits.size) > 2 * min(traits.size)
-
-
 def _check_photo(photo: Photo, resolution: int, cut: float) -> list[Finding]:
     traits, short = photo.traits, min(photo.traits.size)
-    is_extreme = _is_extreme(traits) and cut > _CUT  # a bucket may be as long
+    is_extreme = max(traits.size) > 2 * short and cut > _CUT  # a bucket may be as long
     problems = {
         "tiny": (short < resolution, f"has a side of {short} pixels, fewer than {resolution}"),
         "blurred": (traits.sharpness < _BLUR_VARIANCE, "looks blurred"),

@@ -8,7 +8,6 @@ from typing import Any
 from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.config_file import to_dict
 from dreambooth_lib.core.made_with import MADE_WITH_FILE
-from dreambooth_lib.core.old_names import current_protocol
 from dreambooth_lib.evaluation import scores, tables
 from dreambooth_lib.evaluation.results import FORMAT, ResultError
 from dreambooth_lib.families.precision import without_paths
@@ -57,7 +56,7 @@ def _of_evaluation(folder: Path, title: str) -> dict[str, Any]:
     places = sorted(path.parent for path in (folder / "runs").glob("*/config.toml"))
     if not places:
         raise ResultError(f"{folder} has no runs; evaluate with 'evaluate' first.")
-    protocol = current_protocol(read_object(folder / "protocol.json") or {})
+    protocol = read_object(folder / "protocol.json") or {}
     images_per_prompt = protocol.get("images_per_prompt")
     if not isinstance(images_per_prompt, int):
         raise ResultError(f"{folder}/protocol.json is damaged; evaluate again.")

@@ -22,7 +22,6 @@ from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import replace_file
 from dreambooth_lib.core.made_with import peak_memory_mb
 from dreambooth_lib.core.notices import quiet
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import markdown
 from dreambooth_lib.data.images import read_photos
@@ -87,7 +86,7 @@ def personalise(
         drawing = class_images.draw_class_images(
             config,
             load_source(config, prompts=class_images.prior_prompts(config)),
-            locate(folder.parent, "class_images"),
+            folder.parent / "class_images",
         )
         for _ in bar(drawing, "class images", config.class_images, unit="image"):
             pass
@@ -107,6 +106,7 @@ def personalise(
     times.append(time.perf_counter())
     photos = [photo.image for photo in read_photos(subject)]
     encoder = Encoder(TOYBOX_SCORER)
+    scorers, reference = Scorers(encoder, encoder), encoder.embed_images(photos)
     row: dict[str, Any] = {
         "name": subject.name,
         "class_noun": subject.class_noun,
@@ -115,10 +115,10 @@ def personalise(
         "seeds": list(range(plan.seeds)),
         "steps": config.steps,
         "encoder": Path(encoder.model_id).name,
-        "reference_fidelity": clip_scores.reference_fidelity(encoder.embed_images(photos)),
+        "reference_fidelity": clip_scores.reference_fidelity(reference),
     }
     for name, drawn in scored.items():
-        row[name] = score_images(Scorers(encoder, encoder), photos, subject, drawn, scored["base"])
+        row[name] = score_images(scorers, reference, subject, drawn, scored["base"])
         del row[name]["by_image"]
     seconds = [after - before for before, after in pairwise(times)]
     row["seconds"] = dict(zip(("prior", "train", "sample"), seconds, strict=True))

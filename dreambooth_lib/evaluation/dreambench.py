@@ -11,7 +11,6 @@ OUT/METHOD/SUBJECT/source.json        their source; another base or other settin
 An interrupted evaluation resumes with the first missing batch.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,23 +18,16 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_lib.core.checked_json import read_object
+from dreambooth_lib.core.checked_json import read_object, write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError
-from dreambooth_lib.core.files import replace_file, save_png
-from dreambooth_lib.core.old_names import current_fields, current_protocol
+from dreambooth_lib.core.files import save_png
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.evaluation.benchmarks import Benchmark, download, load_benchmark
+from dreambooth_lib.evaluation.same_run import check_photos, check_same
 from dreambooth_lib.training import memory_level, runs
-from dreambooth_lib.training.config_changes import (
-    absolute_base,
-    describe,
-    first_difference,
-    flat_fields,
-    with_settings_of,
-)
+from dreambooth_lib.training.config_changes import absolute_base, first_difference, flat_fields
 from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.photo_record import why_other_photos
 from dreambooth_lib.training.runs import Run, RunError
 from dreambooth_lib.training.sampling import check_counts, load_source
 from dreambooth_lib.training.validation import CLASS_SEED
@@ -136,20 +128,8 @@ def start_or_resume(
     if not (place / "config.toml").exists():
         return runs.start(fresh, place)
     run = runs.resume(place)
-    fresh = with_settings_of(run.config, fresh)
-    if difference := first_difference(flat_fields(run.config), flat_fields(fresh)):
-        raise RunError(
-            f"{place} holds a run of {describe(run.config)} {difference}; choose another folder "
-            "for this one."
-        )
-    _check_photos(place, run.config)
+    check_same(run, fresh, f"{place} holds a run")
     return run
-
-
-def _check_photos(folder: Path, config: TrainConfig) -> None:
-    """Raise :class:`RunError` if the run in a folder has begun with other photos."""
-    if runs.has_begun(folder) and (why := why_other_photos(folder, config)):
-        raise RunError(why)
 
 
 def images_of(
@@ -181,10 +161,9 @@ def draw_all(
     drift_prompts = list(protocol.drift_prompts)  # as JSON gives it back
     now = asdict(protocol) | {"prompts": benchmark.prompts, "drift_prompts": drift_prompts}
     file = out / "protocol.json"
-    before: dict[str, Any] = {"drift_prompts": []}  # an earlier version's has none
-    if file.exists() and before | current_protocol(read_object(file) or {}) != now:
+    if file.exists() and read_object(file) != now:
         raise RunError(f"{out} holds images of another protocol; choose another folder.")
-    replace_file(file, json.dumps(now, indent=2).encode())
+    write_object(file, now)
     units = [
         (methods[name], subject, images_of(benchmark, name, subject, protocol))
         for subject in benchmark.subjects
@@ -232,15 +211,15 @@ def _record_source(out: Path, method: Method, subject: Subject, images: list[Dra
     source = method.config(subject) if isinstance(method, Tuned) else method(subject)
     now = _description(source)
     if file.exists():
-        difference = first_difference(current_fields(read_object(file) or {}), now)
+        difference = first_difference(read_object(file) or {}, now)
         problem = difference and str(difference)
     elif any((out / image.path).exists() for image in images):
         problem = "without a source.json that says what generated them"
     if problem:
         raise RunError(f"{file.parent} holds images {problem}; choose another folder for these.")
     if isinstance(method, Tuned):
-        _check_photos(Path(method.folder) / subject.name, method.config(subject))
-    replace_file(file, json.dumps(now, indent=2).encode())
+        check_photos(Path(method.folder) / subject.name, method.config(subject))
+    write_object(file, now)
 
 
 def _description(source: "TrainConfig | Run | Family | str") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Compare the subject alone: cut out of photos and generated images by masks.
 
 A photo's mask is the one that it is trained with (``data.masks``). That of a generated image
-``folder/NAME.png`` is ``folder/masks/NAME.png``, white on the subject, or else the file's own alpha
-channel, if that hides anything; it is made elsewhere, such as by rembg or Segment Anything.
+``folder/NAME.png`` is ``folder/masks/NAME.png``, which is read as a photo's, or else the file's own
+alpha channel, if that hides anything; it is made elsewhere, such as by rembg or Segment Anything.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from PIL import Image
 
 from dreambooth_lib.core.errors import InputError
 from dreambooth_lib.core.files import open_image
-from dreambooth_lib.data.decoding import upright
 from dreambooth_lib.data.images import read_photos
-from dreambooth_lib.data.masks import read_mask
+from dreambooth_lib.data.masks import alpha_of, mask_in, read_mask
+from dreambooth_lib.data.sources import MASK_FOLDER, SourceFile
 from dreambooth_lib.metrics.encoders import Encoder
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def embed_masked(
     """Embed the subject alone, of photos [M, D] and of images [prompts, seeds, D].
 
     An image whose mask is empty has zeros. None unless both photos and images have masks. Raises
-    ``InputError`` if only some of either have masks, for a damaged mask or
-    one of another size, and for a photo whose mask is empty.
+    ``InputError`` if only some of either have masks, for one of another size and for a photo whose
+    mask is empty; ``DataError`` for a damaged one.
     """
     import torch
 
@@ -82,21 +82,18 @@ def cut_out(image: Image.Image, mask: Image.Image, path: Path) -> Image.Image | 
 
 
 def find_mask(path: Path) -> Image.Image | None:
-    """Return the mask of an image file, of mode L, turned upright; None if it has none."""
-    beside = path.parent / "masks" / f"{path.stem}.png"
-    file = beside if beside.is_file() else path
-    try:
-        with Image.open(file) as opened:
-            if file == beside:
-                return upright(opened).convert("L")
-            if not opened.has_transparency_data:
-                return None
-            alpha = upright(opened).convert("RGBA").getchannel("A")
-            return None if alpha.getextrema()[0] == 255 else alpha
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"the mask {file} is damaged; make it again, or remove it.") from error
+    """Return the mask of an image file, of mode L, turned upright; None if it has none.
+
+    Raises ``DataError`` for a damaged one.
+    """
+    beside = path.parent / MASK_FOLDER / f"{path.stem}.png"
+    if beside.is_file():
+        return mask_in(_source(beside))
+    return alpha_of(_source(path))
+
+
+def _source(path: Path) -> SourceFile:
+    return SourceFile(path.name, path.parent, path.stat().st_size)
 
 
 def _of_all(masks: Mapping[Path, Image.Image | None]) -> list[Image.Image] | None:

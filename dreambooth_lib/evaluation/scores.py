@@ -176,14 +176,9 @@ def _among_photos(rows: "torch.Tensor", subject: Subject) -> float | None:
 
 
 def scored_images(
-    rows: Iterable[Row],
-    method: str,
-    encoder: str,
-    benchmark: Benchmark,
-    out: str | Path,
-    measure: str = "subject_fidelity",
+    rows: Iterable[Row], method: str, encoder: str, benchmark: Benchmark, out: str | Path
 ) -> list[tuple[float, str, Path]]:
-    """Return (score, label, file) of every image of one method, for :func:`extremes`."""
+    """Return (subject fidelity, label, file) of every image of one method, for :func:`extremes`."""
     found = {
         (subject.name, prompt): (number, fill(prompt, subject))
         for subject in benchmark.subjects
@@ -191,7 +186,7 @@ def scored_images(
     }
     scored = []
     for row in rows:
-        if (row.method, row.encoder, row.measure) == (method, encoder, measure):
+        if (row.method, row.encoder, row.measure) == (method, encoder, "subject_fidelity"):
             number, prompt = found[row.subject, row.prompt or ""]
             path = Path(out) / DrawnImage(method, row.subject, number, row.seed or 0).path
             scored.append((row.value, f"{row.subject}: {prompt}", path))

@@ -19,24 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_lib.core import gpu_memory
+from dreambooth_lib.core.checked_json import write_object
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError, one_line
 from dreambooth_lib.core.files import replace_file
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.core.user_text import folder_name, problem_with_name
 from dreambooth_lib.evaluation import sweep_table
+from dreambooth_lib.evaluation.same_run import check_same
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.training import class_images, early_stopping, memory_level, runs, sampling
-from dreambooth_lib.training.config_changes import (
-    describe,
-    first_difference,
-    flat_fields,
-    with_settings_of,
-)
+from dreambooth_lib.training.config_changes import first_difference
 from dreambooth_lib.training.loop import train
-from dreambooth_lib.training.photo_record import why_other_photos
 from dreambooth_lib.training.runs import Run, RunError
+from dreambooth_lib.training.trainable import BASE_FIELDS
 from dreambooth_lib.training.validation import ValidationPlan
 from dreambooth_lib.training.validation_record import history, plan_file, read_plan
 
@@ -149,7 +145,7 @@ def run_cell(
             run = runs.start(config, folder)
         place = plan_file(folder)
         if not place.exists():
-            replace_file(place, json.dumps(asdict(_plan_of(plan, config, folder))).encode())
+            write_object(place, asdict(_plan_of(plan, config, folder)))
         peaked = run.config.early_stop and early_stopping.should_stop_early(history(run))
         # A finished run may still have to train on: its pipeline may be of fewer steps.
         if not run.finished or not (peaked or _reached(run) >= run.config.steps):
@@ -171,8 +167,6 @@ def _plan_of(plan: ValidationPlan, config: TrainConfig, folder: Path) -> Validat
     if place.exists():
         started = read_plan(place)
         scale, steps = started.guidance_scale, started.inference_steps
-        if plan.fast and not started.fast:  # an earlier version's
-            plan = replace(plan, fast=False, inference_steps=None)
     else:
         own = sampling.inference_settings(config)
         scale, steps = own.guidance_scale, own.fewest_steps
@@ -188,18 +182,8 @@ def _check_same(
     run, place = runs.resume(folder), plan_file(folder)
     # A schedule spans the run: in a longer one, the earlier steps would have been different.
     free = _LENGTH if config.lr_schedule == "constant" else _LENGTH[1:]
-    difference = first_difference(
-        flat_fields(run.config), flat_fields(with_settings_of(run.config, config)), free
-    )
-    if difference is None and place.exists():
-        difference = first_difference(asdict(read_plan(place)), asdict(plan))
-    if difference is not None:
-        raise RunError(
-            f"{folder.parent} holds a sweep of {describe(run.config)} {difference}; choose another "
-            "folder for this one."
-        )
-    if runs.has_begun(folder) and (why := why_other_photos(folder, run.config)):
-        raise RunError(why)
+    of_plan = first_difference(asdict(read_plan(place)), asdict(plan)) if place.exists() else None
+    check_same(run, config, f"{folder.parent} holds a sweep", free, of_plan)
     validated, reached = {row.step for row in history(run)}, _reached(run)
     missed = [str(step) for step in steps if step <= reached and step not in validated]
     if missed:
@@ -215,11 +199,6 @@ def _reached(run: Run) -> int:
     return rows[-1]["step"] if rows else max(run.checkpoints(), default=0)
 
 
-#: What a base is loaded by, for its class images.
-_OF_BASE = ("base", "revision", "variant", "prediction_type", "clip_skip", "prompt_chunks",
-            "resolution", "quantize")  # fmt: skip
-
-
 def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
     """Draw all cells' class images before they run, so that no two workers draw the same ones.
 
@@ -227,15 +206,16 @@ def _draw_class_images(configs: Iterable[TrainConfig], folder: Path) -> None:
     """
     from tqdm.auto import tqdm
 
+    of_base = ("base", "revision", "variant", *BASE_FIELDS)
     by_base: dict[tuple[Any, ...], list[TrainConfig]] = {}
     for config in configs:
         if config.draws_class_images:
-            by_base.setdefault(tuple(getattr(config, n) for n in _OF_BASE), []).append(config)
+            by_base.setdefault(tuple(getattr(config, n) for n in of_base), []).append(config)
     for alike in by_base.values():
         prompts = {prompt for config in alike for prompt in class_images.prior_prompts(config)}
         family = sampling.load_source(alike[0], prompts=prompts)
         for config in alike:
-            images = class_images.draw_class_images(config, family, locate(folder, "class_images"))
+            images = class_images.draw_class_images(config, family, folder / "class_images")
             for _ in tqdm(images, "class images", config.class_images, unit="image"):
                 pass
         del family, images  # the cells need the memory

@@ -10,7 +10,6 @@ from typing import Any
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import InputError, one_line
-from dreambooth_lib.core.old_names import current_fields
 from dreambooth_lib.data.images import DataError
 from dreambooth_lib.figures.labels import NAMES, RATIOS
 from dreambooth_lib.training import best_checkpoint, runs
@@ -145,7 +144,7 @@ def _by_setting(
     if not by_subject and any({"subject.name", "subject.photos"} & row.keys() for row in rows):
         fixed |= {name for row in rows for name in row if name.startswith("subject.")}
     groups: dict[Setting, list[Mapping[str, Any]]] = {}
-    for row in map(current_fields, rows):
+    for row in rows:
         key = tuple((name, value) for name, value in row.items() if name not in fixed)
         groups.setdefault(key, []).append(row)
     return groups
@@ -178,11 +177,8 @@ def recommend(
         f"{text} has the highest score of {len(groups)} settings ({score:.3f}, "
         f"{f'mean of {count} runs' if count > 1 else 'one run'})"
     )
-    if all(name in groups[best][0] for name in RATIOS):  # not in a table of an earlier version
-        means = best_checkpoint.Ratios(**{name: mean(best, name) for name in RATIOS})
-        ceiling = mean(best, "reference_fidelity")
-        reason += f": {best_checkpoint.describe_ratios(means, ceiling)}"
-    reason += "."
+    means = best_checkpoint.Ratios(**{name: mean(best, name) for name in RATIOS})
+    reason += f": {best_checkpoint.describe_ratios(means, mean(best, 'reference_fidelity'))}."
     deviation = spread(rows) or moved_by_seed
     if deviation:
         errors = {key: deviation * math.sqrt(1 / count + 1 / len(own))

@@ -65,7 +65,8 @@ def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) 
     if size := size_of_images(run):
         settings["width"], settings["height"] = size
     with replacing_folder(folder) as partial:
-        gallery.write_gallery(study, partial / "index.html", photos, _first_prompt(run))
+        first_prompt = f"a {run.config.subject.token} on the beach"
+        gallery.write_gallery(study, partial / "index.html", photos, first_prompt)
         step = chosen if chosen in kept else max(kept, default=chosen)
         pipeline_folder.write_pipeline(run, step, partial / "model")
         (partial / "settings.json").write_text(json.dumps(settings))
@@ -76,7 +77,3 @@ def write_space(study: Sequence[Run], folder: str | Path, photos: bool = False) 
         (partial / "requirements.txt").write_text(pins)
         shutil.copy(space_app.__file__, partial / "app.py")
     return folder
-
-
-def _first_prompt(run: Run) -> str:
-    return f"a {run.config.subject.token} on the beach"

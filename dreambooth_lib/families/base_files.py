@@ -80,7 +80,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_trained_on(file: Path) -> dict[str, Any]:
     """Read a LoRA folder's ``base.json``: exactly its keys, each a string, a number or None.
 
-    Keys that earlier versions did not write are None. Raises :class:`BaseError` for anything else.
+    Keys that are not there are None. Raises :class:`BaseError` for anything else.
     """
     found = read_json(file)
     if unknown := sorted(found.keys() - {*_TRAINED_ON}):

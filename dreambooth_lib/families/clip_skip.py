@@ -31,7 +31,7 @@ def skip_layers(encoder: Any, clip_skip: int, base: str) -> None:
     Its final norm then follows the layer before them, as in A1111 and in diffusers' pipelines.
     Raises :class:`BaseError` where it has no such layer.
     """
-    layers = getattr(encoder, "text_model", encoder).encoder.layers  # transformers 5 has none
+    layers = getattr(encoder, "text_model", encoder).encoder.layers  # with a projection
     lacks = _count(getattr(encoder.config, _TAKEN_OUT, 0))
     surplus = clip_skip - 1 - lacks
     if not 0 <= surplus < len(layers):

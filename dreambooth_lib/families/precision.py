@@ -119,10 +119,9 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     for file in (Path(folder) / "model_index.json", *Path(folder).glob("*/*config.json")):
         config = portable = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(getattr(pipeline, file.parent.name, None), PreTrainedModel):
-            # transformers 4 calls it torch_dtype.
-            dtypes = {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-            portable = portable | dtypes
+        is_encoder = isinstance(getattr(pipeline, file.parent.name, None), PreTrainedModel)
+        if is_encoder and "dtype" in config:
+            portable = portable | {"dtype": "float32"}
         portable = portable | without_paths({key: config[key] for key in NAMES if key in config})
         if portable != config:
             file.write_text(json.dumps(portable, indent=2, sort_keys=True) + "\n", encoding="utf-8")

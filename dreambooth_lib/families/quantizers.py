@@ -5,12 +5,7 @@ from functools import cache
 
 #: Checks that peft makes for each layer that gets a LoRA, even a plain one. They raise where the
 #: package is too old, or so new that peft imports a name that is gone.
-_CHECKS = (
-    "is_torchao_available",
-    "is_gptqmodel_available",
-    "is_auto_gptq_available",
-    "is_auto_awq_available",
-)
+_CHECKS = ("is_torchao_available", "is_gptqmodel_available")
 
 
 @cache

@@ -60,7 +60,7 @@ class StableDiffusionXL(StableDiffusion):
         encoder = self.pipeline.text_encoder
         if encoder is None:
             return ()
-        text = getattr(encoder, "text_model", encoder)  # transformers 5 has no text_model
+        text = getattr(encoder, "text_model", encoder)  # one with a projection has it
         return chain(text.encoder.layers[-1].parameters(), text.final_layer_norm.parameters())
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:

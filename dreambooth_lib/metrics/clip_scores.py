@@ -16,11 +16,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from dreambooth_lib.core.errors import InputError
-from dreambooth_lib.metrics.encoders import Encoder
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 
 def subject_fidelity(generated: "torch.Tensor", reference: "torch.Tensor") -> float:
@@ -44,11 +42,6 @@ def reference_fidelity(
     if not cosines:
         raise InputError("all reference photos are near-duplicates; give two that differ.")
     return fmean(cosines)
-
-
-def prompt_adherence(images: "torch.Tensor", texts: "torch.Tensor") -> float:
-    """Return CLIP-T (section 4.2), in [-1, 1]: the mean cosine of each image and its prompt."""
-    return float(row_cosines(images, texts).mean())
 
 
 def diversity(images: "torch.Tensor") -> float:
@@ -78,39 +71,6 @@ def strip_identifier(prompt: str, identifier: str) -> str:
     """Return ``prompt`` without the whole word ``identifier`` (by case) and repeated spaces."""
     word = rf"(?<![\w-]){re.escape(identifier)}(?![\w-])"
     return " ".join((re.sub(word, " ", prompt) if identifier else prompt).split())
-
-
-def evaluate(
-    encoder: Encoder,
-    reference: "Sequence[Image.Image] | torch.Tensor",
-    generated: "Sequence[Image.Image] | torch.Tensor",
-    prompts: list[str],
-    class_images: "Sequence[Image.Image] | torch.Tensor",
-    identifier: str,
-    base_class_images: "Sequence[Image.Image] | torch.Tensor | None" = None,
-) -> dict[str, float]:
-    """Return all scores of one tuned model by one encoder; a DINO gives no ``prompt_adherence``.
-
-    ``reference`` are the photos. ``generated[i]`` was drawn from ``prompts[i]``; the identifier is
-    stripped before the text is embedded. ``class_images`` are the tuned model's images of one class
-    prompt, and ``base_class_images`` the base's with the same seeds; without these there is no
-    ``prior_drift``. In place of images there may be embeddings [N, D]. Raises
-    ``InputError`` for no images, different counts, or only one class image.
-    """
-    if len(prompts) != len(generated):
-        raise InputError(
-            f"there are {len(prompts)} prompts for {len(generated)} generated images; give one "
-            "prompt for each image, and repeat a prompt that has several."
-        )
-    images, classes = encoder.as_embeddings(generated), encoder.as_embeddings(class_images)
-    scores = {"subject_fidelity": subject_fidelity(images, encoder.as_embeddings(reference))}
-    if encoder.reads_texts:
-        texts = encoder.embed_texts([strip_identifier(prompt, identifier) for prompt in prompts])
-        scores["prompt_adherence"] = prompt_adherence(images, texts)
-    scores["class_diversity"] = diversity(classes)
-    if base_class_images is not None:
-        scores["prior_drift"] = prior_drift(encoder.as_embeddings(base_class_images), classes)
-    return scores
 
 
 def _mean_pair_cosine(name: str, embeddings: "torch.Tensor") -> float:

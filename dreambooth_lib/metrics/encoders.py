@@ -191,12 +191,6 @@ class Encoder:
         """Embed images of any size as float32 ``[N, D]``; raise ``ValueError`` for none."""
         return self._embed(images, self._image_features, "images")
 
-    def as_embeddings(self, images: "Sequence[Image.Image] | torch.Tensor") -> "torch.Tensor":
-        """Embed images, or return embeddings ``[N, D]`` as they are."""
-        import torch
-
-        return images if isinstance(images, torch.Tensor) else self.embed_images(images)
-
     def embed_texts(self, prompts: list[str]) -> "torch.Tensor":
         """Embed prompts, each once, as float32 ``[N, D]``.
 

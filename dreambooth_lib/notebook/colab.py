@@ -118,7 +118,7 @@ def end_session() -> None:
         runtime.unassign()
 
 
-def mount_drive(folder: str = "dreambooth") -> Path | None:
+def mount_drive() -> Path | None:
     """Mount the user's Drive and return a folder on it, made if missing; None outside Colab.
 
     If Drive cannot be mounted, warn and return None: a notebook then works without a backup.
@@ -129,7 +129,7 @@ def mount_drive(folder: str = "dreambooth") -> Path | None:
 
     try:
         drive.mount(str(MOUNT))
-        place = MOUNT / "MyDrive" / folder
+        place = MOUNT / "MyDrive" / "dreambooth"
         # But not MyDrive: if that is missing, nothing is mounted.
         background.call(
             lambda: place.mkdir(exist_ok=True), place=place, limit=background.ANSWER_LIMIT

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from dreambooth_lib.core.errors import KitError, printable
 from dreambooth_lib.core.files import Fingerprint, retry, visible_files
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.user_text import short_path
 from dreambooth_lib.notebook.drive_copy import (
     copy_part,
@@ -254,7 +253,7 @@ def _class_images(run: Run, problems: list[str]) -> dict[str, Path]:
     """Return the sets of class images of the run's base and class."""
     config = run.config
     parts: dict[str, Path] = {}
-    sets = locate(run.folder.parent, "class_images")
+    sets = run.folder.parent / "class_images"
     for manifest in sorted(sets.glob("*/manifest.json")):
         try:
             made = json.loads(manifest.read_text())

@@ -216,7 +216,6 @@ def localize(file: Path, run: Path) -> None:
 def _make_portable(fields: dict[str, Any], run: Path) -> None:
     """Take local paths out of the fields of a run's config, manifest or note."""
     if isinstance(fields.get("subject"), dict):
-        fields["subject"].pop("pictures", None)  # as an earlier version calls it
         fields["subject"]["photos"] = PHOTOS
         fields["subject"].pop("left_out", None)  # these are not copied, and copies have new names
     if "class_folder" in fields:

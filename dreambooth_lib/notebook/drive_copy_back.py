@@ -12,7 +12,6 @@ from dreambooth_lib.core import background
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import recover_folder, retry, visible_files
-from dreambooth_lib.core.old_names import PLACES
 from dreambooth_lib.notebook.drive_copy import NAMING_PATHS, localize
 from dreambooth_lib.notebook.drive_state import IDENTITY, State, read_state
 from dreambooth_lib.training import runs
@@ -71,7 +70,7 @@ def copy_back(folder: Path, files: Sequence[Path], partial: Path, local: Path) -
     shared: dict[Path, Path] = {}  # class images, by all runs in the same folder
     for name in files:
         place = partial / name
-        if name.parts[0] in ("class_images", PLACES["class_images"]):
+        if name.parts[0] == "class_images":
             if (local.parent / name).exists():
                 continue
             shared[place] = local.parent / name

@@ -15,8 +15,6 @@ from dreambooth_lib.core.files import Fingerprint, replace_file
 from dreambooth_lib.training.runs import Run
 
 STATE, IDENTITY = ".backup.json", ".backup"
-#: What earlier versions called these two.
-OLD_STATE, OLD_IDENTITY = ".mirror.json", ".mirror"
 #: Of this process: a run that is trained in two at a time has one identity in both.
 SESSION = uuid.uuid4().hex
 
@@ -37,7 +35,7 @@ class State:
 
 def read_state(folder: Path) -> State | None:
     """Return a backup's state; None if there is none. What is damaged in it is left out."""
-    fields = _parse(_read(folder, STATE, OLD_STATE))
+    fields = _parse(_read(folder / STATE))
     if fields is None:
         return None
     parts = fields.get("parts")
@@ -52,10 +50,9 @@ def read_state(folder: Path) -> State | None:
 
 def write_state(folder: Path, state: State) -> None:
     """Write a backup's state, and whose it is, which is known even if the state is damaged."""
-    if state.identity is not None and _read(folder, IDENTITY) != state.identity:
+    if state.identity is not None and _read(folder / IDENTITY) != state.identity:
         replace_file(folder / IDENTITY, state.identity.encode())
     replace_file(folder / STATE, json.dumps(asdict(state)).encode())
-    (folder / OLD_STATE).unlink(missing_ok=True)
 
 
 def open_state(folder: Path, identity: str) -> State | None:
@@ -76,24 +73,19 @@ def open_state(folder: Path, identity: str) -> State | None:
 def read_identity(folder: Path) -> str | None:
     """Return the identity in a run's or a backup's folder; None if there is none."""
     state = read_state(folder)
-    return (state and state.identity) or _whole_identity(_read(folder, IDENTITY, OLD_IDENTITY))
+    return (state and state.identity) or _whole_identity(_read(folder / IDENTITY))
 
 
 def own_identity(run: Run) -> str:
-    """Return the run's identity; a new one, or one under the old name, is written to its folder."""
+    """Return the run's identity; a new one is written to its folder."""
     identity = read_identity(run.folder) or uuid.uuid4().hex
-    if _read(run.folder, IDENTITY) != identity:
+    if _read(run.folder / IDENTITY) != identity:
         replace_file(run.folder / IDENTITY, identity.encode())
-        (run.folder / OLD_IDENTITY).unlink(missing_ok=True)
     return identity
 
 
-def _read(folder: Path, *names: str) -> str | None:
-    """Return the text of the first of these files that is there."""
-    for name in names:
-        if (file := folder / name).is_file():
-            return file.read_text(errors="replace")
-    return None
+def _read(file: Path) -> str | None:
+    return file.read_text(errors="replace") if file.is_file() else None
 
 
 def _parse(text: str | None) -> dict[str, Any] | None:

@@ -128,8 +128,7 @@ def drop_optimizer(folder: Path) -> None:
 def check_digests(folder: Path, unread: Collection[str] = ()) -> None:
     """Raise :class:`CheckpointError` where a checkpoint's file is not as it was written.
 
-    Files that are not going to be read need no check. Checkpoints of earlier versions, without
-    digests, pass.
+    Files that are not going to be read need no check. Without digests, all pass.
     """
     if changed := changed_file(folder, unread):
         raise CheckpointError(
@@ -159,8 +158,7 @@ def round_weights(source: Path, target: Path) -> str:
         tensors, dtypes = _Stored.fromkeys(file.keys(), file), {}
         for name in tensors:
             tensor = tensors[name]
-            is_optimizer = name.startswith("/optimizer/")  # earlier versions kept it in this file
-            is_matrix = tensor.dtype is torch.float32 and tensor.ndim > 1 and not is_optimizer
+            is_matrix = tensor.dtype is torch.float32 and tensor.ndim > 1
             if is_matrix and bool(tensor.half().isfinite().all()):
                 dtypes[name] = torch.float16
         return write_tensors(target, tensors, dtypes)

@@ -98,16 +98,11 @@ def stored_class_images(config: TrainConfig, folder: Path) -> list[Path]:
 
     Reads no weights. Raises as ``load_model`` does.
     """
+    from dreambooth_lib.training.trainable import load_meta
+
     if not folder.is_dir():
         return []
-    family = loading.load_meta(
-        config.base,
-        config.revision,
-        config.prediction_type,
-        resolution=config.resolution,
-        prompt_chunks=config.prompt_chunks,
-        clip_skip=config.clip_skip,
-    )
+    family = load_meta(config)
     fit_to_photos(family, config)
     own_set = _image_set(config, family, folder)
     digests, paths = _read_digests(own_set.folder), _paths(config, own_set.folder)
@@ -165,7 +160,7 @@ def _paths(config: TrainConfig, folder: Path) -> list[Path]:
 
 
 def _is_drawn(path: Path, digest: str | None) -> bool:
-    """Return whether an image is there; one of an earlier version has no digest."""
+    """Return whether an image is there; a killed process may have noted no digest."""
     try:
         if not path.is_file() or digest not in (None, file_digest(path)):
             return False
@@ -187,21 +182,15 @@ def inference_steps(config: TrainConfig, family: "Family", folder: Path) -> int:
 def _image_set(config: TrainConfig, family: "Family", folder: Path) -> ImageSet:
     """Return this config's and base's set in ``folder``, whether it has images yet or not.
 
-    Unless the config says in how many steps, the fast sampler draws where the base can use it; but
-    a set that the base's own sampler drew, as earlier versions did, is used where it is the only
-    one.
+    Unless the config says in how many steps, the fast sampler draws where the base can use it.
     """
     own, scale = family.inference, config.prior_guidance_scale
     scale = own.guidance_scale if scale is None else scale
-    settings = [(config.prior_inference_steps or own.fewest_steps, False)]
-    if config.prior_inference_steps is None and own.fast_steps is not None:
-        settings.insert(0, (own.fast_steps, True))
-    sets = []
-    for steps, fast in settings:
-        text = _manifest(config, family, steps, scale, fast)
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        sets.append(ImageSet(folder / name, text, steps, scale, fast))
-    return next((one for one in sets if one.folder.is_dir()), sets[0])
+    fast = config.prior_inference_steps is None and own.fast_steps is not None
+    steps = config.prior_inference_steps or own.fast_steps or own.fewest_steps
+    text = _manifest(config, family, steps, scale, fast)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return ImageSet(folder / name, text, steps, scale, fast)
 
 
 def _manifest(

@@ -42,22 +42,16 @@ def flat_fields(config: TrainConfig) -> dict[str, Any]:
     left_out = values["subject"]["left_out"]
     values["subject"]["left_out"] = left_out and [*left_out]
     subject = {f"subject.{name}": value for name, value in values.pop("subject").items()}
-    return subject | values | {"others": []}  # which studies of earlier versions wrote
+    return subject | values
 
 
 def with_settings_of(run: TrainConfig, config: TrainConfig) -> TrainConfig:
-    """Return a config with a run's own settings where it leaves them to the defaults.
-
-    Runs of earlier versions have numbers there, validate at every interval, and have class images
-    for a LoRA's prior.
-    """
+    """Return a config with a run's own settings where it leaves them to the defaults."""
     settings = (*SAMPLING_FIELDS, "checkpoint_every")
     names = [name for name in settings if getattr(config, name) is None]
     same_interval = config.validate_every == run.validate_every
     if same_interval and config.validation_share == VALIDATION_SHARE:
         names.append("validation_share")
-    if config.has_lora_prior and (run.prior, run.prior_prompts) == ("generated", None):
-        names += ["prior", "prior_prompts"]
     return config.replace(**{name: getattr(run, name) for name in names})
 
 

@@ -14,7 +14,7 @@ import torch
 from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.errors import KitError
-from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.core.processes import drawing_gpu
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.part_sizes import sizes_of_parts
 from dreambooth_lib.training.runs import Run
@@ -39,7 +39,8 @@ def options_that_fit(
     None where all of it fits, where it is of a small base, and without a GPU. Raises
     :class:`NotEnoughMemory` if, in float16, it does not fit even so, or not without ``prompts``.
     """
-    if not torch.cuda.is_available():
+    device = drawing_gpu()
+    if device is None:
         return {}
     if isinstance(source, str):
         lora = next(iter(loading.resolve(source).loras[-1:]), None)
@@ -56,7 +57,6 @@ def options_that_fit(
     family = loading.resolve(base, revision).family
     if not family.large_encoder_names or not family.supports_dtype(dtype):
         return {}
-    device = join_group().device
     whole, in_parts = _ram(base, revision, quantize, dtype, gpu_memory.gpu_bytes(device)[0])
     free = psutil.virtual_memory().available - SPARE
     if whole <= free:

@@ -47,10 +47,7 @@ def size_to_save(family: Family) -> dict[str, Any]:
 
 
 def saved_size(run: Run, step: int | None = None) -> Size | None:
-    """Return the size that a run's checkpoint, or its pipeline, was saved with; None for squares.
-
-    None, too, for a run of an earlier version, which did not save it.
-    """
+    """Return the size that a run's checkpoint, or pipeline, was saved with; None for squares."""
     from dreambooth_lib.training.checkpoints import load_state
 
     checkpoints = run.checkpoints()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.tensor_cache import read_tensors, write_tensors
+from dreambooth_lib.core.tensor_files import as_bytes
 from dreambooth_lib.data.crops import FOLLOWING, Box, Size, center_for, crop_box
 from dreambooth_lib.data.images import DataError, Photo
 from dreambooth_lib.data.masks import read_mask
@@ -180,8 +181,7 @@ class LatentCache:
         if changed := {name: own for name, own in scale.items() if own != defaults.get(name)}:
             digest.update(f"{changed}".encode())
         for weights in vae.state_dict().values():
-            # As bytes: NumPy has no bfloat16.
-            digest.update(weights.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(as_bytes(weights))
         return digest.hexdigest()[:16]
 
     def _reduce(self) -> list[Image.Image]:

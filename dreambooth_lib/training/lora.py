@@ -141,10 +141,8 @@ def save_lora(family: Family, config: TrainConfig, folder: Path) -> None:
         peft_adapters.save(module, folder / name)
     if config.train_token:
         textual_inversion.save_token(family, folder)
-    base = {name: getattr(config, name) for name in ("base", "revision", "variant", "quantize")}
-    for name in ("prediction_type", "clip_skip"):  # which earlier versions do not know
-        if getattr(config, name) is not None:
-            base[name] = getattr(config, name)
+    loaded_by = ("base", "revision", "variant", "quantize", "prediction_type", "clip_skip")
+    base = {name: getattr(config, name) for name in loaded_by}
     base["word"] = config.subject.identifier if config.train_token else None
     (folder / LORA_BASE_FILE).write_text(json.dumps(base, indent=2))
 

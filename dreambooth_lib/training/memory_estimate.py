@@ -29,11 +29,13 @@ from dreambooth_lib.training.allocation_counter import (
     count_numbers,
     make_fake,
 )
+from dreambooth_lib.training.memory_level import dtype_of
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.part_sizes import linears, sizes_of_parts
 from dreambooth_lib.training.trainable import (
     Trainable,
+    load_meta,
     make_trainable,
     offloads_text_encoders,
     precision_of_weights,
@@ -47,7 +49,6 @@ _MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}
 #: Bytes of scorers on the Hub, assumed to be the default ones: CLIP ViT-B/32 and DINOv2 small in
 #: float32.
 _SCORER, _IMAGE_SCORER = 4 * 151_277_313, 4 * 22_056_576
-_HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def _without_details(config: TrainConfig) -> TrainConfig:
 
 @lru_cache
 def _estimate(config: TrainConfig, precision: str) -> Estimate:
-    half = _HALVES.get(precision, torch.float32)
-    family = loading.load_meta(config.base, config.revision, **training_load_options(config, half))
+    half = dtype_of(precision)
+    family = load_meta(config, **training_load_options(config, half))
     trainable = make_trainable(family, config)
     if config.adapter is not None:
         peft_adapters.without_dice(trainable)

@@ -61,6 +61,13 @@ def native_precision(mixed_precision: str, device: "torch.device") -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def dtype_of(precision: str) -> "torch.dtype":
+    """Return the dtype that a :func:`native_precision` computes in."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+
+
 def check_adapter(adapter: str | None, precision: str) -> None:
     """Raise :class:`ConfigError` for an adapter that cannot train in what the GPU computes in.
 

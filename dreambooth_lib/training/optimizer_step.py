@@ -28,10 +28,10 @@ class NonFiniteStep(FloatingPointError):
         self.what, self.tried, self.fix, self.step = what, tried, fix, step
 
 
-def check_finite(what: str, *values: float | None) -> None:
-    """Raise :class:`NonFiniteStep` unless all values are finite; None counts as finite."""
-    if not all(math.isfinite(value) for value in values if value is not None):
-        raise NonFiniteStep(f"the {what} is {values[0]}")
+def check_finite(what: str, value: float) -> None:
+    """Raise :class:`NonFiniteStep` unless a value is finite."""
+    if not math.isfinite(value):
+        raise NonFiniteStep(f"the {what} is {value}")
 
 
 class Optimizer:
@@ -169,7 +169,7 @@ class Optimizer:
         self.completed_steps = saved["step"]
         self.trainable.load_weights(saved["model"])
         names = self.trainable.trained_weights().keys()
-        if saved["model"].keys() == names and self._is_own_state(saved.get("optimizer")):
+        if self._is_own_state(saved.get("optimizer")):
             self._load_moments(saved["optimizer"]["state"])
         else:
             self.accelerator.print(
@@ -215,13 +215,9 @@ class Optimizer:
 
         It has nothing of text encoders that had stopped when the optimizer last started afresh.
         """
-        if saved is None:
+        if saved is None or saved["name"] != self.name:
             return False
         state, number_of = saved["state"], self._number_of()
-        is_torch = any("exp_avg" in moments for moments in state.values())
-        # Earlier versions saved no name.
-        if saved.get("name", "adamw" if is_torch else "adamw8bit") != self.name:
-            return False
         of_buckets = [{number_of[p] in state for p in bucket.parameters} for bucket in self.buckets]
         return all(len(has) == 1 for has in of_buckets)
 
@@ -287,8 +283,5 @@ class Optimizer:
 
     def _load_loss_scale(self, saved: dict[str, Any]) -> None:
         """Load the loss scale of a checkpoint that has one."""
-        if "scaler" in saved:  # as earlier versions wrote torch's
-            scaler = saved["scaler"]
-            self.scale, self.clean_steps = scaler["scale"], scaler["_growth_tracker"]
-        elif saved.get("scale", [1.0, 0]) != [1.0, 0]:  # that, if the loss was not scaled
+        if "scale" in saved:
             self.scale, self.clean_steps = saved["scale"][:2]

@@ -1,8 +1,7 @@
 """Note what of its photos a run trains on, and tell what of it has changed since.
 
 RUN/photo_digests.json   the photos' digests and, in the same order, their captions, the middles of
-                         their crops and the digests of their masks; earlier versions' have the
-                         first column alone
+                         their crops and the digests of their masks
 
 Names do not count, so that copies of the photos elsewhere are the same ones.
 """

@@ -25,7 +25,6 @@ from dreambooth_lib.core.errors import KitError
 from dreambooth_lib.core.files import recover_folder
 from dreambooth_lib.core.locks import lock
 from dreambooth_lib.core.made_with import MADE_WITH_FILE
-from dreambooth_lib.core.old_names import PLACES, locate
 from dreambooth_lib.training.config_changes import (
     SUBJECT_FIELDS,
     changed_fields,
@@ -89,11 +88,11 @@ class Run:
         """Return whether training has reached the config's goal."""
         if not self.has_pipeline:
             return False
-        reached, goal = self.trained(), self.goal()
-        return not reached or goal == {name: reached.get(name) for name in goal}
+        reached = self.trained()
+        return not reached or self.goal().items() <= reached.items()
 
     def trained(self) -> dict[str, Any]:
-        """Return what the pipeline notes of its training; nothing in one of an earlier version."""
+        """Return what the pipeline notes of its training; nothing where that is damaged."""
         return read_object(self.pipeline / GOAL_FILE) or {}
 
     def goal(self) -> dict[str, Any]:
@@ -107,19 +106,19 @@ class Run:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of ``name.jsonl``, oldest first, without damaged ones."""
-        rows = read_rows(locate(self.folder, f"{name}.jsonl")).rows
+        rows = read_rows(self.folder / f"{name}.jsonl").rows
         return [row for row in rows if isinstance(row.get("step"), int)]
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Append a row to ``name.jsonl``."""
-        append_row(locate(self.folder, f"{name}.jsonl"), row)
+        append_row(self.folder / f"{name}.jsonl", row)
 
     def truncate(self, name: str, step: int) -> int:
         """Drop the rows of ``name.jsonl`` after ``step``: a resumed run makes those steps again.
 
         Damaged rows are dropped too; return how many there were.
         """
-        file = locate(self.folder, f"{name}.jsonl")
+        file = self.folder / f"{name}.jsonl"
         rows, damaged = read_rows(file)
         by_step = {n: row for row in rows if isinstance(n := row.get("step"), int) and n <= step}
         write_rows(file, [by_step[number] for number in sorted(by_step)])
@@ -181,13 +180,12 @@ def start(config: TrainConfig, folder: str | Path) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
     # Hidden files may be left of a try that was killed.
     names = {path.name for path in folder.glob("[!.]*")} - {PHOTOS, CLASS_PHOTOS}
-    own = {*_FIRST_FILES, *(PLACES.get(name, name) for name in _FIRST_FILES)}
     if has_begun(folder):
         raise RunError(
             f"{folder} already holds a run; resume it with resume('{folder}'), or choose another "
             "folder."
         )
-    if names and ("config.toml" not in names or names - own - {"checkpoints"}):
+    if names and ("config.toml" not in names or names - {*_FIRST_FILES, "checkpoints"}):
         raise RunError(f"{folder} is not empty; choose a new folder for the run.")
     with explain_disk_errors(folder), lock(folder):
         if names and not _is_same(config, folder):

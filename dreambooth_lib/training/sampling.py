@@ -11,12 +11,13 @@ from dreambooth_lib.core import gpu_memory
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.config_types import shown
 from dreambooth_lib.core.errors import InputError
-from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.core.processes import drawing_gpu
 from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.captions import warning_of_length
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.drawing_memory import options_that_fit
 from dreambooth_lib.training.image_sizes import fit_to_run
+from dreambooth_lib.training.memory_level import dtype_of, native_precision
 from dreambooth_lib.training.runs import Run, RunError, resume
 from dreambooth_lib.training.trainable import drawing_config, load_at_checkpoint, load_base
 
@@ -250,12 +251,8 @@ def compose(loras: Mapping[Run | str, float]) -> "Family":
 
 def sampling_dtype() -> "torch.dtype":
     """Return the dtype to generate images in: half precision on a GPU, float32 on a CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.float32
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float16
+    device = drawing_gpu()
+    return dtype_of("no" if device is None else native_precision("auto", device))
 
 
 def _place(family: "Family") -> "Family":
@@ -265,9 +262,9 @@ def _place(family: "Family") -> "Family":
     """
     import torch
 
-    if not torch.cuda.is_available():
+    device, pipeline = drawing_gpu(), family.pipeline
+    if device is None:
         return family
-    device, pipeline = join_group().device, family.pipeline
     modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     weights = [weight for module in modules for weight in module.state_dict().values()]
     on_gpu = sum(w.nbytes for w in weights if w.is_cuda)  # a quantized base is there already

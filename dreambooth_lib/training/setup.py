@@ -12,13 +12,11 @@ from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.digests import write_digests
 from dreambooth_lib.core.files import replacing_folder
 from dreambooth_lib.core.made_with import MADE_WITH_FILE, made_with
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.core.processes import join_group
 from dreambooth_lib.data import captions
 from dreambooth_lib.data.images import Photo, captioned
 from dreambooth_lib.data.masks import check_masks
 from dreambooth_lib.data.quality_checks import hold_out
-from dreambooth_lib.families import loading
 from dreambooth_lib.families.base import Family
 from dreambooth_lib.families.inference_settings import distillation_warning
 from dreambooth_lib.families.precision import NonFinite, save_pipeline
@@ -34,6 +32,7 @@ from dreambooth_lib.training.image_sizes import fit_to_photos, size_to_save
 from dreambooth_lib.training.memory_level import (
     check_adapter,
     decide_level,
+    dtype_of,
     is_gpu,
     native_precision,
 )
@@ -43,6 +42,7 @@ from dreambooth_lib.training.prior_weight import hold_out_class_images, make_pri
 from dreambooth_lib.training.runs import GOAL_FILE, Run
 from dreambooth_lib.training.trainable import (
     checkpoint_weights,
+    load,
     load_base_to_save,
     load_drawing_family,
     make_trainable,
@@ -53,8 +53,6 @@ from dreambooth_lib.training.trainable import (
 from dreambooth_lib.training.validation import Scorers, load_scorers
 from dreambooth_lib.training.validation_pace import checkpoint_intervals, is_wanted, note_skipped
 from dreambooth_lib.training.validation_record import ValidationResult, Validator, history, plan_of
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -69,7 +67,7 @@ class Trainer:
         precision = native_precision(config.mixed_precision, device)
         check_adapter(config.adapter, precision)
         self.precision = precision_of_weights(config, precision)
-        self.dtype = _DTYPES.get(self.precision, torch.float32)  #: that autocast computes in
+        self.dtype = dtype_of(self.precision)  #: that autocast computes in
         self.accelerator = accelerator = make_accelerator(config, self.precision)
         subject = config.subject
         photos = run_photos.read_subject_photos(run)
@@ -87,7 +85,7 @@ class Trainer:
         for message in filter(None, messages):
             warnings.warn(message, stacklevel=2)
         scorers = self._load_scorers()  # if one is missing, before class images take their time
-        self._class_folder = locate(run.folder.parent, "class_images")
+        self._class_folder = run.folder.parent / "class_images"
         classes, measured = hold_out_class_images(
             config, self.family, accelerator, self._class_folder, self._class_images()
         )
@@ -141,7 +139,7 @@ class Trainer:
             if config.validate_every:
                 prompts |= set(plan_of(self.run).prompts(subject))
             load_options |= {"prompts": prompts, "device": self.accelerator.device}
-        family = loading.load_model(config.base, config.revision, config.variant, **load_options)
+        family = load(config, **load_options)
         family.pipeline.to(self.accelerator.device)
         return family
 

@@ -14,25 +14,35 @@ from dreambooth_lib.training import lora
 from dreambooth_lib.training.ema import ema_by_name
 from dreambooth_lib.training.runs import Run, RunError
 
-#: Fields by which a base is loaded, besides its name.
-_OF_BASE = ("prediction_type", "resolution", "quantize", "prompt_chunks", "clip_skip")
+#: Fields by which a base is loaded, besides its name, revision and variant.
+BASE_FIELDS = ("prediction_type", "resolution", "quantize", "prompt_chunks", "clip_skip")
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype = torch.float32, **more: Any) -> Family:
     """Load a config's base at its resolution, with all its weights in ``dtype``."""
-    own = {name: getattr(config, name) for name in _OF_BASE}
-    return _load(config, **own, dtype=dtype, trained=(), **more)
+    return load(config, dtype=dtype, trained=(), **more)
 
 
-def _load(config: TrainConfig, **load_options: Any) -> Family:
-    return loading.load_model(config.base, config.revision, config.variant, **load_options)
+def load(config: TrainConfig, **options: Any) -> Family:
+    """Load a config's base by its fields and by options of ``families.loading.load_model``."""
+    options = _of_base(config) | options
+    return loading.load_model(config.base, config.revision, config.variant, **options)
+
+
+def load_meta(config: TrainConfig, **options: Any) -> Family:
+    """Load as :func:`load`, but on the meta device, as ``families.loading.load_meta``."""
+    return loading.load_meta(config.base, config.revision, **(_of_base(config) | options))
+
+
+def _of_base(config: TrainConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in BASE_FIELDS}
 
 
 def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the options to load a base for training: in ``dtype`` but for the trained weights.
+    """Return what to :func:`load` a base for training by: in ``dtype`` but for the trained weights.
 
-    They are those of ``families.loading.load_model``. Raises :class:`ConfigError` where the family
-    cannot compute in ``dtype``, or not with the weights that the memory level trains.
+    Raises :class:`ConfigError` where the family cannot compute in ``dtype``, or not with the
+    weights that the memory level trains.
     """
     in_float16 = dtype is torch.float16
     if in_float16 and not _family_of(config).supports_dtype(dtype):
@@ -50,7 +60,6 @@ def training_load_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, 
         )
     trained = ["denoiser", *(["text_encoders"] if config.train_text_encoder else [])]
     return {
-        **{name: getattr(config, name) for name in _OF_BASE},
         "dtype": dtype,
         "trained": trained if config.method == "full" else (),
         "trained_dtype": torch.bfloat16 if config.memory == "lowest" else torch.float32,
@@ -79,9 +88,9 @@ def load_base_to_save(
     if model.denoiser.dtype is load_options["trained_dtype"] and not loras:
         encoders = family.encoder_names if config.train_text_encoder else ()
         parts = {name: getattr(family.pipeline, name) for name in (family.denoiser_name, *encoders)}
-        return _load(config, **load_options, **parts)
+        return load(config, **load_options, **parts)
     # LoRAs are merged into what is loaded.
-    family = _load(config, **load_options)
+    family = load(config, **load_options)
     wrap_trained_parts(family, config).load_weights(weights)
     return family
 
@@ -111,7 +120,7 @@ def load_drawing_family(config: TrainConfig, family: Family, dtype: torch.dtype)
     if _family_of(own) is not type(family):
         raise ConfigError(wrong)
     options = training_load_options(own, dtype) | {"resolution": family.resolution}
-    drawing = _load(own, **options, **shared)
+    drawing = load(own, **options, **shared)
     drawing.prompt_cache, drawing.size = family.prompt_cache, family.size
     drawing.denoiser.add_adapter(family.denoiser.peft_config["default"])
     drawing.denoiser.requires_grad_(False)
@@ -172,14 +181,11 @@ class Trainable(torch.nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load :meth:`trained_weights`. Raises :class:`RunError` where names or shapes differ.
-
-        There may be unused parameters besides, which earlier versions trained.
-        """
-        own, trained = dict(self.named_parameters()), self.trained_weights().keys()
-        if not trained <= weights.keys() <= own.keys():
+        """Load :meth:`trained_weights`. Raises :class:`RunError` where names or shapes differ."""
+        own = self.trained_weights()
+        if weights.keys() != own.keys():
             raise RunError(
-                f"the checkpoint has {len(weights)} weights, and the config trains {len(trained)}; "
+                f"the checkpoint has {len(weights)} weights, and the config trains {len(own)}; "
                 "undo the change of its config.toml."
             )
         for name, value in weights.items():
@@ -264,8 +270,7 @@ def load_to_export(run: Run, step: int) -> Family:
         fp16 = supports_fp16 and not bf16_weights
         family = load_base(config, torch.float16 if fp16 else torch.bfloat16)
     else:
-        load_options = training_load_options(config, torch.float32)
-        family = loading.load_meta(config.base, config.revision, **load_options)
+        family = load_meta(config, **training_load_options(config, torch.float32))
     load_checkpoint_weights(wrap_trained_parts(family, config), run, step)
     return family
 

@@ -4,7 +4,6 @@ Every validation draws the same prompts from the same seeds. :mod:`.validation_r
 images and scores to the run's folder.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -170,29 +169,29 @@ def scorer_source(name: str) -> str | Path:
 
 def score_images(
     scorers: Scorers,
-    photos: "Sequence[Image.Image] | torch.Tensor",
+    photos: "torch.Tensor",
     subject: Subject,
     images: ValidationImages,
     base: ValidationImages | BaseEmbeddings,
 ) -> dict[str, Any]:
-    """Return the scores of :func:`clip_scores.evaluate`, PRES and the unrelated prompts' drift.
+    """Return the scores of a :class:`.validation_record.ValidationResult` by their names.
 
-    ``photos`` are images or their embeddings [M, D] by ``scorers.images``; ``base`` are the frozen
+    ``photos`` are the photos' embeddings [M, D] by ``scorers.images``; ``base`` are the frozen
     base's images. ``by_image`` has the values that four of the scores are the means of: those of
     each image of the subject, of the class or of an unrelated prompt.
     """
     import torch
 
     encoder, reader = scorers.images, scorers.prompts
-    photos = encoder.as_embeddings(photos)
     base = BaseEmbeddings(encoder, base) if isinstance(base, ValidationImages) else base
     of_subject = encoder.embed_images(images.subject)
     class_images = encoder.embed_images(images.class_images)
-    scores: dict[str, Any] = clip_scores.evaluate(
-        encoder, photos, of_subject, images.prompts, class_images, subject.identifier,
-        base.class_images,
-    )  # fmt: skip
-    scores["pres"] = clip_scores.subject_fidelity(class_images, photos)
+    scores: dict[str, Any] = {
+        "subject_fidelity": clip_scores.subject_fidelity(of_subject, photos),
+        "class_diversity": clip_scores.diversity(class_images),
+        "prior_drift": clip_scores.prior_drift(base.class_images, class_images),
+        "pres": clip_scores.subject_fidelity(class_images, photos),
+    }
     texts = [clip_scores.strip_identifier(p, subject.identifier) for p in images.prompts]
     read = of_subject if reader is encoder else reader.embed_images(images.subject)
     with torch.autocast("cpu", enabled=False):  # of a training in bfloat16 on a CPU

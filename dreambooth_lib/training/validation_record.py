@@ -24,7 +24,6 @@ from dreambooth_lib.core.files import (
     replacing_folder,
     save_png,
 )
-from dreambooth_lib.core.old_names import current_fields, locate
 from dreambooth_lib.data.images import Images, Photo
 from dreambooth_lib.data.quality_checks import near_duplicate_groups
 from dreambooth_lib.families.base import Family
@@ -60,7 +59,7 @@ class ValidationResult:
     held_out: dict[str, list[float]]  #: losses by timestep bin, see :mod:`.held_out_loss`
     seconds: float  #: what the validation took
     #: the values of each image that four of the scores are the means of, by the score's name; empty
-    #: in a run of an earlier version
+    #: where they are damaged
     by_image: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -147,7 +146,7 @@ class Validator:
             warnings.warn(f"{error} The base is validated again.", stacklevel=2)
             return False
         self._base = BaseEmbeddings(self.scorers.images, images)
-        # One ceiling for all of a run's validations: earlier versions had another one.
+        # One ceiling for all of a run's validations, so that they compare.
         self.reference_fidelity = results[0].reference_fidelity
         return True
 
@@ -169,7 +168,7 @@ class Validator:
 def _set_aside(run: Run, *sizes: tuple[int, int]) -> str:
     """Move a run's validation rows to a file of their images' size; return its name."""
     named = "_".join(f"{width}x{height}" for width, height in sizes)
-    rows, aside = locate(run.folder, "validation.jsonl"), run.folder / f"validation_{named}.jsonl"
+    rows, aside = run.folder / "validation.jsonl", run.folder / f"validation_{named}.jsonl"
     before = aside.read_bytes() if aside.exists() else b""
     replace_file(aside, before + rows.read_bytes())
     rows.unlink()
@@ -194,12 +193,12 @@ def plan_of(run: Run) -> ValidationPlan:
 
 def plan_file(folder: Path) -> Path:
     """Return the path of the validation plan in a run's folder."""
-    return locate(locate(folder, "validation"), "plan.json")
+    return folder / "validation" / "plan.json"
 
 
 def read_plan(file: Path) -> ValidationPlan:
-    """Read a validation plan, an earlier version's too. Raises ``RunError`` if it is damaged."""
-    values = current_fields(read_object(file) or {})
+    """Read a validation plan. Raises ``RunError`` if it is damaged."""
+    values = read_object(file) or {}
     types: dict[str, Any] = {own.name: own.type for own in fields(ValidationPlan)}
     sound = all(isinstance(value, types.get(name, ())) for name, value in values.items())
     try:
@@ -212,7 +211,7 @@ def read_plan(file: Path) -> ValidationPlan:
 
 def images_folder(run: Run, step: int) -> Path:
     """Return the folder of one validation's images."""
-    return locate(run.folder, "validation") / f"{step:06d}"
+    return run.folder / "validation" / f"{step:06d}"
 
 
 def load_images(run: Run, step: int) -> ValidationImages:
@@ -258,7 +257,6 @@ def history(run: Run) -> list[ValidationResult]:
     """Return the result of every validation so far, the frozen base's first."""
     types = {"step": int, "held_out": dict, "by_image": dict}
     names = [own.name for own in fields(ValidationResult)]
-    # Rows of earlier versions have more, and do not have all.
     rows: list[dict[str, Any]] = [
         {name: row.get(name) for name in names} | {"by_image": _numbers(row.get("by_image"))}
         for row in run.rows("validation")

@@ -183,9 +183,9 @@ def _stretches(half: torch.nn.Module) -> list[Stretch]:
 
 
 @torch.no_grad()
-def psnr(model: AutoencoderKL, source: Source, count: int = COUNT, seed: int = 3) -> float:
+def psnr(model: AutoencoderKL, source: Source, seed: int = 3) -> float:
     """Mean PSNR in dB of reconstructed composites that the training did not draw."""
-    pictures, _ = source.batch(count, np.random.default_rng((4, seed)))
+    pictures, _ = source.batch(COUNT, np.random.default_rng((4, seed)))
     values = []
     for part in to_tensor(pictures).split(64):
         x = part.to(model.device)

@@ -88,11 +88,11 @@ def encode(vae: AutoencoderKL, batches: Iterable[tuple[Pixels, list[Picture]]]) 
     return Bank(torch.cat(latents), pictures)
 
 
-def saved_bank(vae: AutoencoderKL, world: World, count: int, folder: Path, batch: int = 64) -> Bank:
+def saved_bank(vae: AutoencoderKL, world: World, count: int, folder: Path) -> Bank:
     """Load the bank of an earlier, stopped training in ``folder``, or make a new one there."""
     if not (folder / "state.json").exists():
-        rngs = (np.random.default_rng((5, 0, start)) for start in range(0, count, batch))
-        latents, pictures = encode(vae, (world.batch(batch, rng) for rng in rngs))
+        rngs = (np.random.default_rng((5, 0, start)) for start in range(0, count, 64))
+        latents, pictures = encode(vae, (world.batch(64, rng) for rng in rngs))
         save_state(folder, {"latents": latents, "pictures": [astuple(p) for p in pictures]})
     saved = load_state(folder)
     return Bank(saved["latents"], [Picture(*fields) for fields in saved["pictures"]])
@@ -115,20 +115,20 @@ def captions_anew(
 
 
 def captions_once(
-    pictures: list[Picture], tokenizer: CLIPTokenizer, device: str, each: int = 4
+    pictures: list[Picture], tokenizer: CLIPTokenizer, device: str
 ) -> Callable[[np.ndarray, np.random.Generator], torch.Tensor]:
-    """Return the like of :func:`captions_anew` that picks from ``each`` captions a picture.
+    """Return the like of :func:`captions_anew` that picks from four captions a picture.
 
     They are tokenized before the training, which on a GPU would wait for it at every step.
     """
     write = captions_anew(pictures, tokenizer)
     every = np.arange(len(pictures))
-    rngs = [np.random.default_rng((14, turn)) for turn in range(each)]
+    rngs = [np.random.default_rng((14, turn)) for turn in range(4)]
     stored = torch.stack([write(every, rng) for rng in rngs]).to(device)
 
     def token_ids(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         return stored[
-            to_device(rng.integers(each, size=len(rows)), stored.device),
+            to_device(rng.integers(len(stored), size=len(rows)), stored.device),
             to_device(rows, stored.device),
         ]
 

@@ -39,6 +39,9 @@ class Way:
         return torch.autocast(self.device, self.dtype if enabled else None, enabled=enabled)
 
 
+MOMENTUM, ITERATIONS = 0.95, 5  #: of Muon
+
+
 class Muon(torch.optim.Optimizer):
     """Steps along the nearest orthogonal matrix to each weight's momentum.
 
@@ -47,8 +50,8 @@ class Muon(torch.optim.Optimizer):
     only two-dimensional weights and iterates in bfloat16, which CPUs are slow at.
     """
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -60,8 +63,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 buffer = state["momentum_buffer"]
-                buffer.lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(buffer, group["momentum"]).flatten(1)
+                buffer.lerp_(weight.grad, 1 - MOMENTUM)
+                update = weight.grad.lerp(buffer, MOMENTUM).flatten(1)
                 alike[tuple(update.shape)].append((weight, update))
             for (out, into), members in alike.items():  # together, for few and large GPU kernels
                 scale = max(1.0, out / into) ** 0.5
@@ -70,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                     weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * scale)
 
 
-def orthogonalized(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     """``U V^T`` of each ``U S V^T`` [B, M, N], roughly: singular values end between 0.7 and 1.2.
 
     Muon's Newton-Schulz iteration of fifth order and its coefficients. It runs on the square Gram
@@ -81,10 +84,10 @@ def orthogonalized(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     wide = wide / (torch.stack([one.norm() for one in wide])[:, None, None] + 1e-7)
     gram = wide @ wide.mT
     whole = identity = torch.eye(gram.shape[-1], device=gram.device)
-    for iteration in range(iterations):
+    for iteration in range(ITERATIONS):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         whole = factor @ whole if iteration else factor
-        if iteration < iterations - 1:
+        if iteration < ITERATIONS - 1:
             gram = factor @ gram @ factor
     wide = whole @ wide
     return wide.mT if tall else wide
@@ -112,7 +115,6 @@ def fit(
     muon_lr: float = 0.02,
     cooldown: float = 0.3,
     ema_decay: float = 0.998,
-    betas: tuple[float, float] = (0.9, 0.98),
 ) -> torch.nn.Module:
     """Train ``model`` on ``loss_at(step)`` and leave its averaged weights in it.
 
@@ -128,7 +130,7 @@ def fit(
     optimizers = {
         "muon": (Muon(matrices, lr=muon_lr), muon_lr),
         "adamw": (
-            torch.optim.AdamW(others, lr=peak_lr, betas=betas, weight_decay=0.0, fused=True),
+            torch.optim.AdamW(others, lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
             peak_lr,
         ),
     }
@@ -140,9 +142,9 @@ def fit(
         model.load_state_dict(saved["model"])
         for name, (optimizer, _) in optimizers.items():
             optimizer.load_state_dict(saved[name])
-        scaler.load_state_dict(saved.get("scaler", {}))
+        scaler.load_state_dict(saved["scaler"])
         average = {name: value.to(way.device) for name, value in saved["average"].items()}
-        step, before = saved["step"], saved.get("spent", 0.0)
+        step, before = saved["step"], saved["spent"]
         print(f"{folder.name}: going on at step {step} of {way.whole(step, before)}", flush=True)
 
     averaged, current = [average[name] for name, _ in named], [value for _, value in named]

@@ -5,7 +5,6 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_lib.core.config import TrainConfig
-from dreambooth_lib.core.old_names import locate
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.notebook.widgets.loaded_models import release_models
 from dreambooth_lib.training import class_images, sampling
@@ -27,7 +26,7 @@ def show_class_images(config: TrainConfig, folder: str | Path) -> Image.Image | 
     if not config.draws_class_images:
         return None
     config = with_absolute_paths(config)  # as in the run, which then reuses these images
-    place = locate(folder, "class_images")
+    place = Path(folder) / "class_images"
     paths = class_images.stored_class_images(config, place)
     if not paths:
         release_models()

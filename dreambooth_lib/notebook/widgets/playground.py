@@ -111,7 +111,6 @@ class Playground(Panel):
         sources: Mapping[str, Source],
         subject: Subject,
         prompt: str = "",
-        guidance_scale: float | None = None,
         earlier: "Playground | None" = None,
         folder: str | Path = "images",
     ):
@@ -121,7 +120,6 @@ class Playground(Panel):
         names, first = list(sources), next(iter(sources.values()))
         drawn = first[0] if isinstance(first, tuple) else first
         defaults, self._base = inference_settings(drawn), _base_of(drawn)
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         self.left = control(Dropdown, "left", options=names, value=names[0])
         self.right = control(Dropdown, "right", options=names, value=names[-1])
         self.prompt = control(Text, "prompt", value=prompt or f"a {{}} {subject.class_noun}")
@@ -130,8 +128,8 @@ class Playground(Panel):
             wide.layout.width = "46em"
         self.seed = control(IntText, "seed", value=0)
         self.count = control(IntSlider, "images", value=1, min=1, max=8)
-        self.guidance = control(FloatSlider, "guidance scale", value=scale, min=0, max=15,
-                                step=0.25)  # fmt: skip
+        self.guidance = control(FloatSlider, "guidance scale", value=defaults.guidance_scale,
+                                min=0, max=15, step=0.25)  # fmt: skip
         self.steps = control(IntSlider, "inference steps", value=defaults.steps, min=1, max=100)
         self.button = Button(description="Generate", button_style="primary")
         self.new_seed = Button(description="Generate with a new seed", icon="random")
