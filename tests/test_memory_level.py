@@ -28,10 +28,10 @@ from dreambooth_lib.training.memory_level import (
     USABLE_SHARE,
     choose_level,
     decide_level,
-    native_precision,
     resolve_memory,
     share_level,
 )
+from dreambooth_lib.training.native_precision import native_precision
 from dreambooth_lib.training.setup import Trainer
 from dreambooth_lib.training.validation import ValidationPlan
 from tools.bases import configs

@@ -16,7 +16,7 @@ from dreambooth_lib.core.config import origin
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
-from dreambooth_lib.training.memory_level import native_precision
+from dreambooth_lib.training.native_precision import native_precision
 
 OWN = {"base": "toybox", "revision": None, "variant": None, "quantize": None, "word": None}
 

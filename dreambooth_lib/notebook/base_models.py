@@ -19,7 +19,8 @@ from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.families import loading, one_file
 from dreambooth_lib.families.one_file_header import read_header
 from dreambooth_lib.figures import labels
-from dreambooth_lib.training.memory_level import USABLE_SHARE, first, native_precision
+from dreambooth_lib.training.memory_level import USABLE_SHARE, first
+from dreambooth_lib.training.native_precision import native_precision
 
 
 class Method(NamedTuple):

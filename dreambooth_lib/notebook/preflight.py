@@ -17,7 +17,8 @@ from dreambooth_lib.figures import labels
 from dreambooth_lib.notebook import install
 from dreambooth_lib.notebook.base_models import describe
 from dreambooth_lib.notebook.will_it_fit import KINDS, Recommendation, recommend
-from dreambooth_lib.training.memory_level import USABLE_SHARE, native_precision
+from dreambooth_lib.training.memory_level import USABLE_SHARE
+from dreambooth_lib.training.native_precision import native_precision
 
 PYTHON = (3, 11)  #: the oldest version that the kit supports
 #: Seconds after which the Hub counts as not answering.

@@ -18,8 +18,8 @@ from dreambooth_lib.training.memory_level import (
     USABLE_SHARE,
     check_adapter,
     first,
-    native_precision,
 )
+from dreambooth_lib.training.native_precision import native_precision
 
 #: What a run needs some of, by the fields of :class:`Resources` and :class:`Needs`.
 KINDS = {"gpu": "GPU memory", "memory": "RAM", "disk": "disk", "drive": "Drive"}

@@ -24,7 +24,8 @@ from dreambooth_lib.families.precision import OVERFLOWED
 from dreambooth_lib.training.batches import Batch
 from dreambooth_lib.training.interrupts import defer_interrupts, raise_on_termination
 from dreambooth_lib.training.losses import Loss, dreambooth_loss, latent_weights, per_sample_errors
-from dreambooth_lib.training.memory_level import USABLE_SHARE, is_gpu, native_precision
+from dreambooth_lib.training.memory_level import USABLE_SHARE, is_gpu
+from dreambooth_lib.training.native_precision import native_precision
 from dreambooth_lib.training.optimizer_step import NonFiniteStep
 from dreambooth_lib.training.runs import Run
 from dreambooth_lib.training.setup import Trainer

@@ -29,7 +29,7 @@ from dreambooth_lib.training.allocation_counter import (
     count_numbers,
     make_fake,
 )
-from dreambooth_lib.training.memory_level import dtype_of
+from dreambooth_lib.training.native_precision import dtype_of
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.optimizers import resolve_optimizer
 from dreambooth_lib.training.part_sizes import linears, sizes_of_parts

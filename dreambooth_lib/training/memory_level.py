@@ -19,6 +19,7 @@ from dreambooth_lib.core.config_checks import LOW_MEMORY
 from dreambooth_lib.core.config_types import ConfigError
 from dreambooth_lib.core.gpu_memory import GIB
 from dreambooth_lib.core.processes import join_group
+from dreambooth_lib.training.native_precision import native_precision
 from dreambooth_lib.training.runs import LEVEL_FILE, Run, read_level
 
 if TYPE_CHECKING:
@@ -40,32 +41,6 @@ def first(ways: Iterable[T], fits: Callable[[T], bool]) -> T:
         if fits(way):
             break
     return way
-
-
-def native_precision(mixed_precision: str, device: "torch.device") -> str:
-    """Resolve mixed precision "auto": bf16 where the GPU has it, else fp16; "no" on a CPU.
-
-    Raises :class:`ConfigError` for fp16 on a CPU, where most of torch's layers lack it.
-    """
-    import torch
-
-    if mixed_precision == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "mixed_precision is 'fp16', which needs a GPU, and there is none here; set it to "
-            "'auto' or 'no'."
-        )
-    if mixed_precision != "auto":
-        return mixed_precision
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def dtype_of(precision: str) -> "torch.dtype":
-    """Return the dtype that a :func:`native_precision` computes in."""
-    import torch
-
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def check_adapter(adapter: str | None, precision: str) -> None:

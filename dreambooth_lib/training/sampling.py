@@ -17,7 +17,7 @@ from dreambooth_lib.data.captions import warning_of_length
 from dreambooth_lib.families import loading
 from dreambooth_lib.training.drawing_memory import options_that_fit
 from dreambooth_lib.training.image_sizes import fit_to_run
-from dreambooth_lib.training.memory_level import dtype_of, native_precision
+from dreambooth_lib.training.native_precision import dtype_of, native_precision
 from dreambooth_lib.training.runs import Run, RunError, resume
 from dreambooth_lib.training.trainable import drawing_config, load_at_checkpoint, load_base
 

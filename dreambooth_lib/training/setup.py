@@ -32,10 +32,9 @@ from dreambooth_lib.training.image_sizes import fit_to_photos, size_to_save
 from dreambooth_lib.training.memory_level import (
     check_adapter,
     decide_level,
-    dtype_of,
     is_gpu,
-    native_precision,
 )
+from dreambooth_lib.training.native_precision import dtype_of, native_precision
 from dreambooth_lib.training.optimizer_step import Optimizer
 from dreambooth_lib.training.prior_distillation import Teacher, with_class_captions
 from dreambooth_lib.training.prior_weight import hold_out_class_images, make_prior_weight

@@ -30,7 +30,7 @@ from dreambooth_lib.notebook.widgets.in_force import PRIORS
 from dreambooth_lib.notebook.widgets.loaded_models import release_models
 from dreambooth_lib.notebook.widgets.parts import Panel, busy, control, with_hints
 from dreambooth_lib.notebook.widgets.subject import SubjectPanel
-from dreambooth_lib.training import early_stopping, memory_level
+from dreambooth_lib.training import early_stopping, memory_level, native_precision
 from dreambooth_lib.training.memory_estimate import GIB, estimate
 from dreambooth_lib.training.validation_pace import count_validations
 
@@ -271,7 +271,7 @@ def _controls(config: TrainConfig, native: int) -> dict[str, Any]:
 
 def _precision(config: TrainConfig) -> str:
     """Return what the GPU computes in, or would for this config."""
-    return memory_level.native_precision(config.mixed_precision, torch.device("cuda"))
+    return native_precision.native_precision(config.mixed_precision, torch.device("cuda"))
 
 
 def _memory(config: TrainConfig) -> str:
