@@ -204,7 +204,7 @@ def test_a_base_that_is_as_like_the_photos_as_they_are_to_each_other_can_be_comp
     assert select_best([base, kept, lost]).step == 100
 
 
-def test_a_row_of_an_earlier_version_has_no_noise() -> None:
+def test_a_row_without_its_images_own_values_has_no_noise() -> None:
     assert difference(OVERFIT[2], OVERFIT[1], BASE)[1] == 0
     mixed = noisy(300, [0.7] * 4, [0.1] * 10)
     assert difference(mixed, OVERFIT[1], BASE)[1] == 0

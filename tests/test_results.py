@@ -114,7 +114,7 @@ def test_what_cannot_be_a_result_is_one_sentence(trained: Run, tmp_path: Path) -
     with pytest.raises(ResultError, match=r"made_with\.json is damaged; train"):
         collect(trained.folder)
     (trained.folder / MADE_WITH_FILE).unlink()
-    with pytest.raises(ResultError, match="an earlier version trained it"):
+    with pytest.raises(ResultError, match=r"or lacks made_with\.json, which says"):
         collect(trained.folder)
     (trained.folder / "validation.jsonl").unlink()
     with pytest.raises(ResultError, match="has no validations, and so no scores"):

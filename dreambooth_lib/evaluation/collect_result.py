@@ -26,8 +26,8 @@ def collect(place: Path, title: str = "") -> dict[str, Any]:
     """Return the result of a finished run with validations, or of an evaluation's folder.
 
     A run's scores are its best checkpoint's. Raises :class:`ResultError` for a folder that has none
-    and for a run of an earlier version, which did not record what it was made with; ``RunError``
-    and ``DataError`` for damaged ones.
+    and for a run that does not say what it was made with; ``RunError`` and ``DataError`` for
+    damaged ones.
     """
     if (place / "protocol.json").is_file():
         return _of_evaluation(place, title)
@@ -132,8 +132,8 @@ def _made_with(run: Run) -> dict[str, Any]:
     made = read_object(run.folder / MADE_WITH_FILE)
     if not run.finished or made is None:
         raise ResultError(
-            f"{run.folder} is not finished, or an earlier version trained it and did not record "
-            "what it was made with; train it to its end."
+            f"{run.folder} is not finished, or lacks {MADE_WITH_FILE}, which says what it was made "
+            "with; train it to its end."
         )
     types = {"versions": dict, "device": str, "peak_memory_mb": float, "date": str}
     if not all(isinstance(made.get(name), kind) for name, kind in types.items()):

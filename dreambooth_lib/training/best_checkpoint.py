@@ -95,7 +95,7 @@ def difference(
     """Return how much higher a validation's score is than another's, and its standard error.
 
     Both in shares of the score. The error is that of the mean differences image by image, to first
-    order; 0 for a run of an earlier version, which did not keep the images' own values.
+    order; 0 where the images' own values are missing.
     """
     one, two = ratios_of(row, base), ratios_of(other, base)
     if min(one.score, two.score) == 0:

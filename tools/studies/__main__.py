@@ -5,7 +5,7 @@
     trust      print what the bank says: noise, the chosen checkpoints, the automatic settings
     notebook   train fifteen subjects as notebook 01 does, also by LoRA, and show what they chose
     keep       print how an adaptive λ compares with fixed ones, from the bank
-    finished   write the study of λ that notebook 02 shows, and what was chosen, from the bank
+    finished   write the study of λ that notebook 02 shows, from the bank
     priors     what keeps the class and other prompts, by LoRA and with all weights, five seeds
     adapters   peft's adapters at equal parameter counts, five seeds
     backgrounds  masks against backgrounds that leak, five seeds
@@ -296,8 +296,8 @@ def main() -> None:
     parser.add_argument(
         "--kinds",
         nargs="+",
-        help="of bank (default: full), notebook and finished (default: full and lora), priors, "
-        "adapters, backgrounds and portraits",
+        help="of bank (default: full), notebook (default: full and lora), priors, adapters, "
+        "backgrounds and portraits",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="not of ablations and memory")
     parser.add_argument("--rows", type=Path, default=trust.ROWS, help="of trust, keep and finished")
@@ -316,11 +316,8 @@ def main() -> None:
         return
     if arguments.study == "finished":
         rows, folder = trust.read_rows(arguments.rows), arguments.out / "bank"
-        for kind in arguments.kinds or ("full", "lora"):
-            finished.write_chosen(folder, rows, kind)
-        if not arguments.kinds:
-            finished.write(folder, rows, subjects[0])
-            finished.write_readme(folder, subjects[0])
+        finished.write(folder, rows, subjects[0])
+        finished.write_readme(folder, subjects[0])
         return
     with workers(arguments.workers, arguments.dask) as executor:
         if arguments.study == "grid":

@@ -1,12 +1,10 @@
-"""Write the finished study of λ that notebook 02 shows, and what was chosen, from a bank of images.
+"""Write the finished study of λ that notebook 02 shows, from a bank of images.
 
 data/studies/SUBJECT.csv      a row for each λ, seed and step, scored by the exhaustive plan
 data/studies/SUBJECT.png      two images of the subject and one of its class for each λ and step
-docs/studies/chosen-KIND.png  of every subject its photos, the base's images and the chosen step's
 docs/readme.png               a subject's photos, the base's images, and those after training
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,9 @@ from dreambooth_lib.evaluation import sweep_table
 from dreambooth_lib.evaluation.tables import to_csv
 from dreambooth_lib.families import loading
 from dreambooth_lib.figures import image_grids
-from dreambooth_lib.training.best_checkpoint import select_best
-from dreambooth_lib.training.validation import ValidationImages
 from tools.studies import bank, trust
 
 FOLDER = loading.BUNDLED / "studies"
-STUDIES = Path("docs/studies")
 README = Path("docs/readme.png")
 
 
@@ -42,38 +37,6 @@ def write(folder: Path, rows: trust.Rows, subject: Subject) -> None:
         cells.append([images.subject[:6:3] + images.class_images[:1] for images in drawn])
     names = [f"λ {weight:g}" for weight in weights], [f"step {step}" for step in steps]
     save_png(image_grids.matrix(*names, cells), FOLDER / f"{subject.name}.png")
-
-
-def write_chosen(folder: Path, rows: trust.Rows, kind: str) -> None:
-    """Show what each subject's run of a kind chose, on images that it did not choose by.
-
-    It is the run with the lowest seed that still has its images in the bank.
-    """
-    chosen = []
-    for name, subject in bank.subjects().items():
-        place = min((folder / kind / name).iterdir())
-        cell = trust.Cell(kind, name, int(place.name.removeprefix("seed")))
-        step = select_best(trust.up_to(rows["validation"][cell], trust.LAST_BY_DEFAULT)).step
-        files = [folder / "base" / name / "000000.npz", place / f"{step:06d}.npz"]
-        base, own = (bank.load(file, subject)["exhaustive"] for file in files)
-        chosen.append((subject, step, base, own))
-    save_chosen(STUDIES / f"chosen-{kind}.png", chosen)
-
-
-def save_chosen(
-    path: Path, chosen: Iterable[tuple[Subject, int, ValidationImages, ValidationImages]]
-) -> None:
-    """Draw a row for each subject: photos, the base's images, and those of the step it chose."""
-    names, cells = [], []
-    for subject, step, base, own in chosen:
-        photos = [photo.image.resize(base.subject[0].size) for photo in read_photos(subject.photos)]
-        names.append(f"{subject.name}, step {step}")
-        each = len(own.subject) // 4  # images of each of four prompts
-        cells.append([
-            photos[:2], base.subject[:: 2 * each], own.subject[::each], own.class_images[:3]
-        ])  # fmt: skip
-    columns = ["photos", "the base", "the subject", "its class"]
-    save_png(image_grids.matrix(names, columns, cells), path)
 
 
 def write_readme(folder: Path, subject: Subject) -> None:

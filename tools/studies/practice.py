@@ -16,14 +16,15 @@ import torch
 from dreambooth_lib.core.config import TrainConfig
 from dreambooth_lib.core.files import save_png
 from dreambooth_lib.core.subject import Subject
+from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.figures import image_grids
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.best_checkpoint import best_checkpoint, ratios_of
 from dreambooth_lib.training.loop import train
 from dreambooth_lib.training.validation_record import history, load_images
-from tools.studies.finished import STUDIES, save_chosen
 
 NOTEBOOK = Path("notebooks/01_dreambooth.ipynb")
+STUDIES = Path("docs/studies")
 KINDS = ("full", "lora")
 
 
@@ -61,9 +62,13 @@ def run_one(out: Path, kind: str, subject: Subject) -> None:
 
 def write_chosen(out: Path, kind: str, subjects: Sequence[Subject]) -> None:
     """Show what the run of each subject chose, on its own validation images."""
-    chosen = []
+    names, cells = [], []
     for subject in subjects:
         run = runs.resume(out / kind / subject.name)
         step = best_checkpoint(run).step
-        chosen.append((subject, step, load_images(run, 0), load_images(run, step)))
-    save_chosen(STUDIES / f"notebook-{kind}.png", chosen)
+        base, chosen = load_images(run, 0), load_images(run, step)
+        photos = [photo.image.resize(base.subject[0].size) for photo in read_photos(subject.photos)]
+        names.append(f"{subject.name}, step {step}")
+        cells.append([photos[:2], base.subject[:2], chosen.subject, chosen.class_images[:3]])
+    columns = ["photos", "the base", "the subject", "its class"]
+    save_png(image_grids.matrix(names, columns, cells), STUDIES / f"notebook-{kind}.png")
