@@ -171,7 +171,7 @@ def test_a_run_with_long_captions_trains_validates_and_draws(
     assert images[0] != images[1]
     plain = db.start(config.replace(prompt_chunks=1), tmp_path / "plain")
     with pytest.warns(
-        UserWarning, match=r"it has \d+ tokens and the base reads \d+.*set prompt_chunks to 3"
+        UserWarning, match=r"it has \d+ tokens, and .* read at most \d+.*set prompt_chunks to 3"
     ):
         list(db.train(plain))
 

@@ -22,7 +22,6 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import Photo, captioned
 from dreambooth_lib.families import loading
 from dreambooth_lib.families.loading import BaseError
-from dreambooth_lib.families.stable_diffusion_xl import StableDiffusionXL
 from dreambooth_lib.training import fused_optimizer, lora, memory_estimate, optimizer_step, runs
 from dreambooth_lib.training.checkpoints import load_state
 from dreambooth_lib.training.loop import train, training_steps
@@ -455,24 +454,6 @@ def test_an_interrupt_during_validation_of_the_ema_weights_restores_the_trained_
 
         monkeypatch.setattr(EMAModel, "restore", interrupted)
     assert all(map(torch.equal, own, optimizer.parameters))
-
-
-@pytest.mark.parametrize("ema", [None, 0.5])
-def test_a_run_that_trained_unused_weights_can_be_resumed(
-    ema: float | None, start_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    run = start_run("run", "sdxl", train_text_encoder=True, prior_weight=0.0, ema_decay=ema)
-    with monkeypatch.context() as patch:
-        patch.setattr(StableDiffusionXL, "unused_parameters", lambda self: ())
-        for _ in islice(train(run), 1):
-            pass
-    assert len(load_state(run.checkpoints()[1])["model"]) > len(
-        Trainer(runs.resume(run.folder)).trainable.trained_weights()
-    )
-    assert "the optimizer starts afresh" in capsys.readouterr().out
-    assert [step.step for step in train(runs.resume(run.folder))] == [2]
-    assert sample(run, ["a {} dog"], [0], steps=1) and load_source(run, 2)
 
 
 def test_a_text_encoder_that_is_too_large_to_train_is_rejected(

@@ -245,7 +245,7 @@ def test_a_study_of_few_images_rules_no_weight_out_that_their_noise_may_have_low
     scope = {"rows": rows, "by_chance": 0.024, "BASE": "toybox", "sweep_table": sweep_table}
     exec(cell, scope)
     reason = scope["best"].reason
-    assert "about 0.055" in reason and "(λ 0.5 or 1); λ 0 is worse at every step" in reason
+    assert "about 0.055" in reason and "(λ can be 0.5 or 1); λ 0 is worse at every step" in reason
 
 
 @pytest.mark.slow
