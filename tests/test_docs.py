@@ -118,7 +118,7 @@ def hooks() -> Any:
         ("index.md", "[a](notebooks/04_your_own.ipynb)", "[a](notebooks/04_your_own.md)"),
         ("index.md", "[a](LICENSE)", f"[a]({REPOSITORY}/blob/main/LICENSE)"),
         ("usage.md", "[a](../README.md) [b](gpu.md)", "[a](index.md) [b](gpu.md)"),
-        ("studies/README.md", "![a](chosen-full.png)", "![a](../studies/chosen-full.png)"),
+        ("studies/README.md", "![a](notebook-full.png)", "![a](../studies/notebook-full.png)"),
         ("studies/README.md", "[a](../../CONTRIBUTING.md)", "[a](../contributing.md)"),
         ("index.md", "[a](lost.md) [b](#c) [d](https://e/f)", "[a](lost.md) [b](#c) [d](https://e/f)"),
     ],

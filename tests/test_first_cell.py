@@ -69,9 +69,9 @@ def clone(place: Path) -> None:
 def test_without_the_kit_the_cell_says_the_one_thing_to_do(folder: Path, python: str) -> None:
     shown = run_bare(first_cell(), python, folder).strip()
     assert shown == (
-        "The kit was not found here. Build its wheel with `make wheel` where you have the kit, and "
-        "put the wheel next to this notebook; on Colab drag it into the Files panel on the left, "
-        "or mount the Drive that has it. Then run this cell again."
+        "The kit was not found here. Build its wheel (`make wheel`) in a clone, and put it next to "
+        "this notebook; on Colab drag it into the Files panel on the left, or mount the Drive that "
+        "has it. Then run this cell again."
     )
 
 
