@@ -177,10 +177,41 @@ def test_rising_likeness_is_the_least_squares_fit_that_never_falls() -> None:
 def test_the_word_for_what_was_learnt_follows_the_curve_and_not_one_lucky_step() -> None:
     kept = [0.1] * 10
     lucky = noisy(200, [0.65, 0.62, 0.64, 0.63], kept)  # 59% of the way to the photos
-    rows = [BASE, row(100, 0.52, drift=0.1), lucky, noisy(300, [0.53, 0.51, 0.53, 0.52], kept)]
-    best = select_best(rows)
+    dip = noisy(300, [0.53, 0.51, 0.53, 0.52], kept)
+    forgot = noisy(400, [0.60, 0.66, 0.58, 0.64], [0.95] * 10)
+    best = select_best([BASE, row(100, 0.52, drift=0.1), lucky, dip, forgot])
     assert best.step == 200 and best.verdict.learnt == "partly"
     assert "partly learnt (59%)" in best.verdict.text
+
+
+def test_a_collapse_after_the_best_step_does_not_change_what_was_learnt() -> None:
+    kept = [0.1] * 10
+    rows = [BASE, noisy(100, [0.50, 0.52, 0.48, 0.50], kept),
+            noisy(200, [0.76, 0.75, 0.77, 0.76], kept)]  # fmt: skip
+    for step in range(300, 800, 100):
+        rows.append(noisy(step, [0.44, 0.45, 0.43, 0.44], kept))
+        best = select_best(rows)
+        assert best.step == 200 and best.verdict.learnt == "yes", "by all, 59%, 48%, ..."
+
+
+def test_a_slow_fall_is_no_noise_either() -> None:
+    """No step is clearly less like the photos than the one before it."""
+    spread = np.array([0.02, -0.02, 0.01, -0.01])
+    rows = [BASE]
+    for number in range(15):
+        images = 0.76 - 0.012 * number + np.roll(spread, number)
+        rows.append(noisy(100 * (number + 1), images.tolist(), [0.1] * 10))
+    assert select_best(rows).step <= 300
+
+
+def test_a_step_no_more_like_the_photos_than_the_base_never_follows_one_that_is() -> None:
+    kept = [0.1] * 10
+    some, none = (
+        noisy(100, [0.60, 0.30, 0.55, 0.40], kept),
+        noisy(200, [0.39, 0.30, 0.50, 0.40], kept),
+    )
+    best = select_best([BASE, some, none])
+    assert best.step == 100 and best.better_than_base
 
 
 def test_later_validations_never_bring_back_an_earlier_step() -> None:
@@ -254,6 +285,8 @@ def test_a_run_that_was_still_learning_is_told_to_go_on() -> None:
     assert "more steps" in select_best(rows[:-1]).verdict.advice
     early = [BASE, row(100, 0.50), row(200, 0.49), row(300, 0.48), row(400, 0.47)]
     assert "learning rate" in select_best(early).verdict.advice
+    plateau = [BASE, *(row(100 * number, 0.56) for number in range(1, 9))]
+    assert should_stop_early(plateau) and "learning rate" in select_best(plateau).verdict.advice
 
 
 def test_leakage_is_how_much_the_class_became_the_subject() -> None:

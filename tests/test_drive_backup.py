@@ -338,10 +338,10 @@ def test_another_runs_backup_is_left_alone(run: Run, drive: Path, make_config: M
     config = make_config("toybox", run.config.subject.photos, seed=5)
     other = runs.start(config, run.folder.parent / "again")
     problem = backup(other, drive / "my-dog")
-    assert problem is not None and "holds something other" in problem
+    assert problem is not None and "is not a backup of this run" in problem
     (drive / "thesis").mkdir()
     (drive / "thesis" / "thesis.txt").write_text("dear")
-    assert "holds something other" in str(backup(run, drive / "thesis"))
+    assert "is not a backup of this run" in str(backup(run, drive / "thesis"))
     assert tree(drive / "my-dog") == before and len(tree(drive / "thesis")) == 1
 
 

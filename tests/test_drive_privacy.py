@@ -166,7 +166,7 @@ def test_no_local_path_is_on_the_drive(
     assert back.config.class_folder == str(run.folder / "class_photos")
     assert (made / "manifest.json").read_text() == manifest
     other, message = find_interrupted(True, [drive], None, "dog", tiny_sd1)
-    assert other is None and "its base is" in message
+    assert other is None and "it began with base" in message
 
 
 def test_a_pipeline_whose_note_names_a_local_base_counts_as_whole_there_and_back(

@@ -93,7 +93,8 @@ def test_a_step_is_that_of_each_weight_by_itself(
         both(next(numbers))
     saved, expected = optimizer.state_dict()["optimizer"]["state"], by_itself.state_dict()["state"]
     assert_same(saved, expected, exact)
-    state = optimizer.state_dict() | {"optimizer": {"state": deepcopy(expected)}}
+    state = optimizer.state_dict()
+    state["optimizer"] |= {"state": deepcopy(expected)}
     flat = Weights()
     optimizer = optimizer_of(kind, config, flat)
     optimizer.load_state_dict(state)

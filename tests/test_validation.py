@@ -164,7 +164,7 @@ def test_at_another_resolution_the_base_is_validated_again(started: Callable[...
             break
     before = validation_record.load_images(run, 0).subject[0].size
     smaller = runs.resume(run.folder, resolution=before[0] // 2)
-    with pytest.warns(UserWarning, match=r"now have 8 x 8 pixels, .* aside in validation_16x16.js"):
+    with pytest.warns(UserWarning, match=r"now 8 x 8 pixels, .* moved to validation_16x16.js"):
         list(train(smaller))
     assert [row.step for row in history(run)] == [0, 2, 4], "that of step 2 again, too"
     aside = (run.folder / "validation_16x16.jsonl").read_text().splitlines()

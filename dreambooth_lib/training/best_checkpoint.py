@@ -15,7 +15,7 @@ their likeness best (:func:`rising_likeness`), and of steps that do not differ t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from statistics import stdev
 
 from dreambooth_lib.core.checked_json import read_object
 from dreambooth_lib.core.errors import InputError
@@ -25,7 +25,7 @@ from dreambooth_lib.training.verdict import Verdict, verdict
 
 #: In a run's folder: the step that a person chose, and the run's last validated step then.
 CHOSEN_FILE = "chosen_checkpoint.json"
-#: A step is not chosen if its likeness is lower than the best step's by more standard errors.
+#: Standard errors by which a likeness has to be lower for that to be none of chance.
 _LESS_LIKE = 2
 #: A best step after this share of the run's steps so far means that more steps may help.
 STILL_LEARNING = 2 / 3
@@ -122,13 +122,14 @@ def rising_likeness(rows: Sequence[ValidationResult]) -> list[ValidationResult]:
     It is the least squares fit: neighbours that fall are averaged until none does (the
     pool-adjacent-violators algorithm of isotonic regression).
     """
-    pools: list[list[float]] = []
+    pools: list[tuple[float, int]] = []  # of neighbours: the sum of their likeness, and how many
     for row in rows:
-        pools.append([row.subject_fidelity])
-        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
-            falling = pools.pop()
-            pools[-1] += falling
-    fitted = [fmean(pool) for pool in pools for _ in pool]
+        total, count = row.subject_fidelity, 1
+        while pools and pools[-1][0] / pools[-1][1] > total / count:
+            before, more = pools.pop()
+            total, count = before + total, more + count
+        pools.append((total, count))
+    fitted = [total / count for total, count in pools for _ in range(count)]
     return [replace(row, subject_fidelity=own) for row, own in zip(rows, fitted, strict=True)]
 
 
@@ -140,11 +141,20 @@ def highest_score(rows: Sequence[ValidationResult]) -> ValidationResult:
     return max(rising_likeness(rows[1:]), key=lambda row: ratios_of(row, rows[0]).score)
 
 
+def sound_likeness(rows: Sequence[ValidationResult], at: int) -> float:
+    """Return the likeness ratio of ``rows[at]`` by the rising curve; ``rows[0]`` is the base's.
+
+    A fall that lasts to the end of the run is none of chance, so the curve leaves it out.
+    """
+    end = max(i for i in range(at, len(rows)) if i == at or not _falls(rows[i], rows[at], rows[0]))
+    return ratios_of(rising_likeness(rows[1 : end + 1])[at - 1], rows[0]).likeness
+
+
 def select_best(rows: Sequence[ValidationResult]) -> Selection:
     """Select the best step of a run's validations; the first row is the frozen base's.
 
     It is the last step whose score does not differ from the highest one, and whose own likeness is
-    not clearly lower than that of the best step before it. A later validation never brings back an
+    not clearly lower than that of any best step before it. A later validation never brings back an
     earlier step, so a run may delete the others' checkpoints. Raises ``InputError`` if there is no
     other row.
     """
@@ -152,19 +162,20 @@ def select_best(rows: Sequence[ValidationResult]) -> Selection:
         raise InputError(
             "no step was validated yet; train up to the first validation (validate_every)."
         )
-    base, best = rows[0], rows[1]
-    for end, row in enumerate(rows[2:], 3):
-        fitted = rising_likeness(rows[1:end])
-        if not (_is_lower(fitted[-1], highest_score(rows[:end]), base) or _is_less_like(row, best)):
-            best = row
+    base, at, most_like = rows[0], 1, rows[1]
+    for index, row in enumerate(rows[2:], 2):
+        fitted = rising_likeness(rows[1 : index + 1])
+        highest = max(fitted, key=lambda each: ratios_of(each, base).score)
+        if not (_is_lower(fitted[-1], highest, base) or _falls(row, most_like, base)):
+            at, most_like = index, max(most_like, row, key=lambda each: each.subject_fidelity)
+    best = rows[at]
     own = ratios_of(best, base)
-    (fitted_best,) = (row for row in rising_likeness(rows[1:]) if row.step == best.step)
     judged = verdict(
         own,
         leakage(best, base),
-        still_learning=best.step >= STILL_LEARNING * rows[-1].step,
+        still_learning=highest_score(rows).step >= STILL_LEARNING * rows[-1].step,
         has_ceiling=best.reference_fidelity < 1,
-        likeness=ratios_of(fitted_best, base).likeness,
+        likeness=sound_likeness(rows, at),
     )
     better = own.likeness > 0
     return Selection(best.step, own.score, judged, _reason(best, rows), better)
@@ -248,11 +259,12 @@ def _is_lower(row: ValidationResult, other: ValidationResult, base: ValidationRe
     return gain < -error
 
 
-def _is_less_like(row: ValidationResult, other: ValidationResult) -> bool:
-    """Say whether a step's images are less like the photos by more than chance."""
+def _falls(row: ValidationResult, other: ValidationResult, base: ValidationResult) -> bool:
+    """Say whether a step's images are less like the photos than another's by more than chance."""
     own, others = (each.by_image.get("subject_fidelity", []) for each in (row, other))
     fall = other.subject_fidelity - row.subject_fidelity
-    return fall > _LESS_LIKE * _standard_error(own, others)
+    is_lost = ratios_of(row, base).likeness == 0 < ratios_of(other, base).likeness
+    return is_lost or fall > _LESS_LIKE * _standard_error(own, others)
 
 
 def _clip(value: float) -> float:

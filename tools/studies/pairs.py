@@ -26,7 +26,7 @@ from dreambooth_lib.core.subject import Subject
 from dreambooth_lib.data.images import read_photos
 from dreambooth_lib.figures.image_grids import HEADING, MARGIN, TEXT, Layout, line_height
 from dreambooth_lib.metrics.encoders import Encoder
-from dreambooth_lib.training.best_checkpoint import ratios_of, rising_likeness, select_best
+from dreambooth_lib.training.best_checkpoint import select_best, sound_likeness
 from dreambooth_lib.training.verdict import LEARNT, PARTLY_LEARNT
 from tools.studies import bank
 from tools.studies.trust import LAST_BY_DEFAULT, Cell, Rows, up_to
@@ -271,10 +271,10 @@ def _words(said: Mapping[str, float], rows: Rows) -> Counter[tuple[int, int]]:
     """Count the validations by what was judged and by what the verdict says, each 0, 1 or 2."""
     words = Counter[tuple[int, int]]()
     for plan in RUNS_OWN:
-        for cell, (base, *results) in rows[plan].items():
-            for result in rising_likeness(results):
-                if (level := said.get(_name(cell, result.step))) is not None:
-                    likeness = ratios_of(result, base).likeness
+        for cell, results in rows[plan].items():
+            for at, result in enumerate(results):
+                if at and (level := said.get(_name(cell, result.step))) is not None:
+                    likeness = sound_likeness(results, at)
                     found = 2 if likeness >= LEARNT else 1 if likeness >= PARTLY_LEARNT else 0
                     words[round(level), found] += 1
     return words
