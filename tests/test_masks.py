@@ -1,5 +1,6 @@
 """Test masks: how they are found, and how they weigh the loss."""
 
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -186,6 +187,10 @@ def test_a_mask_of_zeros_and_ones_is_refused(tmp_path: Path) -> None:
         DataError, match=r"p-masklabel.png.* is almost black \(its brightest pixel is 1\)"
     ):
         read_mask(photo)
+    (tmp_path / "masks").mkdir()
+    shutil.copy(tmp_path / "p-masklabel.png", tmp_path / "masks" / "p.png")
+    with pytest.raises(DataError, match="almost black"):
+        find_mask(tmp_path / "p.png")
 
 
 def test_a_mask_is_scaled_to_its_photo_but_never_bent(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
@@ -605,3 +606,14 @@ def contrast(one: str, other: str) -> float:
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_the_check_starts_without_torch() -> None:
+    """What is missing cannot be told by a module that needs it."""
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        "from dreambooth_lib.notebook import preflight, will_it_fit, base_models\n"
+        "print('ready')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "ready\n", done.stderr

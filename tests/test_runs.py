@@ -81,7 +81,7 @@ def test_a_run_stays_where_it_is_when_the_working_folder_changes(
     [
         ("subject.class_noun", "cat", "with class noun 'dog', but your settings have 'cat'"),
         ("subject.identifier", "hta", "with identifier 'ohwx', but your settings have 'hta'"),
-        ("train_text_encoder", True, "with train_text_encoder False, but your settings have True"),
+        ("train_text_encoder", True, "with train_text_encoder false, but your settings have true"),
         ("clip_skip", 2, "without clip_skip, but your settings have 2"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import tomllib
 import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,21 +102,22 @@ def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig"
     if not isinstance(subject, dict):
         raise ConfigError("the config has no [subject] table; add one with photos and class_noun.")
     kind: Any = cls.__dataclass_fields__["subject"].type
-    _check_names(kind, subject, "subject.")
-    _check_names(cls, fields, "")
+    own = [field.name for field in dataclasses.fields(cls)]
+    of_subject = [f"subject.{field.name}" for field in dataclasses.fields(kind)]
+    _check_names([f"subject.{name}" for name in subject], of_subject, own)
+    _check_names(fields, own, of_subject)
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.name not in subject:
             raise ConfigError(f"subject.{field.name} is missing; add it to the config.")
     return cls(subject=kind(**subject), **fields)
 
 
-def _check_names(cls: Any, fields: dict[str, Any], prefix: str) -> None:
-    """Raise :class:`ConfigError` for a field that ``cls`` does not have."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    for name in fields:
-        if name not in names:
-            meant = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"remove it, or look up the fields of {cls.__name__}."
-            if meant:
-                hint = f"did you mean '{prefix}{meant[0]}'?"
-            raise ConfigError(f"unknown field {shown(f'{prefix}{name}')}; {hint}")
+def _check_names(names: Iterable[str], known: list[str], elsewhere: list[str]) -> None:
+    """Raise :class:`ConfigError` for a name that is unknown; it may belong to the other table."""
+    for name in names:
+        if name in known:
+            continue
+        ends = {one.rpartition(".")[2]: one for one in (*elsewhere, *known)}
+        near = difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.75)
+        hint = f"did you mean '{ends[near[0]]}'?" if near else f"the fields are {', '.join(known)}."
+        raise ConfigError(f"unknown field {shown(name)}; {hint}")

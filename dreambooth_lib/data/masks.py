@@ -59,12 +59,6 @@ def read_mask(photo: "Photo") -> Image.Image | None:
         return None if file is None else alpha_of(file)
     file, size = photo.mask, photo.traits.size
     mask = mask_in(file)
-    most = max(level for level, count in enumerate(mask.histogram()) if count)
-    if 0 < most < 128:
-        raise DataError(
-            f"{file} is almost black (its brightest pixel is {most}); save it with 255 on the "
-            "subject."
-        )
     if abs(mask.width * size[1] / (mask.height * size[0]) - 1) > _SHAPE:
         raise DataError(
             f"{file} has {mask.width} x {mask.height} pixels, and its photo {size[0]} x {size[1]}; "
@@ -74,14 +68,21 @@ def read_mask(photo: "Photo") -> Image.Image | None:
 
 
 def mask_in(file: SourceFile) -> Image.Image:
-    """Return what a mask's file shows, of mode L and upright. Raises :class:`DataError` for damage.
+    """Return what a mask's file shows, of mode L and upright.
 
     That is the alpha channel, of a cut-out or of what is white on transparent, or else the colours.
+    Raises :class:`DataError` for a damaged file, and for one whose levels are 0 and 1.
     """
-    alpha = alpha_of(file)
-    if alpha is not None:
-        return alpha
-    return decode(str(file), file.suffix, file.read(MAX_BYTES, "a mask")).convert("L")
+    mask = alpha_of(file)
+    if mask is None:
+        mask = decode(str(file), file.suffix, file.read(MAX_BYTES, "a mask")).convert("L")
+    most = max(level for level, count in enumerate(mask.histogram()) if count)
+    if 0 < most < 128:
+        raise DataError(
+            f"{file} is almost black (its brightest pixel is {most}); save it with 255 on the "
+            "subject."
+        )
+    return mask
 
 
 def alpha_of(file: SourceFile) -> Image.Image | None:

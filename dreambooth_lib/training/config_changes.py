@@ -75,8 +75,15 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         name = self.name.removeprefix("subject.").replace("class_noun", "class noun")
-        old = f"without {name}" if self.old is None else f"with {name} {shown(self.old)}"
-        return f"{old}, but your settings have {'none' if self.new is None else shown(self.new)}"
+        old = f"without {name}" if self.old is None else f"with {name} {_in_words(self.old)}"
+        new = "none" if self.new is None else _in_words(self.new)
+        return f"{old}, but your settings have {new}"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else shown(value)
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, list[Any]]:
