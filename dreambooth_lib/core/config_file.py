@@ -114,7 +114,7 @@ def from_dict(cls: "type[TrainConfig]", fields: dict[str, Any]) -> "TrainConfig"
 
 def _check_names(names: Iterable[str], known: list[str], elsewhere: list[str]) -> None:
     """Raise :class:`ConfigError` for a name that is unknown; it may belong to the other table."""
-    for name in names:
+    for name in map(str, names):
         if name in known:
             continue
         ends = {one.rpartition(".")[2]: one for one in (*elsewhere, *known)}
