@@ -292,7 +292,9 @@ free = [1, 2**34][state.process_index]  # only the first process's counts
 memory_level.is_gpu = lambda device: True
 gpu_memory.gpu_bytes = lambda device=None: (free, 2**34)
 config = memory_level.decide_level(runs.resume(sys.argv[1]), torch.device("cpu"))
-print(state.process_index, config.memory, config.gradient_checkpointing, flush=True)
+said = f"{state.process_index} {config.memory} {config.gradient_checkpointing}\\n"
+sys.stdout.write(said)  # at once: the other process may write between two pieces
+sys.stdout.flush()
 state.destroy_process_group()  # a process that ends before the other can abort without it
 """
 
