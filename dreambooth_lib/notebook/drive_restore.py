@@ -19,7 +19,7 @@ from dreambooth_lib.notebook.drive_state import State, read_identity, read_state
 from dreambooth_lib.training import runs
 from dreambooth_lib.training.runs import Run, RunError
 
-#: Said of a run that is resumed without a look at the photos.
+#: Said of a run that is resumed without comparing its photos.
 _UNCOMPARED = (
     "Its photos were not compared; for other photos set RESUME = False and run from there."
 )

@@ -25,9 +25,8 @@ from dreambooth_lib.training.verdict import Verdict, verdict
 
 #: In a run's folder: the step that a person chose, and the run's last validated step then.
 CHOSEN_FILE = "chosen_checkpoint.json"
-#: Standard errors by which a likeness has to be lower for that to be none of chance.
-_LESS_LIKE = 2
-#: A best step after this share of the run's steps so far means that more steps may help.
+_CLEARLY = 2  #: a likeness that is lower by more standard errors than these is no noise
+#: A highest score after this share of the steps so far means that more steps may help.
 STILL_LEARNING = 2 / 3
 
 
@@ -138,13 +137,13 @@ def highest_score(rows: Sequence[ValidationResult]) -> ValidationResult:
 
     The first row is the frozen base's, and at least one other follows.
     """
-    return max(rising_likeness(rows[1:]), key=lambda row: ratios_of(row, rows[0]).score)
+    return _highest(rising_likeness(rows[1:]), rows[0])
 
 
 def sound_likeness(rows: Sequence[ValidationResult], at: int) -> float:
     """Return the likeness ratio of ``rows[at]`` by the rising curve; ``rows[0]`` is the base's.
 
-    A fall that lasts to the end of the run is none of chance, so the curve leaves it out.
+    A fall that lasts to the end of the run is no noise, so the curve leaves it out.
     """
     end = max(i for i in range(at, len(rows)) if i == at or not _falls(rows[i], rows[at], rows[0]))
     return ratios_of(rising_likeness(rows[1 : end + 1])[at - 1], rows[0]).likeness
@@ -165,8 +164,8 @@ def select_best(rows: Sequence[ValidationResult]) -> Selection:
     base, at, most_like = rows[0], 1, rows[1]
     for index, row in enumerate(rows[2:], 2):
         fitted = rising_likeness(rows[1 : index + 1])
-        highest = max(fitted, key=lambda each: ratios_of(each, base).score)
-        if not (_is_lower(fitted[-1], highest, base) or _falls(row, most_like, base)):
+        is_lower = _is_lower(fitted[-1], _highest(fitted, base), base)
+        if not (is_lower or _falls(row, most_like, base)):
             at, most_like = index, max(most_like, row, key=lambda each: each.subject_fidelity)
     best = rows[at]
     own = ratios_of(best, base)
@@ -254,6 +253,10 @@ def _comparison(last: ValidationResult, best: ValidationResult, base: Validation
     return f"Step {last.step}, compared with it: {told}."
 
 
+def _highest(rows: Sequence[ValidationResult], base: ValidationResult) -> ValidationResult:
+    return max(rows, key=lambda row: ratios_of(row, base).score)
+
+
 def _is_lower(row: ValidationResult, other: ValidationResult, base: ValidationResult) -> bool:
     gain, error = difference(row, other, base)
     return gain < -error
@@ -264,7 +267,7 @@ def _falls(row: ValidationResult, other: ValidationResult, base: ValidationResul
     own, others = (each.by_image.get("subject_fidelity", []) for each in (row, other))
     fall = other.subject_fidelity - row.subject_fidelity
     is_lost = ratios_of(row, base).likeness == 0 < ratios_of(other, base).likeness
-    return is_lost or fall > _LESS_LIKE * _standard_error(own, others)
+    return is_lost or fall > _CLEARLY * _standard_error(own, others)
 
 
 def _clip(value: float) -> float:
